@@ -1,0 +1,42 @@
+// Philox4x32-10, the counter-based generator of Salmon et al., "Parallel random numbers: as easy as
+// 1, 2, 3" (SC'11). Host and device code; the vectorised CPU version in cpu/simd repeats these
+// rounds lane by lane and a test holds the two equal.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define LORA_EXT_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+// Internal linkage: these files are also compiled for instruction sets that not every CPU has.
+#define LORA_EXT_HOST_DEVICE static inline
+#endif
+
+namespace lora_ext {
+
+constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53u;
+constexpr uint32_t kPhiloxMultiplier1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxKeyStep0 = 0x9E3779B9u;
+constexpr uint32_t kPhiloxKeyStep1 = 0xBB67AE85u;
+constexpr int kPhiloxRounds = 10;
+
+struct PhiloxBlock {
+  uint32_t word[4];
+};
+
+// The 128 random bits that belong to `counter` under the 64-bit key (key0, key1).
+LORA_EXT_HOST_DEVICE PhiloxBlock philox(PhiloxBlock counter, uint32_t key0, uint32_t key1) {
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const uint64_t product0 = uint64_t{kPhiloxMultiplier0} * counter.word[0];
+    const uint64_t product1 = uint64_t{kPhiloxMultiplier1} * counter.word[2];
+    counter = {{static_cast<uint32_t>(product1 >> 32) ^ counter.word[1] ^ key0,
+                static_cast<uint32_t>(product1),
+                static_cast<uint32_t>(product0 >> 32) ^ counter.word[3] ^ key1,
+                static_cast<uint32_t>(product0)}};
+    key0 += kPhiloxKeyStep0;
+    key1 += kPhiloxKeyStep1;
+  }
+  return counter;
+}
+
+}  // namespace lora_ext

@@ -1,0 +1,54 @@
+// draw_rng_state and dropout_mask on the CPU.
+#include "ops/dropout.h"
+
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <mutex>
+
+#include "cpu/backend.h"
+
+namespace lora_ext {
+namespace {
+
+at::Tensor draw_rng_state_cpu(const at::Tensor&) {
+  at::Generator generator = at::detail::getDefaultCPUGenerator();
+  at::Tensor state = at::empty({2}, at::kLong);
+  int64_t* words = state.data_ptr<int64_t>();
+  std::lock_guard<std::mutex> lock(generator.mutex());
+  words[0] = static_cast<int64_t>(at::check_generator<at::CPUGeneratorImpl>(generator)->random64());
+  words[1] = 0;  // every draw is a new seed; the offset is for counter-based generators
+  return state;
+}
+
+at::Tensor dropout_mask_cpu(const at::Tensor& rng_state, int64_t rows, int64_t columns,
+                            double dropout_p) {
+  TORCH_CHECK_VALUE(rng_state.scalar_type() == at::kLong && rng_state.dim() == 1 &&
+                        rng_state.size(0) == 2,
+                    "dropout_mask: rng_state: got ", rng_state.scalar_type(), " of shape ",
+                    rng_state.sizes(), ", expected an int64 tensor [2] from draw_rng_state(x)");
+  TORCH_CHECK_VALUE(dropout_p >= 0.0 && dropout_p <= 1.0, "dropout_mask: dropout_p: got ",
+                    dropout_p, ", expected a probability from 0 to 1");
+  TORCH_CHECK_VALUE(rows >= 0 && columns >= 0, "dropout_mask: got shape [", rows, ", ", columns,
+                    "], expected sizes of at least 0");
+  at::Tensor keep = at::empty({rows, columns}, at::kBool);
+  const at::Tensor state = rng_state.contiguous();
+  const int64_t* words = state.const_data_ptr<int64_t>();
+  const DropoutRng rng{static_cast<uint64_t>(words[0]), static_cast<uint64_t>(words[1])};
+  auto* bytes = reinterpret_cast<uint8_t*>(keep.data_ptr<bool>());
+  at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
+    cpu_kernels().dropout_mask_rows(rng, dropout_threshold(dropout_p), columns, begin, end, bytes);
+  });
+  return keep;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(lora_ext, CPU, m) {
+  m.impl("draw_rng_state", &draw_rng_state_cpu);
+  m.impl("dropout_mask", &dropout_mask_cpu);
+}
+
+}  // namespace lora_ext

@@ -1,0 +1,96 @@
+// The vector kernels behind the CPU backend: one table per instruction set, one column per pair of
+// storage types. Everything here is plain data, so that files compiled for different instruction
+// sets share no inline code (see simd/types.h). Leading dimensions are in elements.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/dropout.h"
+
+namespace lora_ext {
+
+// Base and adapter storage type. The compute type is float, for F64 double.
+enum class DtypePair { F64, F32, BF16, BF16_F32, F16, F16_F32 };
+constexpr int kDtypePairs = 6;
+
+struct DropoutArgs {
+  bool enabled;
+  uint32_t threshold;
+  double scale;
+  DropoutRng rng;
+};
+
+struct ForwardArgs {
+  int64_t K, N, r;
+  const void* x;       // [M, K] base type, rows ldx apart
+  int64_t ldx;
+  const void* lora_A;  // [r, K] adapter type
+  const void* lora_B;  // [N, r] adapter type
+  const void* lora_B_t;  // [r, N] compute type, or null: then lora_B is read row by row
+  const void* bias;      // [N] compute type: bias + scaling * lora_bias, or null
+  double scaling;
+  DropoutArgs dropout;
+  void* y;  // [M, N] base type, written
+  void* h;  // [M, r] adapter type, written, or null
+};
+
+struct BackwardArgs {
+  int64_t K, N, r;
+  const void* dy;  // [M, N] base type, rows lddy apart
+  int64_t lddy;
+  const void* x;  // [M, K] base type, rows ldx apart, or null
+  int64_t ldx;
+  const void* h;       // [M, r] adapter type, or null: then recomputed from x
+  const void* lora_A;  // [r, K] adapter type
+  const void* lora_B;  // [N, r] adapter type
+  double scaling;
+  DropoutArgs dropout;
+  void* dx;  // [M, K] base type, written, or null
+};
+
+struct LoraLinearKernels {
+  // Bytes of scratch that one call of forward_rows, backward_rows or merge_rows needs.
+  int64_t (*scratch_bytes)(int64_t K, int64_t r);
+  // Rows [begin, end) of y = scaling * dropout(x) A^T B^T + bias, and of h = dropout(x) A^T.
+  void (*forward_rows)(const ForwardArgs&, int64_t begin, int64_t end, void* scratch);
+  // Rows [begin, end) of dx = dropout'(dh A) with dh = scaling * dy B; the sums over these rows
+  // dh^T dropout(x) go to dA [r, K] and dy^T h (not scaled) to dB [N, r], in the compute type;
+  // either may be null.
+  void (*backward_rows)(const BackwardArgs&, int64_t begin, int64_t end, void* dA, void* dB,
+                        void* scratch);
+  // Columns [begin, end) of out [r, N] (compute type) = transpose of lora_B [N, r].
+  void (*transpose_b)(const void* lora_B, int64_t N, int64_t r, int64_t begin, int64_t end,
+                      void* out);
+  // out[i] (adapter type) = scale * sum over p of parts[p * stride + i] (compute type), in order.
+  void (*reduce)(const void* parts, int64_t count, int64_t stride, double scale, int64_t begin,
+                 int64_t end, void* out);
+  // Rows [begin, end) of weight [N, K] += scaling * B A. Returns whether every result is finite;
+  // `store` false only looks.
+  bool (*merge_rows)(void* weight, int64_t ldw, const void* lora_A, const void* lora_B, int64_t K,
+                     int64_t r, double scaling, int64_t begin, int64_t end, bool store,
+                     void* scratch);
+};
+
+struct CpuKernels {
+  const char* name;
+  LoraLinearKernels lora_linear[kDtypePairs];
+  // keep[row][column] (one byte each) for rows [begin, end).
+  void (*dropout_mask_rows)(DropoutRng rng, uint32_t threshold, int64_t columns, int64_t begin,
+                            int64_t end, uint8_t* keep);
+};
+
+namespace isa_default {
+extern const CpuKernels kKernels;
+}
+namespace isa_avx2 {
+extern const CpuKernels kKernels;
+}
+namespace isa_avx512 {
+extern const CpuKernels kKernels;
+}
+
+// The table for this CPU; the environment variable LORA_EXT_CPU_CAPABILITY (default, avx2, avx512)
+// lowers the choice, once per process.
+const CpuKernels& cpu_kernels();
+
+}  // namespace lora_ext

@@ -1,0 +1,18 @@
+// One vector interface over the instruction sets; the macro LORA_EXT_ISA names the namespace and the
+// compiler flags of the translation unit choose the implementation.
+//
+//   Vec<S>   kWidth lanes of S (float or double)
+//     load, store (T*)                T is S, or for float also BFloat16 and Half
+//     load_partial, store_partial     the first n lanes, nothing beyond them is touched
+//     keep(a, bits)                   lane i survives where bit i is set, else 0
+//     all_finite(a)                   no infinity, no NaN
+//   U32      kWidth lanes of uint32_t, as Philox needs them
+#pragma once
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#include "vec_avx512.h"
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include "vec_avx2.h"
+#else
+#include "vec_default.h"
+#endif

@@ -1,0 +1,150 @@
+// The checks that all backends share. A message says: operator, argument, got, expected, what to do.
+// Sizes are compared as SymInt, so the same code serves the Meta kernels under torch.compile.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "ops/lora_linear.h"
+
+namespace lora_ext {
+
+inline bool is_lora_base_dtype(at::ScalarType dtype) {
+  return dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 ||
+         dtype == at::kHalf;
+}
+
+// Adapters have the base's dtype, or stay fp32 on a bf16 or fp16 base.
+inline bool is_adapter_dtype(at::ScalarType adapter, at::ScalarType base) {
+  return adapter == base ||
+         (adapter == at::kFloat && (base == at::kBFloat16 || base == at::kHalf));
+}
+
+inline void check_device(const char* op, const char* name, const Tensor& tensor, const Tensor& x) {
+  TORCH_CHECK(tensor.device() == x.device(), op, ": ", name, ": got device ", tensor.device(),
+              ", expected ", x.device(), ", where the input is; move one of them with .to()");
+}
+
+inline void check_vector(const char* op, const char* name, const OptionalTensor& vector,
+                         const Tensor& x, const c10::SymInt& N, at::ScalarType dtype) {
+  if (!vector.has_value()) return;
+  check_device(op, name, *vector, x);
+  TORCH_CHECK_VALUE(vector->dim() == 1 && vector->sym_size(0) == N, op, ": ", name,
+                    ": got shape ", vector->sym_sizes(), ", expected [", N,
+                    "], one entry per output feature");
+  TORCH_CHECK_TYPE(vector->scalar_type() == dtype, op, ": ", name, ": got dtype ",
+                   vector->scalar_type(), ", expected ", dtype, "; convert it with .to()");
+}
+
+inline void check_adapters(const char* op, const Tensor& x, const c10::SymInt& N,
+                           const c10::SymInt& K, const Tensor& lora_A, const Tensor& lora_B) {
+  const auto base = x.scalar_type();
+  TORCH_CHECK_TYPE(is_lora_base_dtype(base), op, ": got dtype ", base,
+                   ", expected float64, float32, bfloat16 or float16; convert with .to()");
+  check_device(op, "lora_A", lora_A, x);
+  check_device(op, "lora_B", lora_B, x);
+  TORCH_CHECK_VALUE(lora_A.dim() == 2 && lora_A.sym_size(1) == K, op, ": lora_A: got shape ",
+                    lora_A.sym_sizes(), ", expected [r, ", K, "], [rank, in_features]");
+  TORCH_CHECK_VALUE(lora_B.dim() == 2 && lora_B.sym_size(0) == N &&
+                        lora_B.sym_size(1) == lora_A.sym_size(0),
+                    op, ": lora_B: got shape ", lora_B.sym_sizes(), ", expected [", N, ", ",
+                    lora_A.sym_size(0), "], [out_features, rank]");
+  TORCH_CHECK_TYPE(is_adapter_dtype(lora_A.scalar_type(), base), op, ": lora_A: got dtype ",
+                   lora_A.scalar_type(), " on a ", base, " base, expected ", base,
+                   " (or float32 on a bfloat16 or float16 base); convert it with .to()");
+  TORCH_CHECK_TYPE(lora_B.scalar_type() == lora_A.scalar_type(), op, ": lora_B: got dtype ",
+                   lora_B.scalar_type(), ", expected lora_A's ", lora_A.scalar_type());
+}
+
+inline void check_scale(const char* op, const Tensor& x, const LoraScale& scale) {
+  TORCH_CHECK_VALUE(scale.dropout_p >= 0.0 && scale.dropout_p <= 1.0, op, ": dropout_p: got ",
+                    scale.dropout_p, ", expected a probability from 0 to 1");
+  if (scale.scaling_tensor.has_value()) {
+    const Tensor& tensor = *scale.scaling_tensor;
+    TORCH_CHECK_VALUE(tensor.dim() == 0 && at::isFloatingType(tensor.scalar_type()), op,
+                      ": scaling: got a ", tensor.scalar_type(), " tensor of shape ",
+                      tensor.sym_sizes(), ", expected a number or a floating-point 0-d tensor");
+    TORCH_CHECK_VALUE(!tensor.requires_grad(), op,
+                      ": scaling: got a tensor that requires grad, expected a constant; "
+                      "multiply lora_B by it to train it, or detach it");
+    check_device(op, "scaling", tensor, x);
+  }
+  if (scale.dropout_p == 0.0) return;
+  TORCH_CHECK_VALUE(scale.rng_state.has_value(), op, ": rng_state: got None with dropout_p ",
+                    scale.dropout_p, ", expected an int64 tensor [2] from draw_rng_state(x)");
+  const Tensor& state = *scale.rng_state;
+  check_device(op, "rng_state", state, x);
+  TORCH_CHECK_VALUE(state.scalar_type() == at::kLong && state.dim() == 1 && state.sym_size(0) == 2,
+                    op, ": rng_state: got ", state.scalar_type(), " of shape ", state.sym_sizes(),
+                    ", expected an int64 tensor [2] from draw_rng_state(x)");
+}
+
+inline void check_weight(const char* op, const Tensor& x, const Tensor& weight,
+                         const c10::SymInt& K) {
+  check_device(op, "weight", weight, x);
+  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.sym_size(1) == K, op, ": weight: got shape ",
+                    weight.sym_sizes(), ", expected [out_features, ", K,
+                    "], in_features being the input's last dimension");
+  TORCH_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), op, ": weight: got dtype ",
+                   weight.scalar_type(), ", expected the input's ", x.scalar_type(),
+                   "; convert one of them with .to(), or use torch.autocast");
+}
+
+inline void check_lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                              const Tensor& lora_A, const Tensor& lora_B,
+                              const OptionalTensor& lora_bias, const LoraScale& scale) {
+  constexpr const char* op = "lora_linear";
+  TORCH_CHECK_VALUE(x.dim() >= 1, op, ": x: got a 0-d tensor, expected [..., in_features]");
+  check_weight(op, x, weight, x.sym_size(-1));
+  const c10::SymInt N = weight.sym_size(0);
+  check_adapters(op, x, N, x.sym_size(-1), lora_A, lora_B);
+  check_vector(op, "bias", bias, x, N, x.scalar_type());
+  check_vector(op, "lora_bias", lora_bias, x, N, lora_B.scalar_type());
+  check_scale(op, x, scale);
+}
+
+inline void check_lora_linear_bwd(const Tensor& dy, const OptionalTensor& x,
+                                  const OptionalTensor& h, const OptionalTensor& weight,
+                                  const Tensor& lora_A, const Tensor& lora_B,
+                                  const LoraScale& scale, const GradientMask& mask) {
+  constexpr const char* op = "lora_linear_bwd";
+  TORCH_CHECK_VALUE(dy.dim() >= 1, op, ": dy: got a 0-d tensor, expected [..., out_features]");
+  check_adapters(op, dy, dy.sym_size(-1), lora_A.sym_size(-1), lora_A, lora_B);
+  check_scale(op, dy, scale);
+  TORCH_CHECK_VALUE(!mask[kGradX] || weight.has_value(), op,
+                    ": weight: got None, expected [out_features, in_features] for the gradient "
+                    "of x");
+  TORCH_CHECK_VALUE(!(mask[kGradWeight] || mask[kGradA]) || x.has_value(), op,
+                    ": x: got None, expected [..., in_features] for the gradient of weight or "
+                    "lora_A");
+  TORCH_CHECK_VALUE(!mask[kGradB] || x.has_value() || h.has_value(), op,
+                    ": h: got None without x, expected [M, r] for the gradient of lora_B");
+  if (weight.has_value()) check_weight(op, dy, *weight, lora_A.sym_size(1));
+  if (x.has_value()) {
+    check_device(op, "x", *x, dy);
+    TORCH_CHECK_VALUE(x->dim() == dy.dim() && x->sym_size(-1) == lora_A.sym_size(1) &&
+                          x->sym_sizes().slice(0, x->dim() - 1) ==
+                              dy.sym_sizes().slice(0, dy.dim() - 1),
+                      op, ": x: got shape ", x->sym_sizes(), ", expected dy's ", dy.sym_sizes(),
+                      " with in_features ", lora_A.sym_size(1), " last");
+    TORCH_CHECK_TYPE(x->scalar_type() == dy.scalar_type(), op, ": x: got dtype ",
+                     x->scalar_type(), ", expected dy's ", dy.scalar_type());
+  }
+  if (h.has_value()) {
+    check_device(op, "h", *h, dy);
+    TORCH_CHECK_VALUE(h->dim() == 2 && h->sym_size(1) == lora_A.sym_size(0) &&
+                          h->sym_size(0) * dy.sym_size(-1) == dy.sym_numel(),
+                      op, ": h: got shape ", h->sym_sizes(), ", expected [M, ",
+                      lora_A.sym_size(0), "] with one row per row of dy");
+    TORCH_CHECK_TYPE(h->scalar_type() == lora_A.scalar_type(), op, ": h: got dtype ",
+                     h->scalar_type(), ", expected lora_A's ", lora_A.scalar_type());
+  }
+}
+
+inline void check_merge(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B) {
+  constexpr const char* op = "merge_";
+  TORCH_CHECK_VALUE(weight.dim() == 2, op, ": weight: got shape ", weight.sym_sizes(),
+                    ", expected [out_features, in_features]");
+  check_adapters(op, weight, weight.sym_size(0), weight.sym_size(1), lora_A, lora_B);
+}
+
+}  // namespace lora_ext

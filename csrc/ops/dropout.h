@@ -1,0 +1,15 @@
+// Drawing the state of the dropout generator, and the mask that a state stands for.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace lora_ext {
+
+// int64 [2] (seed, offset) on the device of `like`, drawn from that device's torch generator.
+at::Tensor draw_rng_state(const at::Tensor& like);
+
+// bool [rows, columns], true where dropout keeps.
+at::Tensor dropout_mask(const at::Tensor& rng_state, c10::SymInt rows, c10::SymInt columns,
+                        double dropout_p);
+
+}  // namespace lora_ext

@@ -1,0 +1,27 @@
+// The unboxed C++ signatures behind the schemas of lora_linear, for those who register kernels.
+#pragma once
+
+#include "ops/lora_linear.h"
+
+namespace lora_ext {
+
+using LoraLinearSignature = Tensor(const Tensor& x, const Tensor& weight,
+                                   const OptionalTensor& bias, const Tensor& lora_A,
+                                   const Tensor& lora_B, const OptionalTensor& lora_bias,
+                                   double scaling, const OptionalTensor& scaling_tensor,
+                                   double dropout_p, const OptionalTensor& rng_state);
+
+using LoraLinearFwdSignature = std::tuple<Tensor, Tensor>(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
+    const Tensor& lora_B, const OptionalTensor& lora_bias, double scaling,
+    const OptionalTensor& scaling_tensor, double dropout_p, const OptionalTensor& rng_state,
+    bool return_h);
+
+using LoraLinearBwdSignature = Gradients(const Tensor& dy, const OptionalTensor& x,
+                                         const OptionalTensor& h, const OptionalTensor& weight,
+                                         const Tensor& lora_A, const Tensor& lora_B,
+                                         double scaling, const OptionalTensor& scaling_tensor,
+                                         double dropout_p, const OptionalTensor& rng_state,
+                                         GradientMask mask);
+
+}  // namespace lora_ext

@@ -1,0 +1,145 @@
+"""What finetune_encoder.py shows: tables for the terminal, one plot, one JSON file."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed to write a PNG
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from rich.table import Table
+
+REFERENCE = "naive"  # the implementation that the others are compared with
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one implementation did in one run."""
+
+    name: str
+    losses: list[float]
+    step_ms: list[float]
+    saved_bytes: int  # kept for the backward pass of one step
+    accuracy: float | None = None  # on held-out texts after training
+
+
+def relative_differences(losses: Sequence[float], reference: Sequence[float]) -> list[float]:
+    return [abs(a - b) / abs(b) for a, b in zip(losses, reference, strict=True)]
+
+
+def max_differences(runs: Sequence[Measurement]) -> dict[str, float]:
+    """Largest relative loss difference to the reference over the run, by implementation."""
+    reference = _reference(runs)
+    result: dict[str, float] = {}
+    for run in runs:
+        differences = relative_differences(run.losses, reference.losses)
+        # max() skips a nan that is not in first place; a diverged run must not pass for equal.
+        result[run.name] = max(differences) if all(d == d for d in differences) else float("nan")
+    return result
+
+
+def loss_table(runs: Sequence[Measurement], rows: int = 9) -> Table:
+    table = Table(title="Training loss, same batches and initial weights")
+    table.add_column("step", justify="right")
+    for run in runs:
+        table.add_column(run.name, justify="right")
+    n_steps = len(runs[0].losses)
+    steps = sorted({round(i * (n_steps - 1) / (rows - 1)) for i in range(rows)})
+    for step in steps:
+        table.add_row(str(step + 1), *(f"{run.losses[step]:.6f}" for run in runs))
+    table.add_section()
+    differences = max_differences(runs)
+    table.add_row(
+        f"max rel. diff. to {REFERENCE}",
+        *("-" if run.name == REFERENCE else f"{differences[run.name]:.1e}" for run in runs),
+    )
+    return table
+
+
+def cost_table(title: str, runs: Sequence[Measurement]) -> Table:
+    table = Table(title=title)
+    headers = ["ms/step", "p20", "p80", f"vs {REFERENCE}", "saved MiB"]
+    headers += ["accuracy"] if runs[0].accuracy is not None else []
+    table.add_column("")
+    for header in headers:
+        table.add_column(header, justify="right")
+    for run in runs:
+        p20, _, _, p80 = statistics.quantiles(run.step_ms, n=5, method="inclusive")
+        cells = [f"{value:.0f}" for value in (statistics.median(run.step_ms), p20, p80)]
+        cells += [f"{_time_ratio(run, _reference(runs)):.3f}x", f"{run.saved_bytes / MIB:.1f}"]
+        cells += [f"{run.accuracy:.1%}"] if run.accuracy is not None else []
+        table.add_row(run.name, *cells)
+    return table
+
+
+def kernel_table(rows: Iterable[Any]) -> Table:
+    """lora_ext.explain's rows (name, path, reason), modules that agree on both counted together."""
+    table = Table(title="Which kernel each adapted module runs on (lora_ext.explain)")
+    table.add_column("modules", justify="right")
+    table.add_column("path")
+    table.add_column("reason")
+    for (path, reason), count in Counter((row.path, row.reason) for row in rows).items():
+        table.add_row(str(count), str(path), str(reason))
+    return table
+
+
+def save_plot(path: Path, groups: Mapping[str, Sequence[Measurement]]) -> None:
+    """Loss curves of the first group; time per step and saved memory of every group as bars."""
+    figure, (loss_axis, time_axis, memory_axis) = plt.subplots(1, 3, figsize=(13, 4))
+    runs = next(iter(groups.values()))
+    for run, style in zip(runs, ("-", "--", ":"), strict=True):
+        loss_axis.plot(range(1, len(run.losses) + 1), run.losses, style, label=run.name)
+    largest = max(max_differences(runs).values())
+    loss_axis.set(
+        title=f"Training loss (max rel. difference {largest:.0e})", xlabel="step", ylabel="loss"
+    )
+    loss_axis.legend()
+    _bars(time_axis, groups, lambda run: statistics.median(run.step_ms))
+    time_axis.set(title="Time per training step", ylabel="median ms")
+    _bars(memory_axis, groups, lambda run: run.saved_bytes / MIB)
+    memory_axis.set(title="Saved for the backward pass", ylabel="MiB")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def save_json(
+    path: Path, settings: Mapping[str, Any], groups: Mapping[str, Sequence[Measurement]]
+) -> None:
+    runs = {group: [asdict(run) for run in members] for group, members in groups.items()}
+    content = {"settings": dict(settings), "runs": runs}
+    path.write_text(json.dumps(content, indent=1, default=str) + "\n")  # str: Path settings
+
+
+def _bars(
+    axis: Axes,
+    groups: Mapping[str, Sequence[Measurement]],
+    value: Callable[[Measurement], float],
+) -> None:
+    width = 0.26
+    for column, runs in enumerate(groups.values()):
+        for i, run in enumerate(runs):
+            bar = axis.bar(column + (i - 1) * width, value(run), 0.9 * width, color=f"C{i}")
+            axis.bar_label(bar, labels=[f"{run.name}\n{value(run):.0f}"], fontsize=8)
+    axis.set_xticks(range(len(groups)), list(groups))
+    axis.margins(y=0.15)  # room for the labels on the bars
+
+
+def _reference(runs: Sequence[Measurement]) -> Measurement:
+    return next(run for run in runs if run.name == REFERENCE)
+
+
+def _time_ratio(run: Measurement, reference: Measurement) -> float:
+    """Median over the steps of the time ratio: both ran every step right after one another, so a
+    machine that is slower for a while does not favour either."""
+    ratios = (a / b for a, b in zip(run.step_ms, reference.step_ms, strict=True))
+    return statistics.median(ratios)

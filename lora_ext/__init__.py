@@ -1,0 +1,27 @@
+"""Fused LoRA layers for PyTorch. Start with `lora_ext.nn.Linear` or `lora_ext.replace_linear`."""
+
+from lora_ext import nn, reference
+from lora_ext._extension import __version__, build_info
+from lora_ext.adapters import (
+    explain,
+    lora_state_dict,
+    mark_only_lora_as_trainable,
+    print_trainable_parameters,
+    replace_linear,
+)
+from lora_ext.functional import draw_rng_state, dropout_mask, lora_linear
+
+__all__ = [
+    "__version__",
+    "build_info",
+    "draw_rng_state",
+    "dropout_mask",
+    "explain",
+    "lora_linear",
+    "lora_state_dict",
+    "mark_only_lora_as_trainable",
+    "nn",
+    "print_trainable_parameters",
+    "reference",
+    "replace_linear",
+]

@@ -1,0 +1,33 @@
+"""Loads the compiled extension, and says in one line why if it cannot."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any
+
+import torch
+
+__version__ = importlib.metadata.version("lora-ext")
+
+try:
+    # Importing registers the operators under torch.ops.lora_ext.
+    from lora_ext import _C
+except ImportError as error:
+    raise ImportError(
+        f"lora_ext's compiled extension does not load with torch {torch.__version__} ({error}); "
+        "it is built for one torch release: reinstall lora_ext with this torch installed"
+    ) from error
+
+
+def build_info() -> dict[str, Any]:
+    """What the extension was built for: version, torch, cuda (None on a CPU build), compiler; and
+    the `cpu_capability` whose kernels it runs (default, avx2 or avx512)."""
+    return dict(_C.build_info())
+
+
+_built_for = build_info()["torch"].split("+")[0].split(".")[:2]
+if _built_for != torch.__version__.split("+")[0].split(".")[:2]:
+    raise ImportError(
+        f"lora_ext was built for torch {build_info()['torch']}, but torch {torch.__version__} is "
+        "installed; reinstall lora_ext so that it is compiled again"
+    )

@@ -1,0 +1,17 @@
+"""Working on whole models: putting adapters in, training, saving and inspecting them."""
+
+from lora_ext.adapters.explain import explain
+from lora_ext.adapters.injection import replace_linear
+from lora_ext.adapters.model import (
+    lora_state_dict,
+    mark_only_lora_as_trainable,
+    print_trainable_parameters,
+)
+
+__all__ = [
+    "explain",
+    "lora_state_dict",
+    "mark_only_lora_as_trainable",
+    "print_trainable_parameters",
+    "replace_linear",
+]

@@ -1,0 +1,148 @@
+"""Swapping the linear layers of a model for LoRA layers, in place."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from lora_ext.nn import Linear
+
+ALL_LINEAR = "all-linear"
+
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def matches(name: str, modules: str | Iterable[str] | None) -> bool:
+    """Whether a module's dotted name is meant, as in PEFT: a string is a regular expression for the
+    whole name, a list holds names or their last parts."""
+    if modules is None:
+        return False
+    if isinstance(modules, str):
+        return re.fullmatch(modules, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in modules)
+
+
+def replace_linear(
+    model: nn.Module,
+    target_modules: str | Iterable[str],
+    r: int = 8,
+    lora_alpha: float = 8,
+    lora_dropout: float = 0.0,
+    *,
+    exclude_modules: str | Iterable[str] | None = None,
+    **options: Any,
+) -> list[str]:
+    """Swaps `nn.Linear` modules of `model` for `lora_ext.nn.Linear` with the same parameters.
+
+    Nothing is copied or frozen: weights tied to other modules stay tied, and a module registered
+    under several names is swapped once, under all of them. Hooks, training mode, device and dtype
+    are kept. If anything is wrong, it is said before the first swap.
+
+    Args:
+        model: searched through; changed in place.
+        target_modules: as in PEFT: a list of names or last parts of names, a regular expression for
+            the whole name, or "all-linear" (every nn.Linear but the output head that
+            `model.get_output_embeddings()` names).
+        r, lora_alpha, lora_dropout: see `lora_ext.nn.Linear`.
+        exclude_modules: a list or regular expression of modules to leave alone.
+        options: further keyword arguments of `lora_ext.nn.Linear.from_linear`.
+
+    Returns:
+        The names that were swapped, in the order of `model.named_modules()`.
+
+    Raises:
+        ValueError: nothing matched, or a match is not exactly an nn.Linear.
+        TypeError: model is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"replace_linear: model: got {type(model).__qualname__}, expected a Module")
+    if not isinstance(target_modules, str):
+        target_modules = list(target_modules)
+    if exclude_modules is not None and not isinstance(exclude_modules, str):
+        exclude_modules = list(exclude_modules)
+
+    modules = dict(model.named_modules(remove_duplicate=False))
+    chosen = _choose(model, modules, target_modules, exclude_modules)
+    if not chosen:
+        raise ValueError(_no_match(modules, target_modules))
+    replacements = {
+        id(module): Linear.from_linear(module, r, lora_alpha, lora_dropout, **options)
+        for module in chosen.values()
+    }
+    swapped = [name for name, module in modules.items() if id(module) in replacements]
+    for name in swapped:
+        parent, _, child = name.rpartition(".")
+        old = modules[name]
+        new = replacements[id(old)]
+        for hooks in _HOOKS:
+            setattr(new, hooks, getattr(old, hooks))
+        setattr(modules[parent], child, new)
+    _leave_fast_paths(model)
+    return swapped
+
+
+def _choose(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    target_modules: str | list[str],
+    exclude_modules: str | list[str] | None,
+) -> dict[str, nn.Linear]:
+    if target_modules == ALL_LINEAR:
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        named = {n: m for n, m in modules.items() if type(m) is nn.Linear and m is not head}
+    else:
+        named = {n: m for n, m in modules.items() if matches(n, target_modules)}
+    named = {n: m for n, m in named.items() if not matches(n, exclude_modules)}
+    chosen: dict[str, nn.Linear] = {}
+    for name, module in named.items():
+        if name == "":
+            raise ValueError(
+                "replace_linear: target_modules: names the model itself, which cannot be swapped "
+                "in place; use lora_ext.nn.Linear.from_linear"
+            )
+        if type(module) is not nn.Linear:
+            raise ValueError(
+                f"replace_linear: target_modules: '{name}' is a {type(module).__qualname__}, "
+                "expected exactly torch.nn.Linear; name other modules, or exclude this one with "
+                "exclude_modules"
+            )
+        if "weight" not in module._parameters:
+            raise ValueError(
+                f"replace_linear: target_modules: '{name}' computes its weight (weight_norm or "
+                "pruning), expected a plain parameter; remove that first"
+            )
+        chosen[name] = module
+    return chosen
+
+
+def _no_match(modules: dict[str, nn.Module], target_modules: str | list[str]) -> str:
+    linears = [name for name, module in modules.items() if type(module) is nn.Linear]
+    ends = sorted({name.rpartition(".")[2] for name in linears})
+    wanted = [target_modules] if isinstance(target_modules, str) else target_modules
+    near = sorted({hit for want in wanted for hit in difflib.get_close_matches(want, ends)})
+    hint = f"did you mean {near}?" if near else f"its nn.Linear modules end in {ends[:20]}"
+    return f"replace_linear: target_modules: {target_modules!r} matches no module; {hint}"
+
+
+def _leave_fast_paths(model: nn.Module) -> None:
+    """Makes PyTorch's fused inference paths step aside where they would read a swapped layer's
+    weight without calling the layer, and so leave out its adapter."""
+    for module in model.modules():
+        adapted = any(isinstance(child, Linear) for child in module.modules())
+        if isinstance(module, nn.TransformerEncoderLayer) and adapted:
+            module.activation_relu_or_gelu = 0
+        if isinstance(module, nn.TransformerEncoder) and adapted:
+            module.use_nested_tensor = False

@@ -1,0 +1,62 @@
+"""Training and saving only the adapters of a model. Names and meanings are loralib's and PEFT's."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lora_ext.nn import Linear
+
+_BIAS = ("none", "all", "lora_only")
+
+
+def _adapter_names(model: nn.Module, bias: str, operation: str) -> set[str]:
+    """Names of the parameters that belong to the adapters, with the base biases that `bias` adds."""
+    if bias not in _BIAS:
+        raise ValueError(f"{operation}: bias: got {bias!r}, expected one of {_BIAS}")
+    names: set[str] = set()
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{module_name}." if module_name else ""
+        if isinstance(module, Linear):
+            names |= {prefix + name for name in ("lora_A", "lora_B", "lora_bias")}
+        if "bias" in module._parameters and (
+            bias == "all" or (bias == "lora_only" and isinstance(module, Linear))
+        ):
+            names.add(f"{prefix}bias")
+    return names
+
+
+def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
+    """Sets requires_grad on the adapters and clears it on everything else.
+
+    Args:
+        bias: which base biases train too: "none", "all" (of every module), or "lora_only" (of the
+            layers that have an adapter).
+
+    Raises:
+        ValueError: bias is something else.
+    """
+    trainable = _adapter_names(model, bias, "mark_only_lora_as_trainable")
+    chosen = {
+        id(parameter)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if name in trainable
+    }
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in chosen)
+
+
+def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
+    """The part of `model.state_dict()` that is adapters; `bias` as for
+    `mark_only_lora_as_trainable`. Load it with `model.load_state_dict(..., strict=False)`."""
+    names = _adapter_names(model, bias, "lora_state_dict")
+    return {name: tensor for name, tensor in model.state_dict().items() if name in names}
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Prints the number of trainable parameters, of all parameters, and the share in percent."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    share = 100 * trainable / total if total else 0.0
+    print(
+        f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}"
+    )

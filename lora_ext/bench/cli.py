@@ -1,0 +1,188 @@
+"""Command line of ``python -m lora_ext.bench``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lora_ext.bench import grid
+from lora_ext.bench.compare import match, print_changes
+from lora_ext.bench.environment import describe
+from lora_ext.bench.measure import Budget
+from lora_ext.bench.report import MarkdownFile, print_report
+from lora_ext.bench.results import BAD, Report, Row
+from lora_ext.bench.rivals import RIVALS
+from lora_ext.bench.runner import run_case
+
+_DESCRIPTION = "Measure LoRA linear layers against the frozen nn.Linear under them."
+_EPILOG = (
+    "Exit status: 0 all is well; 1 a contender is wrong or fails, or lora_ext became slower than "
+    "in OLD; 2 the command line or a file cannot be used."
+)
+_BUDGET = Budget(seconds=2.0)
+_QUICK_BUDGET = Budget(seconds=0.1, min_rounds=3, max_rounds=20)
+# torch.compile takes longer than all of a quick run.
+_QUICK_RIVALS = tuple(name for name in RIVALS if name != "compile")
+
+
+def _comma_separated(convert: Callable[[str], Any], form: str) -> Callable[[str], tuple[Any, ...]]:
+    """Make an argparse type for a list; form says what a valid item is."""
+
+    def parse(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(convert(item) for item in text.split(","))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r}: each must be {form}") from None
+
+    return parse
+
+
+def _one_of(*values: str) -> Callable[[str], tuple[Any, ...]]:
+    return _comma_separated(lambda item: values[values.index(item)], f"one of {', '.join(values)}")
+
+
+def _size(item: str) -> int:
+    size = int(item)
+    if size < 1:
+        raise ValueError
+    return size
+
+
+def _shape(item: str) -> tuple[int, int]:
+    in_features, out_features = item.split("x")
+    return _size(in_features), _size(out_features)
+
+
+def _probability(item: str) -> float:
+    p = float(item)
+    if not 0 <= p < 1:
+        raise ValueError
+    return p
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m lora_ext.bench", None, _DESCRIPTION, _EPILOG)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="a few tiny cases, in seconds")
+    size.add_argument("--full", action="store_true", help="every size and rank; takes long")
+
+    sizes = _comma_separated(_size, "a positive integer")
+    shapes = _comma_separated(_shape, "KxN, like 1024x4096")
+    dropouts = _comma_separated(_probability, "at least 0 and less than 1")
+    axes = parser.add_argument_group("what to measure (comma-separated lists)")
+    axes.add_argument("--shapes", type=shapes, metavar="KxN", help="in_features x out_features")
+    axes.add_argument("--tokens", type=sizes, metavar="M")
+    axes.add_argument("--ranks", type=sizes, metavar="R")
+    axes.add_argument("--dtypes", type=_one_of(*grid.DTYPES), help=", ".join(grid.DTYPES))
+    axes.add_argument("--dropouts", type=dropouts, metavar="P")
+    axes.add_argument("--modes", type=_one_of(*grid.MODES), help=", ".join(grid.MODES))
+    axes.add_argument("--rivals", type=_one_of(*RIVALS), help=", ".join(RIVALS))
+
+    how = parser.add_argument_group("how to measure")
+    how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    how.add_argument("--threads", type=_size, help="CPU threads; default: torch's choice")
+    how.add_argument("--budget", type=float, metavar="SECONDS", help="per row; default: 2")
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", type=Path, metavar="FILE", help="write all results")
+    output.add_argument("--plots", type=Path, metavar="DIR", help="write PNG plots")
+    output.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="write a table between markers in the file"
+    )
+    output.add_argument(
+        "--compare",
+        type=Path,
+        nargs="+",
+        metavar=("OLD", "NEW"),
+        help="compare this run with OLD; with NEW, nothing is run and NEW's results are used",
+    )
+    return parser
+
+
+def _grid(options: argparse.Namespace, device: torch.device) -> grid.Grid:
+    if options.quick:
+        chosen = grid.QUICK
+    else:
+        chosen = grid.full_grid(device) if options.full else grid.default_grid(device)
+    axes = ("shapes", "tokens", "ranks", "dtypes", "dropouts")
+    filters = {axis: values for axis in axes if (values := getattr(options, axis))}
+    return replace(chosen, **filters)
+
+
+def _run(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    names = options.rivals or (_QUICK_RIVALS if options.quick else tuple(RIVALS))
+    rivals = [RIVALS[name] for name in names]
+    modes = options.modes or grid.MODES
+    budget = _QUICK_BUDGET if options.quick else _BUDGET
+    if options.budget:
+        budget = replace(budget, seconds=options.budget)
+
+    environment = describe(device, arguments)  # before the run, which is a load of its own
+    cases = _grid(options, device).cases()
+    rows: list[Row] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(cases) * len(modes))
+        for case in cases:
+            progress.update(task, description=str(case))
+            for mode_rows in run_case(case, rivals, modes, budget, device):
+                rows += mode_rows
+                progress.advance(task)
+    return Report(environment, rows)
+
+
+def _writers(options: argparse.Namespace) -> list[Callable[[Report], object]]:
+    """Prepare the outputs before a long run, so that what cannot work fails now."""
+    writers: list[Callable[[Report], object]] = []
+    if options.json:
+        options.json.touch()
+        writers.append(lambda report: report.save(options.json))
+    if options.markdown:
+        writers.append(MarkdownFile(options.markdown).write)
+    if options.plots:
+        from lora_ext.bench.plots import write_plots  # matplotlib takes a second to import
+
+        options.plots.mkdir(parents=True, exist_ok=True)
+        writers.append(lambda report: write_plots(report, options.plots))
+    return writers
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark and return the exit status."""
+    arguments = sys.argv[1:] if argv is None else argv
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    files: list[Path] = options.compare or []
+    if len(files) > 2:
+        parser.error("--compare takes one or two files")
+    try:
+        old, new = [Report.load(path) for path in files] + [None] * (2 - len(files))
+        writers = _writers(options)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+    console = Console()
+    report = new or _run(options, arguments)
+    print_report(report, console)
+    for write in writers:
+        write(report)
+    bad = any(row.status in BAD for row in report.rows)
+    if old:
+        changes = match(old, report)
+        if not changes:
+            parser.error(f"{files[0]} has no row of lora_ext in common with the new results")
+        print_changes(changes, old, report, console)
+        bad = bad or any(change.is_regression for change in changes)
+    return 1 if bad else 0

@@ -1,0 +1,139 @@
+"""Timing and memory of the contenders of one row."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_ext.bench.problem import Batch
+from lora_ext.bench.results import Quartiles, Timing
+from lora_ext.bench.rivals import FROZEN, Contender
+
+Call = Callable[[Batch], object]
+
+_WARM_UP_CALLS = 3
+# Short calls are grouped until the fastest contender fills this, far above the clock's resolution
+# and, on CUDA, above the cost of an event.
+_MIN_SAMPLE_S = 5e-4
+_MAX_CALLS_PER_SAMPLE = 200
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long one row may take, all its contenders together, after the warm-up."""
+
+    seconds: float
+    min_rounds: int = 5
+    max_rounds: int = 100
+
+
+def _cpu_seconds(call: Call, batches: Sequence[Batch]) -> float:
+    start = time.perf_counter_ns()
+    for batch in batches:
+        call(batch)
+    return (time.perf_counter_ns() - start) * 1e-9
+
+
+def _cuda_seconds(call: Call, batches: Sequence[Batch]) -> float:
+    new_event: Callable[..., Any] = torch.cuda.Event
+    start, end = (new_event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for batch in batches:
+        call(batch)
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) * 1e-3
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def time_row(
+    calls: Mapping[str, Call], batches: Sequence[Batch], budget: Budget
+) -> dict[str, Timing]:
+    """Time the contenders in rounds of one sample each, so that drift hits all of them alike.
+
+    The order within a round is shuffled, since each contender runs in the caches of the one before.
+    """
+    seconds = _cuda_seconds if batches[0].x.is_cuda else _cpu_seconds
+    rotation = itertools.cycle(batches)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    shuffle = random.Random(0).shuffle
+    with _no_garbage_collection():
+        fastest = min(_warm_up(call, batches, seconds) for call in calls.values())
+        count = min(math.ceil(_MIN_SAMPLE_S / fastest), _MAX_CALLS_PER_SAMPLE)
+        deadline = time.perf_counter() + budget.seconds
+        for done in range(budget.max_rounds):
+            if done >= budget.min_rounds and time.perf_counter() > deadline:
+                break
+            shuffle(order)
+            for name in order:
+                inputs = list(itertools.islice(rotation, count))
+                samples[name].append(seconds(calls[name], inputs) / count)
+    return {name: _timing(taken, samples[FROZEN], count) for name, taken in samples.items()}
+
+
+def _warm_up(call: Call, batches: Sequence[Batch], seconds: Callable[..., float]) -> float:
+    """Return the usual time of a few calls, of which the first may compile."""
+    return statistics.median(seconds(call, batches[:1]) for _ in range(_WARM_UP_CALLS))
+
+
+def _timing(samples: list[float], frozen: list[float], count: int) -> Timing:
+    ratios = [own / base for own, base in zip(samples, frozen, strict=True)]
+    times = [round(seconds * 1e6, 3) for seconds in samples]
+    return Timing(Quartiles.of(times), Quartiles.of(ratios), times, count)
+
+
+def saved_bytes(contender: Contender, batch: Batch) -> int:
+    """Count the bytes that a forward keeps for backward: unique storages, without parameters.
+
+    x counts where it is kept, although whoever produced it may share it.
+    """
+    parameters = set(map(_storage, contender.layer.parameters()))
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = contender.layer(batch.x)  # held, so that no storage is freed and its address reused
+    del y
+    return sum(size for storage, size in kept.items() if storage not in parameters)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def peak_bytes(call: Call, batch: Batch) -> int | None:
+    """Measure what a call allocates at its peak, over what was there before; CUDA only."""
+    device = batch.x.device
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call(batch)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated(device) - before

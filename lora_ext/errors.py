@@ -1,0 +1,9 @@
+"""Errors that a caller may want to tell apart."""
+
+
+class AlreadyMergedError(RuntimeError):
+    """merge() on a module whose adapter is in its weight."""
+
+
+class NotMergedError(RuntimeError):
+    """unmerge() on a module whose adapter is not in its weight."""

@@ -1,0 +1,80 @@
+"""The fused operators as functions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_ext import _extension
+
+_fused_lora_linear = _extension._C.lora_linear
+
+
+def draw_rng_state(x: Tensor) -> Tensor:
+    """The state of one dropout mask: int64 [2] (seed, offset), on the device of `x`.
+
+    Drawn from that device's torch generator, so `torch.manual_seed` and activation checkpointing
+    govern it.
+    """
+    return torch.ops.lora_ext.draw_rng_state(x)  # type: ignore[no-any-return]
+
+
+def dropout_mask(rng_state: Tensor, rows: int, columns: int, dropout_p: float) -> Tensor:
+    """The mask that `rng_state` stands for: bool [rows, columns], True where dropout keeps.
+
+    The fused operators never build it; it is for tests and inspection. Kept with probability
+    `1 - dropout_p`, rounded to a multiple of 2^-16.
+    """
+    return torch.ops.lora_ext.dropout_mask(  # type: ignore[no-any-return]
+        rng_state, rows, columns, dropout_p
+    )
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    lora_bias: Tensor | None = None,
+    *,
+    scaling: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
+) -> Tensor:
+    """`x @ weight.T + bias + scaling * (dropout(x) @ lora_A.T @ lora_B.T + lora_bias)`, fused.
+
+    LoRA as in Hu et al., 2021 (arXiv:2106.09685). Differentiable twice in x, weight, bias, lora_A,
+    lora_B and lora_bias; only the gradients that are asked for are computed. Keeps for backward x
+    (or only `dropout(x) @ lora_A.T`, where weight and lora_A are frozen) and the rng_state.
+
+    Args:
+        x: [..., in_features], float64, float32, bfloat16 or float16, any strides.
+        weight: [out_features, in_features], dtype of x.
+        bias: [out_features] or None, dtype of x.
+        lora_A: [r, in_features], dtype of x, or float32 beside bfloat16 and float16.
+        lora_B: [out_features, r], dtype of lora_A.
+        lora_bias: [out_features] or None, dtype of lora_A; scaled like the low-rank product.
+        scaling: a number, or a 0-d tensor that needs no grad (a compiled graph can then be rescaled
+            in place).
+        dropout_p: probability that an element of x is dropped before lora_A.
+        rng_state: from `draw_rng_state`; drawn here if None and dropout_p > 0.
+
+    Returns:
+        [..., out_features], dtype of x (of autocast, where it is on).
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape or range, or dtype.
+        RuntimeError: tensors on different devices.
+    """
+    if not torch.compiler.is_compiling():
+        y: Tensor = _fused_lora_linear(
+            x, weight, bias, lora_A, lora_B, lora_bias, scaling, dropout_p, rng_state
+        )
+        return y
+    if dropout_p > 0.0 and rng_state is None:
+        rng_state = draw_rng_state(x)
+    factor, factor_tensor = (1.0, scaling) if isinstance(scaling, Tensor) else (scaling, None)
+    return torch.ops.lora_ext.lora_linear(  # type: ignore[no-any-return]
+        x, weight, bias, lora_A, lora_B, lora_bias, factor, factor_tensor, dropout_p, rng_state
+    )

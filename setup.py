@@ -1,0 +1,111 @@
+"""Builds lora_ext._C with CMake against the torch that is installed.
+
+Environment variables: MAX_JOBS (parallel compile jobs), LORA_EXT_CUDA (auto, 0 or 1; this version
+has no CUDA kernels, so 1 is refused), CMAKE_BUILD_TYPE (default Release), LORA_EXT_BUILD_DIR (a
+folder to keep between builds; only with --no-build-isolation, since it remembers its ninja).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+# Run by a Python that ignores the build environment (-I), so that inside pip's build isolation it
+# finds the user's torch.
+FIND_TORCH = """
+import json, torch
+from torch.utils.cpp_extension import include_paths
+from torch.utils.cpp_extension import TORCH_LIB_PATH
+print(json.dumps({"version": torch.__version__, "include": include_paths(),
+                  "lib": TORCH_LIB_PATH, "abi": int(torch.compiled_with_cxx11_abi())}))
+"""
+
+
+def fail(sentence: str) -> None:
+    raise SystemExit(f"lora_ext: {sentence}")
+
+
+def find_torch() -> dict[str, object]:
+    result = subprocess.run([sys.executable, "-I", "-c", FIND_TORCH], capture_output=True, text=True)
+    if result.returncode != 0:
+        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        fail(
+            f"no usable torch for {sys.executable} ({reason}); "
+            "install torch 2.11 or newer into this environment first, then lora_ext again."
+        )
+    found: dict[str, object] = json.loads(result.stdout.splitlines()[-1])
+    major, minor = (int(part) for part in str(found["version"]).split(".")[:2])
+    if (major, minor) < (2, 11):
+        fail(f"torch {found['version']} is installed; lora_ext needs 2.11 or newer.")
+    return found
+
+
+def check_tools() -> None:
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler.split()[0]) is None and shutil.which("g++") is None:
+        fail(f"no C++ compiler: '{compiler}' is not on PATH; install g++ 11 or newer, or set CXX.")
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.exists():
+        fail(f"no Python headers: {header} is missing; install python3-dev for this Python.")
+    cuda = os.environ.get("LORA_EXT_CUDA", "auto")
+    if cuda not in ("auto", "0", "1"):
+        fail(f"LORA_EXT_CUDA is '{cuda}'; expected auto, 0 or 1.")
+    if cuda == "1":
+        fail("LORA_EXT_CUDA=1, but this version has no CUDA kernels yet; use auto or 0.")
+
+
+class CMakeBuild(build_ext):
+    """build_ext that hands the one extension to CMake and Ninja."""
+
+    def build_extension(self, ext: Extension) -> None:
+        check_tools()
+        torch = find_torch()
+        import pybind11
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        settings = {
+            "CMAKE_BUILD_TYPE": os.environ.get("CMAKE_BUILD_TYPE", "Release"),
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(target.parent),
+            "TORCH_INCLUDE_DIRS": ";".join(torch["include"]),  # type: ignore[arg-type]
+            "TORCH_LIBRARY_DIR": torch["lib"],
+            "TORCH_CXX11_ABI": torch["abi"],
+            "TORCH_VERSION": torch["version"],
+            "LORA_EXT_VERSION": self.distribution.get_version(),
+            "PYTHON_INCLUDE_DIR": sysconfig.get_path("include"),
+            "PYBIND11_INCLUDE_DIR": pybind11.get_include(),
+            "EXTENSION_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
+        }
+        self.announce("lora_ext: CPU build with", level=2)
+        for name, value in settings.items():
+            self.announce(f"  {name} = {value}", level=2)
+        print(f"lora_ext: CPU build for torch {torch['version']}, Python {sys.version.split()[0]}")
+
+        # A fresh folder each time: a kept CMakeCache would name the ninja of a deleted build
+        # environment.
+        with contextlib.ExitStack() as stack:
+            folder = os.environ.get("LORA_EXT_BUILD_DIR") or stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="lora_ext_build_")
+            )
+            configure = ["cmake", "-S", str(ROOT), "-B", folder, "-G", "Ninja"]
+            configure += [f"-D{name}={value}" for name, value in settings.items()]
+            build = ["cmake", "--build", folder]
+            if jobs := os.environ.get("MAX_JOBS"):
+                build += ["--parallel", jobs]
+            for command in (configure, build):
+                if subprocess.run(command).returncode != 0:
+                    fail(f"'{' '.join(command[:4])} ...' failed; its messages are above.")
+
+
+setup(ext_modules=[Extension("lora_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

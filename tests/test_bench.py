@@ -1,0 +1,328 @@
+"""The benchmark itself: its checks, its counters, its files and its exit status."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("rich")
+
+from lora_ext.bench.cli import main
+from lora_ext.bench.grid import FWD, FWD_BWD, MODES, Case
+from lora_ext.bench.measure import Budget, saved_bytes
+from lora_ext.bench.problem import SCALING, Problem, make_problem
+from lora_ext.bench.report import BEGIN, END
+from lora_ext.bench.results import FAILED, OK, SKIPPED, WRONG, Quartiles, Report, Row, Timing
+from lora_ext.bench.rivals import RIVALS, Contender, Rival, torch_keep_mask
+from lora_ext.bench.runner import run_case
+
+K, N, M, R = 32, 48, 5, 4
+CPU = torch.device("cpu")
+TINY = Case(in_features=K, out_features=N, tokens=M, rank=R, dtype="fp32", dropout_p=0.0)
+BUDGET = Budget(seconds=0.01, min_rounds=3, max_rounds=3)
+ENVIRONMENT = {
+    "device": "a machine",
+    "threads": 1,
+    "cpus": 1,
+    "load_average": 0.0,
+    "versions": {"python": "3"},
+    "commit": None,
+    "dirty": None,
+    "date": "2026-01-01",
+    "command": "python -m lora_ext.bench",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other on a busy machine would make these tests slow."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run a small grid with all outputs; returns the folder with them."""
+    folder = tmp_path_factory.mktemp("bench")
+    sizes = ["--shapes", f"{K}x{N}", "--tokens", str(M), "--ranks", str(R)]
+    files = ["--json", str(folder / "run.json"), "--markdown", str(folder / "run.md")]
+    assert main(["--quick", "--device", "cpu", "--budget", "0.01", *sizes, *files]) == 0
+    return folder
+
+
+# The results of a run
+
+
+def test_json_says_where_the_numbers_come_from(quick_run: Path) -> None:
+    data = json.loads((quick_run / "run.json").read_text(encoding="utf-8"))
+    assert data["schema"] == 1
+    environment = data["environment"]
+    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["device"] and environment["date"]
+    assert environment["threads"] == 1
+    assert environment["command"].startswith("python -m lora_ext.bench --quick")
+    assert {"commit", "dirty", "lora_ext_build", "load_average"} <= environment.keys()
+
+
+def test_every_row_is_timed_or_says_why_not(quick_run: Path) -> None:
+    rows = Report.load(quick_run / "run.json").rows
+    cases = {row.case for row in rows}
+    assert {(case.dtype, case.dropout_p) for case in cases} == {
+        (dtype, p) for dtype in ("fp32", "bf16") for p in (0.0, 0.1)
+    }
+    assert len(rows) == len(cases) * len(MODES) * (len(RIVALS) - 1)  # all but compile
+    for row in rows:
+        assert row.status in (OK, SKIPPED), row
+        if row.status == SKIPPED:
+            assert row.timing is None and row.note
+            continue
+        assert row.timing and len(row.timing.samples_us) >= 3
+        times = row.timing.time_us
+        assert 0 < times.q1 <= times.median <= times.q3
+        assert (row.saved_bytes is not None) == (row.mode == FWD_BWD)
+
+
+def test_ratios_are_paired_with_the_frozen_layer(quick_run: Path) -> None:
+    rows = Report.load(quick_run / "run.json").rows
+    frozen = {(row.case, row.mode): row.timing for row in rows if row.rival == "frozen"}
+    for row in rows:
+        if row.timing is None:
+            continue
+        base = frozen[row.case, row.mode]
+        assert base is not None
+        pairs = zip(row.timing.samples_us, base.samples_us, strict=True)
+        expected = Quartiles.of([own / other for own, other in pairs])
+        assert row.timing.ratio.median == pytest.approx(expected.median, rel=1e-2)
+
+
+def test_json_survives_a_round_trip(quick_run: Path, tmp_path: Path) -> None:
+    report = Report.load(quick_run / "run.json")
+    report.save(tmp_path / "copy.json")
+    assert Report.load(tmp_path / "copy.json") == report
+
+
+# Correctness before speed
+
+
+class Planted(nn.Module):
+    """A layer with replaceable forward terms, to plant faults in."""
+
+    def __init__(self, problem: Problem, delta: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(problem.weight, requires_grad=False)
+        self.lora_A = nn.Parameter(problem.lora_A.clone())
+        self.lora_B = nn.Parameter(problem.lora_B.clone())
+        self.delta = delta
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.delta(x, self.lora_A, self.lora_B)
+
+
+def planted(delta: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Rival:
+    def build(problem: Problem) -> Contender:
+        layer = Planted(problem, delta)
+        return Contender(layer, (layer.lora_A, layer.lora_B))
+
+    return Rival("planted", build, keep_mask=torch_keep_mask)
+
+
+def lora(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    return SCALING * (x @ lora_A.T) @ lora_B.T
+
+
+def other_grad(tensor: Tensor, factor: float) -> Tensor:
+    """Return the same values with a gradient that is off by a factor."""
+    return tensor * factor + (tensor * (1 - factor)).detach()
+
+
+def one_element_off(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    y = lora(x, lora_A, lora_B)
+    return y + torch.zeros_like(y).index_put((torch.tensor(M - 1), torch.tensor(N - 1)), y[0, 0])
+
+
+FAULTS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], str]] = {
+    "no scaling": (lambda x, A, B: lora(x, A, B) / SCALING, "y"),
+    "one element": (one_element_off, "y"),
+    "nan": (lambda x, A, B: lora(x, A, B) * float("nan"), "y: not finite"),
+    "shape": (lambda x, A, B: lora(x, A, B)[None], "y (no_grad): shape"),
+    "dx without LoRA": (lambda x, A, B: lora(x.detach(), A, B), "dx"),
+    "-dA": (lambda x, A, B: lora(x, other_grad(A, -1.0), B), "dA"),
+    "half dB": (lambda x, A, B: lora(x, A, other_grad(B, 0.5)), "dB"),
+    "dA off by 1 %": (lambda x, A, B: lora(x, other_grad(A, 1.01), B), "dA"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_contender_is_marked_and_not_timed(fault: str) -> None:
+    delta, where = FAULTS[fault]
+    (rows,) = run_case(TINY, [planted(delta)], [FWD_BWD], BUDGET, CPU)
+    frozen, wrong = rows
+    assert (frozen.status, wrong.status) == (OK, WRONG)
+    assert wrong.timing is None
+    assert wrong.note and wrong.note.startswith(where)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_right_contender_passes(dtype: str) -> None:
+    (rows,) = run_case(replace(TINY, dtype=dtype), [planted(lora)], [FWD], BUDGET, CPU)
+    assert [row.status for row in rows] == [OK, OK]
+    assert rows[1].errors.keys() == {"y", "y (no_grad)", "dx", "dA", "dB"}
+
+
+def test_a_wrong_dropout_scale_is_found() -> None:
+    case = replace(TINY, dropout_p=0.1)
+    unscaled = planted(lambda x, A, B: lora(nn.functional.dropout(x, 0.1) * 0.9, A, B))
+    right = planted(lambda x, A, B: lora(nn.functional.dropout(x, 0.1), A, B))
+    for rival, status in ((unscaled, WRONG), (right, OK)):
+        (rows,) = run_case(case, [rival], [FWD], BUDGET, CPU)
+        assert rows[1].status == status
+
+
+def test_a_contender_that_raises_does_not_end_the_run() -> None:
+    def broken(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        raise RuntimeError("no such kernel")
+
+    (rows,) = run_case(TINY, [planted(broken), RIVALS["naive"]], [FWD], BUDGET, CPU)
+    assert [row.status for row in rows] == [OK, FAILED, OK]
+    assert rows[1].note == "RuntimeError: no such kernel"
+
+
+def test_a_wrong_contender_sets_the_exit_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(RIVALS, "planted", planted(FAULTS["no scaling"][0]))
+    options = ["--shapes", f"{K}x{N}", "--tokens", "3", "--dtypes", "fp32", "--dropouts", "0"]
+    assert main(["--quick", "--device", "cpu", *options, "--rivals", "planted"]) == 1
+    assert "WRONG planted" in capsys.readouterr().out
+
+
+# Bytes saved for backward
+
+
+@pytest.mark.parametrize(
+    ("rival", "p", "expected"),
+    [
+        ("frozen", 0.0, 0),
+        ("naive", 0.0, M * K + M * R),  # x and h
+        ("addmm", 0.0, M * K + M * R),
+        ("addmm", 0.1, 2 * M * K + M * R),  # dropped x, PyTorch's mask and h
+    ],
+)
+def test_saved_bytes_of_known_layers(rival: str, p: float, expected: int) -> None:
+    problem = make_problem(replace(TINY, dropout_p=p), CPU)
+    contender = RIVALS[rival].build(problem)
+    assert saved_bytes(contender, problem.batches[0]) == expected * torch.float32.itemsize
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_lora_ext_saves_x_h_and_the_rng_state(p: float) -> None:
+    problem = make_problem(replace(TINY, dropout_p=p), CPU)
+    contender = RIVALS["lora_ext"].build(problem)
+    assert saved_bytes(contender, problem.batches[0]) <= (M * K + M * R) * 4 + 16
+
+
+# Comparison of reports
+
+
+def write_report(path: Path, ratio: float, spread: float = 0.01, status: str = OK) -> str:
+    """Write a report of one row, with quartiles at ratio ± spread."""
+    quartiles = Quartiles(ratio - spread, ratio, ratio + spread)
+    timing = Timing(quartiles, quartiles, [ratio], 1) if status == OK else None
+    row = Row(TINY, FWD, "lora_ext", status, None, timing)
+    frozen_quartiles = Quartiles(1.0, 1.0, 1.0)
+    frozen_timing = Timing(frozen_quartiles, frozen_quartiles, [1.0], 1)
+    frozen = Row(TINY, FWD, "frozen", OK, None, frozen_timing)
+    Report(ENVIRONMENT, [frozen, row]).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("new", "expected", "word"),
+    [
+        ({"ratio": 1.20}, 1, "REGRESSION"),
+        ({"ratio": 1.14}, 0, "same"),  # outside the spread, but within 5 %
+        ({"ratio": 1.30, "spread": 0.25}, 0, "same"),  # over 5 %, but within the spread
+        ({"ratio": 1.00}, 0, "improvement"),
+        ({"ratio": 1.10, "status": WRONG}, 1, "REGRESSION"),
+    ],
+    ids=["regression", "small", "noise", "improvement", "wrong"],
+)
+def test_compare(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    new: dict[str, Any],
+    expected: int,
+    word: str,
+) -> None:
+    old_path = write_report(tmp_path / "old.json", 1.10)
+    new_path = write_report(tmp_path / "new.json", **new)
+    assert main(["--compare", old_path, new_path]) == expected
+    assert word in capsys.readouterr().out
+
+
+def test_compare_with_a_new_run(quick_run: Path) -> None:
+    """Times of such a small run are noise, so either verdict will do."""
+    sizes = ["--shapes", f"{K}x{N}", "--tokens", str(M), "--ranks", str(R), "--dtypes", "fp32"]
+    options = ["--quick", "--device", "cpu", *sizes, "--rivals", "lora_ext"]
+    assert main([*options, "--compare", str(quick_run / "run.json")]) in (0, 1)
+
+
+def test_compare_without_common_rows(tmp_path: Path, quick_run: Path) -> None:
+    other = write_report(tmp_path / "other.json", 1.0)
+    report = Report.load(Path(other))
+    rows = [replace(row, case=replace(TINY, tokens=M + 1)) for row in report.rows]
+    Report(ENVIRONMENT, rows).save(Path(other))
+    with pytest.raises(SystemExit, match="2"):
+        main(["--compare", other, str(quick_run / "run.json")])
+
+
+# Plots, tables, command line
+
+
+def test_plots(quick_run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    run = str(quick_run / "run.json")
+    assert main(["--compare", run, run, "--plots", str(tmp_path)]) == 0
+    names = {path.stem for path in tmp_path.iterdir()}
+    assert names == {"ratio_over_rank", "ratio_over_shape", "saved_bytes"}
+    for path in tmp_path.iterdir():
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_markdown_replaces_only_what_is_between_the_markers(quick_run: Path) -> None:
+    assert (quick_run / "run.md").read_text(encoding="utf-8").startswith(BEGIN)
+    readme = quick_run / "README.md"
+    readme.write_text(f"# Title\n{BEGIN}\nold\n{END}\nrest\n", encoding="utf-8")
+    run = str(quick_run / "run.json")
+    assert main(["--compare", run, run, "--markdown", str(readme)]) == 0
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith(f"# Title\n{BEGIN}\n| K→N |") and text.endswith(f"{END}\nrest\n")
+    assert "old" not in text and "geomean" in text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--shapes", "12"],
+        ["--tokens", "0"],
+        ["--dropouts", "1"],
+        ["--rivals", "nobody"],
+        ["--quick", "--full"],
+        ["--compare", "missing.json"],
+        ["--compare", "a", "b", "c"],
+        ["--markdown", __file__],
+    ],
+    ids=" ".join,
+)
+def test_unusable_command_lines_exit_with_2(options: list[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(options)

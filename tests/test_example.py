@@ -1,0 +1,122 @@
+"""The example runs from end to end on a tiny random model, and its parts do what they promise."""
+
+from __future__ import annotations
+
+import json
+import math
+import string
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+for library in ("transformers", "peft", "rich", "matplotlib"):
+    pytest.importorskip(library)
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+@pytest.fixture
+def docstring_data(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import docstring_data
+
+    return docstring_data
+
+
+@pytest.fixture
+def finetune_encoder(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import finetune_encoder
+
+    return finetune_encoder
+
+
+@pytest.fixture
+def tiny_bert(tmp_path: Path) -> Path:
+    """A folder with a random two-layer BERT and a tokenizer that knows letters only."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    pieces = ["[PAD]", "[UNK]", *string.ascii_lowercase]
+    pieces += [f"##{letter}" for letter in string.ascii_lowercase]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder = tmp_path / "tiny_bert"
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"
+    ).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def run_example(model: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    sizes = {"steps": 6, "dropout-steps": 2, "batch-size": 8, "max-length": 24, "per-class": 8}
+    sizes |= {"rank": 4, "alpha": 8, "bench-seconds": 0}
+    command = [sys.executable, str(EXAMPLES / "finetune_encoder.py"), f"--model={model}"]
+    command += [f"--out={out}", *(f"--{name}={size}" for name, size in sizes.items()), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_the_three_implementations_train_alike(tiny_bert: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    # A high rate moves lora_B off zero quickly, so that all of the adapter matters to the loss.
+    result = run_example(tiny_bert, out, "--lr=0.01")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (out / "finetune_encoder.png").stat().st_size > 10_000
+    assert (out / "lora_adapter.pt").exists()
+
+    runs = json.loads((out / "finetune_encoder.json").read_text())["runs"]
+    assert set(runs) == {"dropout 0", "dropout 0.1"}
+    losses = {run["name"]: run["losses"] for run in runs["dropout 0"]}
+    assert set(losses) == {"lora_ext", "naive", "peft"}
+    assert len(losses["naive"]) == 6
+    for name in ("lora_ext", "peft"):
+        assert losses[name] == pytest.approx(losses["naive"], rel=1e-4)
+    for group in runs.values():
+        assert all(run["saved_bytes"] > 0 for run in group)
+
+
+@pytest.mark.parametrize("second_loss", [1.001, math.nan], ids=["off by 1e-3", "nan"])
+def test_curves_that_differ_fail(finetune_encoder: ModuleType, second_loss: float) -> None:
+    from rich.console import Console
+
+    naive = finetune_encoder.Measurement("naive", [2.0, 1.0], [1.0, 1.0], saved_bytes=1)
+    other = finetune_encoder.Measurement("lora_ext", [2.0, second_loss], [1.0, 1.0], saved_bytes=1)
+    console = Console(record=True)
+    assert finetune_encoder.verdict([other, naive], comparable=True, console=console) == 1
+    assert "lora_ext" in console.export_text()
+
+
+def test_data_set_is_balanced_and_has_no_text_twice(docstring_data: ModuleType) -> None:
+    data = docstring_data.build_dataset(per_class=40, held_out_share=0.25)
+    classes = range(len(data.labels))
+    assert len(data.labels) >= 8
+    assert Counter(label for _, label in data.train) == dict.fromkeys(classes, 30)
+    assert Counter(label for _, label in data.held_out) == dict.fromkeys(classes, 10)
+    keys = [docstring_data.text_key(text) for text, _ in data.train + data.held_out]
+    assert len(keys) == len(set(keys))
+
+
+def test_data_set_does_not_name_the_modules(docstring_data: ModuleType) -> None:
+    data = docstring_data.build_dataset(per_class=40)
+    texts = " ".join(text for text, _ in data.train + data.held_out).lower()
+    assert not [label for label in docstring_data.STDLIB_SOURCES if label in texts]
+
+
+def test_data_set_depends_on_the_seed_only(docstring_data: ModuleType) -> None:
+    assert docstring_data.build_dataset(seed=1) == docstring_data.build_dataset(seed=1)
+    assert docstring_data.build_dataset(seed=1) != docstring_data.build_dataset(seed=2)
