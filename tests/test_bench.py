@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("rich")
 
+from lora_ext.bench.__main__ import run
 from lora_ext.bench.cli import main
 from lora_ext.bench.grid import FWD, FWD_BWD, MODES, Case
 from lora_ext.bench.measure import Budget, saved_bytes
@@ -307,6 +309,16 @@ def test_markdown_replaces_only_what_is_between_the_markers(quick_run: Path) -> 
     text = readme.read_text(encoding="utf-8")
     assert text.startswith(f"# Title\n{BEGIN}\n| K→N |") and text.endswith(f"{END}\nrest\n")
     assert "old" not in text and "geomean" in text
+
+
+def test_a_missing_package_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", "--plots", str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "lora_ext.bench.plots", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run() == 2
+    assert "matplotlib is not installed: pip install" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def run_example(model: Path, out: Path, *options: str) -> subprocess.CompletedPr
 def test_the_three_implementations_train_alike(tiny_bert: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     # A high rate moves lora_B off zero quickly, so that all of the adapter matters to the loss.
-    result = run_example(tiny_bert, out, "--lr=0.01")
+    result = run_example(tiny_bert, out, "--lr=0.03")
     assert result.returncode == 0, result.stdout + result.stderr
     assert (out / "finetune_encoder.png").stat().st_size > 10_000
     assert (out / "lora_adapter.pt").exists()
@@ -85,7 +85,8 @@ def test_the_three_implementations_train_alike(tiny_bert: Path, tmp_path: Path) 
     assert set(losses) == {"lora_ext", "naive", "peft"}
     assert len(losses["naive"]) == 6
     for name in ("lora_ext", "peft"):
-        assert losses[name] == pytest.approx(losses["naive"], rel=1e-4)
+        # Rounding makes 1e-7 here; an update that is 1% too large would make more than 1e-4.
+        assert losses[name] == pytest.approx(losses["naive"], rel=1e-5)
     for group in runs.values():
         assert all(run["saved_bytes"] > 0 for run in group)
 

@@ -23,6 +23,7 @@ from lora_ext.bench.rivals import FROZEN, Contender
 Call = Callable[[Batch], object]
 
 _WARM_UP_CALLS = 3
+_LONG_CALL_S = 0.2
 # Short calls are grouped until the fastest contender fills this, far above the clock's resolution
 # and, on CUDA, above the cost of an event.
 _MIN_SAMPLE_S = 5e-4
@@ -94,8 +95,11 @@ def time_row(
 
 
 def _warm_up(call: Call, batches: Sequence[Batch], seconds: Callable[..., float]) -> float:
-    """Return the usual time of a few calls, of which the first may compile."""
-    return statistics.median(seconds(call, batches[:1]) for _ in range(_WARM_UP_CALLS))
+    """Return the usual time of a few calls, or of one long call: checks have warmed up too."""
+    taken: list[float] = []
+    while len(taken) < _WARM_UP_CALLS and sum(taken) < _LONG_CALL_S:
+        taken.append(seconds(call, batches[:1]))
+    return statistics.median(taken)
 
 
 def _timing(samples: list[float], frozen: list[float], count: int) -> Timing:

@@ -238,6 +238,38 @@ class Linear(nn.Linear):
             raise ValueError("Linear.merge: the merged bias would hold NaN or Inf; nothing changed")
         return merged
 
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._base_weight is not None:
+            destination[f"{prefix}weight"] = self._base_weight
+        if self._base_bias is not None:
+            destination[f"{prefix}bias"] = self._base_bias
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """A merged layer stays merged, with what was loaded."""
+        merged = self.merged
+        if merged:
+            self.unmerge()
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if merged:
+            try:
+                self.merge()
+            except ValueError as error:
+                error_msgs.append(f"{prefix}merge after loading, now unmerged: {error}")
+
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}"
         if self.lora_dropout > 0.0:

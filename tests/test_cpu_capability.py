@@ -1,0 +1,57 @@
+"""All instruction sets that this CPU has: the same masks, and right results."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lora_ext
+
+CAPABILITIES = ["default", "avx2", "avx512"]
+BEST = lora_ext.build_info()["cpu_capability"]
+
+SCRIPT = """
+import hashlib, json, torch, lora_ext
+mask = lora_ext.dropout_mask(torch.tensor([99, 8]), 70, 1000, 0.37)
+print(json.dumps({"capability": lora_ext.build_info()["cpu_capability"],
+                  "mask": hashlib.sha256(mask.numpy().tobytes()).hexdigest()}))
+"""
+
+
+def run(capability: str, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"LORA_EXT_CPU_CAPABILITY": capability}
+    return subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True
+    )
+
+
+def skip_without(capability: str) -> None:
+    if CAPABILITIES.index(capability) > CAPABILITIES.index(BEST):
+        pytest.skip(f"this CPU has no {capability}; its best is {BEST}")
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_masks_do_not_depend_on_it(capability: str) -> None:
+    skip_without(capability)
+    outputs = [json.loads(run(c, "-c", SCRIPT).stdout) for c in ("default", capability)]
+    assert outputs[1]["capability"] == capability
+    assert outputs[0]["mask"] == outputs[1]["mask"]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES[:-1])
+def test_results_are_right_on_lower_ones(capability: str) -> None:
+    skip_without(capability)
+    folder = Path(__file__).parent
+    chosen = "test_values_and_gradients or test_empty or test_error_against or test_mask_is"
+    result = run(
+        capability, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen,
+        str(folder / "test_lora_linear.py"), str(folder / "test_precision.py"),
+        str(folder / "test_dropout.py"),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert " passed" in result.stdout and "failed" not in result.stdout
