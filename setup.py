@@ -38,7 +38,9 @@ def fail(sentence: str) -> None:
 
 
 def find_torch() -> dict[str, object]:
-    result = subprocess.run([sys.executable, "-I", "-c", FIND_TORCH], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", FIND_TORCH], capture_output=True, text=True
+    )
     if result.returncode != 0:
         reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
         fail(

@@ -1,13 +1,11 @@
-// lora_ext._C: the eager entry points, without the cost of torch.ops' Python layers, and facts about
-// this build.
-#include <ATen/Parallel.h>
+// lora_ext._C: the eager entry points, without the cost of torch.ops' Python layers, and facts
+// about this build.
 #include <torch/csrc/utils/pybind.h>
 
-#include <sstream>
 #include <variant>
 
 #include "cpu/kernels.h"
-#include "cpu/path.h"
+#include "cpu/low_rank.h"
 #include "ops/dropout.h"
 #include "ops/lora_linear.h"
 
@@ -19,8 +17,8 @@ using Scaling = std::variant<double, at::Tensor>;
 
 Tensor bound_lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                          const Tensor& lora_A, const Tensor& lora_B,
-                         const OptionalTensor& lora_bias, const Scaling& scaling,
-                         double dropout_p, const OptionalTensor& rng_state) {
+                         const OptionalTensor& lora_bias, const Scaling& scaling, double dropout_p,
+                         const OptionalTensor& rng_state) {
   py::gil_scoped_release no_gil;
   LoraScale scale{1.0, std::nullopt, dropout_p, rng_state};
   if (const auto* tensor = std::get_if<at::Tensor>(&scaling)) {
@@ -30,18 +28,6 @@ Tensor bound_lora_linear(const Tensor& x, const Tensor& weight, const OptionalTe
   }
   if (dropout_p > 0.0 && !rng_state.has_value()) scale.rng_state = draw_rng_state(x);
   return lora_linear(x, weight, bias, lora_A, lora_B, lora_bias, scale);
-}
-
-// (path, reason) of one layer on the CPU.
-std::pair<std::string, std::string> explain_lora_linear(int64_t tokens, int64_t N, int64_t K,
-                                                        int64_t r, double dropout_p) {
-  const CpuPath path = choose_cpu_path(tokens, N, K, r, at::get_num_threads(), sizeof(float));
-  std::ostringstream reason;
-  reason << "vector kernels chosen by CPU capability, base product by ATen (beta = 1); forward "
-         << (path.transpose_B ? "transposes lora_B" : "reads lora_B by rows, few tokens") << "; "
-         << path.fwd_parts << " thread(s) forward, " << path.bwd_parts << " backward"
-         << (dropout_p > 0.0 ? "; dropout made in cache" : "");
-  return {std::string("fused cpu-") + cpu_kernels().name, reason.str()};
 }
 
 py::dict build_info() {
@@ -63,8 +49,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("bias"), py::arg("lora_A"), py::arg("lora_B"), py::arg("lora_bias") = py::none(),
         py::arg("scaling") = 1.0, py::arg("dropout_p") = 0.0, py::arg("rng_state") = py::none(),
         "lora_linear as a C++ autograd Function; see lora_ext.lora_linear.");
-  m.def("explain_lora_linear", &lora_ext::explain_lora_linear, py::arg("tokens"),
-        py::arg("out_features"), py::arg("in_features"), py::arg("r"), py::arg("dropout_p"),
+  m.def("explain_lora_linear", &lora_ext::explain_lora_linear_cpu, py::arg("tokens"),
+        py::arg("out_features"), py::arg("lora_A"), py::arg("dtype"), py::arg("dropout_p"),
         "The path of a call on the CPU, and why.");
   m.def("build_info", &lora_ext::build_info, "What this extension was built for, and runs with.");
 }

@@ -11,7 +11,7 @@ __version__ = importlib.metadata.version("lora-ext")
 
 try:
     # Importing registers the operators under torch.ops.lora_ext.
-    from lora_ext import _C
+    from lora_ext import _C as _C
 except ImportError as error:
     raise ImportError(
         f"lora_ext's compiled extension does not load with torch {torch.__version__} ({error}); "
@@ -22,7 +22,7 @@ except ImportError as error:
 def build_info() -> dict[str, Any]:
     """What the extension was built for: version, torch, cuda (None on a CPU build), compiler; and
     the `cpu_capability` whose kernels it runs (default, avx2 or avx512)."""
-    return dict(_C.build_info())
+    return _C.build_info()
 
 
 _built_for = build_info()["torch"].split("+")[0].split(".")[:2]

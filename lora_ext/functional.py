@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_ext import _extension
-
-_fused_lora_linear = _extension._C.lora_linear
+from lora_ext._extension import _C
 
 
 def draw_rng_state(x: Tensor) -> Tensor:
@@ -68,10 +66,9 @@ def lora_linear(
         RuntimeError: tensors on different devices.
     """
     if not torch.compiler.is_compiling():
-        y: Tensor = _fused_lora_linear(
+        return _C.lora_linear(
             x, weight, bias, lora_A, lora_B, lora_bias, scaling, dropout_p, rng_state
         )
-        return y
     if dropout_p > 0.0 and rng_state is None:
         rng_state = draw_rng_state(x)
     factor, factor_tensor = (1.0, scaling) if isinstance(scaling, Tensor) else (scaling, None)

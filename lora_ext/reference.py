@@ -28,8 +28,8 @@ def lora_linear(
 ) -> Tensor:
     """What `lora_ext.lora_linear` computes, with the dropout mask given (see `dropout_mask`).
 
-    Adapters of another dtype than x are used as PEFT uses them: the low-rank product in their dtype,
-    its result in that of x.
+    Adapters of another dtype than x are used as PEFT uses them: the low-rank product in their
+    dtype, its result in that of x.
     """
     y = torch.nn.functional.linear(x, weight, bias)
     dropped = dropout(x.to(lora_A.dtype), dropout_p, mask)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -312,11 +311,12 @@ def test_markdown_replaces_only_what_is_between_the_markers(quick_run: Path) -> 
 
 
 def test_a_missing_package_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench", "--plots", str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "lora_ext.bench.plots", raising=False)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    def without_matplotlib() -> int:
+        raise ModuleNotFoundError(name="matplotlib")
+
+    monkeypatch.setattr("lora_ext.bench.cli.main", without_matplotlib)
     assert run() == 2
     assert "matplotlib is not installed: pip install" in capsys.readouterr().err
 

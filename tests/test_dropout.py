@@ -64,7 +64,13 @@ def test_keep_rate_within_four_sigma() -> None:
         rate = mask.double().mean().item()
         assert abs(rate - (1 - dropout_p)) < 4 * sigma, dropout_p
         # Neighbours in a row, in a column and one counter apart are independent.
-        for shifted in (mask[:, 1:] & mask[:, :-1], mask[1:] & mask[:-1], mask[:, 16:] & mask[:, :-16]):
+        pairs = [
+            (mask[:, 1:], mask[:, :-1]),
+            (mask[1:], mask[:-1]),
+            (mask[:, 16:], mask[:, :-16]),
+        ]
+        for one, other in pairs:
+            shifted = one & other
             both = shifted.double().mean().item()
             assert abs(both - (1 - dropout_p) ** 2) < 4 * math.sqrt(0.25 / shifted.numel())
 

@@ -9,11 +9,7 @@ import torch
 from problems import NAMES, Problem, make_problem
 from torch import Tensor
 
-SUBSETS = [
-    subset
-    for size in range(1, 7)
-    for subset in itertools.combinations(NAMES, size)
-]
+SUBSETS = [subset for size in range(1, 7) for subset in itertools.combinations(NAMES, size)]
 assert len(SUBSETS) == 63
 
 
@@ -44,9 +40,7 @@ def check(problem: Problem, wanted: tuple[str, ...], twice: bool = False) -> Non
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("wanted", SUBSETS, ids="+".join)
 def test_every_subset_of_gradients(wanted: tuple[str, ...], dropout_p: float) -> None:
-    problem = make_problem(
-        (3,), 5, 4, 2, dtype=torch.float64, lora_bias=True, dropout_p=dropout_p
-    )
+    problem = make_problem((3,), 5, 4, 2, dtype=torch.float64, lora_bias=True, dropout_p=dropout_p)
     check(problem, wanted)
     operands, positions = with_grads(problem, wanted)
     y = problem.fused(*operands)
@@ -67,16 +61,20 @@ def test_shapes(rows: tuple[int, ...], dropout_p: float, bias: bool, lora_bias: 
 
 
 TWICE = [
-    ("x",), ("lora_A",), ("lora_B",), ("weight",), ("x", "lora_A"), ("x", "lora_B", "lora_A"), NAMES,
+    ("x",),
+    ("lora_A",),
+    ("lora_B",),
+    ("weight",),
+    ("x", "lora_A"),
+    ("x", "lora_B", "lora_A"),
+    NAMES,
 ]
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("wanted", TWICE, ids="+".join)
 def test_second_derivatives(wanted: tuple[str, ...], dropout_p: float) -> None:
-    problem = make_problem(
-        (3,), 5, 4, 2, dtype=torch.float64, lora_bias=True, dropout_p=dropout_p
-    )
+    problem = make_problem((3,), 5, 4, 2, dtype=torch.float64, lora_bias=True, dropout_p=dropout_p)
     check(problem, wanted, twice=True)
 
 

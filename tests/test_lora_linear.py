@@ -48,9 +48,7 @@ def assert_as_exact(problem: Problem) -> None:
     exact_y = problem.plain(*exact)
     exact_grads = gradients(exact_y, exact, problem.dy.double())
     names = [name for name, t in zip(NAMES, problem.operands, strict=True) if t is not None]
-    for name, got, want in zip(
-        ["y", *names], [y, *grads], [exact_y, *exact_grads], strict=True
-    ):
+    for name, got, want in zip(["y", *names], [y, *grads], [exact_y, *exact_grads], strict=True):
         assert got.shape == want.shape, name
         if want.numel() == 0:
             continue
@@ -71,8 +69,15 @@ def test_values_and_gradients(
     M, K, N, r = size
     assert_as_exact(
         make_problem(
-            (M,), K, N, r, dtype=dtypes[0], adapter_dtype=dtypes[1], dropout_p=dropout_p,
-            lora_bias=M % 2 == 1, bias=M % 3 != 0,
+            (M,),
+            K,
+            N,
+            r,
+            dtype=dtypes[0],
+            adapter_dtype=dtypes[1],
+            dropout_p=dropout_p,
+            lora_bias=M % 2 == 1,
+            bias=M % 3 != 0,
         )
     )
 

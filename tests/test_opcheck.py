@@ -27,8 +27,15 @@ DTYPES = [
 def problems() -> Iterator[Any]:
     for (dtype, adapter), dropout_p in itertools.product(DTYPES, (0.0, 0.1)):
         yield make_problem(
-            (2, 3), 10, 6, 4, dtype=dtype, adapter_dtype=adapter, dropout_p=dropout_p,
-            bias=dropout_p > 0, lora_bias=dtype == torch.float32,
+            (2, 3),
+            10,
+            6,
+            4,
+            dtype=dtype,
+            adapter_dtype=adapter,
+            dropout_p=dropout_p,
+            bias=dropout_p > 0,
+            lora_bias=dtype == torch.float32,
         )
     yield make_problem((), 10, 6, 4)
     yield make_problem((0,), 10, 6, 4)
@@ -52,10 +59,15 @@ def lora_linear_fwd_samples() -> Iterator[Sample]:
         yield tuple(detached(*p.operands)), options
 
 
+def lora_ext_h(x: Tensor, A: Tensor) -> Tensor:
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.reshape(-1, A.shape[1]).to(compute) @ A.to(compute).t()
+
+
 def lora_linear_bwd_samples() -> Iterator[Sample]:
     for i, p in enumerate(problems()):
         x, weight, _, A, B, _ = detached(*p.operands)
-        h = (x.reshape(-1, A.shape[1]).to(A.dtype) @ A.t()) if i % 3 == 0 else None
+        h = lora_ext_h(x, A) if i % 3 == 0 else None
         mask = [True] * 6 if i % 2 == 0 else [True, False, False, True, True, False]
         yield (p.dy, x, h, weight, A, B, p.scaling, None, p.dropout_p, p.rng_state, mask), {}
     p = make_problem((4,))

@@ -1,10 +1,11 @@
 // Which elements dropout keeps: one pure function of (seed, offset, row, column), used by every
 // backend, in forward and in backward, whatever the tiling.
 //
-// A row is cut into blocks of 128 columns, a block into 8 slots of 16 columns. One Philox call gives
-// 8 decisions of 16 bits: the 8 slots of one column-in-slot ("lane"). So 16 neighbouring columns are
-// the same slot of 16 neighbouring counters, which is one SIMD vector on a CPU and the columns that
-// a tensor-core fragment gives to neighbouring threads; nobody computes a decision that is unused.
+// A row is cut into blocks of 128 columns, a block into 8 slots of 16 columns. One Philox call
+// gives 8 decisions of 16 bits: the 8 slots of one column-in-slot ("lane"). So 16 neighbouring
+// columns are the same slot of 16 neighbouring counters, which is one SIMD vector on a CPU and the
+// columns that a tensor-core fragment gives to neighbouring threads; nobody computes a decision
+// that is unused.
 #pragma once
 
 #include <cstdint>
@@ -47,9 +48,9 @@ LORA_EXT_HOST_DEVICE bool dropout_keep(DropoutRng rng, int64_t row, int64_t colu
   const int64_t block = column / kDropoutBlock;
   const int lane = static_cast<int>(column % kDropoutLanes);
   const int slot = static_cast<int>(column % kDropoutBlock) / kDropoutLanes;
-  const PhiloxBlock bits = philox(dropout_counter(rng.offset, row, block, lane),
-                                  static_cast<uint32_t>(rng.seed),
-                                  static_cast<uint32_t>(rng.seed >> 32));
+  const PhiloxBlock bits =
+      philox(dropout_counter(rng.offset, row, block, lane), static_cast<uint32_t>(rng.seed),
+             static_cast<uint32_t>(rng.seed >> 32));
   return (bits.word[slot / 2] >> (slot % 2 * 16) & 0xFFFFu) < threshold;
 }
 

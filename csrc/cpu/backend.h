@@ -21,8 +21,6 @@ inline const LoraLinearKernels& kernels_for(at::ScalarType base, at::ScalarType 
   return cpu_kernels().lora_linear[static_cast<int>(pair)];
 }
 
-inline at::TensorOptions bytes_on_cpu() { return at::TensorOptions().dtype(at::kByte); }
-
 // [..., width] as [rows, width] with neighbouring columns adjacent; copies only if it must.
 inline Tensor as_rows(const Tensor& tensor) {
   const int64_t width = tensor.size(-1);
@@ -30,8 +28,6 @@ inline Tensor as_rows(const Tensor& tensor) {
   const Tensor flat = tensor.dim() == 2 ? tensor : tensor.reshape({rows, width});
   return flat.stride(1) == 1 || width == 1 ? flat : flat.contiguous();
 }
-
-inline int64_t row_stride(const Tensor& rows) { return rows.stride(0); }
 
 inline DropoutArgs dropout_args(double dropout_p, const OptionalTensor& rng_state) {
   if (dropout_p == 0.0) return {};

@@ -1,4 +1,5 @@
-// Compiled once per instruction set, with LORA_EXT_ISA and LORA_EXT_ISA_NAME naming it (see CMakeLists.txt).
+// Compiled once per instruction set, with LORA_EXT_ISA and LORA_EXT_ISA_NAME naming it (see
+// CMakeLists.txt).
 #include "kernels.h"
 #include "simd/lora_linear_rows.h"
 
@@ -7,8 +8,8 @@ namespace {
 
 template <class T, class TA>
 constexpr LoraLinearKernels lora_linear_kernels() {
-  return {Panel<compute_t<T>>::bytes, forward_rows<T, TA>, backward_rows<T, TA>, transpose_b<T, TA>, reduce<T, TA>,
-          merge_rows<T, TA>};
+  return {Panel<compute_t<T>>::bytes, forward_rows<T, TA>, backward_rows<T, TA>,
+          transpose_b<T, TA>,         reduce<T, TA>,       merge_rows<T, TA>};
 }
 
 void dropout_mask_rows(DropoutRng rng, uint32_t threshold, int64_t columns, int64_t begin,

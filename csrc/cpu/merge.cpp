@@ -20,10 +20,10 @@ bool merge_rows(const at::Tensor& weight, const at::Tensor& lora_A, const at::Te
   const int64_t bytes = kernels.scratch_bytes(K, r);
   std::atomic<bool> finite{true};
   at::parallel_for(0, N, kMinRowsPerPart, [&](int64_t begin, int64_t end) {
-    at::Tensor scratch = at::empty({bytes}, bytes_on_cpu());
-    const bool ok = kernels.merge_rows(weight.data_ptr(), weight.stride(0),
-                                       lora_A.const_data_ptr(), lora_B.const_data_ptr(), K, r,
-                                       scaling, begin, end, store, scratch.data_ptr());
+    at::Tensor scratch = at::empty({bytes}, at::kByte);
+    const bool ok = kernels.merge_rows(weight.data_ptr(), weight.stride(0), lora_A.const_data_ptr(),
+                                       lora_B.const_data_ptr(), K, r, scaling, begin, end, store,
+                                       scratch.data_ptr());
     if (!ok) finite = false;
   });
   return finite;
@@ -36,15 +36,15 @@ void merge_cpu(at::Tensor& weight, const at::Tensor& lora_A, const at::Tensor& l
   // A transposed weight (fan_in_fan_out) is the same sum with the roles of A and B exchanged.
   const bool transposed = weight.stride(1) != 1 && weight.size(1) != 1;
   const at::Tensor rows = transposed ? weight.t() : weight;
-  TORCH_CHECK_VALUE(rows.stride(1) == 1 || rows.size(1) == 1,
-                    "merge_: weight: got strides ", weight.strides(),
+  TORCH_CHECK_VALUE(rows.stride(1) == 1 || rows.size(1) == 1, "merge_: weight: got strides ",
+                    weight.strides(),
                     ", expected rows or columns of adjacent elements; call .contiguous()");
   const at::Tensor A = (transposed ? lora_B.t() : lora_A).contiguous();
   const at::Tensor B = (transposed ? lora_A.t() : lora_B).contiguous();
   TORCH_CHECK_VALUE(merge_rows(rows, A, B, scaling, false),
                     "merge_: the merged weight would hold NaN or Inf (in the weight, lora_A, "
-                    "lora_B or by overflow of ", weight.scalar_type(),
-                    "), expected finite values; nothing was changed");
+                    "lora_B or by overflow of ",
+                    weight.scalar_type(), "), expected finite values; nothing was changed");
   merge_rows(rows, A, B, scaling, true);
 }
 

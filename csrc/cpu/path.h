@@ -1,4 +1,5 @@
-// How the CPU backend runs a call: decided here, from sizes alone, so that it can be tested and told.
+// How the CPU backend runs a call: decided here, from facts alone, so that it can be tested and
+// told.
 #pragma once
 
 #include <algorithm>
@@ -6,14 +7,23 @@
 
 namespace lora_ext {
 
+struct CpuProblem {
+  int64_t M, N, K, r;
+  bool dropout;
+  bool wide;              // base and adapters are of the type that sums are kept in: fp32 or fp64
+  int64_t compute_bytes;  // size of the type that sums are kept in
+  int64_t threads;
+};
+
 struct CpuPath {
+  bool blas;           // the low-rank products are BLAS calls too, else vector kernels
+  const char* reason;  // for the choice of `blas`
   bool transpose_B;    // forward reads B^T [r, N], made once per call, instead of B [N, r]
   int64_t fwd_parts;   // ranges of rows, one thread each
   int64_t bwd_parts;
 };
 
-inline CpuPath choose_cpu_path(int64_t M, int64_t N, int64_t K, int64_t r, int64_t threads,
-                               int64_t compute_bytes) {
+inline CpuPath choose_cpu_path(const CpuProblem& problem) {
   // Below this many rows, transposing B costs more than its row-by-row products save.
   constexpr int64_t kMinRowsToTransposeB = 8;
   // A smaller range does not pay for waking a thread.
@@ -21,10 +31,21 @@ inline CpuPath choose_cpu_path(int64_t M, int64_t N, int64_t K, int64_t r, int64
   // Every backward part sums into its own dA and dB: keep them within this many bytes together.
   constexpr int64_t kMaxPartialSumBytes = int64_t{256} << 20;
 
-  const int64_t parts = std::max<int64_t>(1, std::min(threads, M / kMinRowsPerPart));
-  const int64_t sum_bytes = std::max<int64_t>(1, (N + K) * r * compute_bytes);
-  const int64_t affordable = std::max<int64_t>(1, kMaxPartialSumBytes / sum_bytes);
-  return {M >= kMinRowsToTransposeB, parts, std::min(parts, affordable)};
+  CpuPath path{};
+  if (problem.dropout) {
+    path.reason = "dropout is made in cache, inside the low-rank products";
+  } else if (!problem.wide) {
+    path.reason = "16 bits: BLAS would round h and dh to them, the kernels keep float32";
+  } else {
+    path.blas = true;
+    path.reason = "no dropout and no 16-bit operand: nothing is left to fuse into BLAS products";
+  }
+  path.transpose_B = problem.M >= kMinRowsToTransposeB;
+  path.fwd_parts = std::max<int64_t>(1, std::min(problem.threads, problem.M / kMinRowsPerPart));
+  const int64_t sum_bytes =
+      std::max<int64_t>(1, (problem.N + problem.K) * problem.r * problem.compute_bytes);
+  path.bwd_parts = std::min(path.fwd_parts, std::max<int64_t>(1, kMaxPartialSumBytes / sum_bytes));
+  return path;
 }
 
 }  // namespace lora_ext

@@ -1,7 +1,8 @@
-// The checks that all backends share. A message says: operator, argument, got, expected, what to do.
-// Sizes are compared as SymInt, so the same code serves the Meta kernels under torch.compile.
+// The checks that all backends share. A message says: operator, argument, got, expected, what to
+// do. Sizes are compared as SymInt, so the same code serves the Meta kernels under torch.compile.
 #pragma once
 
+#include <ATen/OpMathType.h>
 #include <ATen/core/Tensor.h>
 
 #include "ops/lora_linear.h"
@@ -15,8 +16,7 @@ inline bool is_lora_base_dtype(at::ScalarType dtype) {
 
 // Adapters have the base's dtype, or stay fp32 on a bf16 or fp16 base.
 inline bool is_adapter_dtype(at::ScalarType adapter, at::ScalarType base) {
-  return adapter == base ||
-         (adapter == at::kFloat && (base == at::kBFloat16 || base == at::kHalf));
+  return adapter == base || (adapter == at::kFloat && (base == at::kBFloat16 || base == at::kHalf));
 }
 
 inline void check_device(const char* op, const char* name, const Tensor& tensor, const Tensor& x) {
@@ -28,9 +28,8 @@ inline void check_vector(const char* op, const char* name, const OptionalTensor&
                          const Tensor& x, const c10::SymInt& N, at::ScalarType dtype) {
   if (!vector.has_value()) return;
   check_device(op, name, *vector, x);
-  TORCH_CHECK_VALUE(vector->dim() == 1 && vector->sym_size(0) == N, op, ": ", name,
-                    ": got shape ", vector->sym_sizes(), ", expected [", N,
-                    "], one entry per output feature");
+  TORCH_CHECK_VALUE(vector->dim() == 1 && vector->sym_size(0) == N, op, ": ", name, ": got shape ",
+                    vector->sym_sizes(), ", expected [", N, "], one entry per output feature");
   TORCH_CHECK_TYPE(vector->scalar_type() == dtype, op, ": ", name, ": got dtype ",
                    vector->scalar_type(), ", expected ", dtype, "; convert it with .to()");
 }
@@ -44,10 +43,10 @@ inline void check_adapters(const char* op, const Tensor& x, const c10::SymInt& N
   check_device(op, "lora_B", lora_B, x);
   TORCH_CHECK_VALUE(lora_A.dim() == 2 && lora_A.sym_size(1) == K, op, ": lora_A: got shape ",
                     lora_A.sym_sizes(), ", expected [r, ", K, "], [rank, in_features]");
-  TORCH_CHECK_VALUE(lora_B.dim() == 2 && lora_B.sym_size(0) == N &&
-                        lora_B.sym_size(1) == lora_A.sym_size(0),
-                    op, ": lora_B: got shape ", lora_B.sym_sizes(), ", expected [", N, ", ",
-                    lora_A.sym_size(0), "], [out_features, rank]");
+  TORCH_CHECK_VALUE(
+      lora_B.dim() == 2 && lora_B.sym_size(0) == N && lora_B.sym_size(1) == lora_A.sym_size(0), op,
+      ": lora_B: got shape ", lora_B.sym_sizes(), ", expected [", N, ", ", lora_A.sym_size(0),
+      "], [out_features, rank]");
   TORCH_CHECK_TYPE(is_adapter_dtype(lora_A.scalar_type(), base), op, ": lora_A: got dtype ",
                    lora_A.scalar_type(), " on a ", base, " base, expected ", base,
                    " (or float32 on a bfloat16 or float16 base); convert it with .to()");
@@ -121,22 +120,23 @@ inline void check_lora_linear_bwd(const Tensor& dy, const OptionalTensor& x,
   if (weight.has_value()) check_weight(op, dy, *weight, lora_A.sym_size(1));
   if (x.has_value()) {
     check_device(op, "x", *x, dy);
-    TORCH_CHECK_VALUE(x->dim() == dy.dim() && x->sym_size(-1) == lora_A.sym_size(1) &&
-                          x->sym_sizes().slice(0, x->dim() - 1) ==
-                              dy.sym_sizes().slice(0, dy.dim() - 1),
-                      op, ": x: got shape ", x->sym_sizes(), ", expected dy's ", dy.sym_sizes(),
-                      " with in_features ", lora_A.sym_size(1), " last");
-    TORCH_CHECK_TYPE(x->scalar_type() == dy.scalar_type(), op, ": x: got dtype ",
-                     x->scalar_type(), ", expected dy's ", dy.scalar_type());
+    TORCH_CHECK_VALUE(
+        x->dim() == dy.dim() && x->sym_size(-1) == lora_A.sym_size(1) &&
+            x->sym_sizes().slice(0, x->dim() - 1) == dy.sym_sizes().slice(0, dy.dim() - 1),
+        op, ": x: got shape ", x->sym_sizes(), ", expected dy's ", dy.sym_sizes(),
+        " with in_features ", lora_A.sym_size(1), " last");
+    TORCH_CHECK_TYPE(x->scalar_type() == dy.scalar_type(), op, ": x: got dtype ", x->scalar_type(),
+                     ", expected dy's ", dy.scalar_type());
   }
   if (h.has_value()) {
     check_device(op, "h", *h, dy);
     TORCH_CHECK_VALUE(h->dim() == 2 && h->sym_size(1) == lora_A.sym_size(0) &&
                           h->sym_size(0) * dy.sym_size(-1) == dy.sym_numel(),
-                      op, ": h: got shape ", h->sym_sizes(), ", expected [M, ",
-                      lora_A.sym_size(0), "] with one row per row of dy");
-    TORCH_CHECK_TYPE(h->scalar_type() == lora_A.scalar_type(), op, ": h: got dtype ",
-                     h->scalar_type(), ", expected lora_A's ", lora_A.scalar_type());
+                      op, ": h: got shape ", h->sym_sizes(), ", expected [M, ", lora_A.sym_size(0),
+                      "] with one row per row of dy");
+    TORCH_CHECK_TYPE(h->scalar_type() == at::toOpMathType(dy.scalar_type()), op, ": h: got dtype ",
+                     h->scalar_type(), ", expected ", at::toOpMathType(dy.scalar_type()),
+                     ", as lora_linear_fwd returns it");
   }
 }
 

@@ -28,17 +28,18 @@ enum Gradient { kGradX, kGradWeight, kGradBias, kGradA, kGradB, kGradLoraBias, k
 using GradientMask = std::array<bool, kGradients>;
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// y [..., N]; h = dropout(x) A^T as [M, r] if return_h, else empty.
-std::tuple<Tensor, Tensor> lora_linear_fwd(const Tensor& x,        // [..., K]
-                                           const Tensor& weight,   // [N, K]
-                                           const OptionalTensor& bias,  // [N]
-                                           const Tensor& lora_A,   // [r, K]
-                                           const Tensor& lora_B,   // [N, r]
+// y [..., N]; h = dropout(x) A^T as [M, r] if return_h, else empty. h is in the type that sums are
+// kept in: float32 for 16-bit x.
+std::tuple<Tensor, Tensor> lora_linear_fwd(const Tensor& x,                  // [..., K]
+                                           const Tensor& weight,             // [N, K]
+                                           const OptionalTensor& bias,       // [N]
+                                           const Tensor& lora_A,             // [r, K]
+                                           const Tensor& lora_B,             // [N, r]
                                            const OptionalTensor& lora_bias,  // [N]
                                            const LoraScale& scale, bool return_h);
 
-// Gradients whose mask is false come back empty. Needed: weight for that of x; x for those of weight
-// and lora_A; h or x for that of lora_B.
+// Gradients whose mask is false come back empty. Needed: weight for that of x; x for those of
+// weight and lora_A; h or x for that of lora_B.
 Gradients lora_linear_bwd(const Tensor& dy,              // [..., N]
                           const OptionalTensor& x,       // [..., K]
                           const OptionalTensor& h,       // [M, r]

@@ -73,10 +73,11 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
                         const OptionalTensor& rng_state) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     const LoraScale scale{scaling, scaling_tensor, dropout_p, rng_state};
-    // Backward reads x for the gradients of weight and lora_A. Whoever keeps x has no need of h,
-    // which is one product over the same rows; otherwise h alone serves the gradient of lora_B.
+    // Backward reads x for the gradients of weight and lora_A, and h for that of lora_B. Under
+    // dropout it makes the dropped x again anyway, in cache, and h from it costs one product; so
+    // h is kept only where there is no dropout or no x.
     const bool save_x = weight.requires_grad() || lora_A.requires_grad();
-    const bool save_h = lora_B.requires_grad() && !save_x;
+    const bool save_h = lora_B.requires_grad() && (!save_x || dropout_p == 0.0);
     auto [y, h] = lora_linear_fwd(x, weight, bias, lora_A, lora_B, lora_bias, scale, save_h);
     ctx->save_for_backward({save_x ? x : Tensor(), save_h ? h : Tensor(),
                             x.requires_grad() ? weight : Tensor(), lora_A, lora_B,
@@ -135,8 +136,8 @@ Tensor lora_linear_autograd(const Tensor& x, const Tensor& weight, const Optiona
                             const OptionalTensor& rng_state) {
   const bool differentiate =
       at::GradMode::is_enabled() &&
-      (x.requires_grad() || weight.requires_grad() || wants_grad(bias) ||
-       lora_A.requires_grad() || lora_B.requires_grad() || wants_grad(lora_bias));
+      (x.requires_grad() || weight.requires_grad() || wants_grad(bias) || lora_A.requires_grad() ||
+       lora_B.requires_grad() || wants_grad(lora_bias));
   if (!differentiate) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return std::get<0>(lora_linear_fwd(x, weight, bias, lora_A, lora_B, lora_bias,
@@ -152,14 +153,14 @@ TORCH_LIBRARY_IMPL(lora_ext, Autograd, m) { m.impl("lora_linear", &lora_linear_a
 
 // Under inference mode tensors carry no Autograd key: the same function, its first branch.
 TORCH_LIBRARY_IMPL(lora_ext, CompositeExplicitAutograd, m) {
-  m.impl("lora_linear", [](const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                           const Tensor& lora_A, const Tensor& lora_B,
-                           const OptionalTensor& lora_bias, double scaling,
-                           const OptionalTensor& scaling_tensor, double dropout_p,
-                           const OptionalTensor& rng_state) {
-    return std::get<0>(lora_linear_fwd(x, weight, bias, lora_A, lora_B, lora_bias,
-                                       {scaling, scaling_tensor, dropout_p, rng_state}, false));
-  });
+  m.impl(
+      "lora_linear",
+      [](const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
+         const Tensor& lora_B, const OptionalTensor& lora_bias, double scaling,
+         const OptionalTensor& scaling_tensor, double dropout_p, const OptionalTensor& rng_state) {
+        return std::get<0>(lora_linear_fwd(x, weight, bias, lora_A, lora_B, lora_bias,
+                                           {scaling, scaling_tensor, dropout_p, rng_state}, false));
+      });
 }
 
 }  // namespace lora_ext

@@ -19,9 +19,8 @@ using LoraLinearFwdSignature = std::tuple<Tensor, Tensor>(
 
 using LoraLinearBwdSignature = Gradients(const Tensor& dy, const OptionalTensor& x,
                                          const OptionalTensor& h, const OptionalTensor& weight,
-                                         const Tensor& lora_A, const Tensor& lora_B,
-                                         double scaling, const OptionalTensor& scaling_tensor,
-                                         double dropout_p, const OptionalTensor& rng_state,
-                                         GradientMask mask);
+                                         const Tensor& lora_A, const Tensor& lora_B, double scaling,
+                                         const OptionalTensor& scaling_tensor, double dropout_p,
+                                         const OptionalTensor& rng_state, GradientMask mask);
 
 }  // namespace lora_ext

@@ -48,10 +48,10 @@ def _explain_layer(layer: Linear, tokens: int) -> tuple[str, str]:
     device = layer.weight.device.type
     if device != "cpu":
         return "none", f"this build has no kernels for {device}; move the layer to the CPU"
-    return _C.explain_lora_linear(  # type: ignore[no-any-return]
+    return _C.explain_lora_linear(
         tokens,
         layer.out_features,
-        layer.in_features,
-        layer.r,
+        layer.lora_A,
+        layer.weight.dtype,
         layer.lora_dropout if layer.training else 0.0,
     )

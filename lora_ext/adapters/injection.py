@@ -102,7 +102,9 @@ def _choose(
 ) -> dict[str, nn.Linear]:
     if target_modules == ALL_LINEAR:
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        named = {n: m for n, m in modules.items() if type(m) is nn.Linear and m is not head}
+        named: dict[str, nn.Module] = {
+            n: m for n, m in modules.items() if type(m) is nn.Linear and m is not head
+        }
     else:
         named = {n: m for n, m in modules.items() if matches(n, target_modules)}
     named = {n: m for n, m in named.items() if not matches(n, exclude_modules)}

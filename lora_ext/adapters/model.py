@@ -10,7 +10,7 @@ _BIAS = ("none", "all", "lora_only")
 
 
 def _adapter_names(model: nn.Module, bias: str, operation: str) -> set[str]:
-    """Names of the parameters that belong to the adapters, with the base biases that `bias` adds."""
+    """Names of the adapters' parameters, with those of the base biases that `bias` adds."""
     if bias not in _BIAS:
         raise ValueError(f"{operation}: bias: got {bias!r}, expected one of {_BIAS}")
     names: set[str] = set()
@@ -57,6 +57,4 @@ def print_trainable_parameters(model: nn.Module) -> None:
     total = sum(parameter.numel() for parameter in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     share = 100 * trainable / total if total else 0.0
-    print(
-        f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}"
-    )
+    print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")

@@ -23,7 +23,7 @@ class Linear(nn.Linear):
         in_features, out_features: sizes of the last dimension of input and output.
         r: rank; 0 is a plain linear layer.
         lora_alpha: `scaling` is `lora_alpha / r`.
-        lora_dropout: probability that an input element is dropped on its way to lora_A, in training.
+        lora_dropout: probability that an input element is dropped before lora_A, in training.
         fan_in_fan_out: `weight` is stored as [in_features, out_features] (GPT-2's Conv1D).
         use_rslora: `scaling` is `lora_alpha / sqrt(r)` (arXiv:2312.03732).
         bias: whether the base has a bias.
@@ -32,10 +32,10 @@ class Linear(nn.Linear):
             deviation 1/r, lora_B zero; False: both Kaiming-uniform, for tests.
         autocast_adapter_dtype: keep the adapter in float32 on a bfloat16 or float16 base.
 
-    `merge()` writes the update into `weight` in place; `unmerge()` gives back the base weight bit for
-    bit, whatever happened to the adapter between. For that a merged layer keeps a copy of its base
-    weight (out_features * in_features elements) until unmerged. `state_dict` holds the base weight
-    also while merged.
+    `merge()` writes the update into `weight` in place; `unmerge()` gives back the base weight bit
+    for bit, whatever happened to the adapter between. For that a merged layer keeps a copy of its
+    base weight until unmerged: out_features * in_features more elements in memory. `state_dict`
+    holds the base weight also while merged.
 
     Raises:
         ValueError: r, lora_alpha, lora_dropout or init_lora_weights out of range, by name.
@@ -194,8 +194,8 @@ class Linear(nn.Linear):
 
         Raises:
             AlreadyMergedError: it is merged.
-            ValueError: a merged value would be NaN or infinite, or there is a lora_bias but no bias.
-                Nothing is changed then.
+            ValueError: a merged value would be NaN or infinite, or there is a lora_bias but no
+                bias. Nothing is changed then.
         """
         if self.merged:
             raise AlreadyMergedError("Linear.merge: already merged; call unmerge() first")

@@ -1,6 +1,6 @@
-// Small matrix products on operands that lie in cache. The accumulators are registers of the compute
-// type S; the second operand is read in its storage type TB and widened on load, so a bf16 adapter
-// is never copied.
+// Small matrix products on operands that lie in cache. The accumulators are registers of the
+// compute type S; the second operand is read in its storage type TB and widened on load, so a bf16
+// adapter is never copied.
 //
 //   gemm_nn   C[i][j] (+)= sum_k A(i,k) B[k][j]     vector along j; A(i,k) = a[i*a_row + k*a_col]
 //   gemm_nt   C[i][j] (+)= sum_k A[i][k] B[j][k]    vector along k
@@ -22,9 +22,9 @@ constexpr int kAccumulators = kVectorRegisters * 3 / 4;  // the rest hold operan
 constexpr int kMaxTileVectors = kVectorRegisters / 8;
 
 template <class S, class TB, int kRows, int kVectors, bool kPartial>
-inline void nn_tile(int64_t K, const S* a, int64_t a_row, int64_t a_col,
-                    const TB* b, int64_t ldb,  // [K, kVectors * width]
-                    S* c, int64_t ldc,         // [kRows, kVectors * width]
+inline void nn_tile(int64_t K, const S* a, int64_t a_row, int64_t a_col, const TB* b,
+                    int64_t ldb,        // [K, kVectors * width]
+                    S* c, int64_t ldc,  // [kRows, kVectors * width]
                     bool accumulate, int lanes) {
   using V = Vec<S>;
   typename V::Reg acc[kRows][kVectors];
@@ -168,8 +168,7 @@ void gemm_nt(int64_t rows, int64_t columns, int64_t K, const S* a, int64_t lda, 
   }
   for (; j < columns; ++j) {
     for (int64_t i = 0; i < rows; ++i) {
-      nt_tile<S, TB, 1, 1>(K, a + i * lda, lda, b + j * ldb, ldb, c + i * ldc + j, ldc,
-                           accumulate);
+      nt_tile<S, TB, 1, 1>(K, a + i * lda, lda, b + j * ldb, ldb, c + i * ldc + j, ldc, accumulate);
     }
   }
 }

@@ -72,10 +72,7 @@ void forward_rows(const ForwardArgs& args, int64_t begin, int64_t end, void* scr
     const WidenedRows<T, S> x{static_cast<const T*>(args.x) + m * args.ldx, args.ldx, keep,
                               keep_words(K), static_cast<S>(args.dropout.scale)};
     down_project(x, lora_A, rows, K, r, panel.in, panel.h);
-    if (args.h) {
-      narrow_row(panel.h, rows * r, static_cast<const S*>(nullptr), nullptr, S{1},
-                 static_cast<TA*>(args.h) + m * r);
-    }
+    if (args.h) memcpy(static_cast<S*>(args.h) + m * r, panel.h, rows * r * sizeof(S));
     for (int64_t i = 0; i < rows * r; ++i) panel.h[i] *= static_cast<S>(args.scaling);
 
     // y = h B^T + bias
@@ -96,8 +93,8 @@ void forward_rows(const ForwardArgs& args, int64_t begin, int64_t end, void* scr
 }
 
 template <class T, class TA>
-void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end, void* dA_sum,
-                   void* dB_sum, void* scratch) {
+void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end, void* dA_sum, void* dB_sum,
+                   void* scratch) {
   using S = compute_t<T>;
   const int64_t K = args.K, N = args.N, r = args.r;
   const Panel<S> panel(scratch, r);
@@ -126,7 +123,7 @@ void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end, void* d
     if (recompute_h) {
       down_project(x, lora_A, rows, K, r, panel.out, panel.h);
     } else if (dB) {
-      widen_row(static_cast<const TA*>(args.h) + m * r, rows * r, nullptr, S{1}, panel.h);
+      memcpy(panel.h, static_cast<const S*>(args.h) + m * r, rows * r * sizeof(S));
     }
 
     // dh = scaling * dy B and dB += dy^T h from one pass over dy
@@ -155,8 +152,7 @@ void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end, void* d
         const bool widened = recompute_h && K <= kChunkColumns;  // still there from h
         S* const x_panel = widened ? panel.out : panel.in;
         if (!widened) x.chunk(rows, k, columns, x_panel);
-        gemm_nn(r, columns, rows, panel.dh, int64_t{1}, r, x_panel, kPanelStride, dA + k, K,
-                later);
+        gemm_nn(r, columns, rows, panel.dh, int64_t{1}, r, x_panel, kPanelStride, dA + k, K, later);
       }
       if (dx) {
         gemm_nn(rows, columns, r, panel.dh, r, int64_t{1}, lora_A + k, K, panel.out, kPanelStride,
@@ -228,7 +224,8 @@ bool merge_rows(void* weight, int64_t ldw, const void* lora_A, const void* lora_
         const S* delta = panel.out + i * kPanelStride;
         for (int64_t j = 0; j < columns; j += V::kWidth) {
           const int lanes = static_cast<int>(at_most(columns - j, V::kWidth));
-          const auto sum = V::add(V::load_partial(row + j, lanes), V::load_partial(delta + j, lanes));
+          const auto sum =
+              V::add(V::load_partial(row + j, lanes), V::load_partial(delta + j, lanes));
           T rounded[V::kWidth];
           V::store(rounded, sum);  // an overflow of the storage type shows only after rounding
           finite &= V::all_finite(V::load_partial(rounded, lanes));

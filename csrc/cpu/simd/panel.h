@@ -1,4 +1,5 @@
-// The scratch of one thread: a panel of rows is processed in column chunks that stay in the L2 cache.
+// The scratch of one thread: a panel of rows is processed in column chunks that stay in the L2
+// cache.
 #pragma once
 
 #include "../../common/dropout.h"

@@ -11,7 +11,8 @@ inline int64_t keep_words(int64_t columns) {
   return (columns + kDropoutBlock - 1) / kDropoutBlock * kDropoutSlots;
 }
 
-// words[kDropoutSlots]: the decisions of one block of 128 columns. The rounds of philox.h, lane by lane.
+// words[kDropoutSlots]: the decisions of one block of 128 columns. The rounds of philox.h, lane by
+// lane.
 inline void fill_keep_block(DropoutRng rng, int64_t row, int64_t block, uint32_t threshold,
                             uint16_t* words) {
   using Reg = U32::Reg;

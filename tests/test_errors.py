@@ -1,0 +1,244 @@
+"""Wrong arguments are refused by name, with what was got and expected, and nothing is changed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+import lora_ext
+from lora_ext import lora_state_dict, mark_only_lora_as_trainable, replace_linear
+from lora_ext.errors import AlreadyMergedError, NotMergedError
+from lora_ext.nn import Linear
+
+Arguments = dict[str, Any]
+Case = tuple[Arguments, type[Exception], str]  # what is wrong, what is raised, what it says
+OPS, NAN, INF = torch.ops.lora_ext, float("nan"), float("inf")
+T = torch.zeros
+STATE = T(2, dtype=torch.int64)
+
+
+def lora_linear(scaling: float, scaling_tensor: Tensor | None, **arguments: Any) -> Tensor:
+    scale = scaling if scaling_tensor is None else scaling_tensor
+    return lora_ext.lora_linear(**arguments, scaling=scale)
+
+
+# Right arguments, for M = 5, N = 3, K = 4, r = 2; each case replaces some of them.
+AB: Arguments = {"lora_A": T(2, 4), "lora_B": T(3, 2)}
+SCALE: Arguments = {"scaling": 1.0, "scaling_tensor": None, "dropout_p": 0.0, "rng_state": None}
+FWD: Arguments = {"x": T(5, 4), "weight": T(3, 4), "bias": T(3), "lora_bias": T(3), **AB, **SCALE}
+BWD: Arguments = {"dy": T(5, 3), "x": T(5, 4), "h": T(5, 2), "weight": T(3, 4), **AB, **SCALE}
+BWD["mask"] = [True] * 6
+MERGE: Arguments = {"weight": T(3, 4), "scaling": 1.0, **AB}
+MASK: Arguments = {"rng_state": STATE, "rows": 2, "columns": 3, "dropout_p": 0.5}
+
+META = "got device meta, expected cpu"
+INT: Arguments = {"x": T(5, 4).int(), "dy": T(5, 3).int(), "weight": T(3, 4).int()}
+BASES = "got dtype Int, expected float64, float32, bfloat16 or float16"
+INT64 = "expected an int64 tensor [2] from draw_rng_state(x)"
+DROP: Arguments = {"dropout_p": 0.5}
+ADAPTER_CASES: list[Case] = [
+    ({"lora_A": T(2, 4, device="meta")}, RuntimeError, f"lora_A: {META}"),
+    ({"lora_B": T(3, 2, device="meta")}, RuntimeError, f"lora_B: {META}"),
+    ({"lora_A": T(4)}, ValueError, "lora_A: got shape [4], expected [r, 4]"),
+    ({"lora_B": T(3)}, ValueError, "lora_B: got shape [3], expected [3, 2]"),
+    ({"lora_B": T(3, 5)}, ValueError, "lora_B: got shape [3, 5], expected [3, 2]"),
+    ({"lora_B": T(6, 2)}, ValueError, "lora_B: got shape [6, 2], expected [3, 2]"),
+    ({"lora_A": T(2, 4).double()}, TypeError, "lora_A: got dtype Double on a Float base, expected"),
+    ({"lora_B": T(3, 2).half()}, TypeError, "lora_B: got dtype Half, expected lora_A's Float"),
+]
+WRONG_K: Case = ({"lora_A": T(2, 5)}, ValueError, "lora_A: got shape [2, 5], expected [r, 4]")
+P_CASES: list[Case] = [
+    ({"dropout_p": p}, ValueError, f"dropout_p: got {p}, expected a probability from 0 to 1")
+    for p in (-0.5, 1.5, NAN)
+]
+COMMON_CASES: list[Case] = [
+    *(ADAPTER_CASES + P_CASES),
+    ({"scaling_tensor": T(1)}, ValueError, "scaling: got a Float tensor of shape [1], expected"),
+    ({"scaling_tensor": T(()).int()}, ValueError, "scaling: got a Int tensor of shape [], exp"),
+    ({"scaling_tensor": T(()).requires_grad_()}, ValueError, "scaling: got a tensor that requires"),
+    ({"scaling_tensor": T((), device="meta")}, RuntimeError, f"scaling: {META}"),
+    (DROP | {"rng_state": STATE.to("meta")}, RuntimeError, f"rng_state: {META}"),
+    (DROP | {"rng_state": STATE.int()}, ValueError, f"rng_state: got Int of shape [2], {INT64}"),
+    (DROP | {"rng_state": T(3).long()}, ValueError, f"rng_state: got Long of shape [3], {INT64}"),
+    ({"weight": T(3, 4, device="meta")}, RuntimeError, f"weight: {META}"),
+    ({"weight": T(3, 5)}, ValueError, "weight: got shape [3, 5], expected [out_features, 4]"),
+    ({"weight": T(12)}, ValueError, "weight: got shape [12], expected [out_features, 4]"),
+    ({"weight": T(3, 4).half()}, TypeError, "weight: got dtype Half, expected the input's Float"),
+]
+FWD_CASES: list[Case] = [
+    *COMMON_CASES,
+    WRONG_K,
+    ({"x": T(())}, ValueError, "x: got a 0-d tensor, expected [..., in_features]"),
+    (INT, TypeError, f"x: {BASES}"),
+]
+for vector in ("bias", "lora_bias"):
+    FWD_CASES += [
+        ({vector: T(3, device="meta")}, RuntimeError, f"{vector}: {META}"),
+        ({vector: T(4)}, ValueError, f"{vector}: got shape [4], expected [3]"),
+        ({vector: T(3, 1)}, ValueError, f"{vector}: got shape [3, 1], expected [3]"),
+        ({vector: T(3).half()}, TypeError, f"{vector}: got dtype Half, expected Float"),
+    ]
+NO_STATE: Case = (DROP, ValueError, "rng_state: got None with dropout_p 0.5, expected an int64")
+ONLY_B = [False, False, False, False, True, False]
+BWD_CASES: list[Case] = [
+    *COMMON_CASES,
+    NO_STATE,
+    ({"dy": T(())}, ValueError, "dy: got a 0-d tensor, expected [..., out_features]"),
+    (INT, TypeError, f"dy: {BASES}"),
+    ({"weight": None}, ValueError, "weight: got None, expected [out_features, in_features]"),
+    ({"weight": T(7, 4)}, ValueError, "weight: got shape [7, 4], expected [3, 4]"),
+    ({"x": None}, ValueError, "x: got None, expected [..., in_features]"),
+    ({"x": None, "h": None, "mask": ONLY_B}, ValueError, "h: got None without x, expected [M, r]"),
+    ({"x": T(6, 4)}, ValueError, "x: got shape [6, 4], expected dy's [5, 3] with in_features 4"),
+    ({"x": T(5, 4).half()}, TypeError, "x: got dtype Half, expected dy's Float"),
+    ({"x": T(5, 4, device="meta")}, RuntimeError, f"x: {META}"),
+    ({"h": T(4, 2)}, ValueError, "h: got shape [4, 2], expected [M, 2]"),
+    ({"h": T(5, 2).half()}, TypeError, "h: got dtype Half, expected Float, as lora"),
+    ({"h": T(5, 2, device="meta")}, RuntimeError, f"h: {META}"),
+]
+MERGE_CASES: list[Case] = [
+    *ADAPTER_CASES,
+    WRONG_K,
+    ({"weight": T(12)}, ValueError, "weight: got shape [12], expected [out_features, in_features]"),
+    (INT, TypeError, f"weight: {BASES}"),
+]
+BAD_SUM = "the merged weight would hold NaN or Inf (in the weight, lora_A, lora_B or by overflow of"
+MERGE_CPU_CASES: list[Case] = [
+    ({"weight": T(6, 8)[::2, ::2]}, ValueError, "weight: got strides [16, 2], expected rows or"),
+    ({"weight": T(1, 4).expand(3, 4)}, ValueError, "weight: got strides [0, 1], expected"),
+    ({"lora_A": T(2, 4) + INF}, ValueError, f"{BAD_SUM} Float), expected finite values"),
+    ({"scaling": NAN}, ValueError, f"{BAD_SUM} Float), expected finite values"),
+]
+MASK_CASES: list[Case] = [
+    *P_CASES,
+    ({"rng_state": STATE.int()}, ValueError, f"rng_state: got Int of shape [2], {INT64}"),
+    ({"rng_state": T(3).long()}, ValueError, f"rng_state: got Long of shape [3], {INT64}"),
+    ({"rows": -1}, ValueError, "got shape [-1, 3], expected sizes of at least 0"),
+    ({"columns": -1}, ValueError, "got shape [2, -1], expected sizes of at least 0"),
+]
+OPERATORS = {
+    "lora_ext.lora_linear": (lora_linear, "lora_linear", FWD, FWD_CASES),
+    "fwd": (OPS.lora_linear_fwd, "lora_linear", FWD, [*FWD_CASES, NO_STATE]),
+    "bwd": (OPS.lora_linear_bwd, "lora_linear_bwd", BWD, BWD_CASES),
+    "merge_": (OPS.merge_, "merge_", MERGE, MERGE_CASES),
+    "merge_, on cpu": (OPS.merge_, "merge_", MERGE, MERGE_CPU_CASES),
+    "dropout_mask, on cpu": (lora_ext.dropout_mask, "dropout_mask", MASK, MASK_CASES),
+}
+
+
+def on_meta(value: Any) -> Any:
+    return value.to("meta").detach().requires_grad_(value.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("operator", "case", "device"),
+    [
+        pytest.param(operator, case, device, id=f"{operator} {device} {case[2]}")
+        for operator, (_, _, _, wrong) in OPERATORS.items()
+        for case in wrong
+        for device in ("cpu", "meta")
+        if device == "cpu" or (META not in case[2] and "on cpu" not in operator)
+    ],
+)
+def test_operator_refuses(operator: str, case: Case, device: str) -> None:
+    call, name, right, _ = OPERATORS[operator]
+    changes, error, message = case
+    arguments = {key: changes.get(key, right[key]) for key in right}
+    if device == "meta":
+        arguments = {k: on_meta(v) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    tensors = [t for t in arguments.values() if isinstance(t, Tensor) and not t.is_meta]
+    before = [t.detach().clone() for t in tensors]
+    with pytest.raises(error) as raised:
+        call(**arguments)
+    assert f"{name}: {message}" in str(raised.value) and type(raised.value) is error
+    assert all(torch.equal(now, then) for now, then in zip(tensors, before, strict=True))
+
+
+def layer_of(**options: Any) -> Linear:
+    return Linear(4, 3, **{"r": 2, "init_lora_weights": False, **options})
+
+
+def merged() -> Linear:
+    layer = layer_of()
+    layer.merge()
+    return layer
+
+
+def one_layer(pruned: str | None = None) -> nn.Sequential:
+    layer = nn.Linear(4, 3)
+    return nn.Sequential(prune.l1_unstructured(layer, pruned, 0.5) if pruned else layer)
+
+
+def swap(targets: Any) -> Callable[[nn.Module], Any]:
+    return lambda model: replace_linear(model, targets)
+
+
+BAD_OPTIONS: list[tuple[Arguments, str]] = [
+    ({"r": -1}, "r: got -1, expected an integer of at least 0"),
+    ({"r": 2.0}, "r: got 2.0, expected an integer of at least 0"),
+    ({"lora_alpha": INF}, "lora_alpha: got inf, expected a finite number"),
+    ({"lora_dropout": -0.5}, "lora_dropout: got -0.5, expected a probability"),
+    ({"lora_dropout": 1.5}, "lora_dropout: got 1.5, expected a probability"),
+    ({"lora_dropout": NAN}, "lora_dropout: got nan, expected a probability"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights: got 'pissa', expected True, False or"),
+]
+TARGETS, FROM = "replace_linear: target_modules:", "Linear.from_linear: linear:"
+BIASES = "bias: got 'lora', expected one of ('none', 'all', 'lora_only')"
+ModuleCase = tuple[nn.Module, Callable[[Any], Any], type[Exception], str]
+MODULE_CASES: list[ModuleCase] = [
+    (one_layer(), lambda m, o=o: Linear.from_linear(m[0], **o), ValueError, f"Linear: {message}")
+    for o, message in BAD_OPTIONS
+]
+MODULE_CASES += [
+    (layer_of(), Linear.from_linear, TypeError, f"{FROM} got Linear, expected exactly torch.nn"),
+    (one_layer("weight"), lambda m: Linear.from_linear(m[0]), ValueError, f"{FROM} computes its"),
+    (one_layer("bias"), lambda m: Linear.from_linear(m[0]), ValueError, f"{FROM} computes its"),
+    (
+        layer_of(r=0),
+        Linear.merge,
+        ValueError,
+        "Linear.merge: there is no adapter (r = 0), expected",
+    ),
+    (merged(), Linear.merge, AlreadyMergedError, "Linear.merge: already merged; call unmerge()"),
+    (layer_of(), Linear.unmerge, NotMergedError, "Linear.unmerge: not merged; call merge() first"),
+    (layer_of(bias=False, lora_bias=True), Linear.merge, ValueError, "merge: lora_bias cannot be"),
+    (nn.ReLU(), lambda _: swap(["0"])({}), TypeError, "replace_linear: model: got dict, expected"),
+    (nn.Linear(4, 3), swap(".*"), ValueError, f"{TARGETS} names the model itself"),
+    (nn.Linear(4, 3), swap("all-linear"), ValueError, f"{TARGETS} names the model itself"),
+    (one_layer(), swap(["1"]), ValueError, f"{TARGETS} ['1'] matches no module"),
+    (one_layer(), swap([]), ValueError, f"{TARGETS} [] matches no module"),
+    (nn.Sequential(nn.ReLU()), swap(["0"]), ValueError, f"{TARGETS} '0' is a ReLU, expected exa"),
+    (one_layer("weight"), swap(["0"]), ValueError, f"{TARGETS} '0' computes its weight"),
+    (layer_of(), lambda m: lora_state_dict(m, "lora"), ValueError, f"lora_state_dict: {BIASES}"),
+    (layer_of(), lambda m: mark_only_lora_as_trainable(m, "lora"), ValueError, f"able: {BIASES}"),
+]
+
+
+@pytest.mark.parametrize("case", MODULE_CASES, ids=[case[3] for case in MODULE_CASES])
+def test_module_refuses(case: ModuleCase) -> None:
+    module, call, error, message = case
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    structure, modules = repr(module), list(module.modules())
+    with pytest.raises(error) as raised:
+        call(module)
+    assert message in str(raised.value)
+    assert repr(module) == structure
+    assert all(now is then for now, then in zip(module.modules(), modules, strict=True))
+    assert all(torch.equal(now, before[name]) for name, now in module.state_dict().items())
+    assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_unknown_cpu_capability_is_refused_at_import() -> None:
+    environment = os.environ | {"LORA_EXT_CPU_CAPABILITY": "avx1024"}
+    command = [sys.executable, "-c", "import lora_ext"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    message = "LORA_EXT_CPU_CAPABILITY: got 'avx1024', expected 'default', 'avx2' or 'avx512'"
+    assert result.returncode != 0 and message in result.stderr

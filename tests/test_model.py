@@ -1,0 +1,192 @@
+"""Whole models: what trains, what is saved, what is printed, and which path each layer takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lora_ext
+from lora_ext.nn import Linear
+
+
+class Block(nn.Module):
+    """A layer with an adapter, one without, a norm, and parameters with misleading names."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.query = Linear(6, 6, 2, init_lora_weights=False, **options)
+        self.plain = nn.Linear(6, 6)
+        self.norm = nn.LayerNorm(6)
+        self.relative_attention_bias = nn.Embedding(4, 6)
+        self.bias_table = nn.Parameter(torch.randn(6))
+        self.lora_scores = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.plain(self.query(x) + self.bias_table))
+        return y
+
+
+ADAPTER = {"query.lora_A", "query.lora_B", "query.lora_bias"}
+BY_BIAS = {
+    "none": ADAPTER,
+    "lora_only": ADAPTER | {"query.bias"},
+    "all": ADAPTER | {"query.bias", "plain.bias", "norm.bias"},
+}
+each_bias = pytest.mark.parametrize(("bias", "names"), BY_BIAS.items(), ids=BY_BIAS.keys())
+
+
+@each_bias
+@pytest.mark.parametrize("start", [True, False], ids=["all trainable", "all frozen"])
+def test_only_lora_is_trainable(start: bool, bias: str, names: set[str]) -> None:
+    model = Block(lora_bias=True).requires_grad_(start)
+    lora_ext.mark_only_lora_as_trainable(model, bias)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == names
+
+
+def test_an_adapter_under_two_names_trains() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Linear(4, 4, 2))
+    model.append(model[1])
+    lora_ext.mark_only_lora_as_trainable(model, "lora_only")
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {"1.bias", "1.lora_A", "1.lora_B"}
+
+
+def test_a_layer_can_be_the_model() -> None:
+    layer = Linear(4, 4, 2)
+    lora_ext.mark_only_lora_as_trainable(layer)
+    assert {n for n, p in layer.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    assert set(lora_ext.lora_state_dict(layer)) == {"lora_A", "lora_B"}
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "merged"])
+@each_bias
+def test_lora_state_dict_round_trip(bias: str, names: set[str], merged: bool) -> None:
+    torch.manual_seed(0)
+    model, other, x = Block(lora_bias=True), Block(lora_bias=True), torch.randn(3, 6)
+    frozen = {k: v.clone() for k, v in model.state_dict().items() if k not in names}
+    other.load_state_dict(frozen, strict=False)
+    expected = model(x)
+    assert not torch.equal(other(x), expected)
+    if merged:
+        model.query.merge()
+    state = lora_ext.lora_state_dict(model, bias)
+    assert set(state) == names
+    result = other.load_state_dict(state, strict=False)
+    assert not result.unexpected_keys and set(result.missing_keys) == set(frozen)
+    assert torch.equal(other(x), expected)
+
+
+def test_lora_state_dict_goes_through_safetensors(tmp_path: Any) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    state = lora_ext.lora_state_dict(Block(lora_bias=True, dtype=torch.bfloat16), "lora_only")
+    safetensors.save_file(state, tmp_path / "adapter.safetensors")
+    loaded = safetensors.load_file(tmp_path / "adapter.safetensors")
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[name], state[name]) for name in state)
+
+
+def tower(width: int, layers: int) -> nn.ModuleDict:
+    """The linear layers of a CLIP tower, attention as separate projections, without memory."""
+    sizes = {name: (width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+    sizes |= {"c_fc": (width, 4 * width), "c_proj": (4 * width, width)}
+
+    def block() -> nn.ModuleDict:
+        return nn.ModuleDict({n: nn.Linear(*size, device="meta") for n, size in sizes.items()})
+
+    return nn.ModuleDict({str(i): block() for i in range(layers)})
+
+
+# OpenCLIP ViT-B/32 has 12 vision layers of width 768 and 12 text layers of width 512. Adapters of
+# r = 16 on the four attention projections of both are 12 * 4 * 16 * 2 * (768 + 512) = 1,966,080
+# parameters. 2,359,296 are those of two towers as wide as the vision tower, and of q, k, v and the
+# MLP of the vision tower alone.
+QKV = ["q_proj", "k_proj", "v_proj"]
+COUNTS = {
+    "ViT-B/32 attention": (768, 512, [*QKV, "out_proj"], 1_966_080),
+    "two towers of width 768": (768, 768, [*QKV, "out_proj"], 2_359_296),
+    "ViT-B/32 vision qkv and MLP": (
+        768,
+        512,
+        rf"vision\..*({'|'.join(QKV)}|c_fc|c_proj)",
+        2_359_296,
+    ),
+}
+
+
+@pytest.mark.parametrize(("vision", "text", "targets", "count"), COUNTS.values(), ids=COUNTS.keys())
+def test_count_of_trainable_parameters(
+    vision: int, text: int, targets: str | list[str], count: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = nn.ModuleDict({"vision": tower(vision, 12), "text": tower(text, 12)})
+    base = sum(parameter.numel() for parameter in model.parameters())
+    lora_ext.replace_linear(model, targets, r=16)
+    lora_ext.mark_only_lora_as_trainable(model)
+    lora_ext.print_trainable_parameters(model)
+    total, share = base + count, 100 * count / (base + count)
+    assert capsys.readouterr().out == (
+        f"trainable params: {count:,d} || all params: {total:,d} || trainable%: {share:.4f}\n"
+    )
+
+
+def test_print_trainable_parameters_is_pefts(capsys: pytest.CaptureFixture[str]) -> None:
+    peft = pytest.importorskip("peft")
+    ours, theirs = (nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 20)) for _ in range(2))
+    lora_ext.replace_linear(ours, ["0"], r=4)
+    lora_ext.mark_only_lora_as_trainable(ours)
+    lora_ext.print_trainable_parameters(ours)
+    printed = capsys.readouterr().out
+    peft.get_peft_model(
+        theirs, peft.LoraConfig(target_modules=["0"], r=4)
+    ).print_trainable_parameters()
+    assert printed == capsys.readouterr().out
+
+
+def test_print_trainable_parameters_of_an_empty_model(capsys: pytest.CaptureFixture[str]) -> None:
+    lora_ext.print_trainable_parameters(nn.Identity())
+    assert capsys.readouterr().out.endswith("all params: 0 || trainable%: 0.0000\n")
+
+
+def explained(layer: Linear, tokens: int = 2048) -> tuple[str, str]:
+    (row,) = lora_ext.explain(nn.Sequential(nn.Linear(2, 2), layer), tokens)
+    assert row.name == "1"
+    return row.path, row.reason
+
+
+FUSED = f"cpu fused {lora_ext.build_info()['cpu_capability']}"
+LINEAR = "torch.nn.functional.linear"
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 100_000])
+def test_explain_tells_the_path_and_why(tokens: int) -> None:
+    assert explained(Linear(32, 16, 4), tokens)[0] == "cpu blas"
+    path, reason = explained(Linear(32, 16, 4, dtype=torch.bfloat16), tokens)
+    assert path == FUSED and "float32 adapters" in reason
+
+
+def test_explain_follows_the_training_mode() -> None:
+    layer = Linear(32, 16, 4, lora_dropout=0.5)
+    path, reason = explained(layer)
+    assert path == FUSED and "dropout is made in cache" in reason
+    assert explained(layer.eval())[0] == "cpu blas"
+
+
+def test_explain_without_adapter_merged_and_elsewhere() -> None:
+    assert explained(Linear(4, 4)) == (LINEAR, "r = 0: there is no adapter")
+    layer = Linear(4, 4, 2)
+    layer.merge()
+    assert explained(layer) == (LINEAR, "merged: the adapter is in the weight")
+    layer.unmerge()
+    assert explained(layer)[0] == "cpu blas"
+    path, reason = explained(Linear(4, 4, 2, device="meta"))
+    assert path == "none" and "no kernels for meta" in reason
+
+
+def test_explanation_prints_as_a_table() -> None:
+    model = nn.Sequential(Linear(4, 4, 2), nn.ModuleDict({"long name": Linear(4, 4)}))
+    first, second = str(lora_ext.explain(model)).splitlines()
+    assert second.startswith(f"1.long name  {LINEAR}  r = 0")
+    assert first.index("cpu blas") == second.index(LINEAR)
+    assert str(lora_ext.explain(nn.Identity())) == ""
