@@ -1,5 +1,6 @@
 // lora_ext._C: the eager entry points, without the cost of torch.ops' Python layers, and facts
 // about this build.
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <variant>
@@ -19,7 +20,6 @@ Tensor bound_lora_linear(const Tensor& x, const Tensor& weight, const OptionalTe
                          const Tensor& lora_A, const Tensor& lora_B,
                          const OptionalTensor& lora_bias, const Scaling& scaling, double dropout_p,
                          const OptionalTensor& rng_state) {
-  py::gil_scoped_release no_gil;
   LoraScale scale{1.0, std::nullopt, dropout_p, rng_state};
   if (const auto* tensor = std::get_if<at::Tensor>(&scaling)) {
     scale.scaling_tensor = *tensor;
@@ -44,13 +44,16 @@ py::dict build_info() {
 }  // namespace lora_ext
 
 PYBIND11_MODULE(_C, m) {
+  // torch's wrappers turn c10 errors into Python's ValueError, TypeError and so on.
   namespace py = pybind11;
-  m.def("lora_linear", &lora_ext::bound_lora_linear, py::arg("x"), py::arg("weight"),
-        py::arg("bias"), py::arg("lora_A"), py::arg("lora_B"), py::arg("lora_bias") = py::none(),
-        py::arg("scaling") = 1.0, py::arg("dropout_p") = 0.0, py::arg("rng_state") = py::none(),
+  m.def("lora_linear", torch::wrap_pybind_function_no_gil(&lora_ext::bound_lora_linear),
+        py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("lora_A"), py::arg("lora_B"),
+        py::arg("lora_bias") = py::none(), py::arg("scaling") = 1.0, py::arg("dropout_p") = 0.0,
+        py::arg("rng_state") = py::none(),
         "lora_linear as a C++ autograd Function; see lora_ext.lora_linear.");
-  m.def("explain_lora_linear", &lora_ext::explain_lora_linear_cpu, py::arg("tokens"),
-        py::arg("out_features"), py::arg("lora_A"), py::arg("dtype"), py::arg("dropout_p"),
-        "The path of a call on the CPU, and why.");
-  m.def("build_info", &lora_ext::build_info, "What this extension was built for, and runs with.");
+  m.def("explain_lora_linear", torch::wrap_pybind_function(&lora_ext::explain_lora_linear_cpu),
+        py::arg("tokens"), py::arg("out_features"), py::arg("lora_A"), py::arg("dtype"),
+        py::arg("dropout_p"), "The path of a call on the CPU, and why.");
+  m.def("build_info", torch::wrap_pybind_function(&lora_ext::build_info),
+        "What this extension was built for, and runs with.");
 }

@@ -71,7 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dropout", type=float, default=0.0, help="LoRA dropout; above 0 curves differ by chance")
     add("--dropout-steps", type=int, default=9, help=f"extra steps timed with p={TIMED_DROPOUT}")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the frozen base")
-    add("--lr", type=float, default=1e-3)
+    add("--lr", type=float, default=2e-3, help="falls to zero over the steps")
     add("--per-class", type=int, default=88, help="docstrings per module, a quarter held out")
     add("--seed", type=int, default=0)
     add("--bench-seconds", type=float, default=0.4, help="per row of the layer table; 0: no table")
@@ -133,12 +133,6 @@ def print_layer_times(base: nn.Module, args: argparse.Namespace) -> None:
     bench([f"--{name}={value}" for name, value in options.items()])
 
 
-def save_trained(path: Path, model: EncoderClassifier) -> None:
-    """Only what was trained; the frozen encoder can be had from where it came."""
-    adapter = lora_ext.lora_state_dict(model.encoder)
-    torch.save({"adapter": adapter, "head": model.head.state_dict()}, path)
-
-
 def verdict(runs: Sequence[Measurement], comparable: bool, console: Console) -> int:
     """The exit code: 1 if curves that should agree do not."""
     if not comparable:
@@ -153,11 +147,33 @@ def verdict(runs: Sequence[Measurement], comparable: bool, console: Console) -> 
     return 1 if failed else 0
 
 
+def report(
+    args: argparse.Namespace,
+    groups: dict[str, list[Measurement]],
+    model: EncoderClassifier,
+    console: Console,
+) -> None:
+    """Tables on the terminal and files in the output folder; `model` is lora_ext's."""
+    console.print(loss_table(next(iter(groups.values()))))
+    for name, runs in groups.items():
+        console.print(cost_table(f"Cost with LoRA {name}, {len(runs[0].losses)} steps", runs))
+    tokens = args.batch_size * args.max_length
+    console.print(kernel_table(lora_ext.explain(model, tokens=tokens)))
+    args.out.mkdir(parents=True, exist_ok=True)
+    save_plot(args.out / "finetune_encoder.png", groups)
+    save_json(args.out / "finetune_encoder.json", vars(args), groups)
+    # Only what was trained; the frozen encoder can be had from where it came.
+    trained = {
+        "adapter": lora_ext.lora_state_dict(model.encoder),
+        "head": model.head.state_dict(),
+    }
+    torch.save(trained, args.out / "lora_adapter.pt")
+
+
 def main() -> int:
     args = parse_args()
     console = Console()
     started = time.perf_counter()
-    args.out.mkdir(parents=True, exist_ok=True)
     model = args.model or packaged_model()
     if Path(model).is_dir():  # before transformers is imported, because that reads it once
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -165,40 +181,33 @@ def main() -> int:
     data = build_dataset(args.per_class, seed=args.seed)
     train_set, held_out = encode(model, data, args.max_length)
     base = load_base(model, args.dtype)
-    settings = LoraSettings(tuple(args.target_modules), args.rank, args.alpha, args.dropout)
     batches = batch_rows(len(data.train), args.steps, args.batch_size, args.seed)
 
-    def variants(settings: LoraSettings) -> list[Variant]:
-        return build_variants(base, len(data.labels), settings, args.lr, args.seed)
+    def variants(dropout: float) -> list[Variant]:
+        settings = LoraSettings(tuple(args.target_modules), args.rank, args.alpha, dropout)
+        return build_variants(
+            base, len(data.labels), settings, lr=args.lr, steps=args.steps, seed=args.seed
+        )
 
     console.print(
         f"{len(data.train)} training and {len(data.held_out)} held-out docstrings of "
         f"{len(data.labels)} modules, {args.batch_size} x {args.max_length} tokens per step"
     )
-    trained = variants(settings)
+    trained = variants(args.dropout)
     # lora_B is zero at first, so all three variants are the same function here.
     before = accuracy(trained[0].model, held_out, args.batch_size)
+    console.print(f"held-out accuracy before training: {before:.1%}")
     runs = [
         replace(run, accuracy=accuracy(variant.model, held_out, args.batch_size))
         for run, variant in zip(train(trained, train_set, batches), trained, strict=True)
     ]
     groups = {f"dropout {args.dropout:g}": runs}
     if args.dropout == 0 and args.dropout_steps:
-        with_dropout = variants(replace(settings, lora_dropout=TIMED_DROPOUT))
-        short = train(with_dropout, train_set, batches[: args.dropout_steps])
+        short = train(variants(TIMED_DROPOUT), train_set, batches[: args.dropout_steps])
         groups[f"dropout {TIMED_DROPOUT:g}"] = short
-
-    console.print(loss_table(runs))
-    for name, group in groups.items():
-        console.print(cost_table(f"Cost with LoRA {name}, {len(group[0].losses)} steps", group))
-    console.print(f"held-out accuracy before training: {before:.1%}")
-    tokens = args.batch_size * args.max_length
-    console.print(kernel_table(lora_ext.explain(trained[0].model, tokens=tokens)))
     if args.bench_seconds:
         print_layer_times(base, args)
-    save_plot(args.out / "finetune_encoder.png", groups)
-    save_json(args.out / "finetune_encoder.json", vars(args), groups)
-    save_trained(args.out / "lora_adapter.pt", trained[0].model)
+    report(args, groups, trained[0].model, console)
     console.print(f"wrote {args.out}/ after {time.perf_counter() - started:.0f} s")
     return verdict(runs, comparable=args.dropout == 0 and args.dtype == "float32", console=console)
 

@@ -122,6 +122,7 @@ class Variant:
     name: str
     model: EncoderClassifier
     optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
     losses: list[float] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
 
@@ -131,13 +132,15 @@ class Variant:
         loss = F.cross_entropy(self.model(**inputs), labels)
         loss.backward()
         self.optimizer.step()
+        self.schedule.step()
         return loss.detach()
 
 
 def build_variants(
-    base: nn.Module, n_classes: int, settings: LoraSettings, lr: float, seed: int
+    base: nn.Module, n_classes: int, settings: LoraSettings, *, lr: float, steps: int, seed: int
 ) -> list[Variant]:
-    """All implementations on copies of `base`, with equal initial weights."""
+    """All implementations on copies of `base`, with equal initial weights. The learning rate falls
+    from `lr` to zero over `steps`."""
     torch.manual_seed(seed)
     head = EncoderClassifier(base, n_classes).head
     initial_A = initial_lora_A(base, settings)
@@ -154,7 +157,8 @@ def build_variants(
         model.head.load_state_dict(head.state_dict())
         model.to(next(base.parameters()).device).train()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
-        variants.append(Variant(name, model, optimizer))
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+        variants.append(Variant(name, model, optimizer, schedule))
     return variants
 
 

@@ -101,7 +101,7 @@ BWD_CASES: list[Case] = [
     ({"x": T(5, 4).half()}, TypeError, "x: got dtype Half, expected dy's Float"),
     ({"x": T(5, 4, device="meta")}, RuntimeError, f"x: {META}"),
     ({"h": T(4, 2)}, ValueError, "h: got shape [4, 2], expected [M, 2]"),
-    ({"h": T(5, 2).half()}, TypeError, "h: got dtype Half, expected Float, as lora"),
+    ({"h": T(5, 2).half()}, TypeError, "h: got dtype Half, expected lora_A's Float"),
     ({"h": T(5, 2, device="meta")}, RuntimeError, f"h: {META}"),
 ]
 MERGE_CASES: list[Case] = [
@@ -121,8 +121,8 @@ MASK_CASES: list[Case] = [
     *P_CASES,
     ({"rng_state": STATE.int()}, ValueError, f"rng_state: got Int of shape [2], {INT64}"),
     ({"rng_state": T(3).long()}, ValueError, f"rng_state: got Long of shape [3], {INT64}"),
-    ({"rows": -1}, ValueError, "got shape [-1, 3], expected sizes of at least 0"),
-    ({"columns": -1}, ValueError, "got shape [2, -1], expected sizes of at least 0"),
+    ({"rows": -1}, ValueError, "rows, columns: got -1, 3, expected sizes of at least 0"),
+    ({"columns": -1}, ValueError, "rows, columns: got 2, -1, expected sizes of at least 0"),
 ]
 OPERATORS = {
     "lora_ext.lora_linear": (lora_linear, "lora_linear", FWD, FWD_CASES),
@@ -215,7 +215,12 @@ MODULE_CASES += [
     (nn.Linear(4, 3), swap("all-linear"), ValueError, f"{TARGETS} names the model itself"),
     (one_layer(), swap(["1"]), ValueError, f"{TARGETS} ['1'] matches no module"),
     (one_layer(), swap([]), ValueError, f"{TARGETS} [] matches no module"),
-    (nn.Sequential(nn.ReLU()), swap(["0"]), ValueError, f"{TARGETS} '0' is a ReLU, expected exa"),
+    (
+        nn.Sequential(nn.ReLU()),
+        swap(["0"]),
+        ValueError,
+        f"{TARGETS} '0' is a torch.nn.modules.activation.ReLU, expected exa",
+    ),
     (one_layer("weight"), swap(["0"]), ValueError, f"{TARGETS} '0' computes its weight"),
     (layer_of(), lambda m: lora_state_dict(m, "lora"), ValueError, f"lora_state_dict: {BIASES}"),
     (layer_of(), lambda m: mark_only_lora_as_trainable(m, "lora"), ValueError, f"able: {BIASES}"),

@@ -173,13 +173,19 @@ def test_no_match_names_what_is_near() -> None:
 
 # What is done to the model, whose layers.1.query is then a bad target, and what the error says.
 REFUSED: dict[str, tuple[Callable[[Model], Any], str]] = {
-    "Embedding": (lambda m: setattr(m.layers[1], "query", m.embed), "is a Embedding"),
+    "Embedding": (
+        lambda m: setattr(m.layers[1], "query", m.embed),
+        r"is a torch\.nn\.modules\.sparse\.Embedding",
+    ),
     "subclass": (
         lambda m: setattr(m.layers[1], "query", nn.MultiheadAttention(8, 2).out_proj),
-        "is a NonDynamicallyQuantizableLinear",
+        r"is a torch\.nn\.modules\.linear\.NonDynamicallyQuantizableLinear",
     ),
     "swapped": (lambda m: lora_ext.replace_linear(m, ["1.query"]), "is a .*Linear"),
-    "weight_norm": (lambda m: weight_norm(m.layers[1].query), "is a ParametrizedLinear"),
+    "weight_norm": (
+        lambda m: weight_norm(m.layers[1].query),
+        r"is a torch\.nn\.utils\.parametrize\.ParametrizedLinear",
+    ),
     "pruned weight": (
         lambda m: prune.l1_unstructured(m.layers[1].query, "weight", amount=0.5),
         "computes its weight",

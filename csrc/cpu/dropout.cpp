@@ -9,6 +9,7 @@
 #include <mutex>
 
 #include "cpu/backend.h"
+#include "ops/checks.h"
 
 namespace lora_ext {
 namespace {
@@ -25,14 +26,7 @@ at::Tensor draw_rng_state_cpu(const at::Tensor&) {
 
 at::Tensor dropout_mask_cpu(const at::Tensor& rng_state, int64_t rows, int64_t columns,
                             double dropout_p) {
-  TORCH_CHECK_VALUE(
-      rng_state.scalar_type() == at::kLong && rng_state.dim() == 1 && rng_state.size(0) == 2,
-      "dropout_mask: rng_state: got ", rng_state.scalar_type(), " of shape ", rng_state.sizes(),
-      ", expected an int64 tensor [2] from draw_rng_state(x)");
-  TORCH_CHECK_VALUE(dropout_p >= 0.0 && dropout_p <= 1.0, "dropout_mask: dropout_p: got ",
-                    dropout_p, ", expected a probability from 0 to 1");
-  TORCH_CHECK_VALUE(rows >= 0 && columns >= 0, "dropout_mask: got shape [", rows, ", ", columns,
-                    "], expected sizes of at least 0");
+  check_dropout_mask(rng_state, rows, columns, dropout_p);
   at::Tensor keep = at::empty({rows, columns}, at::kBool);
   const at::Tensor state = rng_state.contiguous();
   const int64_t* words = state.const_data_ptr<int64_t>();

@@ -31,7 +31,7 @@ struct ForwardArgs {
   double scaling;
   DropoutArgs dropout;
   void* y;  // [M, N] base type, written
-  void* h;  // [M, r] compute type, written, or null
+  void* h;  // [M, r] adapter type, written, or null
 };
 
 struct BackwardArgs {
@@ -40,7 +40,7 @@ struct BackwardArgs {
   int64_t lddy;
   const void* x;  // [M, K] base type, rows ldx apart, or null
   int64_t ldx;
-  const void* h;       // [M, r] compute type, or null: then recomputed from x
+  const void* h;       // [M, r] adapter type, or null: then recomputed from x
   const void* lora_A;  // [r, K] adapter type
   const void* lora_B;  // [N, r] adapter type
   double scaling;

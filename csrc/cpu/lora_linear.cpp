@@ -22,7 +22,8 @@ CpuPath path_for(int64_t M, int64_t N, const Tensor& lora_A, at::ScalarType base
   CpuProblem problem{};
   problem.M = M, problem.N = N, problem.K = lora_A.size(1), problem.r = lora_A.size(0);
   problem.dropout = dropout;
-  problem.wide = base == at::toOpMathType(base);
+  problem.mixed = lora_A.scalar_type() != base;
+  problem.fast_blas = has_fast_blas(base);
   problem.compute_bytes = c10::elementSize(at::toOpMathType(base));
   problem.threads = at::get_num_threads();
   return choose_cpu_path(problem);
@@ -53,9 +54,7 @@ std::tuple<Tensor, Tensor> fwd_cpu(const Tensor& x, const Tensor& weight,
   auto y_sizes = x.sizes().vec();
   y_sizes.back() = N;
   Tensor y = at::empty(y_sizes, x.options());
-  const auto compute = at::toOpMathType(x.scalar_type());
-  Tensor h = at::empty(return_h ? at::IntArrayRef({M, r}) : at::IntArrayRef({0}),
-                       x.options().dtype(compute));
+  Tensor h = return_h ? at::empty({M, r}, lora_A.options()) : at::empty({0}, lora_A.options());
   if (y.numel() == 0) return {y, h.zero_()};
 
   const double s = scaling_of(scaling, scaling_tensor);
@@ -63,7 +62,7 @@ std::tuple<Tensor, Tensor> fwd_cpu(const Tensor& x, const Tensor& weight,
   LowRankForward low_rank{rows,
                           lora_A.contiguous(),
                           lora_B.contiguous(),
-                          total_bias(bias, lora_bias, s, compute),
+                          total_bias(bias, lora_bias, s, at::toOpMathType(x.scalar_type())),
                           s,
                           dropout_args(dropout_p, rng_state),
                           y_rows,

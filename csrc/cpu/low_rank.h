@@ -22,13 +22,13 @@ struct LowRankForward {
   double scaling;
   DropoutArgs dropout;
   Tensor y;  // [M, N], contiguous, written: scaling * dropout(x) A^T B^T + bias
-  Tensor h;  // [M, r] compute type, contiguous, written: dropout(x) A^T; or undefined
+  Tensor h;  // [M, r], contiguous, written: dropout(x) A^T; or undefined
 };
 
 struct LowRankBackward {
   Tensor dy;      // [M, N], neighbouring columns adjacent
   Tensor x;       // [M, K], neighbouring columns adjacent; or undefined
-  Tensor h;       // [M, r] compute type, contiguous; or undefined
+  Tensor h;       // [M, r], contiguous; or undefined
   Tensor lora_A;  // [r, K], contiguous
   Tensor lora_B;  // [N, r], contiguous
   double scaling;
@@ -42,7 +42,7 @@ struct LowRankBackward {
 void low_rank_forward_fused(const LowRankForward& problem, const CpuPath& path);
 void low_rank_backward_fused(const LowRankBackward& problem, const CpuPath& path);
 
-// BLAS calls, for fp32 and fp64 without dropout.
+// BLAS calls, for one dtype and no dropout.
 void low_rank_forward_blas(const LowRankForward& problem);
 void low_rank_backward_blas(const LowRankBackward& problem);
 
@@ -50,5 +50,8 @@ void low_rank_backward_blas(const LowRankBackward& problem);
 std::pair<std::string, std::string> explain_lora_linear_cpu(int64_t tokens, int64_t out_features,
                                                             const Tensor& lora_A,
                                                             at::ScalarType base, double dropout_p);
+
+// Whether ATen's BLAS has a fast product for this dtype on this CPU.
+bool has_fast_blas(at::ScalarType dtype);
 
 }  // namespace lora_ext

@@ -1,5 +1,7 @@
 #include <ATen/ATen.h>
 
+#include <string_view>
+
 #include "cpu/low_rank.h"
 
 namespace lora_ext {
@@ -12,6 +14,12 @@ void scaled_mm_out(const Tensor& out, const Tensor& a, const Tensor& b, double s
 }
 
 }  // namespace
+
+bool has_fast_blas(at::ScalarType dtype) {
+  if (dtype == at::kFloat || dtype == at::kDouble) return true;
+  // oneDNN's bf16 product needs AVX-512; ATen's fallback, and all of its fp16, is scalar code.
+  return dtype == at::kBFloat16 && std::string_view(cpu_kernels().name) == "avx512";
+}
 
 void low_rank_forward_blas(const LowRankForward& problem) {
   Tensor h = problem.h.defined()

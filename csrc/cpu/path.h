@@ -10,7 +10,8 @@ namespace lora_ext {
 struct CpuProblem {
   int64_t M, N, K, r;
   bool dropout;
-  bool wide;              // base and adapters are of the type that sums are kept in: fp32 or fp64
+  bool mixed;             // fp32 adapters on a 16-bit base
+  bool fast_blas;         // ATen's BLAS multiplies the base's dtype at full speed on this CPU
   int64_t compute_bytes;  // size of the type that sums are kept in
   int64_t threads;
 };
@@ -34,11 +35,13 @@ inline CpuPath choose_cpu_path(const CpuProblem& problem) {
   CpuPath path{};
   if (problem.dropout) {
     path.reason = "dropout is made in cache, inside the low-rank products";
-  } else if (!problem.wide) {
-    path.reason = "16 bits: BLAS would round h and dh to them, the kernels keep float32";
+  } else if (problem.mixed) {
+    path.reason = "float32 adapters are read beside a 16-bit base without a copy of x";
+  } else if (!problem.fast_blas) {
+    path.reason = "BLAS is slow in this dtype on this CPU";
   } else {
     path.blas = true;
-    path.reason = "no dropout and no 16-bit operand: nothing is left to fuse into BLAS products";
+    path.reason = "no dropout and one dtype: nothing is left to fuse into BLAS products";
   }
   path.transpose_B = problem.M >= kMinRowsToTransposeB;
   path.fwd_parts = std::max<int64_t>(1, std::min(problem.threads, problem.M / kMinRowsPerPart));

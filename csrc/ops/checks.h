@@ -2,7 +2,6 @@
 // do. Sizes are compared as SymInt, so the same code serves the Meta kernels under torch.compile.
 #pragma once
 
-#include <ATen/OpMathType.h>
 #include <ATen/core/Tensor.h>
 
 #include "ops/lora_linear.h"
@@ -34,10 +33,10 @@ inline void check_vector(const char* op, const char* name, const OptionalTensor&
                    vector->scalar_type(), ", expected ", dtype, "; convert it with .to()");
 }
 
-inline void check_adapters(const char* op, const Tensor& x, const c10::SymInt& N,
+inline void check_adapters(const char* op, const char* name, const Tensor& x, const c10::SymInt& N,
                            const c10::SymInt& K, const Tensor& lora_A, const Tensor& lora_B) {
   const auto base = x.scalar_type();
-  TORCH_CHECK_TYPE(is_lora_base_dtype(base), op, ": got dtype ", base,
+  TORCH_CHECK_TYPE(is_lora_base_dtype(base), op, ": ", name, ": got dtype ", base,
                    ", expected float64, float32, bfloat16 or float16; convert with .to()");
   check_device(op, "lora_A", lora_A, x);
   check_device(op, "lora_B", lora_B, x);
@@ -95,7 +94,7 @@ inline void check_lora_linear(const Tensor& x, const Tensor& weight, const Optio
   TORCH_CHECK_VALUE(x.dim() >= 1, op, ": x: got a 0-d tensor, expected [..., in_features]");
   check_weight(op, x, weight, x.sym_size(-1));
   const c10::SymInt N = weight.sym_size(0);
-  check_adapters(op, x, N, x.sym_size(-1), lora_A, lora_B);
+  check_adapters(op, "x", x, N, x.sym_size(-1), lora_A, lora_B);
   check_vector(op, "bias", bias, x, N, x.scalar_type());
   check_vector(op, "lora_bias", lora_bias, x, N, lora_B.scalar_type());
   check_scale(op, x, scale);
@@ -107,7 +106,7 @@ inline void check_lora_linear_bwd(const Tensor& dy, const OptionalTensor& x,
                                   const LoraScale& scale, const GradientMask& mask) {
   constexpr const char* op = "lora_linear_bwd";
   TORCH_CHECK_VALUE(dy.dim() >= 1, op, ": dy: got a 0-d tensor, expected [..., out_features]");
-  check_adapters(op, dy, dy.sym_size(-1), lora_A.sym_size(-1), lora_A, lora_B);
+  check_adapters(op, "dy", dy, dy.sym_size(-1), lora_A.sym_size(-1), lora_A, lora_B);
   check_scale(op, dy, scale);
   TORCH_CHECK_VALUE(!mask[kGradX] || weight.has_value(), op,
                     ": weight: got None, expected [out_features, in_features] for the gradient "
@@ -117,7 +116,12 @@ inline void check_lora_linear_bwd(const Tensor& dy, const OptionalTensor& x,
                     "lora_A");
   TORCH_CHECK_VALUE(!mask[kGradB] || x.has_value() || h.has_value(), op,
                     ": h: got None without x, expected [M, r] for the gradient of lora_B");
-  if (weight.has_value()) check_weight(op, dy, *weight, lora_A.sym_size(1));
+  if (weight.has_value()) {
+    check_weight(op, dy, *weight, lora_A.sym_size(1));
+    TORCH_CHECK_VALUE(weight->sym_size(0) == dy.sym_size(-1), op, ": weight: got shape ",
+                      weight->sym_sizes(), ", expected [", dy.sym_size(-1), ", ",
+                      lora_A.sym_size(1), "], [out_features, in_features]");
+  }
   if (x.has_value()) {
     check_device(op, "x", *x, dy);
     TORCH_CHECK_VALUE(
@@ -134,17 +138,29 @@ inline void check_lora_linear_bwd(const Tensor& dy, const OptionalTensor& x,
                           h->sym_size(0) * dy.sym_size(-1) == dy.sym_numel(),
                       op, ": h: got shape ", h->sym_sizes(), ", expected [M, ", lora_A.sym_size(0),
                       "] with one row per row of dy");
-    TORCH_CHECK_TYPE(h->scalar_type() == at::toOpMathType(dy.scalar_type()), op, ": h: got dtype ",
-                     h->scalar_type(), ", expected ", at::toOpMathType(dy.scalar_type()),
-                     ", as lora_linear_fwd returns it");
+    TORCH_CHECK_TYPE(h->scalar_type() == lora_A.scalar_type(), op, ": h: got dtype ",
+                     h->scalar_type(), ", expected lora_A's ", lora_A.scalar_type());
   }
+}
+
+inline void check_dropout_mask(const Tensor& rng_state, const c10::SymInt& rows,
+                               const c10::SymInt& columns, double dropout_p) {
+  constexpr const char* op = "dropout_mask";
+  TORCH_CHECK_VALUE(
+      rng_state.scalar_type() == at::kLong && rng_state.dim() == 1 && rng_state.sym_size(0) == 2,
+      op, ": rng_state: got ", rng_state.scalar_type(), " of shape ", rng_state.sym_sizes(),
+      ", expected an int64 tensor [2] from draw_rng_state(x)");
+  TORCH_CHECK_VALUE(rows >= 0 && columns >= 0, op, ": rows, columns: got ", rows, ", ", columns,
+                    ", expected sizes of at least 0");
+  TORCH_CHECK_VALUE(dropout_p >= 0.0 && dropout_p <= 1.0, op, ": dropout_p: got ", dropout_p,
+                    ", expected a probability from 0 to 1");
 }
 
 inline void check_merge(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B) {
   constexpr const char* op = "merge_";
   TORCH_CHECK_VALUE(weight.dim() == 2, op, ": weight: got shape ", weight.sym_sizes(),
                     ", expected [out_features, in_features]");
-  check_adapters(op, weight, weight.sym_size(0), weight.sym_size(1), lora_A, lora_B);
+  check_adapters(op, "weight", weight, weight.sym_size(0), weight.sym_size(1), lora_A, lora_B);
 }
 
 }  // namespace lora_ext

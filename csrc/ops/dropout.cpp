@@ -4,6 +4,8 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include "ops/checks.h"
+
 namespace lora_ext {
 namespace {
 
@@ -12,7 +14,8 @@ at::Tensor draw_rng_state_meta(const at::Tensor& like) {
 }
 
 at::Tensor dropout_mask_meta(const at::Tensor& rng_state, c10::SymInt rows, c10::SymInt columns,
-                             double) {
+                             double dropout_p) {
+  check_dropout_mask(rng_state, rows, columns, dropout_p);
   return rng_state.new_empty_symint({rows, columns}, rng_state.options().dtype(at::kBool));
 }
 

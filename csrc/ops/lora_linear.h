@@ -28,8 +28,7 @@ enum Gradient { kGradX, kGradWeight, kGradBias, kGradA, kGradB, kGradLoraBias, k
 using GradientMask = std::array<bool, kGradients>;
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// y [..., N]; h = dropout(x) A^T as [M, r] if return_h, else empty. h is in the type that sums are
-// kept in: float32 for 16-bit x.
+// y [..., N]; h = dropout(x) A^T as [M, r] in the adapter's dtype if return_h, else empty.
 std::tuple<Tensor, Tensor> lora_linear_fwd(const Tensor& x,                  // [..., K]
                                            const Tensor& weight,             // [N, K]
                                            const OptionalTensor& bias,       // [N]

@@ -74,10 +74,11 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     const LoraScale scale{scaling, scaling_tensor, dropout_p, rng_state};
     // Backward reads x for the gradients of weight and lora_A, and h for that of lora_B. Under
-    // dropout it makes the dropped x again anyway, in cache, and h from it costs one product; so
-    // h is kept only where there is no dropout or no x.
+    // dropout it makes the dropped x again anyway, in cache, and h from it costs one product; and
+    // kept in fp16 it would be rounded. So h is kept only beyond these, or where x is not.
     const bool save_x = weight.requires_grad() || lora_A.requires_grad();
-    const bool save_h = lora_B.requires_grad() && (!save_x || dropout_p == 0.0);
+    const bool make_h_again = save_x && (dropout_p > 0.0 || lora_B.scalar_type() == at::kHalf);
+    const bool save_h = lora_B.requires_grad() && !make_h_again;
     auto [y, h] = lora_linear_fwd(x, weight, bias, lora_A, lora_B, lora_bias, scale, save_h);
     ctx->save_for_backward({save_x ? x : Tensor(), save_h ? h : Tensor(),
                             x.requires_grad() ? weight : Tensor(), lora_A, lora_B,

@@ -115,16 +115,18 @@ def _choose(
                 "replace_linear: target_modules: names the model itself, which cannot be swapped "
                 "in place; use lora_ext.nn.Linear.from_linear"
             )
-        if type(module) is not nn.Linear:
+        kind = type(module)
+        if kind is not nn.Linear:
             raise ValueError(
-                f"replace_linear: target_modules: '{name}' is a {type(module).__qualname__}, "
-                "expected exactly torch.nn.Linear; name other modules, or exclude this one with "
-                "exclude_modules"
+                f"replace_linear: target_modules: '{name}' is a "
+                f"{kind.__module__}.{kind.__qualname__}, expected exactly torch.nn.Linear; name "
+                "other modules, or exclude this one with exclude_modules"
             )
-        if "weight" not in module._parameters:
+        computed = [part for part in ("weight", "bias") if part not in module._parameters]
+        if computed:
             raise ValueError(
-                f"replace_linear: target_modules: '{name}' computes its weight (weight_norm or "
-                "pruning), expected a plain parameter; remove that first"
+                f"replace_linear: target_modules: '{name}' computes its {computed[0]} (pruning, "
+                "weight_norm), expected a plain parameter; make that permanent first"
             )
         chosen[name] = module
     return chosen

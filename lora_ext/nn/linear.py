@@ -35,7 +35,8 @@ class Linear(nn.Linear):
     `merge()` writes the update into `weight` in place; `unmerge()` gives back the base weight bit
     for bit, whatever happened to the adapter between. For that a merged layer keeps a copy of its
     base weight until unmerged: out_features * in_features more elements in memory. `state_dict`
-    holds the base weight also while merged.
+    holds the base weight also while merged. Layers that share one weight must be unmerged in the
+    reverse order of merging.
 
     Raises:
         ValueError: r, lora_alpha, lora_dropout or init_lora_weights out of range, by name.
@@ -85,23 +86,33 @@ class Linear(nn.Linear):
         r: int = 8,
         lora_alpha: float = 8,
         lora_dropout: float = 0.0,
-        fan_in_fan_out: bool = False,
         **options: Any,
     ) -> Self:
         """The same layer with an adapter; shares `weight` and `bias` with `linear`.
 
-        Keeps training mode, device, dtype and requires_grad. `options` are the constructor's.
+        Keeps training mode, device, dtype and requires_grad. `options` are the constructor's
+        use_rslora, lora_bias, init_lora_weights and autocast_adapter_dtype.
+
+        Raises:
+            TypeError: linear is not exactly an nn.Linear.
+            ValueError: its weight or bias is computed (pruning, weight_norm), or see the class.
         """
         if type(linear) is not nn.Linear:
             raise TypeError(
                 f"Linear.from_linear: linear: got {type(linear).__qualname__}, expected exactly "
                 "torch.nn.Linear; a subclass may compute something else"
             )
+        for name in ("weight", "bias"):
+            if name not in linear._parameters:
+                raise ValueError(
+                    f"Linear.from_linear: linear: computes its {name} (pruning, weight_norm), "
+                    "expected a plain parameter; make that permanent first"
+                )
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self._set_adapter(r, lora_alpha, lora_dropout, fan_in_fan_out, **options)
+        self._set_adapter(r, lora_alpha, lora_dropout, False, **options)
         return self.train(linear.training)
 
     def _set_adapter(
@@ -116,7 +127,7 @@ class Linear(nn.Linear):
         init_lora_weights: bool | str = True,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        if not isinstance(r, int) or r < 0:
+        if not isinstance(r, int) or isinstance(r, bool) or r < 0:
             raise ValueError(f"Linear: r: got {r!r}, expected an integer of at least 0")
         if not math.isfinite(lora_alpha):
             raise ValueError(f"Linear: lora_alpha: got {lora_alpha}, expected a finite number")
@@ -124,7 +135,7 @@ class Linear(nn.Linear):
             raise ValueError(
                 f"Linear: lora_dropout: got {lora_dropout}, expected a probability from 0 to 1"
             )
-        if init_lora_weights not in (True, False, "gaussian"):
+        if not isinstance(init_lora_weights, bool) and init_lora_weights != "gaussian":
             raise ValueError(
                 f"Linear: init_lora_weights: got {init_lora_weights!r}, "
                 "expected True, False or 'gaussian'"
@@ -233,7 +244,9 @@ class Linear(nn.Linear):
                 "Linear.merge: lora_bias cannot be merged into a base without bias; "
                 "construct the base with bias=True"
             )
-        merged = self.bias + (self.lora_bias * self.scaling).to(self.bias.dtype)
+        compute = torch.promote_types(self.bias.dtype, torch.float32)
+        merged = self.bias.to(compute) + self.lora_bias.to(compute) * self.scaling
+        merged = merged.to(self.bias.dtype)
         if not torch.isfinite(merged).all():
             raise ValueError("Linear.merge: the merged bias would hold NaN or Inf; nothing changed")
         return merged

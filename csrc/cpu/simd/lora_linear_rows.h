@@ -72,7 +72,10 @@ void forward_rows(const ForwardArgs& args, int64_t begin, int64_t end, void* scr
     const WidenedRows<T, S> x{static_cast<const T*>(args.x) + m * args.ldx, args.ldx, keep,
                               keep_words(K), static_cast<S>(args.dropout.scale)};
     down_project(x, lora_A, rows, K, r, panel.in, panel.h);
-    if (args.h) memcpy(static_cast<S*>(args.h) + m * r, panel.h, rows * r * sizeof(S));
+    if (args.h) {
+      narrow_row(panel.h, rows * r, static_cast<const S*>(nullptr), nullptr, S{1},
+                 static_cast<TA*>(args.h) + m * r);
+    }
     for (int64_t i = 0; i < rows * r; ++i) panel.h[i] *= static_cast<S>(args.scaling);
 
     // y = h B^T + bias
@@ -123,7 +126,7 @@ void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end, void* d
     if (recompute_h) {
       down_project(x, lora_A, rows, K, r, panel.out, panel.h);
     } else if (dB) {
-      memcpy(panel.h, static_cast<const S*>(args.h) + m * r, rows * r * sizeof(S));
+      widen_row(static_cast<const TA*>(args.h) + m * r, rows * r, nullptr, S{1}, panel.h);
     }
 
     // dh = scaling * dy B and dB += dy^T h from one pass over dy
