@@ -16,6 +16,7 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
+from typing import Any, NoReturn
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -33,11 +34,11 @@ print(json.dumps({"version": torch.__version__, "include": include_paths(),
 """
 
 
-def fail(sentence: str) -> None:
+def fail(sentence: str) -> NoReturn:
     raise SystemExit(f"lora_ext: {sentence}")
 
 
-def find_torch() -> dict[str, object]:
+def find_torch() -> dict[str, Any]:
     result = subprocess.run(
         [sys.executable, "-I", "-c", FIND_TORCH], capture_output=True, text=True
     )
@@ -47,7 +48,7 @@ def find_torch() -> dict[str, object]:
             f"no usable torch for {sys.executable} ({reason}); "
             "install torch 2.11 or newer into this environment first, then lora_ext again."
         )
-    found: dict[str, object] = json.loads(result.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     major, minor = (int(part) for part in str(found["version"]).split(".")[:2])
     if (major, minor) < (2, 11):
         fail(f"torch {found['version']} is installed; lora_ext needs 2.11 or newer.")
@@ -80,7 +81,7 @@ class CMakeBuild(build_ext):
         settings = {
             "CMAKE_BUILD_TYPE": os.environ.get("CMAKE_BUILD_TYPE", "Release"),
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(target.parent),
-            "TORCH_INCLUDE_DIRS": ";".join(torch["include"]),  # type: ignore[arg-type]
+            "TORCH_INCLUDE_DIRS": ";".join(torch["include"]),
             "TORCH_LIBRARY_DIR": torch["lib"],
             "TORCH_CXX11_ABI": torch["abi"],
             "TORCH_VERSION": torch["version"],
@@ -89,10 +90,9 @@ class CMakeBuild(build_ext):
             "PYBIND11_INCLUDE_DIR": pybind11.get_include(),
             "EXTENSION_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
         }
-        self.announce("lora_ext: CPU build with", level=2)
-        for name, value in settings.items():
-            self.announce(f"  {name} = {value}", level=2)
         print(f"lora_ext: CPU build for torch {torch['version']}, Python {sys.version.split()[0]}")
+        for name, value in settings.items():
+            print(f"  {name} = {value}")
 
         # A fresh folder each time: a kept CMakeCache would name the ninja of a deleted build
         # environment.
@@ -110,4 +110,8 @@ class CMakeBuild(build_ext):
                     fail(f"'{' '.join(command[:4])} ...' failed; its messages are above.")
 
 
-setup(ext_modules=[Extension("lora_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("lora_ext._C", sources=[])],
+        cmdclass={"build_ext": CMakeBuild},
+    )

@@ -150,18 +150,20 @@ def verdict(runs: Sequence[Measurement], comparable: bool, console: Console) -> 
 def report(
     args: argparse.Namespace,
     groups: dict[str, list[Measurement]],
-    model: EncoderClassifier,
+    models: dict[str, EncoderClassifier],
     console: Console,
 ) -> None:
-    """Tables on the terminal and files in the output folder; `model` is lora_ext's."""
+    """Tables on the terminal and files in the output folder; `models` are lora_ext's."""
     console.print(loss_table(next(iter(groups.values()))))
     for name, runs in groups.items():
         console.print(cost_table(f"Cost with LoRA {name}, {len(runs[0].losses)} steps", runs))
     tokens = args.batch_size * args.max_length
-    console.print(kernel_table(lora_ext.explain(model, tokens=tokens)))
+    explained = {name: lora_ext.explain(model, tokens=tokens) for name, model in models.items()}
+    console.print(kernel_table(explained))
     args.out.mkdir(parents=True, exist_ok=True)
     save_plot(args.out / "finetune_encoder.png", groups)
     save_json(args.out / "finetune_encoder.json", vars(args), groups)
+    model = next(iter(models.values()))
     # Only what was trained; the frozen encoder can be had from where it came.
     trained = {
         "adapter": lora_ext.lora_state_dict(model.encoder),
@@ -189,6 +191,8 @@ def main() -> int:
             base, len(data.labels), settings, lr=args.lr, steps=args.steps, seed=args.seed
         )
 
+    if args.bench_seconds:  # before the training, whose load would disturb it
+        print_layer_times(base, args)
     console.print(
         f"{len(data.train)} training and {len(data.held_out)} held-out docstrings of "
         f"{len(data.labels)} modules, {args.batch_size} x {args.max_length} tokens per step"
@@ -202,12 +206,13 @@ def main() -> int:
         for run, variant in zip(train(trained, train_set, batches), trained, strict=True)
     ]
     groups = {f"dropout {args.dropout:g}": runs}
+    models = {f"dropout {args.dropout:g}": trained[0].model}
     if args.dropout == 0 and args.dropout_steps:
-        short = train(variants(TIMED_DROPOUT), train_set, batches[: args.dropout_steps])
-        groups[f"dropout {TIMED_DROPOUT:g}"] = short
-    if args.bench_seconds:
-        print_layer_times(base, args)
-    report(args, groups, trained[0].model, console)
+        timed = variants(TIMED_DROPOUT)
+        name = f"dropout {TIMED_DROPOUT:g}"
+        groups[name] = train(timed, train_set, batches[: args.dropout_steps])
+        models[name] = timed[0].model
+    report(args, groups, models, console)
     console.print(f"wrote {args.out}/ after {time.perf_counter() - started:.0f} s")
     return verdict(runs, comparable=args.dropout == 0 and args.dtype == "float32", console=console)
 

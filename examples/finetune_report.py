@@ -81,14 +81,16 @@ def cost_table(title: str, runs: Sequence[Measurement]) -> Table:
     return table
 
 
-def kernel_table(rows: Iterable[Any]) -> Table:
-    """lora_ext.explain's rows (name, path, reason), modules that agree on both counted together."""
-    table = Table(title="Which kernel each adapted module runs on (lora_ext.explain)")
+def kernel_table(explained: Mapping[str, Iterable[Any]]) -> Table:
+    """lora_ext.explain's rows (name, path, reason) of every run, equal modules counted together."""
+    table = Table(title="Which code the adapted modules run (lora_ext.explain)")
+    table.add_column("")
     table.add_column("modules", justify="right")
     table.add_column("path")
     table.add_column("reason")
-    for (path, reason), count in Counter((row.path, row.reason) for row in rows).items():
-        table.add_row(str(count), str(path), str(reason))
+    for group, rows in explained.items():
+        for (path, reason), count in Counter((row.path, row.reason) for row in rows).items():
+            table.add_row(group, str(count), path, reason)
     return table
 
 

@@ -1,0 +1,103 @@
+"""Building and installing: from isolation, and what is said where something is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import lora_ext
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def setup_py() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("lora_ext_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def build_wheel(python: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [python, "-m", "pip", "wheel", "-v", "--no-deps", "-w", str(folder), str(ROOT)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.timeout(600)
+def test_wheel_from_build_isolation_uses_the_installed_torch(tmp_path: Path) -> None:
+    result = build_wheel(sys.executable, tmp_path)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert f"lora_ext: CPU build for torch {torch.__version__}" in result.stdout
+    assert "Collecting torch" not in result.stdout
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert f"lora_ext/_C{sysconfig.get_config_var('EXT_SUFFIX')}" in names
+    assert {"lora_ext/py.typed", "lora_ext/_C.pyi", "lora_ext/reference.py"} <= set(names)
+    assert not [name for name in names if name.startswith(("tests/", "csrc/", "benchmarks/"))]
+
+
+@pytest.mark.timeout(600)
+def test_missing_torch_is_one_clear_sentence(tmp_path: Path) -> None:
+    venv.create(tmp_path / "bare", with_pip=True)
+    result = build_wheel(str(tmp_path / "bare" / "bin" / "python"), tmp_path)
+    assert result.returncode != 0
+    assert "lora_ext: no usable torch" in result.stdout + result.stderr
+    assert "install torch 2.11 or newer" in result.stdout + result.stderr
+
+
+def test_old_torch_is_refused(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = 'import json; print(json.dumps({"version": "2.10.1+cpu"}))'
+    monkeypatch.setattr(setup_py, "FIND_TORCH", old)
+    with pytest.raises(SystemExit, match=r"torch 2\.10\.1\+cpu is installed; .* 2\.11 or newer"):
+        setup_py.find_torch()
+
+
+def test_missing_compiler(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(SystemExit, match=r"no C\+\+ compiler: 'c\+\+' is not on PATH; install"):
+        setup_py.check_tools()
+
+
+def test_missing_headers(
+    setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(setup_py.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(SystemExit, match=r"no Python headers: .*Python\.h is missing; install"):
+        setup_py.check_tools()
+
+
+@pytest.mark.parametrize("value", ["1", "yes"])
+def test_cuda_is_refused_not_ignored(
+    setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("LORA_EXT_CUDA", value)
+    with pytest.raises(SystemExit, match=r"LORA_EXT_CUDA"):
+        setup_py.check_tools()
+
+
+def test_build_info() -> None:
+    info = lora_ext.build_info()
+    assert info["torch"] == torch.__version__
+    assert info["version"] == lora_ext.__version__
+    assert info["cuda"] is None
+    assert info["cpu_capability"] in ("default", "avx2", "avx512")
+
+
+def test_import_starts_no_cuda_and_needs_no_optional_package() -> None:
+    script = (
+        "import sys, lora_ext, torch; assert not torch.cuda.is_initialized(); "
+        "print([m for m in ('peft', 'transformers', 'rich', 'matplotlib') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
