@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml
 
 # The kept build folder makes the second build incremental; it needs the same ninja, so no isolation.
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
-	PATH="$(BIN):$$PATH" LORA_EXT_BUILD_DIR="$(CURDIR)/build" \
+	PATH="$(BIN):$$PATH" LORA_EXT_BUILD_DIR="$(CURDIR)/build/cmake" \
 		$(BIN)/pip install --quiet --no-build-isolation --editable '.[test,lint]'
 	touch $@
 

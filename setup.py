@@ -92,7 +92,7 @@ class CMakeBuild(build_ext):
         }
         print(f"lora_ext: CPU build for torch {torch['version']}, Python {sys.version.split()[0]}")
         for name, value in settings.items():
-            print(f"  {name} = {value}")
+            print(f"  {name} = {value}", flush=True)
 
         # A fresh folder each time: a kept CMakeCache would name the ninja of a deleted build
         # environment.

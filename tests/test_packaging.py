@@ -36,9 +36,10 @@ def build_wheel(python: str, folder: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.timeout(600)
 def test_wheel_from_build_isolation_uses_the_installed_torch(tmp_path: Path) -> None:
     result = build_wheel(sys.executable, tmp_path)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert f"lora_ext: CPU build for torch {torch.__version__}" in result.stdout
-    assert "Collecting torch" not in result.stdout
+    assert result.returncode == 0, result.stderr[-3000:]
+    output = result.stdout + result.stderr
+    assert f"lora_ext: CPU build for torch {torch.__version__}" in output
+    assert "Collecting torch" not in output
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert f"lora_ext/_C{sysconfig.get_config_var('EXT_SUFFIX')}" in names
