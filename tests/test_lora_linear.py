@@ -25,6 +25,7 @@ SIZES = [
     (200, 1100, 72, 16),
     (97, 130, 257, 5),
     (2, 2049, 1025, 40),
+    (16, 2100, 2060, 64),  # few rows, large adapter: BLAS also under dropout
 ]
 DTYPES = [
     (torch.float64, torch.float64),

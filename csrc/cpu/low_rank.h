@@ -42,7 +42,7 @@ struct LowRankBackward {
 void low_rank_forward_fused(const LowRankForward& problem, const CpuPath& path);
 void low_rank_backward_fused(const LowRankBackward& problem, const CpuPath& path);
 
-// BLAS calls, for one dtype and no dropout.
+// BLAS calls, for one dtype; dropout on a copy of x that passes with the call.
 void low_rank_forward_blas(const LowRankForward& problem);
 void low_rank_backward_blas(const LowRankBackward& problem);
 

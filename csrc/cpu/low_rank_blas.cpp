@@ -13,6 +13,22 @@ void scaled_mm_out(const Tensor& out, const Tensor& a, const Tensor& b, double s
   at::addmm_out(result, result, a, b, /*beta=*/0, /*alpha=*/scale);
 }
 
+// bool [rows, columns], or undefined without dropout.
+Tensor keep_mask(const DropoutArgs& dropout, int64_t rows, int64_t columns) {
+  if (!dropout.enabled) return {};
+  Tensor keep = at::empty({rows, columns}, at::kBool);
+  cpu_kernels().dropout_mask_rows(dropout.rng, dropout.threshold, columns, 0, rows,
+                                  reinterpret_cast<uint8_t*>(keep.data_ptr<bool>()));
+  return keep;
+}
+
+// The elements of x that are kept, not scaled: that is left to the products, which round later.
+Tensor kept(const Tensor& x, const Tensor& keep) {
+  return keep.defined() ? at::where(keep, x, at::zeros({}, x.options())) : x;
+}
+
+double survivor_scale(const DropoutArgs& dropout) { return dropout.enabled ? dropout.scale : 1.0; }
+
 }  // namespace
 
 bool has_fast_blas(at::ScalarType dtype) {
@@ -22,10 +38,10 @@ bool has_fast_blas(at::ScalarType dtype) {
 }
 
 void low_rank_forward_blas(const LowRankForward& problem) {
-  Tensor h = problem.h.defined()
-                 ? problem.h
-                 : at::empty({problem.x.size(0), problem.lora_A.size(0)}, problem.x.options());
-  at::mm_out(h, problem.x, problem.lora_A.t());
+  const int64_t M = problem.x.size(0), K = problem.x.size(1), r = problem.lora_A.size(0);
+  const Tensor h = problem.h.defined() ? problem.h : at::empty({M, r}, problem.x.options());
+  const Tensor x = kept(problem.x, keep_mask(problem.dropout, M, K));
+  scaled_mm_out(h, x, problem.lora_A.t(), survivor_scale(problem.dropout));
   if (problem.bias.defined()) {
     Tensor y = problem.y;
     at::addmm_out(y, problem.bias.to(y.scalar_type()), h, problem.lora_B.t(), 1, problem.scaling);
@@ -35,15 +51,23 @@ void low_rank_forward_blas(const LowRankForward& problem) {
 }
 
 void low_rank_backward_blas(const LowRankBackward& problem) {
-  const double s = problem.scaling;
+  const int64_t M = problem.dy.size(0), K = problem.lora_A.size(1), r = problem.lora_A.size(0);
+  const double s = problem.scaling, survivor = survivor_scale(problem.dropout);
+  const Tensor keep = keep_mask(problem.dropout, M, K);
+  const bool make_h = problem.dB.defined() && !problem.h.defined();
+  const Tensor x = make_h || problem.dA.defined() ? kept(problem.x, keep) : Tensor();
   if (problem.dB.defined()) {
-    const Tensor h = problem.h.defined() ? problem.h : at::mm(problem.x, problem.lora_A.t());
+    const Tensor h = make_h ? at::empty({M, r}, problem.dy.options()) : problem.h;
+    if (make_h) scaled_mm_out(h, x, problem.lora_A.t(), survivor);
     scaled_mm_out(problem.dB, problem.dy.t(), h, s);
   }
   if (!problem.dA.defined() && !problem.dx.defined()) return;
-  const Tensor dh = at::mm(problem.dy, problem.lora_B);  // scaled by s where it is used
-  if (problem.dA.defined()) scaled_mm_out(problem.dA, dh.t(), problem.x, s);
-  if (problem.dx.defined()) scaled_mm_out(problem.dx, dh, problem.lora_A, s);
+  const Tensor dh = at::mm(problem.dy, problem.lora_B);  // scaled where it is used
+  if (problem.dA.defined()) scaled_mm_out(problem.dA, dh.t(), x, s * survivor);
+  if (problem.dx.defined()) {
+    scaled_mm_out(problem.dx, dh, problem.lora_A, s * survivor);
+    if (keep.defined()) problem.dx.mul_(keep);
+  }
 }
 
 }  // namespace lora_ext

@@ -27,27 +27,42 @@ struct CpuPath {
 inline CpuPath choose_cpu_path(const CpuProblem& problem) {
   // Below this many rows, transposing B costs more than its row-by-row products save.
   constexpr int64_t kMinRowsToTransposeB = 8;
-  // A smaller range does not pay for waking a thread.
-  constexpr int64_t kMinRowsPerPart = 4;
+  // A smaller range does not pay for waking a thread; in backward it must also pay for sums of its
+  // own, which are as large as lora_A and lora_B.
+  constexpr int64_t kMinRowsPerFwdPart = 4;
+  constexpr int64_t kMinRowsPerBwdPart = 32;
   // Every backward part sums into its own dA and dB: keep them within this many bytes together.
   constexpr int64_t kMaxPartialSumBytes = int64_t{256} << 20;
 
+  // Below so many rows, with adapters of so many elements, the vector kernels would sum into
+  // gradients larger than the rest of their work; BLAS shares those out among threads.
+  constexpr int64_t kFewRows = 64;
+  constexpr int64_t kManyAdapterElements = int64_t{1} << 18;
+  const bool few_rows_large_adapter =
+      problem.M < kFewRows && (problem.N + problem.K) * problem.r >= kManyAdapterElements;
+
   CpuPath path{};
-  if (problem.dropout) {
-    path.reason = "dropout is made in cache, inside the low-rank products";
-  } else if (problem.mixed) {
+  path.blas = !problem.mixed && problem.fast_blas && (!problem.dropout || few_rows_large_adapter);
+  if (problem.mixed) {
     path.reason = "float32 adapters are read beside a 16-bit base without a copy of x";
   } else if (!problem.fast_blas) {
     path.reason = "BLAS is slow in this dtype on this CPU";
-  } else {
-    path.blas = true;
+  } else if (!problem.dropout) {
     path.reason = "no dropout and one dtype: nothing is left to fuse into BLAS products";
+  } else if (few_rows_large_adapter) {
+    path.reason = "few rows and a large adapter: BLAS products, dropout on a passing copy of x";
+  } else {
+    path.reason = "dropout is made in cache, inside the low-rank products";
   }
   path.transpose_B = problem.M >= kMinRowsToTransposeB;
-  path.fwd_parts = std::max<int64_t>(1, std::min(problem.threads, problem.M / kMinRowsPerPart));
+  const auto parts = [&](int64_t min_rows) {
+    return std::max<int64_t>(1, std::min(problem.threads, problem.M / min_rows));
+  };
   const int64_t sum_bytes =
       std::max<int64_t>(1, (problem.N + problem.K) * problem.r * problem.compute_bytes);
-  path.bwd_parts = std::min(path.fwd_parts, std::max<int64_t>(1, kMaxPartialSumBytes / sum_bytes));
+  path.fwd_parts = parts(kMinRowsPerFwdPart);
+  path.bwd_parts =
+      std::min(parts(kMinRowsPerBwdPart), std::max<int64_t>(1, kMaxPartialSumBytes / sum_bytes));
   return path;
 }
 
