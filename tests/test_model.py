@@ -159,18 +159,51 @@ FUSED = f"cpu fused {lora_ext.build_info()['cpu_capability']}"
 LINEAR = "torch.nn.functional.linear"
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 100_000])
-def test_explain_tells_the_path_and_why(tokens: int) -> None:
-    assert explained(Linear(32, 16, 4), tokens)[0] == "cpu blas"
-    path, reason = explained(Linear(32, 16, 4, dtype=torch.bfloat16), tokens)
-    assert path == FUSED and "float32 adapters" in reason
+# (dtype, adapters stay fp32, dropout, tokens, in = out, r) → (path, part of the reason)
+PATHS = {
+    "fp32": (torch.float32, True, 0.0, 2048, 32, 4, FUSED, "one pass over x"),
+    "dropout": (torch.float32, True, 0.5, 2048, 32, 4, FUSED, "dropout is made in cache"),
+    "mixed": (torch.bfloat16, True, 0.0, 2048, 32, 4, FUSED, "float32 adapters"),
+    "fp16": (torch.float16, False, 0.0, 2048, 32, 4, FUSED, "BLAS is slow"),
+    "few rows": (torch.float32, True, 0.0, 16, 1024, 64, "cpu blas", "few rows and a large"),
+    "few rows, dropout": (torch.float32, True, 0.1, 16, 2100, 64, "cpu blas", "few rows"),
+    "few rows, small adapter": (torch.float32, True, 0.0, 16, 1024, 8, FUSED, "one pass"),
+    "no rows": (torch.float32, True, 0.0, 0, 32, 4, FUSED, "one pass"),
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "dropout", "tokens", "size", "r", "path", "reason"),
+    PATHS.values(),
+    ids=PATHS.keys(),
+)
+def test_explain_tells_the_path_and_why(
+    dtype: torch.dtype,
+    autocast: bool,
+    dropout: float,
+    tokens: int,
+    size: int,
+    r: int,
+    path: str,
+    reason: str,
+) -> None:
+    layer = Linear(
+        size, size, r, lora_dropout=dropout, dtype=dtype, autocast_adapter_dtype=autocast
+    )
+    got_path, got_reason = explained(layer, tokens)
+    assert got_path == path and reason in got_reason
+
+
+def test_explain_bf16_depends_on_the_cpu() -> None:
+    layer = Linear(32, 16, 4, dtype=torch.bfloat16, autocast_adapter_dtype=False)
+    has_avx512 = lora_ext.build_info()["cpu_capability"] == "avx512"
+    assert explained(layer)[0] == ("cpu blas" if has_avx512 else FUSED)
 
 
 def test_explain_follows_the_training_mode() -> None:
     layer = Linear(32, 16, 4, lora_dropout=0.5)
-    path, reason = explained(layer)
-    assert path == FUSED and "dropout is made in cache" in reason
-    assert explained(layer.eval())[0] == "cpu blas"
+    assert "dropout" in explained(layer)[1]
+    assert "dropout" not in explained(layer.eval())[1]
 
 
 def test_explain_without_adapter_merged_and_elsewhere() -> None:
@@ -179,7 +212,7 @@ def test_explain_without_adapter_merged_and_elsewhere() -> None:
     layer.merge()
     assert explained(layer) == (LINEAR, "merged: the adapter is in the weight")
     layer.unmerge()
-    assert explained(layer)[0] == "cpu blas"
+    assert explained(layer)[0] == FUSED
     path, reason = explained(Linear(4, 4, 2, device="meta"))
     assert path == "none" and "no kernels for meta" in reason
 
@@ -188,5 +221,5 @@ def test_explanation_prints_as_a_table() -> None:
     model = nn.Sequential(Linear(4, 4, 2), nn.ModuleDict({"long name": Linear(4, 4)}))
     first, second = str(lora_ext.explain(model)).splitlines()
     assert second.startswith(f"1.long name  {LINEAR}  r = 0")
-    assert first.index("cpu blas") == second.index(LINEAR)
+    assert first.index(FUSED) == second.index(LINEAR)
     assert str(lora_ext.explain(nn.Identity())) == ""

@@ -23,6 +23,7 @@ CpuPath path_for(int64_t M, int64_t N, const Tensor& lora_A, at::ScalarType base
   problem.M = M, problem.N = N, problem.K = lora_A.size(1), problem.r = lora_A.size(0);
   problem.dropout = dropout;
   problem.mixed = lora_A.scalar_type() != base;
+  problem.bf16 = base == at::kBFloat16 && !problem.mixed;
   problem.fast_blas = has_fast_blas(base);
   problem.compute_bytes = c10::elementSize(at::toOpMathType(base));
   problem.threads = at::get_num_threads();

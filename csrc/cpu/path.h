@@ -10,6 +10,7 @@ namespace lora_ext {
 struct CpuProblem {
   int64_t M, N, K, r;
   bool dropout;
+  bool bf16;              // base and adapters
   bool mixed;             // fp32 adapters on a 16-bit base
   bool fast_blas;         // ATen's BLAS multiplies the base's dtype at full speed on this CPU
   int64_t compute_bytes;  // size of the type that sums are kept in
@@ -34,25 +35,29 @@ inline CpuPath choose_cpu_path(const CpuProblem& problem) {
   // Every backward part sums into its own dA and dB: keep them within this many bytes together.
   constexpr int64_t kMaxPartialSumBytes = int64_t{256} << 20;
 
-  // Below so many rows, with adapters of so many elements, the vector kernels would sum into
-  // gradients larger than the rest of their work; BLAS shares those out among threads.
+  // Below so many rows, with adapters of so many elements, the vector kernels spend their time on
+  // B^T and on sums as large as the gradients, which BLAS does not need. With dropout BLAS needs a
+  // copy of x and its mask, so it pays later.
   constexpr int64_t kFewRows = 64;
-  constexpr int64_t kManyAdapterElements = int64_t{1} << 18;
+  const int64_t large_adapter = int64_t{1} << (problem.dropout ? 18 : 16);
   const bool few_rows_large_adapter =
-      problem.M < kFewRows && (problem.N + problem.K) * problem.r >= kManyAdapterElements;
+      problem.M < kFewRows && (problem.N + problem.K) * problem.r > large_adapter;
 
   CpuPath path{};
-  path.blas = !problem.mixed && problem.fast_blas && (!problem.dropout || few_rows_large_adapter);
+  path.blas = !problem.mixed && problem.fast_blas &&
+              (few_rows_large_adapter || (problem.bf16 && !problem.dropout));
   if (problem.mixed) {
     path.reason = "float32 adapters are read beside a 16-bit base without a copy of x";
   } else if (!problem.fast_blas) {
     path.reason = "BLAS is slow in this dtype on this CPU";
-  } else if (!problem.dropout) {
-    path.reason = "no dropout and one dtype: nothing is left to fuse into BLAS products";
   } else if (few_rows_large_adapter) {
-    path.reason = "few rows and a large adapter: BLAS products, dropout on a passing copy of x";
-  } else {
+    path.reason = "few rows and a large adapter";
+  } else if (problem.dropout) {
     path.reason = "dropout is made in cache, inside the low-rank products";
+  } else if (problem.bf16) {
+    path.reason = "no dropout, and BLAS multiplies bf16 at twice the rate of float32 kernels";
+  } else {
+    path.reason = "one pass over x and one over dy";
   }
   path.transpose_B = problem.M >= kMinRowsToTransposeB;
   const auto parts = [&](int64_t min_rows) {
