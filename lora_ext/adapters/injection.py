@@ -115,8 +115,8 @@ def _choose(
                 "replace_linear: target_modules: names the model itself, which cannot be swapped "
                 "in place; use lora_ext.nn.Linear.from_linear"
             )
-        kind = type(module)
-        if kind is not nn.Linear:
+        if type(module) is not nn.Linear:
+            kind = type(module)
             raise ValueError(
                 f"replace_linear: target_modules: '{name}' is a "
                 f"{kind.__module__}.{kind.__qualname__}, expected exactly torch.nn.Linear; name "
