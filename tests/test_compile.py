@@ -85,6 +85,16 @@ def test_scaling_tensor_changes_without_recompiling() -> None:
     assert counter.frame_count == 1
 
 
+def test_compiled_autograd() -> None:
+    torch._dynamo.reset()
+    net = make_net(0.25)
+    x = torch.randn(9, 64, requires_grad=True)
+    eager = gradients(net, net, x)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        for got, want in zip(gradients(net, net, x), eager, strict=True):
+            assert torch.equal(got, want)
+
+
 def test_export() -> None:
     net = make_net(0.0).eval()
     x = torch.randn(6, 64)

@@ -113,7 +113,8 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
 
     variable_list grads;
     if (at::GradMode::is_enabled()) {
-      TORCH_CHECK(!(mask[kGradB] && mask[kGradX] && !x.has_value()),
+      const bool x_requires_grad = weight.has_value();  // which is what weight was kept for
+      TORCH_CHECK(!(mask[kGradB] && x_requires_grad && !x.has_value()),
                   "lora_linear: double backward: x was not kept, since lora_A and weight are "
                   "frozen; let lora_A require grad to differentiate twice");
       grads = differentiable_backward(dy, x, h, weight, lora_A, lora_B, scale, mask);

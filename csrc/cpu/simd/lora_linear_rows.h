@@ -144,7 +144,7 @@ void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end, void* d
                 later);
       }
     }
-    for (int64_t i = 0; i < rows * r; ++i) {
+    for (int64_t i = 0; (dA || dx) && i < rows * r; ++i) {
       panel.dh[i] = N > 0 ? panel.dh[i] * static_cast<S>(args.scaling) : S{0};
     }
 
