@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "cpu/low_rank.h"
 #include "ops/dropout.h"
 #include "ops/lora_linear.h"
 #include "ops/lora_linear_registration.h"
@@ -75,9 +76,13 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
     const LoraScale scale{scaling, scaling_tensor, dropout_p, rng_state};
     // Backward reads x for the gradients of weight and lora_A, and h for that of lora_B. Under
     // dropout it makes the dropped x again anyway, in cache, and h from it costs one product; and
-    // kept in fp16 it would be rounded. So h is kept only beyond these, or where x is not.
+    // kept in 16 bits h would be rounded, unless it comes from BLAS and is rounded in any case. So
+    // h is kept only beyond these, or where x is not.
     const bool save_x = weight.requires_grad() || lora_A.requires_grad();
-    const bool make_h_again = save_x && (dropout_p > 0.0 || lora_B.scalar_type() == at::kHalf);
+    const auto adapter = lora_B.scalar_type();
+    const bool rounds_h = (adapter == at::kHalf || adapter == at::kBFloat16) &&
+                          !(x.is_cpu() && has_fast_blas(adapter));
+    const bool make_h_again = save_x && (dropout_p > 0.0 || rounds_h);
     const bool save_h = lora_B.requires_grad() && !make_h_again;
     auto [y, h] = lora_linear_fwd(x, weight, bias, lora_A, lora_B, lora_bias, scale, save_h);
     ctx->save_for_backward({save_x ? x : Tensor(), save_h ? h : Tensor(),

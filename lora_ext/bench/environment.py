@@ -73,6 +73,9 @@ def _git_state(source: Path) -> dict[str, Any]:
     try:
         git("ls-files", "--error-unmatch", source.name)
         commit = git("rev-parse", "HEAD")
-        return {"commit": commit, "dirty": bool(git("status", "--porcelain"))}
+        return {
+            "commit": commit,
+            "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        }
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}
