@@ -35,7 +35,7 @@ py::dict build_info() {
   info["version"] = LORA_EXT_VERSION;
   info["torch"] = LORA_EXT_TORCH_VERSION;
   info["cuda"] = py::none();
-  info["cpu_capability"] = cpu_kernels().name;
+  info["cpu_capability"] = cpu_capability_name(cpu_capability());
   info["compiler"] = __VERSION__;
   return info;
 }

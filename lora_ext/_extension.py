@@ -21,7 +21,7 @@ except ImportError as error:
 
 def build_info() -> dict[str, Any]:
     """What the extension was built for: version, torch, cuda (None on a CPU build), compiler; and
-    the `cpu_capability` whose kernels it runs (default, avx2 or avx512)."""
+    the `cpu_capability` whose kernels it runs (default, avx2, avx512 or avx512_bf16)."""
     return _C.build_info()
 
 

@@ -93,12 +93,15 @@ def test_leading_dimensions(rows: tuple[int, ...], dropout_p: float) -> None:
 
 @pytest.mark.parametrize(
     ("rows", "K", "N", "r"),
-    [((0,), 8, 8, 2), ((2, 0, 3), 8, 8, 2), ((3,), 0, 8, 2), ((3,), 8, 0, 2), ((3,), 8, 8, 0)],
+    [((0,), 8, 8, 2), ((2, 0, 3), 8, 8, 2), ((30,), 0, 8, 2), ((30,), 8, 0, 2), ((30,), 8, 8, 0)],
     ids=["no-rows", "no-rows-4d", "no-inputs", "no-outputs", "rank-0"],
 )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
-def test_empty(rows: tuple[int, ...], K: int, N: int, r: int, dropout_p: float) -> None:
-    assert_as_exact(make_problem(rows, K, N, r, dropout_p=dropout_p))
+def test_empty(
+    rows: tuple[int, ...], K: int, N: int, r: int, dtype: torch.dtype, dropout_p: float
+) -> None:
+    assert_as_exact(make_problem(rows, K, N, r, dtype=dtype, dropout_p=dropout_p))
 
 
 LAYOUTS = {

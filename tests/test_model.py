@@ -155,7 +155,8 @@ def explained(layer: Linear, tokens: int = 2048) -> tuple[str, str]:
     return row.path, row.reason
 
 
-FUSED = f"cpu fused {lora_ext.build_info()['cpu_capability']}"
+CAPABILITY = lora_ext.build_info()["cpu_capability"]
+FUSED = f"cpu fused {'avx512' if CAPABILITY == 'avx512_bf16' else CAPABILITY}"
 LINEAR = "torch.nn.functional.linear"
 
 
@@ -196,8 +197,9 @@ def test_explain_tells_the_path_and_why(
 
 def test_explain_bf16_depends_on_the_cpu() -> None:
     layer = Linear(32, 16, 4, dtype=torch.bfloat16, autocast_adapter_dtype=False)
-    has_avx512 = lora_ext.build_info()["cpu_capability"] == "avx512"
-    assert explained(layer)[0] == ("cpu blas" if has_avx512 else FUSED)
+    known = {"avx512_bf16": "cpu fused avx512_bf16", "avx512": "cpu blas"}
+    assert explained(layer)[0] == known.get(CAPABILITY, FUSED)
+    assert explained(layer, tokens=4)[0] == ("cpu blas" if CAPABILITY in known else FUSED)
 
 
 def test_explain_follows_the_training_mode() -> None:

@@ -60,7 +60,8 @@ def lora_linear_fwd_samples() -> Iterator[Sample]:
 
 
 def saved_h(x: Tensor, A: Tensor) -> Tensor:
-    return x.reshape(-1, A.shape[1]).to(A.dtype) @ A.t()
+    compute = torch.float64 if A.dtype == torch.float64 else torch.float32
+    return x.reshape(-1, A.shape[1]).to(compute) @ A.t().to(compute)
 
 
 def lora_linear_bwd_samples() -> Iterator[Sample]:

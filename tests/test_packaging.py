@@ -92,7 +92,7 @@ def test_build_info() -> None:
     assert info["torch"] == torch.__version__
     assert info["version"] == lora_ext.__version__
     assert info["cuda"] is None
-    assert info["cpu_capability"] in ("default", "avx2", "avx512")
+    assert info["cpu_capability"] in ("default", "avx2", "avx512", "avx512_bf16")
 
 
 def test_import_starts_no_cuda_and_needs_no_optional_package() -> None:

@@ -9,7 +9,8 @@
 
 namespace lora_ext {
 
-inline const LoraLinearKernels& kernels_for(at::ScalarType base, at::ScalarType adapter) {
+// The column of a table of kernels.
+inline int dtype_pair(at::ScalarType base, at::ScalarType adapter) {
   const auto pair = [&] {
     if (base == at::kDouble) return DtypePair::F64;
     if (base == at::kFloat) return DtypePair::F32;
@@ -18,7 +19,7 @@ inline const LoraLinearKernels& kernels_for(at::ScalarType base, at::ScalarType 
     }
     return adapter == at::kFloat ? DtypePair::F16_F32 : DtypePair::F16;
   }();
-  return cpu_kernels().lora_linear[static_cast<int>(pair)];
+  return static_cast<int>(pair);
 }
 
 // [..., width] as [rows, width] with neighbouring columns adjacent; copies only if it must.

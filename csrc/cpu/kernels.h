@@ -26,12 +26,13 @@ struct ForwardArgs {
   int64_t ldx;
   const void* lora_A;    // [r, K] adapter type
   const void* lora_B;    // [N, r] adapter type
-  const void* lora_B_t;  // [r, N] compute type, or null: then lora_B is read row by row
+  const void* lora_A_t;  // lora_A as pack_a made it, or null
+  const void* lora_B_t;  // lora_B as pack_b made it, or null: then it is read row by row
   const void* bias;      // [N] compute type: bias + scaling * lora_bias, or null
   double scaling;
   DropoutArgs dropout;
   void* y;  // [M, N] base type, written
-  void* h;  // [M, r] adapter type, written, or null
+  void* h;  // [M, r] compute type, written, or null
 };
 
 struct BackwardArgs {
@@ -40,30 +41,42 @@ struct BackwardArgs {
   int64_t lddy;
   const void* x;  // [M, K] base type, rows ldx apart, or null
   int64_t ldx;
-  const void* h;       // [M, r] adapter type, or null: then recomputed from x
+  const void* h;       // [M, r] compute type, or null: then recomputed from x
   const void* lora_A;  // [r, K] adapter type
   const void* lora_B;  // [N, r] adapter type
+  const void* lora_A_t;  // lora_A as pack_a made it, or null
   double scaling;
   DropoutArgs dropout;
   void* dx;  // [M, K] base type, written, or null
 };
 
 struct LoraLinearKernels {
-  // Bytes of scratch that one call of forward_rows, backward_rows or merge_rows needs.
+  // Bytes of scratch that one call of forward_rows or backward_rows needs.
   int64_t (*scratch_bytes)(int64_t K, int64_t r);
+  // Rows [begin, end) of in [rows, columns] (adapter type), transposed to the order in which the
+  // kernels read it; out is packed_bytes long. lora_A is packed only if packs_a.
+  int64_t (*packed_bytes)(int64_t rows, int64_t columns);
+  void (*pack)(const void* in, int64_t rows, int64_t columns, int64_t begin, int64_t end,
+               void* out);
+  bool packs_a;
   // Rows [begin, end) of y = scaling * dropout(x) A^T B^T + bias, and of h = dropout(x) A^T.
   void (*forward_rows)(const ForwardArgs&, int64_t begin, int64_t end, void* scratch);
   // Rows [begin, end) of dx = dropout'(dh A) with dh = scaling * dy B; the sums over these rows
-  // dh^T dropout(x) go to dA [r, K] and dy^T h (not scaled) to dB [N, r], in the compute type;
-  // either may be null.
+  // dh^T dropout(x) go to dA [r, K] and dy^T h (not scaled) to dB, r * N in the order that reduce_b
+  // knows, in the compute type; either may be null.
   void (*backward_rows)(const BackwardArgs&, int64_t begin, int64_t end, void* dA, void* dB,
                         void* scratch);
-  // Columns [begin, end) of out [r, N] (compute type) = transpose of lora_B [N, r].
-  void (*transpose_b)(const void* lora_B, int64_t N, int64_t r, int64_t begin, int64_t end,
-                      void* out);
-  // out[i] (adapter type) = scale * sum over p of parts[p * stride + i] (compute type), in order.
-  void (*reduce)(const void* parts, int64_t count, int64_t stride, double scale, int64_t begin,
-                 int64_t end, void* out);
+  // Rows [begin, end) of out [rows, columns] (adapter type) = scale * sum over p of
+  // parts[p * stride ..] (compute type), in order; for the sums of dA and for those of dB.
+  void (*reduce_a)(const void* parts, int64_t count, int64_t stride, double scale, int64_t rows,
+                   int64_t columns, int64_t begin, int64_t end, void* out);
+  void (*reduce_b)(const void* parts, int64_t count, int64_t stride, double scale, int64_t rows,
+                   int64_t columns, int64_t begin, int64_t end, void* out);
+};
+
+struct MergeKernels {
+  // Bytes of scratch that one call of merge_rows needs.
+  int64_t (*scratch_bytes)(int64_t K, int64_t r);
   // Rows [begin, end) of weight [N, K] += scaling * B A. Returns whether every result is finite;
   // `store` false only looks.
   bool (*merge_rows)(void* weight, int64_t ldw, const void* lora_A, const void* lora_B, int64_t K,
@@ -72,8 +85,8 @@ struct LoraLinearKernels {
 };
 
 struct CpuKernels {
-  const char* name;
   LoraLinearKernels lora_linear[kDtypePairs];
+  MergeKernels merge[kDtypePairs];
   // keep[row][column] (one byte each) for rows [begin, end).
   void (*dropout_mask_rows)(DropoutRng rng, uint32_t threshold, int64_t columns, int64_t begin,
                             int64_t end, uint8_t* keep);
@@ -88,9 +101,20 @@ extern const CpuKernels kKernels;
 namespace isa_avx512 {
 extern const CpuKernels kKernels;
 }
+namespace isa_avx512_bf16 {
+extern const LoraLinearKernels kBf16Kernels;
+}
 
-// The table for this CPU; the environment variable LORA_EXT_CPU_CAPABILITY (default, avx2, avx512)
-// lowers the choice, once per process.
+// What the vector kernels may use on this CPU. The environment variable LORA_EXT_CPU_CAPABILITY
+// (default, avx2, avx512, avx512_bf16) lowers it, once per process.
+enum class CpuCapability { Default, Avx2, Avx512, Avx512Bf16 };
+CpuCapability cpu_capability();
+const char* cpu_capability_name(CpuCapability capability);
+
+// The table for that capability.
 const CpuKernels& cpu_kernels();
+
+// Kernels for bf16 base and adapters on bf16 dot products; null without the capability.
+const LoraLinearKernels* bf16_dot_kernels();
 
 }  // namespace lora_ext

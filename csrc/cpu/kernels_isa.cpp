@@ -1,5 +1,4 @@
-// Compiled once per instruction set, with LORA_EXT_ISA and LORA_EXT_ISA_NAME naming it (see
-// CMakeLists.txt).
+// Compiled once per instruction set, in the namespace LORA_EXT_ISA (see CMakeLists.txt).
 #include "kernels.h"
 #include "simd/lora_linear_rows.h"
 
@@ -8,8 +7,19 @@ namespace {
 
 template <class T, class TA>
 constexpr LoraLinearKernels lora_linear_kernels() {
-  return {Panel<compute_t<T>>::bytes, forward_rows<T, TA>, backward_rows<T, TA>,
-          transpose_b<T, TA>,         reduce<T, TA>,       merge_rows<T, TA>};
+  return {.scratch_bytes = Panel<compute_t<T>>::bytes,
+          .packed_bytes = transposed_bytes<T>,
+          .pack = transpose<T, TA>,
+          .packs_a = false,
+          .forward_rows = forward_rows<T, TA>,
+          .backward_rows = backward_rows<T, TA>,
+          .reduce_a = reduce<T, TA>,
+          .reduce_b = reduce<T, TA>};
+}
+
+template <class T, class TA>
+constexpr MergeKernels merge_kernels() {
+  return {Panel<compute_t<T>>::bytes, merge_rows<T, TA>};
 }
 
 void dropout_mask_rows(DropoutRng rng, uint32_t threshold, int64_t columns, int64_t begin,
@@ -30,10 +40,12 @@ void dropout_mask_rows(DropoutRng rng, uint32_t threshold, int64_t columns, int6
 
 extern const CpuKernels kKernels;
 const CpuKernels kKernels = {
-    LORA_EXT_ISA_NAME,
     {lora_linear_kernels<double, double>(), lora_linear_kernels<float, float>(),
      lora_linear_kernels<BFloat16, BFloat16>(), lora_linear_kernels<BFloat16, float>(),
      lora_linear_kernels<Half, Half>(), lora_linear_kernels<Half, float>()},
+    {merge_kernels<double, double>(), merge_kernels<float, float>(),
+     merge_kernels<BFloat16, BFloat16>(), merge_kernels<BFloat16, float>(),
+     merge_kernels<Half, Half>(), merge_kernels<Half, float>()},
     dropout_mask_rows};
 
 }  // namespace lora_ext::LORA_EXT_ISA

@@ -24,6 +24,7 @@ CpuPath path_for(int64_t M, int64_t N, const Tensor& lora_A, at::ScalarType base
   problem.dropout = dropout;
   problem.mixed = lora_A.scalar_type() != base;
   problem.bf16 = base == at::kBFloat16 && !problem.mixed;
+  problem.bf16_dot = bf16_dot_kernels() != nullptr;
   problem.fast_blas = has_fast_blas(base);
   problem.compute_bytes = c10::elementSize(at::toOpMathType(base));
   problem.threads = at::get_num_threads();
@@ -55,7 +56,9 @@ std::tuple<Tensor, Tensor> fwd_cpu(const Tensor& x, const Tensor& weight,
   auto y_sizes = x.sizes().vec();
   y_sizes.back() = N;
   Tensor y = at::empty(y_sizes, x.options());
-  Tensor h = return_h ? at::empty({M, r}, lora_A.options()) : at::empty({0}, lora_A.options());
+  const auto compute = at::toOpMathType(lora_A.scalar_type());
+  const auto h_options = lora_A.options().dtype(compute);
+  Tensor h = return_h ? at::empty({M, r}, h_options) : at::empty({0}, h_options);
   if (y.numel() == 0) return {y, h.zero_()};
 
   const double s = scaling_of(scaling, scaling_tensor);
@@ -63,13 +66,13 @@ std::tuple<Tensor, Tensor> fwd_cpu(const Tensor& x, const Tensor& weight,
   LowRankForward low_rank{rows,
                           lora_A.contiguous(),
                           lora_B.contiguous(),
-                          total_bias(bias, lora_bias, s, at::toOpMathType(x.scalar_type())),
+                          total_bias(bias, lora_bias, s, compute),
                           s,
                           dropout_args(dropout_p, rng_state),
                           y_rows,
                           return_h ? h : Tensor()};
   const CpuPath path = path_for(M, N, lora_A, x.scalar_type(), dropout_p > 0.0);
-  if (path.blas) {
+  if (path.kernels == CpuPath::Kernels::Blas) {
     low_rank_forward_blas(low_rank);
   } else {
     low_rank_forward_fused(low_rank, path);
@@ -117,7 +120,7 @@ Gradients bwd_cpu(const Tensor& dy, const OptionalTensor& x, const OptionalTenso
                              mask[kGradA] ? dA : Tensor(),
                              mask[kGradB] ? dB : Tensor()};
     const CpuPath path = path_for(M, N, lora_A, dy.scalar_type(), dropout_p > 0.0);
-    if (path.blas) {
+    if (path.kernels == CpuPath::Kernels::Blas) {
       low_rank_backward_blas(low_rank);
     } else {
       low_rank_backward_fused(low_rank, path);
@@ -133,8 +136,11 @@ std::pair<std::string, std::string> explain_lora_linear_cpu(int64_t tokens, int6
                                                             const Tensor& lora_A,
                                                             at::ScalarType base, double dropout_p) {
   const CpuPath path = path_for(tokens, out_features, lora_A, base, dropout_p > 0.0);
-  std::string name = path.blas ? "blas" : std::string("fused ") + cpu_kernels().name;
-  return {"cpu " + name, path.reason};
+  if (path.kernels == CpuPath::Kernels::Blas) return {"cpu blas", path.reason};
+  const CpuCapability capability = path.kernels == CpuPath::Kernels::Bf16Dot
+                                       ? CpuCapability::Avx512Bf16
+                                       : std::min(cpu_capability(), CpuCapability::Avx512);
+  return {std::string("cpu fused ") + cpu_capability_name(capability), path.reason};
 }
 
 TORCH_LIBRARY_IMPL(lora_ext, CPU, m) {

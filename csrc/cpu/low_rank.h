@@ -22,13 +22,13 @@ struct LowRankForward {
   double scaling;
   DropoutArgs dropout;
   Tensor y;  // [M, N], contiguous, written: scaling * dropout(x) A^T B^T + bias
-  Tensor h;  // [M, r], contiguous, written: dropout(x) A^T; or undefined
+  Tensor h;  // [M, r], contiguous, compute type, written: dropout(x) A^T; or undefined
 };
 
 struct LowRankBackward {
   Tensor dy;      // [M, N], neighbouring columns adjacent
   Tensor x;       // [M, K], neighbouring columns adjacent; or undefined
-  Tensor h;       // [M, r], contiguous; or undefined
+  Tensor h;       // [M, r], contiguous, compute type; or undefined
   Tensor lora_A;  // [r, K], contiguous
   Tensor lora_B;  // [N, r], contiguous
   double scaling;

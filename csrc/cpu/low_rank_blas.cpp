@@ -1,7 +1,5 @@
 #include <ATen/ATen.h>
 
-#include <string_view>
-
 #include "cpu/low_rank.h"
 
 namespace lora_ext {
@@ -34,14 +32,15 @@ double survivor_scale(const DropoutArgs& dropout) { return dropout.enabled ? dro
 bool has_fast_blas(at::ScalarType dtype) {
   if (dtype == at::kFloat || dtype == at::kDouble) return true;
   // oneDNN's bf16 product needs AVX-512; ATen's fallback, and all of its fp16, is scalar code.
-  return dtype == at::kBFloat16 && std::string_view(cpu_kernels().name) == "avx512";
+  return dtype == at::kBFloat16 && cpu_capability() >= CpuCapability::Avx512;
 }
 
 void low_rank_forward_blas(const LowRankForward& problem) {
   const int64_t M = problem.x.size(0), K = problem.x.size(1), r = problem.lora_A.size(0);
-  const Tensor h = problem.h.defined() ? problem.h : at::empty({M, r}, problem.x.options());
+  const Tensor h = at::empty({M, r}, problem.x.options());
   const Tensor x = kept(problem.x, keep_mask(problem.dropout, M, K));
   scaled_mm_out(h, x, problem.lora_A.t(), survivor_scale(problem.dropout));
+  if (problem.h.defined()) problem.h.copy_(h);
   if (problem.bias.defined()) {
     Tensor y = problem.y;
     at::addmm_out(y, problem.bias.to(y.scalar_type()), h, problem.lora_B.t(), 1, problem.scaling);
@@ -57,7 +56,8 @@ void low_rank_backward_blas(const LowRankBackward& problem) {
   const bool make_h = problem.dB.defined() && !problem.h.defined();
   const Tensor x = make_h || problem.dA.defined() ? kept(problem.x, keep) : Tensor();
   if (problem.dB.defined()) {
-    const Tensor h = make_h ? at::empty({M, r}, problem.dy.options()) : problem.h;
+    const Tensor h = make_h ? at::empty({M, r}, problem.dy.options())
+                            : problem.h.to(problem.dy.scalar_type());
     if (make_h) scaled_mm_out(h, x, problem.lora_A.t(), survivor);
     scaled_mm_out(problem.dB, problem.dy.t(), h, s);
   }

@@ -7,13 +7,17 @@
 namespace lora_ext {
 namespace {
 
-Tensor transposed_b(const LoraLinearKernels& kernels, const Tensor& lora_B,
-                    at::ScalarType compute) {
-  const int64_t N = lora_B.size(0), r = lora_B.size(1);
-  Tensor result = at::empty({r, N}, lora_B.options().dtype(compute));
-  at::parallel_for(0, N, 1024, [&](int64_t begin, int64_t end) {
-    kernels.transpose_b(lora_B.const_data_ptr(), N, r, begin, end, result.data_ptr());
-  });
+// The adapter in the order in which the kernels read its transpose, or undefined if not wanted.
+Tensor packed(const LoraLinearKernels& kernels, const Tensor& adapter, bool wanted) {
+  if (!wanted) return {};
+  const int64_t rows = adapter.size(0), columns = adapter.size(1);
+  Tensor result = at::empty({kernels.packed_bytes(rows, columns)}, at::kByte);
+  constexpr int64_t kMinElements = 32768;  // fewer do not pay for waking a thread
+  at::parallel_for(0, rows, at::divup(kMinElements, std::max<int64_t>(columns, 1)),
+                   [&](int64_t begin, int64_t end) {
+                     kernels.pack(adapter.const_data_ptr(), rows, columns, begin, end,
+                                  result.data_ptr());
+                   });
   return result;
 }
 
@@ -22,6 +26,13 @@ const void* data_or_null(const Tensor& tensor) {
 }
 
 void* out_or_null(const Tensor& tensor) { return tensor.defined() ? tensor.data_ptr() : nullptr; }
+
+const LoraLinearKernels& kernels_of(const CpuPath& path, const Tensor& base,
+                                    const Tensor& adapter) {
+  return path.kernels == CpuPath::Kernels::Bf16Dot
+             ? *bf16_dot_kernels()
+             : cpu_kernels().lora_linear[dtype_pair(base.scalar_type(), adapter.scalar_type())];
+}
 
 // One block of scratch for each range of rows.
 struct Scratch {
@@ -51,11 +62,13 @@ struct PartialSums {
     return static_cast<char*>(parts.data_ptr()) + index * parts.stride(0) * parts.element_size();
   }
 
-  void reduce(const LoraLinearKernels& kernels, double scale) const {
+  void reduce(decltype(LoraLinearKernels::reduce_a) kernel, double scale) const {
     if (!result.defined()) return;
-    at::parallel_for(0, result.numel(), 8192, [&](int64_t begin, int64_t end) {
-      kernels.reduce(parts.const_data_ptr(), parts.size(0), parts.stride(0), scale, begin, end,
-                     result.data_ptr());
+    const int64_t rows = result.size(0), columns = result.size(1);
+    const int64_t min_rows = at::divup(8192, std::max<int64_t>(columns, 1));
+    at::parallel_for(0, rows, min_rows, [&](int64_t begin, int64_t end) {
+      kernel(parts.const_data_ptr(), parts.size(0), parts.stride(0), scale, rows, columns, begin,
+             end, result.data_ptr());
     });
   }
 };
@@ -65,14 +78,13 @@ struct PartialSums {
 void low_rank_forward_fused(const LowRankForward& problem, const CpuPath& path) {
   const Tensor &x = problem.x, &lora_A = problem.lora_A, &lora_B = problem.lora_B;
   const int64_t M = x.size(0), K = x.size(1), N = lora_B.size(0), r = lora_A.size(0);
-  const auto& kernels = kernels_for(x.scalar_type(), lora_A.scalar_type());
-  const Tensor B_t = path.transpose_B
-                         ? transposed_b(kernels, lora_B, at::toOpMathType(x.scalar_type()))
-                         : Tensor();
+  const auto& kernels = kernels_of(path, x, lora_A);
+  const Tensor A_t = packed(kernels, lora_A, kernels.packs_a);
+  const Tensor B_t = packed(kernels, lora_B, path.pack_B);
   ForwardArgs args{};
   args.K = K, args.N = N, args.r = r;
   args.x = x.const_data_ptr(), args.ldx = x.stride(0);
-  args.lora_A = lora_A.const_data_ptr();
+  args.lora_A = lora_A.const_data_ptr(), args.lora_A_t = data_or_null(A_t);
   args.lora_B = lora_B.const_data_ptr(), args.lora_B_t = data_or_null(B_t);
   args.bias = data_or_null(problem.bias);
   args.scaling = problem.scaling, args.dropout = problem.dropout;
@@ -88,13 +100,16 @@ void low_rank_backward_fused(const LowRankBackward& problem, const CpuPath& path
   const Tensor &dy = problem.dy, &x = problem.x, &lora_A = problem.lora_A, &lora_B = problem.lora_B;
   const int64_t M = dy.size(0), N = dy.size(1), K = lora_A.size(1), r = lora_A.size(0);
   const auto compute = at::toOpMathType(dy.scalar_type());
-  const auto& kernels = kernels_for(dy.scalar_type(), lora_A.scalar_type());
+  const auto& kernels = kernels_of(path, dy, lora_A);
+  const bool makes_h = problem.dB.defined() && !problem.h.defined();
+  const Tensor A_t = packed(kernels, lora_A, kernels.packs_a && makes_h);
   BackwardArgs args{};
   args.K = K, args.N = N, args.r = r;
   args.dy = dy.const_data_ptr(), args.lddy = dy.stride(0);
   args.x = data_or_null(x), args.ldx = x.defined() ? x.stride(0) : 0;
   args.h = data_or_null(problem.h);
-  args.lora_A = lora_A.const_data_ptr(), args.lora_B = lora_B.const_data_ptr();
+  args.lora_A = lora_A.const_data_ptr(), args.lora_A_t = data_or_null(A_t);
+  args.lora_B = lora_B.const_data_ptr();
   args.scaling = problem.scaling, args.dropout = problem.dropout;
   args.dx = out_or_null(problem.dx);
 
@@ -104,8 +119,8 @@ void low_rank_backward_fused(const LowRankBackward& problem, const CpuPath& path
   parallel_parts(M, path.bwd_parts, [&](int64_t part, int64_t begin, int64_t end) {
     kernels.backward_rows(args, begin, end, dA.part(part), dB.part(part), scratch.part(part));
   });
-  dA.reduce(kernels, 1.0);
-  dB.reduce(kernels, problem.scaling);
+  dA.reduce(kernels.reduce_a, 1.0);
+  dB.reduce(kernels.reduce_b, problem.scaling);
 }
 
 }  // namespace lora_ext

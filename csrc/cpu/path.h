@@ -11,6 +11,7 @@ struct CpuProblem {
   int64_t M, N, K, r;
   bool dropout;
   bool bf16;              // base and adapters
+  bool bf16_dot;          // this CPU has kernels on bf16 dot products
   bool mixed;             // fp32 adapters on a 16-bit base
   bool fast_blas;         // ATen's BLAS multiplies the base's dtype at full speed on this CPU
   int64_t compute_bytes;  // size of the type that sums are kept in
@@ -18,16 +19,20 @@ struct CpuProblem {
 };
 
 struct CpuPath {
-  bool blas;           // the low-rank products are BLAS calls too, else vector kernels
-  const char* reason;  // for the choice of `blas`
-  bool transpose_B;    // forward reads B^T [r, N], made once per call, instead of B [N, r]
+  // BLAS calls for the low-rank products, vector kernels, or those on bf16 dot products.
+  enum class Kernels { Blas, Vector, Bf16Dot };
+  Kernels kernels;
+  const char* reason;  // for the choice of `kernels`
+  bool pack_B;         // forward reads B transposed, made once per call, instead of B [N, r]
   int64_t fwd_parts;   // ranges of rows, one thread each
   int64_t bwd_parts;
 };
 
 inline CpuPath choose_cpu_path(const CpuProblem& problem) {
   // Below this many rows, transposing B costs more than its row-by-row products save.
-  constexpr int64_t kMinRowsToTransposeB = 8;
+  constexpr int64_t kMinRowsToPackB = 8;
+  // Dot products need lora_A and lora_B in pairs, which fewer rows do not pay for.
+  constexpr int64_t kMinRowsForDot = 16;
   // A smaller range does not pay for waking a thread; in backward it must also pay for sums of its
   // own, which are as large as lora_A and lora_B.
   constexpr int64_t kMinRowsPerFwdPart = 4;
@@ -35,31 +40,39 @@ inline CpuPath choose_cpu_path(const CpuProblem& problem) {
   // Every backward part sums into its own dA and dB: keep them within this many bytes together.
   constexpr int64_t kMaxPartialSumBytes = int64_t{256} << 20;
 
-  // Below so many rows, with adapters of so many elements, the vector kernels spend their time on
-  // B^T and on sums as large as the gradients, which BLAS does not need. With dropout BLAS needs a
-  // copy of x and its mask, so it pays later.
+  // Up to so many rows, with adapters of so many elements, kernels spend their time on transposes and
+  // on sums as large as the gradients, which BLAS does not need. With dropout BLAS needs a copy of x
+  // and its mask, so it pays later, and beside dot products never.
   constexpr int64_t kFewRows = 64;
-  const int64_t large_adapter = int64_t{1} << (problem.dropout ? 18 : 16);
-  const bool few_rows_large_adapter =
-      problem.M < kFewRows && (problem.N + problem.K) * problem.r > large_adapter;
+  const bool dot = problem.bf16 && problem.bf16_dot && problem.M >= kMinRowsForDot;
+  const int64_t large_adapter = int64_t{1} << (dot || problem.dropout ? 18 : 16);
+  const bool blas_pays = problem.M <= kFewRows && !(dot && problem.dropout) &&
+                         (problem.N + problem.K) * problem.r > large_adapter;
 
   CpuPath path{};
-  path.blas = !problem.mixed && problem.fast_blas &&
-              (few_rows_large_adapter || (problem.bf16 && !problem.dropout));
   if (problem.mixed) {
+    path.kernels = CpuPath::Kernels::Vector;
     path.reason = "float32 adapters are read beside a 16-bit base without a copy of x";
   } else if (!problem.fast_blas) {
+    path.kernels = CpuPath::Kernels::Vector;
     path.reason = "BLAS is slow in this dtype on this CPU";
-  } else if (few_rows_large_adapter) {
+  } else if (blas_pays) {
+    path.kernels = CpuPath::Kernels::Blas;
     path.reason = "few rows and a large adapter";
+  } else if (dot) {
+    path.kernels = CpuPath::Kernels::Bf16Dot;
+    path.reason = "bf16 is multiplied as it is, in one pass over x and one over dy";
   } else if (problem.dropout) {
+    path.kernels = CpuPath::Kernels::Vector;
     path.reason = "dropout is made in cache, inside the low-rank products";
   } else if (problem.bf16) {
+    path.kernels = CpuPath::Kernels::Blas;
     path.reason = "no dropout, and BLAS multiplies bf16 at twice the rate of float32 kernels";
   } else {
+    path.kernels = CpuPath::Kernels::Vector;
     path.reason = "one pass over x and one over dy";
   }
-  path.transpose_B = problem.M >= kMinRowsToTransposeB;
+  path.pack_B = path.kernels == CpuPath::Kernels::Bf16Dot || problem.M >= kMinRowsToPackB;
   const auto parts = [&](int64_t min_rows) {
     return std::max<int64_t>(1, std::min(problem.threads, problem.M / min_rows));
   };

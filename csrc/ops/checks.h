@@ -2,6 +2,7 @@
 // do. Sizes are compared as SymInt, so the same code serves the Meta kernels under torch.compile.
 #pragma once
 
+#include <ATen/OpMathType.h>
 #include <ATen/core/Tensor.h>
 
 #include "ops/lora_linear.h"
@@ -138,8 +139,10 @@ inline void check_lora_linear_bwd(const Tensor& dy, const OptionalTensor& x,
                           h->sym_size(0) * dy.sym_size(-1) == dy.sym_numel(),
                       op, ": h: got shape ", h->sym_sizes(), ", expected [M, ", lora_A.sym_size(0),
                       "] with one row per row of dy");
-    TORCH_CHECK_TYPE(h->scalar_type() == lora_A.scalar_type(), op, ": h: got dtype ",
-                     h->scalar_type(), ", expected lora_A's ", lora_A.scalar_type());
+    const at::ScalarType compute = at::toOpMathType(lora_A.scalar_type());
+    TORCH_CHECK_TYPE(h->scalar_type() == compute, op, ": h: got dtype ", h->scalar_type(),
+                     ", expected ", compute, ", in which adapters of dtype ", lora_A.scalar_type(),
+                     " are summed");
   }
 }
 

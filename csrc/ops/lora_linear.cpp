@@ -2,6 +2,7 @@
 #include "ops/lora_linear.h"
 
 #include <ATen/ATen.h>
+#include <ATen/OpMathType.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
@@ -33,8 +34,9 @@ std::tuple<Tensor, Tensor> fwd_meta(const Tensor& x, const Tensor& weight,
                     {scaling, scaling_tensor, dropout_p, rng_state});
   auto y_sizes = x.sym_sizes().vec();
   y_sizes.back() = weight.sym_size(0);
-  Tensor h = return_h ? lora_A.new_empty_symint({count_rows(x), lora_A.sym_size(0)})
-                      : lora_A.new_empty_symint({0});
+  const auto compute = at::TensorOptions().dtype(at::toOpMathType(lora_A.scalar_type()));
+  Tensor h = return_h ? lora_A.new_empty_symint({count_rows(x), lora_A.sym_size(0)}, compute)
+                      : lora_A.new_empty_symint({0}, compute);
   return {x.new_empty_symint(y_sizes), h};
 }
 

@@ -28,7 +28,8 @@ enum Gradient { kGradX, kGradWeight, kGradBias, kGradA, kGradB, kGradLoraBias, k
 using GradientMask = std::array<bool, kGradients>;
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// y [..., N]; h = dropout(x) A^T as [M, r] in the adapter's dtype if return_h, else empty.
+// y [..., N]; h = dropout(x) A^T as [M, r] in float (for double
+// adapters double) if return_h, else empty.
 std::tuple<Tensor, Tensor> lora_linear_fwd(const Tensor& x,                  // [..., K]
                                            const Tensor& weight,             // [N, K]
                                            const OptionalTensor& bias,       // [N]

@@ -5,7 +5,6 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "cpu/low_rank.h"
 #include "ops/dropout.h"
 #include "ops/lora_linear.h"
 #include "ops/lora_linear_registration.h"
@@ -75,15 +74,10 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     const LoraScale scale{scaling, scaling_tensor, dropout_p, rng_state};
     // Backward reads x for the gradients of weight and lora_A, and h for that of lora_B. Under
-    // dropout it makes the dropped x again anyway, in cache, and h from it costs one product; and
-    // kept in 16 bits h would be rounded, unless it comes from BLAS and is rounded in any case. So
-    // h is kept only beyond these, or where x is not.
+    // dropout it makes the dropped x again anyway, in cache, and h from it costs one product: then h
+    // is kept only where x is not.
     const bool save_x = weight.requires_grad() || lora_A.requires_grad();
-    const auto adapter = lora_B.scalar_type();
-    const bool rounds_h = (adapter == at::kHalf || adapter == at::kBFloat16) &&
-                          !(x.is_cpu() && has_fast_blas(adapter));
-    const bool make_h_again = save_x && (dropout_p > 0.0 || rounds_h);
-    const bool save_h = lora_B.requires_grad() && !make_h_again;
+    const bool save_h = lora_B.requires_grad() && !(save_x && dropout_p > 0.0);
     auto [y, h] = lora_linear_fwd(x, weight, bias, lora_A, lora_B, lora_bias, scale, save_h);
     ctx->save_for_backward({save_x ? x : Tensor(), save_h ? h : Tensor(),
                             x.requires_grad() ? weight : Tensor(), lora_A, lora_B,

@@ -72,10 +72,7 @@ void forward_rows(const ForwardArgs& args, int64_t begin, int64_t end, void* scr
     const WidenedRows<T, S> x{static_cast<const T*>(args.x) + m * args.ldx, args.ldx, keep,
                               keep_words(K), static_cast<S>(args.dropout.scale)};
     down_project(x, lora_A, rows, K, r, panel.in, panel.h);
-    if (args.h) {
-      narrow_row(panel.h, rows * r, static_cast<const S*>(nullptr), nullptr, S{1},
-                 static_cast<TA*>(args.h) + m * r);
-    }
+    if (args.h) std::memcpy(static_cast<S*>(args.h) + m * r, panel.h, rows * r * sizeof(S));
     for (int64_t i = 0; i < rows * r; ++i) panel.h[i] *= static_cast<S>(args.scaling);
 
     // y = h B^T + bias
@@ -123,10 +120,11 @@ void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end, void* d
                                0, S{1}};
 
     // h, saved or made again
+    const S* h = panel.h;
     if (recompute_h) {
       down_project(x, lora_A, rows, K, r, panel.out, panel.h);
     } else if (dB) {
-      widen_row(static_cast<const TA*>(args.h) + m * r, rows * r, nullptr, S{1}, panel.h);
+      h = static_cast<const S*>(args.h) + m * r;
     }
 
     // dh = scaling * dy B and dB += dy^T h from one pass over dy
@@ -140,7 +138,7 @@ void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end, void* d
         }
       }
       if (dB) {
-        gemm_nn(columns, r, rows, panel.in, int64_t{1}, kPanelStride, panel.h, r, dB + n * r, r,
+        gemm_nn(columns, r, rows, panel.in, int64_t{1}, kPanelStride, h, r, dB + n * r, r,
                 later);
       }
     }
@@ -170,40 +168,30 @@ void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end, void* d
   }
 }
 
-template <class T, class TA>
-void transpose_b(const void* lora_B, int64_t N, int64_t r, int64_t begin, int64_t end, void* out) {
-  using S = compute_t<T>;
-  constexpr int kWidth = Vec<S>::kWidth;
-  const auto* in = static_cast<const TA*>(lora_B);
-  auto* result = static_cast<S*>(out);
-  for (int64_t n = begin; n < end; n += kWidth) {
-    const int columns = static_cast<int>(at_most(end - n, kWidth));
-    for (int64_t j = 0; j < r; j += kWidth) {
-      const int lanes = static_cast<int>(at_most(r - j, kWidth));
-      S block[kWidth][kWidth];
-      for (int i = 0; i < columns; ++i) {
-        Vec<S>::store(block[i], Vec<S>::load_partial(in + (n + i) * r + j, lanes));
-      }
-      for (int l = 0; l < lanes; ++l) {
-        for (int i = 0; i < columns; ++i) result[(j + l) * N + n + i] = block[i][l];
-      }
-    }
-  }
+template <class T>
+int64_t transposed_bytes(int64_t rows, int64_t columns) {
+  return rows * columns * static_cast<int64_t>(sizeof(compute_t<T>));
 }
 
 template <class T, class TA>
-void reduce(const void* parts, int64_t count, int64_t stride, double scale, int64_t begin,
-            int64_t end, void* out) {
-  using V = Vec<compute_t<T>>;
-  const auto* in = static_cast<const compute_t<T>*>(parts);
-  const auto factor = V::set1(static_cast<compute_t<T>>(scale));
-  for (int64_t i = begin; i < end; i += V::kWidth) {
-    const int lanes = static_cast<int>(at_most(end - i, V::kWidth));
-    auto sum = V::load_partial(in + i, lanes);
-    for (int64_t p = 1; p < count; ++p) {
-      sum = V::add(sum, V::load_partial(in + p * stride + i, lanes));
+void transpose(const void* in, int64_t rows, int64_t columns, int64_t begin, int64_t end,
+               void* out) {
+  using S = compute_t<T>;
+  constexpr int kWidth = Vec<S>::kWidth;
+  const auto* data = static_cast<const TA*>(in);
+  auto* result = static_cast<S*>(out);
+  for (int64_t n = begin; n < end; n += kWidth) {
+    const int height = static_cast<int>(at_most(end - n, kWidth));
+    for (int64_t j = 0; j < columns; j += kWidth) {
+      const int lanes = static_cast<int>(at_most(columns - j, kWidth));
+      S block[kWidth][kWidth];
+      for (int i = 0; i < height; ++i) {
+        Vec<S>::store(block[i], Vec<S>::load_partial(data + (n + i) * columns + j, lanes));
+      }
+      for (int l = 0; l < lanes; ++l) {
+        for (int i = 0; i < height; ++i) result[(j + l) * rows + n + i] = block[i][l];
+      }
     }
-    V::store_partial(static_cast<TA*>(out) + i, V::mul(sum, factor), lanes);
   }
 }
 

@@ -100,4 +100,22 @@ inline void narrow_row(const S* in, int64_t columns, const S* bias, const uint16
   }
 }
 
+// Rows [begin, end) of out [rows, columns] = scale * sum over p of parts[p * stride ..].
+template <class T, class TA>
+void reduce(const void* parts, int64_t count, int64_t stride, double scale, int64_t /*rows*/,
+            int64_t columns, int64_t begin, int64_t end, void* out) {
+  using V = Vec<compute_t<T>>;
+  const auto* in = static_cast<const compute_t<T>*>(parts);
+  const auto factor = V::set1(static_cast<compute_t<T>>(scale));
+  for (int64_t i = begin * columns; i < end * columns; i += V::kWidth) {
+    const int64_t left = end * columns - i;
+    const int lanes = static_cast<int>(left < V::kWidth ? left : V::kWidth);
+    auto sum = V::load_partial(in + i, lanes);
+    for (int64_t p = 1; p < count; ++p) {
+      sum = V::add(sum, V::load_partial(in + p * stride + i, lanes));
+    }
+    V::store_partial(static_cast<TA*>(out) + i, V::mul(sum, factor), lanes);
+  }
+}
+
 }  // namespace lora_ext::LORA_EXT_ISA
