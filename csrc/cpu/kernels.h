@@ -24,10 +24,8 @@ struct ForwardArgs {
   int64_t K, N, r;
   const void* x;  // [M, K] base type, rows ldx apart
   int64_t ldx;
-  const void* lora_A;    // [r, K] adapter type
-  const void* lora_B;    // [N, r] adapter type
-  const void* lora_A_t;  // lora_A as pack_a made it, or null
-  const void* lora_B_t;  // lora_B as pack_b made it, or null: then it is read row by row
+  const void* lora_A_t;  // [r, K] adapter type, packed
+  const void* lora_B_t;  // [N, r] adapter type, packed
   const void* bias;      // [N] compute type: bias + scaling * lora_bias, or null
   double scaling;
   DropoutArgs dropout;
@@ -44,7 +42,7 @@ struct BackwardArgs {
   const void* h;       // [M, r] compute type, or null: then recomputed from x
   const void* lora_A;  // [r, K] adapter type
   const void* lora_B;  // [N, r] adapter type
-  const void* lora_A_t;  // lora_A as pack_a made it, or null
+  const void* lora_A_t;  // lora_A packed; may be null if h is given or dB not wanted
   double scaling;
   DropoutArgs dropout;
   void* dx;  // [M, K] base type, written, or null
@@ -54,20 +52,19 @@ struct LoraLinearKernels {
   // Bytes of scratch that one call of forward_rows or backward_rows needs.
   int64_t (*scratch_bytes)(int64_t K, int64_t r);
   // Rows [begin, end) of in [rows, columns] (adapter type), transposed to the order in which the
-  // kernels read it; out is packed_bytes long. lora_A is packed only if packs_a.
+  // kernels read it; out is packed_bytes long.
   int64_t (*packed_bytes)(int64_t rows, int64_t columns);
   void (*pack)(const void* in, int64_t rows, int64_t columns, int64_t begin, int64_t end,
                void* out);
-  bool packs_a;
   // Rows [begin, end) of y = scaling * dropout(x) A^T B^T + bias, and of h = dropout(x) A^T.
   void (*forward_rows)(const ForwardArgs&, int64_t begin, int64_t end, void* scratch);
   // Rows [begin, end) of dx = dropout'(dh A) with dh = scaling * dy B; the sums over these rows
-  // dh^T dropout(x) go to dA [r, K] and dy^T h (not scaled) to dB, r * N in the order that reduce_b
-  // knows, in the compute type; either may be null.
+  // dh^T dropout(x) go to dA [r, K] and h^T dy (not scaled) to dB [r, N], in the compute type; either
+  // may be null.
   void (*backward_rows)(const BackwardArgs&, int64_t begin, int64_t end, void* dA, void* dB,
                         void* scratch);
   // Rows [begin, end) of out [rows, columns] (adapter type) = scale * sum over p of
-  // parts[p * stride ..] (compute type), in order; for the sums of dA and for those of dB.
+  // parts[p * stride ..] (compute type), in order; for the sums of dA and, transposed, of dB.
   void (*reduce_a)(const void* parts, int64_t count, int64_t stride, double scale, int64_t rows,
                    int64_t columns, int64_t begin, int64_t end, void* out);
   void (*reduce_b)(const void* parts, int64_t count, int64_t stride, double scale, int64_t rows,

@@ -1,25 +1,29 @@
 // Compiled once per instruction set, in the namespace LORA_EXT_ISA (see CMakeLists.txt).
 #include "kernels.h"
+#include "simd/float_math.h"
 #include "simd/lora_linear_rows.h"
+#include "simd/merge_rows.h"
+#include "simd/transpose.h"
 
 namespace lora_ext::LORA_EXT_ISA {
 namespace {
 
 template <class T, class TA>
 constexpr LoraLinearKernels lora_linear_kernels() {
-  return {.scratch_bytes = Panel<compute_t<T>>::bytes,
-          .packed_bytes = transposed_bytes<T>,
-          .pack = transpose<T, TA>,
-          .packs_a = false,
-          .forward_rows = forward_rows<T, TA>,
-          .backward_rows = backward_rows<T, TA>,
-          .reduce_a = reduce<T, TA>,
-          .reduce_b = reduce<T, TA>};
+  using Math = FloatMath<T, TA>;
+  using S = typename Math::Sum;
+  return {.scratch_bytes = Panel<Math>::bytes,
+          .packed_bytes = transposed_bytes<S>,
+          .pack = transpose<S, TA>,
+          .forward_rows = forward_rows<Math>,
+          .backward_rows = backward_rows<Math>,
+          .reduce_a = reduce<S, TA>,
+          .reduce_b = reduce_transposed<S, TA>};
 }
 
 template <class T, class TA>
 constexpr MergeKernels merge_kernels() {
-  return {Panel<compute_t<T>>::bytes, merge_rows<T, TA>};
+  return {merge_bytes<compute_t<T>>, merge_rows<T, TA>};
 }
 
 void dropout_mask_rows(DropoutRng rng, uint32_t threshold, int64_t columns, int64_t begin,

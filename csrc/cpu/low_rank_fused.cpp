@@ -7,9 +7,8 @@
 namespace lora_ext {
 namespace {
 
-// The adapter in the order in which the kernels read its transpose, or undefined if not wanted.
-Tensor packed(const LoraLinearKernels& kernels, const Tensor& adapter, bool wanted) {
-  if (!wanted) return {};
+// The adapter in the order in which the kernels read its transpose.
+Tensor packed(const LoraLinearKernels& kernels, const Tensor& adapter) {
   const int64_t rows = adapter.size(0), columns = adapter.size(1);
   Tensor result = at::empty({kernels.packed_bytes(rows, columns)}, at::kByte);
   constexpr int64_t kMinElements = 32768;  // fewer do not pay for waking a thread
@@ -46,12 +45,13 @@ struct Scratch {
 
 // Sums over each range of rows of one adapter gradient, added up in a fixed order.
 struct PartialSums {
-  Tensor parts;   // [parts, rows, columns] compute type; undefined if the gradient is not wanted
+  Tensor parts;   // [parts, rows * columns] compute type; undefined if the gradient is not wanted
   Tensor result;  // [rows, columns] adapter type; or undefined
 
-  PartialSums(const Tensor& gradient, int64_t count, at::ScalarType compute) : result(gradient) {
+  PartialSums(const Tensor& gradient, int64_t count, at::ScalarType compute, bool transposed)
+      : result(gradient) {
     if (!result.defined()) return;
-    const bool in_place = count == 1 && compute == result.scalar_type();
+    const bool in_place = count == 1 && compute == result.scalar_type() && !transposed;
     parts = in_place ? result.unsqueeze(0)
                      : at::empty({count, result.size(0), result.size(1)},
                                  result.options().dtype(compute));
@@ -79,13 +79,11 @@ void low_rank_forward_fused(const LowRankForward& problem, const CpuPath& path) 
   const Tensor &x = problem.x, &lora_A = problem.lora_A, &lora_B = problem.lora_B;
   const int64_t M = x.size(0), K = x.size(1), N = lora_B.size(0), r = lora_A.size(0);
   const auto& kernels = kernels_of(path, x, lora_A);
-  const Tensor A_t = packed(kernels, lora_A, kernels.packs_a);
-  const Tensor B_t = packed(kernels, lora_B, path.pack_B);
+  const Tensor A_t = packed(kernels, lora_A), B_t = packed(kernels, lora_B);
   ForwardArgs args{};
   args.K = K, args.N = N, args.r = r;
   args.x = x.const_data_ptr(), args.ldx = x.stride(0);
-  args.lora_A = lora_A.const_data_ptr(), args.lora_A_t = data_or_null(A_t);
-  args.lora_B = lora_B.const_data_ptr(), args.lora_B_t = data_or_null(B_t);
+  args.lora_A_t = A_t.const_data_ptr(), args.lora_B_t = B_t.const_data_ptr();
   args.bias = data_or_null(problem.bias);
   args.scaling = problem.scaling, args.dropout = problem.dropout;
   args.y = problem.y.data_ptr(), args.h = out_or_null(problem.h);
@@ -102,7 +100,7 @@ void low_rank_backward_fused(const LowRankBackward& problem, const CpuPath& path
   const auto compute = at::toOpMathType(dy.scalar_type());
   const auto& kernels = kernels_of(path, dy, lora_A);
   const bool makes_h = problem.dB.defined() && !problem.h.defined();
-  const Tensor A_t = packed(kernels, lora_A, kernels.packs_a && makes_h);
+  const Tensor A_t = makes_h ? packed(kernels, lora_A) : Tensor();
   BackwardArgs args{};
   args.K = K, args.N = N, args.r = r;
   args.dy = dy.const_data_ptr(), args.lddy = dy.stride(0);
@@ -113,8 +111,8 @@ void low_rank_backward_fused(const LowRankBackward& problem, const CpuPath& path
   args.scaling = problem.scaling, args.dropout = problem.dropout;
   args.dx = out_or_null(problem.dx);
 
-  const PartialSums dA(problem.dA, path.bwd_parts, compute);
-  const PartialSums dB(problem.dB, path.bwd_parts, compute);
+  const PartialSums dA(problem.dA, path.bwd_parts, compute, /*transposed=*/false);
+  const PartialSums dB(problem.dB, path.bwd_parts, compute, /*transposed=*/true);
   const Scratch scratch(kernels, K, r, path.bwd_parts);
   parallel_parts(M, path.bwd_parts, [&](int64_t part, int64_t begin, int64_t end) {
     kernels.backward_rows(args, begin, end, dA.part(part), dB.part(part), scratch.part(part));

@@ -23,14 +23,11 @@ struct CpuPath {
   enum class Kernels { Blas, Vector, Bf16Dot };
   Kernels kernels;
   const char* reason;  // for the choice of `kernels`
-  bool pack_B;         // forward reads B transposed, made once per call, instead of B [N, r]
   int64_t fwd_parts;   // ranges of rows, one thread each
   int64_t bwd_parts;
 };
 
 inline CpuPath choose_cpu_path(const CpuProblem& problem) {
-  // Below this many rows, transposing B costs more than its row-by-row products save.
-  constexpr int64_t kMinRowsToPackB = 8;
   // Dot products need lora_A and lora_B in pairs, which fewer rows do not pay for.
   constexpr int64_t kMinRowsForDot = 16;
   // A smaller range does not pay for waking a thread; in backward it must also pay for sums of its
@@ -72,7 +69,6 @@ inline CpuPath choose_cpu_path(const CpuProblem& problem) {
     path.kernels = CpuPath::Kernels::Vector;
     path.reason = "one pass over x and one over dy";
   }
-  path.pack_B = path.kernels == CpuPath::Kernels::Bf16Dot || problem.M >= kMinRowsToPackB;
   const auto parts = [&](int64_t min_rows) {
     return std::max<int64_t>(1, std::min(problem.threads, problem.M / min_rows));
   };

@@ -1,22 +1,18 @@
-// Small matrix products of bf16 operands on the AVX512_BF16 dot product, which multiplies pairs of
+// Matrix products of bf16 operands that lie in cache, on the AVX512_BF16 dot product, which multiplies pairs of
 // neighbouring terms exactly and sums them in float. Denormal terms count as zero.
 //
 //   C[i][j] = sum_k A(i,k) B(k,j)     vector along j, two terms k at a time
 //
-// An operand is read in the order in which it lies: Words names where the pair (2p, 2p + 1) of row i
-// of A is, ElementRows and PairRows do so for 16 columns of B.
+// An operand is read in the order in which it lies: Words says where the pair (2p, 2p + 1) of row i
+// of A is, RowPairs and PackedPairs where it is of 16 columns of B.
 #pragma once
 
 #include <immintrin.h>
 
+#include "prefetch.h"
 #include "types.h"
 
 namespace lora_ext::LORA_EXT_ISA {
-
-using DotReg = __m512;
-
-// Into the L2 cache. Always inlined: gcc drops calls of functions that do nothing else.
-[[gnu::always_inline]] inline void prefetch(const void* p) { _mm_prefetch(p, _MM_HINT_T1); }
 
 inline __mmask16 first_lanes(int64_t n) {
   return static_cast<__mmask16>(n >= 16 ? 0xFFFFu : (1u << n) - 1u);
@@ -28,8 +24,13 @@ struct Words {
   const char* data;
   int64_t row_bytes, pair_bytes;
   int64_t remainder_bytes = 0, exact = 0;
-  bool cold = false;  // rows come from memory: the rows of the next tile are called while one runs
+  bool cold = false;  // rows come from memory: those of the next tile are called while one runs
 
+  Words from(int64_t k) const {
+    Words result = *this;
+    result.data += k / 2 * pair_bytes;
+    return result;
+  }
   const char* at(int64_t i, int64_t pair, bool remainder = false) const {
     return data + i * row_bytes + pair * pair_bytes + (remainder ? remainder_bytes : 0);
   }
@@ -47,11 +48,12 @@ struct Words {
 };
 
 // Rows k of a bf16 matrix, joined to pairs on the way.
-struct ElementRows {
+struct RowPairs {
   const BFloat16* data;
   int64_t stride;
+  bool cold = false;  // as above, for the next columns
 
-  ElementRows from_pair(int64_t pair) const { return {data + 2 * pair * stride, stride}; }
+  RowPairs from(int64_t k) const { return {data + k * stride, stride, cold}; }
   __m512bh pair(int64_t pair, int64_t column, __mmask16 lanes) const {
     const BFloat16* p = data + 2 * pair * stride + column;
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9,
@@ -66,19 +68,19 @@ struct ElementRows {
     const BFloat16* p = data + 2 * pair * stride + column;
     return (__m512bh)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, p));
   }
-  // Columns that the next tile reads. Too many rows take turns for the CPU to foresee it.
   [[gnu::always_inline]] void call(int64_t pair, int64_t column) const {
+    if (!cold) return;
     prefetch(data + 2 * pair * stride + column);
     prefetch(data + (2 * pair + 1) * stride + column);
   }
 };
 
 // Rows of pairs that pack_pairs() has made; the last one is filled up with zero.
-struct PairRows {
+struct PackedPairs {
   const uint32_t* data;
   int64_t stride;
 
-  PairRows from_pair(int64_t pair) const { return {data + pair * stride, stride}; }
+  PackedPairs from(int64_t k) const { return {data + k / 2 * stride, stride}; }
   __m512bh pair(int64_t pair, int64_t column, __mmask16 lanes) const {
     return (__m512bh)_mm512_maskz_loadu_epi32(lanes, data + pair * stride + column);
   }
@@ -88,8 +90,9 @@ struct PairRows {
 
 template <int kRows, int kVectors, class B, class Store>
 inline void dot_tile(int64_t row, int64_t column, int64_t K, const Words& a, const B& b,
-                     __mmask16 lanes, const Store& store) {
-  DotReg acc[kRows][kVectors];
+                     int lanes, const Store& store) {
+  const __mmask16 mask = first_lanes(lanes);
+  __m512 acc[kRows][kVectors];
 #pragma GCC unroll 32
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
@@ -98,7 +101,7 @@ inline void dot_tile(int64_t row, int64_t column, int64_t K, const Words& a, con
   __m512bh operand[kVectors];
   const auto load = [&](int64_t p) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) operand[v] = b.pair(p, column + 16 * v, lanes);
+    for (int v = 0; v < kVectors; ++v) operand[v] = b.pair(p, column + 16 * v, mask);
   };
   const auto multiply = [&](auto&& factor_of) {
 #pragma GCC unroll 32
@@ -112,7 +115,7 @@ inline void dot_tile(int64_t row, int64_t column, int64_t K, const Words& a, con
   };
 
   const auto call_next = [&](int64_t p) __attribute__((always_inline)) {
-    constexpr int kPairsPerLine = 16;
+    constexpr int kPairsPerLine = kCacheLine / 4;
     if (a.cold && column == 0 && p % kPairsPerLine == 0) {
 #pragma GCC unroll 32
       for (int i = 0; i < kRows; ++i) prefetch(a.at(row + kRows + i, p));
@@ -135,7 +138,7 @@ inline void dot_tile(int64_t row, int64_t column, int64_t K, const Words& a, con
   }
   if (K % 2) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) operand[v] = b.single(p, column + 16 * v, lanes);
+    for (int v = 0; v < kVectors; ++v) operand[v] = b.single(p, column + 16 * v, mask);
     multiply([&](int64_t i) { return a.single(i, p); });
     if (a.exact > pairs) multiply([&](int64_t i) { return a.single(i, p, true); });
   }
@@ -150,24 +153,24 @@ template <int kRows, class B, class Store>
 inline void dot_row_tile(int64_t row, int64_t columns, int64_t K, const Words& a, const B& b,
                          const Store& store) {
   int64_t j = 0;
-  for (; j + 32 <= columns; j += 32) {
-    dot_tile<kRows, 2>(row, j, K, a, b, first_lanes(16), store);
+  if constexpr (kRows <= 12) {
+    for (; j + 32 <= columns; j += 32) dot_tile<kRows, 2>(row, j, K, a, b, 16, store);
   }
-  for (; j < columns; j += 16) {
-    dot_tile<kRows, 1>(row, j, K, a, b, first_lanes(columns - j), store);
+  for (; j + 16 <= columns; j += 16) dot_tile<kRows, 1>(row, j, K, a, b, 16, store);
+  if (j < columns) {
+    dot_tile<kRows, 1>(row, j, K, a, b, static_cast<int>(columns - j), store);
   }
 }
 
-// store(i, j, sums, lanes) receives C[i][j .. j + 16), of which `lanes` exist.
+// store(i, j, sums, lanes) receives C[i][j .. j + lanes).
 template <class B, class Store>
 inline void dot_gemm(int64_t rows, int64_t columns, int64_t K, const Words& a, const B& b,
                      const Store& store) {
   int64_t i = 0;
-  if (columns <= 16) {  // one vector wide: more rows keep as many sums going
-    for (; i + 24 <= rows; i += 24) {
-      dot_tile<24, 1>(i, 0, K, a, b, first_lanes(columns), store);
-    }
+  if (columns < 32) {  // one vector wide: more rows keep as many sums going
+    for (; i + 24 <= rows; i += 24) dot_row_tile<24>(i, columns, K, a, b, store);
   }
+  // 16 rows, the usual rank, are two equal tiles rather than 12 and 4.
   for (; i + 12 <= rows && rows != 16; i += 12) dot_row_tile<12>(i, columns, K, a, b, store);
   for (; i + 8 <= rows; i += 8) dot_row_tile<8>(i, columns, K, a, b, store);
   for (; i + 4 <= rows; i += 4) dot_row_tile<4>(i, columns, K, a, b, store);

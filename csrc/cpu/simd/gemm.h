@@ -1,12 +1,9 @@
-// Small matrix products on operands that lie in cache. The accumulators are registers of the
-// compute type S; the second operand is read in its storage type TB and widened on load, so a bf16
-// adapter is never copied.
+// Matrix products of operands that lie in cache, summed in registers of the compute type S.
 //
-//   gemm_nn   C[i][j] (+)= sum_k A(i,k) B[k][j]     vector along j; A(i,k) = a[i*a_row + k*a_col]
-//   gemm_nt   C[i][j] (+)= sum_k A[i][k] B[j][k]    vector along k
+//   C[i][j] = sum_k A(i,k) B[k][j]     vector along j
 //
-// A product is summed from zero and then added to C, so that cutting k into blocks also cuts the
-// rounding error of long sums.
+// B is widened on load from its storage type, so a 16-bit operand is never copied. What becomes of C
+// is the caller's: store(i, j, sums, lanes) receives C[i][j .. j + lanes).
 #pragma once
 
 #include "vec.h"
@@ -14,30 +11,44 @@
 namespace lora_ext::LORA_EXT_ISA {
 
 #if defined(__AVX512F__)
-constexpr int kVectorRegisters = 32;
+constexpr int kTileSums = 24;  // of 32 registers; the others hold operands
 #else
-constexpr int kVectorRegisters = 16;
+constexpr int kTileSums = 12;  // of 16
 #endif
-constexpr int kAccumulators = kVectorRegisters * 3 / 4;  // the rest hold operands
-constexpr int kMaxTileVectors = kVectorRegisters / 8;
 
-template <class S, class TB, int kRows, int kVectors, bool kPartial>
-inline void nn_tile(int64_t K, const S* a, int64_t a_row, int64_t a_col, const TB* b,
-                    int64_t ldb,        // [K, kVectors * width]
-                    S* c, int64_t ldc,  // [kRows, kVectors * width]
-                    bool accumulate, int lanes) {
+template <class S>
+struct LeftRows {
+  const S* data;
+  int64_t row, column;  // steps between neighbouring rows and columns
+
+  LeftRows from(int64_t k) const { return {data + k * column, row, column}; }
+  const S* at(int64_t i, int64_t k) const { return data + i * row + k * column; }
+};
+
+template <class T>
+struct RightRows {
+  const T* data;
+  int64_t stride;
+
+  RightRows from(int64_t k) const { return {data + k * stride, stride}; }
+  const T* at(int64_t k, int64_t j) const { return data + k * stride + j; }
+};
+
+template <class S, class T, int kRows, int kVectors, bool kPartial, class Store>
+inline void tile(int64_t row, int64_t column, int64_t K, const LeftRows<S>& a,
+                 const RightRows<T>& b, int lanes, const Store& store) {
   using V = Vec<S>;
-  typename V::Reg acc[kRows][kVectors];
+  typename V::Reg sums[kRows][kVectors];
 #pragma GCC unroll 32
   for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) acc[i][v] = V::zero();
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) sums[i][v] = V::zero();
   }
   for (int64_t k = 0; k < K; ++k) {
     typename V::Reg operand[kVectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
-      const TB* p = b + k * ldb + v * V::kWidth;
+      const T* p = b.at(k, column + v * V::kWidth);
       if constexpr (kPartial) {
         operand[v] = V::load_partial(p, lanes);
       } else {
@@ -46,131 +57,58 @@ inline void nn_tile(int64_t K, const S* a, int64_t a_row, int64_t a_col, const T
     }
 #pragma GCC unroll 32
     for (int i = 0; i < kRows; ++i) {
-      const auto factor = V::set1(a[i * a_row + k * a_col]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) acc[i][v] = V::fma(factor, operand[v], acc[i][v]);
+      const auto factor = V::set1(*a.at(row + i, k));
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sums[i][v] = V::fma(factor, operand[v], sums[i][v]);
     }
   }
 #pragma GCC unroll 32
   for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
-      S* p = c + i * ldc + v * V::kWidth;
-      if constexpr (kPartial) {
-        if (accumulate) acc[i][v] = V::add(acc[i][v], V::load_partial(p, lanes));
-        V::store_partial(p, acc[i][v], lanes);
-      } else {
-        if (accumulate) acc[i][v] = V::add(acc[i][v], V::load(p));
-        V::store(p, acc[i][v]);
-      }
+      store(row + i, column + v * V::kWidth, sums[i][v], kPartial ? lanes : V::kWidth);
     }
   }
 }
 
-template <class S, class TB, int kVectors, bool kPartial>
-inline void nn_column(int64_t rows, int64_t K, const S* a, int64_t a_row, int64_t a_col,
-                      const TB* b, int64_t ldb, S* c, int64_t ldc, bool accumulate, int lanes) {
-  constexpr int kRows = kAccumulators / kVectors;
-  int64_t i = 0;
-  for (; i + kRows <= rows; i += kRows) {
-    nn_tile<S, TB, kRows, kVectors, kPartial>(K, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc,
-                                              ldc, accumulate, lanes);
-  }
-  for (; i + 4 <= rows; i += 4) {
-    nn_tile<S, TB, 4, kVectors, kPartial>(K, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc,
-                                          accumulate, lanes);
-  }
-  for (; i < rows; ++i) {
-    nn_tile<S, TB, 1, kVectors, kPartial>(K, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc,
-                                          accumulate, lanes);
-  }
-}
-
-template <class S, class TB>
-void gemm_nn(int64_t rows, int64_t columns, int64_t K, const S* a, int64_t a_row, int64_t a_col,
-             const TB* b, int64_t ldb, S* c, int64_t ldc, bool accumulate) {
+// Rows [row, row + kRows) of C.
+template <class S, class T, int kRows, class Store>
+inline void row_tile(int64_t row, int64_t columns, int64_t K, const LeftRows<S>& a,
+                     const RightRows<T>& b, const Store& store) {
   constexpr int kWidth = Vec<S>::kWidth;
   int64_t j = 0;
-  for (; j + kMaxTileVectors * kWidth <= columns; j += kMaxTileVectors * kWidth) {
-    nn_column<S, TB, kMaxTileVectors, false>(rows, K, a, a_row, a_col, b + j, ldb, c + j, ldc,
-                                             accumulate, kWidth);
-  }
-  if constexpr (kMaxTileVectors > 2) {
+  if constexpr (kRows <= kTileSums / 2) {
     for (; j + 2 * kWidth <= columns; j += 2 * kWidth) {
-      nn_column<S, TB, 2, false>(rows, K, a, a_row, a_col, b + j, ldb, c + j, ldc, accumulate,
-                                 kWidth);
+      tile<S, T, kRows, 2, false>(row, j, K, a, b, kWidth, store);
     }
   }
   for (; j + kWidth <= columns; j += kWidth) {
-    nn_column<S, TB, 1, false>(rows, K, a, a_row, a_col, b + j, ldb, c + j, ldc, accumulate,
-                               kWidth);
+    tile<S, T, kRows, 1, false>(row, j, K, a, b, kWidth, store);
   }
   if (j < columns) {
-    nn_column<S, TB, 1, true>(rows, K, a, a_row, a_col, b + j, ldb, c + j, ldc, accumulate,
-                              static_cast<int>(columns - j));
+    tile<S, T, kRows, 1, true>(row, j, K, a, b, static_cast<int>(columns - j), store);
   }
 }
 
-template <class S, class TB, int kRows, int kColumns>
-inline void nt_tile(int64_t K, const S* a, int64_t lda,  // [kRows, K]
-                    const TB* b, int64_t ldb,            // [kColumns, K]
-                    S* c, int64_t ldc, bool accumulate) {
-  using V = Vec<S>;
-  typename V::Reg acc[kRows][kColumns];
-#pragma GCC unroll 4
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kColumns; ++j) acc[i][j] = V::zero();
-  }
-  const auto step = [&](auto&& load, int64_t k) {
-    typename V::Reg operand[kColumns];
-#pragma GCC unroll 4
-    for (int j = 0; j < kColumns; ++j) operand[j] = load(b + j * ldb + k);
-#pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i) {
-      const auto factor = load(a + i * lda + k);
-#pragma GCC unroll 4
-      for (int j = 0; j < kColumns; ++j) acc[i][j] = V::fma(factor, operand[j], acc[i][j]);
-    }
-  };
-  int64_t k = 0;
-  for (; k + V::kWidth <= K; k += V::kWidth) step([](auto* p) { return V::load(p); }, k);
-  if (k < K) {
-    const int lanes = static_cast<int>(K - k);
-    step([lanes](auto* p) { return V::load_partial(p, lanes); }, k);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kColumns; ++j) {
-      S* p = c + i * ldc + j;
-      *p = V::sum(acc[i][j]) + (accumulate ? *p : S{0});
+template <class S, class T, class Store>
+void gemm(int64_t rows, int64_t columns, int64_t K, const LeftRows<S>& a, const RightRows<T>& b,
+          const Store& store) {
+  constexpr int kRows = kTileSums / 2;
+  int64_t i = 0;
+  if (columns < 2 * Vec<S>::kWidth) {  // one vector wide: more rows keep as many sums going
+    for (; i + 2 * kRows <= rows; i += 2 * kRows) {
+      row_tile<S, T, 2 * kRows>(i, columns, K, a, b, store);
     }
   }
-}
-
-template <class S, class TB>
-void gemm_nt(int64_t rows, int64_t columns, int64_t K, const S* a, int64_t lda, const TB* b,
-             int64_t ldb, S* c, int64_t ldc, bool accumulate) {
-  constexpr int kRows = 4;
-  constexpr int kColumns = kMaxTileVectors;
-  int64_t j = 0;
-  for (; j + kColumns <= columns; j += kColumns) {
-    int64_t i = 0;
-    for (; i + kRows <= rows; i += kRows) {
-      nt_tile<S, TB, kRows, kColumns>(K, a + i * lda, lda, b + j * ldb, ldb, c + i * ldc + j, ldc,
-                                      accumulate);
-    }
-    for (; i < rows; ++i) {
-      nt_tile<S, TB, 1, kColumns>(K, a + i * lda, lda, b + j * ldb, ldb, c + i * ldc + j, ldc,
-                                  accumulate);
-    }
+  // 16 rows, the usual rank, are two equal tiles rather than 12 and 4.
+  for (; i + kRows <= rows && !(kRows == 12 && rows == 16); i += kRows) {
+    row_tile<S, T, kRows>(i, columns, K, a, b, store);
   }
-  for (; j < columns; ++j) {
-    for (int64_t i = 0; i < rows; ++i) {
-      nt_tile<S, TB, 1, 1>(K, a + i * lda, lda, b + j * ldb, ldb, c + i * ldc + j, ldc, accumulate);
-    }
+  if constexpr (kRows > 8) {
+    for (; i + 8 <= rows; i += 8) row_tile<S, T, 8>(i, columns, K, a, b, store);
   }
+  for (; i + 4 <= rows; i += 4) row_tile<S, T, 4>(i, columns, K, a, b, store);
+  for (; i < rows; ++i) row_tile<S, T, 1>(i, columns, K, a, b, store);
 }
 
 }  // namespace lora_ext::LORA_EXT_ISA

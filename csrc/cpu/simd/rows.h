@@ -1,11 +1,14 @@
-// Row conversions between storage and compute types, with dropout and bias on the way, and the
-// dropout decisions themselves as packed bits (bit c % 16 of word c / 16 is column c).
+// Rows as the products need them: the dropout decisions as packed bits (bit c % 16 of word c / 16 is
+// column c), and copies of rows without the dropped elements.
 #pragma once
 
-#include "../../common/dropout.h"
+#include "../kernels.h"
+#include "prefetch.h"
 #include "vec.h"
 
 namespace lora_ext::LORA_EXT_ISA {
+
+inline int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 
 inline int64_t keep_words(int64_t columns) {
   return (columns + kDropoutBlock - 1) / kDropoutBlock * kDropoutSlots;
@@ -59,62 +62,45 @@ inline uint32_t bits_at(const uint16_t* keep, int64_t column) {
   return static_cast<uint32_t>(keep[column / 16] >> (column % 16));
 }
 
-// out = in, or scale * in where kept and 0 elsewhere.
-template <class T, class S>
-inline void widen_row(const T* in, int64_t columns, const uint16_t* keep, S scale, S* out) {
-  using V = Vec<S>;
-  const auto factor = V::set1(scale);
-  int64_t j = 0;
-  for (; j + V::kWidth <= columns; j += V::kWidth) {
-    auto value = V::load(in + j);
-    if (keep) value = V::keep(V::mul(value, factor), bits_at(keep, j));
-    V::store(out + j, value);
-  }
-  if (j < columns) {
-    const int lanes = static_cast<int>(columns - j);
-    auto value = V::load_partial(in + j, lanes);
-    if (keep) value = V::keep(V::mul(value, factor), bits_at(keep, j));
-    V::store_partial(out + j, value, lanes);
+// All kWidth lanes, or the first `lanes`.
+template <class S, class T>
+inline typename Vec<S>::Reg load_lanes(const T* p, int lanes) {
+  return lanes == Vec<S>::kWidth ? Vec<S>::load(p) : Vec<S>::load_partial(p, lanes);
+}
+
+template <class S, class T>
+inline void store_lanes(T* p, typename Vec<S>::Reg a, int lanes) {
+  if (lanes == Vec<S>::kWidth) {
+    Vec<S>::store(p, a);
+  } else {
+    Vec<S>::store_partial(p, a, lanes);
   }
 }
 
-// out = round(in + bias), or round(scale * in where kept).
-template <class T, class S>
-inline void narrow_row(const S* in, int64_t columns, const S* bias, const uint16_t* keep, S scale,
-                       T* out) {
-  using V = Vec<S>;
-  const auto factor = V::set1(scale);
-  int64_t j = 0;
-  for (; j + V::kWidth <= columns; j += V::kWidth) {
-    auto value = V::load(in + j);
-    if (bias) value = V::add(value, V::load(bias + j));
-    if (keep) value = V::keep(V::mul(value, factor), bits_at(keep, j));
-    V::store(out + j, value);
+// The dropout bits of `rows` rows of K columns, or null without dropout.
+inline const uint16_t* fill_panel_bits(const DropoutArgs& dropout, int64_t first_row, int64_t rows,
+                                       int64_t K, uint16_t* keep) {
+  if (!dropout.enabled) return nullptr;
+  for (int64_t i = 0; i < rows; ++i) {
+    fill_keep_bits(dropout.rng, first_row + i, K, dropout.threshold, keep + i * keep_words(K));
   }
-  if (j < columns) {
-    const int lanes = static_cast<int>(columns - j);
-    auto value = V::load_partial(in + j, lanes);
-    if (bias) value = V::add(value, V::load_partial(bias + j, lanes));
-    if (keep) value = V::keep(V::mul(value, factor), bits_at(keep, j));
-    V::store_partial(out + j, value, lanes);
-  }
+  return keep;
 }
 
-// Rows [begin, end) of out [rows, columns] = scale * sum over p of parts[p * stride ..].
-template <class T, class TA>
-void reduce(const void* parts, int64_t count, int64_t stride, double scale, int64_t /*rows*/,
-            int64_t columns, int64_t begin, int64_t end, void* out) {
-  using V = Vec<compute_t<T>>;
-  const auto* in = static_cast<const compute_t<T>*>(parts);
-  const auto factor = V::set1(static_cast<compute_t<T>>(scale));
-  for (int64_t i = begin * columns; i < end * columns; i += V::kWidth) {
-    const int64_t left = end * columns - i;
-    const int lanes = static_cast<int>(left < V::kWidth ? left : V::kWidth);
-    auto sum = V::load_partial(in + i, lanes);
-    for (int64_t p = 1; p < count; ++p) {
-      sum = V::add(sum, V::load_partial(in + p * stride + i, lanes));
+// out[rows, columns] = in where kept, else 0
+template <class S, class T>
+void copy_kept(const T* in, int64_t stride, int64_t rows, int64_t columns, const uint16_t* keep,
+               int64_t keep_stride, S* out, int64_t out_stride) {
+  using V = Vec<S>;
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; j += V::kWidth) {
+      const int lanes = static_cast<int>(at_most(columns - j, V::kWidth));
+      const T* p = in + i * stride + j;
+      auto value = load_lanes<S>(p, lanes);
+      if (keep) value = V::keep(value, bits_at(keep + i * keep_stride, j));
+      store_lanes<S>(out + i * out_stride + j, value, lanes);
+      prefetch(p + stride);  // one row of several at a time is too few for the CPU to foresee it
     }
-    V::store_partial(static_cast<TA*>(out) + i, V::mul(sum, factor), lanes);
   }
 }
 

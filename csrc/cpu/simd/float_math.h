@@ -1,0 +1,65 @@
+// The arithmetic of lora_linear_rows.h by fused multiply-add in the compute type.
+#pragma once
+
+#include "gemm.h"
+#include "rows.h"
+
+namespace lora_ext::LORA_EXT_ISA {
+
+template <class T, class TA>
+struct FloatMath {
+  using Base = T;
+  using Sum = compute_t<T>;
+  using Element = Sum;  // of copied rows
+
+  static constexpr int64_t kPanelRows = 48;   // a multiple of every tile
+  static constexpr int64_t kChunk = 1024;    // columns copied at a time
+  static constexpr int64_t kSumTerms = 128;  // that one sum adds up in sequence
+  static constexpr int64_t kStride = kChunk + kCacheLine / sizeof(Element);
+  static constexpr bool kCopies = true;  // even rows that need no widening: as a stream from memory
+
+  // The scaled h or dh of one panel.
+  static int64_t operand_bytes(int64_t r) { return kPanelRows * r * sizeof(Sum); }
+
+  // scale * values [rows, r] as left operand
+  static LeftRows<Sum> rows(void* operand, const Sum* values, int64_t rows, int64_t r, Sum scale,
+                            bool /*exact*/) {
+    return {scaled(operand, values, rows * r, scale), r, 1};
+  }
+  // its transpose
+  static LeftRows<Sum> columns(void* operand, const Sum* values, int64_t rows, int64_t r,
+                               Sum scale) {
+    return {scaled(operand, values, rows * r, scale), 1, r};
+  }
+  // rows of x or dy as left operand
+  static LeftRows<Sum> left(const Sum* data, int64_t stride) { return {data, stride, 1}; }
+  // and as right operand
+  static RightRows<Sum> right(const Sum* data, int64_t stride) { return {data, stride}; }
+  static RightRows<TA> adapter(const void* data, int64_t stride) {
+    return {static_cast<const TA*>(data), stride};
+  }
+  static RightRows<Sum> packed(const void* data, int64_t stride) {
+    return {static_cast<const Sum*>(data), stride};
+  }
+
+  // out [rows, columns], kStride apart = in where kept, else 0
+  static void copy(const T* in, int64_t stride, int64_t rows, int64_t columns, const uint16_t* keep,
+                   int64_t keep_stride, Sum* out) {
+    copy_kept(in, stride, rows, columns, keep, keep_stride, out, kStride);
+  }
+
+  template <class Right, class Store>
+  static void product(int64_t rows, int64_t columns, int64_t K, const LeftRows<Sum>& a,
+                      const Right& b, const Store& store) {
+    gemm(rows, columns, K, a, b, store);
+  }
+
+ private:
+  static const Sum* scaled(void* operand, const Sum* values, int64_t count, Sum scale) {
+    auto* out = static_cast<Sum*>(operand);
+    for (int64_t i = 0; i < count; ++i) out[i] = scale * values[i];
+    return out;
+  }
+};
+
+}  // namespace lora_ext::LORA_EXT_ISA

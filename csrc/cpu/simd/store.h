@@ -1,0 +1,56 @@
+// What becomes of the sums of a product (see gemm.h): functors of (row, column, sums, lanes).
+#pragma once
+
+#include "rows.h"
+
+namespace lora_ext::LORA_EXT_ISA {
+
+// sums[i][j] = result, or += result
+template <class S>
+struct StoreSum {
+  S* sums;
+  int64_t stride;
+  bool add;
+
+  void operator()(int64_t i, int64_t j, typename Vec<S>::Reg result, int lanes) const {
+    S* p = sums + i * stride + j;
+    if (add) result = Vec<S>::add(result, load_lanes<S>(p, lanes));
+    store_lanes<S>(p, result, lanes);
+  }
+};
+
+// out[i][j] = result + bias, or result where kept
+template <class S, class T>
+struct StoreRounded {
+  T* out;
+  int64_t stride;
+  const S* bias;
+  const uint16_t* keep;
+  int64_t keep_stride;
+
+  void operator()(int64_t i, int64_t j, typename Vec<S>::Reg result, int lanes) const {
+    if (bias) result = Vec<S>::add(result, load_lanes<S>(bias + j, lanes));
+    if (keep) result = Vec<S>::keep(result, bits_at(keep + i * keep_stride, j));
+    store_lanes<S>(out + i * stride + j, result, lanes);
+  }
+};
+
+// weight[i][j] += result, if `write`; `finite` becomes false where the sum, rounded, is not.
+template <class S, class T>
+struct StoreMerged {
+  T* weight;
+  int64_t stride;
+  bool write;
+  bool* finite;
+
+  void operator()(int64_t i, int64_t j, typename Vec<S>::Reg result, int lanes) const {
+    T* p = weight + i * stride + j;
+    const auto sum = Vec<S>::add(load_lanes<S>(p, lanes), result);
+    T rounded[Vec<S>::kWidth];
+    Vec<S>::store(rounded, sum);  // an overflow of the storage type shows only after rounding
+    *finite &= Vec<S>::all_finite(Vec<S>::load_partial(rounded, lanes));
+    if (write) store_lanes<S>(p, sum, lanes);
+  }
+};
+
+}  // namespace lora_ext::LORA_EXT_ISA
