@@ -39,9 +39,9 @@ struct BackwardArgs {
   int64_t lddy;
   const void* x;  // [M, K] base type, rows ldx apart, or null
   int64_t ldx;
-  const void* h;       // [M, r] compute type, or null: then recomputed from x
-  const void* lora_A;  // [r, K] adapter type
-  const void* lora_B;  // [N, r] adapter type
+  const void* h;         // [M, r] compute type, or null: then recomputed from x
+  const void* lora_A;    // [r, K] adapter type
+  const void* lora_B;    // [N, r] adapter type
   const void* lora_A_t;  // lora_A packed; may be null if h is given or dB not wanted
   double scaling;
   DropoutArgs dropout;
@@ -59,8 +59,8 @@ struct LoraLinearKernels {
   // Rows [begin, end) of y = scaling * dropout(x) A^T B^T + bias, and of h = dropout(x) A^T.
   void (*forward_rows)(const ForwardArgs&, int64_t begin, int64_t end, void* scratch);
   // Rows [begin, end) of dx = dropout'(dh A) with dh = scaling * dy B; the sums over these rows
-  // dh^T dropout(x) go to dA [r, K] and h^T dy (not scaled) to dB [r, N], in the compute type; either
-  // may be null.
+  // dh^T dropout(x) go to dA [r, K] and h^T dy (not scaled) to dB [r, N], in the compute type;
+  // either may be null.
   void (*backward_rows)(const BackwardArgs&, int64_t begin, int64_t end, void* dA, void* dB,
                         void* scratch);
   // Rows [begin, end) of out [rows, columns] (adapter type) = scale * sum over p of

@@ -56,8 +56,8 @@ void low_rank_backward_blas(const LowRankBackward& problem) {
   const bool make_h = problem.dB.defined() && !problem.h.defined();
   const Tensor x = make_h || problem.dA.defined() ? kept(problem.x, keep) : Tensor();
   if (problem.dB.defined()) {
-    const Tensor h = make_h ? at::empty({M, r}, problem.dy.options())
-                            : problem.h.to(problem.dy.scalar_type());
+    const Tensor h =
+        make_h ? at::empty({M, r}, problem.dy.options()) : problem.h.to(problem.dy.scalar_type());
     if (make_h) scaled_mm_out(h, x, problem.lora_A.t(), survivor);
     scaled_mm_out(problem.dB, problem.dy.t(), h, s);
   }

@@ -16,8 +16,7 @@ constexpr int64_t kMinRowsPerPart = 16;
 bool merge_rows(const at::Tensor& weight, const at::Tensor& lora_A, const at::Tensor& lora_B,
                 double scaling, bool store) {
   const int64_t N = weight.size(0), K = weight.size(1), r = lora_A.size(0);
-  const auto& kernels =
-      cpu_kernels().merge[dtype_pair(weight.scalar_type(), lora_A.scalar_type())];
+  const auto& kernels = cpu_kernels().merge[dtype_pair(weight.scalar_type(), lora_A.scalar_type())];
   const int64_t bytes = kernels.scratch_bytes(K, r);
   std::atomic<bool> finite{true};
   at::parallel_for(0, N, kMinRowsPerPart, [&](int64_t begin, int64_t end) {

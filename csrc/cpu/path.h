@@ -37,9 +37,9 @@ inline CpuPath choose_cpu_path(const CpuProblem& problem) {
   // Every backward part sums into its own dA and dB: keep them within this many bytes together.
   constexpr int64_t kMaxPartialSumBytes = int64_t{256} << 20;
 
-  // Up to so many rows, with adapters of so many elements, kernels spend their time on transposes and
-  // on sums as large as the gradients, which BLAS does not need. With dropout BLAS needs a copy of x
-  // and its mask, so it pays later, and beside dot products never.
+  // Up to so many rows, with adapters of so many elements, kernels spend their time on transposes
+  // and on sums as large as the gradients, which BLAS does not need. With dropout BLAS needs a copy
+  // of x and its mask, so it pays later, and beside dot products never.
   constexpr int64_t kFewRows = 64;
   const bool dot = problem.bf16 && problem.bf16_dot && problem.M >= kMinRowsForDot;
   const int64_t large_adapter = int64_t{1} << (dot || problem.dropout ? 18 : 16);

@@ -74,8 +74,8 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     const LoraScale scale{scaling, scaling_tensor, dropout_p, rng_state};
     // Backward reads x for the gradients of weight and lora_A, and h for that of lora_B. Under
-    // dropout it makes the dropped x again anyway, in cache, and h from it costs one product: then h
-    // is kept only where x is not.
+    // dropout it makes the dropped x again anyway, in cache, and h from it costs one product: then
+    // h is kept only where x is not.
     const bool save_x = weight.requires_grad() || lora_A.requires_grad();
     const bool save_h = lora_B.requires_grad() && !(save_x && dropout_p > 0.0);
     auto [y, h] = lora_linear_fwd(x, weight, bias, lora_A, lora_B, lora_bias, scale, save_h);

@@ -1,5 +1,6 @@
-// Matrix products of bf16 operands that lie in cache, on the AVX512_BF16 dot product, which multiplies pairs of
-// neighbouring terms exactly and sums them in float. Denormal terms count as zero.
+// Matrix products of bf16 operands that lie in cache, on the AVX512_BF16 dot product, which
+// multiplies pairs of neighbouring terms exactly and sums them in float. Denormal terms count as
+// zero.
 //
 //   C[i][j] = sum_k A(i,k) B(k,j)     vector along j, two terms k at a time
 //
@@ -56,12 +57,11 @@ struct RowPairs {
   RowPairs from(int64_t k) const { return {data + k * stride, stride, cold}; }
   __m512bh pair(int64_t pair, int64_t column, __mmask16 lanes) const {
     const BFloat16* p = data + 2 * pair * stride + column;
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9,
-                                           24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1,
-                                           16, 0);
+    const __m512i order =
+        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const __m512i first = _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(lanes, p));
-    const __m512i both =
-        _mm512_inserti64x4(first, _mm256_maskz_loadu_epi16(lanes, p + stride), 1);
+    const __m512i both = _mm512_inserti64x4(first, _mm256_maskz_loadu_epi16(lanes, p + stride), 1);
     return (__m512bh)_mm512_permutexvar_epi16(order, both);
   }
   __m512bh single(int64_t pair, int64_t column, __mmask16 lanes) const {
@@ -84,13 +84,15 @@ struct PackedPairs {
   __m512bh pair(int64_t pair, int64_t column, __mmask16 lanes) const {
     return (__m512bh)_mm512_maskz_loadu_epi32(lanes, data + pair * stride + column);
   }
-  __m512bh single(int64_t p, int64_t column, __mmask16 lanes) const { return pair(p, column, lanes); }
+  __m512bh single(int64_t p, int64_t column, __mmask16 lanes) const {
+    return pair(p, column, lanes);
+  }
   void call(int64_t, int64_t) const {}
 };
 
 template <int kRows, int kVectors, class B, class Store>
-inline void dot_tile(int64_t row, int64_t column, int64_t K, const Words& a, const B& b,
-                     int lanes, const Store& store) {
+inline void dot_tile(int64_t row, int64_t column, int64_t K, const Words& a, const B& b, int lanes,
+                     const Store& store) {
   const __mmask16 mask = first_lanes(lanes);
   __m512 acc[kRows][kVectors];
 #pragma GCC unroll 32

@@ -18,8 +18,8 @@ inline __m512 widen_bf16(__m256i bits) {
 // What rounding to bf16 leaves of a; nothing of infinity.
 inline __m256i round_remainder(__m512 a, __m256i rounded) {
   const __m512 remainder = _mm512_sub_ps(a, widen_bf16(rounded));
-  return round_bf16(_mm512_maskz_mov_ps(static_cast<__mmask16>(~_mm512_fpclass_ps_mask(a, 0x18)),
-                                        remainder));
+  return round_bf16(
+      _mm512_maskz_mov_ps(static_cast<__mmask16>(~_mm512_fpclass_ps_mask(a, 0x18)), remainder));
 }
 
 inline __m512i join_pairs(__m256i first, __m256i second) {
@@ -41,16 +41,16 @@ struct Bf16DotMath {
   using Sum = float;
   using Element = BFloat16;
 
-  // Twice those of FloatMath: what is not widened takes half the cache, and the sums of dA and dB are
-  // loaded and stored half as often.
+  // Twice those of FloatMath: what is not widened takes half the cache, and the sums of dA and dB
+  // are loaded and stored half as often.
   static constexpr int64_t kPanelRows = 96;
-  static constexpr int64_t kChunk = 1024;        // columns copied at a time
+  static constexpr int64_t kChunk = 1024;       // columns copied at a time
   static constexpr int64_t kSumTerms = kChunk;  // that one sum adds up in sequence
   static constexpr int64_t kStride = kChunk + kCacheLine / sizeof(Element);
   static constexpr bool kCopies = false;
 
-  // Value and remainder of the rows of h or dh, each filled up to pairs; or of its columns, of which
-  // the rows are.
+  // Value and remainder of the rows of h or dh, each filled up to pairs; or of its columns, of
+  // which the rows are.
   static int64_t operand_bytes(int64_t r) { return 2 * kPanelRows * 4 * row_pairs(2 * r); }
 
   // scale * values [rows, r] as left operand; with its remainder if `exact`
@@ -87,9 +87,9 @@ struct Bf16DotMath {
         const __m256i first_value = round_bf16(first), second_value = round_bf16(second);
         uint32_t* p = out + i / 2 * r + j;
         _mm512_mask_storeu_epi32(p, first_lanes(r - j), join_pairs(first_value, second_value));
-        _mm512_mask_storeu_epi32(p + remainder, first_lanes(r - j),
-                                 join_pairs(round_remainder(first, first_value),
-                                            round_remainder(second, second_value)));
+        _mm512_mask_storeu_epi32(
+            p + remainder, first_lanes(r - j),
+            join_pairs(round_remainder(first, first_value), round_remainder(second, second_value)));
       }
     }
     return {.data = static_cast<const char*>(operand),
@@ -158,8 +158,7 @@ inline void pack_pairs(const void* in, int64_t rows, int64_t columns, int64_t be
       [&](int64_t i, int64_t pair, int) {
         const int64_t left = columns - 2 * pair;
         const __mmask32 lanes = left >= 32 ? ~0u : (1u << left) - 1u;
-        return _mm512_castsi512_ps(
-            _mm512_maskz_loadu_epi16(lanes, data + i * columns + 2 * pair));
+        return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(lanes, data + i * columns + 2 * pair));
       },
       [&](int64_t pair, int64_t i, int lanes, __m512 values) {
         Vec<float>::store_partial(words + pair * rows + i, values, lanes);

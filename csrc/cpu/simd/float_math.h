@@ -12,7 +12,7 @@ struct FloatMath {
   using Sum = compute_t<T>;
   using Element = Sum;  // of copied rows
 
-  static constexpr int64_t kPanelRows = 48;   // a multiple of every tile
+  static constexpr int64_t kPanelRows = 48;  // a multiple of every tile
   static constexpr int64_t kChunk = 1024;    // columns copied at a time
   static constexpr int64_t kSumTerms = 128;  // that one sum adds up in sequence
   static constexpr int64_t kStride = kChunk + kCacheLine / sizeof(Element);

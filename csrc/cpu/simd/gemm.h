@@ -2,8 +2,8 @@
 //
 //   C[i][j] = sum_k A(i,k) B[k][j]     vector along j
 //
-// B is widened on load from its storage type, so a 16-bit operand is never copied. What becomes of C
-// is the caller's: store(i, j, sums, lanes) receives C[i][j .. j + lanes).
+// B is widened on load from its storage type, so a 16-bit operand is never copied. What becomes of
+// C is the caller's: store(i, j, sums, lanes) receives C[i][j .. j + lanes).
 #pragma once
 
 #include "vec.h"

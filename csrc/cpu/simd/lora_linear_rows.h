@@ -1,6 +1,6 @@
 // lora_linear on a range of rows: everything but the base product, which the caller's BLAS adds to
-// y and dx afterwards (beta = 1), so that each result is rounded to its storage type once. `Math` is
-// the arithmetic: FloatMath, or Bf16DotMath where base and adapters are bf16.
+// y and dx afterwards (beta = 1), so that each result is rounded to its storage type once. `Math`
+// is the arithmetic: FloatMath, or Bf16DotMath where base and adapters are bf16.
 #pragma once
 
 #include "../kernels.h"
@@ -66,8 +66,8 @@ struct Chunk {
 template <class Math, class F>
 void for_chunks(const Panel<Math>& panel, const typename Math::Base* in, int64_t stride,
                 int64_t rows, int64_t K, const uint16_t* keep, const F& f) {
-  // Rows that share a cache set, as rows of 4096 elements do, are always copied: that costs less than
-  // losing each cache line before its end.
+  // Rows that share a cache set, as rows of 4096 elements do, are always copied: that costs less
+  // than losing each cache line before its end.
   const bool copies = Math::kCopies || keep || stride * sizeof(typename Math::Base) % 1024 == 0;
   for (int64_t k = 0; k == 0 || k < K; k += Math::kChunk) {
     const int64_t columns = at_most(K - k, Math::kChunk);
@@ -87,9 +87,8 @@ void down_project(const Panel<Math>& panel, const typename Math::Base* x, int64_
                   int64_t K, int64_t r, const uint16_t* keep, typename Math::Sum survivor,
                   const void* lora_A_t) {
   const auto A_t = Math::packed(lora_A_t, r);
-  for_chunks(panel, x, ldx, rows, K, keep, [&](int64_t k, const auto& chunk) {
-    chunk.times(A_t.from(k), r, k > 0, panel.h);
-  });
+  for_chunks(panel, x, ldx, rows, K, keep,
+             [&](int64_t k, const auto& chunk) { chunk.times(A_t.from(k), r, k > 0, panel.h); });
   for (int64_t i = 0; keep && i < rows * r; ++i) panel.h[i] *= survivor;
 }
 
@@ -151,9 +150,9 @@ void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end, void* d
     const auto h_t = Math::columns(panel.operand, h, dB ? rows : 0, r, S{1});
     const auto B = Math::adapter(args.lora_B, r);
     for_chunks(panel, dy, args.lddy, rows, N, nullptr, [&](int64_t n, const auto& chunk) {
-                 if (dA || dx) chunk.times(B.from(n), r, n > 0, panel.dh);
-                 if (dB) chunk.left_times(h_t, r, later, dB + n, N);
-               });
+      if (dA || dx) chunk.times(B.from(n), r, n > 0, panel.dh);
+      if (dB) chunk.left_times(h_t, r, later, dB + n, N);
+    });
 
     // dA += dh^T dropout(x)
     if (dA) {

@@ -1,5 +1,5 @@
-// Rows as the products need them: the dropout decisions as packed bits (bit c % 16 of word c / 16 is
-// column c), and copies of rows without the dropped elements.
+// Rows as the products need them: the dropout decisions as packed bits (bit c % 16 of word c / 16
+// is column c), and copies of rows without the dropped elements.
 #pragma once
 
 #include "../kernels.h"

@@ -1,4 +1,5 @@
-// Transposes of small matrices: of the adapters once per call, and of the sums of lora_B's gradient.
+// Transposes of small matrices: of the adapters once per call, and of the sums of lora_B's
+// gradient.
 #pragma once
 
 #include "rows.h"
