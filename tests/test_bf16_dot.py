@@ -1,4 +1,4 @@
-"""The kernels on bf16 dot products: which rows they copy, what they keep of h and dh, infinities."""
+"""The kernels on bf16 dot products: rows they copy, what they keep of h and dh, infinities."""
 
 from __future__ import annotations
 
@@ -35,13 +35,12 @@ def errors(M: int, K: int, N: int, r: int, dropout_p: float, lora_share: float) 
 @pytest.mark.parametrize("lora_share", [0.05, 1.0, 4.0])
 @pytest.mark.parametrize("size", [(100, 512, 512, 16), (300, 130, 1025, 7), (200, 512, 300, 64)])
 def test_error(size: tuple[int, int, int, int], lora_share: float, dropout_p: float) -> None:
-    """y and, up to rank 16, the gradients of A and B see h and dh unrounded; then what is left is
-    their own rounding, one of two equal ones in plain PyTorch, and y's low-rank part's."""
+    """y sees h unrounded: what is left is the rounding of its low-rank part and its own. The
+    gradients of A and B see a quarter of h and dh unrounded, of two equal errors 1 / 8."""
     got = errors(*size, dropout_p, lora_share)
     assert got["y"] <= 0.85
     assert got["x"] < 1.0
-    limit = 0.75 if size[3] <= 16 else 0.98
-    assert got["lora_A"] <= limit and got["lora_B"] <= limit
+    assert got["lora_A"] <= 0.98 and got["lora_B"] <= 0.98
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])

@@ -1,0 +1,74 @@
+// Instructions from sm_80 on, one function each.
+#pragma once
+
+#include "../element.h"
+
+namespace lora_ext::arch {
+
+// Address of a byte of shared memory, as instructions take it.
+LORA_EXT_DEVICE uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// Starts to copy 16 bytes, or to write 16 zeros if not `valid`. Both addresses are multiples of 16.
+LORA_EXT_DEVICE void cp_async_16(uint32_t shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(global),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+// What this thread has started since the last commit becomes a group.
+LORA_EXT_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+
+// Waits until no more than kGroups groups of this thread are unfinished.
+template <int kGroups>
+LORA_EXT_DEVICE void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kGroups) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+// Lane l receives elements (l / 4, 2 * (l % 4)) and its right neighbour of each, or of its
+// transpose.
+template <bool kTranspose>
+LORA_EXT_DEVICE void ldmatrix_x4(uint32_t (&out)[4], uint32_t shared) {
+  if constexpr (kTranspose) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(shared)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(shared)
+                 : "memory");
+  }
+}
+
+// c [16, 8] += a [16, 16] b [16, 8] of a warp: 16-bit elements, sums in float. In lane l:
+//   a[i]  row l / 4 + 8 * (i % 2), columns 2 * (l % 4) + 8 * (i / 2) and the next
+//   b[i]  column l / 4, rows 2 * (l % 4) + 8 * i and the next
+//   c[i]  row l / 4 + 8 * (i / 2), column 2 * (l % 4) + i % 2
+template <class T>
+LORA_EXT_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+
+template <>
+LORA_EXT_DEVICE void mma_m16n8k16<Bf16>(float (&c)[4], const uint32_t (&a)[4],
+                                        const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+template <>
+LORA_EXT_DEVICE void mma_m16n8k16<Fp16>(float (&c)[4], const uint32_t (&a)[4],
+                                        const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+}  // namespace lora_ext::arch
