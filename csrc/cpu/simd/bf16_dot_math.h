@@ -30,7 +30,10 @@ inline __m512i join_pairs(__m256i first, __m256i second) {
 // Of how many pairs of rows the sums of dA and dB take h and dh with their remainder, which costs a
 // second product. Rounding them as plain PyTorch does is about as wrong as rounding the result:
 // with all remainders the error is 0.7 of plain PyTorch's, with a quarter of them 0.94.
-inline int64_t exact_row_pairs(int64_t rows) { return ((rows + 1) / 2 + 3) / 4; }
+inline int64_t exact_row_pairs(int64_t rows, bool few) {
+  const int64_t pairs = (rows + 1) / 2;
+  return few ? pairs : (pairs + 3) / 4;
+}
 
 struct Bf16DotMath {
   using Base = BFloat16;
@@ -72,7 +75,8 @@ struct Bf16DotMath {
   }
 
   // its transpose
-  static Words columns(void* operand, const float* values, int64_t rows, int64_t r, float scale) {
+  static Words columns(void* operand, const float* values, int64_t rows, int64_t r, float scale,
+                       bool few) {
     const int64_t remainder = kPanelRows / 2 * r;
     auto* out = static_cast<uint32_t*>(operand);
     for (int64_t i = 0; i < rows; i += 2) {
@@ -92,7 +96,7 @@ struct Bf16DotMath {
             .row_bytes = 4,
             .pair_bytes = 4 * r,
             .remainder_bytes = 4 * remainder,
-            .exact = exact_row_pairs(rows)};
+            .exact = exact_row_pairs(rows, few)};
   }
 
   static Words left(const BFloat16* data, int64_t stride) {

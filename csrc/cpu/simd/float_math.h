@@ -27,8 +27,8 @@ struct FloatMath {
     return {scaled(operand, values, rows * r, scale), r, 1};
   }
   // its transpose
-  static LeftRows<Sum> columns(void* operand, const Sum* values, int64_t rows, int64_t r,
-                               Sum scale) {
+  static LeftRows<Sum> columns(void* operand, const Sum* values, int64_t rows, int64_t r, Sum scale,
+                               bool /*few*/) {
     return {scaled(operand, values, rows * r, scale), 1, r};
   }
   // rows of x or dy as left operand

@@ -128,6 +128,7 @@ void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end, void* d
   auto* dB = static_cast<S*>(dB_sum);
   auto* dx = static_cast<T*>(args.dx);
   const bool recompute_h = dB && !args.h;
+  const bool few = end - begin <= panel.kRows;
   const S survivor = args.dropout.enabled ? static_cast<S>(args.dropout.scale) : S{1};
   const S scale = static_cast<S>(args.scaling) * survivor;
 
@@ -147,7 +148,7 @@ void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end, void* d
       down_project(panel, x, args.ldx, rows, K, r, keep, survivor, args.lora_A_t);
       h = panel.h;
     }
-    const auto h_t = Math::columns(panel.operand, h, dB ? rows : 0, r, S{1});
+    const auto h_t = Math::columns(panel.operand, h, dB ? rows : 0, r, S{1}, few);
     const auto B = Math::adapter(args.lora_B, r);
     for_chunks(panel, dy, args.lddy, rows, N, nullptr, [&](int64_t n, const auto& chunk) {
       if (dA || dx) chunk.times(B.from(n), r, n > 0, panel.dh);
@@ -156,7 +157,7 @@ void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end, void* d
 
     // dA += dh^T dropout(x)
     if (dA) {
-      const auto dh_t = Math::columns(panel.operand, panel.dh, rows, r, scale);
+      const auto dh_t = Math::columns(panel.operand, panel.dh, rows, r, scale, few);
       for_chunks(panel, x, args.ldx, rows, K, keep, [&](int64_t k, const auto& chunk) {
         chunk.left_times(dh_t, r, later, dA + k, K);
       });

@@ -10,10 +10,11 @@ LORA_EXT_DEVICE uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// Starts to copy 16 bytes, or to write 16 zeros if not `valid`. Both addresses are multiples of 16.
-LORA_EXT_DEVICE void cp_async_16(uint32_t shared, const void* global, bool valid) {
+// Starts to copy `bytes` (0 to 16) and to fill up to 16 with zero. Both addresses are multiples of
+// 16; of `global` nothing beyond `bytes` is read.
+LORA_EXT_DEVICE void cp_async_16(uint32_t shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(global),
-               "r"(valid ? 16 : 0)
+               "r"(bytes)
                : "memory");
 }
 

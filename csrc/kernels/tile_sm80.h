@@ -1,0 +1,98 @@
+// Tiles of 16-bit matrices in shared memory, and the mma.sync operands that warps read from them.
+#pragma once
+
+#include "arch/arch.h"
+
+namespace lora_ext::sm80 {
+
+// A matrix in global memory, rows of `columns` elements `stride` apart.
+template <class T>
+struct Matrix {
+  const T* data;
+  int64_t rows, columns, stride;
+
+  // Whether 16-byte copies may begin at every eighth column.
+  LORA_EXT_HOST_DEVICE bool aligned() const {
+    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
+  }
+};
+
+// kRows x kColumns elements, row by row, in chunks of 8 elements (16 bytes). The chunks of a row
+// are permuted by its number, so that the eight rows of a matrix of ldmatrix lie in different
+// banks.
+template <int kRows, int kColumns>
+struct Tile {
+  static_assert(kColumns % 64 == 0, "a row fills all banks");
+  static constexpr int kBytes = kRows * kColumns * 2;
+  static constexpr int kChunks = kColumns / 8;
+
+  LORA_EXT_DEVICE static uint32_t offset(int row, int chunk) {
+    return static_cast<uint32_t>(row * kColumns * 2 + ((chunk ^ (row & 7)) << 4));
+  }
+
+  // Starts to copy the tile at (row, column) of the matrix; zero outside of it. `thread` of
+  // kThreads.
+  template <int kThreads, class T>
+  LORA_EXT_DEVICE static void load(uint32_t shared, const Matrix<T>& matrix, int64_t row,
+                                   int64_t column, int thread) {
+#pragma unroll
+    for (int i = thread; i < kRows * kChunks; i += kThreads) {
+      const int r = i / kChunks, chunk = i % kChunks;
+      const int64_t left = row + r < matrix.rows ? matrix.columns - column - chunk * 8 : 0;
+      const int bytes = left >= 8 ? 16 : left > 0 ? static_cast<int>(left) * 2 : 0;
+      const T* source =
+          bytes > 0 ? matrix.data + (row + r) * matrix.stride + column + chunk * 8 : matrix.data;
+      arch::cp_async_16(shared + offset(r, chunk), source, bytes);
+    }
+  }
+
+  // The same for matrices that are not aligned: element by element, finished when it returns.
+  template <int kThreads, class T>
+  LORA_EXT_DEVICE static void load_elements(uint8_t* shared, const Matrix<T>& matrix, int64_t row,
+                                            int64_t column, int thread) {
+    for (int i = thread; i < kRows * kChunks; i += kThreads) {
+      const int r = i / kChunks, chunk = i % kChunks;
+      auto* out = reinterpret_cast<T*>(shared + offset(r, chunk));
+      for (int e = 0; e < 8; ++e) {
+        const int64_t c = column + chunk * 8 + e;
+        const bool inside = row + r < matrix.rows && c < matrix.columns;
+        out[e] = inside ? matrix.data[(row + r) * matrix.stride + c] : T{0};
+      }
+    }
+  }
+};
+
+// Operand A [16, 16] of mma_m16n8k16 at (row, column) of a tile of rows of A.
+template <class Tile>
+LORA_EXT_DEVICE void load_a(uint32_t (&a)[4], uint32_t tile, int row, int column, int lane) {
+  arch::ldmatrix_x4<false>(a, tile + Tile::offset(row + lane % 16, column / 8 + lane / 16));
+}
+
+// The same of a tile that holds A transposed: (column, row) there.
+template <class Tile>
+LORA_EXT_DEVICE void load_a_transposed(uint32_t (&a)[4], uint32_t tile, int row, int column,
+                                       int lane) {
+  const int matrix = lane / 8;
+  arch::ldmatrix_x4<true>(
+      a, tile + Tile::offset(column + lane % 8 + matrix / 2 * 8, row / 8 + matrix % 2));
+}
+
+// Two operands B [16, 8], side by side, at (k, column) of a tile of B transposed: rows are columns
+// of B, as those of a weight [N, K] are.
+template <class Tile>
+LORA_EXT_DEVICE void load_b(uint32_t (&b)[2][2], uint32_t tile, int k, int column, int lane) {
+  uint32_t out[4];
+  arch::ldmatrix_x4<false>(
+      out, tile + Tile::offset(column + lane % 8 + lane / 16 * 8, k / 8 + lane / 8 % 2));
+  b[0][0] = out[0], b[0][1] = out[1], b[1][0] = out[2], b[1][1] = out[3];
+}
+
+// The same of a tile whose rows are rows of B.
+template <class Tile>
+LORA_EXT_DEVICE void load_b_rows(uint32_t (&b)[2][2], uint32_t tile, int k, int column, int lane) {
+  uint32_t out[4];
+  arch::ldmatrix_x4<true>(out, tile + Tile::offset(k + lane % 16, column / 8 + lane / 16));
+  b[0][0] = out[0], b[0][1] = out[1], b[1][0] = out[2], b[1][1] = out[3];
+}
+
+}  // namespace lora_ext::sm80
