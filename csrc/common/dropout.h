@@ -43,6 +43,11 @@ LORA_EXT_HOST_DEVICE PhiloxBlock dropout_counter(uint64_t offset, int64_t row, i
            static_cast<uint32_t>(offset)}};
 }
 
+// One of the 8 decisions in these bits.
+LORA_EXT_HOST_DEVICE bool keeps(const PhiloxBlock& bits, int slot, uint32_t threshold) {
+  return (word_of(bits, slot / 2) >> (slot % 2 * 16) & 0xFFFFu) < threshold;
+}
+
 LORA_EXT_HOST_DEVICE bool dropout_keep(DropoutRng rng, int64_t row, int64_t column,
                                        uint32_t threshold) {
   const int64_t block = column / kDropoutBlock;
@@ -51,7 +56,7 @@ LORA_EXT_HOST_DEVICE bool dropout_keep(DropoutRng rng, int64_t row, int64_t colu
   const PhiloxBlock bits =
       philox(dropout_counter(rng.offset, row, block, lane), static_cast<uint32_t>(rng.seed),
              static_cast<uint32_t>(rng.seed >> 32));
-  return (bits.word[slot / 2] >> (slot % 2 * 16) & 0xFFFFu) < threshold;
+  return keeps(bits, slot, threshold);
 }
 
 }  // namespace lora_ext

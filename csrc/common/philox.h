@@ -24,6 +24,12 @@ struct PhiloxBlock {
   uint32_t word[4];
 };
 
+// Its word `index`, without indexing: registers of a GPU have no addresses.
+LORA_EXT_HOST_DEVICE uint32_t word_of(const PhiloxBlock& block, int index) {
+  return index < 2 ? (index == 0 ? block.word[0] : block.word[1])
+                   : (index == 2 ? block.word[2] : block.word[3]);
+}
+
 // The 128 random bits that belong to `counter` under the 64-bit key (key0, key1).
 LORA_EXT_HOST_DEVICE PhiloxBlock philox(PhiloxBlock counter, uint32_t key0, uint32_t key1) {
   for (int round = 0; round < kPhiloxRounds; ++round) {

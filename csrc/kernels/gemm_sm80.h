@@ -83,12 +83,7 @@ struct WarpSums {
               static_cast<uint32_t>(rng.seed), static_cast<uint32_t>(rng.seed >> 32));
 #pragma unroll
           for (int j = 0; j < kColumnTiles / 2; ++j) {
-            const int slot = first_slot + j;
-            const uint32_t word = slot / 2 == 0   ? bits.word[0]
-                                  : slot / 2 == 1 ? bits.word[1]
-                                  : slot / 2 == 2 ? bits.word[2]
-                                                  : bits.word[3];
-            if ((word >> (slot % 2 * 16) & 0xFFFFu) >= threshold) {
+            if (!keeps(bits, first_slot + j, threshold)) {
               value[i][2 * j + c / 2][half * 2 + c % 2] = 0.0f;
             }
           }

@@ -12,22 +12,23 @@ struct Matrix {
   int64_t rows, columns, stride;
 
   // Whether 16-byte copies may begin at every eighth column.
-  LORA_EXT_HOST_DEVICE bool aligned() const {
-    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
-  }
+  bool aligned() const { return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0; }
 };
 
-// kRows x kColumns elements, row by row, in chunks of 8 elements (16 bytes). The chunks of a row
-// are permuted by its number, so that the eight rows of a matrix of ldmatrix lie in different
-// banks.
+// kRows x kColumns elements, row by row, in chunks of 8 elements (16 bytes). The chunks are
+// permuted by the number of their row, so that the eight rows of a matrix of ldmatrix lie in
+// different banks.
 template <int kRows, int kColumns>
 struct Tile {
-  static_assert(kColumns % 64 == 0, "a row fills all banks");
   static constexpr int kBytes = kRows * kColumns * 2;
   static constexpr int kChunks = kColumns / 8;
+  static_assert(kColumns % 16 == 0 && (kChunks >= 8 || 8 % kChunks == 0), "chunks tile the banks");
 
   LORA_EXT_DEVICE static uint32_t offset(int row, int chunk) {
-    return static_cast<uint32_t>(row * kColumns * 2 + ((chunk ^ (row & 7)) << 4));
+    constexpr int kRowsPerTurn = kChunks >= 8 ? 1 : 8 / kChunks;  // rows in one pass over the banks
+    constexpr int kPermuted = kChunks >= 8 ? 8 : kChunks;
+    const int turn = row / kRowsPerTurn % kPermuted;
+    return static_cast<uint32_t>(row * kColumns * 2 + ((chunk ^ turn) << 4));
   }
 
   // Starts to copy the tile at (row, column) of the matrix; zero outside of it. `thread` of
@@ -61,6 +62,26 @@ struct Tile {
     }
   }
 };
+
+// scale * data [rows, columns], rows `stride` apart, as two tiles: its rounding to 16 bits and the
+// rounding of what that leaves. Finished when it returns.
+template <class Tile, int kThreads, class T>
+LORA_EXT_DEVICE void load_split(uint8_t* value, uint8_t* remainder, const float* data, int64_t rows,
+                                int columns, int stride, float scale, int tile_rows, int thread) {
+  for (int i = thread; i < tile_rows * Tile::kChunks; i += kThreads) {
+    const int r = i / Tile::kChunks, chunk = i % Tile::kChunks;
+    auto* high = reinterpret_cast<T*>(value + Tile::offset(r, chunk));
+    auto* low = reinterpret_cast<T*>(remainder + Tile::offset(r, chunk));
+    for (int e = 0; e < 8; ++e) {
+      const int column = chunk * 8 + e;
+      const bool inside = r < rows && column < columns;
+      const float full = inside ? data[int64_t{r} * stride + column] * scale : 0.0f;
+      high[e] = rounded<T>(full);
+      const float left = full - to_float(high[e]);
+      low[e] = rounded<T>(left == left ? left : 0.0f);  // of infinity nothing is left
+    }
+  }
+}
 
 // Operand A [16, 16] of mma_m16n8k16 at (row, column) of a tile of rows of A.
 template <class Tile>

@@ -165,7 +165,7 @@ void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end, void* d
 
     // dx = dropout'(dh A)
     if (dx) {
-      const auto dh = Math::rows(panel.operand, panel.dh, rows, r, scale, false);
+      const auto dh = Math::rows(panel.operand, panel.dh, rows, r, scale, few);
       Math::product(rows, K, r, dh, Math::adapter(args.lora_A, K),
                     StoreRounded<S, T>{dx + m * K, K, nullptr, keep, keep_words(K)});
     }

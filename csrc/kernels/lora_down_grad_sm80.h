@@ -1,0 +1,143 @@
+// dA = dh^T dropout(x) from one pass over x. A block has kColumns columns of x and a range of rows;
+// each warp sums its columns for all of the rank in registers. The ranges of rows are added in a
+// fixed order afterwards.
+#pragma once
+
+#include "lora_down_sm80.h"
+
+namespace lora_ext::sm80 {
+
+template <class T>
+struct DownGradParams {
+  Matrix<T> x;      // [M, K]
+  const float* dh;  // [M, rank], rows `stride` apart
+  int rank, stride;
+  float scale;  // of dh: scaling and dropout's 1 / (1 - p)
+  bool aligned;
+  bool dropout;
+  uint32_t threshold;
+  const int64_t* rng_state;  // [2] on the device
+  int rows_per_block;        // a multiple of 64
+  float* dA;                 // [row blocks] parts of [rank, K], `stride` * K apart
+};
+
+template <int kRank>
+struct DownGradShape {
+  static constexpr int kM = 64, kK = 128, kThreads = 128, kRing = 2;
+  static constexpr int kWarpColumns = kK / 4;
+  using TileX = Tile<kM, kK>;
+  using TileDh = Tile<kM, kRank>;
+  static constexpr int kStageBytes = TileX::kBytes;
+  static constexpr int kSharedBytes = kRing * kStageBytes + 2 * TileDh::kBytes;
+};
+
+// Zeroes the dropped elements of two operands B side by side (see load_b_rows): rows of x from
+// `row`, its columns 16 * slot from `block`.
+template <int kSlots>
+LORA_EXT_DEVICE void drop_operands(uint32_t (&b)[kSlots][2][2], DropoutRng rng, uint32_t threshold,
+                                   int64_t row, int64_t block, int first_slot, int lane) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {  // of the 16 columns of a slot
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const PhiloxBlock bits = philox(
+            dropout_counter(rng.offset, row + i * 8 + lane % 4 * 2 + e, block, half * 8 + lane / 4),
+            static_cast<uint32_t>(rng.seed), static_cast<uint32_t>(rng.seed >> 32));
+#pragma unroll
+        for (int s = 0; s < kSlots; ++s) {
+          if (!keeps(bits, first_slot + s, threshold)) {
+            b[s][half][i] &= e == 0 ? 0xFFFF0000u : 0x0000FFFFu;
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class T, int kRank>
+__global__ void __launch_bounds__(128)
+    lora_down_grad_kernel(const __grid_constant__ DownGradParams<T> params) {
+  using Shape = DownGradShape<kRank>;
+  using TileX = typename Shape::TileX;
+  using TileDh = typename Shape::TileDh;
+  constexpr int kSlots = Shape::kWarpColumns / 16;
+  LORA_EXT_DYNAMIC_SHARED(shared);
+  uint8_t* const dh_value = shared + Shape::kRing * Shape::kStageBytes;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int64_t M = params.x.rows, K = params.x.columns;
+  const int64_t first_row = int64_t{blockIdx.y} * params.rows_per_block;
+  const int64_t first_column = int64_t{blockIdx.x} * Shape::kK;
+  const int64_t rows =
+      M - first_row < params.rows_per_block ? M - first_row : params.rows_per_block;
+  const int steps = static_cast<int>((rows + Shape::kM - 1) / Shape::kM);
+  const auto load = [&](int step) {
+    uint8_t* stage = shared + step % Shape::kRing * Shape::kStageBytes;
+    const int64_t m = first_row + step * Shape::kM;
+    if (params.aligned) {
+      TileX::template load<128>(arch::shared_address(stage), params.x, m, first_column, thread);
+    } else {
+      TileX::template load_elements<128>(stage, params.x, m, first_column, thread);
+    }
+  };
+
+  float sums[kRank / 16][kSlots * 2][4] = {};
+  load(0);
+  arch::cp_async_commit();
+  for (int step = 0; step < steps; ++step) {
+    const int64_t m = first_row + step * Shape::kM;
+    arch::cp_async_wait<0>();
+    __syncthreads();  // the stage has arrived; everyone is done with the other one and with dh
+    if (step + 1 < steps) load(step + 1);
+    arch::cp_async_commit();
+    load_split<TileDh, 128, T>(dh_value, dh_value + TileDh::kBytes, params.dh + m * params.stride,
+                               M - m, params.rank, params.stride, params.scale, Shape::kM, thread);
+    __syncthreads();
+    const uint32_t stage = arch::shared_address(shared + step % Shape::kRing * Shape::kStageBytes);
+    const uint32_t dh_tiles = arch::shared_address(dh_value);
+#pragma unroll
+    for (int k = 0; k < Shape::kM; k += 16) {
+      uint32_t b[kSlots][2][2];
+#pragma unroll
+      for (int s = 0; s < kSlots; ++s) {
+        load_b_rows<TileX>(b[s], stage, k, warp * Shape::kWarpColumns + s * 16, lane);
+      }
+      if (params.dropout) {
+        drop_operands<kSlots>(b,
+                              {static_cast<uint64_t>(params.rng_state[0]),
+                               static_cast<uint64_t>(params.rng_state[1])},
+                              params.threshold, m + k, blockIdx.x, warp * kSlots, lane);
+      }
+#pragma unroll
+      for (int i = 0; i < kRank / 16; ++i) {
+#pragma unroll
+        for (int term = 0; term < 2; ++term) {
+          uint32_t a[4];
+          load_a_transposed<TileDh>(a, dh_tiles + term * TileDh::kBytes, i * 16, k, lane);
+#pragma unroll
+          for (int j = 0; j < kSlots * 2; ++j) {
+            arch::mma_m16n8k16<T>(sums[i][j], a, b[j / 2][j % 2]);
+          }
+        }
+      }
+    }
+  }
+
+  float* out = params.dA + int64_t{blockIdx.y} * params.stride * K;
+#pragma unroll
+  for (int i = 0; i < kRank / 16; ++i) {
+#pragma unroll
+    for (int j = 0; j < kSlots * 2; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int row = i * 16 + e / 2 * 8 + lane / 4;
+        const int64_t column =
+            first_column + warp * Shape::kWarpColumns + j * 8 + lane % 4 * 2 + e % 2;
+        if (row < params.rank && column < K) out[row * K + column] = sums[i][j][e];
+      }
+    }
+  }
+}
+
+}  // namespace lora_ext::sm80

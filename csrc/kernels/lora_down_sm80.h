@@ -1,0 +1,190 @@
+// h = dropout(x) A^T: a product of few columns that reads x once. Each block has kM rows and all
+// columns, and a range of k if there are several splits; finish_down_kernel then adds these in a
+// fixed order.
+#pragma once
+
+#include "gemm_sm80.h"
+
+namespace lora_ext::sm80 {
+
+template <class T>
+struct DownParams {
+  Matrix<T> x;           // [M, K]
+  Matrix<T> lora_A;      // [rank, K]
+  const T* A_remainder;  // what rounding left of lora_A, laid out like it; or null
+  bool aligned;
+  bool dropout;
+  uint32_t threshold;
+  const int64_t* rng_state;  // [2] on the device
+  int splits;                // blocks along K
+  int rank, stride;
+  float* partial;  // [splits, M, rank], rows `stride` apart
+};
+
+template <int kColumns>
+struct DownShape {
+  static constexpr int kM = 64, kN = kColumns, kK = 64;
+  static constexpr int kWarpRows = 16, kWarpColumns = kColumns;
+  static constexpr int kWarpsM = 4, kWarpsN = 1, kThreads = 128, kRing = 3;
+  static constexpr int kStageBytes = (kM + 2 * kN) * kK * 2;
+  static constexpr int kSharedBytes = kRing * kStageBytes;
+};
+
+// Dropout's decisions about the operands A of one warp (see load_a) in 128 columns. One Philox call
+// decides for eight columns, 16 apart: those of one place in the operands of eight steps of k.
+struct OperandMask {
+  uint32_t keep[2][4];  // [row half][column 2t, 2t + 1, 2t + 8, 2t + 9], a bit per step
+
+  LORA_EXT_DEVICE void draw(DropoutRng rng, uint32_t threshold, int64_t row, int64_t block,
+                            int lane) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const PhiloxBlock bits =
+            philox(dropout_counter(rng.offset, row + half * 8 + lane / 4, block,
+                                   lane % 4 * 2 + c % 2 + c / 2 * 8),
+                   static_cast<uint32_t>(rng.seed), static_cast<uint32_t>(rng.seed >> 32));
+        keep[half][c] = 0;
+#pragma unroll
+        for (int slot = 0; slot < kDropoutSlots; ++slot) {
+          keep[half][c] |= static_cast<uint32_t>(keeps(bits, slot, threshold)) << slot;
+        }
+      }
+    }
+  }
+
+  LORA_EXT_DEVICE void apply(uint32_t (&a)[4], int slot) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t first = keep[i % 2][i / 2 * 2] >> slot & 1u;
+      const uint32_t second = keep[i % 2][i / 2 * 2 + 1] >> slot & 1u;
+      a[i] &= (first ? 0x0000FFFFu : 0u) | (second ? 0xFFFF0000u : 0u);
+    }
+  }
+};
+
+template <class T, int kColumns>
+__global__ void __launch_bounds__(DownShape<kColumns>::kThreads)
+    lora_down_kernel(const __grid_constant__ DownParams<T> params) {
+  using Shape = DownShape<kColumns>;
+  using TileX = Tile<Shape::kM, Shape::kK>;
+  using TileA = Tile<Shape::kN, Shape::kK>;
+  LORA_EXT_DYNAMIC_SHARED(shared);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int64_t m = int64_t{blockIdx.y} * Shape::kM;
+  const int64_t steps = (params.x.columns + Shape::kK - 1) / Shape::kK;
+  const int64_t first = steps * blockIdx.x / params.splits;
+  const int64_t last = steps * (blockIdx.x + 1) / params.splits;
+
+  const auto load = [&](int64_t step) {
+    uint8_t* const x = shared + step % Shape::kRing * Shape::kStageBytes;
+    uint8_t* const A = x + TileX::kBytes;
+    const int64_t k = step * Shape::kK;
+    Matrix<T> remainder = params.lora_A;
+    remainder.data = params.A_remainder;
+    if (params.aligned) {
+      const uint32_t a = arch::shared_address(A);
+      TileX::template load<Shape::kThreads>(arch::shared_address(x), params.x, m, k, thread);
+      TileA::template load<Shape::kThreads>(a, params.lora_A, 0, k, thread);
+      if (remainder.data) {
+        TileA::template load<Shape::kThreads>(a + TileA::kBytes, remainder, 0, k, thread);
+      }
+    } else {
+      TileX::template load_elements<Shape::kThreads>(x, params.x, m, k, thread);
+      TileA::template load_elements<Shape::kThreads>(A, params.lora_A, 0, k, thread);
+      if (remainder.data) {
+        TileA::template load_elements<Shape::kThreads>(A + TileA::kBytes, remainder, 0, k, thread);
+      }
+    }
+  };
+
+  const int terms = params.A_remainder ? 2 : 1;
+  WarpSums<Shape> sums;
+  sums.clear();
+  OperandMask mask;
+  int64_t masked_block = -1;
+#pragma unroll
+  for (int s = 0; s < Shape::kRing - 1; ++s) {
+    if (first + s < last) load(first + s);
+    arch::cp_async_commit();
+  }
+  for (int64_t step = first; step < last; ++step) {
+    arch::cp_async_wait<Shape::kRing - 2>();
+    __syncthreads();
+    if (step + Shape::kRing - 1 < last) load(step + Shape::kRing - 1);
+    arch::cp_async_commit();
+    const uint32_t stage = arch::shared_address(shared + step % Shape::kRing * Shape::kStageBytes);
+    const int64_t block = step * Shape::kK / kDropoutBlock;
+    if (params.dropout && block != masked_block) {
+      mask.draw(
+          {static_cast<uint64_t>(params.rng_state[0]), static_cast<uint64_t>(params.rng_state[1])},
+          params.threshold, m + warp * 16, block, lane);
+      masked_block = block;
+    }
+#pragma unroll
+    for (int k = 0; k < Shape::kK; k += 16) {
+      uint32_t a[4];
+      load_a<TileX>(a, stage, warp * 16, k, lane);
+      if (params.dropout) {
+        mask.apply(a, static_cast<int>((step * Shape::kK + k) % kDropoutBlock) / kDropoutLanes);
+      }
+#pragma unroll 1
+      for (int term = 0; term < terms; ++term) {
+        const uint32_t b_tile = stage + TileX::kBytes + term * TileA::kBytes;
+#pragma unroll
+        for (int j = 0; j < Shape::kN / 16; ++j) {
+          uint32_t b[2][2];
+          load_b<TileA>(b, b_tile, k, j * 16, lane);
+          arch::mma_m16n8k16<T>(sums.value[0][2 * j], a, b[0]);
+          arch::mma_m16n8k16<T>(sums.value[0][2 * j + 1], a, b[1]);
+        }
+      }
+    }
+  }
+
+  float* out = params.partial + int64_t{blockIdx.x} * params.x.rows * params.stride;
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    const int64_t row = m + warp * 16 + e / 2 * 8 + lane / 4;
+    if (row >= params.x.rows) continue;
+#pragma unroll
+    for (int j = 0; j < Shape::kN / 8; ++j) {
+      const int column = j * 8 + lane % 4 * 2 + e % 2;
+      if (column >= params.rank) continue;
+      out[row * params.stride + column] = sums.value[0][j][e];
+    }
+  }
+}
+
+template <class T>
+struct FinishDownParams {
+  const float* partial;  // [splits, M, rank]
+  int splits;
+  int64_t M;
+  int rank, padded;  // padded: rank rounded up to a multiple of 16
+  float survivor;    // dropout's 1 / (1 - p)
+  float scaling;
+  float* sums;  // [M, rank]: survivor * sum of the parts; or null
+  T* operand;   // [M, padded]: scaling * sums rounded, zero beyond rank; or null
+};
+
+template <class T>
+__global__ void __launch_bounds__(256)
+    finish_down_kernel(const __grid_constant__ FinishDownParams<T> params) {
+  const int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x;
+  const int64_t row = i / params.padded;
+  const int column = static_cast<int>(i % params.padded);
+  if (row >= params.M) return;
+  float sum = 0.0f;
+  if (column < params.rank) {
+    for (int s = 0; s < params.splits; ++s) {
+      sum += params.partial[(s * params.M + row) * params.rank + column];
+    }
+    sum *= params.survivor;
+    if (params.sums) params.sums[row * params.rank + column] = sum;
+  }
+  if (params.operand) params.operand[i] = rounded<T>(params.scaling * sum);
+}
+
+}  // namespace lora_ext::sm80

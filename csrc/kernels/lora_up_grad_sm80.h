@@ -1,0 +1,185 @@
+// dh = dy B and dB = dy^T h from one pass over dy. A block has a range of rows and a range of
+// columns of dy: the tile in shared memory is operand A of dh's product, and transposed of dB's. dh
+// of a tile of rows stays in registers while the block walks along its columns; dB of the columns
+// is summed in shared memory. What blocks share is written as parts and added in a fixed order
+// afterwards.
+#pragma once
+
+#include "tile_sm80.h"
+
+namespace lora_ext::sm80 {
+
+template <class T>
+struct UpGradParams {
+  Matrix<T> dy;          // [M, N]
+  Matrix<T> lora_B;      // [N, rank]
+  const T* B_remainder;  // what rounding left of lora_B, laid out like it; or null
+  int rank, stride;      // of h, dh and dB, rows are `stride` apart
+  const float* h;        // [M, rank] or null: then dB is not wanted
+  bool aligned;
+  int rows_per_block;     // a multiple of 64
+  int columns_per_block;  // a multiple of 64
+  float* dh;              // [column blocks, M, rank]: parts; or null
+  float* dB;              // [row blocks, N, rank]: parts; or null
+};
+
+template <int kRank>
+struct UpGradShape {
+  static constexpr int kM = 64, kN = 64, kThreads = 128, kRing = 2;
+  using TileDy = Tile<kM, kN>;
+  using TileB = Tile<kN, kRank>;
+  using TileH = Tile<kM, kRank>;
+  static constexpr int kStageBytes = TileDy::kBytes + 2 * TileB::kBytes;
+  static constexpr int kSumsOffset = kRing * kStageBytes + 2 * TileH::kBytes;
+  static constexpr int shared_bytes(int columns_per_block) {
+    return kSumsOffset + columns_per_block * kRank * 4;
+  }
+};
+
+template <class T, int kRank>
+__global__ void __launch_bounds__(128)
+    lora_up_grad_kernel(const __grid_constant__ UpGradParams<T> params) {
+  using Shape = UpGradShape<kRank>;
+  using TileDy = typename Shape::TileDy;
+  using TileB = typename Shape::TileB;
+  using TileH = typename Shape::TileH;
+  constexpr int kColumnTiles = kRank / 8;
+  LORA_EXT_DYNAMIC_SHARED(shared);
+  uint8_t* const h_value = shared + Shape::kRing * Shape::kStageBytes;
+  uint8_t* const h_remainder = h_value + TileH::kBytes;
+  auto* const dB_sums = reinterpret_cast<float*>(shared + Shape::kSumsOffset);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int64_t M = params.dy.rows, N = params.dy.columns;
+  const int64_t first_row = int64_t{blockIdx.y} * params.rows_per_block;
+  const int64_t first_column = int64_t{blockIdx.x} * params.columns_per_block;
+  const int64_t rows =
+      M - first_row < params.rows_per_block ? M - first_row : params.rows_per_block;
+  const int64_t columns =
+      N - first_column < params.columns_per_block ? N - first_column : params.columns_per_block;
+  const int row_tiles = static_cast<int>((rows + Shape::kM - 1) / Shape::kM);
+  const int column_tiles = static_cast<int>((columns + Shape::kN - 1) / Shape::kN);
+  const int steps = row_tiles * column_tiles;
+
+  // Step by step along the columns of one tile of rows after another.
+  const auto load = [&](int step) {
+    uint8_t* stage = shared + step % Shape::kRing * Shape::kStageBytes;
+    const int64_t m = first_row + step / column_tiles * Shape::kM;
+    const int64_t n = first_column + step % column_tiles * Shape::kN;
+    Matrix<T> remainder = params.lora_B;
+    remainder.data = params.B_remainder;
+    uint8_t* const b_value = stage + TileDy::kBytes;
+    if (params.aligned) {
+      TileDy::template load<128>(arch::shared_address(stage), params.dy, m, n, thread);
+      TileB::template load<128>(arch::shared_address(b_value), params.lora_B, n, 0, thread);
+      if (params.B_remainder) {
+        TileB::template load<128>(arch::shared_address(b_value + TileB::kBytes), remainder, n, 0,
+                                  thread);
+      }
+    } else {
+      TileDy::template load_elements<128>(stage, params.dy, m, n, thread);
+      TileB::template load_elements<128>(b_value, params.lora_B, n, 0, thread);
+      if (params.B_remainder) {
+        TileB::template load_elements<128>(b_value + TileB::kBytes, remainder, n, 0, thread);
+      }
+    }
+  };
+
+  for (int i = thread; i < params.columns_per_block * kRank; i += 128) dB_sums[i] = 0.0f;
+  float dh[kColumnTiles][4];
+  load(0);
+  arch::cp_async_commit();
+  for (int step = 0; step < steps; ++step) {
+    const int row_tile = step / column_tiles, column_tile = step % column_tiles;
+    arch::cp_async_wait<0>();
+    __syncthreads();  // the stage has arrived; everyone is done with the other one and with h
+    if (step + 1 < steps) load(step + 1);
+    arch::cp_async_commit();
+    if (column_tile == 0) {
+#pragma unroll
+      for (int j = 0; j < kColumnTiles; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) dh[j][e] = 0.0f;
+      }
+      if (params.h) {
+        const int64_t m = first_row + row_tile * Shape::kM;
+        load_split<TileH, 128, T>(h_value, h_remainder, params.h + m * params.stride, M - m,
+                                  params.rank, params.stride, 1.0f, Shape::kM, thread);
+        __syncthreads();
+      }
+    }
+    const uint32_t stage = arch::shared_address(shared + step % Shape::kRing * Shape::kStageBytes);
+
+    // dh [16 rows of this warp] += dy B
+    if (params.dh) {
+      for (int term = 0; term < (params.B_remainder ? 2 : 1); ++term) {
+        const uint32_t b_tile = stage + TileDy::kBytes + term * TileB::kBytes;
+#pragma unroll
+        for (int k = 0; k < Shape::kN; k += 16) {
+          uint32_t a[4];
+          load_a<TileDy>(a, stage, warp * 16, k, lane);
+#pragma unroll
+          for (int j = 0; j < kRank / 16; ++j) {
+            uint32_t b[2][2];
+            load_b_rows<TileB>(b, b_tile, k, j * 16, lane);
+            arch::mma_m16n8k16<T>(dh[2 * j], a, b[0]);
+            arch::mma_m16n8k16<T>(dh[2 * j + 1], a, b[1]);
+          }
+        }
+      }
+    }
+
+    // dB [16 columns of dy of this warp] += dy^T h
+    if (params.dB && params.h) {
+      float sums[kColumnTiles][4] = {};
+      const uint32_t h_tiles = arch::shared_address(h_value);
+#pragma unroll
+      for (int k = 0; k < Shape::kM; k += 16) {
+        uint32_t a[4];
+        load_a_transposed<TileDy>(a, stage, warp * 16, k, lane);
+#pragma unroll
+        for (int term = 0; term < 2; ++term) {
+#pragma unroll
+          for (int j = 0; j < kRank / 16; ++j) {
+            uint32_t b[2][2];
+            load_b_rows<TileH>(b, h_tiles + term * TileH::kBytes, k, j * 16, lane);
+            arch::mma_m16n8k16<T>(sums[2 * j], a, b[0]);
+            arch::mma_m16n8k16<T>(sums[2 * j + 1], a, b[1]);
+          }
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kColumnTiles; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int n = column_tile * Shape::kN + warp * 16 + e / 2 * 8 + lane / 4;
+          dB_sums[n * kRank + j * 8 + lane % 4 * 2 + e % 2] += sums[j][e];
+        }
+      }
+    }
+
+    if (params.dh && column_tile == column_tiles - 1) {
+      float* out = params.dh + int64_t{blockIdx.x} * M * params.stride;
+#pragma unroll
+      for (int j = 0; j < kColumnTiles; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int64_t row = first_row + row_tile * Shape::kM + warp * 16 + e / 2 * 8 + lane / 4;
+          const int column = j * 8 + lane % 4 * 2 + e % 2;
+          if (row < M && column < params.rank) out[row * params.stride + column] = dh[j][e];
+        }
+      }
+    }
+  }
+  if (params.dB) {
+    __syncthreads();
+    float* out = params.dB + int64_t{blockIdx.y} * N * params.stride;
+    for (int64_t i = thread; i < columns * kRank; i += 128) {
+      const int64_t column = i % kRank;
+      if (column < params.rank) {
+        out[(first_column + i / kRank) * params.stride + column] = dB_sums[i];
+      }
+    }
+  }
+}
+
+}  // namespace lora_ext::sm80

@@ -1,0 +1,141 @@
+"""The CUDA kernels of lora_linear on CPU tensors: their source compiled for the host, against the
+emulator in tests/simt."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "tests" / "simt" / "lora_linear.cpp"
+TYPES = {
+    (torch.bfloat16, torch.bfloat16): "bf16",
+    (torch.bfloat16, torch.float32): "bf16-fp32",
+    (torch.float16, torch.float16): "fp16",
+    (torch.float16, torch.float32): "fp16-fp32",
+}
+POINTERS = ("rng_state", "x", "weight", "bias", "lora_A", "lora_B", "dy", "saved_h")
+RESULTS = ("y", "dx", "dA", "dB", "h")
+COMPLETIONS = ("eager", "deferred", "random")
+
+
+class Arguments(ctypes.Structure):
+    _fields_ = (
+        [(name, ctypes.c_int64) for name in ("M", "N", "K", "ldx", "ldy")]
+        + [("r", ctypes.c_int), ("scaling", ctypes.c_float), ("dropout", ctypes.c_int)]
+        + [("threshold", ctypes.c_uint32), ("survivor", ctypes.c_float)]
+        + [(name, ctypes.c_void_p) for name in POINTERS + RESULTS]
+    )
+
+
+def compile_source(source: Path, target: Path, *options: str) -> None:
+    """Compiles a C++ file against the kernels and the emulator; skips the test without a compiler."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ to compile the CUDA kernels for the host with")
+    command = [compiler, "-std=c++20", "-Wall", "-Wno-unknown-pragmas", *options]
+    command += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'simt' / 'include'}"]
+    result = subprocess.run(
+        [*command, str(source), "-o", str(target), "-pthread"], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+def address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+@dataclass
+class EmulatedKernels:
+    library: ctypes.CDLL
+
+    @classmethod
+    def build(cls, folder: Path) -> EmulatedKernels:
+        target = folder / "liblora_linear.so"
+        compile_source(SOURCE, target, "-O2", "-fPIC", "-shared")
+        library = ctypes.CDLL(str(target))
+        library.last_error.restype = ctypes.c_char_p
+        return cls(library)
+
+    def schedule(self, completion: str, seed: int) -> None:
+        self.library.set_schedule(COMPLETIONS.index(completion), ctypes.c_uint64(seed))
+
+    def forward(
+        self,
+        x: Tensor,  # [M, K]
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        *,
+        scaling: float = 1.0,
+        dropout_p: float = 0.0,
+        rng_state: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(y, h); what no kernel writes stays NaN."""
+        y = x.new_full((x.shape[0], weight.shape[0]), torch.nan)
+        h = torch.full((x.shape[0], lora_A.shape[0]), torch.nan)
+        self._call(
+            self.library.lora_forward, x=x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B,
+            scaling=scaling, dropout_p=dropout_p, rng_state=rng_state, y=y, h=h,
+        )  # fmt: skip
+        return y, h
+
+    def backward(
+        self,
+        dy: Tensor,  # [M, N]
+        x: Tensor,
+        h: Tensor | None,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        *,
+        scaling: float = 1.0,
+        dropout_p: float = 0.0,
+        rng_state: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(dx, dA, dB)"""
+        dx, dA, dB = (torch.full_like(t, torch.nan).contiguous() for t in (x, lora_A, lora_B))
+        self._call(
+            self.library.lora_backward, dy=dy, x=x, saved_h=h, weight=weight, lora_A=lora_A,
+            lora_B=lora_B, scaling=scaling, dropout_p=dropout_p, rng_state=rng_state,
+            dx=dx, dA=dA, dB=dB,
+        )  # fmt: skip
+        return dx, dA, dB
+
+    def _call(
+        self,
+        function: ctypes._CFuncPtr,
+        *,
+        scaling: float,
+        dropout_p: float,
+        x: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        **tensors: Tensor | None,
+    ) -> None:
+        dy = tensors.get("dy")
+        tensors |= {"x": x, "weight": weight, "lora_A": lora_A}
+        arguments = Arguments(
+            M=x.shape[0],
+            N=weight.shape[0],
+            K=weight.shape[1],
+            ldx=x.stride(0),
+            ldy=0 if dy is None else dy.stride(0),
+            r=lora_A.shape[0],
+            scaling=scaling,
+            dropout=dropout_p > 0,
+            threshold=round((1 - dropout_p) * 65536),
+            survivor=1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
+            **{name: address(tensor) for name, tensor in tensors.items()},
+        )
+        types = TYPES[(x.dtype, lora_A.dtype)].encode()
+        if function(types, ctypes.byref(arguments)):
+            raise RuntimeError(self.library.last_error().decode())

@@ -1,0 +1,130 @@
+// lora_linear on the CUDA kernels, run by the emulator, as plain C functions: tests/test_kernels.py
+// loads them with ctypes and passes the addresses of CPU tensors.
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "kernels/launch_sm80.h"
+
+using namespace lora_ext;
+
+namespace {
+
+// NaN in every type until a kernel writes it.
+struct Scratch {
+  std::vector<void*> blocks;
+
+  static void* allocate(void* context, int64_t bytes) {
+    void* block = std::aligned_alloc(256, static_cast<size_t>((bytes + 255) / 256 * 256 + 256));
+    memset(block, 0xFF, static_cast<size_t>(bytes));
+    static_cast<Scratch*>(context)->blocks.push_back(block);
+    return block;
+  }
+  ~Scratch() {
+    for (void* block : blocks) std::free(block);
+  }
+};
+
+std::string& message() {
+  static std::string text;
+  return text;
+}
+
+template <class F>
+int guarded(const F& f) {
+  try {
+    f();
+    return 0;
+  } catch (const std::exception& error) {
+    message() = error.what();
+    return 1;
+  }
+}
+
+struct Arguments {
+  int64_t M, N, K;
+  int64_t ldx, ldy;  // of x and dy
+  int r;
+  float scaling;
+  int dropout;
+  uint32_t threshold;
+  float survivor;
+  const int64_t* rng_state;
+  const void *x, *weight, *bias, *lora_A, *lora_B, *dy;
+  const float* saved_h;
+  void *y, *dx, *dA, *dB;
+  float* h;
+};
+
+template <class T, class TA>
+void run_forward(const Arguments& a) {
+  Scratch scratch;
+  const sm80::ForwardCall<T, TA> call{{static_cast<const T*>(a.x), a.M, a.K, a.ldx},
+                                      {static_cast<const T*>(a.weight), a.N, a.K, a.K},
+                                      static_cast<const T*>(a.bias),
+                                      static_cast<const TA*>(a.lora_A),
+                                      static_cast<const TA*>(a.lora_B),
+                                      a.r,
+                                      a.scaling,
+                                      {a.dropout != 0, a.threshold, a.survivor, a.rng_state},
+                                      static_cast<T*>(a.y),
+                                      a.h};
+  sm80::forward(call, sm80::Allocator{Scratch::allocate, &scratch}, nullptr);
+}
+
+template <class T, class TA>
+void run_backward(const Arguments& a) {
+  Scratch scratch;
+  const sm80::BackwardCall<T, TA> call{{static_cast<const T*>(a.dy), a.M, a.N, a.ldy},
+                                       {static_cast<const T*>(a.x), a.M, a.K, a.ldx},
+                                       {static_cast<const T*>(a.weight), a.N, a.K, a.K},
+                                       a.saved_h,
+                                       static_cast<const TA*>(a.lora_A),
+                                       static_cast<const TA*>(a.lora_B),
+                                       a.r,
+                                       a.scaling,
+                                       {a.dropout != 0, a.threshold, a.survivor, a.rng_state},
+                                       static_cast<T*>(a.dx),
+                                       static_cast<TA*>(a.dA),
+                                       static_cast<TA*>(a.dB)};
+  sm80::backward(call, sm80::Allocator{Scratch::allocate, &scratch}, nullptr);
+}
+
+// f with the types named "bf16", "bf16-fp32", "fp16" or "fp16-fp32"
+template <class F>
+void with_types(const std::string& types, const F& f) {
+  if (types == "bf16") return f(Bf16{}, Bf16{});
+  if (types == "bf16-fp32") return f(Bf16{}, float{});
+  if (types == "fp16") return f(Fp16{}, Fp16{});
+  f(Fp16{}, float{});
+}
+
+}  // namespace
+
+extern "C" {
+
+// 0, or 1 and last_error() says why.
+int lora_forward(const char* types, const Arguments* arguments) {
+  return guarded([&] {
+    with_types(types, [&](auto base, auto adapter) {
+      run_forward<decltype(base), decltype(adapter)>(*arguments);
+    });
+  });
+}
+
+int lora_backward(const char* types, const Arguments* arguments) {
+  return guarded([&] {
+    with_types(types, [&](auto base, auto adapter) {
+      run_backward<decltype(base), decltype(adapter)>(*arguments);
+    });
+  });
+}
+
+const char* last_error() { return message().c_str(); }
+
+// completion: 0 eager, 1 deferred, 2 random
+void set_schedule(int completion, uint64_t seed) {
+  simt::options().copies = static_cast<simt::Completion>(completion);
+  simt::options().seed = seed;
+}
+}
