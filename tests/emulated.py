@@ -36,7 +36,7 @@ class Arguments(ctypes.Structure):
 
 
 def compile_source(source: Path, target: Path, *options: str) -> None:
-    """Compiles a C++ file against the kernels and the emulator; skips the test without a compiler."""
+    """Compiles C++ against the kernels and the emulator; skips the test without a compiler."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++ to compile the CUDA kernels for the host with")

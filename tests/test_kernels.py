@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
 from emulated import COMPLETIONS, TYPES, EmulatedKernels
-from problems import NAMES, gradients, make_problem, rms
+from problems import NAMES, Problem, gradients, make_problem, rms
+from torch import Tensor
 
 UNIT = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-24}
 SIZES = [
@@ -19,6 +20,25 @@ SIZES = [
     (200, 512, 257, 64),
     (65, 72, 40, 100),
 ]
+
+
+def exact_results(p: Problem) -> dict[str, Tensor]:
+    operands = p.exact_operands()
+    y = p.plain(*operands)
+    names = [name for name, tensor in zip(NAMES, operands, strict=True) if tensor is not None]
+    grads = gradients(y, operands, p.dy.double())
+    return {"y": y.detach(), **dict(zip(names, grads, strict=True))}
+
+
+def expected_sizes(p: Problem) -> dict[str, float]:
+    """RMS of each result if the signs of its terms were random: the same sums of squares."""
+    squares = copy.copy(p)
+    for name in (*NAMES, "dy"):
+        tensor = getattr(p, name)
+        if tensor is not None:
+            setattr(squares, name, tensor.detach().double().square().requires_grad_(name != "dy"))
+    squares.scaling = p.scaling**2
+    return {name: t.mean().sqrt().item() for name, t in exact_results(squares).items()}
 
 
 @pytest.fixture(scope="module")
@@ -46,22 +66,13 @@ def test_values_and_gradients(
     y, h = kernels.forward(x, weight, bias, A, B, **options)
     dx, dA, dB = kernels.backward(p.dy, x, h if M % 2 else None, weight, A, B, **options)
 
-    exact = p.exact_operands()
-    exact_y = p.plain(*exact)
-    want = dict(zip([n for n, t in zip(NAMES, exact, strict=True) if t is not None],
-                    gradients(exact_y, exact, p.dy.double()), strict=True))  # fmt: skip
-    for name, got, expected in (
-        ("y", y, exact_y),
-        ("dx", dx, want["x"]),
-        ("dA", dA, want["lora_A"]),
-        ("dB", dB, want["lora_B"]),
-    ):
+    want, size = exact_results(p), expected_sizes(p)
+    for name, got in (("y", y), ("x", dx), ("lora_A", dA), ("lora_B", dB)):
         # h and dh are rounded for the base product's sums, and the result once. The gradient of a
-        # float adapter is not rounded, but its three factors are 16 bits and a remainder of as many;
-        # those of fp16 are denormal here, multiples of 2^-24.
-        terms = max(M, N, K)
+        # float adapter is not, but its three factors are 16 bits and a remainder of as many; those
+        # of fp16 are denormal here, multiples of 2^-24.
         roundings = 2 * UNIT[x.dtype] if got.dtype == x.dtype else 3 * UNIT[x.dtype] ** 2
         if (x.dtype, got.dtype) == (torch.float16, torch.float32):
             roundings += 2.0**-25 * (1 / rms(A) + 1 / rms(B))
-        bound = roundings + UNIT[torch.float32] * terms**0.5
-        assert rms(got.double() - expected) <= bound * rms(expected), name
+        bound = roundings + UNIT[torch.float32] * max(M, N, K) ** 0.5
+        assert rms(got.double() - want[name]) <= bound * size[name], name

@@ -1,0 +1,212 @@
+// Bodies of block.h.
+#pragma once
+
+#include "simt/block.h"
+
+namespace simt {
+
+// ---- What a thread does ------------------------------------------------------------------------
+
+inline void Block::fail(const std::string& message) const {
+  const int number = running_->number;
+  throw Error(place() + ", thread " + std::to_string(number) + " (warp " +
+              std::to_string(number / kWarp) + ", lane " + std::to_string(number % kWarp) +
+              "): " + message);
+}
+
+// Whether a generation, of which one was seen, is over.
+struct Seen {
+  const uint32_t* generation;
+  uint32_t value;
+  static bool over(const void* seen) {
+    const auto& [generation, value] = *static_cast<const Seen*>(seen);
+    return *generation != value;
+  }
+};
+
+template <int kSize, class Function>
+void Block::meet(Rendezvous<kSize>& rendezvous, int member,
+                 const typename Rendezvous<kSize>::Members& expected, const char* operation,
+                 void* slot, Function&& function) {
+  if (rendezvous.present.none()) {
+    rendezvous.operation = operation;
+    rendezvous.expected = expected;
+  } else if (rendezvous.operation != operation) {
+    fail(std::string(operation) + " meets " + rendezvous.operation +
+         " of other threads of the same warp or warpgroup: they have diverged");
+  }
+  check(rendezvous.expected == expected, "threads of one operation name different masks");
+  rendezvous.present.set(static_cast<size_t>(member));
+  rendezvous.slots[static_cast<size_t>(member)] = slot;
+  if (rendezvous.present == expected) {
+    rendezvous.present.reset();
+    ++rendezvous.generation;
+    function(rendezvous.slots);
+  } else {
+    const Seen seen{&rendezvous.generation, rendezvous.generation};
+    wait(Seen::over, &seen, operation);
+  }
+}
+
+template <class Function>
+void Block::warp_operation(uint32_t mask, const char* operation, void* slot, Function&& function) {
+  const int lane = this->lane();
+  check(mask >> lane & 1, "the calling lane is not in its mask");
+  const int first = __builtin_ctz(mask);
+  const auto number = static_cast<size_t>(running_->number - lane + first);
+  meet<kWarp>(warps_[number], lane, std::bitset<kWarp>(mask), operation, slot,
+              std::forward<Function>(function));
+}
+
+template <class Function>
+void Block::warpgroup_operation(const char* operation, void* slot, Function&& function) {
+  check(threads_count % kWarpgroup == 0, "the block is not made of whole warpgroups");
+  meet<kWarpgroup>(warpgroups_[static_cast<size_t>(running_->number / kWarpgroup)],
+                   running_->number % kWarpgroup, std::bitset<kWarpgroup>().set(), operation, slot,
+                   std::forward<Function>(function));
+}
+
+inline void Block::barrier(int number, int expected, const char* where, bool stay) {
+  check(number >= 0 && number < kBarriers, "there are 16 barriers");
+  check(expected > 0 && expected % kWarp == 0 && expected <= threads_count,
+        "a barrier is for whole warps of the block");
+  Barrier& barrier = barriers_[static_cast<size_t>(number)];
+  if (barrier.arrived == 0) barrier.expected = expected;
+  check(barrier.expected == expected, "threads of one barrier expect different numbers");
+  if (++barrier.arrived == expected) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+  } else if (stay) {
+    const Seen seen{&barrier.generation, barrier.generation};
+    wait(Seen::over, &seen, where);
+  }
+}
+
+// ---- What the scheduler does -------------------------------------------------------------------
+
+inline void Block::run(dim3 block_index) {
+  index = block_index;
+  start();
+  current_block = this;
+  while (unfinished_ > 0) {
+    if (step()) continue;
+    if (transfers.empty()) throw Error(place() + ": deadlock: " + who_waits());
+    complete_something();
+  }
+  finish();
+}
+
+inline void Block::start() {
+  shared.poison();
+  random = Random(options.seed * 0x100000001B3u + index.x + (uint64_t{index.y} << 20) +
+                  (uint64_t{index.z} << 40));
+  const auto warps = (threads_.size() + kWarp - 1) / kWarp;
+  warps_.assign(warps * kWarp, {});
+  warpgroups_.assign((threads_.size() + kWarpgroup - 1) / kWarpgroup, {});
+  barriers_.fill({});
+  order_.resize(warps);
+  for (size_t i = 0; i < warps; ++i) order_[i] = static_cast<int>(i);
+  reorder_ = options.seed != 0;
+  unfinished_ = threads_count;
+  for (int i = 0; i < threads_count; ++i) {
+    Thread& thread = threads_[static_cast<size_t>(i)];
+    thread.index = dim3(static_cast<unsigned>(i), 0, 0);
+    thread.number = i;
+    thread.ready = nullptr;
+    thread.group = 0;
+    const auto entry = [](void* self) {
+      auto& block = *static_cast<Block*>(self);
+      try {
+        block.body_();
+      } catch (const std::exception& error) {
+        block.error_ = error.what();
+      }
+    };
+    thread.fiber.start(stacks_[i], stacks_.bytes(), entry, this);
+  }
+}
+
+// Lets some threads go on; false if none can. With a seed the first warp of the order runs as far
+// as it can before the next gets a turn, until a new order is drawn: warps that are far apart show
+// what a missing barrier leaves unprotected.
+inline bool Block::step() {
+  if (options.seed == 0) {
+    bool moved = false;
+    for (const int warp : order_) moved |= run_warp(warp);
+    return moved;
+  }
+  if (reorder_ || random.one_in(16)) random.shuffle(order_);
+  reorder_ = false;
+  if (options.copies == Completion::kRandom && random.one_in(4)) complete_something();
+  for (const int warp : order_) {
+    if (run_warp(warp)) return true;
+  }
+  return false;
+}
+
+inline bool Block::run_warp(int warp) {
+  const int first = warp * kWarp, last = std::min(first + kWarp, threads_count);
+  const bool backwards = options.seed != 0 && random.one_in(2);
+  bool moved = false;
+  for (int i = first; i < last; ++i) {
+    Thread& thread = threads_[static_cast<size_t>(backwards ? first + last - 1 - i : i)];
+    if (thread.fiber.finished()) continue;
+    if (thread.ready != nullptr && !thread.ready(thread.ready_argument)) continue;
+    moved = true;
+    ++counts.steps;
+    running_ = &thread;
+    thread.fiber.resume();
+    if (!error_.empty()) throw Error(error_);
+    unfinished_ -= thread.fiber.finished();
+  }
+  return moved;
+}
+
+// One transfer of TMA, or one cp.async of some thread. Returns whether there was any.
+inline bool Block::complete_something() {
+  if (!transfers.empty()) {
+    const size_t i = options.seed != 0 ? random.below(transfers.size()) : 0;
+    const auto transfer = std::move(transfers[i]);
+    transfers.erase(transfers.begin() + static_cast<std::ptrdiff_t>(i));
+    transfer();
+    return true;
+  }
+  Thread& thread = threads_[random.below(threads_.size())];
+  if (thread.copies.empty()) return false;
+  const size_t i = random.below(thread.copies.size());
+  complete(thread.copies[i]);
+  thread.copies.erase(thread.copies.begin() + static_cast<std::ptrdiff_t>(i));
+  return true;
+}
+
+inline void Block::finish() {
+  for (const Thread& thread : threads_) {
+    if (thread.copies.empty()) continue;
+    throw Error(place() + ": thread " + std::to_string(thread.number) +
+                " ends without having waited for its cp.async");
+  }
+  if (!transfers.empty()) throw Error(place() + ": it ends without having waited for a TMA copy");
+  if (!shared.guards_intact()) throw Error(place() + ": a store outside of shared memory");
+}
+
+inline std::string Block::place() const {
+  return "block (" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
+         std::to_string(index.z) + ")";
+}
+
+// "threads 0-31 wait in __syncthreads; threads 32-63 have ended"
+inline std::string Block::who_waits() const {
+  const auto state = [](const Thread& thread) {
+    return thread.fiber.finished() ? std::string("ended") : std::string("wait in ") + thread.where;
+  };
+  std::string report;
+  for (size_t first = 0, last; first < threads_.size(); first = last) {
+    last = first + 1;
+    while (last < threads_.size() && state(threads_[last]) == state(threads_[first])) ++last;
+    report += (first ? "; threads " : "threads ") + std::to_string(first) + "-" +
+              std::to_string(last - 1) + " " + state(threads_[first]);
+  }
+  return report;
+}
+
+}  // namespace simt

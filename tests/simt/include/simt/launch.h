@@ -1,0 +1,58 @@
+// Runs the blocks of a grid on a few threads of the operating system.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <exception>
+#include <mutex>
+#include <thread>
+
+#include "simt/block.h"
+
+namespace simt {
+
+// The most that any GPU gives a block.
+constexpr int kMostThreads = 1024;
+constexpr int kMostShared = 227 * 1024;
+
+// Calls body() as every thread of every block. Throws the first error.
+inline void run_grid(dim3 grid, int threads, int shared_bytes, const std::function<void()>& body) {
+  if (threads < 1 || threads > kMostThreads) throw Error("launch: threads of a block: 1 to 1024");
+  if (shared_bytes < 0 || shared_bytes > kMostShared) throw Error("launch: too much shared memory");
+  const Options chosen = options();
+  const int64_t count = int64_t{grid.x} * grid.y * grid.z;
+  std::vector<int64_t> order(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) order[static_cast<size_t>(i)] = i;
+  if (chosen.seed != 0) Random(chosen.seed).shuffle(order);
+
+  statistics() = {};
+  std::atomic<size_t> next = 0;
+  std::mutex mutex;
+  std::exception_ptr error;
+  const auto work = [&] {
+    try {
+      Block block(grid, threads, static_cast<size_t>(shared_bytes), chosen, body);
+      for (size_t i; (i = next++) < order.size();) {
+        const auto number = static_cast<uint64_t>(order[i]);
+        block.run(dim3(static_cast<unsigned>(number % grid.x),
+                       static_cast<unsigned>(number / grid.x % grid.y),
+                       static_cast<unsigned>(number / grid.x / grid.y)));
+      }
+      const std::lock_guard lock(mutex);
+      statistics() += block.counts;
+    } catch (...) {
+      next = order.size();
+      const std::lock_guard lock(mutex);
+      if (!error) error = std::current_exception();
+    }
+  };
+  // Never here: a sanitizer knows the stack of this thread too well, and a kernel's thread-local
+  // state would outlive it.
+  std::vector<std::thread> workers;
+  const auto useful = std::min<int64_t>(std::max(chosen.workers, 1), count);
+  for (int64_t i = 0; i < useful; ++i) workers.emplace_back(work);
+  for (std::thread& worker : workers) worker.join();
+  if (error) std::rethrow_exception(error);
+}
+
+}  // namespace simt

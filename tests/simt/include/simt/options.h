@@ -1,0 +1,69 @@
+// What a test chooses about how kernels are emulated, and what the emulator counts meanwhile.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+
+namespace simt {
+
+// A kernel did what no GPU allows, or what a GPU answers by hanging.
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// When asynchronous work takes effect: where it is issued, as late as a wait for it allows, or
+// somewhere between.
+enum class Completion { kEager, kDeferred, kRandom };
+
+struct Options {
+  Completion copies = Completion::kDeferred;  // cp.async and TMA
+  // wgmma. Apart from copies, because a slot that is released early shows where reads are late and
+  // writes are early.
+  Completion multiplies = Completion::kDeferred;
+  // 0: warps and blocks take turns in their order. Otherwise an order drawn from the seed, in which
+  // some warps run far ahead of others.
+  uint64_t seed = 0;
+  // Which thread stored what is found after every step of a thread, so that each thread has to
+  // fence its own stores. Slow. Otherwise one thread's fence.proxy.async serves all.
+  bool watch_stores = false;
+  int workers = 2;         // blocks at the same time
+  size_t stack_bytes = 0;  // of a thread; 0 is enough for ordinary kernels
+};
+
+// Read by every launch.
+inline Options& options() {
+  static Options instance;
+  return instance;
+}
+
+struct Statistics {
+  int64_t copies = 0;             // cp.async instructions of threads
+  int64_t copied_bytes = 0;       // read from global memory by cp.async
+  int64_t mma = 0;                // mma.sync instructions of warps
+  int64_t ldmatrix_phases = 0;    // groups of eight rows that ldmatrix read
+  int64_t ldmatrix_conflicts = 0; // further accesses that bank conflicts cost them
+  int64_t tma_bytes = 0;          // written to shared memory by TMA
+  int64_t wgmma = 0;              // wgmma.mma_async instructions of warpgroups
+  int64_t steps = 0;              // how often a thread was resumed
+
+  Statistics& operator+=(const Statistics& other) {
+    copies += other.copies;
+    copied_bytes += other.copied_bytes;
+    mma += other.mma;
+    ldmatrix_phases += other.ldmatrix_phases;
+    ldmatrix_conflicts += other.ldmatrix_conflicts;
+    tma_bytes += other.tma_bytes;
+    wgmma += other.wgmma;
+    steps += other.steps;
+    return *this;
+  }
+};
+
+// Of the last launch.
+inline Statistics& statistics() {
+  static Statistics instance;
+  return instance;
+}
+
+}  // namespace simt
