@@ -35,21 +35,33 @@ class Arguments(ctypes.Structure):
     )
 
 
-def compile_source(source: Path, target: Path, *options: str) -> None:
+def compile_source(source: Path, target: Path, *options: str, csrc: Path = ROOT / "csrc") -> None:
     """Compiles C++ against the kernels and the emulator; skips the test without a compiler."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++ to compile the CUDA kernels for the host with")
     command = [compiler, "-std=c++20", "-Wall", "-Wno-unknown-pragmas", *options]
-    command += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'simt' / 'include'}"]
+    command += [f"-I{csrc}", f"-I{ROOT / 'tests' / 'simt' / 'include'}"]
     result = subprocess.run(
         [*command, str(source), "-o", str(target), "-pthread"], capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr[-4000:]
 
 
-def address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+MARGIN = 16384  # elements: more than a tile, and what follows stays aligned
+
+
+class Guarded:
+    """A tensor between NaN, so that reading or writing beside it shows."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.whole = values.new_full((values.numel() + 2 * MARGIN,), torch.nan)
+        self.tensor = self.whole[MARGIN : MARGIN + values.numel()].view(values.shape)
+        self.tensor.copy_(values)
+
+    def check(self, name: str) -> None:
+        for margin in (self.whole[:MARGIN], self.whole[-MARGIN:]):
+            assert margin.isnan().all(), f"a kernel wrote outside of {name}"
 
 
 @dataclass
@@ -57,9 +69,9 @@ class EmulatedKernels:
     library: ctypes.CDLL
 
     @classmethod
-    def build(cls, folder: Path) -> EmulatedKernels:
+    def build(cls, folder: Path, *options: str, csrc: Path = ROOT / "csrc") -> EmulatedKernels:
         target = folder / "liblora_linear.so"
-        compile_source(SOURCE, target, "-O2", "-fPIC", "-shared")
+        compile_source(SOURCE, target, "-O2", "-fPIC", "-shared", *options, csrc=csrc)
         library = ctypes.CDLL(str(target))
         library.last_error.restype = ctypes.c_char_p
         return cls(library)
@@ -116,26 +128,30 @@ class EmulatedKernels:
         *,
         scaling: float,
         dropout_p: float,
-        x: Tensor,
-        weight: Tensor,
-        lora_A: Tensor,
+        rng_state: Tensor | None,
         **tensors: Tensor | None,
     ) -> None:
-        dy = tensors.get("dy")
-        tensors |= {"x": x, "weight": weight, "lora_A": lora_A}
+        guarded = {name: Guarded(t) for name, t in tensors.items() if t is not None}
+        M, K = guarded["x"].tensor.shape
+        N, r = guarded["lora_B"].tensor.shape
         arguments = Arguments(
-            M=x.shape[0],
-            N=weight.shape[0],
-            K=weight.shape[1],
-            ldx=x.stride(0),
-            ldy=0 if dy is None else dy.stride(0),
-            r=lora_A.shape[0],
+            M=M,
+            N=N,
+            K=K,
+            ldx=K,
+            ldy=N,
+            r=r,
             scaling=scaling,
             dropout=dropout_p > 0,
             threshold=round((1 - dropout_p) * 65536),
             survivor=1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
-            **{name: address(tensor) for name, tensor in tensors.items()},
+            rng_state=None if rng_state is None else rng_state.data_ptr(),
+            **{name: guard.tensor.data_ptr() for name, guard in guarded.items()},
         )
-        types = TYPES[(x.dtype, lora_A.dtype)].encode()
+        types = TYPES[(guarded["x"].tensor.dtype, guarded["lora_B"].tensor.dtype)].encode()
         if function(types, ctypes.byref(arguments)):
             raise RuntimeError(self.library.last_error().decode())
+        for name, guard in guarded.items():
+            guard.check(name)
+            if name in RESULTS:
+                tensors[name].copy_(guard.tensor)  # type: ignore[union-attr]

@@ -12,6 +12,7 @@ from problems import NAMES, Problem, gradients, make_problem, rms
 from torch import Tensor
 
 UNIT = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-24}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SIZES = [
     (1, 64, 72, 1),
     (37, 72, 136, 8),
@@ -46,27 +47,25 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernels:
     return EmulatedKernels.build(tmp_path_factory.mktemp("kernels"))
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-@pytest.mark.parametrize("dtypes", TYPES, ids=TYPES.values())
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
-def test_values_and_gradients(
+def check(
     kernels: EmulatedKernels,
     size: tuple[int, int, int, int],
-    dtypes: tuple[torch.dtype, torch.dtype],
+    types: tuple[str, str],
     dropout_p: float,
+    schedule: tuple[str, int],
 ) -> None:
+    """Forward and backward of one problem under one schedule."""
     M, K, N, r = size
+    base, adapter = (DTYPES[name] for name in types)
     p = make_problem(
-        (M,), K, N, r, dtype=dtypes[0], adapter_dtype=dtypes[1], dropout_p=dropout_p, bias=M != 37
+        (M,), K, N, r, dtype=base, adapter_dtype=adapter, dropout_p=dropout_p, bias=M != 37
     )
+    kernels.schedule(*schedule)
     options = {"scaling": p.scaling, "dropout_p": dropout_p, "rng_state": p.rng_state}
-    schedules = itertools.cycle(itertools.product(COMPLETIONS, range(4)))
-    kernels.schedule(*next(itertools.islice(schedules, (M + r) % 12, None)))
     x, weight, bias, A, B, _ = (t if t is None else t.detach() for t in p.operands)
     y, h = kernels.forward(x, weight, bias, A, B, **options)
     dx, dA, dB = kernels.backward(p.dy, x, h if M % 2 else None, weight, A, B, **options)
-
-    want, size = exact_results(p), expected_sizes(p)
+    want, sizes = exact_results(p), expected_sizes(p)
     for name, got in (("y", y), ("x", dx), ("lora_A", dA), ("lora_B", dB)):
         # h and dh are rounded for the base product's sums, and the result once. The gradient of a
         # float adapter is not, but its three factors are 16 bits and a remainder of as many; those
@@ -75,4 +74,26 @@ def test_values_and_gradients(
         if (x.dtype, got.dtype) == (torch.float16, torch.float32):
             roundings += 2.0**-25 * (1 / rms(A) + 1 / rms(B))
         bound = roundings + UNIT[torch.float32] * max(M, N, K) ** 0.5
-        assert rms(got.double() - want[name]) <= bound * size[name], name
+        assert rms(got.double() - want[name]) <= bound * sizes[name], name
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("types", TYPES.values())
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
+def test_values_and_gradients(
+    kernels: EmulatedKernels, size: tuple[int, int, int, int], types: str, dropout_p: float
+) -> None:
+    base, adapter = (types.split("-") * 2)[:2]
+    schedules = list(itertools.product(COMPLETIONS, range(4)))
+    schedule = schedules[(size[0] + size[3]) % len(schedules)]
+    check(kernels, size, (base, adapter), dropout_p, schedule)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("completion", COMPLETIONS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_every_schedule(
+    kernels: EmulatedKernels, completion: str, seed: int, dropout_p: float
+) -> None:
+    for size in ((200, 264, 136, 24), (65, 131, 70, 17)):  # aligned and not
+        check(kernels, size, ("bf16", "bf16"), dropout_p, (completion, seed))

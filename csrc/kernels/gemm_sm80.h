@@ -135,13 +135,15 @@ struct Gemm {
     }
   }
 
-  // sums += the product of one stage
-  LORA_EXT_DEVICE static void multiply(WarpSums<Shape>& sums, uint32_t stage, int warp_row,
-                                       int warp_column, int lane) {
+  // sums += the product of one stage, of which `depth` columns of A are left: a low-rank segment
+  // needs no more steps than its rank
+  LORA_EXT_DEVICE static void multiply(WarpSums<Shape>& sums, uint32_t stage, int64_t depth,
+                                       int warp_row, int warp_column, int lane) {
     constexpr int kRowTiles = WarpSums<Shape>::kRowTiles;
     constexpr int kColumnTiles = WarpSums<Shape>::kColumnTiles;
 #pragma unroll
     for (int k = 0; k < Shape::kK; k += 16) {
+      if (k >= depth) break;
       uint32_t a[kRowTiles][4], b[kColumnTiles / 2][2][2];
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i) {
@@ -230,7 +232,8 @@ __global__ void __launch_bounds__(Shape::kThreads)
       loading.advance(params);
     }
     arch::cp_async_commit();
-    G::multiply(sums, arch::shared_address(stage(step)), warp_row, warp_column, lane);
+    const int64_t depth = params.segments[multiplying.segment].a.columns - multiplying.k;
+    G::multiply(sums, arch::shared_address(stage(step)), depth, warp_row, warp_column, lane);
     multiplying.advance(params);
     if (multiplying.k == 0 && multiplying.segment == params.masked) {
       sums.drop(

@@ -10,6 +10,7 @@
 #include <cuda_runtime.h>
 
 #include "ptx_sm80.h"
+#include "ptx_sm90.h"
 
 // The block's dynamic shared memory, as bytes, aligned for every instruction.
 #define LORA_EXT_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) uint8_t name[]

@@ -1,0 +1,134 @@
+// Instructions of sm_90 and sm_90a, one function each. A build for several architectures compiles
+// kernels for all of them: a kernel that calls these has a body only where LORA_EXT_SM90A is
+// defined.
+#pragma once
+
+#include <cuda.h>
+
+#include "../element.h"
+#include "descriptor_sm90.h"
+#include "ptx_sm90_wgmma.h"
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define LORA_EXT_SM90A 1
+#endif
+
+namespace lora_ext::arch {
+
+// ---- mbarrier: 8 bytes of shared memory that count arrivals of threads and bytes of TMA ---------
+
+LORA_EXT_DEVICE void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier), "r"(arrivals)
+               : "memory");
+}
+
+// After mbarrier_init and before TMA is told of the barrier.
+LORA_EXT_DEVICE void fence_mbarrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+}
+
+LORA_EXT_DEVICE void mbarrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
+}
+
+// Arrives; the phase is not complete before TMA has delivered so many bytes more.
+LORA_EXT_DEVICE void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
+// Whether the phase of this parity is complete; waits for it a while.
+LORA_EXT_DEVICE bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) {
+  uint32_t complete;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}\n"
+      : "=r"(complete)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return complete != 0;
+}
+
+LORA_EXT_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+  while (!mbarrier_try_wait(barrier, parity)) {
+  }
+}
+
+// ---- Barriers 1 to 15 of a block, for some of its warps; 0 is that of __syncthreads ------------
+
+LORA_EXT_DEVICE void barrier_sync(int number, int threads) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(number), "r"(threads) : "memory");
+}
+
+// Does not wait for the others.
+LORA_EXT_DEVICE void barrier_arrive(int number, int threads) {
+  asm volatile("bar.arrive %0, %1;\n" ::"r"(number), "r"(threads) : "memory");
+}
+
+// ---- Registers of the threads of a warpgroup ---------------------------------------------------
+
+template <int kRegisters>
+LORA_EXT_DEVICE void register_increase() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+}
+template <int kRegisters>
+LORA_EXT_DEVICE void register_decrease() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+}
+
+// ---- TMA ---------------------------------------------------------------------------------------
+
+using TensorMap = CUtensorMap;
+
+// TMA and wgmma see what this thread stored to shared memory, or saw that others did.
+LORA_EXT_DEVICE void fence_proxy_async() {
+  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+}
+
+LORA_EXT_DEVICE void tma_prefetch(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];\n" ::"l"(&map) : "memory");
+}
+
+// One thread starts to copy the box at (row, column), zero outside of the matrix, and the barrier
+// counts its bytes, of the whole box. `shared` is a multiple of 128, of 1024 for Swizzle::k128.
+LORA_EXT_DEVICE void tma_load_2d(uint32_t shared, const TensorMap& map, uint32_t barrier,
+                                 int column, int row) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4}], [%2];\n" ::"r"(shared),
+      "l"(&map), "r"(barrier), "r"(column), "r"(row)
+      : "memory");
+}
+
+// Describes a matrix, rows of `columns` elements `stride` apart, and the box that one instruction
+// copies. Returns CUDA_SUCCESS or why not. On the host; the driver is asked for the function, so
+// that nothing has to be linked with it.
+template <class T>
+inline int encode_tensor_map(TensorMap& map, const T* data, int64_t rows, int64_t columns,
+                             int64_t stride, int box_rows, int box_columns, Swizzle swizzle) {
+  static_assert(sizeof(T) == 2);
+  constexpr unsigned kCudaVersion = 12000;
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, kCudaVersion,
+                                       cudaEnableDefault, &found) != cudaSuccess ||
+      found != cudaDriverEntryPointSuccess) {
+    return CUDA_ERROR_NOT_SUPPORTED;
+  }
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * sizeof(T)};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns),
+                             static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t steps[2] = {1, 1};
+  const CUtensorMapSwizzle swizzles[] = {CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                         CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_SWIZZLE_32B};
+  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(
+      &map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, const_cast<T*>(data), sizes, strides, box, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, swizzles[static_cast<int>(swizzle)],
+      CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+}
+
+}  // namespace lora_ext::arch

@@ -1,0 +1,11 @@
+// The instantiations for a bf16 base; a file of their own for the time they take to compile.
+#include "launch_sm80.h"
+
+namespace lora_ext::sm80 {
+
+template void forward(const ForwardCall<Bf16, Bf16>&, const Allocator&, arch::Stream);
+template void forward(const ForwardCall<Bf16, float>&, const Allocator&, arch::Stream);
+template void backward(const BackwardCall<Bf16, Bf16>&, const Allocator&, arch::Stream);
+template void backward(const BackwardCall<Bf16, float>&, const Allocator&, arch::Stream);
+
+}  // namespace lora_ext::sm80

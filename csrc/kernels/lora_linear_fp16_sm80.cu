@@ -1,0 +1,11 @@
+// The instantiations for a fp16 base; a file of their own for the time they take to compile.
+#include "launch_sm80.h"
+
+namespace lora_ext::sm80 {
+
+template void forward(const ForwardCall<Fp16, Fp16>&, const Allocator&, arch::Stream);
+template void forward(const ForwardCall<Fp16, float>&, const Allocator&, arch::Stream);
+template void backward(const BackwardCall<Fp16, Fp16>&, const Allocator&, arch::Stream);
+template void backward(const BackwardCall<Fp16, float>&, const Allocator&, arch::Stream);
+
+}  // namespace lora_ext::sm80

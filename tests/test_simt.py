@@ -1,0 +1,62 @@
+"""The emulator of CUDA kernels in tests/simt: what it emulates, and the mistakes that it notices."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from emulated import ROOT, compile_source
+
+SIMT = ROOT / "tests" / "simt"
+PROGRAMS = ("test_primitives", "test_mistakes", "test_gemm_sm80", "test_sm90")
+BUILDS = {
+    "plain": ("-O2",),
+    "sanitized": ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    # The way that fibers switch where no assembler is written for the CPU
+    "ucontext": ("-O1", "-DSIMT_USE_UCONTEXT"),
+}
+WANTED = [(program, build) for program in PROGRAMS for build in ("plain", "sanitized")]
+WANTED.append(("test_primitives", "ucontext"))
+
+Programs = dict[tuple[str, str], Future[Path]]
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to compile the CUDA kernels for the host with")
+    folder = tmp_path_factory.mktemp("simt")
+
+    def build(program: str, kind: str) -> Path:
+        target = folder / f"{program}_{kind}"
+        # psABI: a note that old compilers passed tensor maps in another way
+        compile_source(SIMT / f"{program}.cpp", target, *BUILDS[kind], "-Wextra", "-Wno-psabi")
+        return target
+
+    pool = ThreadPoolExecutor(2)
+    built = {wanted: pool.submit(build, *wanted) for wanted in WANTED}
+    pool.shutdown(wait=False)
+    return built
+
+
+def run(program: Path, *cases: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(program), *cases], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(("program", "build"), WANTED)
+def test_program(programs: Programs, program: str, build: str) -> None:
+    result = run(programs[program, build].result())
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+
+
+@pytest.mark.parametrize("case", ["read_outside", "write_outside"])
+def test_address_sanitizer_sees_accesses_outside_of_shared_memory(
+    programs: Programs, case: str
+) -> None:
+    result = run(programs["test_mistakes", "sanitized"].result(), case)
+    assert result.returncode != 0
+    assert "AddressSanitizer" in result.stderr
+    assert f"{case}_kernel" in result.stderr
