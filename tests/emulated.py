@@ -40,7 +40,14 @@ def compile_source(source: Path, target: Path, *options: str, csrc: Path = ROOT 
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++ to compile the CUDA kernels for the host with")
-    command = [compiler, "-std=c++20", "-Wall", "-Wno-unknown-pragmas", *options]
+    command = [
+        compiler,
+        "-std=c++20",
+        "-fno-strict-aliasing",
+        "-Wall",
+        "-Wno-unknown-pragmas",
+        *options,
+    ]
     command += [f"-I{csrc}", f"-I{ROOT / 'tests' / 'simt' / 'include'}"]
     result = subprocess.run(
         [*command, str(source), "-o", str(target), "-pthread"], capture_output=True, text=True

@@ -1,7 +1,8 @@
-"""The emulator of CUDA kernels in tests/simt: what it emulates, and the mistakes that it notices."""
+"""The emulator of CUDA kernels in tests/simt: what it emulates, and mistakes that it notices."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -60,3 +61,20 @@ def test_address_sanitizer_sees_accesses_outside_of_shared_memory(
     assert result.returncode != 0
     assert "AddressSanitizer" in result.stderr
     assert f"{case}_kernel" in result.stderr
+
+
+def test_sm90_instructions_assemble(tmp_path: Path) -> None:
+    """Their PTX, in a build that is also for an architecture that lacks them."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc to assemble the instructions of sm_90a with")
+    command = [nvcc, "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v"]
+    for architecture in ("80", "90a"):
+        command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
+    command += ["-c", str(SIMT / "sm90_instructions.cu"), "-o", str(tmp_path / "sm90.o")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "0 bytes spill stores" in result.stderr
+    assert not re.search(r"[1-9]\d* bytes (stack frame|spill)", result.stderr), result.stderr
+    assert "setmaxnreg' ignored" not in result.stderr
+    assert "serialized" not in result.stderr

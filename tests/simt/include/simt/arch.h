@@ -4,6 +4,7 @@
 #include "simt/builtins.h"
 #include "simt/launch.h"
 #include "simt/sm80.h"
+#include "simt/sm90.h"
 
 #define LORA_EXT_DYNAMIC_SHARED(name) uint8_t* const name = ::simt::block().shared.data()
 

@@ -5,6 +5,9 @@
 
 namespace simt {
 
+// "; mbarrier at byte 16384: 1 of 2 arrivals and 0 bytes to come"; see mbarrier.h.
+inline std::string mbarrier_states(const Block& block);
+
 // ---- What a thread does ------------------------------------------------------------------------
 
 inline void Block::fail(const std::string& message) const {
@@ -60,15 +63,15 @@ void Block::warp_operation(uint32_t mask, const char* operation, void* slot, Fun
 
 template <class Function>
 void Block::warpgroup_operation(const char* operation, void* slot, Function&& function) {
-  check(threads_count % kWarpgroup == 0, "the block is not made of whole warpgroups");
-  meet<kWarpgroup>(warpgroups_[static_cast<size_t>(running_->number / kWarpgroup)],
-                   running_->number % kWarpgroup, std::bitset<kWarpgroup>().set(), operation, slot,
+  check(thread_count % kWarpgroup == 0, "the block is not made of whole warpgroups");
+  meet<kWarpgroup>(warpgroup().rendezvous, running_->number % kWarpgroup,
+                   std::bitset<kWarpgroup>().set(), operation, slot,
                    std::forward<Function>(function));
 }
 
 inline void Block::barrier(int number, int expected, const char* where, bool stay) {
   check(number >= 0 && number < kBarriers, "there are 16 barriers");
-  check(expected > 0 && expected % kWarp == 0 && expected <= threads_count,
+  check(expected > 0 && expected % kWarp == 0 && expected <= thread_count,
         "a barrier is for whole warps of the block");
   Barrier& barrier = barriers_[static_cast<size_t>(number)];
   if (barrier.arrived == 0) barrier.expected = expected;
@@ -82,6 +85,14 @@ inline void Block::barrier(int number, int expected, const char* where, bool sta
   }
 }
 
+inline void Block::check_fenced(uint32_t address, size_t bytes, const char* who) {
+  const int writer = proxies.unfenced(address - SharedMemory::kAlignment, bytes);
+  if (writer == Proxies::kNobody) return;
+  const std::string thread =
+      writer == Proxies::kUnknown ? "a thread" : "thread " + std::to_string(writer - 1);
+  fail(std::string(who) + " shared memory that " + thread + " stored to without fence_proxy_async");
+}
+
 // ---- What the scheduler does -------------------------------------------------------------------
 
 inline void Block::run(dim3 block_index) {
@@ -90,14 +101,18 @@ inline void Block::run(dim3 block_index) {
   current_block = this;
   while (unfinished_ > 0) {
     if (step()) continue;
-    if (transfers.empty()) throw Error(place() + ": deadlock: " + who_waits());
-    complete_something();
+    if (transfers.empty()) {
+      throw Error(place() + ": deadlock: " + who_waits() + mbarrier_states(*this));
+    }
+    complete_transfer();
   }
   finish();
 }
 
 inline void Block::start() {
   shared.poison();
+  proxies.reset();
+  mbarriers.clear();
   random = Random(options.seed * 0x100000001B3u + index.x + (uint64_t{index.y} << 20) +
                   (uint64_t{index.z} << 40));
   const auto warps = (threads_.size() + kWarp - 1) / kWarp;
@@ -107,8 +122,8 @@ inline void Block::start() {
   order_.resize(warps);
   for (size_t i = 0; i < warps; ++i) order_[i] = static_cast<int>(i);
   reorder_ = options.seed != 0;
-  unfinished_ = threads_count;
-  for (int i = 0; i < threads_count; ++i) {
+  unfinished_ = thread_count;
+  for (int i = 0; i < thread_count; ++i) {
     Thread& thread = threads_[static_cast<size_t>(i)];
     thread.index = dim3(static_cast<unsigned>(i), 0, 0);
     thread.number = i;
@@ -130,6 +145,7 @@ inline void Block::start() {
 // as it can before the next gets a turn, until a new order is drawn: warps that are far apart show
 // what a missing barrier leaves unprotected.
 inline bool Block::step() {
+  complete_at_random();
   if (options.seed == 0) {
     bool moved = false;
     for (const int warp : order_) moved |= run_warp(warp);
@@ -137,7 +153,6 @@ inline bool Block::step() {
   }
   if (reorder_ || random.one_in(16)) random.shuffle(order_);
   reorder_ = false;
-  if (options.copies == Completion::kRandom && random.one_in(4)) complete_something();
   for (const int warp : order_) {
     if (run_warp(warp)) return true;
   }
@@ -145,7 +160,7 @@ inline bool Block::step() {
 }
 
 inline bool Block::run_warp(int warp) {
-  const int first = warp * kWarp, last = std::min(first + kWarp, threads_count);
+  const int first = warp * kWarp, last = std::min(first + kWarp, thread_count);
   const bool backwards = options.seed != 0 && random.one_in(2);
   bool moved = false;
   for (int i = first; i < last; ++i) {
@@ -156,27 +171,34 @@ inline bool Block::run_warp(int warp) {
     ++counts.steps;
     running_ = &thread;
     thread.fiber.resume();
+    if (options.watch_stores) proxies.attribute(thread.number);
     if (!error_.empty()) throw Error(error_);
     unfinished_ -= thread.fiber.finished();
   }
   return moved;
 }
 
-// One transfer of TMA, or one cp.async of some thread. Returns whether there was any.
-inline bool Block::complete_something() {
-  if (!transfers.empty()) {
-    const size_t i = options.seed != 0 ? random.below(transfers.size()) : 0;
-    const auto transfer = std::move(transfers[i]);
-    transfers.erase(transfers.begin() + static_cast<std::ptrdiff_t>(i));
-    transfer();
-    return true;
+inline void Block::complete_transfer() {
+  const size_t i = options.seed != 0 ? random.below(transfers.size()) : 0;
+  const auto transfer = std::move(transfers[i]);
+  transfers.erase(transfers.begin() + static_cast<std::ptrdiff_t>(i));
+  transfer();
+}
+
+inline void Block::complete_at_random() {
+  if (options.copies == Completion::kRandom && random.one_in(4)) {
+    if (!transfers.empty()) complete_transfer();
+    Thread& thread = threads_[random.below(threads_.size())];
+    if (!thread.copies.empty()) {
+      const size_t i = random.below(thread.copies.size());
+      complete(thread, thread.copies[i]);
+      thread.copies.erase(thread.copies.begin() + static_cast<std::ptrdiff_t>(i));
+    }
   }
-  Thread& thread = threads_[random.below(threads_.size())];
-  if (thread.copies.empty()) return false;
-  const size_t i = random.below(thread.copies.size());
-  complete(thread.copies[i]);
-  thread.copies.erase(thread.copies.begin() + static_cast<std::ptrdiff_t>(i));
-  return true;
+  if (options.multiplies == Completion::kRandom && random.one_in(4)) {
+    Warpgroup& warpgroup = warpgroups_[random.below(warpgroups_.size())];
+    if (!warpgroup.multiplies.empty()) complete_multiply(warpgroup);
+  }
 }
 
 inline void Block::finish() {
@@ -184,6 +206,10 @@ inline void Block::finish() {
     if (thread.copies.empty()) continue;
     throw Error(place() + ": thread " + std::to_string(thread.number) +
                 " ends without having waited for its cp.async");
+  }
+  for (const Warpgroup& warpgroup : warpgroups_) {
+    if (warpgroup.multiplies.empty()) continue;
+    throw Error(place() + ": it ends without having waited for wgmma");
   }
   if (!transfers.empty()) throw Error(place() + ": it ends without having waited for a TMA copy");
   if (!shared.guards_intact()) throw Error(place() + ": a store outside of shared memory");
@@ -194,7 +220,7 @@ inline std::string Block::place() const {
          std::to_string(index.z) + ")";
 }
 
-// "threads 0-31 wait in __syncthreads; threads 32-63 have ended"
+// "threads 0-31 wait in __syncthreads; threads 32-63 ended"
 inline std::string Block::who_waits() const {
   const auto state = [](const Thread& thread) {
     return thread.fiber.finished() ? std::string("ended") : std::string("wait in ") + thread.where;

@@ -15,11 +15,11 @@
 
 #define threadIdx (::simt::block().thread().index)
 #define blockIdx (::simt::block().index)
-#define blockDim (dim3(static_cast<unsigned>(::simt::block().threads_count)))
+#define blockDim (dim3(static_cast<unsigned>(::simt::block().thread_count)))
 #define gridDim (::simt::block().grid)
 
 inline void __syncthreads() {
-  simt::block().barrier(0, simt::block().threads_count, "__syncthreads");
+  simt::block().barrier(0, simt::block().thread_count, "__syncthreads");
 }
 
 inline void __syncwarp(unsigned mask = 0xFFFFFFFFu) {
@@ -55,7 +55,7 @@ T shuffle(unsigned mask, T value, int source, const char* operation) {
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = simt::kWarp) {
   const int lane = simt::block().lane();
-  return simt::shuffle(mask, value, lane / width * width + source % width, "__shfl_sync");
+  return simt::shuffle(mask, value, lane / width * width + (source & (width - 1)), "__shfl_sync");
 }
 
 template <class T>

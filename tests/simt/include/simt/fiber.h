@@ -30,7 +30,7 @@
 // ucontext would do, but asks the kernel for the signal mask each time, which costs 20 times more.
 extern "C" void simt_switch_stack(void** save, void* load);
 asm(R"(
-.text
+.pushsection .text
 .weak simt_switch_stack
 .type simt_switch_stack, @function
 simt_switch_stack:
@@ -50,6 +50,7 @@ simt_switch_stack:
   popq %rbp
   ret
 .size simt_switch_stack, .-simt_switch_stack
+.popsection
 )");
 #endif
 

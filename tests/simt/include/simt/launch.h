@@ -46,8 +46,7 @@ inline void run_grid(dim3 grid, int threads, int shared_bytes, const std::functi
       if (!error) error = std::current_exception();
     }
   };
-  // Never here: a sanitizer knows the stack of this thread too well, and a kernel's thread-local
-  // state would outlive it.
+  // Not on this thread, so that nothing of a kernel that was given up is left in it.
   std::vector<std::thread> workers;
   const auto useful = std::min<int64_t>(std::max(chosen.workers, 1), count);
   for (int64_t i = 0; i < useful; ++i) workers.emplace_back(work);

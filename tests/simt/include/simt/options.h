@@ -38,14 +38,14 @@ inline Options& options() {
 }
 
 struct Statistics {
-  int64_t copies = 0;             // cp.async instructions of threads
-  int64_t copied_bytes = 0;       // read from global memory by cp.async
-  int64_t mma = 0;                // mma.sync instructions of warps
-  int64_t ldmatrix_phases = 0;    // groups of eight rows that ldmatrix read
-  int64_t ldmatrix_conflicts = 0; // further accesses that bank conflicts cost them
-  int64_t tma_bytes = 0;          // written to shared memory by TMA
-  int64_t wgmma = 0;              // wgmma.mma_async instructions of warpgroups
-  int64_t steps = 0;              // how often a thread was resumed
+  int64_t copies = 0;              // cp.async instructions of threads
+  int64_t copied_bytes = 0;        // read from global memory by cp.async
+  int64_t mma = 0;                 // mma.sync instructions of warps
+  int64_t ldmatrix_phases = 0;     // groups of eight rows that ldmatrix read
+  int64_t ldmatrix_conflicts = 0;  // further accesses that bank conflicts cost them
+  int64_t tma_bytes = 0;           // written to shared memory by TMA
+  int64_t wgmma = 0;               // wgmma.mma_async instructions of warpgroups
+  int64_t steps = 0;               // how often a thread was resumed
 
   Statistics& operator+=(const Statistics& other) {
     copies += other.copies;

@@ -28,7 +28,7 @@ inline void cp_async_16(uint32_t shared, const void* global, int bytes) {
   simt::Thread& thread = block.thread();
   const simt::Copy copy{block.shared.at(shared), global, bytes, thread.group};
   if (block.options.copies == simt::Completion::kEager) {
-    complete(copy);
+    block.complete(thread, copy);
   } else {
     thread.copies.push_back(copy);
   }
@@ -45,7 +45,7 @@ inline void cp_async_wait() {
   std::erase_if(thread.copies, [&](const simt::Copy& copy) {
     // Copies that are not committed belong to group thread.group.
     const bool over = copy.group + kGroups < thread.group;
-    if (over) complete(copy);
+    if (over) simt::block().complete(thread, copy);
     return over;
   });
   simt::block().preempt();

@@ -1,0 +1,94 @@
+// TMA: copies of boxes of a matrix to shared memory, by one thread, counted by an mbarrier.
+#pragma once
+
+#include <cstring>
+
+#include "kernels/arch/descriptor_sm90.h"
+#include "simt/mbarrier.h"
+
+namespace lora_ext::arch {
+
+// A matrix of 16-bit elements and the box that one instruction copies.
+struct alignas(64) TensorMap {
+  const uint8_t* data;
+  int64_t rows, columns, stride_bytes;
+  int box_rows, box_columns;
+  Swizzle swizzle;
+};
+
+// As cuTensorMapEncodeTiled; CUDA_SUCCESS or CUDA_ERROR_INVALID_VALUE.
+template <class T>
+inline int encode_tensor_map(TensorMap& map, const T* data, int64_t rows, int64_t columns,
+                             int64_t stride, int box_rows, int box_columns, Swizzle swizzle) {
+  static_assert(sizeof(T) == 2);
+  constexpr int kMostInBox = 256;
+  constexpr int64_t kMostSize = int64_t{1} << 32, kMostStride = int64_t{1} << 40;
+  const int row_bytes = box_columns * 2;
+  const bool valid = reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * 2 % 16 == 0 &&
+                     stride * 2 < kMostStride && rows >= 1 && rows <= kMostSize && columns >= 1 &&
+                     columns <= kMostSize && box_rows >= 1 && box_rows <= kMostInBox &&
+                     box_columns >= 1 && box_columns <= kMostInBox && row_bytes % 16 == 0 &&
+                     (swizzle == Swizzle::kNone || row_bytes <= swizzle_bytes(swizzle));
+  if (!valid) return 1;
+  map = {reinterpret_cast<const uint8_t*>(data),
+         rows,
+         columns,
+         stride * 2,
+         box_rows,
+         box_columns,
+         swizzle};
+  return 0;
+}
+
+inline void tma_prefetch(const TensorMap&) {}
+
+// One row of the box, zero outside of the matrix.
+inline void copy_box_row(const TensorMap& map, int64_t row, int64_t column, uint8_t* out) {
+  for (int i = 0; i < map.box_columns; ++i) {
+    const bool inside = row >= 0 && row < map.rows && column + i >= 0 && column + i < map.columns;
+    if (inside) {
+      std::memcpy(out + i * 2, map.data + row * map.stride_bytes + (column + i) * 2, 2);
+    } else {
+      std::memset(out + i * 2, 0, 2);
+    }
+  }
+}
+
+inline void tma_load_2d(uint32_t shared, const TensorMap& map, uint32_t barrier, int column,
+                        int row) {
+  simt::Block& block = simt::block();
+  const int row_bytes = map.box_columns * 2, bytes = row_bytes * map.box_rows;
+  block.check(shared % 128 == 0, "tma_load_2d: the shared address is no multiple of 128");
+  block.check(block.shared.contains(shared, static_cast<size_t>(bytes)),
+              "tma_load_2d: outside of shared memory");
+  block.check(map.swizzle == Swizzle::kNone || row_bytes == swizzle_bytes(map.swizzle),
+              "tma_load_2d: rows narrower than the swizzle are not emulated");
+  block.check(simt::mbarrier_at(barrier).fenced,
+              "tma_load_2d: no fence after the mbarrier was initialised");
+  block.check_fenced(shared, static_cast<size_t>(bytes), "tma_load_2d writes");
+
+  // The map may be a parameter on the stack of a thread that is gone when the copy takes effect.
+  auto transfer = [&block, map, shared, barrier, column, row, row_bytes, bytes] {
+    uint8_t values[512];
+    for (int r = 0; r < map.box_rows; ++r) {
+      copy_box_row(map, int64_t{row} + r, column, values);
+      for (int i = 0; i < row_bytes; i += 16) {
+        const auto address = shared + static_cast<uint32_t>(r * row_bytes + i);
+        std::memcpy(block.shared.at(swizzled(address, map.swizzle)), values + i, 16);
+      }
+    }
+    block.stored_asynchronously(shared, static_cast<size_t>(bytes));
+    block.counts.tma_bytes += bytes;
+    simt::Mbarrier& state = simt::mbarrier_at(barrier);
+    state.bytes -= bytes;
+    state.complete_phase_if_done();
+  };
+  if (block.options.copies == simt::Completion::kEager) {
+    transfer();
+  } else {
+    block.transfers.push_back(std::move(transfer));
+  }
+  block.preempt();
+}
+
+}  // namespace lora_ext::arch

@@ -1,0 +1,49 @@
+"""The emulated CUDA kernels under AddressSanitizer and UndefinedBehaviorSanitizer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from emulated import ROOT
+
+SCRIPT = """
+import itertools, os, sys
+del os.environ["LD_PRELOAD"]  # for this process, not for the compiler
+from pathlib import Path
+import test_kernels
+from emulated import COMPLETIONS, TYPES, EmulatedKernels
+options = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+kernels = EmulatedKernels.build(Path(sys.argv[1]), *options)
+sizes = [(1, 64, 72, 1), (37, 72, 136, 16), (65, 131, 70, 17), (130, 136, 64, 64)]
+for size, types, seed in itertools.product(sizes, TYPES.values(), range(2)):
+    base, adapter = (types.split("-") * 2)[:2]
+    completion = COMPLETIONS[(size[0] + seed) % 3]
+    test_kernels.check(kernels, size, (base, adapter), 0.1, (completion, seed))
+print("clean")
+"""
+
+
+def runtime(name: str) -> str:
+    command = ["g++", f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_kernels_are_clean(tmp_path: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to compile the CUDA kernels for the host with")
+    libraries = [runtime("libasan.so"), runtime("libubsan.so")]
+    if not all(Path(library).is_absolute() for library in libraries):
+        pytest.skip("g++ is here without its sanitizers' runtimes")
+    # They must be loaded before Python; its own allocations at exit are not of interest.
+    environment = os.environ | {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path)],
+        cwd=ROOT / "tests", env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout.strip() == "clean"
