@@ -86,6 +86,12 @@ class EmulatedKernels:
     def schedule(self, completion: str, seed: int) -> None:
         self.library.set_schedule(COMPLETIONS.index(completion), ctypes.c_uint64(seed))
 
+    def take_launches(self) -> list[tuple[int, int]]:
+        """(bytes that cp.async read, mma.sync instructions) of each launch since the last call."""
+        bytes_read, mma = ((ctypes.c_int64 * 64)() for _ in range(2))
+        count = self.library.take_launches(64, bytes_read, mma)
+        return list(zip(bytes_read[:count], mma[:count], strict=True))
+
     def forward(
         self,
         x: Tensor,  # [M, K]

@@ -11,6 +11,8 @@ from emulated import COMPLETIONS, TYPES, EmulatedKernels
 from problems import NAMES, Problem, gradients, make_problem, rms
 from torch import Tensor
 
+import lora_ext
+
 UNIT = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-24}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SIZES = [
@@ -97,3 +99,57 @@ def test_every_schedule(
 ) -> None:
     for size in ((200, 264, 136, 24), (65, 131, 70, 17)):  # aligned and not
         check(kernels, size, ("bf16", "bf16"), dropout_p, (completion, seed))
+
+
+@pytest.mark.parametrize("r", [16, 24, 64])
+def test_traffic_and_operations(kernels: EmulatedKernels, r: int) -> None:
+    """x and dy are read once by the low-rank kernels; the base product reads each tile as often as
+    its tiling says; h and B add ceil(r / 16) steps of k, and their own bytes."""
+    M, K, N = 200, 272, 136
+    p = make_problem((M,), K, N, r, dtype=torch.bfloat16, bias=False)
+    x, weight, _, A, B, _ = (t if t is None else t.detach() for t in p.operands)
+    rows, columns, x_columns = (-(-size // 64) for size in (M, N, K))  # tiles of 64
+    steps, rank_steps = -(-K // 16), -(-r // 16)
+    padded = 16 * rank_steps
+    mma = 4 * 8  # of a tile of 64 x 64, for 16 of k
+
+    kernels.take_launches()
+    _, h = kernels.forward(x, weight, None, A, B)
+    down, finish, product = kernels.take_launches()
+    assert down[0] == 2 * (M * K + rows * r * K)
+    assert finish == (0, 0)
+    assert product[0] == 2 * (columns * M * K + rows * N * K + columns * M * padded + rows * N * r)
+    assert product[1] == rows * columns * mma * (steps + rank_steps)
+
+    kernels.backward(p.dy, x, h, weight, A, B)
+    up, reduce_b, finish, down, reduce_a, product = kernels.take_launches()
+    assert up[0] == 2 * (M * N + rows * N * r)
+    assert down[0] == 2 * M * K
+    assert reduce_a == reduce_b == finish == (0, 0)
+    assert product[0] == 2 * (
+        x_columns * M * N + rows * N * K + x_columns * M * padded + rows * r * K
+    )
+    assert product[1] == rows * x_columns * mma * (-(-N // 16) + rank_steps)
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5, 1.0])
+def test_masks_are_the_cpus(kernels: EmulatedKernels, dropout_p: float) -> None:
+    """Read off results in which every kept element is nonzero, in each kernel that drops out."""
+    M, K, r = 64, 264, 64
+    rng_state = torch.tensor([12345678901, 44])
+    keep = lora_ext.dropout_mask(rng_state, M, K, dropout_p)
+    options = {"dropout_p": dropout_p, "rng_state": rng_state}
+    ones = torch.ones(M, K, dtype=torch.bfloat16)
+    zero_weight, identity = torch.zeros(M, K).bfloat16(), torch.eye(M, r).bfloat16()
+
+    for first in range(0, K - r, r):  # h: lora_A picks columns
+        A = torch.zeros(r, K).bfloat16()
+        A[:, first : first + r] = torch.eye(r)
+        _, h = kernels.forward(ones, zero_weight, None, A, identity, **options)
+        assert torch.equal(h != 0, keep[:, first : first + r])
+
+    # dh is the identity, and so dA's rows and dx's are the masks'
+    A = torch.ones(r, K).bfloat16()
+    dx, dA, _ = kernels.backward(identity, ones, None, zero_weight, A, identity, **options)
+    assert torch.equal(dA != 0, keep)
+    assert torch.equal(dx != 0, keep)

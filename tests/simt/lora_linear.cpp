@@ -2,6 +2,7 @@
 // loads them with ctypes and passes the addresses of CPU tensors.
 #include <cstdlib>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/launch_sm80.h"
@@ -125,6 +126,20 @@ int lora_backward(const char* types, const Arguments* arguments) {
 }
 
 const char* last_error() { return message().c_str(); }
+
+// How many launches there were since the last call of take_launches, and for each of at most
+// `count` of them, the bytes that cp.async read from global memory and the mma.sync instructions of
+// warps.
+int take_launches(int count, int64_t* bytes, int64_t* mma) {
+  const std::vector<simt::Statistics> launches = std::move(simt::launches());
+  simt::launches().clear();
+  const int known = static_cast<int>(launches.size());
+  for (int i = 0; i < known && i < count; ++i) {
+    bytes[i] = launches[static_cast<size_t>(i)].copied_bytes;
+    mma[i] = launches[static_cast<size_t>(i)].mma;
+  }
+  return known;
+}
 
 // completion: 0 eager, 1 deferred, 2 random
 void set_schedule(int completion, uint64_t seed) {

@@ -52,6 +52,7 @@ inline void run_grid(dim3 grid, int threads, int shared_bytes, const std::functi
   for (int64_t i = 0; i < useful; ++i) workers.emplace_back(work);
   for (std::thread& worker : workers) worker.join();
   if (error) std::rethrow_exception(error);
+  launches().push_back(statistics());
 }
 
 }  // namespace simt

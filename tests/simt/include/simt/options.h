@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
+#include <vector>
 
 namespace simt {
 
@@ -59,6 +60,12 @@ struct Statistics {
     return *this;
   }
 };
+
+// Of every launch, until the vector is cleared.
+inline std::vector<Statistics>& launches() {
+  static std::vector<Statistics> instance;
+  return instance;
+}
 
 // Of the last launch.
 inline Statistics& statistics() {
