@@ -8,7 +8,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CXX_SOURCES := $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: setup demo test bench lint format clean
+.PHONY: setup demo test bench cuda-check lint format clean
 
 setup: $(VENV)/.built
 
@@ -31,6 +31,17 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest tests
+
+# The CUDA extension compiled, linked and imported, without a GPU: in an environment of its own, with
+# gigabytes of torch's CUDA libraries.
+CUDA_TORCH ?= torch==2.11.0
+cuda-check:
+	$(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/pip install --quiet $(CUDA_TORCH)
+	.venv-cuda/bin/pip install --quiet --upgrade setuptools wheel cmake ninja pybind11 safetensors numpy
+	PATH="$(CURDIR)/.venv-cuda/bin:$$PATH" LORA_EXT_CUDA=1 LORA_EXT_BUILD_DIR="$(CURDIR)/build/cuda" \
+		.venv-cuda/bin/pip install --quiet --no-build-isolation --no-deps .
+	cd tests && ../.venv-cuda/bin/python cuda_check.py
 
 # The grid of the README's table; results go where --compare finds them.
 bench: setup

@@ -1,8 +1,9 @@
 """Builds lora_ext._C with CMake against the torch that is installed.
 
-Environment variables: MAX_JOBS (parallel compile jobs), LORA_EXT_CUDA (auto, 0 or 1; this version
-has no CUDA kernels, so 1 is refused), CMAKE_BUILD_TYPE (default Release), LORA_EXT_BUILD_DIR (a
-folder to keep between builds; only with --no-build-isolation, since it remembers its ninja).
+Environment variables: MAX_JOBS (parallel compile jobs), LORA_EXT_CUDA (auto: with CUDA where nvcc
+and a CUDA build of torch are; 0: never; 1: or fail), TORCH_CUDA_ARCH_LIST (default 8.0+PTX),
+CMAKE_BUILD_TYPE (default Release), LORA_EXT_BUILD_DIR (a folder to keep between builds; only with
+--no-build-isolation, since it remembers its ninja).
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ import json, torch
 from torch.utils.cpp_extension import include_paths
 from torch.utils.cpp_extension import TORCH_LIB_PATH
 print(json.dumps({"version": torch.__version__, "include": include_paths(),
-                  "lib": TORCH_LIB_PATH, "abi": int(torch.compiled_with_cxx11_abi())}))
+                  "lib": TORCH_LIB_PATH, "abi": int(torch.compiled_with_cxx11_abi()),
+                  "cuda": torch.version.cuda}))
 """
 
 
@@ -62,11 +64,61 @@ def check_tools() -> None:
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.exists():
         fail(f"no Python headers: {header} is missing; install python3-dev for this Python.")
-    cuda = os.environ.get("LORA_EXT_CUDA", "auto")
-    if cuda not in ("auto", "0", "1"):
-        fail(f"LORA_EXT_CUDA is '{cuda}'; expected auto, 0 or 1.")
-    if cuda == "1":
-        fail("LORA_EXT_CUDA=1, but this version has no CUDA kernels yet; use auto or 0.")
+
+
+def find_nvcc() -> Path | None:
+    home = os.environ.get("CUDA_HOME")
+    found = Path(home) / "bin" / "nvcc" if home else shutil.which("nvcc")
+    return Path(found).resolve() if found and Path(found).exists() else None
+
+
+def cuda_architectures() -> str:
+    """TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX") in CMake's terms ("80-real;90a")."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0+PTX").replace(" ", ";")
+    names = []
+    for name in filter(None, wanted.split(";")):
+        number = name.removesuffix("+PTX").replace(".", "")
+        if not number.rstrip("a").isdigit():
+            fail(f"TORCH_CUDA_ARCH_LIST has '{name}'; expected numbers such as 8.0 or 9.0a+PTX.")
+        names.append(number if name.endswith("+PTX") else f"{number}-real")
+    return ";".join(names)
+
+
+def cuda_settings(torch: dict[str, Any]) -> dict[str, str]:
+    """CMake's settings of a CUDA build; none for a CPU build."""
+    wish = os.environ.get("LORA_EXT_CUDA", "auto")
+    if wish not in ("auto", "0", "1"):
+        fail(f"LORA_EXT_CUDA is '{wish}'; expected auto, 0 or 1.")
+    nvcc = find_nvcc()
+    missing = None
+    if torch["cuda"] is None:
+        missing = f"torch {torch['version']} is a build without CUDA"
+    elif nvcc is None:
+        missing = "there is no nvcc on PATH or in CUDA_HOME"
+    if wish == "0" or (wish == "auto" and missing):
+        return {}
+    if missing:
+        fail(f"LORA_EXT_CUDA=1, but {missing}; install what is missing, or use auto.")
+    assert nvcc is not None
+    answer = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True).stdout
+    version = answer.partition("release ")[2].partition(",")[0]
+    if version.partition(".")[0] != torch["cuda"].partition(".")[0]:
+        fail(f"nvcc is CUDA {version}, but torch was built for {torch['cuda']}; set CUDA_HOME.")
+    # Beside torch: headers that a toolkit may lack, and the runtime that torch itself loads.
+    packages = sorted((Path(torch["lib"]).parents[1] / "nvidia").glob("cu[0-9]*"))
+    include = [path for folder in packages if (path := folder / "include").is_dir()]
+    folders = [*packages, nvcc.parents[1]]
+    runtimes = [path for folder in folders for path in folder.glob("lib*/libcudart.so*")]
+    if not runtimes:
+        fail("libcudart is neither in the CUDA toolkit nor beside torch; set CUDA_HOME.")
+    return {
+        "LORA_EXT_CUDA": "ON",
+        "CMAKE_CUDA_COMPILER": str(nvcc),
+        "CMAKE_CUDA_ARCHITECTURES": cuda_architectures(),
+        "CUDA_INCLUDE_DIRS": ";".join(map(str, include)),
+        "CUDA_RUNTIME": str(runtimes[0]),
+        "TORCH_CUDA_VERSION": torch["cuda"],
+    }
 
 
 class CMakeBuild(build_ext):
@@ -90,7 +142,12 @@ class CMakeBuild(build_ext):
             "PYBIND11_INCLUDE_DIR": pybind11.get_include(),
             "EXTENSION_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
         }
-        print(f"lora_ext: CPU build for torch {torch['version']}, Python {sys.version.split()[0]}")
+        cuda = cuda_settings(torch)
+        settings |= cuda
+        kind = f"CUDA {torch['cuda']}" if cuda else "CPU"
+        print(
+            f"lora_ext: {kind} build for torch {torch['version']}, Python {sys.version.split()[0]}"
+        )
         for name, value in settings.items():
             print(f"  {name} = {value}", flush=True)
 

@@ -34,7 +34,11 @@ py::dict build_info() {
   py::dict info;
   info["version"] = LORA_EXT_VERSION;
   info["torch"] = LORA_EXT_TORCH_VERSION;
+#if defined(LORA_EXT_CUDA_VERSION)
+  info["cuda"] = LORA_EXT_CUDA_VERSION;
+#else
   info["cuda"] = py::none();
+#endif
   info["cpu_capability"] = cpu_capability_name(cpu_capability());
   info["compiler"] = __VERSION__;
   return info;

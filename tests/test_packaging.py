@@ -78,13 +78,55 @@ def test_missing_headers(
         setup_py.check_tools()
 
 
-@pytest.mark.parametrize("value", ["1", "yes"])
+CPU_TORCH = {"version": "2.13.0+cpu", "lib": "/nowhere/torch/lib", "cuda": None}
+
+
+def test_cuda_is_built_where_it_can_be(
+    setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value in ("auto", "0"):
+        monkeypatch.setenv("LORA_EXT_CUDA", value)
+        assert setup_py.cuda_settings(CPU_TORCH) == {}
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    monkeypatch.setenv("LORA_EXT_CUDA", "auto")
+    assert setup_py.cuda_settings(CPU_TORCH | {"cuda": "13.0"}) == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "cuda", "message"),
+    [
+        ("yes", None, "LORA_EXT_CUDA is 'yes'"),
+        ("1", None, "a build without CUDA"),
+        ("1", "13.0", "there is no nvcc"),
+    ],
+)
 def test_cuda_is_refused_not_ignored(
-    setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch, value: str
+    setup_py: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    value: str,
+    cuda: str | None,
+    message: str,
 ) -> None:
     monkeypatch.setenv("LORA_EXT_CUDA", value)
-    with pytest.raises(SystemExit, match=r"LORA_EXT_CUDA"):
-        setup_py.check_tools()
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    with pytest.raises(SystemExit, match=message):
+        setup_py.cuda_settings(CPU_TORCH | {"cuda": cuda})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "architectures"),
+    [(None, "80"), ("8.0;9.0a+PTX", "80-real;90a"), ("8.0 9.0", "80-real;90-real")],
+)
+def test_cuda_architectures(
+    setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch, wanted: str | None, architectures: str
+) -> None:
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    if wanted is not None:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
+    assert setup_py.cuda_architectures() == architectures
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
+    with pytest.raises(SystemExit, match="Hopper"):
+        setup_py.cuda_architectures()
 
 
 def test_build_info() -> None:

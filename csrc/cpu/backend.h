@@ -6,6 +6,7 @@
 
 #include "cpu/kernels.h"
 #include "ops/lora_linear.h"
+#include "ops/rows.h"
 
 namespace lora_ext {
 
@@ -20,14 +21,6 @@ inline int dtype_pair(at::ScalarType base, at::ScalarType adapter) {
     return adapter == at::kFloat ? DtypePair::F16_F32 : DtypePair::F16;
   }();
   return static_cast<int>(pair);
-}
-
-// [..., width] as [rows, width] with neighbouring columns adjacent; copies only if it must.
-inline Tensor as_rows(const Tensor& tensor) {
-  const int64_t width = tensor.size(-1);
-  const int64_t rows = c10::multiply_integers(tensor.sizes().slice(0, tensor.dim() - 1));
-  const Tensor flat = tensor.dim() == 2 ? tensor : tensor.reshape({rows, width});
-  return flat.stride(1) == 1 || width == 1 ? flat : flat.contiguous();
 }
 
 inline DropoutArgs dropout_args(double dropout_p, const OptionalTensor& rng_state) {

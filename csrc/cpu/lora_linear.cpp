@@ -14,10 +14,6 @@
 namespace lora_ext {
 namespace {
 
-double scaling_of(double scaling, const OptionalTensor& scaling_tensor) {
-  return scaling_tensor.has_value() ? scaling * scaling_tensor->item<double>() : scaling;
-}
-
 CpuPath path_for(int64_t M, int64_t N, const Tensor& lora_A, at::ScalarType base, bool dropout) {
   CpuProblem problem{};
   problem.M = M, problem.N = N, problem.K = lora_A.size(1), problem.r = lora_A.size(0);
@@ -29,18 +25,6 @@ CpuPath path_for(int64_t M, int64_t N, const Tensor& lora_A, at::ScalarType base
   problem.compute_bytes = c10::elementSize(at::toOpMathType(base));
   problem.threads = at::get_num_threads();
   return choose_cpu_path(problem);
-}
-
-// bias + scaling * lora_bias in the compute type; undefined if there is neither.
-Tensor total_bias(const OptionalTensor& bias, const OptionalTensor& lora_bias, double scaling,
-                  at::ScalarType compute) {
-  Tensor total;
-  if (bias.has_value()) total = bias->to(compute);
-  if (lora_bias.has_value()) {
-    const Tensor scaled = lora_bias->to(compute) * scaling;
-    total = total.defined() ? total + scaled : scaled;
-  }
-  return total.defined() ? total.contiguous() : total;
 }
 
 std::tuple<Tensor, Tensor> fwd_cpu(const Tensor& x, const Tensor& weight,

@@ -33,20 +33,10 @@ void merge_cpu(at::Tensor& weight, const at::Tensor& lora_A, const at::Tensor& l
                double scaling) {
   check_merge(weight, lora_A, lora_B);
   if (weight.numel() == 0) return;
-  // A transposed weight (fan_in_fan_out) is the same sum with the roles of A and B exchanged.
-  const bool transposed = weight.stride(1) != 1 && weight.size(1) != 1;
-  const at::Tensor rows = transposed ? weight.t() : weight;
-  const bool overlaps = rows.stride(0) < rows.size(1) && rows.size(0) > 1;
-  TORCH_CHECK_VALUE((rows.stride(1) == 1 || rows.size(1) == 1) && !overlaps,
-                    "merge_: weight: got strides ", weight.strides(),
-                    ", expected rows or columns of adjacent elements; call .contiguous()");
-  const at::Tensor A = (transposed ? lora_B.t() : lora_A).contiguous();
-  const at::Tensor B = (transposed ? lora_A.t() : lora_B).contiguous();
-  TORCH_CHECK_VALUE(merge_rows(rows, A, B, scaling, false),
-                    "merge_: the merged weight would hold NaN or Inf (in the weight, lora_A, "
-                    "lora_B or by overflow of ",
-                    weight.scalar_type(), "), expected finite values; nothing was changed");
-  merge_rows(rows, A, B, scaling, true);
+  const MergeOperands operands = merge_operands(weight, lora_A, lora_B);
+  check_merged_finite(merge_rows(operands.weight, operands.lora_A, operands.lora_B, scaling, false),
+                      weight);
+  merge_rows(operands.weight, operands.lora_A, operands.lora_B, scaling, true);
   // Whoever kept the weight for backward must hear that it changed.
   if (!weight.is_inference()) weight.unsafeGetTensorImpl()->bump_version();
 }

@@ -2,8 +2,8 @@
 // One thread an element, any architecture.
 #pragma once
 
-#include "../common/dropout.h"
 #include "arch/arch.h"
+#include "lora_linear.h"
 
 namespace lora_ext {
 
@@ -11,6 +11,15 @@ constexpr int kElementThreads = 256;
 
 LORA_EXT_DEVICE int64_t element_index() {
   return int64_t{blockIdx.x} * kElementThreads + threadIdx.x;
+}
+
+constexpr int64_t ceil_div(int64_t value, int64_t step) { return (value + step - 1) / step; }
+
+template <class Params>
+void launch_elements(void (*kernel)(Params), int64_t elements, Stream stream,
+                     const Params& params) {
+  const auto blocks = static_cast<unsigned>(ceil_div(elements, kElementThreads));
+  arch::launch(kernel, dim3(blocks), kElementThreads, 0, stream, params);
 }
 
 template <class T>
@@ -58,40 +67,10 @@ __global__ void __launch_bounds__(kElementThreads)
   }
 }
 
-struct DropoutMaskParams {
-  const int64_t* rng_state;  // [2] on the device
-  uint32_t threshold;
-  int64_t rows, columns;
-  bool* keep;  // [rows, columns]
-};
-
-// One thread an element: for tests and second derivatives, not for training.
-__global__ void __launch_bounds__(kElementThreads)
-    dropout_mask_kernel(const __grid_constant__ DropoutMaskParams params) {
-  const int64_t i = element_index();
-  if (i >= params.rows * params.columns) return;
-  const DropoutRng rng{static_cast<uint64_t>(params.rng_state[0]),
-                       static_cast<uint64_t>(params.rng_state[1])};
-  params.keep[i] = dropout_keep(rng, i / params.columns, i % params.columns, params.threshold);
-}
-
-// weight [N, K] += scaling * B A, summed in float and rounded once. `write` false only looks
-// whether every result is finite; *finite is set to 0 where one is not.
-template <class T, class TA>
-struct MergeParams {
-  T* weight;
-  int64_t N, K, stride;
-  const TA* lora_A;  // [rank, K]
-  const TA* lora_B;  // [N, rank]
-  int rank;
-  float scaling;
-  bool write;
-  int* finite;
-};
-
+// Summed in float and rounded once.
 template <class T, class TA>
 __global__ void __launch_bounds__(kElementThreads)
-    merge_kernel(const __grid_constant__ MergeParams<T, TA> params) {
+    merge_kernel(const __grid_constant__ MergeCall<T, TA> params) {
   const int64_t i = element_index();
   if (i >= params.N * params.K) return;
   const int64_t n = i / params.K, k = i % params.K;

@@ -14,68 +14,12 @@ constexpr bool kSame = false;
 template <class A>
 constexpr bool kSame<A, A> = true;
 
-// Scratch that lives until the kernels launched so far have run.
-struct Allocator {
-  void* (*allocate)(void* context, int64_t bytes);
-  void* context;
-
-  template <class E>
-  E* get(int64_t count) const {
-    return static_cast<E*>(allocate(context, count * static_cast<int64_t>(sizeof(E))));
-  }
-};
-
-struct Dropout {
-  bool enabled;
-  uint32_t threshold;
-  float scale;
-  const int64_t* rng_state;  // [2] on the device
-};
-
-template <class T, class TA>
-struct ForwardCall {
-  Matrix<T> x;       // [M, K]
-  Matrix<T> weight;  // [N, K]
-  const T* bias;     // [N] or null
-  const TA* lora_A;  // [r, K]
-  const TA* lora_B;  // [N, r]
-  int r;
-  float scaling;
-  Dropout dropout;
-  T* y;      // [M, N]
-  float* h;  // [M, r] or null
-};
-
-template <class T, class TA>
-struct BackwardCall {
-  Matrix<T> dy;      // [M, N]
-  Matrix<T> x;       // [M, K]; data null if neither dA is wanted nor h missing
-  Matrix<T> weight;  // [N, K]; data null if dx is not wanted
-  const float* h;    // [M, r] or null: then made from x
-  const TA* lora_A;  // [r, K]
-  const TA* lora_B;  // [N, r]
-  int r;
-  float scaling;
-  Dropout dropout;
-  T* dx;   // [M, K] or null
-  TA* dA;  // [r, K] or null
-  TA* dB;  // [N, r] or null
-};
-
 constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-constexpr int64_t ceil_div(int64_t value, int64_t step) { return (value + step - 1) / step; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Blocks that fill any GPU of today about twice.
 constexpr int64_t kWantedBlocks = 264;
-
-template <class Params>
-auto launch_elements(void (*kernel)(Params), int64_t elements, arch::Stream stream,
-                     const Params& params) {
-  const auto blocks = static_cast<unsigned>(ceil_div(elements, kElementThreads));
-  return arch::launch(kernel, dim3(blocks), kElementThreads, 0, stream, params);
-}
 
 // An adapter as tensor cores read it: as it is, or packed where it is float or its rows do not
 // begin at multiples of 16 bytes.
@@ -89,7 +33,7 @@ struct Adapter {
 
 template <class T, class TA>
 Adapter<T> adapter(const TA* data, int64_t rows, int64_t columns, const Allocator& scratch,
-                   arch::Stream stream) {
+                   Stream stream) {
   if constexpr (kSame<T, TA>) {
     const Matrix<T> as_it_is{data, rows, columns, columns};
     if (as_it_is.aligned()) return {as_it_is, nullptr};
@@ -121,7 +65,7 @@ constexpr int kGroup = 64;  // columns of the rank that one launch treats
 // partial [splits, M, r] of h = dropout(x) A^T; returns splits.
 template <class T>
 int down(const Matrix<T>& x, const Adapter<T>& A, int r, const Dropout& dropout, float** partial,
-         const Allocator& scratch, arch::Stream stream) {
+         const Allocator& scratch, Stream stream) {
   const int64_t row_blocks = ceil_div(x.rows, 64), steps = ceil_div(x.columns, 64);
   const int splits = static_cast<int>(larger(1, smaller(steps, kWantedBlocks / row_blocks)));
   *partial = scratch.get<float>(splits * x.rows * r);
@@ -152,7 +96,7 @@ int down(const Matrix<T>& x, const Adapter<T>& A, int r, const Dropout& dropout,
 // an operand of the base product's kernel.
 template <class T>
 Matrix<T> finish(const float* partial, int splits, int64_t M, int r, float survivor, float scaling,
-                 float* sums, const Allocator& scratch, arch::Stream stream) {
+                 float* sums, const Allocator& scratch, Stream stream) {
   const int padded = static_cast<int>(round_up(r, 16));
   const FinishDownParams<T> params{
       partial, splits, M, r, padded, survivor, scaling, sums, scratch.get<T>(M * padded)};
@@ -161,7 +105,7 @@ Matrix<T> finish(const float* partial, int splits, int64_t M, int r, float survi
 }
 
 template <class T, BLayout kLayout>
-void gemm(GemmParams<T>& params, arch::Stream stream) {
+void gemm(GemmParams<T>& params, Stream stream) {
   params.aligned = true;
   for (int s = 0; s < params.count; ++s) {
     params.aligned &= params.segments[s].a.aligned() && params.segments[s].b.aligned();
@@ -182,7 +126,7 @@ void gemm(GemmParams<T>& params, arch::Stream stream) {
 }
 
 template <class T, class TA>
-void forward(const ForwardCall<T, TA>& call, const Allocator& scratch, arch::Stream stream) {
+void forward(const ForwardCall<T, TA>& call, const Allocator& scratch, Stream stream) {
   const int64_t M = call.x.rows, K = call.x.columns, N = call.weight.rows;
   const Adapter<T> A = adapter<T>(call.lora_A, call.r, K, scratch, stream);
   const Adapter<T> B = adapter<T>(call.lora_B, N, call.r, scratch, stream);
@@ -201,7 +145,7 @@ void forward(const ForwardCall<T, TA>& call, const Allocator& scratch, arch::Str
 }
 
 template <class T, class TA>
-void backward(const BackwardCall<T, TA>& call, const Allocator& scratch, arch::Stream stream) {
+void backward(const BackwardCall<T, TA>& call, const Allocator& scratch, Stream stream) {
   const int64_t M = call.dy.rows, N = call.dy.columns;
   const int64_t K = call.dx ? call.weight.columns : call.x.columns;
   const int r = call.r;

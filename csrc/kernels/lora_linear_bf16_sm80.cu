@@ -3,9 +3,9 @@
 
 namespace lora_ext::sm80 {
 
-template void forward(const ForwardCall<Bf16, Bf16>&, const Allocator&, arch::Stream);
-template void forward(const ForwardCall<Bf16, float>&, const Allocator&, arch::Stream);
-template void backward(const BackwardCall<Bf16, Bf16>&, const Allocator&, arch::Stream);
-template void backward(const BackwardCall<Bf16, float>&, const Allocator&, arch::Stream);
+template void forward(const ForwardCall<Bf16, Bf16>&, const Allocator&, Stream);
+template void forward(const ForwardCall<Bf16, float>&, const Allocator&, Stream);
+template void backward(const BackwardCall<Bf16, Bf16>&, const Allocator&, Stream);
+template void backward(const BackwardCall<Bf16, float>&, const Allocator&, Stream);
 
 }  // namespace lora_ext::sm80

@@ -2,18 +2,9 @@
 #pragma once
 
 #include "arch/arch.h"
+#include "lora_linear.h"
 
 namespace lora_ext::sm80 {
-
-// A matrix in global memory, rows of `columns` elements `stride` apart.
-template <class T>
-struct Matrix {
-  const T* data;
-  int64_t rows, columns, stride;
-
-  // Whether 16-byte copies may begin at every eighth column.
-  bool aligned() const { return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0; }
-};
 
 // kRows x kColumns elements, row by row, in chunks of 8 elements (16 bytes). The chunks are
 // permuted by the number of their row, so that the eight rows of a matrix of ldmatrix lie in

@@ -166,4 +166,30 @@ inline void check_merge(const Tensor& weight, const Tensor& lora_A, const Tensor
   check_adapters(op, "weight", weight, weight.sym_size(0), weight.sym_size(1), lora_A, lora_B);
 }
 
+// The operands of merge_ by rows: a transposed weight (fan_in_fan_out) is the same sum with the
+// roles of A and B exchanged.
+struct MergeOperands {
+  Tensor weight;          // rows of adjacent elements that do not overlap
+  Tensor lora_A, lora_B;  // contiguous
+};
+
+inline MergeOperands merge_operands(const Tensor& weight, const Tensor& lora_A,
+                                    const Tensor& lora_B) {
+  const bool transposed = weight.stride(1) != 1 && weight.size(1) != 1;
+  const Tensor rows = transposed ? weight.t() : weight;
+  const bool overlaps = rows.stride(0) < rows.size(1) && rows.size(0) > 1;
+  TORCH_CHECK_VALUE((rows.stride(1) == 1 || rows.size(1) == 1) && !overlaps,
+                    "merge_: weight: got strides ", weight.strides(),
+                    ", expected rows or columns of adjacent elements; call .contiguous()");
+  return {rows, (transposed ? lora_B.t() : lora_A).contiguous(),
+          (transposed ? lora_A.t() : lora_B).contiguous()};
+}
+
+inline void check_merged_finite(bool finite, const Tensor& weight) {
+  TORCH_CHECK_VALUE(finite,
+                    "merge_: the merged weight would hold NaN or Inf (in the weight, lora_A, "
+                    "lora_B or by overflow of ",
+                    weight.scalar_type(), "), expected finite values; nothing was changed");
+}
+
 }  // namespace lora_ext

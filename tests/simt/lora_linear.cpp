@@ -60,35 +60,35 @@ struct Arguments {
 template <class T, class TA>
 void run_forward(const Arguments& a) {
   Scratch scratch;
-  const sm80::ForwardCall<T, TA> call{{static_cast<const T*>(a.x), a.M, a.K, a.ldx},
-                                      {static_cast<const T*>(a.weight), a.N, a.K, a.K},
-                                      static_cast<const T*>(a.bias),
-                                      static_cast<const TA*>(a.lora_A),
-                                      static_cast<const TA*>(a.lora_B),
-                                      a.r,
-                                      a.scaling,
-                                      {a.dropout != 0, a.threshold, a.survivor, a.rng_state},
-                                      static_cast<T*>(a.y),
-                                      a.h};
-  sm80::forward(call, sm80::Allocator{Scratch::allocate, &scratch}, nullptr);
+  const ForwardCall<T, TA> call{{static_cast<const T*>(a.x), a.M, a.K, a.ldx},
+                                {static_cast<const T*>(a.weight), a.N, a.K, a.K},
+                                static_cast<const T*>(a.bias),
+                                static_cast<const TA*>(a.lora_A),
+                                static_cast<const TA*>(a.lora_B),
+                                a.r,
+                                a.scaling,
+                                {a.dropout != 0, a.threshold, a.survivor, a.rng_state},
+                                static_cast<T*>(a.y),
+                                a.h};
+  sm80::forward(call, Allocator{Scratch::allocate, &scratch}, nullptr);
 }
 
 template <class T, class TA>
 void run_backward(const Arguments& a) {
   Scratch scratch;
-  const sm80::BackwardCall<T, TA> call{{static_cast<const T*>(a.dy), a.M, a.N, a.ldy},
-                                       {static_cast<const T*>(a.x), a.M, a.K, a.ldx},
-                                       {static_cast<const T*>(a.weight), a.N, a.K, a.K},
-                                       a.saved_h,
-                                       static_cast<const TA*>(a.lora_A),
-                                       static_cast<const TA*>(a.lora_B),
-                                       a.r,
-                                       a.scaling,
-                                       {a.dropout != 0, a.threshold, a.survivor, a.rng_state},
-                                       static_cast<T*>(a.dx),
-                                       static_cast<TA*>(a.dA),
-                                       static_cast<TA*>(a.dB)};
-  sm80::backward(call, sm80::Allocator{Scratch::allocate, &scratch}, nullptr);
+  const BackwardCall<T, TA> call{{static_cast<const T*>(a.dy), a.M, a.N, a.ldy},
+                                 {static_cast<const T*>(a.x), a.M, a.K, a.ldx},
+                                 {static_cast<const T*>(a.weight), a.N, a.K, a.K},
+                                 a.saved_h,
+                                 static_cast<const TA*>(a.lora_A),
+                                 static_cast<const TA*>(a.lora_B),
+                                 a.r,
+                                 a.scaling,
+                                 {a.dropout != 0, a.threshold, a.survivor, a.rng_state},
+                                 static_cast<T*>(a.dx),
+                                 static_cast<TA*>(a.dA),
+                                 static_cast<TA*>(a.dB)};
+  sm80::backward(call, Allocator{Scratch::allocate, &scratch}, nullptr);
 }
 
 // f with the types named "bf16", "bf16-fp32", "fp16" or "fp16-fp32"

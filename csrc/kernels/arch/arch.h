@@ -9,6 +9,9 @@
 
 #include <cuda_runtime.h>
 
+#include <stdexcept>
+#include <string>
+
 #include "ptx_sm80.h"
 #include "ptx_sm90.h"
 
@@ -19,17 +22,22 @@ namespace lora_ext::arch {
 
 using Stream = cudaStream_t;
 
-// Returns cudaSuccess, or why the kernel was not launched.
+inline void check(cudaError_t error) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("lora_ext: a CUDA kernel was not launched: ") +
+                             cudaGetErrorString(error));
+  }
+}
+
+// Throws std::runtime_error if the kernel cannot be launched.
 template <class Params>
-inline cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes,
-                          Stream stream, const Params& params) {
+inline void launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, Stream stream,
+                   const Params& params) {
   if (shared_bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return error;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   }
   kernel<<<grid, threads, shared_bytes, stream>>>(params);
-  return cudaGetLastError();
+  check(cudaGetLastError());
 }
 
 }  // namespace lora_ext::arch

@@ -1,0 +1,68 @@
+// merge_ on CUDA: a pass that only looks, then one that writes.
+#include <ATen/ATen.h>
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <torch/library.h>
+
+#include "kernels/lora_linear.h"
+#include "ops/checks.h"
+
+namespace lora_ext {
+namespace {
+
+template <class T, class TA>
+void merge_pass(const at::Tensor& weight, const at::Tensor& lora_A, const at::Tensor& lora_B,
+                double scaling, bool write, at::Tensor& finite) {
+  const MergeCall<T, TA> call{static_cast<T*>(weight.data_ptr()),
+                              weight.size(0),
+                              weight.size(1),
+                              weight.stride(0),
+                              static_cast<const TA*>(lora_A.const_data_ptr()),
+                              static_cast<const TA*>(lora_B.const_data_ptr()),
+                              static_cast<int>(lora_A.size(0)),
+                              static_cast<float>(scaling),
+                              write,
+                              finite.data_ptr<int>()};
+  merge(call, at::cuda::getCurrentCUDAStream());
+}
+
+void pass(const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B, double scaling,
+          bool write, at::Tensor& finite) {
+  const auto base = weight.scalar_type();
+  const bool mixed = A.scalar_type() == at::kFloat;
+  if (base == at::kDouble) {  // rare: ATen's product, with a temporary
+    const at::Tensor merged = at::addmm(weight, B, A, 1, scaling);
+    if (write) {
+      weight.copy_(merged);
+    } else if (!at::isfinite(merged).all().item<bool>()) {
+      finite.zero_();
+    }
+  } else if (base == at::kFloat) {
+    merge_pass<float, float>(weight, A, B, scaling, write, finite);
+  } else if (base == at::kBFloat16) {
+    mixed ? merge_pass<Bf16, float>(weight, A, B, scaling, write, finite)
+          : merge_pass<Bf16, Bf16>(weight, A, B, scaling, write, finite);
+  } else {
+    mixed ? merge_pass<Fp16, float>(weight, A, B, scaling, write, finite)
+          : merge_pass<Fp16, Fp16>(weight, A, B, scaling, write, finite);
+  }
+}
+
+void merge_cuda(at::Tensor& weight, const at::Tensor& lora_A, const at::Tensor& lora_B,
+                double scaling) {
+  check_merge(weight, lora_A, lora_B);
+  if (weight.numel() == 0) return;
+  const c10::cuda::CUDAGuard guard(weight.device());
+  const MergeOperands operands = merge_operands(weight, lora_A, lora_B);
+  at::Tensor finite = at::ones({1}, weight.options().dtype(at::kInt));
+  pass(operands.weight, operands.lora_A, operands.lora_B, scaling, false, finite);
+  check_merged_finite(finite.item<int>() != 0, weight);
+  pass(operands.weight, operands.lora_A, operands.lora_B, scaling, true, finite);
+  if (!weight.is_inference()) weight.unsafeGetTensorImpl()->bump_version();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(lora_ext, CUDA, m) { m.impl("merge_", &merge_cuda); }
+
+}  // namespace lora_ext

@@ -1,0 +1,61 @@
+// The small kernels that the CUDA backend calls by themselves.
+#include "../common/dropout.h"
+#include "elementwise.h"
+
+namespace lora_ext {
+namespace {
+
+struct FillRngParams {
+  PhiloxState philox;
+  int64_t* state;  // [2]
+};
+
+__global__ void fill_rng_state_kernel(const __grid_constant__ FillRngParams params) {
+  if (threadIdx.x > 0) return;
+  const PhiloxState& philox = params.philox;
+  params.state[0] = philox.captured ? *philox.seed_pointer : static_cast<int64_t>(philox.seed);
+  params.state[1] = philox.captured ? *philox.offset_pointer + philox.offset_in_graph
+                                    : static_cast<int64_t>(philox.offset);
+}
+
+struct DropoutMaskParams {
+  const int64_t* rng_state;  // [2] on the device
+  uint32_t threshold;
+  int64_t rows, columns;
+  bool* keep;  // [rows, columns]
+};
+
+// One thread an element: for tests and second derivatives, not for training.
+__global__ void __launch_bounds__(kElementThreads)
+    dropout_mask_kernel(const __grid_constant__ DropoutMaskParams params) {
+  const int64_t i = element_index();
+  if (i >= params.rows * params.columns) return;
+  const DropoutRng rng{static_cast<uint64_t>(params.rng_state[0]),
+                       static_cast<uint64_t>(params.rng_state[1])};
+  params.keep[i] = dropout_keep(rng, i / params.columns, i % params.columns, params.threshold);
+}
+
+}  // namespace
+
+void fill_rng_state(const PhiloxState& philox, int64_t* state, Stream stream) {
+  arch::launch(fill_rng_state_kernel, dim3(1), 32, 0, stream, FillRngParams{philox, state});
+}
+
+void dropout_mask(const int64_t* rng_state, uint32_t threshold, int64_t rows, int64_t columns,
+                  bool* keep, Stream stream) {
+  launch_elements(dropout_mask_kernel, rows * columns, stream,
+                  DropoutMaskParams{rng_state, threshold, rows, columns, keep});
+}
+
+template <class T, class TA>
+void merge(const MergeCall<T, TA>& call, Stream stream) {
+  launch_elements(merge_kernel<T, TA>, call.N * call.K, stream, call);
+}
+
+template void merge(const MergeCall<Bf16, Bf16>&, Stream);
+template void merge(const MergeCall<Bf16, float>&, Stream);
+template void merge(const MergeCall<Fp16, Fp16>&, Stream);
+template void merge(const MergeCall<Fp16, float>&, Stream);
+template void merge(const MergeCall<float, float>&, Stream);
+
+}  // namespace lora_ext
