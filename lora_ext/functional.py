@@ -75,3 +75,23 @@ def lora_linear(
     return torch.ops.lora_ext.lora_linear(  # type: ignore[no-any-return]
         x, weight, bias, lora_A, lora_B, lora_bias, factor, factor_tensor, dropout_p, rng_state
     )
+
+
+def lora_update(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    lora_bias: Tensor | None = None,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """`scaling * (dropout(x) @ lora_A.T @ lora_B.T + lora_bias)` in plain PyTorch, for what cannot
+    join a fused call.
+
+    Args: as for `lora_linear`. Returns [..., out_features], dtype of x.
+    """
+    dropped = torch.nn.functional.dropout(x.to(lora_A.dtype), dropout_p)
+    update = dropped @ lora_A.t() @ lora_B.t()
+    if lora_bias is not None:
+        update = update + lora_bias
+    return (update * scaling).to(x.dtype)

@@ -182,30 +182,40 @@ def swap(targets: Any) -> Callable[[nn.Module], Any]:
 
 
 BAD_OPTIONS: list[tuple[Arguments, str]] = [
-    ({"r": -1}, "r: got -1, expected an integer of at least 0"),
-    ({"r": 2.0}, "r: got 2.0, expected an integer of at least 0"),
+    ({"r": -1}, "r: got -1, expected an integer of at least 1"),
+    ({"r": 2.0}, "r: got 2.0, expected an integer of at least 1"),
     ({"lora_alpha": INF}, "lora_alpha: got inf, expected a finite number"),
     ({"lora_dropout": -0.5}, "lora_dropout: got -0.5, expected a probability"),
     ({"lora_dropout": 1.5}, "lora_dropout: got 1.5, expected a probability"),
     ({"lora_dropout": NAN}, "lora_dropout: got nan, expected a probability"),
-    ({"init_lora_weights": "pissa"}, "init_lora_weights: got 'pissa', expected True, False or"),
+    ({"init_lora_weights": "pizza"}, "init_lora_weights: got 'pizza', expected True, False or"),
 ]
-TARGETS, FROM = "replace_linear: target_modules:", "Linear.from_linear: linear:"
+TARGETS = "replace_linear: target_modules:"
 BIASES = "bias: got 'lora', expected one of ('none', 'all', 'lora_only')"
 ModuleCase = tuple[nn.Module, Callable[[Any], Any], type[Exception], str]
 MODULE_CASES: list[ModuleCase] = [
-    (one_layer(), lambda m, o=o: Linear.from_linear(m[0], **o), ValueError, f"Linear: {message}")
+    (one_layer(), lambda m, o=o: Linear.from_linear(m[0], **o), ValueError, f"adapter: {message}")
     for o, message in BAD_OPTIONS
 ]
 MODULE_CASES += [
-    (layer_of(), Linear.from_linear, TypeError, f"{FROM} got Linear, expected exactly torch.nn"),
-    (one_layer("weight"), lambda m: Linear.from_linear(m[0]), ValueError, f"{FROM} computes its"),
-    (one_layer("bias"), lambda m: Linear.from_linear(m[0]), ValueError, f"{FROM} computes its"),
+    (layer_of(), Linear.from_linear, TypeError, "Linear: base: got Linear, expected a torch.nn"),
+    (
+        one_layer("weight"),
+        lambda m: Linear.from_linear(m[0]),
+        ValueError,
+        "Linear: base: computes its",
+    ),
+    (
+        one_layer("bias"),
+        lambda m: Linear.from_linear(m[0]),
+        ValueError,
+        "Linear: base: computes its",
+    ),
     (
         layer_of(r=0),
         Linear.merge,
         ValueError,
-        "Linear.merge: there is no adapter (r = 0), expected",
+        "Linear.merge: there is no active adapter, expected",
     ),
     (merged(), Linear.merge, AlreadyMergedError, "Linear.merge: already merged; call unmerge()"),
     (layer_of(), Linear.unmerge, NotMergedError, "Linear.unmerge: not merged; call merge() first"),

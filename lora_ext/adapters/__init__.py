@@ -2,7 +2,7 @@
 
 from lora_ext.adapters.explain import explain
 from lora_ext.adapters.injection import replace_linear
-from lora_ext.adapters.model import (
+from lora_ext.adapters.trainable import (
     lora_state_dict,
     mark_only_lora_as_trainable,
     print_trainable_parameters,

@@ -9,20 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from lora_ext.adapters.swap import swap_modules
 from lora_ext.nn import Linear
 
 ALL_LINEAR = "all-linear"
-
-_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-    "_is_full_backward_hook",
-)
 
 
 def matches(name: str, modules: str | Iterable[str] | None) -> bool:
@@ -78,20 +68,11 @@ def replace_linear(
     chosen = _choose(model, modules, target_modules, exclude_modules)
     if not chosen:
         raise ValueError(_no_match(modules, target_modules))
-    replacements = {
+    replacements: dict[int, nn.Module] = {
         id(module): Linear.from_linear(module, r, lora_alpha, lora_dropout, **options)
         for module in chosen.values()
     }
-    swapped = [name for name, module in modules.items() if id(module) in replacements]
-    for name in swapped:
-        parent, _, child = name.rpartition(".")
-        old = modules[name]
-        new = replacements[id(old)]
-        for hooks in _HOOKS:
-            setattr(new, hooks, getattr(old, hooks))
-        setattr(modules[parent], child, new)
-    _leave_fast_paths(model)
-    return swapped
+    return swap_modules(model, replacements)
 
 
 def _choose(
@@ -139,14 +120,3 @@ def _no_match(modules: dict[str, nn.Module], target_modules: str | list[str]) ->
     near = sorted({hit for want in wanted for hit in difflib.get_close_matches(want, ends)})
     hint = f"did you mean {near}?" if near else f"its nn.Linear modules end in {ends[:20]}"
     return f"replace_linear: target_modules: {target_modules!r} matches no module; {hint}"
-
-
-def _leave_fast_paths(model: nn.Module) -> None:
-    """Makes PyTorch's fused inference paths step aside where they would read a swapped layer's
-    weight without calling the layer, and so leave out its adapter."""
-    for module in model.modules():
-        adapted = any(isinstance(child, Linear) for child in module.modules())
-        if isinstance(module, nn.TransformerEncoderLayer) and adapted:
-            module.activation_relu_or_gelu = 0
-        if isinstance(module, nn.TransformerEncoder) and adapted:
-            module.use_nested_tensor = False

@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from lora_ext.errors import AlreadyMergedError, NotMergedError
-from lora_ext.functional import lora_linear
+from lora_ext.functional import lora_linear, lora_update
+from lora_ext.nn.lora_layer import DEFAULT, LoraLayer
+from lora_ext.nn.settings import AdapterSettings
 
 
-class Linear(nn.Linear):
-    """`nn.Linear` plus a low-rank update: `y = x W^T + b + scaling * dropout(x) A^T B^T`.
+class Linear(LoraLayer, nn.Linear):
+    """`nn.Linear` plus low-rank updates: `y = x W^T + b + scaling * dropout(x) A^T B^T`.
 
     The terms are loralib's and PEFT's. `weight` [out_features, in_features] and `bias` are the
-    base's, `lora_A` [r, in_features] and `lora_B` [out_features, r] the adapter's; the constructor
-    freezes nothing (see `mark_only_lora_as_trainable`).
+    base's, `lora_A` [r, in_features] and `lora_B` [out_features, r] those of the adapter that the
+    constructor makes, "default"; `add_adapter` makes more. The constructor freezes nothing (see
+    `mark_only_lora_as_trainable`).
 
     Args:
         in_features, out_features: sizes of the last dimension of input and output.
-        r: rank; 0 is a plain linear layer.
-        lora_alpha: `scaling` is `lora_alpha / r`.
-        lora_dropout: probability that an input element is dropped before lora_A, in training.
+        r: rank; 0 is a plain linear layer, without an adapter.
+        lora_alpha, lora_dropout, use_rslora, lora_bias, init_lora_weights, autocast_adapter_dtype:
+            see `AdapterSettings`.
         fan_in_fan_out: `weight` is stored as [in_features, out_features] (GPT-2's Conv1D).
-        use_rslora: `scaling` is `lora_alpha / sqrt(r)` (arXiv:2312.03732).
+        merge_weights: eval() merges and train() unmerges, as loralib does.
         bias: whether the base has a bias.
-        lora_bias: whether lora_B has a bias (`lora_bias` [out_features], scaled like the product).
-        init_lora_weights: True: lora_A Kaiming-uniform, lora_B zero; "gaussian": lora_A normal with
-            deviation 1/r, lora_B zero; False: both Kaiming-uniform, for tests.
-        autocast_adapter_dtype: keep the adapter in float32 on a bfloat16 or float16 base.
 
     `merge()` writes the update into `weight` in place; `unmerge()` gives back the base weight bit
     for bit, whatever happened to the adapter between. For that a merged layer keeps a copy of its
@@ -42,12 +40,6 @@ class Linear(nn.Linear):
         ValueError: r, lora_alpha, lora_dropout or init_lora_weights out of range, by name.
     """
 
-    lora_A: nn.Parameter | None
-    lora_B: nn.Parameter | None
-    lora_bias: nn.Parameter | None
-    _base_weight: Tensor | None
-    _base_bias: Tensor | None
-
     def __init__(
         self,
         in_features: int,
@@ -56,6 +48,7 @@ class Linear(nn.Linear):
         lora_alpha: float = 1,
         lora_dropout: float = 0.0,
         fan_in_fan_out: bool = False,
+        merge_weights: bool = False,
         *,
         use_rslora: bool = False,
         bias: bool = True,
@@ -65,19 +58,22 @@ class Linear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        nn.Linear.__init__(self, in_features, out_features, bias=bias, device=device, dtype=dtype)
         if fan_in_fan_out:
             self.weight = nn.Parameter(self.weight.detach().t().contiguous())
-        self._set_adapter(
-            r,
-            lora_alpha,
-            lora_dropout,
-            fan_in_fan_out,
-            use_rslora=use_rslora,
-            lora_bias=lora_bias,
-            init_lora_weights=init_lora_weights,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-        )
+        self.fan_in_fan_out = fan_in_fan_out
+        self._init_adapters(nn.Linear, merge_weights)
+        if r != 0:
+            self.add_adapter(
+                DEFAULT,
+                r=r,
+                lora_alpha=lora_alpha,
+                lora_dropout=lora_dropout,
+                use_rslora=use_rslora,
+                lora_bias=lora_bias,
+                init_lora_weights=init_lora_weights,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+            )
 
     @classmethod
     def from_linear(
@@ -86,208 +82,164 @@ class Linear(nn.Linear):
         r: int = 8,
         lora_alpha: float = 8,
         lora_dropout: float = 0.0,
+        *,
+        adapter_name: str = DEFAULT,
         **options: Any,
     ) -> Self:
         """The same layer with an adapter; shares `weight` and `bias` with `linear`.
 
-        Keeps training mode, device, dtype and requires_grad. `options` are the constructor's
-        use_rslora, lora_bias, init_lora_weights and autocast_adapter_dtype.
+        Keeps training mode, hooks, device, dtype and requires_grad. `options` are further fields
+        of `AdapterSettings`. With r = 0 there is no adapter yet.
 
         Raises:
-            TypeError: linear is not exactly an nn.Linear.
-            ValueError: its weight or bias is computed (pruning, weight_norm), or see the class.
+            TypeError: linear is not an nn.Linear, or computes something else.
+            ValueError: its weight or bias is computed (pruning, weight_norm), its forward is
+                replaced on the instance, or a setting is out of range.
         """
-        if type(linear) is not nn.Linear:
-            raise TypeError(
-                f"Linear.from_linear: linear: got {type(linear).__qualname__}, expected exactly "
-                "torch.nn.Linear; a subclass may compute something else"
+        self = cls._adopt(linear, nn.Linear)
+        self.fan_in_fan_out = False
+        if r != 0:
+            self.add_adapter(
+                adapter_name, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, **options
             )
-        for name in ("weight", "bias"):
-            if name not in linear._parameters:
-                raise ValueError(
-                    f"Linear.from_linear: linear: computes its {name} (pruning, weight_norm), "
-                    "expected a plain parameter; make that permanent first"
-                )
-        self = cls.__new__(cls)
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
-        self._set_adapter(r, lora_alpha, lora_dropout, False, **options)
-        return self.train(linear.training)
+        return self
 
-    def _set_adapter(
-        self,
-        r: int,
-        lora_alpha: float,
-        lora_dropout: float,
-        fan_in_fan_out: bool,
+    @classmethod
+    def from_conv1d(
+        cls,
+        conv1d: nn.Module,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
         *,
-        use_rslora: bool = False,
-        lora_bias: bool = False,
-        init_lora_weights: bool | str = True,
-        autocast_adapter_dtype: bool = True,
-    ) -> None:
-        if not isinstance(r, int) or isinstance(r, bool) or r < 0:
-            raise ValueError(f"Linear: r: got {r!r}, expected an integer of at least 0")
-        if not math.isfinite(lora_alpha):
-            raise ValueError(f"Linear: lora_alpha: got {lora_alpha}, expected a finite number")
-        if not 0.0 <= lora_dropout <= 1.0:
-            raise ValueError(
-                f"Linear: lora_dropout: got {lora_dropout}, expected a probability from 0 to 1"
+        adapter_name: str = DEFAULT,
+        **options: Any,
+    ) -> Self:
+        """As `from_linear`, for a Conv1D of transformers (GPT-2): a linear layer whose weight is
+        stored as [in_features, out_features].
+
+        Raises:
+            TypeError: conv1d is not such a Conv1D.
+        """
+        if not is_transformers_conv1d(conv1d):
+            raise TypeError(
+                f"Linear.from_conv1d: conv1d: got {type(conv1d).__qualname__}, expected exactly "
+                "transformers.pytorch_utils.Conv1D"
             )
-        if not isinstance(init_lora_weights, bool) and init_lora_weights != "gaussian":
-            raise ValueError(
-                f"Linear: init_lora_weights: got {init_lora_weights!r}, "
-                "expected True, False or 'gaussian'"
+        self = cls._adopt(conv1d, type(conv1d))
+        self.in_features, self.out_features = self.weight.shape
+        self.fan_in_fan_out = True
+        if r != 0:
+            self.add_adapter(
+                adapter_name, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, **options
             )
-        self.r = r
-        self.lora_alpha = lora_alpha
-        self.lora_dropout = lora_dropout
-        self.use_rslora = use_rslora
-        self.fan_in_fan_out = fan_in_fan_out
-        self.init_lora_weights = init_lora_weights
-        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r) if r > 0 else 0.0
-        # The base's values while merged. Buffers, so that .to() and .cuda() take them along.
-        self.register_buffer("_base_weight", None, persistent=False)
-        self.register_buffer("_base_bias", None, persistent=False)
-        dtype = self.weight.dtype
-        if autocast_adapter_dtype and dtype in (torch.bfloat16, torch.float16):
-            dtype = torch.float32
+        return self
 
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, device=self.weight.device, dtype=dtype))
-
-        self.lora_A = parameter(r, self.in_features) if r > 0 else None
-        self.lora_B = parameter(self.out_features, r) if r > 0 else None
-        self.lora_bias = parameter(self.out_features) if r > 0 and lora_bias else None
-        self.reset_lora_parameters()
-
-    def reset_lora_parameters(self) -> None:
-        """Initialises the adapter again, as `init_lora_weights` says."""
-        if self.lora_A is None or self.lora_B is None:
-            return
-        if self.init_lora_weights == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / self.r)
-        else:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        if self.init_lora_weights is False:
-            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
-        else:
-            nn.init.zeros_(self.lora_B)
-        if self.lora_bias is not None:
-            nn.init.zeros_(self.lora_bias)
+    def get_base_layer(self) -> nn.Module:
+        base = super().get_base_layer()
+        if self.fan_in_fan_out and self._base_class is nn.Linear:
+            base.weight = nn.Parameter(
+                self.weight.detach().t().contiguous(), requires_grad=self.weight.requires_grad
+            )
+        return base
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] → [..., out_features]."""
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
-        if self.lora_A is None or self.lora_B is None or self._base_weight is not None:
+        if not self._running:
             return nn.functional.linear(x, weight, self.bias)
-        return lora_linear(
+        first, *others = self._low_rank()
+        y = lora_linear(
             x,
             weight,
             self.bias,
-            self.lora_A,
-            self.lora_B,
-            self.lora_bias,
-            scaling=self.scaling,
-            dropout_p=self.lora_dropout if self.training else 0.0,
+            first.lora_A,
+            first.lora_B,
+            first.lora_bias,
+            scaling=first.scaling,
+            dropout_p=first.dropout_p,
         )
+        for other in others:  # another dropout probability
+            y = y + lora_update(x, *other)
+        return y
+
+    def part_shapes(self, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {
+            "lora_A": (settings.r, self.in_features),
+            "lora_B": (self.out_features, settings.r),
+        }
+        if settings.lora_bias:
+            shapes["lora_bias"] = (self.out_features,)
+        return shapes
+
+    def _merged_parameters(self, names: Sequence[str]) -> dict[str, nn.Parameter]:
+        parameters = {"weight": self.weight}
+        if any(self.adapters[name].lora_bias for name in names):
+            if self.bias is None:
+                raise ValueError(
+                    "Linear.merge: lora_bias cannot be merged into a base without bias; "
+                    "construct the base with bias=True"
+                )
+            parameters["bias"] = self.bias
+        return parameters
+
+    def _write_merged(self, names: Sequence[str]) -> None:
+        stack = self._stack(names)
+        if stack.lora_bias is not None:
+            compute = torch.promote_types(self.bias.dtype, torch.float32)
+            merged = self.bias.to(compute) + stack.lora_bias.to(compute) * stack.scaling
+            merged = merged.to(self.bias.dtype)
+            if not torch.isfinite(merged).all():
+                raise ValueError(
+                    "Linear.merge: the merged bias would hold NaN or Inf; nothing changed"
+                )
+        weight = self.weight.t() if self.fan_in_fan_out else self.weight
+        torch.ops.lora_ext.merge_(weight, stack.lora_A, stack.lora_B, stack.scaling)
+        if stack.lora_bias is not None:
+            self.bias.copy_(merged)
+
+    # The settings of the adapter that the constructor made, in loralib's names
 
     @property
-    def merged(self) -> bool:
-        """Whether the adapter is in `weight`."""
-        return self._base_weight is not None
+    def _default(self) -> AdapterSettings | None:
+        return self.adapters.get(DEFAULT)
 
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Adds `scaling * lora_B @ lora_A` to `weight` in place (and the scaled `lora_bias` to
-        `bias`), in float32 with one rounding; float64 for float64.
+    @property
+    def r(self) -> int:
+        """Rank of the adapter "default"; 0 without one."""
+        return self._default.r if self._default else 0
 
-        Raises:
-            AlreadyMergedError: it is merged.
-            ValueError: a merged value would be NaN or infinite, or there is a lora_bias but no
-                bias. Nothing is changed then.
-        """
-        if self.merged:
-            raise AlreadyMergedError("Linear.merge: already merged; call unmerge() first")
-        if self.lora_A is None or self.lora_B is None:
-            raise ValueError("Linear.merge: there is no adapter (r = 0), expected r of at least 1")
-        bias = self._merged_bias()
-        weight = self.weight.t() if self.fan_in_fan_out else self.weight
-        base_weight = self.weight.detach().clone()
-        torch.ops.lora_ext.merge_(weight, self.lora_A, self.lora_B, self.scaling)
-        self._base_weight = base_weight
-        if bias is not None and self.bias is not None:
-            self._base_bias = self.bias.detach().clone()
-            self.bias.copy_(bias)
+    @property
+    def lora_alpha(self) -> float:
+        """Of the adapter "default"."""
+        return self._default.lora_alpha if self._default else 1
 
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Gives `weight` and `bias` back the bits they had before `merge()`.
+    @property
+    def lora_dropout(self) -> float:
+        """Of the adapter "default"."""
+        return self._default.lora_dropout if self._default else 0.0
 
-        Raises:
-            NotMergedError: it is not merged.
-        """
-        if self._base_weight is None:
-            raise NotMergedError("Linear.unmerge: not merged; call merge() first")
-        self.weight.copy_(self._base_weight)
-        self._base_weight = None
-        if self._base_bias is not None and self.bias is not None:
-            self.bias.copy_(self._base_bias)
-            self._base_bias = None
-
-    def _merged_bias(self) -> Tensor | None:
-        if self.lora_bias is None:
-            return None
-        if self.bias is None:
-            raise ValueError(
-                "Linear.merge: lora_bias cannot be merged into a base without bias; "
-                "construct the base with bias=True"
-            )
-        compute = torch.promote_types(self.bias.dtype, torch.float32)
-        merged = self.bias.to(compute) + self.lora_bias.to(compute) * self.scaling
-        merged = merged.to(self.bias.dtype)
-        if not torch.isfinite(merged).all():
-            raise ValueError("Linear.merge: the merged bias would hold NaN or Inf; nothing changed")
-        return merged
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._base_weight is not None:
-            destination[f"{prefix}weight"] = self._base_weight
-        if self._base_bias is not None:
-            destination[f"{prefix}bias"] = self._base_bias
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """A merged layer stays merged, with what was loaded."""
-        merged = self.merged
-        if merged:
-            self.unmerge()
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if merged:
-            try:
-                self.merge()
-            except ValueError as error:
-                error_msgs.append(f"{prefix}merge after loading, now unmerged: {error}")
+    @property
+    def scaling(self) -> float:
+        """What multiplies the product of the adapter "default" now; see `set_scale`."""
+        return self._scaling.get(DEFAULT, 0.0)
 
     def extra_repr(self) -> str:
-        text = f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}"
-        if self.lora_dropout > 0.0:
-            text += f", lora_dropout={self.lora_dropout}"
-        for flag in ("use_rslora", "fan_in_fan_out", "merged"):
+        text = super().extra_repr()
+        for name, settings in self.adapters.items():
+            text += f", {'' if name == DEFAULT else name + ': '}r={settings.r}"
+            text += f", lora_alpha={settings.lora_alpha}"
+            if settings.lora_dropout > 0.0:
+                text += f", lora_dropout={settings.lora_dropout}"
+            if settings.use_rslora:
+                text += ", use_rslora=True"
+        for flag in ("fan_in_fan_out", "merged"):
             if getattr(self, flag):
                 text += f", {flag}=True"
         return text
+
+
+def is_transformers_conv1d(module: nn.Module) -> bool:
+    """Whether module is exactly transformers' Conv1D, without importing transformers."""
+    kind = type(module)
+    return kind.__module__ == "transformers.pytorch_utils" and kind.__qualname__ == "Conv1D"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lora_ext.nn import Linear
+from lora_ext.nn import LoraLayer
 
 _BIAS = ("none", "all", "lora_only")
 
@@ -16,11 +16,11 @@ def _adapter_names(model: nn.Module, bias: str, operation: str) -> set[str]:
     names: set[str] = set()
     for module_name, module in model.named_modules(remove_duplicate=False):
         prefix = f"{module_name}." if module_name else ""
-        if isinstance(module, Linear):
-            names |= {prefix + name for name in ("lora_A", "lora_B", "lora_bias")}
-        if "bias" in module._parameters and (
-            bias == "all" or (bias == "lora_only" and isinstance(module, Linear))
-        ):
+        adapted = isinstance(module, LoraLayer)
+        if isinstance(module, LoraLayer):
+            for adapter in module.adapters:
+                names |= {prefix + name for name in module.adapter_parameters(adapter)}
+        if "bias" in module._parameters and (bias == "all" or (bias == "lora_only" and adapted)):
             names.add(f"{prefix}bias")
     return names
 
@@ -52,9 +52,14 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name in names}
 
 
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters of a model, each counted once."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trainable, sum(p.numel() for p in model.parameters())
+
+
 def print_trainable_parameters(model: nn.Module) -> None:
     """Prints the number of trainable parameters, of all parameters, and the share in percent."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable, total = count_parameters(model)
     share = 100 * trainable / total if total else 0.0
     print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")

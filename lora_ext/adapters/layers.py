@@ -1,0 +1,49 @@
+"""Which modules can be adapted, and by which layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from lora_ext.nn import Linear, LoraLayer
+from lora_ext.nn.linear import is_transformers_conv1d
+
+# A layer takes the place of a module of this class, and of a subclass that keeps its forward.
+_FACTORIES: dict[type[nn.Module], Callable[..., LoraLayer]] = {nn.Linear: Linear.from_linear}
+
+
+def _factory(module: nn.Module) -> Callable[..., LoraLayer] | None:
+    if is_transformers_conv1d(module):
+        return Linear.from_conv1d
+    for kind, factory in _FACTORIES.items():
+        if isinstance(module, kind) and type(module).forward is kind.forward:
+            return factory
+    return None
+
+
+def can_be_adapted(module: nn.Module) -> bool:
+    """Whether the module has adapters, or can have them."""
+    return isinstance(module, LoraLayer) or _factory(module) is not None
+
+
+def adaptable(name: str, module: nn.Module) -> LoraLayer:
+    """The layer, still without adapters, that stands in the place of `module` and shares its
+    parameters; `module` itself if it is one. `name` is for messages.
+
+    Raises:
+        TypeError: no layer extends this class.
+        ValueError: see the layers.
+    """
+    if isinstance(module, LoraLayer):
+        return module
+    factory = _factory(module)
+    if factory is None:
+        kind = type(module)
+        kinds = ", ".join(kind.__qualname__ for kind in _FACTORIES)
+        raise TypeError(
+            f"target_modules: '{name}' is a {kind.__module__}.{kind.__qualname__}, expected one of "
+            f"{kinds} or transformers' Conv1D; name other modules, or exclude this one with "
+            "exclude_modules"
+        )
+    return factory(module, r=0)

@@ -1,0 +1,504 @@
+"""What all layers with adapters do alike: hold several adapters, choose those that run, merge."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from lora_ext.errors import AlreadyMergedError, NotMergedError
+from lora_ext.nn.settings import AdapterSettings
+
+DEFAULT = "default"
+
+
+def part_name(part: str, adapter_name: str) -> str:
+    """The attribute that holds a part of an adapter: "lora_A" of "default" is `lora_A`, as in
+    loralib; of "french" it is `lora_A_french`."""
+    return part if adapter_name == DEFAULT else f"{part}_{adapter_name}"
+
+
+class LowRank(NamedTuple):
+    """Adapters that one fused call runs, stacked along the rank."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    lora_bias: Tensor | None
+    scaling: float
+    dropout_p: float
+
+
+class LoraLayer(nn.Module):
+    """A layer of PyTorch that holds any number of named adapters beside its own parameters.
+
+    A kind of layer derives from this and from the PyTorch class that it extends, and says how large
+    the parts of an adapter are, how to run adapters, and how to merge them.
+    """
+
+    # Shared by every kind of layer; the settings hold the rest.
+    PARTS: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_bias")
+    # The parts' names in PEFT's checkpoints, below the layer's name.
+    PEFT_NAMES: ClassVar[dict[str, str]] = {
+        "lora_A": "lora_A.weight",
+        "lora_B": "lora_B.weight",
+        "lora_bias": "lora_B.bias",
+    }
+    # Where the rank stands in lora_A and in lora_B.
+    RANK_DIMS: ClassVar[tuple[int, int]] = (0, 1)
+    # What `_adopt` and the constructors add to the base's attributes.
+    _STATE: ClassVar[frozenset[str]] = frozenset(
+        "adapters active_adapters merged_adapters merge_weights "
+        "_base_class _scaling _enabled _running".split()
+    )
+
+    adapters: dict[str, AdapterSettings]
+    active_adapters: tuple[str, ...]
+    merged_adapters: tuple[str, ...]
+    merge_weights: bool
+    lora_A: nn.Parameter | None
+    lora_B: nn.Parameter | None
+    lora_bias: nn.Parameter | None
+
+    # What a kind of layer says of itself
+
+    def part_shapes(self, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
+        """The shape of each part that an adapter with these settings has."""
+        raise NotImplementedError
+
+    def merged_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of the base that merging the present adapters would change."""
+        return self._merged_parameters(tuple(self.adapters))
+
+    def _merged_parameters(self, names: Sequence[str]) -> dict[str, nn.Parameter]:
+        """The parameters that merging these adapters changes, by attribute name."""
+        raise NotImplementedError
+
+    def _write_merged(self, names: Sequence[str]) -> None:
+        """Adds these adapters to the base's parameters, in place; ValueError for NaN or Inf."""
+        raise NotImplementedError
+
+    # Construction
+
+    def _init_adapters(self, base_class: type[nn.Module], merge_weights: bool = False) -> None:
+        self.adapters = {}
+        self.active_adapters = self.merged_adapters = ()
+        self.merge_weights = merge_weights
+        self._base_class = base_class
+        self._scaling: dict[str, float] = {}
+        self._enabled = True
+        self._running: tuple[str, ...] = ()
+        for part in self.PARTS:
+            self.register_parameter(part, None)
+
+    @classmethod
+    def _adopt(cls, base: nn.Module, kind: type[nn.Module]) -> Self:
+        """A layer of this class with all that `base` is: its parameters, attributes, hooks and
+        mode, shared with it.
+
+        Raises:
+            TypeError: base does not compute what a `kind` does.
+            ValueError: base computes a parameter (pruning, weight_norm), or its forward is replaced
+                on the instance.
+        """
+        where = f"{cls.__name__}: base"
+        if not isinstance(base, kind) or type(base).forward is not kind.forward:
+            raise TypeError(
+                f"{where}: got {type(base).__qualname__}, expected a {kind.__module__}."
+                f"{kind.__qualname__} that keeps its forward"
+            )
+        if isinstance(base, NonDynamicallyQuantizableLinear):
+            raise TypeError(
+                f"{where}: MultiheadAttention reads the weight of its out_proj without calling it, "
+                "so an adapter there would do nothing; adapt the MultiheadAttention itself"
+            )
+        for name in ("weight", "bias"):
+            if hasattr(base, name) and name not in base._parameters:
+                raise ValueError(
+                    f"{where}: computes its {name} (pruning, weight_norm), expected a plain "
+                    "parameter; make that permanent first"
+                )
+        if "forward" in base.__dict__:
+            raise ValueError(
+                f"{where}: its forward is replaced on the instance (as accelerate's hooks do), "
+                "expected the class's own; take the hook off first and put it on again after"
+            )
+        self: Self = cls.__new__(cls)
+        self.__dict__.update(base.__dict__)
+        for registry in ("_parameters", "_buffers", "_modules"):  # what is added is not the base's
+            self.__dict__[registry] = dict(base.__dict__[registry])
+        self._init_adapters(type(base))
+        return self
+
+    def get_base_layer(self) -> nn.Module:
+        """A layer of the class that this one extends, without adapters, sharing its parameters:
+        with what is merged, if anything is."""
+        base = self._base_class.__new__(self._base_class)
+        base.__dict__.update({k: v for k, v in self.__dict__.items() if k not in self._STATE})
+        lora = {part_name(part, name) for part in self.PARTS for name in (DEFAULT, *self.adapters)}
+        for registry, drop in (("_parameters", lora), ("_buffers", set(self._base_copies()))):
+            kept = {k: v for k, v in self.__dict__[registry].items() if k not in drop}
+            base.__dict__[registry] = kept
+        return base
+
+    # Adapters
+
+    def add_adapter(self, adapter_name: str, **settings: Any) -> None:
+        """Adds an adapter; the first one becomes active.
+
+        Args:
+            settings: those of `AdapterSettings`.
+
+        Raises:
+            ValueError: the name is taken or cannot be one, or a setting is out of range.
+        """
+        check_adapter_name(adapter_name, self.adapters, type(self).__name__)
+        chosen = AdapterSettings(**settings)
+        base = next(iter(self._merged_parameters(()).values()))
+        dtype = base.dtype
+        if chosen.autocast_adapter_dtype and dtype in (torch.bfloat16, torch.float16):
+            dtype = torch.float32
+        for part, shape in self.part_shapes(chosen).items():
+            tensor = torch.empty(shape, device=base.device, dtype=dtype)
+            self.register_parameter(part_name(part, adapter_name), nn.Parameter(tensor))
+        self.adapters[adapter_name] = chosen
+        self._scaling[adapter_name] = chosen.scaling
+        self.reset_lora_parameters(adapter_name)
+        if len(self.adapters) == 1:
+            self.active_adapters = (adapter_name,)
+        elif adapter_name not in self.active_adapters:
+            for parameter in self.adapter_parameters(adapter_name).values():
+                parameter.requires_grad_(False)
+        self._choose_running()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forgets an adapter; if it is active, the others that are stay so.
+
+        Raises:
+            ValueError: there is none of that name, or it is merged.
+        """
+        self._check_names([adapter_name])
+        if adapter_name in self.merged_adapters:
+            raise ValueError(
+                f"{type(self).__name__}.delete_adapter: adapter_name: '{adapter_name}' is merged; "
+                "call unmerge() first"
+            )
+        self.active_adapters = tuple(n for n in self.active_adapters if n != adapter_name)
+        for name in self.adapter_parameters(adapter_name):
+            del self._parameters[name]
+        if adapter_name == DEFAULT:
+            for part in self.PARTS:
+                self._parameters[part] = None
+        del self.adapters[adapter_name], self._scaling[adapter_name]
+        self._choose_running()
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Gives an adapter another name; the parameters themselves stay."""
+        self._check_names([old])
+        check_adapter_name(new, self.adapters, type(self).__name__)
+        for part in self.PARTS:
+            parameter = self._parameters.get(part_name(part, old))
+            if parameter is not None:
+                self._parameters[part_name(part, new)] = parameter
+                del self._parameters[part_name(part, old)]
+            if old == DEFAULT:
+                self._parameters[part] = None
+        for registry in (self.adapters, self._scaling):
+            renamed = {new if name == old else name: value for name, value in registry.items()}
+            registry.clear()
+            registry.update(renamed)  # type: ignore[arg-type]
+        self.active_adapters = tuple(new if n == old else n for n in self.active_adapters)
+        self.merged_adapters = tuple(new if n == old else n for n in self.merged_adapters)
+        self._choose_running()
+
+    def set_adapter(self, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
+        """Makes exactly these adapters active, and trainable unless `inference_mode`; all others
+        are frozen. Several active adapters add up. Unmerges what is merged."""
+        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        self._check_names(names)
+        if self.merged:
+            self.unmerge()
+        self.active_adapters = tuple(dict.fromkeys(names))
+        for name in self.adapters:
+            for parameter in self.adapter_parameters(name).values():
+                parameter.requires_grad_(name in names and not inference_mode)
+        self._choose_running()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Whether the active adapters run; disabling also unmerges, so that the base is exact."""
+        if not enabled and self.merged:
+            self.unmerge()
+        self._enabled = enabled
+        self._choose_running()
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the adapters are switched off."""
+        return not self._enabled
+
+    def adapter_parameters(self, adapter_name: str) -> dict[str, nn.Parameter]:
+        """The parameters of one adapter, by attribute name."""
+        names = [part_name(part, adapter_name) for part in self.PARTS]
+        parameters = {name: self._parameters.get(name) for name in names}
+        return {name: value for name, value in parameters.items() if value is not None}
+
+    def peft_parameters(self, adapter_name: str) -> dict[str, nn.Parameter]:
+        """The parameters of one adapter, by their names in PEFT's checkpoints."""
+        parameters = {
+            key: self._parameters.get(part_name(part, adapter_name))
+            for part, key in self.PEFT_NAMES.items()
+        }
+        return {key: value for key, value in parameters.items() if value is not None}
+
+    def peft_shapes(self, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
+        """Their shapes for an adapter that is not there yet."""
+        shapes = self.part_shapes(settings)
+        return {key: shapes[part] for part, key in self.PEFT_NAMES.items() if part in shapes}
+
+    def reset_lora_parameters(self, adapter_name: str = DEFAULT) -> None:
+        """Initialises an adapter again, as its `init_lora_weights` says."""
+        if adapter_name not in self.adapters:
+            return
+        settings = self.adapters[adapter_name]
+        parts = {part: self._parameters.get(part_name(part, adapter_name)) for part in self.PARTS}
+        lora_A, lora_B, lora_bias = (parts[part] for part in ("lora_A", "lora_B", "lora_bias"))
+        assert lora_A is not None and lora_B is not None
+        if settings.init_lora_weights == "gaussian":
+            nn.init.normal_(lora_A, std=1 / settings.r)
+        else:
+            nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+        if settings.init_lora_weights is False:
+            nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
+        else:
+            nn.init.zeros_(lora_B)
+        if lora_bias is not None:
+            nn.init.zeros_(lora_bias)
+
+    # Scales
+
+    def get_scale(self, adapter_name: str = DEFAULT) -> float:
+        """What multiplies the adapter's product now."""
+        self._check_names([adapter_name])
+        return self._scaling[adapter_name]
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Makes an adapter's scaling `scale` times that of its settings; 0 switches it off.
+
+        Raises:
+            ValueError: not a finite number, no such adapter, or it is merged.
+        """
+        self._check_names([adapter_name])
+        self._set_scaling({adapter_name: scale * self.adapters[adapter_name].scaling})
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiplies the scaling of the active adapters."""
+        self._set_scaling({n: scale * self._scaling[n] for n in self.active_adapters})
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divides the scaling of the active adapters; without `scale`, makes it that of their
+        settings."""
+        if scale == 0:
+            raise ValueError(
+                f"{type(self).__name__}.unscale_layer: scale: got 0, expected another number; "
+                "use unscale_layer() to get back the scaling of the settings"
+            )
+        self._set_scaling(
+            {
+                n: self.adapters[n].scaling if scale is None else self._scaling[n] / scale
+                for n in self.active_adapters
+            }
+        )
+
+    def _set_scaling(self, scaling: dict[str, float]) -> None:
+        for name, value in scaling.items():
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"{type(self).__name__}: scale: the scaling of '{name}' would be {value}, "
+                    "expected a finite number"
+                )
+            if name in self.merged_adapters:
+                raise ValueError(
+                    f"{type(self).__name__}: scale: '{name}' is merged; call unmerge() first"
+                )
+        self._scaling.update(scaling)
+        self._choose_running()
+
+    # What a forward runs
+
+    def _choose_running(self) -> None:
+        runs = self._enabled and not self.merged_adapters
+        self._running = tuple(n for n in self.active_adapters if runs and self._scaling[n] != 0.0)
+
+    def _part(self, part: str, name: str) -> Any:
+        return getattr(self, part_name(part, name), None)
+
+    def _low_rank(self) -> list[LowRank]:
+        """The adapters that run now, stacked where they share a dropout probability."""
+        groups: dict[float, list[str]] = {}
+        for name in self._running:
+            dropout_p = self.adapters[name].lora_dropout if self.training else 0.0
+            groups.setdefault(dropout_p, []).append(name)
+        return [self._stack(names, dropout_p) for dropout_p, names in groups.items()]
+
+    def _stack(self, names: Sequence[str], dropout_p: float = 0.0) -> LowRank:
+        """Adapters as one of the sum of their ranks: their dropout, if any, is then the same."""
+        if len(names) == 1:
+            A, B, bias = (self._part(part, names[0]) for part in ("lora_A", "lora_B", "lora_bias"))
+            return LowRank(A, B, bias, self._scaling[names[0]], dropout_p)
+        # The scalings go into lora_B, and with it into float32: there they cost no accuracy.
+        A_parts: list[Tensor] = [self._part("lora_A", name) for name in names]
+        compute = torch.promote_types(A_parts[0].dtype, torch.float32)
+        B_parts = [self._part("lora_B", n).to(compute) * self._scaling[n] for n in names]
+        biases = [
+            self._part("lora_bias", n).to(compute) * self._scaling[n]
+            for n in names
+            if self._part("lora_bias", n) is not None
+        ]
+        return LowRank(
+            torch.cat([A.to(compute) for A in A_parts], self.RANK_DIMS[0]),
+            torch.cat(B_parts, self.RANK_DIMS[1]),
+            torch.stack(biases).sum(0) if biases else None,
+            1.0,
+            dropout_p,
+        )
+
+    # Merging
+
+    @property
+    def merged(self) -> bool:
+        """Whether adapters are in the base's parameters."""
+        return bool(self.merged_adapters)
+
+    @torch.no_grad()
+    def merge(self, adapter_names: Iterable[str] | None = None) -> None:
+        """Adds adapters (the active ones, if None) to the base's parameters in place: in float32
+        with one rounding, in float64 for float64. A copy of those parameters is kept until
+        `unmerge()`. Adapters that are merged already are merged again with the new ones, from the
+        base's own values.
+
+        Raises:
+            AlreadyMergedError: all of them are merged.
+            ValueError: no such adapter, or a merged value would be NaN or infinite. Nothing is
+                changed then.
+        """
+        where = f"{type(self).__name__}.merge"
+        if adapter_names is not None and isinstance(adapter_names, str):
+            adapter_names = [adapter_names]
+        names = self.active_adapters if adapter_names is None else tuple(adapter_names)
+        self._check_names(names)
+        if self.merged and set(names) <= set(self.merged_adapters):
+            raise AlreadyMergedError(f"{where}: already merged; call unmerge() first")
+        if not names:
+            raise ValueError(f"{where}: there is no active adapter, expected at least one")
+        before = self.merged_adapters
+        together = tuple(dict.fromkeys((*before, *names)))
+        parameters = self._merged_parameters(together)
+        now = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        base = {**now, **self._base_copies(strip=True)}
+        try:
+            for name, parameter in parameters.items():
+                if before:
+                    parameter.copy_(base[name])
+            self._write_merged(together)
+        except ValueError:
+            for name, parameter in parameters.items():
+                parameter.copy_(now[name])
+            raise
+        for name, tensor in base.items():
+            self.register_buffer(_base_name(name), tensor, persistent=False)
+        self.merged_adapters = together
+        self._choose_running()
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Gives the base's parameters the bits they had before `merge()`.
+
+        Raises:
+            NotMergedError: nothing is merged.
+        """
+        if not self.merged:
+            raise NotMergedError(f"{type(self).__name__}.unmerge: not merged; call merge() first")
+        parameters = self._merged_parameters(self.merged_adapters)
+        for name, base in self._base_copies(strip=True).items():
+            parameters[name].copy_(base)
+            del self._buffers[_base_name(name)]
+        self.merged_adapters = ()
+        self._choose_running()
+
+    def _base_copies(self, strip: bool = False) -> dict[str, Tensor]:
+        """The base's values while merged, by buffer name, or by the parameter's."""
+        prefix = _base_name("")
+        return {
+            name.removeprefix(prefix) if strip else name: buffer
+            for name, buffer in self._buffers.items()
+            if name.startswith(prefix) and buffer is not None
+        }
+
+    def train(self, mode: bool = True) -> Self:
+        """With `merge_weights`, as in loralib: eval() merges, train() unmerges."""
+        super().train(mode)
+        if self.merge_weights and self.active_adapters and self.merged == mode:
+            self.unmerge() if mode else self.merge()
+        return self
+
+    # Saving and loading: always the base's own values
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, base in self._base_copies(strip=True).items():
+            destination[prefix + name] = base
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """A merged layer stays merged, with what was loaded."""
+        merged = self.merged_adapters
+        if merged:
+            self.unmerge()
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if merged:
+            try:
+                self.merge(merged)
+            except ValueError as error:
+                error_msgs.append(f"{prefix}merge after loading, now unmerged: {error}")
+
+    # Checks
+
+    def _check_names(self, names: Iterable[str]) -> None:
+        unknown = [name for name in names if name not in self.adapters]
+        if unknown:
+            raise ValueError(
+                f"{type(self).__name__}: adapter_name: got {unknown[0]!r}, "
+                f"expected one of {list(self.adapters)}"
+            )
+
+
+def check_adapter_name(adapter_name: str, taken: Container[str], where: str) -> None:
+    """ValueError unless this can name a new adapter beside those that are there."""
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+        raise ValueError(
+            f"{where}: adapter_name: got {adapter_name!r}, expected a non-empty name without dots"
+        )
+    if adapter_name in taken:
+        raise ValueError(
+            f"{where}: adapter_name: there is an adapter '{adapter_name}' already; "
+            "choose another name or delete it first"
+        )
+
+
+def _base_name(parameter_name: str) -> str:
+    return f"_base_{parameter_name}"

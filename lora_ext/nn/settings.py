@@ -1,0 +1,58 @@
+"""The settings of one adapter of a layer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+_INITS = ("gaussian",)
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """How an adapter is shaped, scaled, trained and initialised; names and defaults are PEFT's.
+
+    Args:
+        r: rank, at least 1.
+        lora_alpha: `scaling` is `lora_alpha / r`.
+        lora_dropout: probability that an input element is dropped before lora_A, in training.
+        use_rslora: `scaling` is `lora_alpha / sqrt(r)` (arXiv:2312.03732).
+        lora_bias: whether lora_B has a bias, scaled like the product.
+        init_lora_weights: True: lora_A Kaiming-uniform, lora_B zero; "gaussian": lora_A normal with
+            deviation 1/r, lora_B zero; False: both Kaiming-uniform, for tests.
+        autocast_adapter_dtype: keep the adapter in float32 on a bfloat16 or float16 base.
+
+    Raises:
+        ValueError: a value out of range, by name.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    lora_bias: bool = False
+    init_lora_weights: bool | str = True
+    autocast_adapter_dtype: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
+            raise ValueError(f"adapter: r: got {self.r!r}, expected an integer of at least 1")
+        if not math.isfinite(self.lora_alpha):
+            raise ValueError(
+                f"adapter: lora_alpha: got {self.lora_alpha}, expected a finite number"
+            )
+        if not 0.0 <= self.lora_dropout <= 1.0:
+            raise ValueError(
+                f"adapter: lora_dropout: got {self.lora_dropout}, "
+                "expected a probability from 0 to 1"
+            )
+        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights not in _INITS:
+            raise ValueError(
+                f"adapter: init_lora_weights: got {self.init_lora_weights!r}, "
+                "expected True, False or 'gaussian'"
+            )
+
+    @property
+    def scaling(self) -> float:
+        """Of the low-rank product."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
