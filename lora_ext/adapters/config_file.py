@@ -12,12 +12,12 @@ from typing import Any, NoReturn
 CONFIG_NAME = "adapter_config.json"
 
 # A config with all module names of a large model has some 100 KiB.
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 19
 MAX_DEPTH = 32
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The object in the file: strict JSON in UTF-8, of at most 1 MiB and 32 levels.
+    """The object in the file: strict JSON in UTF-8, of at most 512 KiB and 32 levels.
 
     Raises:
         FileNotFoundError: there is no such regular file.
