@@ -3,6 +3,7 @@
 from lora_ext import nn, reference
 from lora_ext._extension import __version__, build_info
 from lora_ext.adapters import (
+    LoraConfig,
     explain,
     lora_state_dict,
     mark_only_lora_as_trainable,
@@ -12,6 +13,7 @@ from lora_ext.adapters import (
 from lora_ext.functional import draw_rng_state, dropout_mask, lora_linear
 
 __all__ = [
+    "LoraConfig",
     "__version__",
     "build_info",
     "draw_rng_state",

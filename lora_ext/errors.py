@@ -7,3 +7,7 @@ class AlreadyMergedError(RuntimeError):
 
 class NotMergedError(RuntimeError):
     """unmerge() on a module whose adapter is not in its weight."""
+
+
+class NotBuiltError(NotImplementedError):
+    """A request for something that is known but not built: refused by name, never ignored."""

@@ -1,5 +1,6 @@
 """Working on whole models: putting adapters in, training, saving and inspecting them."""
 
+from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.explain import explain
 from lora_ext.adapters.injection import replace_linear
 from lora_ext.adapters.trainable import (
@@ -9,6 +10,7 @@ from lora_ext.adapters.trainable import (
 )
 
 __all__ = [
+    "LoraConfig",
     "explain",
     "lora_state_dict",
     "mark_only_lora_as_trainable",

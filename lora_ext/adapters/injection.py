@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
+from lora_ext.adapters.config_checks import ALL_LINEAR
 from lora_ext.adapters.swap import swap_modules
+from lora_ext.adapters.targets import matches, near_misses
 from lora_ext.nn import Linear
-
-ALL_LINEAR = "all-linear"
-
-
-def matches(name: str, modules: str | Iterable[str] | None) -> bool:
-    """Whether a module's dotted name is meant, as in PEFT: a string is a regular expression for the
-    whole name, a list holds names or their last parts."""
-    if modules is None:
-        return False
-    if isinstance(modules, str):
-        return re.fullmatch(modules, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in modules)
 
 
 def replace_linear(
@@ -115,8 +103,6 @@ def _choose(
 
 def _no_match(modules: dict[str, nn.Module], target_modules: str | list[str]) -> str:
     linears = [name for name, module in modules.items() if type(module) is nn.Linear]
-    ends = sorted({name.rpartition(".")[2] for name in linears})
     wanted = [target_modules] if isinstance(target_modules, str) else target_modules
-    near = sorted({hit for want in wanted for hit in difflib.get_close_matches(want, ends)})
-    hint = f"did you mean {near}?" if near else f"its nn.Linear modules end in {ends[:20]}"
+    hint = near_misses(wanted, linears)
     return f"replace_linear: target_modules: {target_modules!r} matches no module; {hint}"

@@ -1,0 +1,41 @@
+"""What PEFT adapts when target_modules is None, by the model_type of transformers."""
+
+from __future__ import annotations
+
+_BY_NAMES = {
+    ("q_proj", "v_proj"): "bart gemma gemma2 gemma3_text gpt_neo gptj llama llama4 mistral mixtral "
+    "opt qwen2 qwen3 stablelm",
+    ("query", "value"): "bert electra layoutlm roberta xlm-roberta",
+    ("query_key_value",): "RefinedWeb RefinedWebModel bloom chatglm falcon gpt_neox",
+    ("q", "v"): "mt5 t5",
+    ("c_attn",): "gpt2 gpt_bigcode",
+    ("q", "v", "q_proj", "v_proj"): "blip-2",
+    ("query_proj", "value_proj"): "deberta-v2",
+    ("in_proj",): "deberta",
+    ("Wqkv",): "mpt",
+    ("c_proj", "c_attn"): "btlm",
+    ("qkv_proj",): "codegen",
+    ("q_proj", "v_proj", "fc1", "fc2"): "phi",
+    ("q_proj", "k_proj", "v_proj", "o_proj"): "nemotron_h",
+    ("key", "value", "receptance", "output"): "rwkv",
+    ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"): "rwkv7",
+}
+
+# A tuple holds last parts of names; a string is a regular expression for the whole name.
+DEFAULT_TARGETS: dict[str, tuple[str, ...] | str] = {
+    architecture: names
+    for names, architectures in _BY_NAMES.items()
+    for architecture in architectures.split()
+}
+DEFAULT_TARGETS["gemma4"] = r".*language_model\..*\.(q_proj|v_proj)"
+
+# Their fused kernels read these modules' weights without calling them: an adapter would do nothing.
+MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+NOT_CALLED_IN_MAMBA = ("conv1d", "out_proj")
+
+# The heads that a task adds to modules_to_save.
+TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}

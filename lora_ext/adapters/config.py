@@ -1,0 +1,226 @@
+"""LoraConfig: how a model is adapted. PEFT's fields, defaults and file."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple, Self, TypeVar
+
+from lora_ext.adapters.config_checks import NOT_BUILT, check_fields, is_off
+from lora_ext.adapters.config_file import CONFIG_NAME, read_config, to_text, write_config
+from lora_ext.adapters.patterns import compiled
+
+Number = TypeVar("Number", int, float)
+Names = str | list[str] | set[str] | None
+
+# Not PEFT's, or not for the file.
+_UNSAVED = ("runtime_config", "unknown_fields", "absent_fields")
+
+
+class LayerSettings(NamedTuple):
+    """Rank and alpha of one layer."""
+
+    r: int
+    lora_alpha: float
+
+
+@dataclass
+class LoraConfig:
+    """What to adapt and how, with the names, defaults and meanings of PEFT's LoraConfig.
+
+    Everything is checked when the object is made, and again by `validate()` after changes. A field
+    that asks for something that is not built is refused with its name; values that mean "off" pass.
+
+    Args:
+        task_type: a PEFT task ("CAUSAL_LM", ...) or None; decides which heads count as saved.
+        peft_type: "LORA".
+        auto_mapping, peft_version, base_model_name_or_path, revision: notes on the base model,
+            kept as they are.
+        inference_mode: whether the adapter is frozen when it is loaded; always true in a file.
+        r: rank, from 1 to 65536.
+        target_modules: a list of names or last parts of names, a regular expression for the whole
+            name, "all-linear", or None: the usual ones of the model's architecture.
+        exclude_modules: a list or regular expression of modules to leave alone.
+        lora_alpha: the update is scaled by lora_alpha / r.
+        lora_dropout: probability that an input element is dropped before lora_A, in training.
+        fan_in_fan_out: weights are stored as [in_features, out_features].
+        bias: which biases of the base train too: "none", "all" or "lora_only".
+        use_rslora: the scale is lora_alpha / sqrt(r) (arXiv:2312.03732).
+        modules_to_save: modules that are trained and saved whole; never adapted.
+        init_lora_weights: True, False, "gaussian", "orthogonal", "olora", "pissa" or
+            "pissa_niter_N" (N subspace iterations of a fast SVD).
+        layers_to_transform: numbers of the layers to adapt, with a list of target_modules.
+        layers_pattern: what comes before the number in a name; any name when empty.
+        rank_pattern, alpha_pattern: r and lora_alpha of layers that need others, by name, last
+            parts of a name, or regular expression for these; the first that matches counts.
+        use_dora: weight-decomposed LoRA (arXiv:2402.09353).
+        layer_replication: [start, end) ranges of layers to stack into a deeper model.
+        lora_bias: whether lora_B has a bias, scaled like the product.
+        megatron_core, qalora_group_size: kept, without effect while what they belong to is off.
+        unknown_fields: what a file has beyond these fields; written back.
+        absent_fields: which of these fields a file does not have; left out again while they have
+            their default.
+
+    Raises:
+        TypeError, ValueError: a field has the wrong type or value; the message names it.
+        NotBuiltError: a field asks for what is not built.
+    """
+
+    task_type: str | None = None
+    peft_type: str = "LORA"
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    r: int = 8
+    target_modules: Names = None
+    exclude_modules: Names = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] | None = field(default_factory=dict)
+    alpha_pattern: dict[str, float] | None = field(default_factory=dict)
+    megatron_config: dict[str, Any] | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: dict[str, Any] | None = field(default_factory=dict)
+    eva_config: dict[str, Any] | None = None
+    corda_config: dict[str, Any] | None = None
+    lora_ga_config: dict[str, Any] | None = None
+    use_dora: bool = False
+    velora_config: dict[str, Any] | None = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: dict[str, Any] | None = None
+    layer_replication: list[list[int]] | None = None
+    runtime_config: Any = None
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
+    use_bdlora: dict[str, Any] | None = None
+    arrow_config: dict[str, Any] | None = None
+    kasa_config: dict[str, Any] | None = None
+    ensure_weight_tying: bool = False
+    unknown_fields: dict[str, Any] = field(default_factory=dict, repr=False)
+    absent_fields: frozenset[str] = field(default_factory=frozenset, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Checks every field, as the constructor does; for objects that were changed since."""
+        own = {one.name: getattr(self, one.name) for one in fields(self)}
+        twice = sorted(own.keys() & self.unknown_fields.keys())
+        if twice:
+            raise ValueError(f"LoraConfig: unknown_fields: got {twice}, which are fields")
+        check_fields(self.unknown_fields | own)
+
+    def settings_for(self, name: str) -> LayerSettings:
+        """Rank and alpha of the module of this dotted name."""
+        return LayerSettings(
+            _first_match("rank_pattern", self.rank_pattern, name, self.r),
+            _first_match("alpha_pattern", self.alpha_pattern, name, self.lora_alpha),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and values that belong into a file, as PEFT's `to_dict`; a deep copy."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _UNSAVED}
+        return copy.deepcopy(own | self.unknown_fields)
+
+    def to_json(self) -> str:
+        """The text of adapter_config.json.
+
+        Raises:
+            TypeError, ValueError: auto_mapping or unknown_fields hold what JSON cannot.
+        """
+        values = self.to_dict()
+        if self.absent_fields:
+            default = LoraConfig().to_dict()
+            for name in self.absent_fields & default.keys():
+                if values[name] == default[name]:
+                    del values[name]
+        values["inference_mode"] = True
+        return to_text(values)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Writes adapter_config.json into the folder, which is made if there is none.
+
+        Raises:
+            OSError: the folder or file cannot be written.
+            TypeError, ValueError: see `to_json`; nothing is written then.
+        """
+        write_config(Path(save_directory), self.to_json())
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """A config from the values of a file or of PEFT's `to_dict`. Nothing is shared with it.
+
+        Warns of fields that this version does not know and that are not off; they are kept.
+
+        Raises:
+            TypeError, ValueError, NotBuiltError: see the class.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"LoraConfig.from_dict: values: got {type(values)}, expected a mapping")
+        return cls._from_values(copy.deepcopy(dict(values)))
+
+    @classmethod
+    def from_pretrained(cls, folder_or_file: str | os.PathLike[str]) -> Self:
+        """A config from a folder's adapter_config.json, or from the file itself.
+
+        The file may come from anyone: it is read up to 512 KiB, as strict JSON, and nothing is
+        allocated or executed for its values. (Matching a regular expression from it against the
+        names of a model can still take long, as always in Python.)
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            TypeError, ValueError, NotBuiltError: see the class; the message starts with the path.
+        """
+        path = Path(folder_or_file)
+        if path.is_dir():
+            path = path / CONFIG_NAME
+        values = read_config(path)
+        if "peft_type" not in values:
+            raise ValueError(f"{path}: LoraConfig: peft_type: is missing, expected 'LORA'")
+        try:
+            return cls._from_values(values)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise type(error)(f"{path}: {error}") from None
+
+    @classmethod
+    def _from_values(cls, values: dict[str, Any]) -> Self:
+        known = {one.name for one in fields(cls)} - set(_UNSAVED[1:])
+        unknown = {name: values.pop(name) for name in values.keys() - known}
+        absent = frozenset(known - values.keys())
+        config = cls(**values, unknown_fields=unknown, absent_fields=absent)
+        without_effect = sorted(
+            str(name) for name in unknown if name not in NOT_BUILT and not is_off(unknown[name])
+        )
+        if without_effect:
+            warnings.warn(
+                f"LoraConfig: {without_effect[:20]}: unknown to this version; kept, without effect",
+                stacklevel=3,
+            )
+        return config
+
+
+def _first_match(
+    pattern_field: str, patterns: Mapping[str, Number] | None, name: str, default: Number
+) -> Number:
+    patterns = patterns or {}
+    for pattern, value in patterns.items():
+        if compiled(pattern_field, pattern).match(name):
+            return value
+    # A name that is no expression for itself, as in PEFT.
+    return patterns.get(name, default)

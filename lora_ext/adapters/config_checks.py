@@ -1,0 +1,266 @@
+"""What the fields of a LoraConfig may hold. Nothing here depends on a model."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import NoneType
+from typing import Any
+
+from lora_ext.adapters.patterns import compiled, is_plain
+from lora_ext.errors import NotBuiltError
+
+ALL_LINEAR = "all-linear"
+
+# Far above any use (a rank beyond min(in_features, out_features) adds nothing) and far below what
+# would make an allocation fail.
+MAX_RANK = 1 << 16
+# The scale is applied in float32.
+MAX_ALPHA = 3.4028234663852886e38
+# A count beyond this is a mistake: 16 is what the paper calls enough.
+MAX_PISSA_ITERATIONS = 1000
+# Compiling takes 5 us a character, so this keeps a hostile file below 0.1 s.
+MAX_PATTERN_CHARACTERS = 8192
+
+TASK_TYPES = (
+    "SEQ_CLS",
+    "SEQ_2_SEQ_LM",
+    "CAUSAL_LM",
+    "TOKEN_CLS",
+    "QUESTION_ANS",
+    "FEATURE_EXTRACTION",
+)
+INITS = ("gaussian", "orthogonal", "pissa", "olora")
+NOT_BUILT_INITS = ("eva", "corda", "loftq", "mica", "lora_ga")
+
+# Fields that ask for something by not being empty, and what they ask for.
+NOT_BUILT = {
+    "alora_invocation_tokens": "activated LoRA",
+    "arrow_config": "Arrow routing",
+    "corda_config": "the initialisation CorDA",
+    "enable_lora": "PEFT 0.2's merged linear layers",
+    "ensure_weight_tying": "adapters that are tied like the weights they are on",
+    "eva_config": "the initialisation EVA",
+    "kasa_config": "KaSA",
+    "loftq_config": "the initialisation LoftQ",
+    "lora_ga_config": "the initialisation LoRA-GA",
+    "megatron_config": "Megatron's parallel layers",
+    "monteclora_config": "MonteCLoRA",
+    "target_parameters": "adapters on bare parameters",
+    "trainable_token_indices": "training single tokens of an embedding",
+    "use_bdlora": "block-diagonal LoRA",
+    "use_qalora": "QALoRA",
+    "velora_config": "VeLoRA",
+}
+
+
+@dataclass(frozen=True)
+class _Check:
+    """A TypeError unless the value has one of `types`; a ValueError unless it is accepted."""
+
+    types: tuple[type, ...]
+    accepts: Callable[[Any], bool]
+    expected: str
+
+
+def _is_number(value: Any, *types: type) -> bool:
+    return isinstance(value, types) and not isinstance(value, bool)
+
+
+def _is_rank(value: Any) -> bool:
+    return _is_number(value, int) and 1 <= value <= MAX_RANK
+
+
+def _is_alpha(value: Any) -> bool:
+    return _is_number(value, int, float) and abs(value) <= MAX_ALPHA  # False for NaN
+
+
+def _is_index(value: Any) -> bool:
+    return _is_number(value, int) and value >= 0
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, str | NoneType) or all(isinstance(value, str) for value in values)
+
+
+def _is_init(value: Any) -> bool:
+    if isinstance(value, bool) or value in INITS:
+        return True
+    iterations = re.fullmatch(r"pissa_niter_([0-9]{1,4})", value)
+    return iterations is not None and int(iterations[1]) <= MAX_PISSA_ITERATIONS
+
+
+def _are_layer_ranges(ranges: Any) -> bool:
+    return all(
+        isinstance(pair, list | tuple)
+        and len(pair) == 2
+        and all(_is_index(end) for end in pair)
+        and pair[0] < pair[1]
+        for pair in ranges or ()
+    )
+
+
+def _pattern(is_setting: Callable[[Any], bool], what: str) -> _Check:
+    def accepts(pattern: Any) -> bool:
+        return pattern is None or all(
+            isinstance(key, str) and is_setting(value) for key, value in pattern.items()
+        )
+
+    return _Check((dict, NoneType), accepts, f"None or a dict from names to {what}")
+
+
+_RANK = f"an integer from 1 to {MAX_RANK}"
+_ALPHA = "a finite number in the range of float32"
+_FLAG = _Check((bool,), lambda _: True, "True or False")
+_TEXT = _Check((str, NoneType), lambda _: True, "None or a string")
+_NAMES = _Check(
+    (str, list, tuple, set, frozenset, NoneType),
+    _are_texts,
+    "None, a list of strings, or a regular expression",
+)
+_CHECKS = {
+    "task_type": _Check(
+        (str, NoneType), lambda v: v is None or v in TASK_TYPES, f"None or one of {TASK_TYPES}"
+    ),
+    "auto_mapping": _Check((dict, NoneType), lambda _: True, "None or a dict"),
+    "peft_version": _TEXT,
+    "base_model_name_or_path": _TEXT,
+    "revision": _TEXT,
+    "inference_mode": _FLAG,
+    "r": _Check((int,), _is_rank, _RANK),
+    "target_modules": _NAMES,
+    "exclude_modules": _NAMES,
+    "lora_alpha": _Check((int, float), _is_alpha, _ALPHA),
+    "lora_dropout": _Check((int, float), lambda p: 0 <= p <= 1, "a probability from 0 to 1"),
+    "fan_in_fan_out": _FLAG,
+    "bias": _Check(
+        (str,),
+        lambda v: v in ("none", "all", "lora_only"),
+        "one of 'none', 'all' and 'lora_only'",
+    ),
+    "use_rslora": _FLAG,
+    "modules_to_save": _Check(
+        (list, tuple, set, frozenset, NoneType), _are_texts, "None or a list of strings"
+    ),
+    "init_lora_weights": _Check(
+        (bool, str),
+        _is_init,
+        f"True, False, one of {INITS}, or 'pissa_niter_N' with N of at most {MAX_PISSA_ITERATIONS}",
+    ),
+    "layers_to_transform": _Check(
+        (int, list, tuple, NoneType),
+        lambda v: v is None or all(map(_is_index, [v] if isinstance(v, int) else v)),
+        "None, a layer's number from 0, or a list of them",
+    ),
+    "layers_pattern": _Check(
+        (str, list, tuple, NoneType), _are_texts, "None, a string, or a list of strings"
+    ),
+    "rank_pattern": _pattern(_is_rank, f"ranks, {_RANK} each"),
+    "alpha_pattern": _pattern(_is_alpha, f"alphas, {_ALPHA} each"),
+    "megatron_core": _TEXT,
+    "use_dora": _FLAG,
+    "qalora_group_size": _Check((int,), lambda v: v >= 1, "an integer of at least 1"),
+    "layer_replication": _Check(
+        (list, tuple, NoneType),
+        _are_layer_ranges,
+        "None or a list of [start, end] with 0 <= start < end",
+    ),
+    "lora_bias": _FLAG,
+}
+
+
+def check_fields(values: Mapping[str, Any]) -> None:
+    """Checks every field of a config, then what they may not be together.
+
+    Raises:
+        TypeError, ValueError: a field has the wrong type or value.
+        NotBuiltError: a field asks for what is not built.
+    """
+    peft_type = values["peft_type"]
+    if peft_type != "LORA":
+        raise NotBuiltError(_message("peft_type", peft_type, "'LORA': nothing else is built"))
+    init = values["init_lora_weights"]
+    if isinstance(init, str) and init in NOT_BUILT_INITS:
+        raise _not_built("init_lora_weights", init, f"the initialisation {init!r}")
+    for field, what in NOT_BUILT.items():
+        if not is_off(values.get(field)):
+            raise _not_built(field, values[field], what)
+    for field, check in _CHECKS.items():
+        value = values[field]
+        mistaken = isinstance(value, bool) and bool not in check.types
+        if mistaken or not isinstance(value, check.types):
+            raise TypeError(_message(field, value, check.expected))
+        if not check.accepts(value):
+            raise ValueError(_message(field, value, check.expected))
+    _check_runtime(values["runtime_config"])
+    _check_patterns(values)
+    _check_combinations(values)
+
+
+def is_off(value: Any) -> bool:
+    """Whether a value asks for nothing: None, False or empty."""
+    return value is None or value is False or value in ({}, [], (), set(), "")
+
+
+def _check_runtime(value: Any) -> None:
+    name = "ephemeral_gpu_offload"
+    asked = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+    if not is_off(asked):
+        raise _not_built(f"runtime_config.{name}", asked, "moving offloaded weights to the GPU")
+
+
+def _patterns(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for field in ("target_modules", "exclude_modules"):
+        if isinstance(values[field], str) and values[field].lower() != ALL_LINEAR:
+            yield field, values[field]
+    for field in ("layers_pattern", "modules_to_save", "rank_pattern", "alpha_pattern"):
+        patterns = values[field] or ()
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            yield field, pattern
+
+
+def _check_patterns(values: Mapping[str, Any]) -> None:
+    expressions = [(field, text) for field, text in _patterns(values) if not is_plain(text)]
+    if sum(len(text) for _, text in expressions) > MAX_PATTERN_CHARACTERS:
+        field, text = max(expressions, key=lambda expression: len(expression[1]))
+        expected = f"regular expressions of together at most {MAX_PATTERN_CHARACTERS} characters"
+        raise ValueError(_message(field, text, expected))
+    for field, text in expressions:
+        try:
+            compiled(field, text)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(_message(field, text, f"a regular expression ({error})")) from None
+
+
+def _check_combinations(values: Mapping[str, Any]) -> None:
+    if isinstance(values["target_modules"], str):
+        for field in ("layers_to_transform", "layers_pattern"):
+            if values[field] is not None:
+                expected = "None, since target_modules is a string; give a list of names there"
+                raise ValueError(_message(field, values[field], expected))
+    if values["layers_pattern"] and values["layers_to_transform"] is None:
+        expected = "None, since layers_to_transform is None; say there which layers are meant"
+        raise ValueError(_message("layers_pattern", values["layers_pattern"], expected))
+    if values["lora_bias"] and not isinstance(values["init_lora_weights"], bool):
+        init = values["init_lora_weights"]
+        raise ValueError(_message("lora_bias", True, f"False with init_lora_weights={init!r}"))
+    if values["lora_bias"] and values["use_dora"]:
+        raise ValueError(_message("lora_bias", True, "False with use_dora=True"))
+
+
+def _not_built(field: str, value: Any, what: str) -> NotBuiltError:
+    return NotBuiltError(
+        f"LoraConfig: {field}: got {_short(value)}: {what} is not built; leave the field out"
+    )
+
+
+def _message(field: str, value: Any, expected: str) -> str:
+    return f"LoraConfig: {field}: got {_short(value)}, expected {expected}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"
+    return reprlib.repr(value)

@@ -1,0 +1,315 @@
+"""Which modules of a model a LoraConfig means. Nothing is changed here."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import NoReturn
+
+from torch import nn
+
+from lora_ext.adapters.architectures import (
+    DEFAULT_TARGETS,
+    MAMBA,
+    NOT_CALLED_IN_MAMBA,
+    TASK_HEADS,
+)
+from lora_ext.adapters.config import LoraConfig
+from lora_ext.adapters.config_checks import ALL_LINEAR
+from lora_ext.adapters.patterns import compiled
+
+ADAPTABLE = (
+    nn.Linear,
+    nn.Embedding,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.MultiheadAttention,
+)
+# The number of the layer: the first one in the name that does not end it.
+_LAYER = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
+
+
+def matches(name: str, modules: str | Collection[str] | None) -> bool:
+    """Whether a module's dotted name is meant, as in PEFT: a string is a regular expression for the
+    whole name, a collection holds names or their last parts."""
+    if modules is None:
+        return False
+    if isinstance(modules, str):
+        return re.fullmatch(modules, name) is not None
+    return any(end in modules for end in _ends(name))
+
+
+def is_transformers_conv1d(module: nn.Module) -> bool:
+    """Whether it is the transposed linear layer of GPT-2; does not import transformers."""
+    library = sys.modules.get("transformers.pytorch_utils")
+    return library is not None and isinstance(module, library.Conv1D)
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    """Whether PEFT has a LoRA layer for this kind of module."""
+    return isinstance(module, ADAPTABLE) or is_transformers_conv1d(module)
+
+
+def saved_modules(config: LoraConfig) -> list[str]:
+    """`modules_to_save` with the heads that the task adds to it."""
+    given = list(config.modules_to_save or ())
+    heads = TASK_HEADS.get(config.task_type or "", ())
+    return given + [head for head in heads if head not in given]
+
+
+def find_targets(
+    model: nn.Module,
+    config: LoraConfig,
+    adaptable: Callable[[nn.Module], bool] = is_adaptable,
+    adapted: tuple[type[nn.Module], ...] = (),
+) -> list[str]:
+    """The names of the modules that get an adapter: those that PEFT's LoRA would swap.
+
+    A module under several names has the first one, as in `named_modules()`. The output projection
+    of an nn.MultiheadAttention is never a target of its own: it is part of that module, which reads
+    its weight without calling it.
+
+    Args:
+        model: searched through; not changed.
+        config: all fields on targeting, with rank_pattern and alpha_pattern for their warnings.
+        adaptable: whether a module can get an adapter.
+        adapted: types of layers that have adapters already. They can be targets again if
+            `adaptable` says so; what is inside them cannot.
+
+    Returns:
+        Names in the order of `model.named_modules()`; at least one.
+
+    Raises:
+        ValueError: nothing matched (with near misses), everything that matched is excluded, a match
+            cannot be adapted, or target_modules is None and the architecture has no default.
+
+    Warns of exclude_modules, rank_pattern and alpha_pattern that match nothing.
+    """
+    modules = dict(_outside(model, adapted))
+    is_target = _selection(model, modules, config, adapted)
+    matched = [name for name in modules if is_target(name)]
+    if not matched:
+        _raise_no_match(model, modules, config, adaptable)
+
+    excluded = _collection(config.exclude_modules)
+    saved = [compiled("modules_to_save", pattern) for pattern in saved_modules(config)]
+    kept = [
+        name
+        for name in matched
+        if not matches(name, excluded) and not any(pattern.match(name) for pattern in saved)
+    ]
+    if not kept:
+        raise ValueError(
+            f"LoraConfig: target_modules: all of its {len(matched)} matches ({matched[0]!r}, ...) "
+            f"are excluded by exclude_modules={config.exclude_modules!r} or saved whole by "
+            f"modules_to_save={saved_modules(config)!r}"
+        )
+    targets = _check_kinds(model, modules, kept, config, adaptable)
+    if excluded and not any(matches(name, excluded) for name in modules):
+        _warn(f"exclude_modules: {config.exclude_modules!r} matches no module")
+    for field in ("rank_pattern", "alpha_pattern"):
+        unused = [
+            pattern
+            for pattern in getattr(config, field) or ()
+            if not any(compiled(field, pattern).match(name) for name in targets)
+        ]
+        if unused:
+            _warn(f"{field}: {unused} match no module that is adapted")
+    return targets
+
+
+def _outside(
+    model: nn.Module, adapted: tuple[type[nn.Module], ...]
+) -> Iterator[tuple[str, nn.Module]]:
+    """Everything below the model but the insides of layers with adapters."""
+    inside = None
+    for name, module in model.named_modules():
+        if not name or (inside is not None and name.startswith(inside)):
+            continue
+        inside = f"{name}." if isinstance(module, adapted) else None
+        yield name, module
+
+
+def _selection(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    config: LoraConfig,
+    adapted: tuple[type[nn.Module], ...],
+) -> Callable[[str], bool]:
+    """Whether target_modules, layers_to_transform and layers_pattern mean a name."""
+    targets = config.target_modules
+    if targets is None:
+        targets = _default_targets(model, config)
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        linear = _all_linear(model, modules, adapted)
+        return linear.__contains__
+    if isinstance(targets, str):
+        expression = re.compile(targets)
+        return lambda name: expression.fullmatch(name) is not None
+    names = frozenset(targets)
+    layers = config.layers_to_transform
+    if layers is None or layers == []:
+        return lambda name: matches(name, names)
+    numbers = {layers} if isinstance(layers, int) else set(layers)
+    # A whole name says its layer itself.
+    return lambda name: (
+        name in names or (matches(name, names) and _layer(name, config.layers_pattern) in numbers)
+    )
+
+
+def _default_targets(model: nn.Module, config: LoraConfig) -> str | list[str]:
+    architecture = _model_type(model)
+    targets = DEFAULT_TARGETS.get(architecture or "")
+    if targets is None:
+        raise ValueError(
+            "LoraConfig: target_modules: got None, and there is no default for a model of "
+            f"model_type {architecture!r}; name modules"
+        )
+    if isinstance(targets, str):
+        if config.layers_to_transform is not None:
+            raise ValueError(
+                f"LoraConfig: layers_to_transform: the default target_modules of {architecture!r} "
+                "are a regular expression; give a list of names there"
+            )
+        return targets
+    return list(targets)
+
+
+def _model_type(model: nn.Module) -> str | None:
+    config = getattr(model, "config", None)
+    if isinstance(config, Mapping):
+        return config.get("model_type")
+    return getattr(config, "model_type", None)
+
+
+def _all_linear(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    adapted: tuple[type[nn.Module], ...],
+) -> set[str]:
+    """Every linear layer but the output head and what an attention module does not call."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return {
+        name
+        for name, module in modules.items()
+        if module is not head
+        and (
+            isinstance(module, nn.Linear)
+            or is_transformers_conv1d(module)
+            or (isinstance(module, adapted) and "Linear" in type(module).__name__)
+        )
+        and _attention_around(name, modules) is None
+    }
+
+
+def _layer(name: str, patterns: str | list[str] | None) -> int | None:
+    """The number of the layer that the name is in."""
+    if not patterns:
+        found = _LAYER.match(name)
+        return int(found["index"]) if found else None
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        found = compiled("layers_pattern", pattern).match(name)
+        if found:
+            return int(found["index"])
+    return None
+
+
+def _check_kinds(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    names: list[str],
+    config: LoraConfig,
+    adaptable: Callable[[nn.Module], bool],
+) -> list[str]:
+    """Those of the names that get a layer of their own, if all of them can be adapted."""
+    targets = []
+    is_mamba = _model_type(model) in MAMBA
+    for name in names:
+        attention = _attention_around(name, modules)
+        if attention is not None:
+            if attention not in names:
+                raise ValueError(
+                    f"LoraConfig: target_modules: {name!r} is part of a MultiheadAttention, which "
+                    f"does not call it; name {attention!r} itself"
+                )
+            continue
+        if is_mamba and name.rpartition(".")[2] in NOT_CALLED_IN_MAMBA:
+            raise ValueError(
+                f"LoraConfig: target_modules: {name!r} is not called by a Mamba model's fused "
+                "kernels, so an adapter would do nothing; exclude it with exclude_modules"
+            )
+        module = modules[name]
+        if not adaptable(module):
+            kind = type(module)
+            raise ValueError(
+                f"LoraConfig: target_modules: {name!r} is a {kind.__module__}.{kind.__qualname__}, "
+                "which cannot be adapted; name other modules, or exclude this one with "
+                "exclude_modules"
+            )
+        targets.append(name)
+    return targets
+
+
+def _attention_around(name: str, modules: Mapping[str, nn.Module]) -> str | None:
+    parent = name.rpartition(".")[0]
+    return parent if isinstance(modules.get(parent), nn.MultiheadAttention) else None
+
+
+def _raise_no_match(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    config: LoraConfig,
+    adaptable: Callable[[nn.Module], bool],
+) -> NoReturn:
+    wanted = config.target_modules
+    if wanted is None:
+        wanted = _default_targets(model, config)
+    names = {wanted} if isinstance(wanted, str) else set(wanted)
+    hint = near_misses(names, [name for name, module in modules.items() if adaptable(module)])
+    if isinstance(wanted, str) and any(matches(name, names) for name in modules):
+        hint = f"a string is a regular expression for whole names; did you mean [{wanted!r}]?"
+    elif config.layers_to_transform is not None and any(matches(name, names) for name in modules):
+        hint = (
+            f"layers_to_transform={config.layers_to_transform!r} with layers_pattern="
+            f"{config.layers_pattern!r} leaves none of the modules of these names"
+        )
+    else:
+        first_names = {module: name for name, module in modules.items()}
+        for name, module in model.named_modules(remove_duplicate=False):
+            if matches(name, wanted) and module in first_names:
+                hint = f"{name!r} is the same module as {first_names[module]!r}; name that"
+                break
+    raise ValueError(
+        f"LoraConfig: target_modules: {config.target_modules!r} matches no module; {hint}"
+    )
+
+
+def near_misses(wanted: Iterable[str], names: Iterable[str]) -> str:
+    """What to tell who asked for `wanted` where only `names` exist."""
+    ends = sorted({name.rpartition(".")[2] for name in names})
+    last_parts = [want.rpartition(".")[2][:100] for want in sorted(wanted)[:20]]
+    near = sorted({hit for last in last_parts for hit in difflib.get_close_matches(last, ends)})
+    if near:
+        return f"did you mean {near}?"
+    return f"the modules that can be adapted end in {ends[:20]}"
+
+
+def _ends(name: str) -> Iterator[str]:
+    """The name and all that follows a dot in it."""
+    yield name
+    at = name.find(".")
+    while at >= 0:
+        yield name[at + 1 :]
+        at = name.find(".", at + 1)
+
+
+def _collection(names: str | Collection[str] | None) -> str | Collection[str] | None:
+    return names if names is None or isinstance(names, str) else frozenset(names)
+
+
+def _warn(text: str) -> None:
+    warnings.warn(f"LoraConfig: {text}", stacklevel=3)
