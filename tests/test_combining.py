@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from lora_ext.adapters.combination import COMBINATION_TYPES, SVD, plan_combination
 from lora_ext.adapters.combining import Adapter, alpha_factor, combine, subtract_mutated_init
-from lora_ext.adapters.task_arithmetic import MIXING
 
 EPS = torch.finfo(torch.float64).eps
 WEIGHTS = [(0.7, 0.3, 1.2), (1.0, -0.6, 0.5), (-0.4, 0.0, -1.3)]
@@ -111,7 +110,8 @@ def compare_with_peft(
         assert ours.lora_A.shape == theirs.lora_A.shape
         assert ours.lora_B.shape == theirs.lora_B.shape
         if kind in SVD and "svd_clamp" not in options:
-            # Singular vectors have any sign. A truncation errs by the gap that it cuts at.
+            # Singular vectors have any sign. A truncation errs by the rounding over the relative
+            # gap that it cuts at: room for gaps of 1e-3.
             got, expected = delta(ours), delta(theirs)
             scale = torch.linalg.matrix_norm(expected, 2).item()
             tolerance = 1e4 * EPS * sum(expected.shape) * scale
@@ -123,30 +123,31 @@ def compare_with_peft(
 
 
 def three(weights: tuple[float, float, float]) -> dict[str, float]:
-    return dict(zip("abc", weights, strict=True))
+    return dict(zip("xyz", weights, strict=True))
 
 
 @each_weights
 @pytest.mark.parametrize("kind", ["cat", "svd", "linear"])
 def test_sums_are_those_of_peft(kind: str, weights: tuple[float, float, float]) -> None:
-    ranks = {"a": 4, "b": 4, "c": 4} if kind == "linear" else {"a": 2, "b": 4, "c": 3}
+    ranks = {"x": 4, "y": 4, "z": 4} if kind == "linear" else {"x": 2, "y": 4, "z": 3}
     compare_with_peft(peft_model(ranks), kind, three(weights), NAMES)
 
 
 @each_weights
-@pytest.mark.parametrize("majority_sign_method", ["total", "frequency"])
-@pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
-@pytest.mark.parametrize("kind", PRUNING)
+@pytest.mark.parametrize("density", [0.3, 1.0])
+@pytest.mark.parametrize(
+    ("kind", "majority_sign_method"),
+    [(kind, "total") for kind in PRUNING]
+    + [(kind, "frequency") for kind in PRUNING if "ties" in kind],
+)
 @pytest.mark.filterwarnings("ignore:The density 1.0 is greater")
 def test_pruning_is_that_of_peft(
     kind: str, density: float, majority_sign_method: str, weights: tuple[float, float, float]
 ) -> None:
-    if majority_sign_method == "frequency" and "ties" not in kind:
-        majority_sign_method = "total"
     # With "dare" PEFT draws for the transposed product of an embedding.
     layers = NAMES[:-1] if kind.startswith("dare") and kind in SVD else NAMES
     compare_with_peft(
-        peft_model({"a": 4, "b": 4, "c": 4}, dict.fromkeys("abc", layers)),
+        peft_model({"x": 4, "y": 4, "z": 4}, dict.fromkeys("xyz", layers)),
         kind,
         three(weights),
         layers,
@@ -160,7 +161,7 @@ def test_pruning_is_that_of_peft(
 def test_svd_rank(kind: str, svd_rank: int) -> None:
     options = {} if kind == "svd" else {"density": 0.6}
     layers = ["linear", "conv"]
-    model = peft_model({"a": 4, "b": 2, "c": 3}, dict.fromkeys("abc", layers))
+    model = peft_model({"x": 4, "y": 2, "z": 3}, dict.fromkeys("xyz", layers))
     compare_with_peft(model, kind, three(WEIGHTS[1]), layers, svd_rank=svd_rank, **options)
 
 
@@ -168,12 +169,12 @@ def test_svd_rank(kind: str, svd_rank: int) -> None:
 @pytest.mark.parametrize("kind", ["svd", "ties_svd"])
 def test_svd_clamp(kind: str, svd_clamp: float) -> None:
     options = {"svd_clamp": svd_clamp, "svd_full_matrices": False}
-    model = peft_model({"a": 4, "b": 2, "c": 3})
+    model = peft_model({"x": 4, "y": 2, "z": 3})
     inputs = {name: peft_layer(model, name) for name in NAMES}
     plan = plan_combination(
-        {"a": 4, "b": 2, "c": 3}, "abc", WEIGHTS[1], kind, svd_clamp=svd_clamp, density=0.5
+        {"x": 4, "y": 2, "z": 3}, "xyz", WEIGHTS[1], kind, svd_clamp=svd_clamp, density=0.5
     )
-    model.add_weighted_adapter(list("abc"), WEIGHTS[1], "new", kind, density=0.5, **options)
+    model.add_weighted_adapter(list("xyz"), WEIGHTS[1], "new", kind, density=0.5, **options)
     for name in NAMES:
         ours, theirs = combine(plan, inputs[name]), peft_layer(model, name)["new"]
         bound = 1e4 * EPS * theirs.lora_B.abs().max().item()
@@ -182,15 +183,15 @@ def test_svd_clamp(kind: str, svd_clamp: float) -> None:
 
 def test_adapter_of_other_layers_counts_as_zero() -> None:
     for kind in ("cat", "svd", "linear", "ties", "ties_svd"):
-        targets = {"a": ["linear", "wide"], "b": ["wide", "conv"], "c": ["linear"]}
-        model = peft_model({"a": 3, "b": 3, "c": 3}, targets)
+        targets = {"x": ["linear", "wide"], "y": ["wide", "conv"], "z": ["linear"]}
+        model = peft_model({"x": 3, "y": 3, "z": 3}, targets)
         compare_with_peft(model, kind, three(WEIGHTS[1]), ["linear", "wide", "conv"], density=0.5)
 
 
 @pytest.mark.parametrize("kind", ["svd", "ties", "cat"])
 @pytest.mark.parametrize("weight", [0.3, -2.0])
 def test_one_adapter_is_scaled(kind: str, weight: float) -> None:
-    compare_with_peft(peft_model({"a": 3}), kind, {"a": weight}, NAMES)
+    compare_with_peft(peft_model({"x": 3}), kind, {"x": weight}, NAMES)
 
 
 def random_layer(
@@ -204,7 +205,7 @@ def random_layer(
             0.5 + r,
             torch.randn(N).to(dtype),
         )
-        for name, r in zip("abcd", ranks, strict=False)
+        for name, r in zip("xyzw", ranks, strict=False)
     }
 
 
@@ -233,10 +234,10 @@ def test_new_scaling_does_not_matter(kind: str) -> None:
 @each_weights
 def test_cat_and_svd_of_full_rank_are_the_weighted_sum(weights: tuple[float, float, float]) -> None:
     layer = random_layer((2, 5, 3))
-    ranks = {"a": 2, "b": 5, "c": 3}
+    ranks = {"x": 2, "y": 5, "z": 3}
     exact = weighted_sum(layer, three(weights))
     for kind, options in (("cat", {}), ("svd", {"svd_rank": 10}), ("svd", {"svd_rank": 15})):
-        plan = plan_combination(ranks, "abc", weights, kind, **options)
+        plan = plan_combination(ranks, "xyz", weights, kind, **options)
         new = combine(plan, layer, 2.5)
         assert len(new.lora_A) == plan.rank
         bound = 1e3 * EPS * exact.abs().max().item()
@@ -271,31 +272,53 @@ def test_grouped_convolution(kind: str) -> None:
 
     layer = {
         name: Adapter(torch.randn(r, 6, 3, 3), torch.randn(8, r // groups, 1, 1), scaling)
-        for name, r, scaling in (("a", 4, 0.5), ("b", 2, 2.0))
+        for name, r, scaling in (("x", 4, 0.5), ("y", 2, 2.0))
     }
-    plan = plan_combination({"a": 4, "b": 2}, "ab", [1.0, -0.7], kind, svd_rank=6)
+    plan = plan_combination({"x": 4, "y": 2}, "xy", [1.0, -0.7], kind, svd_rank=6)
     new = combine(plan, layer, 1.5)
     assert new.lora_A.shape == (6, 6, 3, 3) and new.lora_B.shape == (8, 3, 1, 1)
-    expected = output(layer["a"]) - 0.7 * output(layer["b"])
+    expected = output(layer["x"]) - 0.7 * output(layer["y"])
     bound = 1e3 * EPS * expected.abs().max().item()
     torch.testing.assert_close(output(new), expected, rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["cat", *MIXING])
-def test_lower_precision_only_rounds_the_result(kind: str, dtype: torch.dtype) -> None:
-    if kind.startswith("dare"):
-        kind = kind.replace("dare_", "") if kind == "dare_linear" else "ties"  # other draws
-    layer = random_layer(dtype=dtype)
-    exact = {
+def in_float64(layer: dict[str, Adapter]) -> dict[str, Adapter]:
+    return {
         name: Adapter(a.lora_A.double(), a.lora_B.double(), a.scaling) for name, a in layer.items()
     }
-    got, expected = combine(plan_of(kind, layer), layer), combine(plan_of(kind, layer), exact)
-    for ours, truth in ((got.lora_A, expected.lora_A), (got.lora_B, expected.lora_B)):
+
+
+# Not "dare": torch draws other numbers in float64.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["cat", "linear", "ties", "magnitude_prune"])
+def test_lower_precision_only_rounds_the_result(kind: str, dtype: torch.dtype) -> None:
+    layer = random_layer(dtype=dtype)
+    plan = plan_of(kind, layer)
+    got, expected = combine(plan, layer), combine(plan, in_float64(layer))
+    # Factors of an element are a coefficient or its root; then come n additions and a division.
+    coefficients = [
+        abs(w) * layer[name].scaling for name, w in zip(plan.adapters, plan.weights, strict=True)
+    ]
+    for name in ("lora_A", "lora_B"):
+        ours, truth = getattr(got, name), getattr(expected, name)
+        largest = max(getattr(a, name).abs().max().item() for a in layer.values())
+        terms = sum(max(1.0, c) for c in coefficients) * largest
+        error = (len(layer) + 4) * torch.finfo(torch.float32).eps * terms
         assert ours.dtype == dtype
-        terms = 16 * truth.abs().max()
-        error = 8 * torch.finfo(torch.float32).eps * terms + torch.finfo(dtype).eps * truth.abs()
-        assert ((ours.double() - truth).abs() <= error).all()
+        allowed = error + torch.finfo(dtype).eps / 2 * (truth.abs() + error)
+        assert ((ours.double() - truth).abs() <= allowed).all()
+
+
+def test_svd_from_factors_is_as_precise_as_that_of_the_product() -> None:
+    layer = random_layer((8, 8, 8), 96, 160, torch.float32)
+    plan = plan_of("svd", layer)
+    exact = delta(combine(plan, in_float64(layer)))
+    weights = dict(zip(plan.adapters, plan.weights, strict=True))
+    products = [weights[name] * a.scaling * a.lora_B @ a.lora_A for name, a in layer.items()]
+    U, S, Vh = torch.linalg.svd(torch.stack(products).sum(0))
+    plain = (U[:, :8] * S[:8]) @ Vh[:8]
+    error, yardstick = delta(combine(plan, layer)) - exact, plain.double() - exact
+    assert torch.linalg.norm(error) <= 2 * torch.linalg.norm(yardstick)
 
 
 @pytest.mark.parametrize("kind", [name for name in COMBINATION_TYPES if name.startswith("dare")])
@@ -364,31 +387,31 @@ def adapter(A: tuple[int, ...], B: tuple[int, ...], value: float = 1.0) -> Adapt
 
 WRONG_LAYERS: list[tuple[str, str, dict[str, Adapter], float]] = [
     ("none in this layer", "cat", {"other": adapter((4, 5), (3, 4))}, 1.0),
-    ("NaN or Inf in 'a'", "cat", {"a": adapter((4, 5), (3, 4), math.nan)}, 1.0),
-    ("scaling: got 0.0", "cat", {"a": adapter((4, 5), (3, 4))}, 0.0),
+    ("NaN or Inf in 'x'", "cat", {"x": adapter((4, 5), (3, 4), math.nan)}, 1.0),
+    ("scaling: got 0.0", "cat", {"x": adapter((4, 5), (3, 4))}, 0.0),
     (
         "shapes that differ in the rank only",
         "cat",
-        {"a": adapter((4, 5), (3, 4)), "b": adapter((4, 6), (3, 4))},
+        {"x": adapter((4, 5), (3, 4)), "y": adapter((4, 6), (3, 4))},
         1.0,
     ),
     (
-        "(4, 5), (3, 2) for 'b'",
+        "(4, 5), (3, 2) for 'y'",
         "cat",
-        {"a": adapter((4, 5), (3, 4)), "b": adapter((4, 5), (3, 2))},
+        {"x": adapter((4, 5), (3, 4)), "y": adapter((4, 5), (3, 2))},
         1.0,
     ),
     (
         "ranks [4, 2] in one layer",
         "linear",
-        {"a": adapter((4, 5), (3, 4)), "b": adapter((2, 5), (3, 2))},
+        {"x": adapter((4, 5), (3, 4)), "y": adapter((2, 5), (3, 2))},
         1.0,
     ),
-    ("ranks: got at most 4", "linear", {"a": adapter((5, 5), (3, 5))}, 1.0),
+    ("ranks: got at most 4", "linear", {"x": adapter((5, 5), (3, 5))}, 1.0),
     (
         "svd_rank: got 3, expected a multiple of the convolution's 2 groups",
         "svd",
-        {"a": adapter((4, 5, 1), (6, 2, 1)), "b": adapter((4, 5, 1), (6, 2, 1))},
+        {"x": adapter((4, 5, 1), (6, 2, 1)), "y": adapter((4, 5, 1), (6, 2, 1))},
         1.0,
     ),
 ]
@@ -399,7 +422,7 @@ WRONG_LAYERS: list[tuple[str, str, dict[str, Adapter], float]] = [
 )
 def test_wrong_layers(message: str, kind: str, layer: dict[str, Adapter], scaling: float) -> None:
     svd_rank = 3 if kind == "svd" else None
-    plan = plan_combination({"a": 4, "b": 4}, "ab", [1.0, 1.0], kind, svd_rank=svd_rank)
+    plan = plan_combination({"x": 4, "y": 4}, "xy", [1.0, 1.0], kind, svd_rank=svd_rank)
     with pytest.raises(ValueError, match="add_weighted_adapter: ") as error:
         combine(plan, layer, scaling)
     assert message in str(error.value)

@@ -101,10 +101,7 @@ def initialise(
         _check_orthogonal(lora_A, lora_B)
     # PEFT constructs two nn.Linear first, which draw.
     plain_A, plain_B = _linear_like(lora_A), _linear_like(lora_B)
-    if lora_bias is not None:
-        bound = 1 / math.sqrt(lora_B[0].numel())
-        plain_bias = _empty_like(lora_bias).uniform_(-bound, bound)
-        lora_bias.copy_(plain_bias if kind is False else torch.zeros_like(plain_bias))
+    plain_bias = None if lora_bias is None else _linear_bias_like(lora_bias, lora_B)
     if kind is False:
         lora_A.copy_(plain_A)
         lora_B.copy_(plain_B)
@@ -113,11 +110,13 @@ def initialise(
     elif isinstance(kind, str) and weight is not None and mutates_weight(kind):
         _take_from_weight(kind, lora_A, lora_B, weight, scaling)
     else:
-        gaussian = kind == "gaussian"
-        lora_A.copy_(
-            _empty_like(lora_A).normal_(std=1 / len(lora_A)) if gaussian else _linear_like(lora_A)
-        )
+        if kind == "gaussian":
+            lora_A.copy_(_empty_like(lora_A).normal_(std=1 / len(lora_A)))
+        else:
+            lora_A.copy_(_linear_like(lora_A))
         lora_B.zero_()
+    if lora_bias is not None and plain_bias is not None:
+        lora_bias.copy_(plain_bias if kind is False else torch.zeros_like(plain_bias))
 
 
 @torch.no_grad()
@@ -155,6 +154,11 @@ def _empty_like(tensor: Tensor) -> Tensor:
 def _linear_like(tensor: Tensor) -> Tensor:
     """What nn.Linear and nn.Conv draw for a weight of this shape."""
     return nn.init.kaiming_uniform_(_empty_like(tensor), a=math.sqrt(5))
+
+
+def _linear_bias_like(lora_bias: Tensor, lora_B: Tensor) -> Tensor:
+    bound = 1 / math.sqrt(lora_B[0].numel())
+    return _empty_like(lora_bias).uniform_(-bound, bound)
 
 
 def _check_orthogonal(lora_A: Tensor, lora_B: Tensor) -> None:
