@@ -4,7 +4,10 @@ from lora_ext import nn, reference
 from lora_ext._extension import __version__, build_info
 from lora_ext.adapters import (
     LoraConfig,
+    LoraModel,
     explain,
+    get_lora_model,
+    get_peft_model,
     lora_state_dict,
     mark_only_lora_as_trainable,
     print_trainable_parameters,
@@ -14,11 +17,14 @@ from lora_ext.functional import draw_rng_state, dropout_mask, lora_linear
 
 __all__ = [
     "LoraConfig",
+    "LoraModel",
     "__version__",
     "build_info",
     "draw_rng_state",
     "dropout_mask",
     "explain",
+    "get_lora_model",
+    "get_peft_model",
     "lora_linear",
     "lora_state_dict",
     "mark_only_lora_as_trainable",

@@ -172,7 +172,10 @@ class Linear(LoraLayer, nn.Linear):
             shapes["lora_bias"] = (self.out_features,)
         return shapes
 
-    def _merged_parameters(self, names: Sequence[str]) -> dict[str, nn.Parameter]:
+    def _weight_matrix(self) -> Tensor:
+        return self.weight.t() if self.fan_in_fan_out else self.weight
+
+    def _merged_parameters(self, names: Sequence[str]) -> dict[str, Tensor]:
         parameters = {"weight": self.weight}
         if any(self.adapters[name].lora_bias for name in names):
             if self.bias is None:
@@ -193,7 +196,7 @@ class Linear(LoraLayer, nn.Linear):
                 raise ValueError(
                     "Linear.merge: the merged bias would hold NaN or Inf; nothing changed"
                 )
-        weight = self.weight.t() if self.fan_in_fan_out else self.weight
+        weight = self._weight_matrix()
         torch.ops.lora_ext.merge_(weight, stack.lora_A, stack.lora_B, stack.scaling)
         if stack.lora_bias is not None:
             self.bias.copy_(merged)

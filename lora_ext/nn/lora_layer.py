@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_ext.errors import AlreadyMergedError, NotMergedError
+from lora_ext.nn.init import initialise, mutates_weight
 from lora_ext.nn.settings import AdapterSettings
 
 DEFAULT = "default"
@@ -69,12 +70,16 @@ class LoraLayer(nn.Module):
         """The shape of each part that an adapter with these settings has."""
         raise NotImplementedError
 
-    def merged_parameters(self) -> dict[str, nn.Parameter]:
+    def merged_parameters(self) -> dict[str, Tensor]:
         """The parameters of the base that merging the present adapters would change."""
         return self._merged_parameters(tuple(self.adapters))
 
-    def _merged_parameters(self, names: Sequence[str]) -> dict[str, nn.Parameter]:
+    def _merged_parameters(self, names: Sequence[str]) -> dict[str, Tensor]:
         """The parameters that merging these adapters changes, by attribute name."""
+        raise NotImplementedError
+
+    def _weight_matrix(self) -> Tensor:
+        """The base's weight as [N, K], the shape of lora_B times lora_A; a view."""
         raise NotImplementedError
 
     def _write_merged(self, names: Sequence[str]) -> None:
@@ -166,7 +171,11 @@ class LoraLayer(nn.Module):
             self.register_parameter(part_name(part, adapter_name), nn.Parameter(tensor))
         self.adapters[adapter_name] = chosen
         self._scaling[adapter_name] = chosen.scaling
-        self.reset_lora_parameters(adapter_name)
+        try:
+            self._initialise(adapter_name)
+        except BaseException:
+            self.delete_adapter(adapter_name)
+            raise
         if len(self.adapters) == 1:
             self.active_adapters = (adapter_name,)
         elif adapter_name not in self.active_adapters:
@@ -259,23 +268,38 @@ class LoraLayer(nn.Module):
         return {key: shapes[part] for part, key in self.PEFT_NAMES.items() if part in shapes}
 
     def reset_lora_parameters(self, adapter_name: str = DEFAULT) -> None:
-        """Initialises an adapter again, as its `init_lora_weights` says."""
+        """Initialises an adapter again, as its `init_lora_weights` says.
+
+        Raises:
+            ValueError: that kind takes the adapter out of the base's weight, which a second time
+                would do twice.
+        """
         if adapter_name not in self.adapters:
             return
-        settings = self.adapters[adapter_name]
-        parts = {part: self._parameters.get(part_name(part, adapter_name)) for part in self.PARTS}
-        lora_A, lora_B, lora_bias = (parts[part] for part in ("lora_A", "lora_B", "lora_bias"))
-        assert lora_A is not None and lora_B is not None
-        if settings.init_lora_weights == "gaussian":
-            nn.init.normal_(lora_A, std=1 / settings.r)
-        else:
-            nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
-        if settings.init_lora_weights is False:
-            nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
-        else:
-            nn.init.zeros_(lora_B)
-        if lora_bias is not None:
-            nn.init.zeros_(lora_bias)
+        kind = self.adapters[adapter_name].init_lora_weights
+        if mutates_weight(kind):
+            raise ValueError(
+                f"{type(self).__name__}.reset_lora_parameters: init_lora_weights: got {kind!r}, "
+                "which changes the base weight, expected another kind; add a new adapter instead"
+            )
+        self._initialise(adapter_name)
+
+    def _initialise(self, name: str) -> None:
+        settings = self.adapters[name]
+        if mutates_weight(settings.init_lora_weights) and self.merged:
+            raise ValueError(
+                f"{type(self).__name__}: init_lora_weights: {settings.init_lora_weights!r} changes "
+                "the base weight, which holds merged adapters; call unmerge() first"
+            )
+        A, B, bias = (self._part(part, name) for part in ("lora_A", "lora_B", "lora_bias"))
+        initialise(
+            settings.init_lora_weights,
+            A,
+            B,
+            self._weight_matrix(),
+            settings.scaling,
+            lora_bias=bias,
+        )
 
     # Scales
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-_INITS = ("gaussian",)
+from lora_ext.nn.init import check_init
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,9 @@ class AdapterSettings:
         lora_dropout: probability that an input element is dropped before lora_A, in training.
         use_rslora: `scaling` is `lora_alpha / sqrt(r)` (arXiv:2312.03732).
         lora_bias: whether lora_B has a bias, scaled like the product.
-        init_lora_weights: True: lora_A Kaiming-uniform, lora_B zero; "gaussian": lora_A normal with
-            deviation 1/r, lora_B zero; False: both Kaiming-uniform, for tests.
+        init_lora_weights: True, False (for tests), "gaussian", "orthogonal", "pissa",
+            "pissa_niter_N" or "olora"; see `lora_ext.nn.init`. The last three take the initial
+            product out of the base's weight.
         autocast_adapter_dtype: keep the adapter in float32 on a bfloat16 or float16 base.
 
     Raises:
@@ -46,11 +47,10 @@ class AdapterSettings:
                 f"adapter: lora_dropout: got {self.lora_dropout}, "
                 "expected a probability from 0 to 1"
             )
-        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights not in _INITS:
-            raise ValueError(
-                f"adapter: init_lora_weights: got {self.init_lora_weights!r}, "
-                "expected True, False or 'gaussian'"
-            )
+        try:
+            check_init(self.init_lora_weights)
+        except ValueError as error:
+            raise ValueError(f"adapter: {error}") from None
 
     @property
     def scaling(self) -> float:

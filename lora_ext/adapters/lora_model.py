@@ -1,0 +1,390 @@
+"""A model with LoRA adapters in its layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext.adapters.config import LoraConfig
+from lora_ext.adapters.config_checks import ALL_LINEAR
+from lora_ext.adapters.layers import adaptable, can_be_adapted
+from lora_ext.adapters.merging import merge_layers, unmerge_layers
+from lora_ext.adapters.modules_to_save import ModulesToSave
+from lora_ext.adapters.swap import swap_modules
+from lora_ext.adapters.targets import find_targets, matches, saved_modules
+from lora_ext.adapters.trainable import count_parameters, print_trainable_parameters
+from lora_ext.nn import AdapterSettings, LoraLayer
+from lora_ext.nn.init import mutates_weight
+from lora_ext.nn.lora_layer import DEFAULT, check_adapter_name
+
+
+class PlannedLayer(NamedTuple):
+    """A layer, and the adapter that it is to get."""
+
+    name: str
+    layer: LoraLayer
+    settings: AdapterSettings
+
+
+class Plan(NamedTuple):
+    """What a config means for a model."""
+
+    names: list[str]  # of the target modules
+    layers: dict[int, PlannedLayer]  # by the id of the module that the layer stands for
+    saved: dict[str, nn.Module]  # modules to save
+
+
+def adapter_settings(
+    config: LoraConfig, name: str, autocast_adapter_dtype: bool
+) -> AdapterSettings:
+    """What a config says of the module called `name`."""
+    r, lora_alpha = config.settings_for(name)
+    return AdapterSettings(
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        lora_bias=config.lora_bias,
+        init_lora_weights=config.init_lora_weights,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+    )
+
+
+def resolved(config: LoraConfig, plan: Plan) -> LoraConfig:
+    """A copy that names what it stands for, so that a file of it does not depend on the model."""
+    config = copy.deepcopy(config)
+    targets = config.target_modules
+    if targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
+        config.target_modules = list(plan.names)
+    config.modules_to_save = saved_modules(config) or None
+    return config
+
+
+class LoraModel(nn.Module):
+    """`model` with adapters in it, put there in place; calls and attributes go through to it.
+
+    Args:
+        model: changed in place: the target modules become layers of `lora_ext.nn` with the same
+            parameters, which are frozen.
+        config: what to adapt and how.
+        adapter_name: of the first adapter, which becomes active.
+        autocast_adapter_dtype: keep adapters in float32 on a bfloat16 or float16 base.
+
+    Raises:
+        ValueError: nothing matches `config.target_modules`, or a setting is out of range. The model
+            is as it was then.
+        TypeError: a target module is of a kind that has no adapters.
+    """
+
+    base_model: nn.Module
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: LoraConfig,
+        adapter_name: str = DEFAULT,
+        *,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"LoraModel: model: got {type(model).__qualname__}, expected a Module")
+        if isinstance(model, LoraModel):
+            raise TypeError(
+                "LoraModel: model: got a LoraModel; call its add_adapter() for another adapter"
+            )
+        super().__init__()
+        self.base_model = model
+        self.peft_config: dict[str, LoraConfig] = {}
+        self.active_adapters: tuple[str, ...] = ()
+        self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
+        self.set_adapter(adapter_name, inference_mode=config.inference_mode)
+        self.train(model.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+    def get_base_model(self) -> nn.Module:
+        """The model itself, with the adapters in it; `unload()` takes them out."""
+        return self.base_model
+
+    def lora_layers(self) -> Iterator[tuple[str, LoraLayer]]:
+        """The layers with adapters, by their names in the base model."""
+        for name, module in self.base_model.named_modules():
+            if isinstance(module, LoraLayer):
+                yield name, module
+
+    def saved_modules(self) -> Iterator[tuple[str, ModulesToSave]]:
+        """The modules that are saved whole, by their names in the base model."""
+        for name, module in self.base_model.named_modules():
+            if isinstance(module, ModulesToSave):
+                yield name, module
+
+    # Adapters
+
+    def add_adapter(
+        self, adapter_name: str, config: LoraConfig, *, autocast_adapter_dtype: bool = True
+    ) -> None:
+        """Adds an adapter; `set_adapter` makes it run. All or nothing: on an error the model is as
+        it was.
+
+        Raises: as the class.
+        """
+        check_adapter_name(adapter_name, self.peft_config, "LoraModel.add_adapter")
+        self.add_planned(adapter_name, config, self.plan(config, autocast_adapter_dtype))
+
+    def plan(self, config: LoraConfig, autocast_adapter_dtype: bool = True) -> Plan:
+        """What a config adapts: nothing is changed, and nothing of an adapter's size allocated."""
+        names = find_targets(self.base_model, config, can_be_adapted, (LoraLayer, ModulesToSave))
+        modules = dict(self.base_model.named_modules(remove_duplicate=False))
+        layers: dict[int, PlannedLayer] = {}
+        for name in names:
+            module = modules[name]
+            if id(module) not in layers:  # else it is registered under another name as well
+                settings = adapter_settings(config, name, autocast_adapter_dtype)
+                layers[id(module)] = PlannedLayer(name, adaptable(name, module), settings)
+        saved = {
+            name: module
+            for name, module in modules.items()
+            if name and matches(name, saved_modules(config))
+        }
+        if config.modules_to_save and not saved:
+            raise ValueError(
+                f"LoraConfig: modules_to_save: {config.modules_to_save!r} matches no module"
+            )
+        return Plan(names, layers, saved)
+
+    def add_planned(self, adapter_name: str, config: LoraConfig, plan: Plan) -> None:
+        """Adds an adapter as `plan` says, which was made for this config and the present model."""
+        done: list[LoraLayer] = []
+        before: list[tuple[Tensor, Tensor]] = []  # weights that an initialisation changes
+        try:
+            for planned in plan.layers.values():
+                if mutates_weight(planned.settings.init_lora_weights):
+                    for parameter in planned.layer.merged_parameters().values():
+                        before.append((parameter, parameter.detach().clone()))
+                planned.layer.add_adapter(adapter_name, **vars(planned.settings))
+                done.append(planned.layer)
+        except BaseException:
+            for layer in done:
+                layer.delete_adapter(adapter_name)
+            with torch.no_grad():
+                for parameter, values in before:
+                    parameter.copy_(values)
+            raise
+        replacements: dict[int, nn.Module] = {
+            place: planned.layer
+            for place, planned in plan.layers.items()
+            if place != id(planned.layer)
+        }
+        for module in {id(module): module for module in plan.saved.values()}.values():
+            wrapper = module if isinstance(module, ModulesToSave) else ModulesToSave(module)
+            wrapper.add_adapter(adapter_name)
+            if wrapper is not module:
+                replacements[id(module)] = wrapper
+        swap_modules(self.base_model, replacements)
+        self.peft_config[adapter_name] = resolved(config, plan)
+        self.targeted_module_names = plan.names
+        if self.active_adapters:
+            self.set_adapter(self.active_adapters)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forgets an adapter in every layer.
+
+        Raises:
+            ValueError: there is none of that name, or it is merged. Nothing is changed then.
+        """
+        self._check_names([adapter_name])
+        for name, layer in self.lora_layers():
+            if adapter_name in layer.merged_adapters:
+                raise ValueError(
+                    f"LoraModel.delete_adapter: adapter_name: '{adapter_name}' is merged in "
+                    f"'{name}'; call unmerge_adapter() first"
+                )
+        active = [name for name in self.active_adapters if name != adapter_name]
+        for _, layer in self.lora_layers():
+            if adapter_name in layer.adapters:
+                layer.delete_adapter(adapter_name)
+        for _, module in self.saved_modules():
+            if adapter_name in module.modules_to_save:
+                module.delete_adapter(adapter_name)
+        del self.peft_config[adapter_name]
+        if active != list(self.active_adapters) or not active:
+            self.set_adapter(active or list(self.peft_config)[:1])
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Gives an adapter another name in every layer."""
+        self._check_names([old])
+        check_adapter_name(new, self.peft_config, "LoraModel.rename_adapter")
+        for _, layer in self.lora_layers():
+            if old in layer.adapters:
+                layer.rename_adapter(old, new)
+        for _, module in self.saved_modules():
+            if old in module.modules_to_save:
+                module.rename_adapter(old, new)
+        self.peft_config = {new if n == old else n: c for n, c in self.peft_config.items()}
+        self.active_adapters = tuple(new if n == old else n for n in self.active_adapters)
+
+    def set_adapter(self, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
+        """Makes exactly these adapters run, and train unless `inference_mode`; several add up.
+        Layers that are merged are unmerged. What is no adapter is frozen, but for the biases that
+        the config of an active adapter names.
+
+        Raises:
+            ValueError: an unknown name, or several adapters of which more than one has copies of
+                modules to save.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._check_names(names)
+        choices = {}
+        for where, module in self.saved_modules():
+            mine = [name for name in names if name in module.modules_to_save]
+            if len(mine) > 1:
+                raise ValueError(
+                    f"LoraModel.set_adapter: adapter_names: {mine} have a copy of '{where}' each "
+                    "(modules_to_save), expected at most one of them"
+                )
+            choices[where] = (module, mine[0] if mine else None)
+        self.base_model.requires_grad_(False)
+        for _, layer in self.lora_layers():
+            mine = [name for name in names if name in layer.adapters]
+            layer.set_adapter(mine, inference_mode)
+        for module, choice in choices.values():
+            module.set_adapter(choice, inference_mode)
+        if not inference_mode:
+            for name in names:
+                self._train_biases(self.peft_config[name].bias)
+        self.active_adapters = tuple(dict.fromkeys(names))
+
+    def _train_biases(self, bias: str) -> None:
+        for module in self.base_model.modules():
+            parameter = module._parameters.get("bias")
+            adapted = isinstance(module, LoraLayer)
+            if parameter is not None and (bias == "all" or (bias == "lora_only" and adapted)):
+                parameter.requires_grad_(True)
+
+    @property
+    def active_adapter(self) -> str:
+        """The first active adapter."""
+        return self.active_adapters[0]
+
+    def enable_adapters(self, enabled: bool = True) -> None:
+        """Switches all adapters, and the copies of modules to save, on or off. Off is the base
+        model exactly; merged layers are unmerged for it."""
+        for _, layer in self.lora_layers():
+            layer.enable_adapters(enabled)
+        for _, module in self.saved_modules():
+            module.enabled = enabled
+
+    def disable_adapters(self) -> None:
+        """`enable_adapters(False)`."""
+        self.enable_adapters(False)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within this context the model is its base."""
+        states = [(layer, layer.disable_adapters) for _, layer in self.lora_layers()]
+        saved = [(module, module.enabled) for _, module in self.saved_modules()]
+        self.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer, disabled in states:
+                layer.enable_adapters(not disabled)
+            for module, enabled in saved:
+                module.enabled = enabled
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Makes an adapter's scaling `scale` times that of its config, in every layer: 0 is the
+        same as without it."""
+        self._check_names([adapter_name])
+        for _, layer in self.lora_layers():
+            if adapter_name in layer.adapters:
+                layer.set_scale(adapter_name, scale)
+
+    # Merging
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None) -> None:
+        """Adds adapters (the active ones, if None) to the weights, in all layers or in none; see
+        `lora_ext.nn.Linear`. `unmerge_adapter` gives back the base bit for bit."""
+        if adapter_names is not None:
+            self._check_names(adapter_names)
+        merge_layers(self.base_model, adapter_names)
+
+    def unmerge_adapter(self) -> None:
+        """Gives all merged layers their base's bits."""
+        unmerge_layers(self.base_model)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = True,
+        adapter_names: Sequence[str] | None = None,
+    ) -> nn.Module:
+        """The base model with the adapters in its weights and plain layers.
+
+        Args:
+            progressbar: show one.
+            safe_merge: kept for PEFT's sake; NaN and Inf are always refused, and on any error the
+                model is as it was.
+            adapter_names: the active ones, if None.
+        """
+        if any(layer.merged for _, layer in self.lora_layers()):
+            self.unmerge_adapter()
+        merge_layers(self.base_model, adapter_names, progressbar=progressbar)
+        return self.unload()
+
+    def unload(self) -> nn.Module:
+        """The base model with plain layers: without the adapters, or with what is merged. Modules
+        to save are the active adapter's."""
+        plain: dict[int, nn.Module] = {}
+        for _, layer in self.lora_layers():
+            plain[id(layer)] = layer.get_base_layer()
+        for _, module in self.saved_modules():
+            plain[id(module)] = module.active_module
+        swap_modules(self.base_model, plain)
+        return self.base_model
+
+    # Reports
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) parameters."""
+        return count_parameters(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Prints the number of trainable parameters, of all parameters, and the share."""
+        print_trainable_parameters(self)
+
+    def _check_names(self, names: Iterable[str]) -> None:
+        unknown = [name for name in names if name not in self.peft_config]
+        if unknown:
+            raise ValueError(
+                f"LoraModel: adapter_name: got {unknown[0]!r}, "
+                f"expected one of {list(self.peft_config)}"
+            )
+
+
+def get_lora_model(
+    model: nn.Module,
+    config: LoraConfig,
+    adapter_name: str = DEFAULT,
+    *,
+    autocast_adapter_dtype: bool = True,
+) -> LoraModel:
+    """Puts adapters into `model`, in place; see `LoraModel`. Also named `get_peft_model`."""
+    return LoraModel(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+
+
+get_peft_model = get_lora_model
