@@ -15,9 +15,12 @@ from lora_ext.adapters.config_checks import ALL_LINEAR
 from lora_ext.adapters.layers import adaptable, can_be_adapted
 from lora_ext.adapters.merging import merge_layers, unmerge_layers
 from lora_ext.adapters.modules_to_save import ModulesToSave
+from lora_ext.adapters.replication import replicate_layers
+from lora_ext.adapters.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from lora_ext.adapters.swap import swap_modules
 from lora_ext.adapters.targets import find_targets, matches, saved_modules
 from lora_ext.adapters.trainable import count_parameters, print_trainable_parameters
+from lora_ext.adapters.weighted import add_weighted_adapter
 from lora_ext.nn import AdapterSettings, LoraLayer
 from lora_ext.nn.init import mutates_weight
 from lora_ext.nn.lora_layer import DEFAULT, check_adapter_name
@@ -53,6 +56,28 @@ def adapter_settings(
         init_lora_weights=config.init_lora_weights,
         autocast_adapter_dtype=autocast_adapter_dtype,
     )
+
+
+@contextmanager
+def replicated(model: nn.Module, config: LoraConfig, *, first: bool) -> Iterator[None]:
+    """Repeats the layers as `layer_replication` says, and undoes that if what follows fails.
+
+    Raises:
+        ValueError: there are adapters already, which sit in the layers as they are.
+    """
+    if not config.layer_replication:
+        yield
+        return
+    if not first:
+        raise ValueError(
+            "LoraConfig: layer_replication: expected only in the config of a model's first adapter"
+        )
+    undo = replicate_layers(model, config.layer_replication)
+    try:
+        yield
+    except BaseException:
+        undo()
+        raise
 
 
 def resolved(config: LoraConfig, plan: Plan) -> LoraConfig:
@@ -143,7 +168,8 @@ class LoraModel(nn.Module):
         Raises: as the class.
         """
         check_adapter_name(adapter_name, self.peft_config, "LoraModel.add_adapter")
-        self.add_planned(adapter_name, config, self.plan(config, autocast_adapter_dtype))
+        with replicated(self.base_model, config, first=not self.peft_config):
+            self.add_planned(adapter_name, config, self.plan(config, autocast_adapter_dtype))
 
     def plan(self, config: LoraConfig, autocast_adapter_dtype: bool = True) -> Plan:
         """What a config adapts: nothing is changed, and nothing of an adapter's size allocated."""
@@ -314,6 +340,17 @@ class LoraModel(nn.Module):
             if adapter_name in layer.adapters:
                 layer.set_scale(adapter_name, scale)
 
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        **options: Any,
+    ) -> None:
+        """Adds an adapter that combines others; see `lora_ext.adapters.weighted`."""
+        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, **options)
+
     # Merging
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None) -> None:
@@ -366,6 +403,14 @@ class LoraModel(nn.Module):
     def print_trainable_parameters(self) -> None:
         """Prints the number of trainable parameters, of all parameters, and the share."""
         print_trainable_parameters(self)
+
+    def get_layer_status(self) -> list[LayerStatus]:
+        """The state of each layer that has adapters."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> ModelStatus:
+        """The state of the model, "irregular" where its layers differ."""
+        return get_model_status(self)
 
     def _check_names(self, names: Iterable[str]) -> None:
         unknown = [name for name in names if name not in self.peft_config]

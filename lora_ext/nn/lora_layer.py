@@ -248,19 +248,19 @@ class LoraLayer(nn.Module):
         """Whether the adapters are switched off."""
         return not self._enabled
 
+    def parts(self, adapter_name: str) -> dict[str, nn.Parameter]:
+        """The parameters of one adapter: lora_A, lora_B, lora_bias if it has one."""
+        parameters = {p: self._parameters.get(part_name(p, adapter_name)) for p in self.PARTS}
+        return {part: value for part, value in parameters.items() if value is not None}
+
     def adapter_parameters(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """The parameters of one adapter, by attribute name."""
-        names = [part_name(part, adapter_name) for part in self.PARTS]
-        parameters = {name: self._parameters.get(name) for name in names}
-        return {name: value for name, value in parameters.items() if value is not None}
+        parts = self.parts(adapter_name)
+        return {part_name(part, adapter_name): value for part, value in parts.items()}
 
     def peft_parameters(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """The parameters of one adapter, by their names in PEFT's checkpoints."""
-        parameters = {
-            key: self._parameters.get(part_name(part, adapter_name))
-            for part, key in self.PEFT_NAMES.items()
-        }
-        return {key: value for key, value in parameters.items() if value is not None}
+        return {self.PEFT_NAMES[part]: value for part, value in self.parts(adapter_name).items()}
 
     def peft_shapes(self, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
         """Their shapes for an adapter that is not there yet."""

@@ -1,0 +1,131 @@
+"""Making a new adapter of several that are there, in every layer of a model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lora_ext.adapters.combination import plan_combination
+from lora_ext.adapters.combining import Adapter, combine
+from lora_ext.adapters.config import LoraConfig
+from lora_ext.nn import LoraLayer
+from lora_ext.nn.lora_layer import check_adapter_name
+
+if TYPE_CHECKING:
+    from lora_ext.adapters.lora_model import LoraModel
+
+
+def add_weighted_adapter(
+    model: LoraModel,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    combination_type: str = "svd",
+    *,
+    generator: torch.Generator | None = None,
+    **options: Any,
+) -> None:
+    """Adds an adapter that combines others, in each layer that one of them adapts.
+
+    Args:
+        adapters, weights: names and their factors, any sign.
+        adapter_name: the new one's; `set_adapter` makes it run.
+        combination_type, options: see `lora_ext.adapters.combination.plan_combination`.
+        generator: of the types with "dare".
+
+    Raises:
+        ValueError: an argument out of range, by name; adapters with copies of modules to save, with
+            a magnitude (DoRA), or more than one with base biases. Nothing is changed then.
+    """
+    check_adapter_name(adapter_name, model.peft_config, "LoraModel.add_weighted_adapter")
+    ranks = {
+        name: max(config.r, *(config.rank_pattern or {}).values(), 0)
+        for name, config in model.peft_config.items()
+    }
+    combination = plan_combination(ranks, adapters, weights, combination_type, **options)
+    _check_combinable(model, combination.adapters)
+    config = _combined_config(model, combination.adapters, combination.rank)
+
+    combined: list[tuple[LoraLayer, Adapter]] = []
+    for _, layer in model.lora_layers():
+        parts = {
+            name: _adapter_of(layer, name)
+            for name in dict.fromkeys(combination.adapters)
+            if name in layer.adapters
+        }
+        if parts:
+            combined.append((layer, combine(combination, parts, 1.0, generator=generator)))
+    for layer, adapter in combined:
+        present = next(
+            layer.adapters[name] for name in combination.adapters if name in layer.adapters
+        )
+        settings = replace(
+            present,
+            r=combination.rank,
+            lora_alpha=config.lora_alpha,
+            use_rslora=False,
+            lora_bias=adapter.lora_bias is not None,
+            init_lora_weights=True,
+        )
+        layer.add_adapter(adapter_name, **vars(settings))
+        with torch.no_grad():
+            for part, parameter in layer.parts(adapter_name).items():
+                parameter.copy_(getattr(adapter, part))
+    model.peft_config[adapter_name] = config
+    model.set_adapter(model.active_adapters)
+
+
+def _adapter_of(layer: LoraLayer, name: str) -> Adapter:
+    parts = layer.parts(name)
+    return Adapter(
+        parts["lora_A"].detach(),
+        parts["lora_B"].detach(),
+        layer.adapters[name].scaling,
+        parts["lora_bias"].detach() if "lora_bias" in parts else None,
+    )
+
+
+def _check_combinable(model: LoraModel, names: Sequence[str]) -> None:
+    where = "add_weighted_adapter: adapters"
+    for place, module in model.saved_modules():
+        mine = [name for name in dict.fromkeys(names) if name in module.modules_to_save]
+        if len(mine) > 1:
+            raise ValueError(
+                f"{where}: {mine} have a copy of '{place}' each (modules_to_save), which cannot be "
+                "combined; expected at most one of them"
+            )
+    for name in names:
+        if model.peft_config[name].use_dora:
+            raise ValueError(
+                f"{where}: '{name}' has a magnitude (use_dora), which cannot be combined"
+            )
+    biased = [n for n in dict.fromkeys(names) if model.peft_config[n].bias != "none"]
+    if len(biased) > 1:
+        raise ValueError(f"{where}: {biased} have biases of the base, expected at most one of them")
+
+
+def _combined_config(model: LoraModel, names: Sequence[str], rank: int) -> LoraConfig:
+    """The first one's, with scaling 1 and all target modules."""
+    configs = [model.peft_config[name] for name in dict.fromkeys(names)]
+    config = copy.deepcopy(configs[0])
+    config.r, config.lora_alpha, config.use_rslora = rank, rank, False
+    config.rank_pattern, config.alpha_pattern = {}, {}
+    config.init_lora_weights = True
+    config.lora_bias = any(one.lora_bias for one in configs)
+    targets = [one.target_modules for one in configs]
+    if all(isinstance(target, str) for target in targets):
+        config.target_modules = "|".join(
+            f"({target})" for target in dict.fromkeys(map(str, targets))
+        )
+    elif any(isinstance(target, str) for target in targets):
+        raise ValueError(
+            "add_weighted_adapter: adapters: some name their target_modules by an expression and "
+            "some by a list, expected one kind"
+        )
+    else:
+        config.target_modules = sorted({name for target in targets for name in target or ()})
+    return config

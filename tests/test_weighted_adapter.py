@@ -1,0 +1,152 @@
+"""LoraModel.add_weighted_adapter against PEFT, and against the formula where PEFT is wrong."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora_ext import LoraConfig, LoraModel, get_lora_model
+
+RANKS = {"one": 4, "two": 4, "three": 4}
+WEIGHTS = [0.7, 1.5, -0.4]
+# What DARE drops is random, and PEFT draws in another order: with density 1 it drops nothing here;
+# tests/test_combining.py compares the drops.
+TYPES: dict[str, dict[str, Any]] = {
+    "svd": {},
+    "linear": {},
+    "cat": {},
+    "ties": {"density": 0.6},
+    "ties_svd": {"density": 0.6},
+    "dare_linear": {"density": 1.0},
+    "dare_linear_svd": {"density": 1.0},
+    "dare_ties": {"density": 1.0},
+    "dare_ties_svd": {"density": 1.0},
+    "magnitude_prune": {"density": 0.6},
+    "magnitude_prune_svd": {"density": 0.6},
+}
+
+
+def net_of() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 10))
+
+
+def fields(r: int, **more: Any) -> dict[str, Any]:
+    return {"r": r, "lora_alpha": 6, "target_modules": ["0", "2"]} | more
+
+
+def models(**more: Any) -> tuple[LoraModel, Any]:
+    """The same three adapters in ours and in PEFT's."""
+    ours, theirs = None, None
+    for name, r in RANKS.items():
+        if ours is None:
+            ours = get_lora_model(net_of(), LoraConfig(**fields(r, **more)), name)
+            theirs = peft.get_peft_model(net_of(), peft.LoraConfig(**fields(r, **more)), name)
+        else:
+            ours.add_adapter(name, LoraConfig(**fields(r, **more)))
+            theirs.add_adapter(name, peft.LoraConfig(**fields(r, **more)))
+    generator = torch.Generator().manual_seed(2)
+    for place, layer in ours.lora_layers():
+        their_layer = theirs.base_model.model.get_submodule(place)
+        for name in RANKS:
+            for part, parameter in layer.parts(name).items():
+                values = torch.randn(parameter.shape, generator=generator)
+                parameter.data.copy_(values)
+                getattr(their_layer, part)[name].weight.data.copy_(values)
+    return ours, theirs
+
+
+def rows() -> Tensor:
+    return torch.randn(7, 12, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_combinations_are_pefts(kind: str) -> None:
+    ours, theirs = models()
+    options = TYPES[kind]
+    torch.manual_seed(5)
+    ours.add_weighted_adapter(list(RANKS), WEIGHTS, "new", kind, **options)
+    torch.manual_seed(5)
+    theirs.base_model.add_weighted_adapter(list(RANKS), WEIGHTS, "new", kind, **options)
+    assert ours.active_adapters == ("one",)
+    ours.set_adapter("new")
+    theirs.set_adapter("new")
+    assert ours.peft_config["new"].r == theirs.peft_config["new"].r
+    expected = theirs(rows())
+    assert (ours(rows()) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("use_rslora", [False, True], ids=["alpha/r", "rslora"])
+@pytest.mark.parametrize("kind", ["cat", "svd"])
+def test_exact_types_give_the_weighted_sum(kind: str, use_rslora: bool) -> None:
+    ours, _ = models(use_rslora=use_rslora)
+    ours.add_weighted_adapter(
+        list(RANKS), WEIGHTS, "new", kind, svd_rank=12 if kind == "svd" else None
+    )
+    for _, layer in ours.lora_layers():
+        expected = sum(
+            w * layer.adapters[n].scaling * (p["lora_B"].double() @ p["lora_A"].double())
+            for n, w in zip(RANKS, WEIGHTS, strict=True)
+            for p in [layer.parts(n)]
+        )
+        new = layer.parts("new")
+        actual = layer.get_scale("new") * (new["lora_B"].double() @ new["lora_A"].double())
+        # 12 terms of float32 for each element, and an SVD's rounding of the largest of them
+        assert (actual - expected).abs().max() <= 64 * 2**-24 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", [name for name in TYPES if name.startswith("dare")])
+def test_what_dare_drops_follows_the_generator(kind: str) -> None:
+    results = []
+    for seed in (1, 1, 2):
+        model, _ = models()
+        generator = torch.Generator().manual_seed(seed)
+        model.add_weighted_adapter(
+            list(RANKS), WEIGHTS, "new", kind, density=0.5, generator=generator
+        )
+        model.set_adapter("new")
+        results.append(model(rows()))
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
+def test_adapters_with_other_targets_and_patterns() -> None:
+    model = get_lora_model(net_of(), LoraConfig(**fields(2, target_modules=["0"])), "one")
+    model.add_adapter(
+        "two", LoraConfig(**fields(3, target_modules=["0", "2"], rank_pattern={"2": 5}))
+    )
+    model.add_weighted_adapter(["one", "two"], [1.0, 2.0], "new", "cat")
+    config = model.peft_config["new"]
+    assert config.r == 7 and config.rank_pattern == {} and config.target_modules == ["0", "2"]
+    assert [layer.adapters["new"].r for _, layer in model.lora_layers()] == [7, 7]
+
+
+def test_modules_to_save_in_two_adapters_are_refused() -> None:
+    model = get_lora_model(
+        net_of(), LoraConfig(**fields(2, target_modules=["0"], modules_to_save=["2"]))
+    )
+    model.add_adapter("two", copy.deepcopy(model.peft_config["default"]))
+    with pytest.raises(ValueError, match="modules_to_save"):
+        model.add_weighted_adapter(["default", "two"], [1, 1], "new")
+    assert list(model.peft_config) == ["default", "two"]
+
+
+WRONG: dict[str, tuple[tuple[Any, ...], str]] = {
+    "name taken": ((["one"], [1.0], "two"), "'two'"),
+    "unknown": ((["four"], [1.0], "new"), "four"),
+    "weights": ((["one", "two"], [1.0], "new"), "weights"),
+    "type": ((["one", "two"], [1.0, 1.0], "new", "svdd"), "combination_type"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_arguments(arguments: tuple[Any, ...], message: str) -> None:
+    model, _ = models()
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        model.add_weighted_adapter(*arguments)
+    assert list(model.state_dict()) == before
