@@ -7,3 +7,7 @@ class AlreadyMergedError(RuntimeError):
 
 class NotMergedError(RuntimeError):
     """unmerge() on a module whose adapter is not in its weight."""
+
+
+class AdapterFileError(ValueError):
+    """An adapter's file that cannot be trusted or does not fit; names the file and the key."""
