@@ -11,3 +11,7 @@ class NotMergedError(RuntimeError):
 
 class NotBuiltError(NotImplementedError):
     """A request for something that is known but not built: refused by name, never ignored."""
+
+
+class AdapterFileError(ValueError):
+    """An adapter's file that cannot be trusted or does not fit; names the file and the key."""

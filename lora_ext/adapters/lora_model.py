@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from lora_ext.adapters.swap import swap_modules
 from lora_ext.adapters.targets import find_targets, matches, saved_modules
 from lora_ext.adapters.trainable import count_parameters, print_trainable_parameters
 from lora_ext.adapters.weighted import add_weighted_adapter
+from lora_ext.io.peft import load_adapter, save_pretrained
 from lora_ext.nn import AdapterSettings, LoraLayer
 from lora_ext.nn.init import mutates_weight
 from lora_ext.nn.lora_layer import DEFAULT, check_adapter_name
@@ -58,28 +60,6 @@ def adapter_settings(
     )
 
 
-@contextmanager
-def replicated(model: nn.Module, config: LoraConfig, *, first: bool) -> Iterator[None]:
-    """Repeats the layers as `layer_replication` says, and undoes that if what follows fails.
-
-    Raises:
-        ValueError: there are adapters already, which sit in the layers as they are.
-    """
-    if not config.layer_replication:
-        yield
-        return
-    if not first:
-        raise ValueError(
-            "LoraConfig: layer_replication: expected only in the config of a model's first adapter"
-        )
-    undo = replicate_layers(model, config.layer_replication)
-    try:
-        yield
-    except BaseException:
-        undo()
-        raise
-
-
 def resolved(config: LoraConfig, plan: Plan) -> LoraConfig:
     """A copy that names what it stands for, so that a file of it does not depend on the model."""
     config = copy.deepcopy(config)
@@ -88,6 +68,16 @@ def resolved(config: LoraConfig, plan: Plan) -> LoraConfig:
         config.target_modules = list(plan.names)
     config.modules_to_save = saved_modules(config) or None
     return config
+
+
+def check_model(model: nn.Module) -> None:
+    """TypeError unless adapters can be put into it."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"LoraModel: model: got {type(model).__qualname__}, expected a Module")
+    if isinstance(model, LoraModel):
+        raise TypeError(
+            "LoraModel: model: got a LoraModel; call its add_adapter() for another adapter"
+        )
 
 
 class LoraModel(nn.Module):
@@ -116,19 +106,69 @@ class LoraModel(nn.Module):
         *,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"LoraModel: model: got {type(model).__qualname__}, expected a Module")
-        if isinstance(model, LoraModel):
-            raise TypeError(
-                "LoraModel: model: got a LoraModel; call its add_adapter() for another adapter"
-            )
+        check_model(model)
+        self._init_empty(model)
+        self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
+        self.set_adapter(adapter_name, inference_mode=config.inference_mode)
+
+    def _init_empty(self, model: nn.Module) -> None:
         super().__init__()
         self.base_model = model
         self.peft_config: dict[str, LoraConfig] = {}
         self.active_adapters: tuple[str, ...] = ()
-        self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
-        self.set_adapter(adapter_name, inference_mode=config.inference_mode)
         self.train(model.training)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        folder: str | Path,
+        adapter_name: str = DEFAULT,
+        *,
+        is_trainable: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> Self:
+        """`model` with an adapter from a folder that PEFT or `save_pretrained` wrote, active;
+        frozen and in evaluation mode unless `is_trainable`.
+
+        Raises:
+            AdapterFileError: a file is missing, damaged, or does not fit the model, which is as it
+                was then.
+        """
+        check_model(model)
+        self = cls.__new__(cls)
+        self._init_empty(model)
+        self.load_adapter(
+            folder,
+            adapter_name,
+            is_trainable=is_trainable,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
+        self.set_adapter(adapter_name, inference_mode=not is_trainable)
+        return self if is_trainable else self.eval()
+
+    def load_adapter(
+        self,
+        folder: str | Path,
+        adapter_name: str,
+        *,
+        is_trainable: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Adds an adapter from a folder; see `lora_ext.io.peft.load_adapter`."""
+        load_adapter(
+            self,
+            folder,
+            adapter_name,
+            is_trainable=is_trainable,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
+
+    def save_pretrained(
+        self, folder: str | Path, adapter_names: list[str] | None = None, **options: Any
+    ) -> None:
+        """Writes adapters in PEFT's format; see `lora_ext.io.peft.save_pretrained`."""
+        save_pretrained(self, folder, adapter_names, **options)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_model(*args, **kwargs)
@@ -168,8 +208,30 @@ class LoraModel(nn.Module):
         Raises: as the class.
         """
         check_adapter_name(adapter_name, self.peft_config, "LoraModel.add_adapter")
-        with replicated(self.base_model, config, first=not self.peft_config):
+        with self.replicated(config):
             self.add_planned(adapter_name, config, self.plan(config, autocast_adapter_dtype))
+
+    @contextmanager
+    def replicated(self, config: LoraConfig) -> Iterator[None]:
+        """Repeats the layers as `layer_replication` says, and undoes that if what follows fails.
+
+        Raises:
+            ValueError: there are adapters already, which sit in the layers as they are.
+        """
+        if not config.layer_replication:
+            yield
+            return
+        if self.peft_config:
+            raise ValueError(
+                "LoraConfig: layer_replication: expected only in the config of a model's first "
+                "adapter"
+            )
+        undo = replicate_layers(self.base_model, config.layer_replication)
+        try:
+            yield
+        except BaseException:
+            undo()
+            raise
 
     def plan(self, config: LoraConfig, autocast_adapter_dtype: bool = True) -> Plan:
         """What a config adapts: nothing is changed, and nothing of an adapter's size allocated."""

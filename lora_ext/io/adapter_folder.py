@@ -1,0 +1,118 @@
+"""PEFT's adapter folder: adapter_config.json and adapter_model.safetensors, as a pair.
+
+The configuration is a dict here; `lora_ext` gives it its meaning elsewhere.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lora_ext.errors import AdapterFileError
+from lora_ext.io.adapter_file import (
+    PICKLE,
+    PICKLE_SUFFIXES,
+    TensorSpec,
+    adapter_bytes,
+    read_adapter_tensors,
+    read_header,
+)
+from lora_ext.io.atomic import open_files, save_files
+from lora_ext.io.files import StrPath, parse_json, read_all, typed_errors
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """One complete pair, as one save left it; later saves do not change it. From `open_adapter`.
+
+    Attributes:
+        path: the folder.
+        config: what adapter_config.json holds.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    _weights: io.FileIO
+
+    def header(self) -> dict[str, TensorSpec]:
+        """See `read_header`."""
+        return read_header(self._weights)
+
+    def tensors(self, expected: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
+        """See `read_adapter_tensors`."""
+        return read_adapter_tensors(self._weights, expected)
+
+
+@contextmanager
+def open_adapter(folder: StrPath) -> Iterator[AdapterFolder]:
+    """Opens an adapter's two files, as a pair, for the time of a `with` block.
+
+    Raises:
+        AdapterFileError: a file is missing, is no regular file inside the folder, or cannot be
+            read; the configuration is no JSON object; there are only pickled weights.
+    """
+    folder = Path(folder)
+    with ExitStack() as stack:
+        with typed_errors(folder):
+            try:
+                files = open_files(folder, (CONFIG_NAME, WEIGHTS_NAME))
+            except FileNotFoundError as error:
+                raise AdapterFileError(_what_is_missing(folder)) from error
+            for file in files.values():
+                stack.enter_context(file)
+            config_file = files[CONFIG_NAME]
+            config = parse_json(read_all(config_file, MAX_CONFIG_BYTES), config_file.name)
+        yield AdapterFolder(folder, config, files[WEIGHTS_NAME])
+
+
+def save_adapter(
+    folder: StrPath,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    lock_timeout: float = 60.0,
+) -> None:
+    """Writes an adapter's two files as one unit, as PEFT writes them; see `lora_ext.io.atomic`.
+
+    Args:
+        config: written with sorted keys; sets become sorted lists.
+        tensors: key, as in the file, to tensor on any device.
+        lock_timeout: see `save_files`.
+
+    Raises:
+        AdapterFileError: NaN or Inf in a tensor.
+        TypeError, ValueError: the configuration holds what JSON has not.
+        TimeoutError, OSError: see `save_files`.
+    """
+    text = json.dumps(dict(config), indent=2, sort_keys=True, allow_nan=False, default=_plain)
+    files = {CONFIG_NAME: text.encode(), WEIGHTS_NAME: adapter_bytes(tensors)}
+    save_files(folder, files, lock_timeout=lock_timeout)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    raise TypeError(f"config: got {type(value).__name__} {value!r}, expected what JSON can hold")
+
+
+def _what_is_missing(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"{folder}: is not a folder; give the local folder that holds {CONFIG_NAME}"
+    missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / name).exists()]
+    if WEIGHTS_NAME in missing:
+        for path in sorted(folder.glob("adapter_model.*")):
+            if path.suffix in PICKLE_SUFFIXES:
+                return f"{path}: {PICKLE}"
+    names = " and no ".join(missing or (CONFIG_NAME, WEIGHTS_NAME))
+    return f"{folder}: has no {names}; give the folder an adapter was saved to"

@@ -1,0 +1,253 @@
+"""Adapters of a model in PEFT's checkpoint format: `adapter_config.json` and
+`adapter_model.safetensors`, with PEFT's keys."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext.adapters.combining import Adapter, alpha_factor, subtract_mutated_init
+from lora_ext.adapters.config import LoraConfig
+from lora_ext.errors import AdapterFileError
+from lora_ext.io.adapter_file import TensorSpec
+from lora_ext.io.adapter_folder import AdapterFolder, open_adapter, save_adapter
+from lora_ext.nn import LoraLayer
+from lora_ext.nn.lora_layer import DEFAULT, check_adapter_name
+
+if TYPE_CHECKING:
+    from lora_ext.adapters.lora_model import LoraModel, Plan
+
+PREFIX = "base_model.model."
+# The names of embeddings that PEFT saves with an adapter that targets them.
+_EMBEDDINGS = ("embed_tokens", "lm_head")
+
+
+def adapter_state_dict(
+    model: LoraModel,
+    adapter_name: str = DEFAULT,
+    *,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, Tensor]:
+    """An adapter by PEFT's keys, in which its name does not occur. What belongs to the base is the
+    base's own also while the model is merged.
+
+    Args:
+        save_embedding_layers: whether to add the base's input and output embeddings; "auto" adds
+            those that the adapter targets.
+    """
+    config = model.peft_config[adapter_name]
+    tensors: dict[str, Tensor] = {}
+    for name, layer in model.lora_layers():
+        if adapter_name in layer.adapters:
+            for key, parameter in layer.peft_parameters(adapter_name).items():
+                tensors[f"{PREFIX}{name}.{key}"] = parameter.detach()
+    for name, saved in model.saved_modules():
+        if adapter_name in saved.modules_to_save:
+            for key, tensor in saved.modules_to_save[adapter_name].state_dict().items():
+                tensors[f"{PREFIX}{name}.{key}"] = tensor
+    adapted = {id(layer) for _, layer in model.lora_layers() if adapter_name in layer.adapters}
+    bases = [
+        *_biases(model.base_model, config.bias, adapted),
+        *_embeddings(model.base_model, save_embedding_layers, adapted),
+    ]
+    for key, module, part in bases:
+        tensors[key] = module.state_dict()[part]
+    return tensors
+
+
+def save_pretrained(
+    model: LoraModel,
+    folder: str | Path,
+    adapter_names: list[str] | None = None,
+    *,
+    save_embedding_layers: bool | str = "auto",
+    path_initial_model_for_weight_conversion: str | Path | None = None,
+) -> None:
+    """Writes adapters so that PEFT loads them: "default" into `folder`, others into subfolders of
+    their names. Each pair of files is replaced as one; see `lora_ext.io.save_adapter`.
+
+    Args:
+        adapter_names: all, if None.
+        path_initial_model_for_weight_conversion: the folder of the adapter as it was right after an
+            initialisation that changed the base's weights ("pissa", "olora"). What is written then
+            is a plain adapter of twice the rank for the original weights.
+
+    Raises:
+        ValueError: no such adapter, or it holds NaN or Inf.
+        AdapterFileError: the initial adapter's files are damaged or do not fit.
+    """
+    names = list(model.peft_config) if adapter_names is None else adapter_names
+    for name in names:
+        if name not in model.peft_config:
+            raise ValueError(
+                f"save_pretrained: adapter_names: got {name!r}, "
+                f"expected some of {list(model.peft_config)}"
+            )
+    for name in names:
+        config = copy.deepcopy(model.peft_config[name])
+        tensors = adapter_state_dict(model, name, save_embedding_layers=save_embedding_layers)
+        if path_initial_model_for_weight_conversion is not None:
+            initial = Path(path_initial_model_for_weight_conversion)
+            tensors = _subtract_initial(model, name, tensors, initial)
+            config = _of_twice_the_rank(config)
+        fields = config.to_dict() | {"inference_mode": True}
+        if fields.get("base_model_name_or_path") is None:
+            fields["base_model_name_or_path"] = (
+                getattr(model.base_model, "name_or_path", None) or None
+            )
+        save_adapter(Path(folder) if name == DEFAULT else Path(folder) / name, fields, tensors)
+
+
+def load_adapter(
+    model: LoraModel,
+    folder: str | Path,
+    adapter_name: str,
+    *,
+    is_trainable: bool = False,
+    autocast_adapter_dtype: bool = True,
+) -> None:
+    """Adds an adapter from a folder that PEFT or `save_pretrained` wrote. Config and header are
+    checked against the model before anything of the adapter's size is allocated, and nothing is
+    changed if they do not fit.
+
+    Args:
+        is_trainable: whether it trains when it is active.
+
+    Raises:
+        AdapterFileError: a file is missing, damaged, or does not fit the model; names the file and
+            the key.
+        ValueError: the name is taken, or the model is merged and the file holds biases of the base.
+    """
+    check_adapter_name(adapter_name, model.peft_config, "LoraModel.load_adapter")
+    with open_adapter(folder) as files:
+        config = read_config(files)
+        config.inference_mode = not is_trainable
+        with model.replicated(config):
+            try:
+                plan = model.plan(config, autocast_adapter_dtype)
+            except (TypeError, ValueError) as error:
+                raise AdapterFileError(f"{files.path}: does not fit the model: {error}") from error
+            bases = _optional_bases(model, config, plan, files)
+            expected = dict(_expected(plan))
+            for key, (module, part) in bases.items():
+                expected[key] = TensorSpec(tuple(module.state_dict()[part].shape))
+            tensors = files.tensors(expected)
+            model.add_planned(adapter_name, config, plan)
+    with torch.no_grad():
+        for key, tensor in adapter_state_dict(
+            model, adapter_name, save_embedding_layers=False
+        ).items():
+            tensor.copy_(tensors[key])
+        for key, (module, part) in bases.items():
+            module._parameters[part].copy_(tensors[key])  # type: ignore[union-attr]
+
+
+def read_config(files: AdapterFolder) -> LoraConfig:
+    """The config of an open adapter; AdapterFileError names the file."""
+    try:
+        return LoraConfig.from_dict(files.config)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise AdapterFileError(f"{files.path / 'adapter_config.json'}: {error}") from error
+
+
+def _expected(plan: Plan) -> Iterator[tuple[str, TensorSpec]]:
+    for planned in plan.layers.values():
+        for key, shape in planned.layer.peft_shapes(planned.settings).items():
+            yield f"{PREFIX}{planned.name}.{key}", TensorSpec(shape)
+    for name, module in plan.saved.items():
+        original = getattr(module, "original_module", module)
+        for key, tensor in original.state_dict().items():
+            shape = tuple(tensor.shape)
+            exact = frozenset({tensor.dtype})
+            spec = TensorSpec(shape) if tensor.is_floating_point() else TensorSpec(shape, exact)
+            yield f"{PREFIX}{name}.{key}", spec
+
+
+def _optional_bases(
+    model: LoraModel, config: LoraConfig, plan: Plan, files: AdapterFolder
+) -> dict[str, tuple[nn.Module, str]]:
+    """The base's tensors that the file is to hold (biases) or may hold (embeddings), by key."""
+    adapted = {place for place in plan.layers}
+    found = {
+        key: (module, part) for key, module, part in _biases(model.base_model, config.bias, adapted)
+    }
+    header = files.header()
+    for key, module, part in _embeddings(model.base_model, True, adapted):
+        if key in header:
+            found[key] = (module, part)
+    if found and any(layer.merged for _, layer in model.lora_layers()):
+        raise ValueError(
+            "LoraModel.load_adapter: the file holds tensors of the base, which has merged "
+            "adapters; call unmerge_adapter() first"
+        )
+    return found
+
+
+def _biases(model: nn.Module, bias: str, adapted: set[int]) -> Iterator[tuple[str, nn.Module, str]]:
+    """(key, module, parameter) of the base biases that a config's `bias` saves."""
+    if bias == "none":
+        return
+    for name, module in model.named_modules():
+        if module._parameters.get("bias") is None or "modules_to_save" in name:
+            continue
+        if id(module) in adapted:
+            yield f"{PREFIX}{name}.base_layer.bias", module, "bias"
+        elif bias == "all":
+            yield f"{PREFIX}{name}.bias", module, "bias"
+
+
+def _embeddings(
+    model: nn.Module, choice: bool | str, adapted: set[int]
+) -> Iterator[tuple[str, nn.Module, str]]:
+    """(key, module, parameter) of the base's embeddings that are saved with an adapter."""
+    if choice is False:
+        return
+    getters = ("get_input_embeddings", "get_output_embeddings")
+    chosen = {id(getattr(model, getter, lambda: None)()) for getter in getters}
+    for name, module in model.named_modules():
+        if id(module) not in chosen or module._parameters.get("weight") is None:
+            continue
+        targeted = isinstance(module, LoraLayer) and id(module) in adapted
+        if choice == "auto" and not (targeted and name.rpartition(".")[2] in _EMBEDDINGS):
+            continue
+        yield f"{PREFIX}{name}{'.base_layer' if targeted else ''}.weight", module, "weight"
+
+
+def _subtract_initial(
+    model: LoraModel, adapter_name: str, tensors: dict[str, Tensor], folder: Path
+) -> dict[str, Tensor]:
+    """The tensors with each adapter replaced by what it does beyond its initial state."""
+    with open_adapter(folder) as files:
+        header = files.header()
+        initial = files.tensors({key: TensorSpec(spec.shape) for key, spec in header.items()})
+    result = dict(tensors)
+    for name, layer in model.lora_layers():
+        if adapter_name not in layer.adapters:
+            continue
+        A, B = (f"{PREFIX}{name}.{layer.PEFT_NAMES[part]}" for part in ("lora_A", "lora_B"))
+        if A not in initial or B not in initial:
+            raise AdapterFileError(f"{folder}: has no {A if A not in initial else B}")
+        scaling = layer.adapters[adapter_name].scaling
+        pairs = [
+            Adapter(values[A].to(tensors[A]), values[B].to(tensors[B]), scaling)
+            for values in (tensors, initial)
+        ]
+        both = subtract_mutated_init(*pairs)
+        result[A], result[B] = both.lora_A, both.lora_B
+    return result
+
+
+def _of_twice_the_rank(config: LoraConfig) -> LoraConfig:
+    factor = alpha_factor(config.use_rslora)
+    config.init_lora_weights = True
+    config.r, config.lora_alpha = 2 * config.r, factor * config.lora_alpha
+    config.rank_pattern = {name: 2 * r for name, r in (config.rank_pattern or {}).items()}
+    config.alpha_pattern = {
+        name: factor * alpha for name, alpha in (config.alpha_pattern or {}).items()
+    }
+    return config
