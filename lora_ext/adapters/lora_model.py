@@ -2,72 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from lora_ext.adapters.config import LoraConfig
-from lora_ext.adapters.config_checks import ALL_LINEAR
-from lora_ext.adapters.layers import adaptable, can_be_adapted
 from lora_ext.adapters.merging import merge_layers, unmerge_layers
 from lora_ext.adapters.modules_to_save import ModulesToSave
+from lora_ext.adapters.plan import Plan, make_plan, resolved
 from lora_ext.adapters.replication import replicate_layers
 from lora_ext.adapters.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from lora_ext.adapters.swap import swap_modules
-from lora_ext.adapters.targets import find_targets, matches, saved_modules
 from lora_ext.adapters.trainable import count_parameters, print_trainable_parameters
 from lora_ext.adapters.weighted import add_weighted_adapter
 from lora_ext.io.peft import load_adapter, save_pretrained
-from lora_ext.nn import AdapterSettings, LoraLayer
+from lora_ext.nn import LoraLayer
 from lora_ext.nn.init import mutates_weight
 from lora_ext.nn.lora_layer import DEFAULT, check_adapter_name
-
-
-class PlannedLayer(NamedTuple):
-    """A layer, and the adapter that it is to get."""
-
-    name: str
-    layer: LoraLayer
-    settings: AdapterSettings
-
-
-class Plan(NamedTuple):
-    """What a config means for a model."""
-
-    names: list[str]  # of the target modules
-    layers: dict[int, PlannedLayer]  # by the id of the module that the layer stands for
-    saved: dict[str, nn.Module]  # modules to save
-
-
-def adapter_settings(
-    config: LoraConfig, name: str, autocast_adapter_dtype: bool
-) -> AdapterSettings:
-    """What a config says of the module called `name`."""
-    r, lora_alpha = config.settings_for(name)
-    return AdapterSettings(
-        r=r,
-        lora_alpha=lora_alpha,
-        lora_dropout=config.lora_dropout,
-        use_rslora=config.use_rslora,
-        lora_bias=config.lora_bias,
-        init_lora_weights=config.init_lora_weights,
-        autocast_adapter_dtype=autocast_adapter_dtype,
-    )
-
-
-def resolved(config: LoraConfig, plan: Plan) -> LoraConfig:
-    """A copy that names what it stands for, so that a file of it does not depend on the model."""
-    config = copy.deepcopy(config)
-    targets = config.target_modules
-    if targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
-        config.target_modules = list(plan.names)
-    config.modules_to_save = saved_modules(config) or None
-    return config
 
 
 def check_model(model: nn.Module) -> None:
@@ -234,25 +189,8 @@ class LoraModel(nn.Module):
             raise
 
     def plan(self, config: LoraConfig, autocast_adapter_dtype: bool = True) -> Plan:
-        """What a config adapts: nothing is changed, and nothing of an adapter's size allocated."""
-        names = find_targets(self.base_model, config, can_be_adapted, (LoraLayer, ModulesToSave))
-        modules = dict(self.base_model.named_modules(remove_duplicate=False))
-        layers: dict[int, PlannedLayer] = {}
-        for name in names:
-            module = modules[name]
-            if id(module) not in layers:  # else it is registered under another name as well
-                settings = adapter_settings(config, name, autocast_adapter_dtype)
-                layers[id(module)] = PlannedLayer(name, adaptable(name, module), settings)
-        saved = {
-            name: module
-            for name, module in modules.items()
-            if name and matches(name, saved_modules(config))
-        }
-        if config.modules_to_save and not saved:
-            raise ValueError(
-                f"LoraConfig: modules_to_save: {config.modules_to_save!r} matches no module"
-            )
-        return Plan(names, layers, saved)
+        """What a config adapts here: nothing is changed, nothing of an adapter's size allocated."""
+        return make_plan(self.base_model, config, autocast_adapter_dtype)
 
     def add_planned(self, adapter_name: str, config: LoraConfig, plan: Plan) -> None:
         """Adds an adapter as `plan` says, which was made for this config and the present model."""

@@ -20,7 +20,8 @@ from lora_ext.nn import LoraLayer
 from lora_ext.nn.lora_layer import DEFAULT, check_adapter_name
 
 if TYPE_CHECKING:
-    from lora_ext.adapters.lora_model import LoraModel, Plan
+    from lora_ext.adapters.lora_model import LoraModel
+    from lora_ext.adapters.plan import Plan
 
 PREFIX = "base_model.model."
 # The names of embeddings that PEFT saves with an adapter that targets them.

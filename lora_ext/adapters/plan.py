@@ -1,0 +1,84 @@
+"""What a config means for a model, found before anything is changed."""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+from torch import nn
+
+from lora_ext.adapters.config import LoraConfig
+from lora_ext.adapters.config_checks import ALL_LINEAR
+from lora_ext.adapters.layers import adaptable, can_be_adapted
+from lora_ext.adapters.modules_to_save import ModulesToSave
+from lora_ext.adapters.targets import find_targets, matches, saved_modules
+from lora_ext.nn import AdapterSettings, LoraLayer
+
+
+class PlannedLayer(NamedTuple):
+    """A layer, and the adapter that it is to get."""
+
+    name: str
+    layer: LoraLayer
+    settings: AdapterSettings
+
+
+class Plan(NamedTuple):
+    """What a config means for a model."""
+
+    names: list[str]  # of the target modules
+    layers: dict[int, PlannedLayer]  # by the id of the module that the layer stands for
+    saved: dict[str, nn.Module]  # modules to save
+
+
+def adapter_settings(
+    config: LoraConfig, name: str, autocast_adapter_dtype: bool
+) -> AdapterSettings:
+    """What a config says of the module called `name`."""
+    r, lora_alpha = config.settings_for(name)
+    return AdapterSettings(
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        lora_bias=config.lora_bias,
+        init_lora_weights=config.init_lora_weights,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+    )
+
+
+def resolved(config: LoraConfig, plan: Plan) -> LoraConfig:
+    """A copy that names what it stands for, so that a file of it does not depend on the model."""
+    config = copy.deepcopy(config)
+    targets = config.target_modules
+    if targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
+        config.target_modules = list(plan.names)
+    config.modules_to_save = saved_modules(config) or None
+    return config
+
+
+def make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool) -> Plan:
+    """Finds what a config adapts.
+
+    Raises:
+        TypeError: a target module is of a kind that has no adapters.
+        ValueError: nothing matches target_modules or modules_to_save, or a setting is out of range.
+    """
+    names = find_targets(model, config, can_be_adapted, (LoraLayer, ModulesToSave))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    layers: dict[int, PlannedLayer] = {}
+    for name in names:
+        module = modules[name]
+        if id(module) not in layers:  # else it is registered under another name as well
+            settings = adapter_settings(config, name, autocast_adapter_dtype)
+            layers[id(module)] = PlannedLayer(name, adaptable(name, module), settings)
+    saved = {
+        name: module
+        for name, module in modules.items()
+        if name and matches(name, saved_modules(config))
+    }
+    if config.modules_to_save and not saved:
+        raise ValueError(
+            f"LoraConfig: modules_to_save: {config.modules_to_save!r} matches no module"
+        )
+    return Plan(names, layers, saved)
