@@ -209,7 +209,7 @@ def test_explain_follows_the_training_mode() -> None:
 
 
 def test_explain_without_adapter_merged_and_elsewhere() -> None:
-    assert explained(Linear(4, 4)) == (LINEAR, "r = 0: there is no adapter")
+    assert explained(Linear(4, 4)) == (LINEAR, "there is no adapter")
     layer = Linear(4, 4, 2)
     layer.merge()
     assert explained(layer) == (LINEAR, "merged: the adapter is in the weight")
@@ -222,6 +222,6 @@ def test_explain_without_adapter_merged_and_elsewhere() -> None:
 def test_explanation_prints_as_a_table() -> None:
     model = nn.Sequential(Linear(4, 4, 2), nn.ModuleDict({"long name": Linear(4, 4)}))
     first, second = str(lora_ext.explain(model)).splitlines()
-    assert second.startswith(f"1.long name  {LINEAR}  r = 0")
+    assert second.startswith(f"1.long name  {LINEAR}  there is no adapter")
     assert first.index(FUSED) == second.index(LINEAR)
     assert str(lora_ext.explain(nn.Identity())) == ""

@@ -41,17 +41,22 @@ def explain(model: nn.Module, tokens: int = 2048) -> Explanation:
 
 
 def _explain_layer(layer: Linear, tokens: int) -> tuple[str, str]:
-    if layer.lora_A is None:
-        return "torch.nn.functional.linear", "r = 0: there is no adapter"
+    if not layer.adapters:
+        return "torch.nn.functional.linear", "there is no adapter"
     if layer.merged:
         return "torch.nn.functional.linear", "merged: the adapter is in the weight"
+    if layer._base_forward is not None:
+        kind = layer._base_class.__qualname__
+        return "composed", f"{kind} has a forward of its own, to whose result the update is added"
+    if not layer.running_adapters:
+        return "torch.nn.functional.linear", "no adapter runs: disabled, not active, or of scale 0"
     device = layer.weight.device.type
     if device != "cpu":
         return "none", f"this build has no kernels for {device}; move the layer to the CPU"
-    return _C.explain_lora_linear(
-        tokens,
-        layer.out_features,
-        layer.lora_A,
-        layer.weight.dtype,
-        layer.lora_dropout if layer.training else 0.0,
+    first, *others = layer.low_rank()
+    path, reason = _C.explain_lora_linear(
+        tokens, layer.out_features, first.lora_A, layer.weight.dtype, first.dropout_p
     )
+    if others:
+        reason += f"; {len(others)} more for other dropout probabilities, composed"
+    return path, reason

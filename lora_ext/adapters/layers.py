@@ -9,7 +9,8 @@ from torch import nn
 from lora_ext.nn import Linear, LoraLayer
 from lora_ext.nn.linear import is_transformers_conv1d
 
-# A layer takes the place of a module of this class, and of a subclass that keeps its forward.
+# A layer takes the place of a module of this class, and of a subclass that keeps its forward (of
+# nn.Linear's, any).
 _FACTORIES: dict[type[nn.Module], Callable[..., LoraLayer]] = {nn.Linear: Linear.from_linear}
 
 
@@ -17,7 +18,8 @@ def _factory(module: nn.Module) -> Callable[..., LoraLayer] | None:
     if is_transformers_conv1d(module):
         return Linear.from_conv1d
     for kind, factory in _FACTORIES.items():
-        if isinstance(module, kind) and type(module).forward is kind.forward:
+        keeps_forward = kind is nn.Linear or type(module).forward is kind.forward
+        if isinstance(module, kind) and keeps_forward:
             return factory
     return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -39,6 +39,9 @@ class Linear(LoraLayer, nn.Linear):
     Raises:
         ValueError: r, lora_alpha, lora_dropout or init_lora_weights out of range, by name.
     """
+
+    # Of a subclass of nn.Linear that computes something of its own.
+    _base_forward: Callable[..., Tensor] | None = None
 
     def __init__(
         self,
@@ -89,15 +92,19 @@ class Linear(LoraLayer, nn.Linear):
         """The same layer with an adapter; shares `weight` and `bias` with `linear`.
 
         Keeps training mode, hooks, device, dtype and requires_grad. `options` are further fields
-        of `AdapterSettings`. With r = 0 there is no adapter yet.
+        of `AdapterSettings`. With r = 0 there is no adapter yet. A subclass with a forward of its
+        own keeps it; its update is then added in plain PyTorch, as `explain` says.
 
         Raises:
-            TypeError: linear is not an nn.Linear, or computes something else.
+            TypeError: linear is not an nn.Linear, or is quantized.
             ValueError: its weight or bias is computed (pruning, weight_norm), its forward is
                 replaced on the instance, or a setting is out of range.
         """
-        self = cls._adopt(linear, nn.Linear)
+        self = cls._adopt(linear, nn.Linear, any_forward=True)
         self.fan_in_fan_out = False
+        kind = type(linear)
+        if kind.forward is not nn.Linear.forward and _full_name(kind) not in _TWINS:
+            self._base_forward = kind.forward
         if r != 0:
             self.add_adapter(
                 adapter_name, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, **options
@@ -146,9 +153,14 @@ class Linear(LoraLayer, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] → [..., out_features]."""
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
+        if self._base_forward is not None:
+            y: Tensor = self._base_forward(self, x)
+            for update in self.low_rank():
+                y = y + lora_update(x, *update)
+            return y
         if not self._running:
             return nn.functional.linear(x, weight, self.bias)
-        first, *others = self._low_rank()
+        first, *others = self.low_rank()
         y = lora_linear(
             x,
             weight,
@@ -242,7 +254,14 @@ class Linear(LoraLayer, nn.Linear):
         return text
 
 
+# Subclasses of nn.Linear that write the same product in another way.
+_TWINS = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def is_transformers_conv1d(module: nn.Module) -> bool:
     """Whether module is exactly transformers' Conv1D, without importing transformers."""
-    kind = type(module)
-    return kind.__module__ == "transformers.pytorch_utils" and kind.__qualname__ == "Conv1D"
+    return _full_name(type(module)) == "transformers.pytorch_utils.Conv1D"

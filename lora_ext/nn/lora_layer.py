@@ -53,7 +53,7 @@ class LoraLayer(nn.Module):
     # What `_adopt` and the constructors add to the base's attributes.
     _STATE: ClassVar[frozenset[str]] = frozenset(
         "adapters active_adapters merged_adapters merge_weights "
-        "_base_class _scaling _enabled _running".split()
+        "_base_class _base_forward _scaling _enabled _running".split()
     )
 
     adapters: dict[str, AdapterSettings]
@@ -100,9 +100,9 @@ class LoraLayer(nn.Module):
             self.register_parameter(part, None)
 
     @classmethod
-    def _adopt(cls, base: nn.Module, kind: type[nn.Module]) -> Self:
+    def _adopt(cls, base: nn.Module, kind: type[nn.Module], *, any_forward: bool = False) -> Self:
         """A layer of this class with all that `base` is: its parameters, attributes, hooks and
-        mode, shared with it.
+        mode, shared with it. `any_forward`: `base` need not compute what a `kind` does.
 
         Raises:
             TypeError: base does not compute what a `kind` does.
@@ -110,7 +110,8 @@ class LoraLayer(nn.Module):
                 on the instance.
         """
         where = f"{cls.__name__}: base"
-        if not isinstance(base, kind) or type(base).forward is not kind.forward:
+        keeps_forward = any_forward or type(base).forward is kind.forward
+        if not isinstance(base, kind) or not keeps_forward:
             raise TypeError(
                 f"{where}: got {type(base).__qualname__}, expected a {kind.__module__}."
                 f"{kind.__qualname__} that keeps its forward"
@@ -125,6 +126,14 @@ class LoraLayer(nn.Module):
                 raise ValueError(
                     f"{where}: computes its {name} (pruning, weight_norm), expected a plain "
                     "parameter; make that permanent first"
+                )
+        for name, parameter in base._parameters.items():
+            if parameter is not None and (
+                type(parameter) is not nn.Parameter or not parameter.is_floating_point()
+            ):
+                raise TypeError(
+                    f"{where}: its {name} is a {type(parameter).__qualname__} of {parameter.dtype}, "
+                    "expected a plain floating-point parameter; quantized layers are not supported"
                 )
         if "forward" in base.__dict__:
             raise ValueError(
@@ -356,10 +365,15 @@ class LoraLayer(nn.Module):
         runs = self._enabled and not self.merged_adapters
         self._running = tuple(n for n in self.active_adapters if runs and self._scaling[n] != 0.0)
 
+    @property
+    def running_adapters(self) -> tuple[str, ...]:
+        """The adapters that a forward adds now."""
+        return self._running
+
     def _part(self, part: str, name: str) -> Any:
         return getattr(self, part_name(part, name), None)
 
-    def _low_rank(self) -> list[LowRank]:
+    def low_rank(self) -> list[LowRank]:
         """The adapters that run now, stacked where they share a dropout probability."""
         groups: dict[float, list[str]] = {}
         for name in self._running:
