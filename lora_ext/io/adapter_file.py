@@ -51,8 +51,8 @@ DTYPES = {
 }
 FLOATS = frozenset(dtype for dtype in DTYPES.values() if dtype.is_floating_point)
 
-MAX_HEADER_BYTES = 2 << 20  # without a model to compare with: some 15,000 tensors
-MAX_METADATA_BYTES = 1 << 20
+MAX_HEADER_BYTES = 512 << 10  # without a model to compare with: some 3,500 tensors
+MAX_METADATA_BYTES = 256 << 10
 MAX_DIMENSIONS = 8
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 PICKLE = (

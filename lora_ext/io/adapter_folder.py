@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_file import (
+    MAX_HEADER_BYTES,
     PICKLE,
     PICKLE_SUFFIXES,
     TensorSpec,
@@ -45,9 +46,9 @@ class AdapterFolder:
     config: dict[str, Any]
     _weights: io.FileIO
 
-    def header(self) -> dict[str, TensorSpec]:
+    def header(self, *, max_header_bytes: int = MAX_HEADER_BYTES) -> dict[str, TensorSpec]:
         """See `read_header`."""
-        return read_header(self._weights)
+        return read_header(self._weights, max_header_bytes=max_header_bytes)
 
     def tensors(self, expected: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
         """See `read_adapter_tensors`."""
