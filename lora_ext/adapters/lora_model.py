@@ -64,6 +64,7 @@ class LoraModel(nn.Module):
         check_model(model)
         self._init_empty(model)
         self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
+        model.requires_grad_(False)
         self.set_adapter(adapter_name, inference_mode=config.inference_mode)
 
     def _init_empty(self, model: nn.Module) -> None:
@@ -71,7 +72,7 @@ class LoraModel(nn.Module):
         self.base_model = model
         self.peft_config: dict[str, LoraConfig] = {}
         self.active_adapters: tuple[str, ...] = ()
-        self.train(model.training)
+        self.training = model.training
 
     @classmethod
     def from_pretrained(
@@ -99,6 +100,7 @@ class LoraModel(nn.Module):
             is_trainable=is_trainable,
             autocast_adapter_dtype=autocast_adapter_dtype,
         )
+        model.requires_grad_(False)
         self.set_adapter(adapter_name, inference_mode=not is_trainable)
         return self if is_trainable else self.eval()
 
@@ -265,8 +267,8 @@ class LoraModel(nn.Module):
 
     def set_adapter(self, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
         """Makes exactly these adapters run, and train unless `inference_mode`; several add up.
-        Layers that are merged are unmerged. What is no adapter is frozen, but for the biases that
-        the config of an active adapter names.
+        Layers that are merged are unmerged. Biases of the base that configs name (`bias`) train
+        with their adapters.
 
         Raises:
             ValueError: an unknown name, or several adapters of which more than one has copies of
@@ -283,23 +285,27 @@ class LoraModel(nn.Module):
                     "(modules_to_save), expected at most one of them"
                 )
             choices[where] = (module, mine[0] if mine else None)
-        self.base_model.requires_grad_(False)
         for _, layer in self.lora_layers():
             mine = [name for name in names if name in layer.adapters]
             layer.set_adapter(mine, inference_mode)
         for module, choice in choices.values():
             module.set_adapter(choice, inference_mode)
-        if not inference_mode:
-            for name in names:
-                self._train_biases(self.peft_config[name].bias)
+        wanted = (
+            [] if inference_mode else [id(bias) for name in names for bias in self._biases(name)]
+        )
+        for bias in [bias for name in self.peft_config for bias in self._biases(name)]:
+            bias.requires_grad_(id(bias) in wanted)
         self.active_adapters = tuple(dict.fromkeys(names))
 
-    def _train_biases(self, bias: str) -> None:
+    def _biases(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        """The base's biases that train with an adapter."""
+        choice = self.peft_config[adapter_name].bias
+        whole = {id(part) for _, module in self.saved_modules() for part in module.modules()}
         for module in self.base_model.modules():
-            parameter = module._parameters.get("bias")
-            adapted = isinstance(module, LoraLayer)
-            if parameter is not None and (bias == "all" or (bias == "lora_only" and adapted)):
-                parameter.requires_grad_(True)
+            bias = None if id(module) in whole else module._parameters.get("bias")
+            adapted = isinstance(module, LoraLayer) and adapter_name in module.adapters
+            if bias is not None and (choice == "all" or (choice == "lora_only" and adapted)):
+                yield bias
 
     @property
     def active_adapter(self) -> str:

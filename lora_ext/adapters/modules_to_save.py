@@ -19,7 +19,7 @@ class ModulesToSave(nn.Module):
         self.modules_to_save = nn.ModuleDict()
         self.active_adapter: str | None = None
         self.enabled = True
-        self.train(original_module.training)
+        self.training = original_module.training
 
     def add_adapter(self, adapter_name: str) -> None:
         """Adds a copy of the original module."""

@@ -132,8 +132,9 @@ class LoraLayer(nn.Module):
                 type(parameter) is not nn.Parameter or not parameter.is_floating_point()
             ):
                 raise TypeError(
-                    f"{where}: its {name} is a {type(parameter).__qualname__} of {parameter.dtype}, "
-                    "expected a plain floating-point parameter; quantized layers are not supported"
+                    f"{where}: its {name} is a {type(parameter).__qualname__} of "
+                    f"{parameter.dtype}, expected a plain floating-point parameter; quantized "
+                    "layers are not supported"
                 )
         if "forward" in base.__dict__:
             raise ValueError(
