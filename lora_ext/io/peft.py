@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -125,20 +126,20 @@ def load_adapter(
         ValueError: the name is taken, or the model is merged and the file holds biases of the base.
     """
     check_adapter_name(adapter_name, model.peft_config, "LoraModel.load_adapter")
-    with open_adapter(folder) as files:
+    with open_adapter(folder) as files, ExitStack() as stack:
         config = read_config(files)
         config.inference_mode = not is_trainable
-        with model.replicated(config):
-            try:
-                plan = model.plan(config, autocast_adapter_dtype)
-            except (TypeError, ValueError) as error:
-                raise AdapterFileError(f"{files.path}: does not fit the model: {error}") from error
-            bases = _optional_bases(model, config, plan, files)
-            expected = dict(_expected(plan))
-            for key, (module, part) in bases.items():
-                expected[key] = TensorSpec(tuple(module.state_dict()[part].shape))
-            tensors = files.tensors(expected)
-            model.add_planned(adapter_name, config, plan)
+        try:
+            stack.enter_context(model.replicated(config))
+            plan = model.plan(config, autocast_adapter_dtype)
+        except (TypeError, ValueError) as error:
+            raise AdapterFileError(f"{files.path}: does not fit the model: {error}") from error
+        bases = _optional_bases(model, config, plan, files)
+        expected = dict(_expected(plan))
+        for key, (module, part) in bases.items():
+            expected[key] = TensorSpec(tuple(module.state_dict()[part].shape))
+        tensors = files.tensors(expected)
+        model.add_planned(adapter_name, config, plan)
     with torch.no_grad():
         for key, tensor in adapter_state_dict(
             model, adapter_name, save_embedding_layers=False

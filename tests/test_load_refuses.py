@@ -1,0 +1,131 @@
+"""Loading a hostile or unfit adapter into a model: a typed error, fast, in little memory, and the
+model as it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from measured import refused
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lora_ext import LoraConfig, LoraModel, get_lora_model
+from lora_ext.errors import AdapterFileError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+UP_A, UP_B = "base_model.model.up.lora_A.weight", "base_model.model.up.lora_B.weight"
+Tensors = dict[str, Tensor]
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    modules = {"up": nn.Linear(6, 8), "down": nn.Linear(8, 6), "norm": nn.LayerNorm(6)}
+    return nn.ModuleDict(modules)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("good")
+    model = get_lora_model(net(), LoraConfig(r=4, target_modules=["up", "down"], bias="lora_only"))
+    model.save_pretrained(folder)
+    return folder
+
+
+def config(**fields: Any) -> Callable[[Path], None]:
+    """Other fields in the config; None keeps a field away."""
+
+    def damage(folder: Path) -> None:
+        values = json.loads((folder / CONFIG).read_text()) | fields
+        (folder / CONFIG).write_text(json.dumps(values))
+
+    return damage
+
+
+def weights(change: Callable[[Tensors], object]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS)
+
+    return damage
+
+
+def put(key: str, tensor: Tensor) -> Callable[[Path], None]:
+    return weights(lambda tensors: tensors.update({key: tensor}))
+
+
+def without(key: str) -> Callable[[Path], None]:
+    return weights(lambda tensors: tensors.pop(key))
+
+
+# What is wrong, and what the message has to name.
+CASES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "rank of 10^8": (config(r=10**8), "r: got 100000000"),
+    "rank of 60,000": (config(r=60_000), "lora_A"),
+    "rank 0": (config(r=0), "r"),
+    "rank -1": (config(r=-1), "r"),
+    "rank true": (config(r=True), "r"),
+    "rank as text": (config(r="8"), "r"),
+    "another rank": (config(r=5), "lora_A"),
+    "alpha 1e300": (config(lora_alpha=1e300), ""),
+    "alpha as text": (config(lora_alpha="16"), "lora_alpha"),
+    "dropout 2": (config(lora_dropout=2), "lora_dropout"),
+    "rank pattern of 10^9": (config(rank_pattern={"up": 10**9}), "rank_pattern"),
+    "targets nothing": (config(target_modules=["sideways"]), "target_modules"),
+    "targets a norm": (config(target_modules=["norm"]), "norm"),
+    "targets a number": (config(target_modules=7), "target_modules"),
+    "wrong expression": (config(target_modules="(up"), "target_modules"),
+    "fewer targets": (config(target_modules=["down"]), "up"),
+    "more to save": (config(modules_to_save=["norm"]), "norm"),
+    "another method": (config(peft_type="LOHA"), "peft_type"),
+    "not built": (config(target_parameters=["up.weight"]), "target_parameters"),
+    "unknown init": (config(init_lora_weights="magic"), "init_lora_weights"),
+    "no biases": (config(bias="none"), "bias"),
+    "unknown bias": (config(bias="some"), "bias"),
+    "replication of no layers": (config(layer_replication=[[0, 2]]), "layer_replication"),
+    "no config": (lambda folder: (folder / CONFIG).unlink(), CONFIG),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS),
+    "no folder": (lambda folder: shutil.rmtree(folder), "folder"),
+    "empty config": (lambda folder: (folder / CONFIG).write_bytes(b""), CONFIG),
+    "empty weights": (lambda folder: (folder / WEIGHTS).write_bytes(b""), WEIGHTS),
+    "another shape": (put(UP_A, torch.zeros(4, 7)), UP_A),
+    "transposed": (put(UP_B, torch.zeros(4, 8)), UP_B),
+    "integers": (put(UP_A, torch.zeros(4, 6, dtype=torch.int32)), UP_A),
+    "NaN": (put(UP_B, torch.full((8, 4), torch.nan)), UP_B),
+    "infinity": (put(UP_B, torch.full((8, 4), torch.inf)), UP_B),
+    "NaN in half precision": (put(UP_B, torch.full((8, 4), torch.nan).half()), UP_B),
+    "missing": (without(UP_B), UP_B),
+    "missing bias": (without("base_model.model.up.base_layer.bias"), "up.base_layer.bias"),
+    "unknown": (put("base_model.model.up.lora_C.weight", torch.zeros(1)), "lora_C"),
+    "a base weight": (put("base_model.model.up.base_layer.weight", torch.zeros(8, 6)), "up"),
+    "with a name in the keys": (
+        put("base_model.model.up.lora_A.default.weight", torch.zeros(4, 6)), "default"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused(case: str, good: Path, tmp_path: Path) -> None:
+    damage, named = CASES[case]
+    folder = tmp_path / "adapter"
+    shutil.copytree(good, folder)
+    damage(folder)
+    model = get_lora_model(net(), LoraConfig(r=2, target_modules=["up"]))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    message = refused(lambda: model.load_adapter(folder, "new"))
+    assert str(folder) in message and named in message
+    with pytest.raises(AdapterFileError):
+        model.load_adapter(folder, "new")
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[k], before[k]) for k in before)
+    assert list(model.peft_config) == ["default"]
+
+
+def test_good_one_is_loaded(good: Path) -> None:
+    assert LoraModel.from_pretrained(net(), good).active_adapters == ("default",)
