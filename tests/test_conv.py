@@ -87,7 +87,9 @@ def formula(layer: Any, x: Tensor, *names: str) -> Tensor:
     """The base with W + the sum of scaling * B A, by PyTorch's own layer."""
     kernel = layer.weight + sum(delta(layer, name) for name in names or ("default",))
     base = layer.get_base_layer()
-    parameters = {"weight": kernel} if layer.bias is None else {"weight": kernel, "bias": layer.bias}
+    parameters = (
+        {"weight": kernel} if layer.bias is None else {"weight": kernel, "bias": layer.bias}
+    )
     return torch.func.functional_call(base, parameters, (x,))
 
 
@@ -137,9 +139,7 @@ def test_merged_is_unmerged_and_back(
     rounding = torch.finfo(dtype).eps / 2 * exact.abs() + torch.finfo(dtype).smallest_normal
     assert ((layer.weight.double() - exact).abs() <= error + rounding).all()
     # Rounding W to `dtype` is what plain PyTorch does too: that error is the yardstick.
-    plain = torch.func.functional_call(
-        layer.get_base_layer(), {"weight": exact.to(dtype)}, (x,)
-    )
+    plain = torch.func.functional_call(layer.get_base_layer(), {"weight": exact.to(dtype)}, (x,))
     yardstick = max((y.double() - truth).abs().max() for y in (plain, unmerged))
     floor = torch.finfo(dtype).eps * truth.abs().max()
     assert (layer(x).double() - truth).abs().max() <= 2 * yardstick + floor
@@ -337,7 +337,12 @@ def test_rank_zero_is_torchs_layer() -> None:
 
 def test_positional_arguments_are_loralibs() -> None:
     layer = Conv2d(IN, OUT, 3, 2, 8, 0.25, True, stride=2)
-    assert (layer.r, layer.lora_alpha, layer.lora_dropout, layer.merge_weights) == (2, 8, 0.25, True)
+    assert (layer.r, layer.lora_alpha, layer.lora_dropout, layer.merge_weights) == (
+        2,
+        8,
+        0.25,
+        True,
+    )
     assert layer.scaling == 4 and layer.stride == (2, 2) and layer.weight.shape == (OUT, IN, 3, 3)
     layer.eval()
     assert layer.merged and layer.train() is layer and not layer.merged
