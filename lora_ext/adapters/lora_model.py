@@ -21,8 +21,9 @@ from lora_ext.adapters.trainable import count_parameters, print_trainable_parame
 from lora_ext.adapters.weighted import add_weighted_adapter
 from lora_ext.io.peft import load_adapter, save_pretrained
 from lora_ext.nn import LoraLayer
+from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.init import mutates_weight
-from lora_ext.nn.lora_layer import DEFAULT, check_adapter_name
+from lora_ext.nn.lora_layer import check_adapter_name
 
 
 def check_model(model: nn.Module) -> None:

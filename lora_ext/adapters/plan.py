@@ -64,6 +64,7 @@ def make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool
         TypeError: a target module is of a kind that has no adapters.
         ValueError: nothing matches target_modules or modules_to_save, or a setting is out of range.
     """
+    config.validate()
     names = find_targets(model, config, can_be_adapted, (LoraLayer, ModulesToSave))
     modules = dict(model.named_modules(remove_duplicate=False))
     layers: dict[int, PlannedLayer] = {}

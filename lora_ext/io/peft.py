@@ -18,7 +18,8 @@ from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_file import TensorSpec
 from lora_ext.io.adapter_folder import AdapterFolder, open_adapter, save_adapter
 from lora_ext.nn import LoraLayer
-from lora_ext.nn.lora_layer import DEFAULT, check_adapter_name
+from lora_ext.nn.default_adapter import DEFAULT
+from lora_ext.nn.lora_layer import check_adapter_name
 
 if TYPE_CHECKING:
     from lora_ext.adapters.lora_model import LoraModel

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_ext.errors import AlreadyMergedError, NotMergedError
+from lora_ext.nn.default_adapter import DEFAULT, DefaultAdapter
 from lora_ext.nn.init import initialise, mutates_weight
 from lora_ext.nn.settings import AdapterSettings
-
-DEFAULT = "default"
 
 
 def part_name(part: str, adapter_name: str) -> str:
@@ -33,7 +32,7 @@ class LowRank(NamedTuple):
     dropout_p: float
 
 
-class LoraLayer(nn.Module):
+class LoraLayer(DefaultAdapter, nn.Module):
     """A layer of PyTorch that holds any number of named adapters beside its own parameters.
 
     A kind of layer derives from this and from the PyTorch class that it extends, and says how large
