@@ -213,6 +213,12 @@ def block() -> nn.ModuleDict:
     return nn.ModuleDict({"up": linear(), "down": linear()})
 
 
+class Stack(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -225,6 +231,10 @@ CUSTOM: dict[str, tuple[Callable[[], nn.Module], Values]] = {
     "number of the pattern": (
         Experts,
         {"target_modules": ["up"], "layers_to_transform": [2], "layers_pattern": "experts"},
+    ),
+    "pattern in a pattern": (
+        lambda: nn.Sequential(Stack(*(Stack(block(), block(), block()) for _ in range(2)))),
+        {"target_modules": ["up"], "layers_to_transform": [1], "layers_pattern": "layers"},
     ),
     "pattern is an expression": (
         Experts,
