@@ -47,6 +47,9 @@ class LoraLayer(nn.Module):
         "lora_B": "lora_B.weight",
         "lora_bias": "lora_B.bias",
     }
+    # What stands before "lora_A", "lora_B" and "lora_bias" in PARTS: a kind of layer with several
+    # products has one prefix for each.
+    PREFIXES: ClassVar[tuple[str, ...]] = ("",)
     # Where the rank stands in lora_A and in lora_B.
     RANK_DIMS: ClassVar[tuple[int, int]] = (0, 1)
     # What `_adopt` and the constructors add to the base's attributes.
@@ -74,7 +77,8 @@ class LoraLayer(nn.Module):
         return self._merged_parameters(tuple(self.adapters))
 
     def _merged_parameters(self, names: Sequence[str]) -> dict[str, nn.Parameter]:
-        """The parameters that merging these adapters changes, by attribute name."""
+        """The parameters that merging these adapters changes, by attribute name ("out_proj.weight"
+        for that of a child)."""
         raise NotImplementedError
 
     def _write_merged(self, names: Sequence[str]) -> None:
@@ -116,7 +120,7 @@ class LoraLayer(nn.Module):
                 "so an adapter there would do nothing; adapt the MultiheadAttention itself"
             )
         for name in ("weight", "bias"):
-            if hasattr(base, name) and name not in base._parameters:
+            if isinstance(getattr(base, name, None), Tensor) and name not in base._parameters:
                 raise ValueError(
                     f"{where}: computes its {name} (pruning, weight_norm), expected a plain "
                     "parameter; make that permanent first"
@@ -139,7 +143,8 @@ class LoraLayer(nn.Module):
         base = self._base_class.__new__(self._base_class)
         base.__dict__.update({k: v for k, v in self.__dict__.items() if k not in self._STATE})
         lora = {part_name(part, name) for part in self.PARTS for name in (DEFAULT, *self.adapters)}
-        for registry, drop in (("_parameters", lora), ("_buffers", set(self._base_copies()))):
+        copies = {_base_name(name) for name in self._base_copies()}
+        for registry, drop in (("_parameters", lora), ("_buffers", copies)):
             kept = {k: v for k, v in self.__dict__[registry].items() if k not in drop}
             base.__dict__[registry] = kept
         return base
@@ -263,19 +268,23 @@ class LoraLayer(nn.Module):
         if adapter_name not in self.adapters:
             return
         settings = self.adapters[adapter_name]
-        parts = {part: self._parameters.get(part_name(part, adapter_name)) for part in self.PARTS}
-        lora_A, lora_B, lora_bias = (parts[part] for part in ("lora_A", "lora_B", "lora_bias"))
-        assert lora_A is not None and lora_B is not None
-        if settings.init_lora_weights == "gaussian":
-            nn.init.normal_(lora_A, std=1 / settings.r)
-        else:
-            nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
-        if settings.init_lora_weights is False:
-            nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
-        else:
-            nn.init.zeros_(lora_B)
-        if lora_bias is not None:
-            nn.init.zeros_(lora_bias)
+        for prefix in self.PREFIXES:
+            lora_A, lora_B, lora_bias = (
+                self._part(prefix + part, adapter_name)
+                for part in ("lora_A", "lora_B", "lora_bias")
+            )
+            if lora_A is None:
+                continue
+            if settings.init_lora_weights == "gaussian":
+                nn.init.normal_(lora_A, std=1 / settings.r)
+            else:
+                nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+            if settings.init_lora_weights is False:
+                nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
+            else:
+                nn.init.zeros_(lora_B)
+            if lora_bias is not None:
+                nn.init.zeros_(lora_bias)
 
     # Scales
 
@@ -335,27 +344,28 @@ class LoraLayer(nn.Module):
     def _part(self, part: str, name: str) -> Any:
         return getattr(self, part_name(part, name), None)
 
-    def _low_rank(self) -> list[LowRank]:
+    def _low_rank(self, prefix: str = "") -> list[LowRank]:
         """The adapters that run now, stacked where they share a dropout probability."""
         groups: dict[float, list[str]] = {}
         for name in self._running:
             dropout_p = self.adapters[name].lora_dropout if self.training else 0.0
             groups.setdefault(dropout_p, []).append(name)
-        return [self._stack(names, dropout_p) for dropout_p, names in groups.items()]
+        return [self._stack(names, dropout_p, prefix) for dropout_p, names in groups.items()]
 
-    def _stack(self, names: Sequence[str], dropout_p: float = 0.0) -> LowRank:
+    def _stack(self, names: Sequence[str], dropout_p: float = 0.0, prefix: str = "") -> LowRank:
         """Adapters as one of the sum of their ranks: their dropout, if any, is then the same."""
+        a, b, c = (prefix + part for part in ("lora_A", "lora_B", "lora_bias"))
         if len(names) == 1:
-            A, B, bias = (self._part(part, names[0]) for part in ("lora_A", "lora_B", "lora_bias"))
+            A, B, bias = (self._part(part, names[0]) for part in (a, b, c))
             return LowRank(A, B, bias, self._scaling[names[0]], dropout_p)
         # The scalings go into lora_B, and with it into float32: there they cost no accuracy.
-        A_parts: list[Tensor] = [self._part("lora_A", name) for name in names]
+        A_parts: list[Tensor] = [self._part(a, name) for name in names]
         compute = torch.promote_types(A_parts[0].dtype, torch.float32)
-        B_parts = [self._part("lora_B", n).to(compute) * self._scaling[n] for n in names]
+        B_parts = [self._part(b, n).to(compute) * self._scaling[n] for n in names]
         biases = [
-            self._part("lora_bias", n).to(compute) * self._scaling[n]
+            self._part(c, n).to(compute) * self._scaling[n]
             for n in names
-            if self._part("lora_bias", n) is not None
+            if self._part(c, n) is not None
         ]
         return LowRank(
             torch.cat([A.to(compute) for A in A_parts], self.RANK_DIMS[0]),
@@ -397,7 +407,7 @@ class LoraLayer(nn.Module):
         together = tuple(dict.fromkeys((*before, *names)))
         parameters = self._merged_parameters(together)
         now = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        base = {**now, **self._base_copies(strip=True)}
+        base = {**now, **self._base_copies()}
         try:
             for name, parameter in parameters.items():
                 if before:
@@ -422,20 +432,19 @@ class LoraLayer(nn.Module):
         if not self.merged:
             raise NotMergedError(f"{type(self).__name__}.unmerge: not merged; call merge() first")
         parameters = self._merged_parameters(self.merged_adapters)
-        for name, base in self._base_copies(strip=True).items():
+        for name, base in self._base_copies().items():
             parameters[name].copy_(base)
             del self._buffers[_base_name(name)]
         self.merged_adapters = ()
         self._choose_running()
 
-    def _base_copies(self, strip: bool = False) -> dict[str, Tensor]:
-        """The base's values while merged, by buffer name, or by the parameter's."""
-        prefix = _base_name("")
-        return {
-            name.removeprefix(prefix) if strip else name: buffer
-            for name, buffer in self._buffers.items()
-            if name.startswith(prefix) and buffer is not None
-        }
+    def _base_copies(self) -> dict[str, Tensor]:
+        """The base's values while merged, by the parameter's name."""
+        if not self.merged:
+            return {}
+        names = self._merged_parameters(self.merged_adapters)
+        buffers = {name: self._buffers.get(_base_name(name)) for name in names}
+        return {name: buffer for name, buffer in buffers.items() if buffer is not None}
 
     def train(self, mode: bool = True) -> Self:
         """With `merge_weights`, as in loralib: eval() merges, train() unmerges."""
@@ -446,12 +455,12 @@ class LoraLayer(nn.Module):
 
     # Saving and loading: always the base's own values
 
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, base in self._base_copies(strip=True).items():
-            destination[prefix + name] = base
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        state = super().state_dict(*args, **kwargs)
+        prefix = args[1] if len(args) > 1 else kwargs.get("prefix", "")
+        for name, base in self._base_copies().items():
+            state[prefix + name] = base
+        return state
 
     def _load_from_state_dict(
         self,
@@ -470,11 +479,25 @@ class LoraLayer(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if merged:
-            try:
-                self.merge(merged)
-            except ValueError as error:
-                error_msgs.append(f"{prefix}merge after loading, now unmerged: {error}")
+        if not merged:
+            return
+        # Children are loaded after this: hand them the merged values of what is the base here.
+        parameters = self._merged_parameters(merged)
+        below = [
+            name
+            for name in parameters
+            if "." in name and _shape(state_dict.get(prefix + name)) == parameters[name].shape
+        ]
+        try:
+            with torch.no_grad():
+                for name in below:
+                    parameters[name].copy_(state_dict[prefix + name])
+            self.merge(merged)
+        except ValueError as error:
+            error_msgs.append(f"{prefix}merge after loading, now unmerged: {error}")
+        else:
+            for name in below:
+                state_dict[prefix + name] = parameters[name].detach().clone()
 
     # Checks
 
@@ -501,4 +524,8 @@ def check_adapter_name(adapter_name: str, taken: Container[str], where: str) -> 
 
 
 def _base_name(parameter_name: str) -> str:
-    return f"_base_{parameter_name}"
+    return f"_base_{parameter_name.replace('.', '__')}"  # a buffer's name has no dots
+
+
+def _shape(value: object) -> torch.Size | None:
+    return value.shape if isinstance(value, Tensor) else None
