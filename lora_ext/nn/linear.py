@@ -9,11 +9,70 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.functional import lora_linear, lora_update
-from lora_ext.nn.lora_layer import DEFAULT, LoraLayer
+from lora_ext.nn.default_adapter import DefaultAdapter
+from lora_ext.nn.lora_layer import DEFAULT, LowRank
 from lora_ext.nn.settings import AdapterSettings
 
 
-class Linear(LoraLayer, nn.Linear):
+class LinearBase(DefaultAdapter, nn.Linear):
+    """What layers over a linear base share: either way of storing the weight."""
+
+    weight: nn.Parameter
+    fan_in_fan_out: bool
+
+    def _init_base(
+        self,
+        in_features: int,
+        out_features: int,
+        fan_in_fan_out: bool,
+        merge_weights: bool,
+        **options: Any,
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features, **options)
+        if fan_in_fan_out:
+            self.weight = nn.Parameter(self.weight.detach().t().contiguous())
+        self.fan_in_fan_out = fan_in_fan_out
+        self._init_adapters(nn.Linear, merge_weights)
+
+    @classmethod
+    def _adopt_linear(cls, linear: nn.Linear) -> Self:
+        self = cls._adopt(linear, nn.Linear)
+        self.fan_in_fan_out = False
+        return self
+
+    @classmethod
+    def _adopt_conv1d(cls, conv1d: nn.Module) -> Self:
+        if not is_transformers_conv1d(conv1d):
+            raise TypeError(
+                f"{cls.__name__}.from_conv1d: conv1d: got {type(conv1d).__qualname__}, expected "
+                "exactly transformers.pytorch_utils.Conv1D"
+            )
+        self = cls._adopt(conv1d, type(conv1d))
+        self.in_features, self.out_features = self.weight.shape
+        self.fan_in_fan_out = True
+        return self
+
+    def get_base_layer(self) -> nn.Module:
+        base = super().get_base_layer()
+        if self.fan_in_fan_out and self._base_class is nn.Linear:
+            base.weight = nn.Parameter(
+                self.weight.detach().t().contiguous(), requires_grad=self.weight.requires_grad
+            )
+        return base
+
+    def _rows(self) -> Tensor:
+        """The weight as [out_features, in_features], however it is stored; not a copy."""
+        return self.weight.t() if self.fan_in_fan_out else self.weight
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr() + self.adapters_repr()
+        for flag in ("fan_in_fan_out", "merged"):
+            if getattr(self, flag):
+                text += f", {flag}=True"
+        return text
+
+
+class Linear(LinearBase):
     """`nn.Linear` plus low-rank updates: `y = x W^T + b + scaling * dropout(x) A^T B^T`.
 
     The terms are loralib's and PEFT's. `weight` [out_features, in_features] and `bias` are the
@@ -58,11 +117,8 @@ class Linear(LoraLayer, nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        nn.Linear.__init__(self, in_features, out_features, bias=bias, device=device, dtype=dtype)
-        if fan_in_fan_out:
-            self.weight = nn.Parameter(self.weight.detach().t().contiguous())
-        self.fan_in_fan_out = fan_in_fan_out
-        self._init_adapters(nn.Linear, merge_weights)
+        options: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
+        self._init_base(in_features, out_features, fan_in_fan_out, merge_weights, **options)
         if r != 0:
             self.add_adapter(
                 DEFAULT,
@@ -96,8 +152,7 @@ class Linear(LoraLayer, nn.Linear):
             ValueError: its weight or bias is computed (pruning, weight_norm), its forward is
                 replaced on the instance, or a setting is out of range.
         """
-        self = cls._adopt(linear, nn.Linear)
-        self.fan_in_fan_out = False
+        self = cls._adopt_linear(linear)
         if r != 0:
             self.add_adapter(
                 adapter_name, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, **options
@@ -121,47 +176,16 @@ class Linear(LoraLayer, nn.Linear):
         Raises:
             TypeError: conv1d is not such a Conv1D.
         """
-        if not is_transformers_conv1d(conv1d):
-            raise TypeError(
-                f"Linear.from_conv1d: conv1d: got {type(conv1d).__qualname__}, expected exactly "
-                "transformers.pytorch_utils.Conv1D"
-            )
-        self = cls._adopt(conv1d, type(conv1d))
-        self.in_features, self.out_features = self.weight.shape
-        self.fan_in_fan_out = True
+        self = cls._adopt_conv1d(conv1d)
         if r != 0:
             self.add_adapter(
                 adapter_name, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, **options
             )
         return self
 
-    def get_base_layer(self) -> nn.Module:
-        base = super().get_base_layer()
-        if self.fan_in_fan_out and self._base_class is nn.Linear:
-            base.weight = nn.Parameter(
-                self.weight.detach().t().contiguous(), requires_grad=self.weight.requires_grad
-            )
-        return base
-
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] → [..., out_features]."""
-        weight = self.weight.t() if self.fan_in_fan_out else self.weight
-        if not self._running:
-            return nn.functional.linear(x, weight, self.bias)
-        first, *others = self._low_rank()
-        y = lora_linear(
-            x,
-            weight,
-            self.bias,
-            first.lora_A,
-            first.lora_B,
-            first.lora_bias,
-            scaling=first.scaling,
-            dropout_p=first.dropout_p,
-        )
-        for other in others:  # another dropout probability
-            y = y + lora_update(x, *other)
-        return y
+        return adapted_linear(x, self._rows(), self.bias, self._low_rank())
 
     def part_shapes(self, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {
@@ -193,50 +217,35 @@ class Linear(LoraLayer, nn.Linear):
                 raise ValueError(
                     "Linear.merge: the merged bias would hold NaN or Inf; nothing changed"
                 )
-        weight = self.weight.t() if self.fan_in_fan_out else self.weight
-        torch.ops.lora_ext.merge_(weight, stack.lora_A, stack.lora_B, stack.scaling)
+        torch.ops.lora_ext.merge_(self._rows(), stack.lora_A, stack.lora_B, stack.scaling)
         if stack.lora_bias is not None:
             self.bias.copy_(merged)
 
-    # The settings of the adapter that the constructor made, in loralib's names
 
-    @property
-    def _default(self) -> AdapterSettings | None:
-        return self.adapters.get(DEFAULT)
+def adapted_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[LowRank]
+) -> Tensor:
+    """`x W^T + b` plus the adapters' updates: the first fused, others (they have another dropout
+    probability) added.
 
-    @property
-    def r(self) -> int:
-        """Rank of the adapter "default"; 0 without one."""
-        return self._default.r if self._default else 0
-
-    @property
-    def lora_alpha(self) -> float:
-        """Of the adapter "default"."""
-        return self._default.lora_alpha if self._default else 1
-
-    @property
-    def lora_dropout(self) -> float:
-        """Of the adapter "default"."""
-        return self._default.lora_dropout if self._default else 0.0
-
-    @property
-    def scaling(self) -> float:
-        """What multiplies the product of the adapter "default" now; see `set_scale`."""
-        return self._scaling.get(DEFAULT, 0.0)
-
-    def extra_repr(self) -> str:
-        text = super().extra_repr()
-        for name, settings in self.adapters.items():
-            text += f", {'' if name == DEFAULT else name + ': '}r={settings.r}"
-            text += f", lora_alpha={settings.lora_alpha}"
-            if settings.lora_dropout > 0.0:
-                text += f", lora_dropout={settings.lora_dropout}"
-            if settings.use_rslora:
-                text += ", use_rslora=True"
-        for flag in ("fan_in_fan_out", "merged"):
-            if getattr(self, flag):
-                text += f", {flag}=True"
-        return text
+    x [..., in_features], weight [out_features, in_features] → [..., out_features].
+    """
+    if not adapters:
+        return nn.functional.linear(x, weight, bias)
+    first, *others = adapters
+    y = lora_linear(
+        x,
+        weight,
+        bias,
+        first.lora_A,
+        first.lora_B,
+        first.lora_bias,
+        scaling=first.scaling,
+        dropout_p=first.dropout_p,
+    )
+    for other in others:
+        y = y + lora_update(x, *other)
+    return y
 
 
 def is_transformers_conv1d(module: nn.Module) -> bool:
