@@ -6,11 +6,14 @@ from collections.abc import Callable
 
 from torch import nn
 
-from lora_ext.nn import Linear, LoraLayer
+from lora_ext.nn import Linear, LoraLayer, MultiheadAttention
 from lora_ext.nn.linear import is_transformers_conv1d
 
 # A layer takes the place of a module of this class, and of a subclass that keeps its forward.
-_FACTORIES: dict[type[nn.Module], Callable[..., LoraLayer]] = {nn.Linear: Linear.from_linear}
+_FACTORIES: dict[type[nn.Module], Callable[..., LoraLayer]] = {
+    nn.Linear: Linear.from_linear,
+    nn.MultiheadAttention: MultiheadAttention.from_multihead_attention,
+}
 
 
 def _factory(module: nn.Module) -> Callable[..., LoraLayer] | None:

@@ -1,7 +1,17 @@
 """Drop-in modules."""
 
+from lora_ext.nn.any_layer import AnyLayer
+from lora_ext.nn.attention import MultiheadAttention
 from lora_ext.nn.linear import Linear
 from lora_ext.nn.lora_layer import LoraLayer
+from lora_ext.nn.merged_linear import MergedLinear
 from lora_ext.nn.settings import AdapterSettings
 
-__all__ = ["AdapterSettings", "Linear", "LoraLayer"]
+__all__ = [
+    "AdapterSettings",
+    "AnyLayer",
+    "Linear",
+    "LoraLayer",
+    "MergedLinear",
+    "MultiheadAttention",
+]
