@@ -6,7 +6,15 @@ from collections.abc import Callable
 
 from torch import nn
 
-from lora_ext.nn import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
+from lora_ext.nn import (
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    Embedding,
+    Linear,
+    LoraLayer,
+    MultiheadAttention,
+)
 from lora_ext.nn.embedding import is_scaled_word_embedding
 from lora_ext.nn.linear import is_transformers_conv1d
 
@@ -18,6 +26,7 @@ _FACTORIES: dict[type[nn.Module], Callable[..., LoraLayer]] = {
     nn.Conv1d: Conv1d.from_conv,
     nn.Conv2d: Conv2d.from_conv,
     nn.Conv3d: Conv3d.from_conv,
+    nn.MultiheadAttention: MultiheadAttention.from_multihead_attention,
 }
 
 

@@ -153,8 +153,8 @@ class _LoraConv(LoraLayer, _ConvNd):
             shapes["lora_bias"] = (self.out_channels,)
         return shapes
 
-    def _stack(self, names: Sequence[str], dropout_p: float = 0.0) -> LowRank:
-        stack = super()._stack(names, dropout_p)
+    def _stack(self, names: Sequence[str], dropout_p: float = 0.0, prefix: str = "") -> LowRank:
+        stack = super()._stack(names, dropout_p, prefix)
         if len(names) == 1 or self.groups == 1:
             return stack
         # Each group's channels of all adapters must be neighbours.
@@ -163,7 +163,7 @@ class _LoraConv(LoraLayer, _ConvNd):
         order = torch.cat([part.view(self.groups, -1) for part in channels], 1).flatten()
         return stack._replace(lora_A=stack.lora_A[order])
 
-    def _weight_matrix(self) -> Tensor:
+    def _weight_matrix(self, prefix: str = "") -> Tensor:
         return self.weight.flatten(1)
 
     def _merged_parameters(self, names: Sequence[str]) -> dict[str, Tensor]:

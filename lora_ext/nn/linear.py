@@ -10,11 +10,69 @@ from torch import Tensor, nn
 
 from lora_ext.functional import lora_linear, lora_update
 from lora_ext.nn.default_adapter import DEFAULT
-from lora_ext.nn.lora_layer import LoraLayer
+from lora_ext.nn.lora_layer import LoraLayer, LowRank
 from lora_ext.nn.settings import AdapterSettings
 
 
-class Linear(LoraLayer, nn.Linear):
+class LinearBase(LoraLayer, nn.Linear):
+    """What layers over a linear base share: either way of storing the weight."""
+
+    weight: nn.Parameter
+    fan_in_fan_out: bool
+    # Of a subclass of nn.Linear that computes something of its own.
+    _base_forward: Callable[..., Tensor] | None = None
+
+    def _init_base(
+        self,
+        in_features: int,
+        out_features: int,
+        fan_in_fan_out: bool,
+        merge_weights: bool,
+        **options: Any,
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features, **options)
+        if fan_in_fan_out:
+            self.weight = nn.Parameter(self.weight.detach().t().contiguous())
+        self.fan_in_fan_out = fan_in_fan_out
+        self._init_adapters(nn.Linear, merge_weights)
+
+    @classmethod
+    def _adopt_linear(cls, linear: nn.Linear) -> Self:
+        self = cls._adopt(linear, nn.Linear, any_forward=True)
+        self.fan_in_fan_out = False
+        kind = type(linear)
+        if kind.forward is not nn.Linear.forward and _full_name(kind) not in _TWINS:
+            self._base_forward = kind.forward
+        return self
+
+    @classmethod
+    def _adopt_conv1d(cls, conv1d: nn.Module) -> Self:
+        if not is_transformers_conv1d(conv1d):
+            raise TypeError(
+                f"{cls.__name__}.from_conv1d: conv1d: got {type(conv1d).__qualname__}, expected "
+                "exactly transformers.pytorch_utils.Conv1D"
+            )
+        self = cls._adopt(conv1d, type(conv1d))
+        self.in_features, self.out_features = self.weight.shape
+        self.fan_in_fan_out = True
+        return self
+
+    def get_base_layer(self) -> nn.Module:
+        base = super().get_base_layer()
+        if self.fan_in_fan_out and self._base_class is nn.Linear:
+            base.weight = nn.Parameter(
+                self.weight.detach().t().contiguous(), requires_grad=self.weight.requires_grad
+            )
+        return base
+
+    def _weight_matrix(self, prefix: str = "") -> Tensor:
+        return self.weight.t() if self.fan_in_fan_out else self.weight
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + self.adapters_repr()
+
+
+class Linear(LinearBase):
     """`nn.Linear` plus low-rank updates: `y = x W^T + b + scaling * dropout(x) A^T B^T`.
 
     The terms are loralib's and PEFT's. `weight` [out_features, in_features] and `bias` are the
@@ -41,9 +99,6 @@ class Linear(LoraLayer, nn.Linear):
         ValueError: r, lora_alpha, lora_dropout or init_lora_weights out of range, by name.
     """
 
-    # Of a subclass of nn.Linear that computes something of its own.
-    _base_forward: Callable[..., Tensor] | None = None
-
     def __init__(
         self,
         in_features: int,
@@ -62,11 +117,8 @@ class Linear(LoraLayer, nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        nn.Linear.__init__(self, in_features, out_features, bias=bias, device=device, dtype=dtype)
-        if fan_in_fan_out:
-            self.weight = nn.Parameter(self.weight.detach().t().contiguous())
-        self.fan_in_fan_out = fan_in_fan_out
-        self._init_adapters(nn.Linear, merge_weights)
+        options: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
+        self._init_base(in_features, out_features, fan_in_fan_out, merge_weights, **options)
         if r != 0:
             self.add_adapter(
                 DEFAULT,
@@ -101,11 +153,7 @@ class Linear(LoraLayer, nn.Linear):
             ValueError: its weight or bias is computed (pruning, weight_norm), its forward is
                 replaced on the instance, or a setting is out of range.
         """
-        self = cls._adopt(linear, nn.Linear, any_forward=True)
-        self.fan_in_fan_out = False
-        kind = type(linear)
-        if kind.forward is not nn.Linear.forward and _full_name(kind) not in _TWINS:
-            self._base_forward = kind.forward
+        self = cls._adopt_linear(linear)
         if r != 0:
             self.add_adapter(
                 adapter_name, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, **options
@@ -129,51 +177,20 @@ class Linear(LoraLayer, nn.Linear):
         Raises:
             TypeError: conv1d is not such a Conv1D.
         """
-        if not is_transformers_conv1d(conv1d):
-            raise TypeError(
-                f"Linear.from_conv1d: conv1d: got {type(conv1d).__qualname__}, expected exactly "
-                "transformers.pytorch_utils.Conv1D"
-            )
-        self = cls._adopt(conv1d, type(conv1d))
-        self.in_features, self.out_features = self.weight.shape
-        self.fan_in_fan_out = True
+        self = cls._adopt_conv1d(conv1d)
         if r != 0:
             self.add_adapter(
                 adapter_name, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, **options
             )
         return self
 
-    def get_base_layer(self) -> nn.Module:
-        base = super().get_base_layer()
-        if self.fan_in_fan_out and self._base_class is nn.Linear:
-            base.weight = nn.Parameter(
-                self.weight.detach().t().contiguous(), requires_grad=self.weight.requires_grad
-            )
-        return base
-
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] → [..., out_features]."""
-        weight = self.weight.t() if self.fan_in_fan_out else self.weight
-        if self._base_forward is not None:
-            y: Tensor = self._base_forward(self, x)
-            for update in self.low_rank():
-                y = y + lora_update(x, *update)
-            return y
-        if not self._running:
-            return nn.functional.linear(x, weight, self.bias)
-        first, *others = self.low_rank()
-        y = lora_linear(
-            x,
-            weight,
-            self.bias,
-            first.lora_A,
-            first.lora_B,
-            first.lora_bias,
-            scaling=first.scaling,
-            dropout_p=first.dropout_p,
-        )
-        for other in others:  # another dropout probability
-            y = y + lora_update(x, *other)
+        if self._base_forward is None:
+            return adapted_linear(x, self._weight_matrix(), self.bias, self.low_rank())
+        y: Tensor = self._base_forward(self, x)
+        for update in self.low_rank():
+            y = y + lora_update(x, *update)
         return y
 
     def part_shapes(self, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
@@ -185,11 +202,8 @@ class Linear(LoraLayer, nn.Linear):
             shapes["lora_bias"] = (self.out_features,)
         return shapes
 
-    def _weight_matrix(self) -> Tensor:
-        return self.weight.t() if self.fan_in_fan_out else self.weight
-
     def _merged_parameters(self, names: Sequence[str]) -> dict[str, Tensor]:
-        parameters = {"weight": self.weight}
+        parameters: dict[str, Tensor] = {"weight": self.weight}
         if any(self.adapters[name].lora_bias for name in names):
             if self.bias is None:
                 raise ValueError(
@@ -209,13 +223,35 @@ class Linear(LoraLayer, nn.Linear):
                 raise ValueError(
                     "Linear.merge: the merged bias would hold NaN or Inf; nothing changed"
                 )
-        weight = self._weight_matrix()
-        torch.ops.lora_ext.merge_(weight, stack.lora_A, stack.lora_B, stack.scaling)
+        torch.ops.lora_ext.merge_(self._weight_matrix(), stack.lora_A, stack.lora_B, stack.scaling)
         if stack.lora_bias is not None:
             self.bias.copy_(merged)
 
-    def extra_repr(self) -> str:
-        return super().extra_repr() + self.adapters_repr()
+
+def adapted_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[LowRank]
+) -> Tensor:
+    """`x W^T + b` plus the adapters' updates: the first fused, others (they have another dropout
+    probability) added.
+
+    x [..., in_features], weight [out_features, in_features] → [..., out_features].
+    """
+    if not adapters:
+        return nn.functional.linear(x, weight, bias)
+    first, *others = adapters
+    y = lora_linear(
+        x,
+        weight,
+        bias,
+        first.lora_A,
+        first.lora_B,
+        first.lora_bias,
+        scaling=first.scaling,
+        dropout_p=first.dropout_p,
+    )
+    for other in others:
+        y = y + lora_update(x, *other)
+    return y
 
 
 # Subclasses of nn.Linear that write the same product in another way.

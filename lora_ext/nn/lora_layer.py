@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lora_ext.errors import AlreadyMergedError, NotMergedError
 from lora_ext.nn.default_adapter import DEFAULT, DefaultAdapter
 from lora_ext.nn.init import initialise, mutates_weight
+from lora_ext.nn.mergeable import MergeableLayer, base_name
 from lora_ext.nn.settings import AdapterSettings
 
 
@@ -32,7 +32,7 @@ class LowRank(NamedTuple):
     dropout_p: float
 
 
-class LoraLayer(DefaultAdapter, nn.Module):
+class LoraLayer(DefaultAdapter, MergeableLayer):
     """A layer of PyTorch that holds any number of named adapters beside its own parameters.
 
     A kind of layer derives from this and from the PyTorch class that it extends, and says how large
@@ -47,6 +47,9 @@ class LoraLayer(DefaultAdapter, nn.Module):
         "lora_B": "lora_B.weight",
         "lora_bias": "lora_B.bias",
     }
+    # What stands before "lora_A", "lora_B" and "lora_bias" in PARTS: a kind of layer with several
+    # products has one prefix for each.
+    PREFIXES: ClassVar[tuple[str, ...]] = ("",)
     # Where the rank stands in lora_A and in lora_B.
     RANK_DIMS: ClassVar[tuple[int, int]] = (0, 1)
     # What `_adopt` and the constructors add to the base's attributes.
@@ -69,20 +72,9 @@ class LoraLayer(DefaultAdapter, nn.Module):
         """The shape of each part that an adapter with these settings has."""
         raise NotImplementedError
 
-    def merged_parameters(self) -> dict[str, Tensor]:
-        """The parameters of the base that merging the present adapters would change."""
-        return self._merged_parameters(tuple(self.adapters))
-
-    def _merged_parameters(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """The parameters that merging these adapters changes, by attribute name."""
-        raise NotImplementedError
-
-    def _weight_matrix(self) -> Tensor:
-        """The base's weight as [N, K], the shape of lora_B times lora_A; a view."""
-        raise NotImplementedError
-
-    def _write_merged(self, names: Sequence[str]) -> None:
-        """Adds these adapters to the base's parameters, in place; ValueError for NaN or Inf."""
+    def _weight_matrix(self, prefix: str = "") -> Tensor:
+        """The base's weight that the adapters of a prefix (see PREFIXES) change, as [N, K], the
+        shape of lora_B times lora_A; a view."""
         raise NotImplementedError
 
     # Construction
@@ -110,7 +102,7 @@ class LoraLayer(DefaultAdapter, nn.Module):
         """
         where = f"{cls.__name__}: base"
         keeps_forward = any_forward or type(base).forward is kind.forward
-        if not isinstance(base, kind) or not keeps_forward:
+        if isinstance(base, LoraLayer) or not isinstance(base, kind) or not keeps_forward:
             raise TypeError(
                 f"{where}: got {type(base).__qualname__}, expected a {kind.__module__}."
                 f"{kind.__qualname__} that keeps its forward"
@@ -121,7 +113,7 @@ class LoraLayer(DefaultAdapter, nn.Module):
                 "so an adapter there would do nothing; adapt the MultiheadAttention itself"
             )
         for name in ("weight", "bias"):
-            if hasattr(base, name) and name not in base._parameters:
+            if isinstance(getattr(base, name, None), Tensor) and name not in base._parameters:
                 raise ValueError(
                     f"{where}: computes its {name} (pruning, weight_norm), expected a plain "
                     "parameter; make that permanent first"
@@ -153,7 +145,8 @@ class LoraLayer(DefaultAdapter, nn.Module):
         base = self._base_class.__new__(self._base_class)
         base.__dict__.update({k: v for k, v in self.__dict__.items() if k not in self._STATE})
         lora = {part_name(part, name) for part in self.PARTS for name in (DEFAULT, *self.adapters)}
-        for registry, drop in (("_parameters", lora), ("_buffers", set(self._base_copies()))):
+        copies = {base_name(name) for name in self._base_copies()}
+        for registry, drop in (("_parameters", lora), ("_buffers", copies)):
             kept = {k: v for k, v in self.__dict__[registry].items() if k not in drop}
             base.__dict__[registry] = kept
         return base
@@ -300,15 +293,14 @@ class LoraLayer(DefaultAdapter, nn.Module):
                 f"{type(self).__name__}: init_lora_weights: {settings.init_lora_weights!r} changes "
                 "the base weight, which holds merged adapters; call unmerge() first"
             )
-        A, B, bias = (self._part(part, name) for part in ("lora_A", "lora_B", "lora_bias"))
-        initialise(
-            settings.init_lora_weights,
-            A,
-            B,
-            self._weight_matrix(),
-            settings.scaling,
-            lora_bias=bias,
-        )
+        for prefix in self.PREFIXES:
+            A, B, bias = (
+                self._part(prefix + part, name) for part in ("lora_A", "lora_B", "lora_bias")
+            )
+            if A is not None:
+                weight = self._weight_matrix(prefix)
+                kind, scaling = settings.init_lora_weights, settings.scaling
+                initialise(kind, A, B, weight, scaling, lora_bias=bias)
 
     # Scales
 
@@ -373,27 +365,28 @@ class LoraLayer(DefaultAdapter, nn.Module):
     def _part(self, part: str, name: str) -> Any:
         return getattr(self, part_name(part, name), None)
 
-    def low_rank(self) -> list[LowRank]:
+    def low_rank(self, prefix: str = "") -> list[LowRank]:
         """The adapters that run now, stacked where they share a dropout probability."""
         groups: dict[float, list[str]] = {}
         for name in self._running:
             dropout_p = self.adapters[name].lora_dropout if self.training else 0.0
             groups.setdefault(dropout_p, []).append(name)
-        return [self._stack(names, dropout_p) for dropout_p, names in groups.items()]
+        return [self._stack(names, dropout_p, prefix) for dropout_p, names in groups.items()]
 
-    def _stack(self, names: Sequence[str], dropout_p: float = 0.0) -> LowRank:
+    def _stack(self, names: Sequence[str], dropout_p: float = 0.0, prefix: str = "") -> LowRank:
         """Adapters as one of the sum of their ranks: their dropout, if any, is then the same."""
+        a, b, c = (prefix + part for part in ("lora_A", "lora_B", "lora_bias"))
         if len(names) == 1:
-            A, B, bias = (self._part(part, names[0]) for part in ("lora_A", "lora_B", "lora_bias"))
+            A, B, bias = (self._part(part, names[0]) for part in (a, b, c))
             return LowRank(A, B, bias, self._scaling[names[0]], dropout_p)
         # The scalings go into lora_B, and with it into float32: there they cost no accuracy.
-        A_parts: list[Tensor] = [self._part("lora_A", name) for name in names]
+        A_parts: list[Tensor] = [self._part(a, name) for name in names]
         compute = torch.promote_types(A_parts[0].dtype, torch.float32)
-        B_parts = [self._part("lora_B", n).to(compute) * self._scaling[n] for n in names]
+        B_parts = [self._part(b, n).to(compute) * self._scaling[n] for n in names]
         biases = [
-            self._part("lora_bias", n).to(compute) * self._scaling[n]
+            self._part(c, n).to(compute) * self._scaling[n]
             for n in names
-            if self._part("lora_bias", n) is not None
+            if self._part(c, n) is not None
         ]
         return LowRank(
             torch.cat([A.to(compute) for A in A_parts], self.RANK_DIMS[0]),
@@ -402,117 +395,6 @@ class LoraLayer(DefaultAdapter, nn.Module):
             1.0,
             dropout_p,
         )
-
-    # Merging
-
-    @property
-    def merged(self) -> bool:
-        """Whether adapters are in the base's parameters."""
-        return bool(self.merged_adapters)
-
-    @torch.no_grad()
-    def merge(self, adapter_names: Iterable[str] | None = None) -> None:
-        """Adds adapters (the active ones, if None) to the base's parameters in place: in float32
-        with one rounding, in float64 for float64. A copy of those parameters is kept until
-        `unmerge()`. Adapters that are merged already are merged again with the new ones, from the
-        base's own values.
-
-        Raises:
-            AlreadyMergedError: all of them are merged.
-            ValueError: no such adapter, or a merged value would be NaN or infinite. Nothing is
-                changed then.
-        """
-        where = f"{type(self).__name__}.merge"
-        if adapter_names is not None and isinstance(adapter_names, str):
-            adapter_names = [adapter_names]
-        names = self.active_adapters if adapter_names is None else tuple(adapter_names)
-        self._check_names(names)
-        if self.merged and set(names) <= set(self.merged_adapters):
-            raise AlreadyMergedError(f"{where}: already merged; call unmerge() first")
-        if not names:
-            raise ValueError(f"{where}: there is no active adapter, expected at least one")
-        before = self.merged_adapters
-        together = tuple(dict.fromkeys((*before, *names)))
-        parameters = self._merged_parameters(together)
-        now = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        base = {**now, **self._base_copies(strip=True)}
-        try:
-            for name, parameter in parameters.items():
-                if before:
-                    parameter.copy_(base[name])
-            self._write_merged(together)
-        except ValueError:
-            for name, parameter in parameters.items():
-                parameter.copy_(now[name])
-            raise
-        for name, tensor in base.items():
-            self.register_buffer(_base_name(name), tensor, persistent=False)
-        self.merged_adapters = together
-        self._choose_running()
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Gives the base's parameters the bits they had before `merge()`.
-
-        Raises:
-            NotMergedError: nothing is merged.
-        """
-        if not self.merged:
-            raise NotMergedError(f"{type(self).__name__}.unmerge: not merged; call merge() first")
-        parameters = self._merged_parameters(self.merged_adapters)
-        for name, base in self._base_copies(strip=True).items():
-            parameters[name].copy_(base)
-            del self._buffers[_base_name(name)]
-        self.merged_adapters = ()
-        self._choose_running()
-
-    def _base_copies(self, strip: bool = False) -> dict[str, Tensor]:
-        """The base's values while merged, by buffer name, or by the parameter's."""
-        prefix = _base_name("")
-        return {
-            name.removeprefix(prefix) if strip else name: buffer
-            for name, buffer in self._buffers.items()
-            if name.startswith(prefix) and buffer is not None
-        }
-
-    def train(self, mode: bool = True) -> Self:
-        """With `merge_weights`, as in loralib: eval() merges, train() unmerges."""
-        super().train(mode)
-        if self.merge_weights and self.active_adapters and self.merged == mode:
-            self.unmerge() if mode else self.merge()
-        return self
-
-    # Saving and loading: always the base's own values
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, base in self._base_copies(strip=True).items():
-            destination[prefix + name] = base
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """A merged layer stays merged, with what was loaded."""
-        merged = self.merged_adapters
-        if merged:
-            self.unmerge()
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if merged:
-            try:
-                self.merge(merged)
-            except ValueError as error:
-                error_msgs.append(f"{prefix}merge after loading, now unmerged: {error}")
 
     # Checks
 
@@ -536,7 +418,3 @@ def check_adapter_name(adapter_name: str, taken: Container[str], where: str) -> 
             f"{where}: adapter_name: there is an adapter '{adapter_name}' already; "
             "choose another name or delete it first"
         )
-
-
-def _base_name(parameter_name: str) -> str:
-    return f"_base_{parameter_name}"
