@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -210,8 +210,10 @@ def _embeddings(
     """(key, module, parameter) of the base's embeddings that are saved with an adapter."""
     if choice is False:
         return
-    getters = ("get_input_embeddings", "get_output_embeddings")
-    chosen = {id(getattr(model, getter, lambda: None)()) for getter in getters}
+    chosen = set()
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        with suppress(NotImplementedError):  # transformers' answer for a model without
+            chosen.add(id(getattr(model, getter, lambda: None)()))
     for name, module in model.named_modules():
         if id(module) not in chosen or module._parameters.get("weight") is None:
             continue
