@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -72,6 +73,13 @@ class Guarded:
             assert margin.isnan().all(), f"a kernel wrote outside of {name}"
 
 
+class Launch(NamedTuple):
+    copied_bytes: int  # that cp.async read
+    mma: int  # mma.sync instructions of warps
+    tma_bytes: int  # that TMA wrote to shared memory
+    wgmma: int  # wgmma instructions of warpgroups
+
+
 @dataclass
 class EmulatedKernels:
     library: ctypes.CDLL
@@ -87,11 +95,13 @@ class EmulatedKernels:
     def schedule(self, completion: str, seed: int) -> None:
         self.library.set_schedule(COMPLETIONS.index(completion), ctypes.c_uint64(seed))
 
-    def take_launches(self) -> list[tuple[int, int]]:
-        """(bytes that cp.async read, mma.sync instructions) of each launch since the last call."""
-        bytes_read, mma = ((ctypes.c_int64 * 64)() for _ in range(2))
-        count = self.library.take_launches(64, bytes_read, mma)
-        return list(zip(bytes_read[:count], mma[:count], strict=True))
+    def family(self, name: str) -> None:
+        self.library.set_compute_capability({"sm80": 80, "sm90": 90}[name])
+
+    def take_launches(self) -> list[Launch]:
+        """Of each launch since the last call."""
+        counts = ((ctypes.c_int64 * 4) * 64)()
+        return [Launch(*counts[i]) for i in range(self.library.take_launches(64, counts))]
 
     def forward(
         self,

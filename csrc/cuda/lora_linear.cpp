@@ -32,11 +32,15 @@ struct Scratch {
   Allocator allocator() { return {allocate, this}; }
 };
 
+int current_capability() {
+  const auto* device = at::cuda::getCurrentDeviceProperties();
+  return device->major * 10 + device->minor;
+}
+
 CudaPath path_for(const Tensor& base, int64_t r) {
-  const auto* device = at::cuda::getDeviceProperties(base.device().index());
   CudaProblem problem{};
   problem.half = base.scalar_type() == at::kHalf || base.scalar_type() == at::kBFloat16;
-  problem.compute_capability = device->major * 10 + device->minor;
+  problem.compute_capability = current_capability();
   problem.rank = r;
   return choose_cuda_path(problem);
 }
@@ -117,7 +121,7 @@ std::tuple<Tensor, Tensor> fwd_cuda(const Tensor& x, const Tensor& weight,
                                   dropout_of(dropout_p, rng_state, state),
                                   static_cast<T*>(y.data_ptr()),
                                   return_h ? h.data_ptr<float>() : nullptr};
-    sm80::forward(call, scratch.allocator(), at::cuda::getCurrentCUDAStream());
+    run_forward(call, scratch.allocator(), at::cuda::getCurrentCUDAStream(), current_capability());
   });
   return {y, h};
 }
@@ -196,7 +200,7 @@ Gradients bwd_cuda(const Tensor& dy, const OptionalTensor& x, const OptionalTens
         static_cast<T*>(out(mask[kGradX], dx)),
         static_cast<TA*>(out(mask[kGradA], dA)),
         static_cast<TA*>(out(mask[kGradB], dB))};
-    sm80::backward(call, scratch.allocator(), at::cuda::getCurrentCUDAStream());
+    run_backward(call, scratch.allocator(), at::cuda::getCurrentCUDAStream(), current_capability());
   });
   return {dx, dweight, dbias, dA, dB, dlora_bias};
 }

@@ -66,7 +66,7 @@ struct OperandMask {
 };
 
 template <class T, int kColumns>
-__global__ void __launch_bounds__(DownShape<kColumns>::kThreads)
+__global__ void __launch_bounds__(DownShape<kColumns>::kThreads, kLeastBlocks)
     lora_down_kernel(const __grid_constant__ DownParams<T> params) {
   using Shape = DownShape<kColumns>;
   using TileX = Tile<Shape::kM, Shape::kK>;
