@@ -1,7 +1,7 @@
 """Builds lora_ext._C with CMake against the torch that is installed.
 
 Environment variables: MAX_JOBS (parallel compile jobs), LORA_EXT_CUDA (auto: with CUDA where nvcc
-and a CUDA build of torch are; 0: never; 1: or fail), TORCH_CUDA_ARCH_LIST (default 8.0+PTX),
+and a CUDA build of torch are; 0: never; 1: or fail), TORCH_CUDA_ARCH_LIST (default 8.0+PTX;9.0a),
 CMAKE_BUILD_TYPE (default Release), LORA_EXT_BUILD_DIR (a folder to keep between builds; only with
 --no-build-isolation, since it remembers its ninja).
 """
@@ -74,7 +74,7 @@ def find_nvcc() -> Path | None:
 
 def cuda_architectures() -> str:
     """TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX") in CMake's terms ("80-real;90a")."""
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0+PTX").replace(" ", ";")
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a").replace(" ", ";")
     names = []
     for name in filter(None, wanted.split(";")):
         number = name.removesuffix("+PTX").replace(".", "")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ TYPES = {
     (torch.float16, torch.float16): "fp16",
     (torch.float16, torch.float32): "fp16-fp32",
 }
-POINTERS = ("rng_state", "x", "weight", "bias", "lora_A", "lora_B", "dy", "saved_h")
+POINTERS = ("rng_state", "scaling_factor", "bias", "saved_h")
+POINTERS += ("x", "weight", "lora_A", "lora_B", "dy")
 RESULTS = ("y", "dx", "dA", "dB", "h")
 COMPLETIONS = ("eager", "deferred", "random")
 
@@ -71,6 +73,13 @@ class Guarded:
             assert margin.isnan().all(), f"a kernel wrote outside of {name}"
 
 
+class Launch(NamedTuple):
+    copied_bytes: int  # that cp.async read
+    mma: int  # mma.sync instructions of warps
+    tma_bytes: int  # that TMA wrote to shared memory
+    wgmma: int  # wgmma instructions of warpgroups
+
+
 @dataclass
 class EmulatedKernels:
     library: ctypes.CDLL
@@ -86,21 +95,24 @@ class EmulatedKernels:
     def schedule(self, completion: str, seed: int) -> None:
         self.library.set_schedule(COMPLETIONS.index(completion), ctypes.c_uint64(seed))
 
-    def take_launches(self) -> list[tuple[int, int]]:
-        """(bytes that cp.async read, mma.sync instructions) of each launch since the last call."""
-        bytes_read, mma = ((ctypes.c_int64 * 64)() for _ in range(2))
-        count = self.library.take_launches(64, bytes_read, mma)
-        return list(zip(bytes_read[:count], mma[:count], strict=True))
+    def family(self, name: str) -> None:
+        self.library.set_compute_capability({"sm80": 80, "sm90": 90}[name])
+
+    def take_launches(self) -> list[Launch]:
+        """Of each launch since the last call."""
+        counts = ((ctypes.c_int64 * 4) * 64)()
+        return [Launch(*counts[i]) for i in range(self.library.take_launches(64, counts))]
 
     def forward(
         self,
         x: Tensor,  # [M, K]
         weight: Tensor,
-        bias: Tensor | None,
+        bias: Tensor | None,  # [N] float32
         lora_A: Tensor,
         lora_B: Tensor,
         *,
         scaling: float = 1.0,
+        scaling_factor: Tensor | None = None,  # [] float32
         dropout_p: float = 0.0,
         rng_state: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -109,7 +121,8 @@ class EmulatedKernels:
         h = torch.full((x.shape[0], lora_A.shape[0]), torch.nan)
         self._call(
             self.library.lora_forward, x=x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B,
-            scaling=scaling, dropout_p=dropout_p, rng_state=rng_state, y=y, h=h,
+            scaling=scaling, scaling_factor=scaling_factor, dropout_p=dropout_p,
+            rng_state=rng_state, y=y, h=h,
         )  # fmt: skip
         return y, h
 
@@ -123,6 +136,7 @@ class EmulatedKernels:
         lora_B: Tensor,
         *,
         scaling: float = 1.0,
+        scaling_factor: Tensor | None = None,  # [] float32
         dropout_p: float = 0.0,
         rng_state: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,8 +144,8 @@ class EmulatedKernels:
         dx, dA, dB = (torch.full_like(t, torch.nan).contiguous() for t in (x, lora_A, lora_B))
         self._call(
             self.library.lora_backward, dy=dy, x=x, saved_h=h, weight=weight, lora_A=lora_A,
-            lora_B=lora_B, scaling=scaling, dropout_p=dropout_p, rng_state=rng_state,
-            dx=dx, dA=dA, dB=dB,
+            lora_B=lora_B, scaling=scaling, scaling_factor=scaling_factor, dropout_p=dropout_p,
+            rng_state=rng_state, dx=dx, dA=dA, dB=dB,
         )  # fmt: skip
         return dx, dA, dB
 

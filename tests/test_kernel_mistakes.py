@@ -5,48 +5,129 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from emulated import ROOT
+from emulated import ROOT, compile_source
 
-# What is planted → (file, what stands there, what is put in its place)
-MISTAKES = {
-    "no wait for the copies": (
-        "gemm_sm80.h", "arch::cp_async_wait<Shape::kRing - 2>();", "",
-    ),
-    "a wait for one group too few": (
-        "gemm_sm80.h", "cp_async_wait<Shape::kRing - 2>", "cp_async_wait<Shape::kRing - 1>",
-    ),
-    "no barrier after the wait": (
-        "gemm_sm80.h", "__syncthreads();", "",
-    ),
-    "a slot filled while it is read": (
-        "gemm_sm80.h",
-        "G::load(stage(step + Shape::kRing - 1), params, loading, m, n, thread);",
-        "G::load(stage(step), params, loading, m, n, thread);",
-    ),
-    "stores below the last row": (
-        "gemm_sm80.h", "if (m >= params.M) continue;", "",
-    ),
-    "stores right of the last column": (
-        "gemm_sm80.h", "if (n >= params.N) continue;", "",
-    ),
-    "a segment one step too long": (
-        "gemm_sm80.h", "if (k >= params.segments[segment].a.columns)",
-        "if (k > params.segments[segment].a.columns)",
-    ),
-    "a mask of the wrong rows": (
-        "gemm_sm80.h", "params.threshold, m + warp_row,", "params.threshold, m,",
-    ),
-    "rows read beyond the matrix": (
-        "tile_sm80.h", "row + r < matrix.rows ? matrix.columns",
-        "row + r <= matrix.rows ? matrix.columns",
-    ),
-    "chunks not permuted for one operand": (
-        "tile_sm80.h", "Tile::offset(row + lane % 16, column / 8 + lane / 16)",
-        "(row + lane % 16) * Tile::kChunks * 16 + (column / 8 + lane / 16) * 16",
-    ),
+# The product's kernels are checked by a program of tests/simt:
+# program → what is planted → (file, what stands there, what is put in its place)
+PRODUCTS = {
+    "test_gemm_sm80": {
+        "no wait for the copies": (
+            "gemm_sm80.h", "arch::cp_async_wait<Shape::kRing - 2>();", "",
+        ),
+        "a wait for one group too few": (
+            "gemm_sm80.h", "cp_async_wait<Shape::kRing - 2>", "cp_async_wait<Shape::kRing - 1>",
+        ),
+        "no barrier after the wait": (
+            "gemm_sm80.h", "__syncthreads();", "",
+        ),
+        "a slot filled while it is read": (
+            "gemm_sm80.h",
+            "G::load(stage(step + Shape::kRing - 1), params, loading, m, n, thread);",
+            "G::load(stage(step), params, loading, m, n, thread);",
+        ),
+        "stores below the last row": (
+            "gemm_sm80.h", "if (m >= params.M) continue;", "",
+        ),
+        "stores right of the last column": (
+            "gemm_sm80.h", "if (n >= params.N) continue;", "",
+        ),
+        "a segment one step too long": (
+            "gemm_sm80.h", "if (k >= params.segments[segment].a.columns)",
+            "if (k > params.segments[segment].a.columns)",
+        ),
+        "a mask of the wrong rows": (
+            "gemm_sm80.h", "params.threshold, m + warp_row,", "params.threshold, m,",
+        ),
+        "rows read beyond the matrix": (
+            "tile_sm80.h", "row + r < matrix.rows ? matrix.columns",
+            "row + r <= matrix.rows ? matrix.columns",
+        ),
+        "chunks not permuted for one operand": (
+            "tile_sm80.h", "Tile::offset(row + lane % 16, column / 8 + lane / 16)",
+            "(row + lane % 16) * Tile::kChunks * 16 + (column / 8 + lane / 16) * 16",
+        ),
+    },
+    "test_gemm_sm90": {
+        "sm90: no wait for a full slot": (
+            "gemm_sm90.h", "arch::mbarrier_wait(ring.full(at.slot), at.parity);", "",
+        ),
+        "sm90: no wait for an empty slot": (
+            "gemm_sm90.h", "arch::mbarrier_wait(ring.empty(at.slot), at.parity ^ 1);", "",
+        ),
+        "sm90: a wait for the turn before": (
+            "gemm_sm90.h", "ring.empty(at.slot), at.parity ^ 1", "ring.empty(at.slot), at.parity",
+        ),
+        "sm90: turns that are not counted": (
+            "gemm_sm90.h", "slot = 0, parity ^= 1;", "slot = 0;",
+        ),
+        "sm90: a slot that is not released": (
+            "gemm_sm90.h", "arch::mbarrier_arrive(ring.empty(held));", "{}",
+        ),
+        "sm90: a slot released by too few warps": (
+            "gemm_sm90.h", "Shape::kMultipliers * kWarpgroup / 32);", "1);",
+        ),
+        "sm90: a slot released while it is read": (
+            "gemm_sm90.h", "release();\n          held = at.slot;",
+            "held = at.slot;\n          release();",
+        ),
+        "sm90: no wait for the products of a slot": (
+            "gemm_sm90.h", "arch::wgmma_wait<1>();", "",
+        ),
+        "sm90: no wait before the mask": (
+            "gemm_sm90.h", "arch::wgmma_wait<0>();\n          drop(", "drop(",
+        ),
+        "sm90: no wait before the store": (
+            "gemm_sm90.h", "arch::wgmma_wait<0>();\n      release();", "release();",
+        ),
+        "sm90: too few bytes expected": (
+            "gemm_sm90.h", "mbarrier_arrive_expect_tx(full, Shape::kStageBytes)",
+            "mbarrier_arrive_expect_tx(full, Shape::kStageBytes - 128)",
+        ),
+        "sm90: no fence after the barriers are made": (
+            "gemm_sm90.h", "arch::fence_mbarrier_init();", "",
+        ),
+        "sm90: no barrier after the barriers are made": (
+            "gemm_sm90.h", "__syncthreads();", "",
+        ),
+        "sm90: no fence before wgmma": (
+            "gemm_sm90.h", "arch::wgmma_fence();", "",
+        ),
+        "sm90: sums that begin with those of the last tile": (
+            "gemm_sm90.h", "bool accumulate = false;", "bool accumulate = index > blockIdx.x;",
+        ),
+        "sm90: a segment without its last columns": (
+            "gemm_sm90.h", "k < depth; k += 16", "k + 16 < depth; k += 16",
+        ),
+        "sm90: a segment one stage too long": (
+            "gemm_sm90.h", "k < params.depth[segment]; k", "k <= params.depth[segment]; k",
+        ),
+        "sm90: stores below the last row": (
+            "gemm_sm90.h", "if (m < params.M && n < params.N)", "if (n < params.N)",
+        ),
+        "sm90: stores right of the last column": (
+            "gemm_sm90.h", "if (m < params.M && n < params.N)", "if (m < params.M)",
+        ),
+        "sm90: both warpgroups multiply the same rows": (
+            "gemm_sm90.h", "number * 64 * kRowBytes", "0 * kRowBytes",
+        ),
+        "sm90: a mask of the wrong columns": (
+            "gemm_sm90.h", "column / kDropoutBlock + block", "block",
+        ),
+        "sm90: boxes of the weight at the wrong distance": (
+            "gemm_sm90.h", "Shape::kK * kRowBytes,", "kRowBytes,",
+        ),
+        "sm90: tiles left out": (
+            "gemm_sm90.h", "index / (kBand * columns) * kBand", "0",
+        ),
+    },
+}  # fmt: skip
+
+# The others by forward and backward as a whole.
+LAUNCHES = {
     "down: no wait for the copies": (
         "lora_down_sm80.h", "arch::cp_async_wait<Shape::kRing - 2>();", "",
     ),
@@ -69,7 +150,13 @@ MISTAKES = {
         "lora_down_grad_sm80.h", "params.threshold, m + k, blockIdx.x, warp * kSlots, lane",
         "params.threshold, m + k, blockIdx.x, 0, lane",
     ),
+    "a factor of the scaling that is not read": (
+        "elementwise.h", "factor ? value * *factor : value", "value",
+    ),
 }  # fmt: skip
+
+MISTAKES = LAUNCHES | {name: m for mistakes in PRODUCTS.values() for name, m in mistakes.items()}
+NONE = "none"
 
 # Small sizes that reach every part: several tiles and steps, several splits, tails.
 SCRIPT = """
@@ -77,40 +164,89 @@ import itertools, sys
 from pathlib import Path
 import test_kernels
 from emulated import COMPLETIONS, EmulatedKernels
-kernels = EmulatedKernels.build(Path(sys.argv[1]), "-DBF16_ONLY", csrc=Path(sys.argv[2]))
+options = ("-O1", "-DSM80_BF16_ONLY")
+kernels = EmulatedKernels.build(Path(sys.argv[1]), *options, csrc=Path(sys.argv[2]))
 print("compiled", flush=True)
 for size, schedule in itertools.product([(37, 192, 200, 16), (130, 200, 72, 8)],
                                         itertools.product(COMPLETIONS, range(4))):
-    test_kernels.check(kernels, size, ("bf16", "bf16"), 0.1, schedule)
+    test_kernels.check(kernels, size, "bf16", 0.1, schedule)
 print("no mistake noticed")
 """
 
+Result = subprocess.CompletedProcess[str]
 
-def run_checks(folder: Path, csrc: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", SCRIPT, str(folder), str(csrc)]
+
+def plant(mistake: str, folder: Path) -> Path:
+    """A copy of csrc with the mistake."""
+    csrc = folder / "csrc"
+    for part in ("common", "kernels"):
+        shutil.copytree(ROOT / "csrc" / part, csrc / part)
+    if mistake != NONE:
+        name, right, wrong = MISTAKES[mistake]
+        file = csrc / "kernels" / name
+        text = file.read_text()
+        assert text.count(right) >= 1, f"{name} no longer holds what this test replaces"
+        file.write_text(text.replace(right, wrong))
+    return csrc
+
+
+def run_program(program: str, mistake: str, folder: Path) -> Result:
+    csrc, target = plant(mistake, folder), folder / program
+    source = ROOT / "tests" / "simt" / f"{program}.cpp"
+    compile_source(source, target, "-O1", "-Wno-psabi", "-DBF16_ONLY", csrc=csrc)
+    return subprocess.run([str(target)], capture_output=True, text=True, timeout=300)
+
+
+def run_launches(mistake: str, folder: Path) -> Result:
+    command = [sys.executable, "-c", SCRIPT, str(folder), str(plant(mistake, folder))]
     return subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_planted_mistake_is_noticed(mistake: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def results(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], Future[Result]]:
+    """What the tests that are to run need, two at a time."""
     if shutil.which("g++") is None:
         pytest.skip("no g++ to compile the CUDA kernels for the host with")
-    name, right, wrong = MISTAKES[mistake]
-    csrc = tmp_path / "csrc"
-    for part in ("common", "kernels"):
-        shutil.copytree(ROOT / "csrc" / part, csrc / part)
-    file = csrc / "kernels" / name
-    text = file.read_text()
-    assert text.count(right) >= 1, f"{name} no longer holds what this test replaces"
-    file.write_text(text.replace(right, wrong))
-    result = run_checks(tmp_path, csrc)
-    # Noticed by a check or by the emulator, both exceptions; not by the compiler, and no crash.
-    assert result.stdout.strip() == "compiled", result.stderr[-3000:]
-    assert result.returncode == 1 and "Error" in result.stderr, result.stderr[-3000:]
+    items = [item for item in request.session.items if item.path == request.path]
+    pool = ThreadPoolExecutor(2)
+    started = {}
+    for item in items:
+        driver, mistake = (item.callspec.params[name] for name in ("driver", "mistake"))  # type: ignore[attr-defined]
+        folder = tmp_path_factory.mktemp("mistake")
+        started[driver, mistake] = (
+            pool.submit(run_launches, mistake, folder)
+            if driver == "launches"
+            else pool.submit(run_program, driver, mistake, folder)
+        )
+    pool.shutdown(wait=False)
+    return started
 
 
-def test_nothing_is_noticed_in_the_right_kernels(tmp_path: Path) -> None:
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ to compile the CUDA kernels for the host with")
-    result = run_checks(tmp_path, ROOT / "csrc")
-    assert "no mistake noticed" in result.stdout, result.stderr[-3000:]
+WANTED = [("launches", mistake) for mistake in LAUNCHES]
+WANTED += [(program, mistake) for program in PRODUCTS for mistake in PRODUCTS[program]]
+
+
+@pytest.mark.parametrize(("driver", "mistake"), WANTED, ids=lambda value: value)
+def test_planted_mistake_is_noticed(
+    results: dict[tuple[str, str], Future[Result]], driver: str, mistake: str
+) -> None:
+    result = results[driver, mistake].result()
+    if driver == "launches":
+        # Noticed by a check or by the emulator, both exceptions; not by the compiler, and no crash.
+        assert result.stdout.strip() == "compiled", result.stderr[-3000:]
+        assert result.returncode == 1 and "Error" in result.stderr, result.stderr[-3000:]
+    else:
+        assert result.returncode == 1 and "FAILED" in result.stdout, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("mistake", [NONE])
+@pytest.mark.parametrize("driver", ["launches", *PRODUCTS])
+def test_nothing_is_noticed_in_the_right_kernels(
+    results: dict[tuple[str, str], Future[Result]], driver: str, mistake: str
+) -> None:
+    result = results[driver, mistake].result()
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    if driver == "launches":
+        assert "no mistake noticed" in result.stdout

@@ -15,13 +15,31 @@ import lora_ext
 
 UNIT = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-24}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SIZES = [
-    (1, 64, 72, 1),
-    (37, 72, 136, 8),
-    (200, 136, 64, 16),
-    (37, 257, 512, 17),
-    (200, 512, 257, 64),
-    (65, 72, 40, 100),
+# M, K, N, r. Every size meets every type and dropout, so every value does; and every two values of
+# a family meet in PAIRS.
+SIZES = {
+    "sm80": [
+        (1, 64, 72, 1),
+        (37, 72, 136, 8),
+        (200, 136, 64, 16),
+        (37, 257, 512, 17),
+        (200, 512, 257, 64),
+        (65, 72, 40, 100),
+    ],
+    "sm90": [
+        (1, 64, 72, 1),
+        (37, 72, 136, 8),
+        (200, 136, 64, 16),
+        (37, 512, 512, 17),
+        (200, 512, 136, 64),
+        (65, 72, 40, 256),
+    ],
+}
+VALUES = {"sm80": (64, 72, 136, 257, 512), "sm90": (64, 72, 136, 512)}
+PAIRS = [
+    (family, ((1, 37, 200)[(i + 2 * j) % 3], K, N, (1, 8, 16, 17, 64)[(i + j) % 5]))
+    for family, values in VALUES.items()
+    for (i, K), (j, N) in itertools.product(enumerate(values), repeat=2)
 ]
 
 
@@ -52,21 +70,33 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernels:
 def check(
     kernels: EmulatedKernels,
     size: tuple[int, int, int, int],
-    types: tuple[str, str],
+    types: str,
     dropout_p: float,
     schedule: tuple[str, int],
+    family: str = "sm80",
 ) -> None:
     """Forward and backward of one problem under one schedule."""
     M, K, N, r = size
-    base, adapter = (DTYPES[name] for name in types)
+    base, adapter = (DTYPES[name] for name in (types.split("-") * 2)[:2])
+    kernels.family(family)
     p = make_problem(
         (M,), K, N, r, dtype=base, adapter_dtype=adapter, dropout_p=dropout_p, bias=M != 37
     )
     kernels.schedule(*schedule)
-    options = {"scaling": p.scaling, "dropout_p": dropout_p, "rng_state": p.rng_state}
+    factor = None if M == 1 else torch.tensor(4.0)
+    scaling = p.scaling if factor is None else p.scaling / 4
+    options = {"scaling": scaling, "scaling_factor": factor}
+    options |= {"dropout_p": dropout_p, "rng_state": p.rng_state}
     x, weight, bias, A, B, _ = (t if t is None else t.detach() for t in p.operands)
+    bias = bias if bias is None else bias.float()
+    kernels.take_launches()
     y, h = kernels.forward(x, weight, bias, A, B, **options)
+    forward = kernels.take_launches()
     dx, dA, dB = kernels.backward(p.dy, x, h if M % 2 else None, weight, A, B, **options)
+    backward = kernels.take_launches()
+    # TMA reads x and weight, or dy and weight, where their rows begin at multiples of 16 bytes.
+    assert (forward[-1].wgmma > 0) == (family == "sm90" and K % 8 == N % 8 == 0)
+    assert (backward[-1].wgmma > 0) == (family == "sm90" and K % 8 == N % 8 == 0)
     want, sizes = exact_results(p), expected_sizes(p)
     for name, got in (("y", y), ("x", dx), ("lora_A", dA), ("lora_B", dB)):
         # h and dh are rounded for the base product's sums, and the result once. The gradient of a
@@ -79,26 +109,74 @@ def check(
         assert rms(got.double() - want[name]) <= bound * sizes[name], name
 
 
+SCHEDULES = list(itertools.product(COMPLETIONS, range(4)))
+
+
+def readable(value: object) -> str | None:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else None
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 @pytest.mark.parametrize("types", TYPES.values())
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
+@pytest.mark.parametrize(
+    ("family", "size"), [(f, size) for f in SIZES for size in SIZES[f]], ids=readable
+)
 def test_values_and_gradients(
-    kernels: EmulatedKernels, size: tuple[int, int, int, int], types: str, dropout_p: float
+    kernels: EmulatedKernels,
+    family: str,
+    size: tuple[int, int, int, int],
+    types: str,
+    dropout_p: float,
 ) -> None:
-    base, adapter = (types.split("-") * 2)[:2]
-    schedules = list(itertools.product(COMPLETIONS, range(4)))
-    schedule = schedules[(size[0] + size[3]) % len(schedules)]
-    check(kernels, size, (base, adapter), dropout_p, schedule)
+    schedule = SCHEDULES[(size[0] + size[3]) % len(SCHEDULES)]
+    check(kernels, size, types, dropout_p, schedule, family)
+
+
+@pytest.mark.parametrize(("family", "size"), PAIRS, ids=readable)
+def test_pairs_of_sizes(
+    kernels: EmulatedKernels, family: str, size: tuple[int, int, int, int]
+) -> None:
+    number = PAIRS.index((family, size))
+    types = list(TYPES.values())[number % len(TYPES)]
+    check(kernels, size, types, 0.1 * (number // 2 % 2), SCHEDULES[number % len(SCHEDULES)], family)
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("completion", COMPLETIONS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("family", "size"),
+    [
+        ("sm80", (200, 264, 136, 24)),
+        ("sm80", (65, 131, 70, 17)),  # not aligned
+        ("sm90", (200, 520, 136, 24)),
+        ("sm90", (65, 136, 520, 80)),
+        ("sm90", (65, 131, 72, 17)),  # left to sm_80
+    ],
+    ids=readable,
+)
 def test_every_schedule(
-    kernels: EmulatedKernels, completion: str, seed: int, dropout_p: float
+    kernels: EmulatedKernels,
+    family: str,
+    size: tuple[int, int, int, int],
+    completion: str,
+    seed: int,
+    dropout_p: float,
 ) -> None:
-    for size in ((200, 264, 136, 24), (65, 131, 70, 17)):  # aligned and not
-        check(kernels, size, ("bf16", "bf16"), dropout_p, (completion, seed))
+    check(kernels, size, "bf16", dropout_p, (completion, seed), family)
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_bias_is_added_before_the_only_rounding(kernels: EmulatedKernels, family: str) -> None:
+    kernels.family(family)
+    M, N, K, r = 3, 136, 64, 8
+    p = make_problem((M,), K, N, r, dtype=torch.bfloat16)
+    bias = torch.randn(N, generator=torch.Generator().manual_seed(1))
+    x = torch.zeros(M, K).bfloat16()
+    x[:, 0] = 1
+    weight, A, B = (t.detach() for t in (p.weight, p.lora_A, torch.zeros_like(p.lora_B)))
+    y, _ = kernels.forward(x, weight, bias, A, B)
+    assert torch.equal(y, (weight[:, 0].float() + bias).bfloat16().expand(M, N))
 
 
 @pytest.mark.parametrize("r", [16, 24, 64])
@@ -113,28 +191,65 @@ def test_traffic_and_operations(kernels: EmulatedKernels, r: int) -> None:
     padded = 16 * rank_steps
     mma = 4 * 8  # of a tile of 64 x 64, for 16 of k
 
+    kernels.family("sm80")
     kernels.take_launches()
     _, h = kernels.forward(x, weight, None, A, B)
     down, finish, product = kernels.take_launches()
-    assert down[0] == 2 * (M * K + rows * r * K)
-    assert finish == (0, 0)
-    assert product[0] == 2 * (columns * M * K + rows * N * K + columns * M * padded + rows * N * r)
-    assert product[1] == rows * columns * mma * (steps + rank_steps)
+    assert down.copied_bytes == 2 * (M * K + rows * r * K)
+    assert finish == (0, 0, 0, 0)
+    assert product.copied_bytes == 2 * (
+        columns * M * K + rows * N * K + columns * M * padded + rows * N * r
+    )
+    assert product.mma == rows * columns * mma * (steps + rank_steps)
 
     kernels.backward(p.dy, x, h, weight, A, B)
     up, reduce_b, finish, down, reduce_a, product = kernels.take_launches()
-    assert up[0] == 2 * (M * N + rows * N * r)
-    assert down[0] == 2 * M * K
-    assert reduce_a == reduce_b == finish == (0, 0)
-    assert product[0] == 2 * (
+    assert up.copied_bytes == 2 * (M * N + rows * N * r)
+    assert down.copied_bytes == 2 * M * K
+    assert reduce_a == reduce_b == finish == (0, 0, 0, 0)
+    assert product.copied_bytes == 2 * (
         x_columns * M * N + rows * N * K + x_columns * M * padded + rows * r * K
     )
-    assert product[1] == rows * x_columns * mma * (-(-N // 16) + rank_steps)
+    assert product.mma == rows * x_columns * mma * (-(-N // 16) + rank_steps)
 
 
+@pytest.mark.parametrize("r", [16, 24, 64, 80])
+@pytest.mark.parametrize(
+    ("M", "N", "K", "width"), [(200, 72, 272, 128), (37, 512, 512, 256)], ids=["narrow", "wide"]
+)
+def test_sm90_traffic_and_operations(
+    kernels: EmulatedKernels, M: int, N: int, K: int, width: int, r: int
+) -> None:
+    """TMA brings a tile of A and one of B for each 64 of k, and for each 64 of the rank; the rank
+    costs ceil(r / 16) steps of wgmma."""
+    p = make_problem((M,), K, N, r, dtype=torch.bfloat16, bias=False)
+    x, weight, _, A, B, _ = (t if t is None else t.detach() for t in p.operands)
+    kernels.family("sm90")
+    kernels.take_launches()
+    _, h = kernels.forward(x, weight, None, A, B)
+    product = kernels.take_launches()[-1]
+
+    def steps(size: int, step: int) -> int:
+        return -(-size // step)
+
+    tiles = steps(M, 128) * steps(N, width)
+    assert product.tma_bytes == tiles * (steps(K, 64) + steps(r, 64)) * 2 * 64 * (128 + width)
+    assert product.wgmma == tiles * 2 * (steps(K, 16) + steps(r, 16))  # two warpgroups
+    assert (product.copied_bytes, product.mma) == (0, 0)
+
+    kernels.backward(p.dy, x, h, weight, A, B)
+    product = kernels.take_launches()[-1]
+    tiles = steps(M, 128) * steps(K, width)
+    assert product.tma_bytes == tiles * (steps(N, 64) + steps(r, 64)) * 2 * 64 * (128 + width)
+    assert product.wgmma == tiles * 2 * (steps(N, 16) + steps(r, 16))
+    assert (product.copied_bytes, product.mma) == (0, 0)
+
+
+@pytest.mark.parametrize("family", SIZES)
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5, 1.0])
-def test_masks_are_the_cpus(kernels: EmulatedKernels, dropout_p: float) -> None:
+def test_masks_are_the_cpus(kernels: EmulatedKernels, dropout_p: float, family: str) -> None:
     """Read off results in which every kept element is nonzero, in each kernel that drops out."""
+    kernels.family(family)
     M, K, r = 64, 264, 64
     rng_state = torch.tensor([12345678901, 44])
     keep = lora_ext.dropout_mask(rng_state, M, K, dropout_p)

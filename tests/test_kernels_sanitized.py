@@ -21,9 +21,9 @@ options = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=a
 kernels = EmulatedKernels.build(Path(sys.argv[1]), *options)
 sizes = [(1, 64, 72, 1), (37, 72, 136, 16), (65, 131, 70, 17), (130, 136, 64, 64)]
 for size, types, seed in itertools.product(sizes, TYPES.values(), range(2)):
-    base, adapter = (types.split("-") * 2)[:2]
     completion = COMPLETIONS[(size[0] + seed) % 3]
-    test_kernels.check(kernels, size, (base, adapter), 0.1, (completion, seed))
+    for family in test_kernels.SIZES:
+        test_kernels.check(kernels, size, types, 0.1, (completion, seed), family)
 print("clean")
 """
 

@@ -11,22 +11,23 @@ import pytest
 from emulated import ROOT
 
 KERNELS = ROOT / "csrc" / "kernels"
-TARGETS = {"sm90": ("compute_90a", "sm_90a")}  # others: sm_80
 SOURCES = sorted(path.name for path in KERNELS.glob("*.cu"))
+# One of the family for sm_90a has no code elsewhere; the others run there as well.
+TARGETS = [(name, "90a") for name in SOURCES]
+TARGETS += [(name, "80") for name in SOURCES if "sm90" not in name]
 
 
 def test_there_are_sources() -> None:
-    assert len(SOURCES) >= 2
+    assert len(SOURCES) >= 5
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_no_spills_and_no_local_memory(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "target"), TARGETS)
+def test_no_spills_and_no_local_memory(name: str, target: str, tmp_path: Path) -> None:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc; pip install nvidia-cuda-nvcc and its headers to compile the kernels")
-    compute, code = TARGETS.get(name.removesuffix(".cu").split("_")[-1], ("compute_80", "sm_80"))
     command = [nvcc, "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v"]
-    command += ["-gencode", f"arch={compute},code={code}", "-c", str(KERNELS / name)]
+    command += ["-gencode", f"arch=compute_{target},code=sm_{target}", "-c", str(KERNELS / name)]
     result = subprocess.run(
         [*command, "-o", str(tmp_path / "kernels.o")], capture_output=True, text=True
     )
@@ -34,3 +35,5 @@ def test_no_spills_and_no_local_memory(name: str, tmp_path: Path) -> None:
     used = re.findall(r"(\d+) bytes (stack frame|spill stores|spill loads)", result.stderr)
     assert used, "ptxas reported nothing"
     assert all(size == "0" for size, _ in used), result.stderr
+    assert "setmaxnreg' ignored" not in result.stderr
+    assert "serialized" not in result.stderr  # products of wgmma, one after the other

@@ -115,7 +115,7 @@ def test_cuda_is_refused_not_ignored(
 
 @pytest.mark.parametrize(
     ("wanted", "architectures"),
-    [(None, "80"), ("8.0;9.0a+PTX", "80-real;90a"), ("8.0 9.0", "80-real;90-real")],
+    [(None, "80;90a-real"), ("8.0;9.0a+PTX", "80-real;90a"), ("8.0 9.0", "80-real;90-real")],
 )
 def test_cuda_architectures(
     setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch, wanted: str | None, architectures: str

@@ -32,11 +32,15 @@ struct Scratch {
   Allocator allocator() { return {allocate, this}; }
 };
 
+int current_capability() {
+  const auto* device = at::cuda::getCurrentDeviceProperties();
+  return device->major * 10 + device->minor;
+}
+
 CudaPath path_for(const Tensor& base, int64_t r) {
-  const auto* device = at::cuda::getDeviceProperties(base.device().index());
   CudaProblem problem{};
   problem.half = base.scalar_type() == at::kHalf || base.scalar_type() == at::kBFloat16;
-  problem.compute_capability = device->major * 10 + device->minor;
+  problem.compute_capability = current_capability();
   problem.rank = r;
   return choose_cuda_path(problem);
 }
@@ -100,24 +104,24 @@ std::tuple<Tensor, Tensor> fwd_cuda(const Tensor& x, const Tensor& weight,
   Tensor y = at::empty(y_sizes, x.options());
   Tensor h = return_h ? at::empty({M, r}, h_options) : at::empty({0}, h_options);
   const Tensor weight_rows = as_rows(weight), A = lora_A.contiguous(), B = lora_B.contiguous();
-  const Tensor both = total_bias(bias, lora_bias, s, x.scalar_type());
+  const Tensor both = total_bias(bias, lora_bias, s, at::kFloat);
   Tensor state;
   Scratch scratch{x.options(), {}};
   with_types(x.scalar_type(), lora_A.scalar_type(), [&](auto base, auto adapter) {
     using T = decltype(base);
     using TA = decltype(adapter);
-    const ForwardCall<T, TA> call{
-        matrix<T>(rows),
-        matrix<T>(weight_rows),
-        both.defined() ? static_cast<const T*>(both.const_data_ptr()) : nullptr,
-        static_cast<const TA*>(A.const_data_ptr()),
-        static_cast<const TA*>(B.const_data_ptr()),
-        static_cast<int>(r),
-        static_cast<float>(s),
-        dropout_of(dropout_p, rng_state, state),
-        static_cast<T*>(y.data_ptr()),
-        return_h ? h.data_ptr<float>() : nullptr};
-    sm80::forward(call, scratch.allocator(), at::cuda::getCurrentCUDAStream());
+    const ForwardCall<T, TA> call{matrix<T>(rows),
+                                  matrix<T>(weight_rows),
+                                  both.defined() ? both.const_data_ptr<float>() : nullptr,
+                                  static_cast<const TA*>(A.const_data_ptr()),
+                                  static_cast<const TA*>(B.const_data_ptr()),
+                                  static_cast<int>(r),
+                                  static_cast<float>(s),
+                                  nullptr,
+                                  dropout_of(dropout_p, rng_state, state),
+                                  static_cast<T*>(y.data_ptr()),
+                                  return_h ? h.data_ptr<float>() : nullptr};
+    run_forward(call, scratch.allocator(), at::cuda::getCurrentCUDAStream(), current_capability());
   });
   return {y, h};
 }
@@ -191,11 +195,12 @@ Gradients bwd_cuda(const Tensor& dy, const OptionalTensor& x, const OptionalTens
         static_cast<const TA*>(B.const_data_ptr()),
         static_cast<int>(r),
         static_cast<float>(s),
+        nullptr,
         dropout_of(dropout_p, rng_state, state),
         static_cast<T*>(out(mask[kGradX], dx)),
         static_cast<TA*>(out(mask[kGradA], dA)),
         static_cast<TA*>(out(mask[kGradB], dB))};
-    sm80::backward(call, scratch.allocator(), at::cuda::getCurrentCUDAStream());
+    run_backward(call, scratch.allocator(), at::cuda::getCurrentCUDAStream(), current_capability());
   });
   return {dx, dweight, dbias, dA, dB, dlora_bias};
 }

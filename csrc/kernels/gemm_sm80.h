@@ -1,41 +1,13 @@
-// One product of several segments into the same accumulators, for sm_80 and later:
-//
-//   out [M, N] = round(sum over segments of A_i [M, K_i] B_i [K_i, N] + bias)
-//
-// The segments are walked as one loop over k through one ring of shared memory, so that a low-rank
-// segment costs ceil(r / 64) trips more and nothing else. Forward is (x, weight), (h, lora_B);
-// backward's dx is (dh, lora_A), dropout's mask, (dy, weight).
+// The product of several segments (product.h) for sm_80 and later. The segments are walked as one
+// loop over k through one ring of shared memory, so that a low-rank segment costs ceil(r / 64)
+// trips more and nothing else.
 #pragma once
 
 #include "../common/dropout.h"
+#include "product.h"
 #include "tile_sm80.h"
 
 namespace lora_ext::sm80 {
-
-constexpr int kMaxSegments = 4;
-
-// B is read as it lies: kColumns rows are columns of B (a weight [N, K] in forward), kRows rows are
-// rows of B (the same weight in backward).
-enum class BLayout { kColumns, kRows };
-
-template <class T>
-struct Segment {
-  Matrix<T> a;  // [M, K_i]
-  Matrix<T> b;  // [N, K_i] or [K_i, N], by the layout
-};
-
-template <class T>
-struct GemmParams {
-  Segment<T> segments[kMaxSegments];
-  int count;
-  bool aligned;  // every matrix is
-  int masked;    // dropout is applied to the sums of the first `masked` segments
-  uint32_t threshold;
-  const int64_t* rng_state;  // [2]: seed and offset; on the device, for CUDA graphs
-  const T* bias;             // [N] or null
-  T* out;                    // [M, N], contiguous
-  int64_t M, N;
-};
 
 template <int kTileM, int kTileN, int kWarpM, int kWarpN, int kStages>
 struct GemmShape {
@@ -104,13 +76,13 @@ struct Gemm {
     int segment = 0;
     int64_t k = 0;
 
-    LORA_EXT_DEVICE void advance(const GemmParams<T>& params) {
+    LORA_EXT_DEVICE void advance(const Product<T>& params) {
       k += Shape::kK;
       if (k >= params.segments[segment].a.columns) ++segment, k = 0;
     }
   };
 
-  LORA_EXT_DEVICE static int64_t steps(const GemmParams<T>& params) {
+  LORA_EXT_DEVICE static int64_t steps(const Product<T>& params) {
     int64_t total = 0;
     for (int s = 0; s < params.count; ++s) {
       total += (params.segments[s].a.columns + Shape::kK - 1) / Shape::kK;
@@ -118,8 +90,8 @@ struct Gemm {
     return total;
   }
 
-  LORA_EXT_DEVICE static void load(uint8_t* stage, const GemmParams<T>& params, Position at,
-                                   int64_t m, int64_t n, int thread) {
+  LORA_EXT_DEVICE static void load(uint8_t* stage, const Product<T>& params, Position at, int64_t m,
+                                   int64_t n, int thread) {
     const Segment<T>& segment = params.segments[at.segment];
     const int64_t b_row = kLayout == BLayout::kColumns ? n : at.k;
     const int64_t b_column = kLayout == BLayout::kColumns ? at.k : n;
@@ -167,7 +139,7 @@ struct Gemm {
     }
   }
 
-  LORA_EXT_DEVICE static void store(const WarpSums<Shape>& sums, const GemmParams<T>& params,
+  LORA_EXT_DEVICE static void store(const WarpSums<Shape>& sums, const Product<T>& params,
                                     int64_t row, int64_t column, int lane) {
 #pragma unroll
     for (int i = 0; i < WarpSums<Shape>::kRowTiles; ++i) {
@@ -182,8 +154,8 @@ struct Gemm {
           const bool pair = n + 1 < params.N;
           float first = sums.value[i][j][half * 2], second = sums.value[i][j][half * 2 + 1];
           if (params.bias) {
-            first += to_float(params.bias[n]);
-            second += pair ? to_float(params.bias[n + 1]) : 0.0f;
+            first += params.bias[n];
+            second += pair ? params.bias[n + 1] : 0.0f;
           }
           T* out = params.out + m * params.N + n;
           if (pair && params.N % 2 == 0) {
@@ -199,8 +171,8 @@ struct Gemm {
 };
 
 template <class T, class Shape, BLayout kLayout>
-__global__ void __launch_bounds__(Shape::kThreads)
-    gemm_kernel(const __grid_constant__ GemmParams<T> params) {
+__global__ void __launch_bounds__(Shape::kThreads, kLeastBlocks)
+    gemm_kernel(const __grid_constant__ Product<T> params) {
   using G = Gemm<T, Shape, kLayout>;
   LORA_EXT_DYNAMIC_SHARED(shared);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;

@@ -95,7 +95,7 @@ int down(const Matrix<T>& x, const Adapter<T>& A, int r, const Dropout& dropout,
 // The parts of h or dh, added: into `sums` in float if not null; and rounded, times `scaling`, as
 // an operand of the base product's kernel.
 template <class T>
-Matrix<T> finish(const float* partial, int splits, int64_t M, int r, float survivor, float scaling,
+Matrix<T> finish(const float* partial, int splits, int64_t M, int r, float survivor, Scale scaling,
                  float* sums, const Allocator& scratch, Stream stream) {
   const int padded = static_cast<int>(round_up(r, 16));
   const FinishDownParams<T> params{
@@ -104,12 +104,17 @@ Matrix<T> finish(const float* partial, int splits, int64_t M, int r, float survi
   return {params.operand, M, padded, padded};
 }
 
-template <class T, BLayout kLayout>
-void gemm(GemmParams<T>& params, Stream stream) {
-  params.aligned = true;
-  for (int s = 0; s < params.count; ++s) {
-    params.aligned &= params.segments[s].a.aligned() && params.segments[s].b.aligned();
+template <class T>
+bool all_aligned(const Product<T>& product) {
+  bool aligned = true;
+  for (int s = 0; s < product.count; ++s) {
+    aligned &= product.segments[s].a.aligned() && product.segments[s].b.aligned();
   }
+  return aligned;
+}
+
+template <class T, BLayout kLayout>
+void gemm(const Product<T>& params, Stream stream) {
   const auto run = [&](auto shape) {
     using Shape = decltype(shape);
     const dim3 grid(static_cast<unsigned>(ceil_div(params.N, Shape::kN)),
@@ -125,27 +130,38 @@ void gemm(GemmParams<T>& params, Stream stream) {
   }
 }
 
+template <class T>
+void product(const Product<T>& product, BLayout layout, Stream stream) {
+  if (layout == BLayout::kColumns) {
+    gemm<T, BLayout::kColumns>(product, stream);
+  } else {
+    gemm<T, BLayout::kRows>(product, stream);
+  }
+}
+
 template <class T, class TA>
-void forward(const ForwardCall<T, TA>& call, const Allocator& scratch, Stream stream) {
+void forward_with(const ForwardCall<T, TA>& call, const Allocator& scratch, Stream stream,
+                  ProductLauncher<T> launch_product) {
   const int64_t M = call.x.rows, K = call.x.columns, N = call.weight.rows;
   const Adapter<T> A = adapter<T>(call.lora_A, call.r, K, scratch, stream);
   const Adapter<T> B = adapter<T>(call.lora_B, N, call.r, scratch, stream);
   float* partial;
   const int splits = down(call.x, A, call.r, call.dropout, &partial, scratch, stream);
   const float survivor = call.dropout.enabled ? call.dropout.scale : 1.0f;
-  const Matrix<T> h =
-      finish<T>(partial, splits, M, call.r, survivor, call.scaling, call.h, scratch, stream);
-  GemmParams<T> params{};
-  params.segments[0] = {call.x, call.weight};
-  params.segments[1] = {h, B.value};
-  params.segments[2] = {h, B.rest()};
-  params.count = B.remainder ? 3 : 2;
-  params.bias = call.bias, params.out = call.y, params.M = M, params.N = N;
-  gemm<T, BLayout::kColumns>(params, stream);
+  const Matrix<T> h = finish<T>(partial, splits, M, call.r, survivor,
+                                {call.scaling, call.scaling_factor}, call.h, scratch, stream);
+  Product<T> y{};
+  y.segments[y.count++] = {call.x, call.weight};
+  y.segments[y.count++] = {h, B.value};
+  if (B.remainder) y.segments[y.count++] = {h, B.rest()};
+  y.aligned = all_aligned(y);
+  y.bias = call.bias, y.out = call.y, y.M = M, y.N = N;
+  launch_product(y, BLayout::kColumns, stream);
 }
 
 template <class T, class TA>
-void backward(const BackwardCall<T, TA>& call, const Allocator& scratch, Stream stream) {
+void backward_with(const BackwardCall<T, TA>& call, const Allocator& scratch, Stream stream,
+                   ProductLauncher<T> launch_product) {
   const int64_t M = call.dy.rows, N = call.dy.columns;
   const int64_t K = call.dx ? call.weight.columns : call.x.columns;
   const int r = call.r;
@@ -156,7 +172,7 @@ void backward(const BackwardCall<T, TA>& call, const Allocator& scratch, Stream 
     float* partial;
     float* made = scratch.get<float>(M * r);
     const int splits = down(call.x, A, r, call.dropout, &partial, scratch, stream);
-    finish<T>(partial, splits, M, r, survivor, 1.0f, made, scratch, stream);
+    finish<T>(partial, splits, M, r, survivor, {1.0f, nullptr}, made, scratch, stream);
     h = made;
   }
 
@@ -190,13 +206,15 @@ void backward(const BackwardCall<T, TA>& call, const Allocator& scratch, Stream 
     });
   }
   if (call.dB) {
-    const ReduceParams<TA> params{dB_parts, used_row_blocks, N * r, call.scaling, call.dB};
+    const ReduceParams<TA> params{
+        dB_parts, used_row_blocks, N * r, {call.scaling, call.scaling_factor}, call.dB};
     launch_elements(reduce_kernel<TA>, N * r, stream, params);
   }
   if (!dh_parts) return;
   float* dh = scratch.get<float>(M * r);
+  const Scale dh_scale{call.scaling * survivor, call.scaling_factor};
   const Matrix<T> dh_operand = finish<T>(dh_parts, static_cast<int>(column_blocks), M, r, 1.0f,
-                                         call.scaling * survivor, dh, scratch, stream);
+                                         dh_scale, dh, scratch, stream);
   if (call.dA) {
     const int64_t k_blocks = ceil_div(K, DownGradShape<16>::kK);
     const int64_t wanted = larger(1, smaller(ceil_div(M, 64), kWantedBlocks / k_blocks));
@@ -208,7 +226,7 @@ void backward(const BackwardCall<T, TA>& call, const Allocator& scratch, Stream 
         constexpr int kRank = decltype(width)::value;
         DownGradParams<T> params{};
         params.x = call.x, params.dh = dh + first, params.rank = rank, params.stride = r;
-        params.scale = call.scaling * survivor, params.aligned = call.x.aligned();
+        params.scale = dh_scale, params.aligned = call.x.aligned();
         params.dropout = call.dropout.enabled, params.threshold = call.dropout.threshold;
         params.rng_state = call.dropout.rng_state;
         params.rows_per_block = static_cast<int>(rows), params.dA = parts + first * K;
@@ -217,19 +235,30 @@ void backward(const BackwardCall<T, TA>& call, const Allocator& scratch, Stream 
                      stream, params);
       });
     }
-    const ReduceParams<TA> params{parts, blocks, r * K, 1.0f, call.dA};
+    const ReduceParams<TA> params{parts, blocks, r * K, {1.0f, nullptr}, call.dA};
     launch_elements(reduce_kernel<TA>, r * K, stream, params);
   }
   if (call.dx) {
-    GemmParams<T> params{};
-    params.segments[params.count++] = {dh_operand, A.value};
-    if (A.remainder) params.segments[params.count++] = {dh_operand, A.rest()};
-    params.masked = call.dropout.enabled ? params.count : 0;
-    params.threshold = call.dropout.threshold, params.rng_state = call.dropout.rng_state;
-    params.segments[params.count++] = {call.dy, call.weight};
-    params.out = call.dx, params.M = M, params.N = K;
-    gemm<T, BLayout::kRows>(params, stream);
+    Product<T> dx{};
+    dx.segments[dx.count++] = {dh_operand, A.value};
+    if (A.remainder) dx.segments[dx.count++] = {dh_operand, A.rest()};
+    dx.masked = call.dropout.enabled ? dx.count : 0;
+    dx.threshold = call.dropout.threshold, dx.rng_state = call.dropout.rng_state;
+    dx.segments[dx.count++] = {call.dy, call.weight};
+    dx.aligned = all_aligned(dx);
+    dx.out = call.dx, dx.M = M, dx.N = K;
+    launch_product(dx, BLayout::kRows, stream);
   }
+}
+
+template <class T, class TA>
+void forward(const ForwardCall<T, TA>& call, const Allocator& scratch, Stream stream) {
+  forward_with(call, scratch, stream, &product<T>);
+}
+
+template <class T, class TA>
+void backward(const BackwardCall<T, TA>& call, const Allocator& scratch, Stream stream) {
+  backward_with(call, scratch, stream, &product<T>);
 }
 
 }  // namespace lora_ext::sm80

@@ -41,13 +41,14 @@ struct Dropout {
 
 template <class T, class TA>
 struct ForwardCall {
-  Matrix<T> x;       // [M, K]
-  Matrix<T> weight;  // [N, K]
-  const T* bias;     // [N] or null
-  const TA* lora_A;  // [r, K]
-  const TA* lora_B;  // [N, r]
+  Matrix<T> x;        // [M, K]
+  Matrix<T> weight;   // [N, K]
+  const float* bias;  // [N] or null; added before y is rounded
+  const TA* lora_A;   // [r, K]
+  const TA* lora_B;   // [N, r]
   int r;
   float scaling;
+  const float* scaling_factor;  // on the device: multiplies scaling; or null
   Dropout dropout;
   T* y;      // [M, N]
   float* h;  // [M, r] or null
@@ -63,13 +64,14 @@ struct BackwardCall {
   const TA* lora_B;  // [N, r]
   int r;
   float scaling;
+  const float* scaling_factor;  // on the device: multiplies scaling; or null
   Dropout dropout;
   T* dx;   // [M, K] or null
   TA* dA;  // [r, K] or null
   TA* dB;  // [N, r] or null
 };
 
-// Kernels for sm_80 and later. Both throw std::runtime_error if a kernel cannot be launched.
+// Kernels for sm_80 and later. All throw std::runtime_error if a kernel cannot be launched.
 namespace sm80 {
 
 template <class T, class TA>
@@ -78,6 +80,34 @@ template <class T, class TA>
 void backward(const BackwardCall<T, TA>& call, const Allocator& scratch, Stream stream);
 
 }  // namespace sm80
+
+// The same for sm_90 alone, in a build that has LORA_EXT_SM90.
+namespace sm90 {
+
+template <class T, class TA>
+void forward(const ForwardCall<T, TA>& call, const Allocator& scratch, Stream stream);
+template <class T, class TA>
+void backward(const BackwardCall<T, TA>& call, const Allocator& scratch, Stream stream);
+
+}  // namespace sm90
+
+// By the family for a GPU of this compute capability, 90 for sm_90.
+template <class T, class TA>
+void run_forward(const ForwardCall<T, TA>& call, const Allocator& scratch, Stream stream,
+                 int compute_capability) {
+#if defined(LORA_EXT_SM90)
+  if (compute_capability == 90) return sm90::forward(call, scratch, stream);
+#endif
+  sm80::forward(call, scratch, stream);
+}
+template <class T, class TA>
+void run_backward(const BackwardCall<T, TA>& call, const Allocator& scratch, Stream stream,
+                  int compute_capability) {
+#if defined(LORA_EXT_SM90)
+  if (compute_capability == 90) return sm90::backward(call, scratch, stream);
+#endif
+  sm80::backward(call, scratch, stream);
+}
 
 // state[0], state[1] = seed, offset, as torch's Philox generator holds them: on the device while a
 // CUDA graph is captured (then seed and offset are added up there), else as numbers.

@@ -3,9 +3,18 @@
 
 namespace lora_ext::sm80 {
 
+template void product(const Product<Bf16>&, BLayout, Stream);
 template void forward(const ForwardCall<Bf16, Bf16>&, const Allocator&, Stream);
-template void forward(const ForwardCall<Bf16, float>&, const Allocator&, Stream);
 template void backward(const BackwardCall<Bf16, Bf16>&, const Allocator&, Stream);
+template void forward_with(const ForwardCall<Bf16, Bf16>&, const Allocator&, Stream,
+                           ProductLauncher<Bf16>);
+template void backward_with(const BackwardCall<Bf16, Bf16>&, const Allocator&, Stream,
+                            ProductLauncher<Bf16>);
+template void forward(const ForwardCall<Bf16, float>&, const Allocator&, Stream);
 template void backward(const BackwardCall<Bf16, float>&, const Allocator&, Stream);
+template void forward_with(const ForwardCall<Bf16, float>&, const Allocator&, Stream,
+                           ProductLauncher<Bf16>);
+template void backward_with(const BackwardCall<Bf16, float>&, const Allocator&, Stream,
+                            ProductLauncher<Bf16>);
 
 }  // namespace lora_ext::sm80

@@ -3,9 +3,18 @@
 
 namespace lora_ext::sm80 {
 
+template void product(const Product<Fp16>&, BLayout, Stream);
 template void forward(const ForwardCall<Fp16, Fp16>&, const Allocator&, Stream);
-template void forward(const ForwardCall<Fp16, float>&, const Allocator&, Stream);
 template void backward(const BackwardCall<Fp16, Fp16>&, const Allocator&, Stream);
+template void forward_with(const ForwardCall<Fp16, Fp16>&, const Allocator&, Stream,
+                           ProductLauncher<Fp16>);
+template void backward_with(const BackwardCall<Fp16, Fp16>&, const Allocator&, Stream,
+                            ProductLauncher<Fp16>);
+template void forward(const ForwardCall<Fp16, float>&, const Allocator&, Stream);
 template void backward(const BackwardCall<Fp16, float>&, const Allocator&, Stream);
+template void forward_with(const ForwardCall<Fp16, float>&, const Allocator&, Stream,
+                           ProductLauncher<Fp16>);
+template void backward_with(const BackwardCall<Fp16, float>&, const Allocator&, Stream,
+                            ProductLauncher<Fp16>);
 
 }  // namespace lora_ext::sm80

@@ -37,7 +37,7 @@ struct UpGradShape {
 };
 
 template <class T, int kRank>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(128, kLeastBlocks)
     lora_up_grad_kernel(const __grid_constant__ UpGradParams<T> params) {
   using Shape = UpGradShape<kRank>;
   using TileDy = typename Shape::TileDy;

@@ -6,6 +6,10 @@
 
 namespace lora_ext::sm80 {
 
+// Of a multiprocessor, for __launch_bounds__: without a number ptxas spills registers to fit more
+// blocks than shared memory lets in.
+constexpr int kLeastBlocks = 1;
+
 // kRows x kColumns elements, row by row, in chunks of 8 elements (16 bytes). The chunks are
 // permuted by the number of their row, so that the eight rows of a matrix of ldmatrix lie in
 // different banks.

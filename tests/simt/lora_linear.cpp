@@ -5,6 +5,10 @@
 #include <utility>
 #include <vector>
 
+#if !defined(SM80_BF16_ONLY)  // compiled in a third of the time
+#define LORA_EXT_SM90
+#include "kernels/launch_sm90.h"
+#endif
 #include "kernels/launch_sm80.h"
 
 using namespace lora_ext;
@@ -42,6 +46,11 @@ int guarded(const F& f) {
   }
 }
 
+int& compute_capability() {
+  static int value = 80;
+  return value;
+}
+
 struct Arguments {
   int64_t M, N, K;
   int64_t ldx, ldy;  // of x and dy
@@ -51,30 +60,31 @@ struct Arguments {
   uint32_t threshold;
   float survivor;
   const int64_t* rng_state;
-  const void *x, *weight, *bias, *lora_A, *lora_B, *dy;
-  const float* saved_h;
+  const float *scaling_factor, *bias, *saved_h;
+  const void *x, *weight, *lora_A, *lora_B, *dy;
   void *y, *dx, *dA, *dB;
   float* h;
 };
 
 template <class T, class TA>
-void run_forward(const Arguments& a) {
+void forward(const Arguments& a) {
   Scratch scratch;
   const ForwardCall<T, TA> call{{static_cast<const T*>(a.x), a.M, a.K, a.ldx},
                                 {static_cast<const T*>(a.weight), a.N, a.K, a.K},
-                                static_cast<const T*>(a.bias),
+                                a.bias,
                                 static_cast<const TA*>(a.lora_A),
                                 static_cast<const TA*>(a.lora_B),
                                 a.r,
                                 a.scaling,
+                                a.scaling_factor,
                                 {a.dropout != 0, a.threshold, a.survivor, a.rng_state},
                                 static_cast<T*>(a.y),
                                 a.h};
-  sm80::forward(call, Allocator{Scratch::allocate, &scratch}, nullptr);
+  lora_ext::run_forward(call, {Scratch::allocate, &scratch}, nullptr, compute_capability());
 }
 
 template <class T, class TA>
-void run_backward(const Arguments& a) {
+void backward(const Arguments& a) {
   Scratch scratch;
   const BackwardCall<T, TA> call{{static_cast<const T*>(a.dy), a.M, a.N, a.ldy},
                                  {static_cast<const T*>(a.x), a.M, a.K, a.ldx},
@@ -84,18 +94,19 @@ void run_backward(const Arguments& a) {
                                  static_cast<const TA*>(a.lora_B),
                                  a.r,
                                  a.scaling,
+                                 a.scaling_factor,
                                  {a.dropout != 0, a.threshold, a.survivor, a.rng_state},
                                  static_cast<T*>(a.dx),
                                  static_cast<TA*>(a.dA),
                                  static_cast<TA*>(a.dB)};
-  sm80::backward(call, Allocator{Scratch::allocate, &scratch}, nullptr);
+  lora_ext::run_backward(call, {Scratch::allocate, &scratch}, nullptr, compute_capability());
 }
 
 // f with the types named "bf16", "bf16-fp32", "fp16" or "fp16-fp32"
 template <class F>
 void with_types(const std::string& types, const F& f) {
   if (types == "bf16") return f(Bf16{}, Bf16{});
-#if defined(BF16_ONLY)  // compiled in a third of the time
+#if defined(SM80_BF16_ONLY)
   throw simt::Error("built for bf16 only");
 #else
   if (types == "bf16-fp32") return f(Bf16{}, float{});
@@ -112,7 +123,7 @@ extern "C" {
 int lora_forward(const char* types, const Arguments* arguments) {
   return guarded([&] {
     with_types(types, [&](auto base, auto adapter) {
-      run_forward<decltype(base), decltype(adapter)>(*arguments);
+      forward<decltype(base), decltype(adapter)>(*arguments);
     });
   });
 }
@@ -120,30 +131,36 @@ int lora_forward(const char* types, const Arguments* arguments) {
 int lora_backward(const char* types, const Arguments* arguments) {
   return guarded([&] {
     with_types(types, [&](auto base, auto adapter) {
-      run_backward<decltype(base), decltype(adapter)>(*arguments);
+      backward<decltype(base), decltype(adapter)>(*arguments);
     });
   });
 }
 
 const char* last_error() { return message().c_str(); }
 
-// How many launches there were since the last call of take_launches, and for each of at most
-// `count` of them, the bytes that cp.async read from global memory and the mma.sync instructions of
-// warps.
-int take_launches(int count, int64_t* bytes, int64_t* mma) {
+// How many launches there were since the last call of take_launches, and of each of at most `count`
+// of them: the bytes that cp.async read from global memory, the mma.sync instructions of warps, the
+// bytes that TMA wrote to shared memory, the wgmma instructions of warpgroups.
+int take_launches(int count, int64_t (*out)[4]) {
   const std::vector<simt::Statistics> launches = std::move(simt::launches());
   simt::launches().clear();
   const int known = static_cast<int>(launches.size());
   for (int i = 0; i < known && i < count; ++i) {
-    bytes[i] = launches[static_cast<size_t>(i)].copied_bytes;
-    mma[i] = launches[static_cast<size_t>(i)].mma;
+    const simt::Statistics& launch = launches[static_cast<size_t>(i)];
+    const int64_t counts[] = {launch.copied_bytes, launch.mma, launch.tma_bytes, launch.wgmma};
+    std::copy_n(counts, 4, out[i]);
   }
   return known;
 }
 
-// completion: 0 eager, 1 deferred, 2 random
+// completion: 0 eager, 1 deferred, 2 random. Products are late where copies are early: so a slot
+// that is released too early shows.
 void set_schedule(int completion, uint64_t seed) {
-  simt::options().copies = static_cast<simt::Completion>(completion);
+  using simt::Completion;
+  simt::options().copies = static_cast<Completion>(completion);
+  simt::options().multiplies = completion == 2 ? Completion::kRandom : Completion::kDeferred;
   simt::options().seed = seed;
 }
+
+void set_compute_capability(int value) { compute_capability() = value; }
 }

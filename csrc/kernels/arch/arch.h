@@ -29,6 +29,14 @@ inline void check(cudaError_t error) {
   }
 }
 
+// Of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
 // Throws std::runtime_error if the kernel cannot be launched.
 template <class Params>
 inline void launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, Stream stream,

@@ -12,6 +12,8 @@ namespace lora_ext::arch {
 
 using Stream = void*;
 
+inline int multiprocessors() { return simt::options().multiprocessors; }
+
 // Returns 0, as cudaSuccess is. What a kernel does wrong is thrown as simt::Error.
 template <class Params>
 inline int launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, Stream,

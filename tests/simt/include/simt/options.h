@@ -28,8 +28,9 @@ struct Options {
   // Which thread stored what is found after every step of a thread, so that each thread has to
   // fence its own stores. Slow. Otherwise one thread's fence.proxy.async serves all.
   bool watch_stores = false;
-  int workers = 2;         // blocks at the same time
-  size_t stack_bytes = 0;  // of a thread; 0 is enough for ordinary kernels
+  int workers = 2;          // blocks at the same time
+  int multiprocessors = 3;  // that kernels with a block for each are told of
+  size_t stack_bytes = 0;   // of a thread; 0 is enough for ordinary kernels
 };
 
 // Read by every launch.

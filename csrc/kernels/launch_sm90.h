@@ -1,0 +1,102 @@
+// lora_linear on sm_90a: the base product by TMA and wgmma, the launches before it those of
+// sm_80. Host code without torch.
+#pragma once
+
+#include "gemm_sm90.h"
+
+namespace lora_ext::sm90 {
+
+struct ProductPath {
+  bool tma;            // the kernel of gemm_sm90.h, else that of sm_80
+  const char* reason;  // for that choice
+};
+
+template <class T>
+ProductPath choose_product(const Product<T>& product) {
+  const auto small = [](int64_t size) { return size < int64_t{1} << 31; };
+  if (!product.aligned) return {false, "TMA reads rows that begin at multiples of 16 bytes"};
+  if (product.N % 8 != 0 || reinterpret_cast<uintptr_t>(product.out) % 16 != 0) {
+    return {false, "results are stored 16 bytes at a time"};
+  }
+  for (int s = 0; s < product.count; ++s) {
+    const auto& [a, b] = product.segments[s];
+    if (!small(a.rows) || !small(a.columns) || !small(b.rows) || !small(b.columns)) {
+      return {false, "TMA counts rows and columns in 32 bits"};
+    }
+    if (a.stride < a.columns || b.stride < b.columns) {
+      return {false, "TMA reads rows that do not overlap"};
+    }
+  }
+  return {true, "TMA, wgmma, one block a multiprocessor"};
+}
+
+template <class T>
+arch::TensorMap tensor_map(const Matrix<T>& matrix, int box_rows) {
+  arch::TensorMap map;
+  const int error = arch::encode_tensor_map(map, matrix.data, matrix.rows, matrix.columns,
+                                            matrix.stride, box_rows, kRowBytes / 2, Swizzle::k128);
+  if (error != 0) {
+    throw std::runtime_error("lora_ext: the CUDA driver made no tensor map: error " +
+                             std::to_string(error));
+  }
+  return map;
+}
+
+template <class T, class Shape, Major kMajorB>
+void launch(const Product<T>& product, int multiprocessors, Stream stream) {
+  GemmParams<T> params{};
+  for (int s = 0; s < product.count; ++s) {
+    const auto& [a, b] = product.segments[s];
+    params.a[s] = tensor_map(a, Shape::kM);
+    params.b[s] = tensor_map(b, kMajorB == Major::kK ? Shape::kN : Shape::kK);
+    params.depth[s] = a.columns;
+  }
+  params.count = product.count, params.masked = product.masked;
+  params.threshold = product.threshold, params.rng_state = product.rng_state;
+  params.bias = product.bias, params.out = product.out;
+  params.M = product.M, params.N = product.N;
+  const int64_t tiles = row_tiles<Shape>(product.M) * column_tiles<Shape>(product.N);
+  const auto blocks = static_cast<unsigned>(tiles < multiprocessors ? tiles : multiprocessors);
+  arch::launch(gemm_kernel<T, Shape, kMajorB>, dim3(blocks), Shape::kThreads, Shape::kSharedBytes,
+               stream, params);
+}
+
+// The wider tile reads less; the narrower one where with it the busiest block has less to do.
+template <class T, Major kMajorB>
+void launch(const Product<T>& product, Stream stream) {
+  using Wide = GemmShape<256, 4>;
+  using Narrow = GemmShape<128, 6>;
+  const int64_t blocks = arch::multiprocessors();
+  const auto work = [&]<class Shape>(Shape) {
+    const int64_t tiles = row_tiles<Shape>(product.M) * column_tiles<Shape>(product.N);
+    return (tiles + blocks - 1) / blocks * Shape::kN;
+  };
+  if (work(Wide{}) <= work(Narrow{})) {
+    launch<T, Wide, kMajorB>(product, static_cast<int>(blocks), stream);
+  } else {
+    launch<T, Narrow, kMajorB>(product, static_cast<int>(blocks), stream);
+  }
+}
+
+template <class T>
+void product(const Product<T>& product, BLayout layout, Stream stream) {
+  if (!choose_product(product).tma) {
+    sm80::product(product, layout, stream);
+  } else if (layout == BLayout::kColumns) {
+    launch<T, Major::kK>(product, stream);
+  } else {
+    launch<T, Major::kMN>(product, stream);
+  }
+}
+
+template <class T, class TA>
+void forward(const ForwardCall<T, TA>& call, const Allocator& scratch, Stream stream) {
+  sm80::forward_with(call, scratch, stream, &product<T>);
+}
+
+template <class T, class TA>
+void backward(const BackwardCall<T, TA>& call, const Allocator& scratch, Stream stream) {
+  sm80::backward_with(call, scratch, stream, &product<T>);
+}
+
+}  // namespace lora_ext::sm90

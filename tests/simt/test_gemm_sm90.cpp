@@ -1,0 +1,128 @@
+// csrc/kernels/gemm_sm90.h against float64, with what it reads and multiplies; and the choices of
+// launch_sm90.h.
+
+#include <set>
+
+#include "gemm_check.h"
+#include "kernels/launch_sm90.h"
+
+namespace lora_ext::sm80 {
+
+// In this program every product is one for sm_90a.
+template <class T>
+void product(const Product<T>&, BLayout, Stream) {
+  throw simt_test::Failure("the product was left to the kernels for sm_80");
+}
+
+}  // namespace lora_ext::sm80
+
+namespace {
+
+using namespace simt_test;
+
+// A ring of two stages, so that it turns often.
+using Small = sm90::GemmShape<128, 2>;
+
+template <class T, class Shape, BLayout kLayout>
+void check_gemm(Sizes size, double unit) {
+  constexpr bool kColumns = kLayout == BLayout::kColumns;
+  ProductCheck<T, kLayout> problem(size);
+  constexpr int kMultiprocessors = 2;
+  sm90::launch<T, Shape, kColumns ? sm90::Major::kK : sm90::Major::kMN>(problem.product(),
+                                                                        kMultiprocessors, nullptr);
+  problem.check(unit);
+
+  const auto steps = [](int64_t depth, int step) { return (depth + step - 1) / step; };
+  const int64_t tiles = steps(size.M, 128) * steps(size.N, Shape::kN);
+  const simt::Statistics& counts = simt::statistics();
+  EXPECT(counts.tma_bytes ==
+         tiles * (steps(size.K, 64) + steps(size.r, 64)) * (128 + Shape::kN) * 64 * 2);
+  EXPECT(counts.wgmma == tiles * 2 * (steps(size.K, 16) + steps(size.r, 16)));
+}
+
+constexpr Sizes kOneTile = {37, 72, 328, 16};
+constexpr Sizes kSeveralTiles = {200, 264, 128, 80};
+
+CASE(bf16_weight_as_in_forward) {
+  for_each_schedule([] {
+    check_gemm<Bf16, Small, BLayout::kColumns>(kOneTile, kBf16Unit);
+    check_gemm<Bf16, Small, BLayout::kColumns>(kSeveralTiles, kBf16Unit);
+  });
+}
+
+CASE(bf16_weight_as_in_backward) {
+  for_each_schedule([] {
+    check_gemm<Bf16, Small, BLayout::kRows>(kOneTile, kBf16Unit);
+    check_gemm<Bf16, Small, BLayout::kRows>(kSeveralTiles, kBf16Unit);
+  });
+}
+
+// ---- The order of tiles ------------------------------------------------------------------------
+
+CASE(every_tile_once) {
+  for (const int64_t rows : {1, 15, 16, 17, 50}) {
+    for (const int64_t columns : {1, 7, 8}) {
+      std::set<std::pair<int64_t, int64_t>> seen;
+      for (int64_t i = 0; i < rows * columns; ++i) {
+        const auto [row, column] = sm90::tile_at(i, rows, columns);
+        EXPECT(row >= 0 && row < rows && column >= 0 && column < columns);
+        seen.insert({row, column});
+      }
+      EXPECT(static_cast<int64_t>(seen.size()) == rows * columns);
+    }
+  }
+}
+
+CASE(tiles_of_one_wave_are_a_square) {
+  std::set<int64_t> rows, columns;
+  for (int64_t i = 0; i < 128; ++i) {
+    const auto [row, column] = sm90::tile_at(i, 64, 64);
+    rows.insert(row), columns.insert(column);
+  }
+  EXPECT(rows.size() == 16 && columns.size() == 8);
+}
+
+#if !defined(BF16_ONLY)
+CASE(fp16_and_the_wide_tile) {
+  using Wide = sm90::GemmShape<256, 4>;
+  for_each_schedule([] {
+    check_gemm<Fp16, Wide, BLayout::kColumns>({129, 328, 200, 24}, kFp16Unit);
+    check_gemm<Fp16, Wide, BLayout::kRows>({65, 264, 72, 8}, kFp16Unit);
+  });
+}
+
+// ---- Choices -----------------------------------------------------------------------------------
+
+CASE(what_tma_cannot_read_is_left_to_sm80) {
+  const auto reason = [](const std::function<void(Product<Bf16>&)>& change) {
+    ProductCheck<Bf16, BLayout::kColumns> problem({8, 16, 64, 8});
+    Product<Bf16> product = problem.product();
+    change(product);
+    const auto [tma, text] = sm90::choose_product(product);
+    EXPECT(tma == (std::string(text).find("wgmma") != std::string::npos));
+    return std::string(text);
+  };
+  const auto has = [](const std::string& text, const char* part) {
+    return text.find(part) != std::string::npos;
+  };
+  EXPECT(has(reason([](Product<Bf16>&) {}), "wgmma"));
+  EXPECT(has(reason([](Product<Bf16>& p) { p.aligned = false; }), "multiples of 16 bytes"));
+  EXPECT(has(reason([](Product<Bf16>& p) { p.N = 15; }), "stored 16 bytes"));
+  EXPECT(has(reason([](Product<Bf16>& p) { p.out += 1; }), "stored 16 bytes"));
+  EXPECT(has(reason([](Product<Bf16>& p) { p.segments[0].a.rows = int64_t{1} << 31; }), "32 bits"));
+  EXPECT(has(reason([](Product<Bf16>& p) { p.segments[1].a.stride = 0; }), "overlap"));
+}
+
+CASE(tensor_map_that_the_driver_refuses) {
+  const std::vector<Bf16> data(64);
+  bool refused = false;
+  try {
+    sm90::tensor_map(Matrix<Bf16>{data.data() + 1, 1, 8, 8}, 64);
+  } catch (const std::runtime_error& error) {
+    refused = std::string(error.what()).find("tensor map") != std::string::npos;
+  }
+  EXPECT(refused);
+}
+#endif
+
+}  // namespace
