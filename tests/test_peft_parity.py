@@ -55,6 +55,41 @@ def conv1d_mlp() -> tuple[nn.Module, Tensor]:
     return Conv1dMlp(), torch.randn(4, 6)
 
 
+class Words(nn.Module):
+    """Tokens to vectors and back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.mix, self.last = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.mix(self.words(x))))
+
+
+def words() -> tuple[nn.Module, Tensor]:
+    return Words(), torch.randint(0, 11, (3, 5))
+
+
+def convolutions(dimensions: int, **options: Any) -> Build:
+    """Two convolutions and a linear layer over an input of so many dimensions."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
+            self.first = kind(4, 8, 3, **options)
+            self.second = kind(8, 6, 1)
+            self.head = nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.second(torch.tanh(self.first(x))).flatten(2).mean(2))
+
+    def build() -> tuple[nn.Module, Tensor]:
+        return Net(), torch.randn(2, 4, *(6,) * dimensions)
+
+    return build
+
+
 TARGETS = ["up", "mid", "down"]
 LINEAR: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -95,6 +130,39 @@ CASES |= {
     )
     for name in ("plain", "rslora", "lora_bias", "bias all", "gaussian", "pissa")
 }  # fmt: skip
+CASES |= {
+    f"embedding, {name}": (words, {"target_modules": ["words", "mix"]} | fields)
+    for name, fields in {
+        "plain": {},
+        "alone": {"target_modules": ["words"]},
+        "rslora": {"use_rslora": True},
+        "bias all": {"bias": "all"},
+        "modules to save": {"modules_to_save": ["last"]},
+        "saved whole": {"target_modules": ["mix"], "modules_to_save": ["words"]},
+    }.items()
+}
+CASES |= {
+    f"convolution, {name}": (build, {"target_modules": ["first", "second"]} | fields)
+    for name, (build, fields) in {
+        "1d": (convolutions(1), {}),
+        "1d stride": (convolutions(1, stride=2, padding=1), {"use_rslora": True}),
+        "2d": (convolutions(2), {}),
+        "2d padding": (convolutions(2, padding=1, bias=False), {}),
+        "2d rslora": (convolutions(2), {"use_rslora": True}),
+        "2d bias all": (convolutions(2), {"bias": "all"}),
+        "2d lora_only": (convolutions(2), {"bias": "lora_only"}),
+        "2d lora_bias": (convolutions(2), {"lora_bias": True}),
+        "2d patterns": (
+            convolutions(2),
+            {"rank_pattern": {"first": 2}, "alpha_pattern": {"second": 3}},
+        ),
+        "2d modules to save": (convolutions(2), {"modules_to_save": ["head"]}),
+        "2d with linear": (convolutions(2), {"target_modules": ["first", "head"]}),
+        "2d gaussian": (convolutions(2), {"init_lora_weights": "gaussian"}),
+        "3d": (convolutions(3), {"target_modules": ["first"]}),
+        "3d stride": (convolutions(3, stride=2), {"target_modules": ["first"], "r": 2}),
+    }.items()
+}
 
 
 def pair_of(case: str) -> tuple[nn.Module, peft.PeftModel, Tensor]:
@@ -114,9 +182,7 @@ def pair_of(case: str) -> tuple[nn.Module, peft.PeftModel, Tensor]:
 
 def gradients(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """(y, dx), with gradients left in the parameters."""
-    x = x.clone()
-    if x.is_floating_point():
-        x.requires_grad_()
+    x = x.clone().requires_grad_(x.is_floating_point())
     y = model(x)
     y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape))
     return y.detach(), x.grad if x.grad is not None else torch.zeros(())
