@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
-from lora_ext._extension import _C
+from lora_ext._extension import _C, build_info
 from lora_ext.nn import Linear
 
 
@@ -45,13 +46,20 @@ def _explain_layer(layer: Linear, tokens: int) -> tuple[str, str]:
         return "torch.nn.functional.linear", "r = 0: there is no adapter"
     if layer.merged:
         return "torch.nn.functional.linear", "merged: the adapter is in the weight"
-    device = layer.weight.device.type
-    if device != "cpu":
-        return "none", f"this build has no kernels for {device}; move the layer to the CPU"
-    return _C.explain_lora_linear(
-        tokens,
-        layer.out_features,
-        layer.lora_A,
-        layer.weight.dtype,
-        layer.lora_dropout if layer.training else 0.0,
+    device, dtype = layer.weight.device, layer.weight.dtype
+    if device.type == "cpu":
+        dropout_p = layer.lora_dropout if layer.training else 0.0
+        return _C.explain_lora_linear_cpu(
+            tokens, layer.out_features, layer.lora_A, dtype, dropout_p
+        )
+    if device.type != "cuda":
+        return "none", f"there are no kernels for {device.type}; move the layer to the CPU"
+    if build_info()["cuda"] is None:
+        return "none", (
+            "this build has no kernels for cuda; move the layer to the CPU, or install lora_ext "
+            "again where nvcc and a CUDA build of torch are"
+        )
+    major, minor = torch.cuda.get_device_capability(device)
+    return _C.explain_lora_linear_cuda(
+        layer.out_features, layer.in_features, layer.r, dtype, 10 * major + minor
     )
