@@ -21,7 +21,8 @@ TYPES = {
     (torch.float16, torch.float16): "fp16",
     (torch.float16, torch.float32): "fp16-fp32",
 }
-POINTERS = ("rng_state", "x", "weight", "bias", "lora_A", "lora_B", "dy", "saved_h")
+POINTERS = ("rng_state", "scaling_factor", "bias", "saved_h")
+POINTERS += ("x", "weight", "lora_A", "lora_B", "dy")
 RESULTS = ("y", "dx", "dA", "dB", "h")
 COMPLETIONS = ("eager", "deferred", "random")
 
@@ -96,11 +97,12 @@ class EmulatedKernels:
         self,
         x: Tensor,  # [M, K]
         weight: Tensor,
-        bias: Tensor | None,
+        bias: Tensor | None,  # [N] float32
         lora_A: Tensor,
         lora_B: Tensor,
         *,
         scaling: float = 1.0,
+        scaling_factor: Tensor | None = None,  # [] float32
         dropout_p: float = 0.0,
         rng_state: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -109,7 +111,8 @@ class EmulatedKernels:
         h = torch.full((x.shape[0], lora_A.shape[0]), torch.nan)
         self._call(
             self.library.lora_forward, x=x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B,
-            scaling=scaling, dropout_p=dropout_p, rng_state=rng_state, y=y, h=h,
+            scaling=scaling, scaling_factor=scaling_factor, dropout_p=dropout_p,
+            rng_state=rng_state, y=y, h=h,
         )  # fmt: skip
         return y, h
 
@@ -123,6 +126,7 @@ class EmulatedKernels:
         lora_B: Tensor,
         *,
         scaling: float = 1.0,
+        scaling_factor: Tensor | None = None,  # [] float32
         dropout_p: float = 0.0,
         rng_state: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,8 +134,8 @@ class EmulatedKernels:
         dx, dA, dB = (torch.full_like(t, torch.nan).contiguous() for t in (x, lora_A, lora_B))
         self._call(
             self.library.lora_backward, dy=dy, x=x, saved_h=h, weight=weight, lora_A=lora_A,
-            lora_B=lora_B, scaling=scaling, dropout_p=dropout_p, rng_state=rng_state,
-            dx=dx, dA=dA, dB=dB,
+            lora_B=lora_B, scaling=scaling, scaling_factor=scaling_factor, dropout_p=dropout_p,
+            rng_state=rng_state, dx=dx, dA=dA, dB=dB,
         )  # fmt: skip
         return dx, dA, dB
 

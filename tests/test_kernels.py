@@ -63,8 +63,12 @@ def check(
         (M,), K, N, r, dtype=base, adapter_dtype=adapter, dropout_p=dropout_p, bias=M != 37
     )
     kernels.schedule(*schedule)
-    options = {"scaling": p.scaling, "dropout_p": dropout_p, "rng_state": p.rng_state}
+    factor = None if M == 1 else torch.tensor(4.0)
+    scaling = p.scaling if factor is None else p.scaling / 4
+    options = {"scaling": scaling, "scaling_factor": factor}
+    options |= {"dropout_p": dropout_p, "rng_state": p.rng_state}
     x, weight, bias, A, B, _ = (t if t is None else t.detach() for t in p.operands)
+    bias = bias if bias is None else bias.float()
     y, h = kernels.forward(x, weight, bias, A, B, **options)
     dx, dA, dB = kernels.backward(p.dy, x, h if M % 2 else None, weight, A, B, **options)
     want, sizes = exact_results(p), expected_sizes(p)
@@ -99,6 +103,17 @@ def test_every_schedule(
 ) -> None:
     for size in ((200, 264, 136, 24), (65, 131, 70, 17)):  # aligned and not
         check(kernels, size, ("bf16", "bf16"), dropout_p, (completion, seed))
+
+
+def test_bias_is_added_before_the_only_rounding(kernels: EmulatedKernels) -> None:
+    M, N, K, r = 3, 136, 64, 8
+    p = make_problem((M,), K, N, r, dtype=torch.bfloat16)
+    bias = torch.randn(N, generator=torch.Generator().manual_seed(1))
+    x = torch.zeros(M, K).bfloat16()
+    x[:, 0] = 1
+    weight, A, B = (t.detach() for t in (p.weight, p.lora_A, torch.zeros_like(p.lora_B)))
+    y, _ = kernels.forward(x, weight, bias, A, B)
+    assert torch.equal(y, (weight[:, 0].float() + bias).bfloat16().expand(M, N))
 
 
 @pytest.mark.parametrize("r", [16, 24, 64])

@@ -37,15 +37,19 @@ CudaPath path_for(const Tensor& base, const Tensor& lora_A, const Tensor& lora_B
                    device->major * 10 + device->minor);
 }
 
-// LoraScale as the kernels take it, with the tensors that it points into. They take no scaling
-// tensor yet: it is read from the device, which the capture of a CUDA graph refuses.
+// LoraScale as the kernels take it, with the tensors that it points into. Nothing is read from the
+// device, so that a CUDA graph can capture a call.
 struct KernelScale {
-  Tensor rng_state;
+  Tensor scaling_tensor, rng_state;
   float scaling;
+  const float* scaling_factor = nullptr;
   Dropout dropout{false, 0, 1.0f, nullptr};
 
-  explicit KernelScale(const LoraScale& scale)
-      : scaling(static_cast<float>(read_scaling(scale).scaling)) {
+  explicit KernelScale(const LoraScale& scale) : scaling(static_cast<float>(scale.scaling)) {
+    if (scale.scaling_tensor.has_value()) {
+      scaling_tensor = scale.scaling_tensor->to(at::kFloat);
+      scaling_factor = scaling_tensor.const_data_ptr<float>();
+    }
     if (scale.dropout_p == 0.0) return;
     rng_state = scale.rng_state->contiguous();
     dropout = {true, dropout_threshold(scale.dropout_p),
@@ -91,7 +95,6 @@ std::tuple<Tensor, Tensor> fused_fwd(const Tensor& x, const Tensor& weight,
   const LowRankForward& problem = work.low_rank;
   if (work.y.numel() == 0) return {work.y, work.h.zero_()};
   const Tensor weight_rows = as_rows(weight);
-  const Tensor both = problem.bias.defined() ? problem.bias.to(x.scalar_type()) : problem.bias;
   const KernelScale kernel_scale(scale);
   Scratch scratch{x.options(), {}};
   with_types(x.scalar_type(), lora_A.scalar_type(), [&](auto base, auto adapter) {
@@ -99,11 +102,12 @@ std::tuple<Tensor, Tensor> fused_fwd(const Tensor& x, const Tensor& weight,
     using TA = decltype(adapter);
     const ForwardCall<T, TA> call{.x = matrix<T>(problem.x),
                                   .weight = matrix<T>(weight_rows),
-                                  .bias = data_or_null<T>(both),
+                                  .bias = data_or_null<float>(problem.bias),
                                   .lora_A = data_or_null<TA>(problem.lora_A),
                                   .lora_B = data_or_null<TA>(problem.lora_B),
                                   .r = static_cast<int>(lora_A.size(0)),
                                   .scaling = kernel_scale.scaling,
+                                  .scaling_factor = kernel_scale.scaling_factor,
                                   .dropout = kernel_scale.dropout,
                                   .y = out_or_null<T>(problem.y),
                                   .h = out_or_null<float>(problem.h)};
@@ -133,6 +137,7 @@ Gradients fused_bwd(const Tensor& dy, const OptionalTensor& x, const OptionalTen
                                    .lora_B = data_or_null<TA>(problem.lora_B),
                                    .r = static_cast<int>(lora_A.size(0)),
                                    .scaling = kernel_scale.scaling,
+                                   .scaling_factor = kernel_scale.scaling_factor,
                                    .dropout = kernel_scale.dropout,
                                    .dx = out_or_null<T>(problem.dx),
                                    .dA = out_or_null<TA>(problem.dA),

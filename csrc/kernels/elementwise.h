@@ -22,11 +22,19 @@ void launch_elements(void (*kernel)(Params), int64_t elements, Stream stream,
   arch::launch(kernel, dim3(blocks), kElementThreads, 0, stream, params);
 }
 
+// A number of the call, times one that only the device knows, so that nobody waits for it.
+struct Scale {
+  float value;
+  const float* factor;  // or null
+
+  LORA_EXT_DEVICE float get() const { return factor ? value * *factor : value; }
+};
+
 template <class T>
 struct ReduceParams {
   const float* parts;  // [count, elements]
   int64_t count, elements;
-  float scale;
+  Scale scale;
   T* out;  // [elements]: scale * sum over the parts, in their order
 };
 
@@ -37,7 +45,7 @@ __global__ void __launch_bounds__(kElementThreads)
   if (i >= params.elements) return;
   float sum = 0.0f;
   for (int64_t p = 0; p < params.count; ++p) sum += params.parts[p * params.elements + i];
-  params.out[i] = rounded<T>(params.scale * sum);
+  params.out[i] = rounded<T>(params.scale.get() * sum);
 }
 
 // An adapter in the 16-bit type of the base, filled up with zero rows and columns so that 16-byte

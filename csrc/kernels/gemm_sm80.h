@@ -32,7 +32,7 @@ struct GemmParams {
   int masked;    // dropout is applied to the sums of the first `masked` segments
   uint32_t threshold;
   const int64_t* rng_state;  // [2]: seed and offset; on the device, for CUDA graphs
-  const T* bias;             // [N] or null
+  const float* bias;         // [N] or null
   T* out;                    // [M, N], contiguous
   int64_t M, N;
 };
@@ -182,8 +182,8 @@ struct Gemm {
           const bool pair = n + 1 < params.N;
           float first = sums.value[i][j][half * 2], second = sums.value[i][j][half * 2 + 1];
           if (params.bias) {
-            first += to_float(params.bias[n]);
-            second += pair ? to_float(params.bias[n + 1]) : 0.0f;
+            first += params.bias[n];
+            second += pair ? params.bias[n + 1] : 0.0f;
           }
           T* out = params.out + m * params.N + n;
           if (pair && params.N % 2 == 0) {

@@ -95,7 +95,7 @@ int down(const Matrix<T>& x, const Adapter<T>& A, int r, const Dropout& dropout,
 // The parts of h or dh, added: into `sums` in float if not null; and rounded, times `scaling`, as
 // an operand of the base product's kernel.
 template <class T>
-Matrix<T> finish(const float* partial, int splits, int64_t M, int r, float survivor, float scaling,
+Matrix<T> finish(const float* partial, int splits, int64_t M, int r, float survivor, Scale scaling,
                  float* sums, const Allocator& scratch, Stream stream) {
   const int padded = static_cast<int>(round_up(r, 16));
   const FinishDownParams<T> params{
@@ -133,8 +133,8 @@ void forward(const ForwardCall<T, TA>& call, const Allocator& scratch, Stream st
   float* partial;
   const int splits = down(call.x, A, call.r, call.dropout, &partial, scratch, stream);
   const float survivor = call.dropout.enabled ? call.dropout.scale : 1.0f;
-  const Matrix<T> h =
-      finish<T>(partial, splits, M, call.r, survivor, call.scaling, call.h, scratch, stream);
+  const Matrix<T> h = finish<T>(partial, splits, M, call.r, survivor,
+                                {call.scaling, call.scaling_factor}, call.h, scratch, stream);
   GemmParams<T> params{};
   params.segments[0] = {call.x, call.weight};
   params.segments[1] = {h, B.value};
@@ -156,7 +156,7 @@ void backward(const BackwardCall<T, TA>& call, const Allocator& scratch, Stream 
     float* partial;
     float* made = scratch.get<float>(M * r);
     const int splits = down(call.x, A, r, call.dropout, &partial, scratch, stream);
-    finish<T>(partial, splits, M, r, survivor, 1.0f, made, scratch, stream);
+    finish<T>(partial, splits, M, r, survivor, {1.0f, nullptr}, made, scratch, stream);
     h = made;
   }
 
@@ -190,13 +190,15 @@ void backward(const BackwardCall<T, TA>& call, const Allocator& scratch, Stream 
     });
   }
   if (call.dB) {
-    const ReduceParams<TA> params{dB_parts, used_row_blocks, N * r, call.scaling, call.dB};
+    const ReduceParams<TA> params{
+        dB_parts, used_row_blocks, N * r, {call.scaling, call.scaling_factor}, call.dB};
     launch_elements(reduce_kernel<TA>, N * r, stream, params);
   }
   if (!dh_parts) return;
   float* dh = scratch.get<float>(M * r);
+  const Scale dh_scale{call.scaling * survivor, call.scaling_factor};
   const Matrix<T> dh_operand = finish<T>(dh_parts, static_cast<int>(column_blocks), M, r, 1.0f,
-                                         call.scaling * survivor, dh, scratch, stream);
+                                         dh_scale, dh, scratch, stream);
   if (call.dA) {
     const int64_t k_blocks = ceil_div(K, DownGradShape<16>::kK);
     const int64_t wanted = larger(1, smaller(ceil_div(M, 64), kWantedBlocks / k_blocks));
@@ -208,7 +210,7 @@ void backward(const BackwardCall<T, TA>& call, const Allocator& scratch, Stream 
         constexpr int kRank = decltype(width)::value;
         DownGradParams<T> params{};
         params.x = call.x, params.dh = dh + first, params.rank = rank, params.stride = r;
-        params.scale = call.scaling * survivor, params.aligned = call.x.aligned();
+        params.scale = dh_scale, params.aligned = call.x.aligned();
         params.dropout = call.dropout.enabled, params.threshold = call.dropout.threshold;
         params.rng_state = call.dropout.rng_state;
         params.rows_per_block = static_cast<int>(rows), params.dA = parts + first * K;
@@ -217,7 +219,7 @@ void backward(const BackwardCall<T, TA>& call, const Allocator& scratch, Stream 
                      stream, params);
       });
     }
-    const ReduceParams<TA> params{parts, blocks, r * K, 1.0f, call.dA};
+    const ReduceParams<TA> params{parts, blocks, r * K, {1.0f, nullptr}, call.dA};
     launch_elements(reduce_kernel<TA>, r * K, stream, params);
   }
   if (call.dx) {

@@ -12,7 +12,7 @@ struct DownGradParams {
   Matrix<T> x;      // [M, K]
   const float* dh;  // [M, rank], rows `stride` apart
   int rank, stride;
-  float scale;  // of dh: scaling and dropout's 1 / (1 - p)
+  Scale scale;  // of dh: scaling and dropout's 1 / (1 - p)
   bool aligned;
   bool dropout;
   uint32_t threshold;
@@ -82,6 +82,7 @@ __global__ void __launch_bounds__(128)
     }
   };
 
+  const float scale = params.scale.get();
   float sums[kRank / 16][kSlots * 2][4] = {};
   load(0);
   arch::cp_async_commit();
@@ -92,7 +93,7 @@ __global__ void __launch_bounds__(128)
     if (step + 1 < steps) load(step + 1);
     arch::cp_async_commit();
     load_split<TileDh, 128, T>(dh_value, dh_value + TileDh::kBytes, params.dh + m * params.stride,
-                               M - m, params.rank, params.stride, params.scale, Shape::kM, thread);
+                               M - m, params.rank, params.stride, scale, Shape::kM, thread);
     __syncthreads();
     const uint32_t stage = arch::shared_address(shared + step % Shape::kRing * Shape::kStageBytes);
     const uint32_t dh_tiles = arch::shared_address(dh_value);

@@ -3,6 +3,7 @@
 // fixed order.
 #pragma once
 
+#include "elementwise.h"
 #include "gemm_sm80.h"
 
 namespace lora_ext::sm80 {
@@ -164,7 +165,7 @@ struct FinishDownParams {
   int64_t M;
   int rank, padded;  // padded: rank rounded up to a multiple of 16
   float survivor;    // dropout's 1 / (1 - p)
-  float scaling;
+  Scale scaling;
   float* sums;  // [M, rank]: survivor * sum of the parts; or null
   T* operand;   // [M, padded]: scaling * sums rounded, zero beyond rank; or null
 };
@@ -184,7 +185,7 @@ __global__ void __launch_bounds__(256)
     sum *= params.survivor;
     if (params.sums) params.sums[row * params.rank + column] = sum;
   }
-  if (params.operand) params.operand[i] = rounded<T>(params.scaling * sum);
+  if (params.operand) params.operand[i] = rounded<T>(params.scaling.get() * sum);
 }
 
 }  // namespace lora_ext::sm80

@@ -41,13 +41,14 @@ struct Dropout {
 
 template <class T, class TA>
 struct ForwardCall {
-  Matrix<T> x;       // [M, K]
-  Matrix<T> weight;  // [N, K]
-  const T* bias;     // [N] or null
-  const TA* lora_A;  // [r, K]
-  const TA* lora_B;  // [N, r]
+  Matrix<T> x;        // [M, K]
+  Matrix<T> weight;   // [N, K]
+  const float* bias;  // [N] or null; added before y is rounded
+  const TA* lora_A;   // [r, K]
+  const TA* lora_B;   // [N, r]
   int r;
   float scaling;
+  const float* scaling_factor;  // on the device: multiplies scaling; or null
   Dropout dropout;
   T* y;      // [M, N]
   float* h;  // [M, r] or null
@@ -63,6 +64,7 @@ struct BackwardCall {
   const TA* lora_B;  // [N, r]
   int r;
   float scaling;
+  const float* scaling_factor;  // on the device: multiplies scaling; or null
   Dropout dropout;
   T* dx;   // [M, K] or null
   TA* dA;  // [r, K] or null

@@ -51,8 +51,8 @@ struct Arguments {
   uint32_t threshold;
   float survivor;
   const int64_t* rng_state;
-  const void *x, *weight, *bias, *lora_A, *lora_B, *dy;
-  const float* saved_h;
+  const float *scaling_factor, *bias, *saved_h;
+  const void *x, *weight, *lora_A, *lora_B, *dy;
   void *y, *dx, *dA, *dB;
   float* h;
 };
@@ -62,11 +62,12 @@ void run_forward(const Arguments& a) {
   Scratch scratch;
   const ForwardCall<T, TA> call{{static_cast<const T*>(a.x), a.M, a.K, a.ldx},
                                 {static_cast<const T*>(a.weight), a.N, a.K, a.K},
-                                static_cast<const T*>(a.bias),
+                                a.bias,
                                 static_cast<const TA*>(a.lora_A),
                                 static_cast<const TA*>(a.lora_B),
                                 a.r,
                                 a.scaling,
+                                a.scaling_factor,
                                 {a.dropout != 0, a.threshold, a.survivor, a.rng_state},
                                 static_cast<T*>(a.y),
                                 a.h};
@@ -84,6 +85,7 @@ void run_backward(const Arguments& a) {
                                  static_cast<const TA*>(a.lora_B),
                                  a.r,
                                  a.scaling,
+                                 a.scaling_factor,
                                  {a.dropout != 0, a.threshold, a.survivor, a.rng_state},
                                  static_cast<T*>(a.dx),
                                  static_cast<TA*>(a.dA),

@@ -33,7 +33,8 @@ void check_gemm(Sizes size, double unit) {
   const auto b_of = [N = N](int64_t k, unsigned seed) {
     return kColumns ? Values<T>(N, k, seed) : Values<T>(k, N, seed);
   };
-  const Values<T> a[] = {{M, K, 1}, {M, r, 2}}, b[] = {b_of(K, 3), b_of(r, 4)}, bias(1, N, 5);
+  const Values<T> a[] = {{M, K, 1}, {M, r, 2}}, b[] = {b_of(K, 3), b_of(r, 4)};
+  const Values<float> bias(1, N, 5);
   std::vector<T> out(M * N, T{0x7FFF});  // NaN in both types
 
   GemmParams<T> params{};
