@@ -6,9 +6,13 @@
 #include <variant>
 
 #include "cpu/kernels.h"
-#include "cpu/low_rank.h"
+#include "cpu/lora_linear.h"
+#include "ops/composed.h"
 #include "ops/dropout.h"
 #include "ops/lora_linear.h"
+#if defined(LORA_EXT_CUDA_VERSION)
+#include "cuda/lora_linear.h"
+#endif
 
 namespace lora_ext {
 namespace {
@@ -30,14 +34,35 @@ Tensor bound_lora_linear(const Tensor& x, const Tensor& weight, const OptionalTe
   return lora_linear(x, weight, bias, lora_A, lora_B, lora_bias, scale);
 }
 
+std::tuple<Tensor, Tensor> bound_composed_fwd(const Tensor& x, const Tensor& weight,
+                                              const OptionalTensor& bias, const Tensor& lora_A,
+                                              const Tensor& lora_B, const OptionalTensor& lora_bias,
+                                              double scaling, const OptionalTensor& scaling_tensor,
+                                              double dropout_p, const OptionalTensor& rng_state,
+                                              bool return_h) {
+  const LoraScale scale{scaling, scaling_tensor, dropout_p, rng_state};
+  return composed_fwd(x, weight, bias, lora_A, lora_B, lora_bias, scale, return_h);
+}
+
+Gradients bound_composed_bwd(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& h,
+                             const OptionalTensor& weight, const Tensor& lora_A,
+                             const Tensor& lora_B, double scaling,
+                             const OptionalTensor& scaling_tensor, double dropout_p,
+                             const OptionalTensor& rng_state, const GradientMask& mask) {
+  const LoraScale scale{scaling, scaling_tensor, dropout_p, rng_state};
+  return composed_bwd(dy, x, h, weight, lora_A, lora_B, scale, mask);
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = LORA_EXT_VERSION;
   info["torch"] = LORA_EXT_TORCH_VERSION;
 #if defined(LORA_EXT_CUDA_VERSION)
   info["cuda"] = LORA_EXT_CUDA_VERSION;
+  info["cuda_path"] = kCudaWishNames[static_cast<int>(cuda_wish())];
 #else
   info["cuda"] = py::none();
+  info["cuda_path"] = py::none();
 #endif
   info["cpu_capability"] = cpu_capability_name(cpu_capability());
   info["compiler"] = __VERSION__;
@@ -55,9 +80,19 @@ PYBIND11_MODULE(_C, m) {
         py::arg("lora_bias") = py::none(), py::arg("scaling") = 1.0, py::arg("dropout_p") = 0.0,
         py::arg("rng_state") = py::none(),
         "lora_linear as a C++ autograd Function; see lora_ext.lora_linear.");
-  m.def("explain_lora_linear", torch::wrap_pybind_function(&lora_ext::explain_lora_linear_cpu),
+  m.def("composed_fwd", torch::wrap_pybind_function_no_gil(&lora_ext::bound_composed_fwd),
+        "lora_linear_fwd as the GPU composes it of products; on any device, for tests.");
+  m.def("composed_bwd", torch::wrap_pybind_function_no_gil(&lora_ext::bound_composed_bwd),
+        "lora_linear_bwd as the GPU composes it of products; on any device, for tests.");
+  m.def("explain_lora_linear_cpu", torch::wrap_pybind_function(&lora_ext::explain_lora_linear_cpu),
         py::arg("tokens"), py::arg("out_features"), py::arg("lora_A"), py::arg("dtype"),
         py::arg("dropout_p"), "The path of a call on the CPU, and why.");
+#if defined(LORA_EXT_CUDA_VERSION)
+  m.def("explain_lora_linear_cuda",
+        torch::wrap_pybind_function(&lora_ext::explain_lora_linear_cuda), py::arg("out_features"),
+        py::arg("in_features"), py::arg("r"), py::arg("dtype"), py::arg("compute_capability"),
+        "The path of a call on a GPU of this compute capability, and why.");
+#endif
   m.def("build_info", torch::wrap_pybind_function(&lora_ext::build_info),
         "What this extension was built for, and runs with.");
 }

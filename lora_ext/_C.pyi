@@ -16,7 +16,12 @@ def lora_linear(
     dropout_p: float = 0.0,
     rng_state: Tensor | None = None,
 ) -> Tensor: ...
-def explain_lora_linear(
+def explain_lora_linear_cpu(
     tokens: int, out_features: int, lora_A: Tensor, dtype: torch.dtype, dropout_p: float
+) -> tuple[str, str]: ...
+
+# Only in a build with CUDA
+def explain_lora_linear_cuda(
+    out_features: int, in_features: int, r: int, dtype: torch.dtype, compute_capability: int
 ) -> tuple[str, str]: ...
 def build_info() -> dict[str, Any]: ...

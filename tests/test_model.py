@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lora_ext
 from lora_ext.nn import Linear
@@ -217,6 +218,15 @@ def test_explain_without_adapter_merged_and_elsewhere() -> None:
     assert explained(layer)[0] == FUSED
     path, reason = explained(Linear(4, 4, 2, device="meta"))
     assert path == "none" and "no kernels for meta" in reason
+
+
+@pytest.mark.skipif(lora_ext.build_info()["cuda"] is not None, reason="this build is for CUDA")
+def test_explain_a_gpu_to_a_cpu_build() -> None:
+    layer = Linear(4, 4, 2)
+    with FakeTensorMode():  # its tensors say that they are on a GPU, with no GPU there
+        layer.weight = nn.Parameter(torch.empty(4, 4, device="cuda"))
+    path, reason = explained(layer)
+    assert path == "none" and "this build has no kernels for cuda" in reason
 
 
 def test_explanation_prints_as_a_table() -> None:

@@ -133,7 +133,7 @@ def test_build_info() -> None:
     info = lora_ext.build_info()
     assert info["torch"] == torch.__version__
     assert info["version"] == lora_ext.__version__
-    assert info["cuda"] is None
+    assert info["cuda"] is None and info["cuda_path"] is None
     assert info["cpu_capability"] in ("default", "avx2", "avx512", "avx512_bf16")
 
 

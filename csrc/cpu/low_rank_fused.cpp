@@ -2,7 +2,7 @@
 #include <ATen/OpMathType.h>
 
 #include "cpu/backend.h"
-#include "cpu/low_rank.h"
+#include "cpu/lora_linear.h"
 
 namespace lora_ext {
 namespace {
@@ -85,7 +85,7 @@ void low_rank_forward_fused(const LowRankForward& problem, const CpuPath& path) 
   args.x = x.const_data_ptr(), args.ldx = x.stride(0);
   args.lora_A_t = A_t.const_data_ptr(), args.lora_B_t = B_t.const_data_ptr();
   args.bias = data_or_null(problem.bias);
-  args.scaling = problem.scaling, args.dropout = problem.dropout;
+  args.scaling = problem.scale.scaling, args.dropout = dropout_args(problem.scale);
   args.y = problem.y.data_ptr(), args.h = out_or_null(problem.h);
 
   const Scratch scratch(kernels, K, r, path.fwd_parts);
@@ -108,7 +108,7 @@ void low_rank_backward_fused(const LowRankBackward& problem, const CpuPath& path
   args.h = data_or_null(problem.h);
   args.lora_A = lora_A.const_data_ptr(), args.lora_A_t = data_or_null(A_t);
   args.lora_B = lora_B.const_data_ptr();
-  args.scaling = problem.scaling, args.dropout = problem.dropout;
+  args.scaling = problem.scale.scaling, args.dropout = dropout_args(problem.scale);
   args.dx = out_or_null(problem.dx);
 
   const PartialSums dA(problem.dA, path.bwd_parts, compute, /*transposed=*/false);
@@ -118,7 +118,7 @@ void low_rank_backward_fused(const LowRankBackward& problem, const CpuPath& path
     kernels.backward_rows(args, begin, end, dA.part(part), dB.part(part), scratch.part(part));
   });
   dA.reduce(kernels.reduce_a, 1.0);
-  dB.reduce(kernels.reduce_b, problem.scaling);
+  dB.reduce(kernels.reduce_b, problem.scale.scaling);
 }
 
 }  // namespace lora_ext

@@ -54,9 +54,19 @@ inline void check_adapters(const char* op, const char* name, const Tensor& x, co
                    lora_B.scalar_type(), ", expected lora_A's ", lora_A.scalar_type());
 }
 
+inline void check_dropout_p(const char* op, double dropout_p) {
+  TORCH_CHECK_VALUE(dropout_p >= 0.0 && dropout_p <= 1.0, op, ": dropout_p: got ", dropout_p,
+                    ", expected a probability from 0 to 1");
+}
+
+inline void check_rng_state(const char* op, const Tensor& state) {
+  TORCH_CHECK_VALUE(state.scalar_type() == at::kLong && state.dim() == 1 && state.sym_size(0) == 2,
+                    op, ": rng_state: got ", state.scalar_type(), " of shape ", state.sym_sizes(),
+                    ", expected an int64 tensor [2] from draw_rng_state(x)");
+}
+
 inline void check_scale(const char* op, const Tensor& x, const LoraScale& scale) {
-  TORCH_CHECK_VALUE(scale.dropout_p >= 0.0 && scale.dropout_p <= 1.0, op, ": dropout_p: got ",
-                    scale.dropout_p, ", expected a probability from 0 to 1");
+  check_dropout_p(op, scale.dropout_p);
   if (scale.scaling_tensor.has_value()) {
     const Tensor& tensor = *scale.scaling_tensor;
     TORCH_CHECK_VALUE(tensor.dim() == 0 && at::isFloatingType(tensor.scalar_type()), op,
@@ -70,11 +80,8 @@ inline void check_scale(const char* op, const Tensor& x, const LoraScale& scale)
   if (scale.dropout_p == 0.0) return;
   TORCH_CHECK_VALUE(scale.rng_state.has_value(), op, ": rng_state: got None with dropout_p ",
                     scale.dropout_p, ", expected an int64 tensor [2] from draw_rng_state(x)");
-  const Tensor& state = *scale.rng_state;
-  check_device(op, "rng_state", state, x);
-  TORCH_CHECK_VALUE(state.scalar_type() == at::kLong && state.dim() == 1 && state.sym_size(0) == 2,
-                    op, ": rng_state: got ", state.scalar_type(), " of shape ", state.sym_sizes(),
-                    ", expected an int64 tensor [2] from draw_rng_state(x)");
+  check_device(op, "rng_state", *scale.rng_state, x);
+  check_rng_state(op, *scale.rng_state);
 }
 
 inline void check_weight(const char* op, const Tensor& x, const Tensor& weight,
@@ -149,14 +156,10 @@ inline void check_lora_linear_bwd(const Tensor& dy, const OptionalTensor& x,
 inline void check_dropout_mask(const Tensor& rng_state, const c10::SymInt& rows,
                                const c10::SymInt& columns, double dropout_p) {
   constexpr const char* op = "dropout_mask";
-  TORCH_CHECK_VALUE(
-      rng_state.scalar_type() == at::kLong && rng_state.dim() == 1 && rng_state.sym_size(0) == 2,
-      op, ": rng_state: got ", rng_state.scalar_type(), " of shape ", rng_state.sym_sizes(),
-      ", expected an int64 tensor [2] from draw_rng_state(x)");
+  check_rng_state(op, rng_state);
   TORCH_CHECK_VALUE(rows >= 0 && columns >= 0, op, ": rows, columns: got ", rows, ", ", columns,
                     ", expected sizes of at least 0");
-  TORCH_CHECK_VALUE(dropout_p >= 0.0 && dropout_p <= 1.0, op, ": dropout_p: got ", dropout_p,
-                    ", expected a probability from 0 to 1");
+  check_dropout_p(op, dropout_p);
 }
 
 inline void check_merge(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B) {

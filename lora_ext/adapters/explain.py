@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
-from lora_ext._extension import _C
+from lora_ext._extension import _C, build_info
 from lora_ext.nn import Linear
+from lora_ext.nn.lora_layer import LowRank
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,27 @@ def _explain_layer(layer: Linear, tokens: int) -> tuple[str, str]:
         return "composed", f"{kind} has a forward of its own, to whose result the update is added"
     if not layer.running_adapters:
         return "torch.nn.functional.linear", "no adapter runs: disabled, not active, or of scale 0"
-    device = layer.weight.device.type
-    if device != "cpu":
-        return "none", f"this build has no kernels for {device}; move the layer to the CPU"
     first, *others = layer.low_rank()
-    path, reason = _C.explain_lora_linear(
-        tokens, layer.out_features, first.lora_A, layer.weight.dtype, first.dropout_p
-    )
+    path, reason = _explain_call(layer, first, tokens)
     if others:
         reason += f"; {len(others)} more for other dropout probabilities, composed"
     return path, reason
+
+
+def _explain_call(layer: Linear, adapter: LowRank, tokens: int) -> tuple[str, str]:
+    device, dtype = layer.weight.device, layer.weight.dtype
+    if device.type == "cpu":
+        return _C.explain_lora_linear_cpu(
+            tokens, layer.out_features, adapter.lora_A, dtype, adapter.dropout_p
+        )
+    if device.type != "cuda":
+        return "none", f"there are no kernels for {device.type}; move the layer to the CPU"
+    if build_info()["cuda"] is None:
+        return "none", (
+            "this build has no kernels for cuda; move the layer to the CPU, or install lora_ext "
+            "again where nvcc and a CUDA build of torch are"
+        )
+    major, minor = torch.cuda.get_device_capability(device)
+    return _C.explain_lora_linear_cuda(
+        layer.out_features, layer.in_features, len(adapter.lora_A), dtype, 10 * major + minor
+    )

@@ -99,14 +99,14 @@ struct Bf16DotMath {
             .exact = exact_row_pairs(rows, few)};
   }
 
-  static Words left(const BFloat16* data, int64_t stride) {
+  static Words left(const BFloat16* data, int64_t stride, bool cold) {
     return {.data = reinterpret_cast<const char*>(data),
             .row_bytes = 2 * stride,
             .pair_bytes = 4,
-            .cold = stride != kStride};
+            .cold = cold};
   }
-  static RowPairs right(const BFloat16* data, int64_t stride) {
-    return {data, stride, stride != kStride};
+  static RowPairs right(const BFloat16* data, int64_t stride, bool cold) {
+    return {data, stride, cold};
   }
   static RowPairs adapter(const void* data, int64_t stride) {
     return {static_cast<const BFloat16*>(data), stride};

@@ -32,9 +32,13 @@ struct FloatMath {
     return {scaled(operand, values, rows * r, scale), 1, r};
   }
   // rows of x or dy as left operand
-  static LeftRows<Sum> left(const Sum* data, int64_t stride) { return {data, stride, 1}; }
+  static LeftRows<Sum> left(const Sum* data, int64_t stride, bool /*cold*/) {
+    return {data, stride, 1};
+  }
   // and as right operand
-  static RightRows<Sum> right(const Sum* data, int64_t stride) { return {data, stride}; }
+  static RightRows<Sum> right(const Sum* data, int64_t stride, bool /*cold*/) {
+    return {data, stride};
+  }
   static RightRows<TA> adapter(const void* data, int64_t stride) {
     return {static_cast<const TA*>(data), stride};
   }

@@ -42,11 +42,12 @@ template <class Math, class Data>
 struct Chunk {
   const Data* data;
   int64_t stride, rows, columns;
+  bool cold;  // read from memory, not from a copy in cache
 
   // out [rows, r] = this b, or += it
   template <class Right>
   void times(const Right& b, int64_t r, bool add, typename Math::Sum* out) const {
-    const auto left = Math::left(data, stride);
+    const auto left = Math::left(data, stride, cold);
     for (int64_t k = 0; k == 0 || k < columns; k += Math::kSumTerms) {
       Math::product(rows, r, at_most(columns - k, Math::kSumTerms), left.from(k), b.from(k),
                     StoreSum<typename Math::Sum>{out, r, add || k > 0});
@@ -57,10 +58,16 @@ struct Chunk {
   template <class Left>
   void left_times(const Left& a, int64_t r, bool add, typename Math::Sum* out,
                   int64_t out_stride) const {
-    Math::product(r, columns, rows, a, Math::right(data, stride),
+    Math::product(r, columns, rows, a, Math::right(data, stride, cold),
                   StoreSum<typename Math::Sum>{out, out_stride, add});
   }
 };
+
+// Row m of a matrix; null of one that is not given, or has no elements.
+template <class T>
+const T* row_of(const void* matrix, int64_t m, int64_t stride) {
+  return matrix ? static_cast<const T*>(matrix) + m * stride : nullptr;
+}
 
 // f(k, chunk) for chunks of the columns [0, K) of in [rows, K], dropped out where keep is given.
 template <class Math, class F>
@@ -74,9 +81,9 @@ void for_chunks(const Panel<Math>& panel, const typename Math::Base* in, int64_t
     if (copies) {
       Math::copy(in + k, stride, rows, columns, keep ? keep + k / 16 : nullptr, keep_words(K),
                  panel.in);
-      f(k, Chunk<Math, typename Math::Element>{panel.in, Math::kStride, rows, columns});
+      f(k, Chunk<Math, typename Math::Element>{panel.in, Math::kStride, rows, columns, false});
     } else if constexpr (!Math::kCopies) {
-      f(k, Chunk<Math, typename Math::Base>{in + k, stride, rows, columns});
+      f(k, Chunk<Math, typename Math::Base>{in + k, stride, rows, columns, true});
     }
   }
 }
@@ -105,8 +112,8 @@ void forward_rows(const ForwardArgs& args, int64_t begin, int64_t end, void* scr
 
     // h = dropout(x) A^T
     const uint16_t* keep = fill_panel_bits(args.dropout, m, rows, K, panel.keep);
-    down_project(panel, static_cast<const T*>(args.x) + m * args.ldx, args.ldx, rows, K, r, keep,
-                 survivor, args.lora_A_t);
+    down_project(panel, row_of<T>(args.x, m, args.ldx), args.ldx, rows, K, r, keep, survivor,
+                 args.lora_A_t);
     if (args.h) std::memcpy(static_cast<S*>(args.h) + m * r, panel.h, rows * r * sizeof(S));
 
     // y = scaling * h B^T + bias
@@ -135,15 +142,15 @@ void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end, void* d
   for (int64_t m = begin; m < end; m += panel.kRows) {
     const int64_t rows = at_most(end - m, panel.kRows);
     const bool later = m > begin;  // the first panel starts the sums, later ones add to them
-    const auto* x = static_cast<const T*>(args.x) + m * args.ldx;
-    const auto* dy = static_cast<const T*>(args.dy) + m * args.lddy;
+    const T* x = row_of<T>(args.x, m, args.ldx);
+    const T* dy = row_of<T>(args.dy, m, args.lddy);
     const uint16_t* keep = nullptr;
     if (dx || dA || recompute_h) {
       keep = fill_panel_bits(args.dropout, m, rows, K, panel.keep);
     }
 
     // dh = dy B, still without scale, and dB += h^T dy, from one pass over dy
-    const S* h = static_cast<const S*>(args.h) + m * r;
+    const S* h = row_of<S>(args.h, m, r);
     if (recompute_h) {
       down_project(panel, x, args.ldx, rows, K, r, keep, survivor, args.lora_A_t);
       h = panel.h;

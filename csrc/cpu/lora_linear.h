@@ -1,0 +1,24 @@
+// The CPU's own ways of lora_linear; path.h chooses between them and the BLAS calls of ops/.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string>
+#include <utility>
+
+#include "cpu/path.h"
+#include "ops/low_rank.h"
+
+namespace lora_ext {
+
+// Vector kernels: one pass over x, one over dy, dropout made in cache. They want the scale without
+// a scaling tensor.
+void low_rank_forward_fused(const LowRankForward& problem, const CpuPath& path);
+void low_rank_backward_fused(const LowRankBackward& problem, const CpuPath& path);
+
+// (path, reason) of a layer for so many rows.
+std::pair<std::string, std::string> explain_lora_linear_cpu(int64_t tokens, int64_t out_features,
+                                                            const Tensor& lora_A,
+                                                            at::ScalarType base, double dropout_p);
+
+}  // namespace lora_ext

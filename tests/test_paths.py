@@ -1,0 +1,142 @@
+"""How the backends choose between kernels and BLAS: every branch of csrc/cpu/path.h and
+csrc/cuda/path.h, whatever this machine is."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import pytest
+from emulated import compile_source
+
+CPU_FACTS = {
+    name: ctypes.c_bool if name in ("dropout", "bf16", "bf16_dot", "mixed", "fast_blas") else None
+    for name in "M N K r dropout bf16 bf16_dot mixed fast_blas compute_bytes threads".split()
+}
+CUDA_FACTS = {"N": None, "K": None, "r": None, "half": ctypes.c_bool}
+CUDA_FACTS |= {"compute_capability": ctypes.c_int, "sm90": ctypes.c_bool, "wish": ctypes.c_int}
+CPU_KERNELS = ("blas", "vector", "bf16 dot")
+CUDA_WISHES = ("auto", "fused", "composed")
+
+
+class ChosenPath(ctypes.Structure):
+    _fields_ = (
+        ("kernels", ctypes.c_int),
+        ("name", ctypes.c_char_p),
+        ("reason", ctypes.c_char_p),
+        ("fwd_parts", ctypes.c_int64),
+        ("bwd_parts", ctypes.c_int64),
+    )
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    target = tmp_path_factory.mktemp("paths") / "libpaths.so"
+    compile_source(Path(__file__).parent / "paths.cpp", target, "-fPIC", "-shared", "-Wextra")
+    loaded = ctypes.CDLL(str(target))
+    for function, facts in ((loaded.cpu_path, CPU_FACTS), (loaded.cuda_path, CUDA_FACTS)):
+        function.argtypes = [kind or ctypes.c_int64 for kind in facts.values()]
+        function.restype = ChosenPath
+    return loaded
+
+
+# fp32, many rows; what a case does not name is as here.
+CPU = dict(M=2048, N=1024, K=1024, r=16, dropout=False, bf16=False, bf16_dot=False)
+CPU |= dict(mixed=False, fast_blas=True, compute_bytes=4, threads=8)
+BF16, DOT = {"bf16": True}, {"bf16": True, "bf16_dot": True}
+VECTOR, DROPOUT = "vector", {"dropout": True}
+FEW, ONE_PASS, IN_CACHE = "few rows and a large adapter", "one pass over x", "dropout is made in"
+
+# id: (facts, kernels, part of the reason). An adapter is large from (N + K) * r = 2^16 + 1 on,
+# with dropout or beside dot products from 2^18 + 1 on.
+CPU_CASES = {
+    "mixed": (BF16 | {"mixed": True}, VECTOR, "float32 adapters are read beside"),
+    "slow blas": ({"fast_blas": False}, VECTOR, "BLAS is slow in this dtype"),
+    "slow blas, few rows": ({"fast_blas": False, "M": 8, "r": 64}, VECTOR, "BLAS is slow"),
+    "fp32": ({}, VECTOR, ONE_PASS),
+    "fp32, few rows": ({"M": 64, "r": 33}, "blas", FEW),
+    "fp32, more rows": ({"M": 65, "r": 33}, VECTOR, ONE_PASS),
+    "fp32, few rows, small adapter": ({"M": 64, "r": 32}, VECTOR, ONE_PASS),
+    "fp32, dropout": (DROPOUT, VECTOR, IN_CACHE),
+    "fp32, dropout, few rows": (DROPOUT | {"M": 64, "r": 129}, "blas", FEW),
+    "fp32, dropout, few rows, smaller adapter": (DROPOUT | {"M": 64, "r": 128}, VECTOR, IN_CACHE),
+    "bf16": (BF16, "blas", "twice the rate of float32 kernels"),
+    "bf16, dropout": (BF16 | DROPOUT, VECTOR, IN_CACHE),
+    "bf16 dot": (DOT, "bf16 dot", "bf16 is multiplied as it is"),
+    "bf16 dot, dropout": (DOT | DROPOUT, "bf16 dot", "bf16 is multiplied as it is"),
+    "bf16 dot, 16 rows": (DOT | {"M": 16, "r": 128}, "bf16 dot", "bf16 is multiplied as it is"),
+    "bf16 dot, 16 rows, large": (DOT | {"M": 16, "r": 129}, "blas", FEW),
+    "bf16 dot, 16 rows, large, dropout": (
+        DOT | DROPOUT | {"M": 16, "r": 129}, "bf16 dot", "bf16 is multiplied as it is"
+    ),
+    "bf16 dot, 15 rows": (DOT | {"M": 15, "r": 33}, "blas", FEW),
+    "bf16 dot, 15 rows, small": (DOT | {"M": 15, "r": 32}, "blas", "twice the rate"),
+    "bf16 dot, 15 rows, dropout": (DOT | DROPOUT | {"M": 15}, VECTOR, IN_CACHE),
+    "dot products without bf16": ({"bf16_dot": True}, VECTOR, ONE_PASS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("facts", "kernels", "reason"), CPU_CASES.values(), ids=CPU_CASES.keys()
+)  # fmt: skip
+def test_cpu_path(library: ctypes.CDLL, facts: dict[str, int], kernels: str, reason: str) -> None:
+    path = library.cpu_path(*(CPU | facts).values())
+    assert CPU_KERNELS[path.kernels] == kernels
+    assert reason in path.reason.decode()
+
+
+# (facts, parts of the rows in forward and in backward)
+CPU_PARTS = {
+    "many rows": ({}, 8, 8),
+    "one thread": ({"threads": 1}, 1, 1),
+    "no rows": ({"M": 0}, 1, 1),
+    "1 row": ({"M": 1}, 1, 1),
+    "31 rows": ({"M": 31}, 7, 1),
+    "64 rows": ({"M": 64}, 8, 2),
+    # Sums of 2^26 bytes for each part: four make 256 MiB
+    "large sums": ({"N": 1 << 14, "K": 1 << 14, "r": 512}, 8, 4),
+    "large sums in double": ({"N": 1 << 14, "K": 1 << 14, "r": 512, "compute_bytes": 8}, 8, 2),
+    "sums beyond the limit": ({"N": 1 << 16, "K": 1 << 16, "r": 1024}, 8, 1),
+    "rank 0": ({"r": 0}, 8, 8),
+}
+
+
+@pytest.mark.parametrize(("facts", "fwd", "bwd"), CPU_PARTS.values(), ids=CPU_PARTS.keys())
+def test_cpu_parts(library: ctypes.CDLL, facts: dict[str, int], fwd: int, bwd: int) -> None:
+    path = library.cpu_path(*(CPU | facts).values())
+    assert (path.fwd_parts, path.bwd_parts) == (fwd, bwd)
+
+
+CUDA = dict(N=1024, K=1024, r=16, half=True, compute_capability=80, sm90=True, wish="auto")
+FUSED, CUBLAS = "cuda fused sm_80", "cuda cublas"
+RANKS, EMPTY = "the kernels take ranks 1 to 256", "no empty matrices"
+
+CUDA_CASES = {
+    "bf16 or fp16": ({}, FUSED, ONE_PASS),
+    "sm_90": ({"compute_capability": 90}, "cuda fused sm_90a", ONE_PASS),
+    "sm_90, not built": ({"compute_capability": 90, "sm90": False}, FUSED, ONE_PASS),
+    "sm_100": ({"compute_capability": 100}, FUSED, ONE_PASS),
+    "sm_75": ({"compute_capability": 75}, CUBLAS, "need a GPU from sm_80 on"),
+    "fp32 or fp64": ({"half": False}, CUBLAS, "float32 and float64 products are cuBLAS's"),
+    "rank 0": ({"r": 0}, CUBLAS, RANKS),
+    "rank 256": ({"r": 256}, FUSED, ONE_PASS),
+    "rank 257": ({"r": 257}, CUBLAS, RANKS),
+    "no outputs": ({"N": 0}, CUBLAS, EMPTY),
+    "no inputs": ({"K": 0}, CUBLAS, EMPTY),
+    "wish composed": ({"wish": "composed"}, CUBLAS, "LORA_EXT_CUDA_PATH=composed"),
+    "wish fused": ({"wish": "fused"}, FUSED, "LORA_EXT_CUDA_PATH=fused"),
+    "wish fused, fp32": ({"wish": "fused", "half": False}, CUBLAS, "float32 and float64"),
+    "wish fused, sm_75": ({"wish": "fused", "compute_capability": 75}, CUBLAS, "from sm_80 on"),
+    "wish fused, rank 257": ({"wish": "fused", "r": 257}, CUBLAS, RANKS),
+}
+
+
+@pytest.mark.parametrize(("facts", "name", "reason"), CUDA_CASES.values(), ids=CUDA_CASES.keys())
+def test_cuda_path(
+    library: ctypes.CDLL, facts: dict[str, int | str], name: str, reason: str
+) -> None:
+    values = CUDA | facts
+    values["wish"] = CUDA_WISHES.index(str(values["wish"]))
+    path = library.cuda_path(*values.values())
+    assert path.name.decode() == name
+    assert reason in path.reason.decode()
