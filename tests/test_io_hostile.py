@@ -6,17 +6,15 @@ import json
 import os
 import pickle
 import random
-import resource
-import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
+from measured import attempt
 
 from lora_ext.errors import AdapterFileError
 from lora_ext.io import (
@@ -66,44 +64,6 @@ def with_values(dtype: torch.dtype, index: int, value: float) -> bytes:
     tensors = {A: torch.zeros(4, 8, dtype=dtype), B: torch.zeros(6, 4, dtype=dtype)}
     tensors[B].view(-1)[index] = value
     return safetensors.torch.save(tensors)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    error: str
-    message: str
-    seconds: float
-    extra_bytes: int
-
-
-def attempt(load: Callable[[], object], patience: int = 10) -> Outcome:
-    """Runs `load` in a fork; the processor's time it took and the growth of its peak memory.
-
-    Not the clock's: other processes may have the machine. A load that only waits is killed.
-    """
-    read_end, write_end = os.pipe()
-    child = os.fork()
-    if child == 0:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest-timeout has its own
-        signal.alarm(patience)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        start = time.process_time()
-        error, message = "", ""
-        try:
-            load()
-        except BaseException as raised:
-            error, message = type(raised).__name__, str(raised)
-        seconds = time.process_time() - start
-        extra = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
-        with os.fdopen(write_end, "w") as pipe:
-            json.dump([error, message, seconds, extra], pipe)
-        os._exit(0)
-    os.close(write_end)
-    with os.fdopen(read_end) as pipe:
-        text = pipe.read()
-    _, status = os.waitpid(child, 0)
-    assert status == 0, f"the load ended with status {status}: 14 is a hang, 11 a crash"
-    return Outcome(*json.loads(text))
 
 
 def refused(load: Callable[[], object]) -> str:

@@ -1,0 +1,51 @@
+"""The processor's time and the peak memory of one call, measured in a fork."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Outcome:
+    error: str
+    message: str
+    seconds: float
+    extra_bytes: int
+
+
+def attempt(load: Callable[[], object], patience: int = 10) -> Outcome:
+    """Runs `load` in a fork; the processor's time it took and the growth of its peak memory.
+
+    Not the clock's: other processes may have the machine. A load that only waits is killed.
+    """
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        gc.freeze()  # else a collection walks all of torch, and a fork copies each page it walks
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest-timeout has its own
+        signal.alarm(patience)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        start = time.process_time()
+        error, message = "", ""
+        try:
+            load()
+        except BaseException as raised:
+            error, message = type(raised).__name__, str(raised)
+        seconds = time.process_time() - start
+        extra = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
+        with os.fdopen(write_end, "w") as pipe:
+            json.dump([error, message, seconds, extra], pipe)
+        os._exit(0)
+    os.close(write_end)
+    with os.fdopen(read_end) as pipe:
+        text = pipe.read()
+    _, status = os.waitpid(child, 0)
+    assert status == 0, f"the load ended with status {status}: 14 is a hang, 11 a crash"
+    return Outcome(*json.loads(text))
