@@ -241,6 +241,30 @@ def test_kill_at_every_step(tmp_path: Path, step: int, after: bool) -> None:
     assert listing(tmp_path) == PAIR
 
 
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("step", range(COMMIT + 1, COMMIT + 5))
+def test_kill_while_a_failed_commit_is_undone(tmp_path: Path, step: int, after: bool) -> None:
+    """The journal goes before the files that it names."""
+
+    def fail() -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def kill() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def save_and_die() -> None:
+        with at_step(COMMIT, fail), at_step(step, kill, after=after):
+            save(tmp_path, 2)
+
+    save(tmp_path, 1)
+    _, status = os.waitpid(in_child(save_and_die), 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    loaded = load(tmp_path)
+    assert loaded in (1, 2)
+    recover(tmp_path)
+    assert load(tmp_path) == loaded and listing(tmp_path) == PAIR
+
+
 def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[:1000]))
@@ -348,6 +372,24 @@ def test_second_saver_gives_up_with_a_clear_error(tmp_path: Path) -> None:
     assert load(tmp_path) == 2
 
 
+def test_lock_whose_file_was_removed_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a holder that ends between open and lock; a third saver would make a new file."""
+    real, calls = atomic.fcntl.flock, 0
+
+    def flock(descriptor: int, operation: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            (tmp_path / atomic.LOCK).unlink()
+        real(descriptor, operation)
+
+    monkeypatch.setattr(atomic.fcntl, "flock", flock)
+    with atomic._locked(tmp_path, 1.0):
+        assert (tmp_path / atomic.LOCK).exists() and calls == 2
+
+
 def kill_before_last_rename(folder: Path) -> None:
     """Leaves a committed save whose weights do not have their name yet."""
 
@@ -359,11 +401,19 @@ def kill_before_last_rename(folder: Path) -> None:
     assert listing(folder) != PAIR
 
 
-def test_folder_changed_by_another_program_after_a_kill(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [lambda text: json.dumps({"version": 3}), lambda text: text.replace("2", "3")],
+    ids=["longer or shorter", "same size"],
+)
+def test_folder_changed_by_another_program_after_a_kill(
+    tmp_path: Path, change: Callable[[str], str]
+) -> None:
     """What PEFT writes then is not mixed with the interrupted save's weights."""
     save(tmp_path, 1)
     kill_before_last_rename(tmp_path)
-    (tmp_path / CONFIG_NAME).write_text(json.dumps({"version": 3}))
+    content = (tmp_path / CONFIG_NAME).read_text()
+    (tmp_path / CONFIG_NAME).write_text(change(content))
     with pytest.raises(
         AdapterFileError, match=r"adapter_config\.json: is not what the interrupted"
     ):

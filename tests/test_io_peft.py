@@ -125,6 +125,14 @@ def test_every_dtype_there_and_back(tmp_path: Path, dtype: torch.dtype) -> None:
     assert read_header(tmp_path / WEIGHTS_NAME)["w"] == TensorSpec((3, 5), frozenset({dtype}))
 
 
+def test_nan_far_into_a_large_tensor(tmp_path: Path) -> None:
+    tensor = torch.zeros((1 << 20) + 5)
+    tensor[-1] = float("nan")
+    (tmp_path / WEIGHTS_NAME).write_bytes(safetensors.torch.save({"w": tensor}))
+    with pytest.raises(AdapterFileError, match="'w' has NaN or Inf"):
+        read_adapter_tensors(tmp_path / WEIGHTS_NAME, {"w": TensorSpec(tuple(tensor.shape))})
+
+
 def test_integers_where_they_are_expected(tmp_path: Path) -> None:
     """modules_to_save may hold a BatchNorm with its counter."""
     save_adapter(tmp_path, {}, {"n": torch.tensor(7)})

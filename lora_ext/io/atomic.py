@@ -8,15 +8,17 @@ step. So a save is a transaction with a journal that exists only while it runs:
    folder is synced the new files are what the folder holds (the commit);
 3. each file is renamed to its name, the folder is synced, the journal is removed.
 
-What is guaranteed on POSIX systems, on one machine or a network file system with `flock`:
+What is guaranteed between processes of one POSIX machine, on a local file system (a network file
+system's caches may show another machine something else):
 
 - `open_files` sees the files of one save, all old or all new, whatever moment a saver is killed at,
   also while savers run, also after a loss of power where the disk keeps what it has synced. It
   writes nothing and waits for nobody. With a journal there it opens a file under its hidden name
   if it still has it, and compares size and digest.
 - `save_files` that returns: the new files are durable. One that raises: before the commit, the
-  old files are untouched and nothing is left behind; after it (an I/O error while renaming or
-  syncing; the error has a note that says so), the new files are what `open_files` sees.
+  old files are untouched and nothing is left behind (if the disk does not even remove files, the
+  next save does; until then `open_files` sees one complete set); after it (an I/O error while
+  renaming or syncing; the error has a note that says so), the new files are what `open_files` sees.
 - The next `save_files`, or `recover`, finishes or removes what a killed save has left.
 - Savers exclude each other with a lock file, which is removed after the save.
 
@@ -85,8 +87,8 @@ def save_files(folder: StrPath, files: Mapping[str, bytes], *, lock_timeout: flo
             _move_into_place(folder, files)
         except OSError as error:
             error.add_note(
-                f"{folder}: the new files are saved and lora_ext loads them, but not all have "
-                "their names yet; the next save or lora_ext.io.recover(folder) finishes that"
+                f"{folder}: the new files are saved and lora_ext loads them, but perhaps not "
+                "all have their names yet; the next save or lora_ext.io.recover(folder) finishes it"
             )
             raise
 
