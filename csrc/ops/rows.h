@@ -15,6 +15,11 @@ inline Tensor as_rows(const Tensor& tensor) {
   return flat.stride(1) == 1 || width == 1 ? flat : flat.contiguous();
 }
 
+// As a vector of adjacent elements of `dtype`; undefined if there is none.
+inline Tensor as_vector(const OptionalTensor& vector, at::ScalarType dtype) {
+  return vector.has_value() ? vector->to(dtype).contiguous() : Tensor();
+}
+
 inline double scaling_of(double scaling, const OptionalTensor& scaling_tensor) {
   return scaling_tensor.has_value() ? scaling * scaling_tensor->item<double>() : scaling;
 }

@@ -8,7 +8,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from lora_ext.functional import lora_linear, lora_update
+from lora_ext.functional import lora_linear, lora_update, weight_norm
+from lora_ext.nn import dora
 from lora_ext.nn.lora_layer import DEFAULT, LoraLayer
 from lora_ext.nn.settings import AdapterSettings
 
@@ -24,8 +25,8 @@ class Linear(LoraLayer, nn.Linear):
     Args:
         in_features, out_features: sizes of the last dimension of input and output.
         r: rank; 0 is a plain linear layer, without an adapter.
-        lora_alpha, lora_dropout, use_rslora, lora_bias, init_lora_weights, autocast_adapter_dtype:
-            see `AdapterSettings`.
+        lora_alpha, lora_dropout, use_rslora, lora_bias, init_lora_weights, use_dora,
+            autocast_adapter_dtype: see `AdapterSettings`.
         fan_in_fan_out: `weight` is stored as [in_features, out_features] (GPT-2's Conv1D).
         merge_weights: eval() merges and train() unmerges, as loralib does.
         bias: whether the base has a bias.
@@ -54,6 +55,7 @@ class Linear(LoraLayer, nn.Linear):
         bias: bool = True,
         lora_bias: bool = False,
         init_lora_weights: bool | str = True,
+        use_dora: bool = False,
         autocast_adapter_dtype: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -72,6 +74,7 @@ class Linear(LoraLayer, nn.Linear):
                 use_rslora=use_rslora,
                 lora_bias=lora_bias,
                 init_lora_weights=init_lora_weights,
+                use_dora=use_dora,
                 autocast_adapter_dtype=autocast_adapter_dtype,
             )
 
@@ -148,6 +151,8 @@ class Linear(LoraLayer, nn.Linear):
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
         if not self._running:
             return nn.functional.linear(x, weight, self.bias)
+        if self._runs_dora:
+            return dora.linear_forward(self, x, weight)
         first, *others = self._low_rank()
         y = lora_linear(
             x,
@@ -170,7 +175,14 @@ class Linear(LoraLayer, nn.Linear):
         }
         if settings.lora_bias:
             shapes["lora_bias"] = (self.out_features,)
+        if settings.use_dora:
+            shapes["lora_magnitude_vector"] = (self.out_features,)
         return shapes
+
+    def _weight_norm(self, adapter_name: str) -> Tensor:
+        weight = self._unmerged_weight()
+        weight = weight.t() if self.fan_in_fan_out else weight
+        return weight_norm(weight, *self._stack([adapter_name])[:2], self._scaling[adapter_name])
 
     def _merged_parameters(self, names: Sequence[str]) -> dict[str, nn.Parameter]:
         parameters = {"weight": self.weight}
@@ -184,7 +196,7 @@ class Linear(LoraLayer, nn.Linear):
         return parameters
 
     def _write_merged(self, names: Sequence[str]) -> None:
-        stack = self._stack(names)
+        stack, weight_scale = dora.merged_stack(self, names)
         if stack.lora_bias is not None:
             compute = torch.promote_types(self.bias.dtype, torch.float32)
             merged = self.bias.to(compute) + stack.lora_bias.to(compute) * stack.scaling
@@ -194,7 +206,7 @@ class Linear(LoraLayer, nn.Linear):
                     "Linear.merge: the merged bias would hold NaN or Inf; nothing changed"
                 )
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
-        torch.ops.lora_ext.merge_(weight, stack.lora_A, stack.lora_B, stack.scaling)
+        torch.ops.lora_ext.merge_(weight, stack.lora_A, stack.lora_B, stack.scaling, weight_scale)
         if stack.lora_bias is not None:
             self.bias.copy_(merged)
 
@@ -231,8 +243,9 @@ class Linear(LoraLayer, nn.Linear):
             text += f", lora_alpha={settings.lora_alpha}"
             if settings.lora_dropout > 0.0:
                 text += f", lora_dropout={settings.lora_dropout}"
-            if settings.use_rslora:
-                text += ", use_rslora=True"
+            for flag in ("use_rslora", "use_dora"):
+                if getattr(settings, flag):
+                    text += f", {flag}=True"
         for flag in ("fan_in_fan_out", "merged"):
             if getattr(self, flag):
                 text += f", {flag}=True"

@@ -40,19 +40,20 @@ class LoraLayer(nn.Module):
     """
 
     # Shared by every kind of layer; the settings hold the rest.
-    PARTS: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_bias")
+    PARTS: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_bias", "lora_magnitude_vector")
     # The parts' names in PEFT's checkpoints, below the layer's name.
     PEFT_NAMES: ClassVar[dict[str, str]] = {
         "lora_A": "lora_A.weight",
         "lora_B": "lora_B.weight",
         "lora_bias": "lora_B.bias",
+        "lora_magnitude_vector": "lora_magnitude_vector",
     }
     # Where the rank stands in lora_A and in lora_B.
     RANK_DIMS: ClassVar[tuple[int, int]] = (0, 1)
     # What `_adopt` and the constructors add to the base's attributes.
     _STATE: ClassVar[frozenset[str]] = frozenset(
         "adapters active_adapters merged_adapters merge_weights "
-        "_base_class _scaling _enabled _running".split()
+        "_base_class _scaling _enabled _running _runs_dora".split()
     )
 
     adapters: dict[str, AdapterSettings]
@@ -62,6 +63,7 @@ class LoraLayer(nn.Module):
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
     lora_bias: nn.Parameter | None
+    lora_magnitude_vector: nn.Parameter | None
 
     # What a kind of layer says of itself
 
@@ -81,6 +83,11 @@ class LoraLayer(nn.Module):
         """Adds these adapters to the base's parameters, in place; ValueError for NaN or Inf."""
         raise NotImplementedError
 
+    def _weight_norm(self, adapter_name: str) -> Tensor:
+        """For DoRA, in the shape of the magnitude: the norm of every row of the base's weight plus
+        the adapter's scaled product, in float32 (float64 for float64)."""
+        raise NotImplementedError
+
     # Construction
 
     def _init_adapters(self, base_class: type[nn.Module], merge_weights: bool = False) -> None:
@@ -91,6 +98,7 @@ class LoraLayer(nn.Module):
         self._scaling: dict[str, float] = {}
         self._enabled = True
         self._running: tuple[str, ...] = ()
+        self._runs_dora = False
         for part in self.PARTS:
             self.register_parameter(part, None)
 
@@ -153,15 +161,22 @@ class LoraLayer(nn.Module):
             settings: those of `AdapterSettings`.
 
         Raises:
-            ValueError: the name is taken or cannot be one, or a setting is out of range.
+            ValueError: the name is taken or cannot be one, a setting is out of range, or this kind
+                of layer has no DoRA.
         """
         check_adapter_name(adapter_name, self.adapters, type(self).__name__)
         chosen = AdapterSettings(**settings)
+        shapes = self.part_shapes(chosen)
+        if chosen.use_dora and "lora_magnitude_vector" not in shapes:
+            raise ValueError(
+                f"{type(self).__name__}.add_adapter: use_dora: got True, expected False: "
+                "this kind of layer has no DoRA"
+            )
         base = next(iter(self._merged_parameters(()).values()))
         dtype = base.dtype
         if chosen.autocast_adapter_dtype and dtype in (torch.bfloat16, torch.float16):
             dtype = torch.float32
-        for part, shape in self.part_shapes(chosen).items():
+        for part, shape in shapes.items():
             tensor = torch.empty(shape, device=base.device, dtype=dtype)
             self.register_parameter(part_name(part, adapter_name), nn.Parameter(tensor))
         self.adapters[adapter_name] = chosen
@@ -264,7 +279,7 @@ class LoraLayer(nn.Module):
             return
         settings = self.adapters[adapter_name]
         parts = {part: self._parameters.get(part_name(part, adapter_name)) for part in self.PARTS}
-        lora_A, lora_B, lora_bias = (parts[part] for part in ("lora_A", "lora_B", "lora_bias"))
+        lora_A, lora_B, lora_bias, magnitude = (parts[part] for part in self.PARTS)
         assert lora_A is not None and lora_B is not None
         if settings.init_lora_weights == "gaussian":
             nn.init.normal_(lora_A, std=1 / settings.r)
@@ -276,6 +291,9 @@ class LoraLayer(nn.Module):
             nn.init.zeros_(lora_B)
         if lora_bias is not None:
             nn.init.zeros_(lora_bias)
+        if magnitude is not None:
+            with torch.no_grad():
+                magnitude.copy_(self._weight_norm(adapter_name))
 
     # Scales
 
@@ -331,6 +349,7 @@ class LoraLayer(nn.Module):
     def _choose_running(self) -> None:
         runs = self._enabled and not self.merged_adapters
         self._running = tuple(n for n in self.active_adapters if runs and self._scaling[n] != 0.0)
+        self._runs_dora = any(self.adapters[name].use_dora for name in self._running)
 
     def _part(self, part: str, name: str) -> Any:
         return getattr(self, part_name(part, name), None)
@@ -427,6 +446,12 @@ class LoraLayer(nn.Module):
             del self._buffers[_base_name(name)]
         self.merged_adapters = ()
         self._choose_running()
+
+    def _unmerged_weight(self) -> Tensor:
+        """The base's own weight, also while merged."""
+        kept = self._base_copies(strip=True).get("weight", self._parameters["weight"])
+        assert kept is not None
+        return kept.detach()
 
     def _base_copies(self, strip: bool = False) -> dict[str, Tensor]:
         """The base's values while merged, by buffer name, or by the parameter's."""

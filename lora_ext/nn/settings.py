@@ -20,10 +20,11 @@ class AdapterSettings:
         lora_bias: whether lora_B has a bias, scaled like the product.
         init_lora_weights: True: lora_A Kaiming-uniform, lora_B zero; "gaussian": lora_A normal with
             deviation 1/r, lora_B zero; False: both Kaiming-uniform, for tests.
+        use_dora: DoRA: a trained magnitude for each output feature (see `lora_ext.nn.dora`).
         autocast_adapter_dtype: keep the adapter in float32 on a bfloat16 or float16 base.
 
     Raises:
-        ValueError: a value out of range, by name.
+        ValueError: a value out of range, by name; lora_bias with use_dora.
     """
 
     r: int = 8
@@ -32,6 +33,7 @@ class AdapterSettings:
     use_rslora: bool = False
     lora_bias: bool = False
     init_lora_weights: bool | str = True
+    use_dora: bool = False
     autocast_adapter_dtype: bool = True
 
     def __post_init__(self) -> None:
@@ -50,6 +52,12 @@ class AdapterSettings:
             raise ValueError(
                 f"adapter: init_lora_weights: got {self.init_lora_weights!r}, "
                 "expected True, False or 'gaussian'"
+            )
+
+        if self.use_dora and self.lora_bias:
+            raise ValueError(
+                "adapter: lora_bias: got True with use_dora=True, expected False: DoRA scales a "
+                "weight, and a bias of lora_B is none"
             )
 
     @property
