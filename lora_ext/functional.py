@@ -95,3 +95,50 @@ def lora_update(
     if lora_bias is not None:
         update = update + lora_bias
     return (update * scaling).to(x.dtype)
+
+
+def column_scale(z: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`z * scale + bias`, one factor for each column, in one pass; so is its backward.
+
+    Differentiable twice. Keeps z and scale for backward.
+
+    Args:
+        z: [..., N], float64, float32, bfloat16 or float16.
+        scale, bias: [N], of any of these dtypes; they are computed with in float32 (float64 for
+            float64 z).
+
+    Returns:
+        [..., N], dtype of z.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape or dtype.
+        RuntimeError: tensors on different devices.
+    """
+    return torch.ops.lora_ext.column_scale(z, scale, bias)  # type: ignore[no-any-return]
+
+
+def dropout(x: Tensor, rng_state: Tensor, dropout_p: float) -> Tensor:
+    """x [..., K] as `lora_linear` drops it out for this `rng_state` (see `draw_rng_state`): divided
+    by `1 - dropout_p` where kept, else 0. Differentiable; keeps `rng_state` alone."""
+    return torch.ops.lora_ext.dropout(x, rng_state, dropout_p)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Tensor:
+    """The Euclidean norm of each row of `weight + scaling * lora_B @ lora_A`, without that matrix
+    ever being in memory. A constant for autograd, as in DoRA (arXiv:2402.09353, section 4.3).
+
+    Args:
+        weight: [N, K], float64, float32, bfloat16 or float16; rows or columns adjacent in memory.
+        lora_A: [r, K], lora_B: [N, r], dtype of weight, or float32 beside bfloat16 and float16.
+
+    Returns:
+        [N], float32 (float64 for float64).
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape or dtype.
+        RuntimeError: tensors on different devices.
+    """
+    return torch.ops.lora_ext.weight_norm(  # type: ignore[no-any-return]
+        weight, lora_A, lora_B, scaling
+    )

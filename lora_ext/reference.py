@@ -43,3 +43,28 @@ def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
     """weight [N, K] + scaling * lora_B @ lora_A, computed in float64, in the dtype of weight."""
     delta = lora_B.double() @ lora_A.double() * scaling
     return (weight.double() + delta).to(weight.dtype)
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """DoRA as PEFT defines it (see `lora_ext.nn.dora`), weight + scaling * B A in memory."""
+    direction = weight + scaling * (lora_B @ lora_A).to(weight.dtype)
+    factor = magnitude / torch.linalg.vector_norm(direction, dim=1).detach()
+    if mask is None:
+        y: Tensor = factor.to(x.dtype) * torch.nn.functional.linear(x, direction)
+    else:
+        dropped = dropout(x, dropout_p, mask)
+        low_rank = dropped @ lora_A.t() @ lora_B.t() * scaling
+        base = (factor - 1) * torch.nn.functional.linear(dropped, weight)
+        y = torch.nn.functional.linear(x, weight) + base + factor * low_rank
+    return y if bias is None else y + bias

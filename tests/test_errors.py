@@ -16,6 +16,7 @@ from torch.nn.utils import prune
 import lora_ext
 from lora_ext import lora_state_dict, mark_only_lora_as_trainable, replace_linear
 from lora_ext.errors import AlreadyMergedError, NotMergedError
+from lora_ext.functional import column_scale, dropout, weight_norm
 from lora_ext.nn import Linear
 
 Arguments = dict[str, Any]
@@ -37,6 +38,9 @@ FWD: Arguments = {"x": T(5, 4), "weight": T(3, 4), "bias": T(3), "lora_bias": T(
 BWD: Arguments = {"dy": T(5, 3), "x": T(5, 4), "h": T(5, 2), "weight": T(3, 4), **AB, **SCALE}
 BWD["mask"] = [True] * 6
 MERGE: Arguments = {"weight": T(3, 4), "scaling": 1.0, **AB}
+SCALES: Arguments = {"z": T(5, 3), "scale": T(3), "bias": T(3)}
+SCALES_BWD: Arguments = {"dy": T(5, 3), "z": T(5, 3), "scale": T(3), "mask": [True] * 3}
+DROPOUT: Arguments = {"x": T(5, 4), "rng_state": STATE, "dropout_p": 0.5}
 MASK: Arguments = {"rng_state": STATE, "rows": 2, "columns": 3, "dropout_p": 0.5}
 
 META = "got device meta, expected cpu"
@@ -117,6 +121,41 @@ MERGE_CPU_CASES: list[Case] = [
     ({"lora_A": T(2, 4) + INF}, ValueError, f"{BAD_SUM} Float), expected finite values"),
     ({"scaling": NAN}, ValueError, f"{BAD_SUM} Float), expected finite values"),
 ]
+WEIGHT_SCALE_CASES: list[Case] = [
+    ({"weight_scale": T(4)}, ValueError, "weight_scale: got shape [4], expected [3], one entry"),
+    ({"weight_scale": T(3).int()}, TypeError, "weight_scale: got dtype Int, expected a floating"),
+    ({"weight_scale": T(3, device="meta")}, RuntimeError, f"weight_scale: {META}"),
+    ({"weight_scale": T(3) + NAN}, ValueError, f"{BAD_SUM} Float), expected finite values"),
+]
+FACTOR_CASES: list[Case] = [
+    ({"scale": T(4)}, ValueError, "scale: got shape [4], expected [3], one entry"),
+    ({"scale": T(3, 1)}, ValueError, "scale: got shape [3, 1], expected [3]"),
+    ({"scale": T(3).int()}, TypeError, "scale: got dtype Int, expected a floating-point one"),
+    ({"scale": T(3, device="meta")}, RuntimeError, f"scale: {META}"),
+]
+SCALES_CASES: list[Case] = [
+    *FACTOR_CASES,
+    ({"z": T(5, 3).int()}, TypeError, f"z: {BASES}"),
+    ({"z": T(())}, ValueError, "z: got a 0-d tensor, expected [..., columns]"),
+    ({"bias": T(4)}, ValueError, "bias: got shape [4], expected [3], one entry"),
+    ({"bias": T(3).int()}, TypeError, "bias: got dtype Int, expected a floating-point one"),
+    ({"bias": T(3, device="meta")}, RuntimeError, f"bias: {META}"),
+]
+SCALES_BWD_CASES: list[Case] = [
+    *FACTOR_CASES,
+    ({"dy": T(5, 3).int()}, TypeError, f"dy: {BASES}"),
+    ({"z": None}, ValueError, "z: got None, expected [..., columns] for the gradient of scale"),
+    ({"z": T(6, 3)}, ValueError, "z: got shape [6, 3], expected dy's [5, 3]"),
+    ({"z": T(5, 3).half()}, TypeError, "z: got dtype Half, expected dy's Float"),
+    ({"z": T(5, 3, device="meta")}, RuntimeError, f"z: {META}"),
+]
+DROPOUT_CASES: list[Case] = [
+    *P_CASES,
+    ({"x": T(5, 4).int()}, TypeError, f"x: {BASES}"),
+    ({"x": T(())}, ValueError, "x: got a 0-d tensor, expected [..., columns]"),
+    ({"rng_state": STATE.int()}, ValueError, f"rng_state: got Int of shape [2], {INT64}"),
+    ({"rng_state": STATE.to("meta")}, RuntimeError, f"rng_state: {META}"),
+]
 MASK_CASES: list[Case] = [
     *P_CASES,
     ({"rng_state": STATE.int()}, ValueError, f"rng_state: got Int of shape [2], {INT64}"),
@@ -130,6 +169,17 @@ OPERATORS = {
     "bwd": (OPS.lora_linear_bwd, "lora_linear_bwd", BWD, BWD_CASES),
     "merge_": (OPS.merge_, "merge_", MERGE, MERGE_CASES),
     "merge_, on cpu": (OPS.merge_, "merge_", MERGE, MERGE_CPU_CASES),
+    "merge_, scaled, on cpu": (
+        OPS.merge_,
+        "merge_",
+        {**MERGE, "weight_scale": T(3)},
+        WEIGHT_SCALE_CASES,
+    ),
+    "weight_norm": (weight_norm, "weight_norm", MERGE, MERGE_CASES),
+    "weight_norm, on cpu": (weight_norm, "weight_norm", MERGE, MERGE_CPU_CASES[:2]),
+    "column_scale": (column_scale, "column_scale", SCALES, SCALES_CASES),
+    "column_scale_bwd": (OPS.column_scale_bwd, "column_scale_bwd", SCALES_BWD, SCALES_BWD_CASES),
+    "dropout": (dropout, "dropout", DROPOUT, DROPOUT_CASES),
     "dropout_mask, on cpu": (lora_ext.dropout_mask, "dropout_mask", MASK, MASK_CASES),
 }
 
@@ -188,6 +238,7 @@ BAD_OPTIONS: list[tuple[Arguments, str]] = [
     ({"lora_dropout": -0.5}, "lora_dropout: got -0.5, expected a probability"),
     ({"lora_dropout": 1.5}, "lora_dropout: got 1.5, expected a probability"),
     ({"lora_dropout": NAN}, "lora_dropout: got nan, expected a probability"),
+    ({"use_dora": True, "lora_bias": True}, "lora_bias: got True with use_dora=True, expected"),
     ({"init_lora_weights": "pizza"}, "init_lora_weights: got 'pizza', expected True, False or"),
 ]
 TARGETS = "replace_linear: target_modules:"

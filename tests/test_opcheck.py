@@ -93,6 +93,30 @@ def merge_samples() -> Iterator[Sample]:
         p = make_problem((1,), 10, 6, 4, dtype=dtype, adapter_dtype=adapter)
         weight, A, B = detached(p.weight, p.lora_A, p.lora_B)
         yield (weight, A, B, scaling), {}
+        yield (weight, A, B, scaling, torch.rand(6)), {}
+
+
+def weight_norm_samples() -> Iterator[Sample]:
+    for p in problems():
+        yield tuple(detached(p.weight, p.lora_A, p.lora_B)), {"scaling": p.scaling}
+
+
+def dropout_samples() -> Iterator[Sample]:
+    for dtype, grad in itertools.product([d for d, _ in DTYPES], (False, True)):
+        yield (torch.randn(3, 130).to(dtype).requires_grad_(grad), torch.tensor([7, 0]), 0.3), {}
+
+
+def column_scale_samples() -> Iterator[Sample]:
+    for p in problems():
+        z, scale = p.dy.clone().requires_grad_(), torch.randn(6, requires_grad=True)
+        yield (z, scale), {"bias": p.bias}
+        yield tuple(detached(z, scale, p.bias)), {}
+
+
+def column_scale_bwd_samples() -> Iterator[Sample]:
+    masks = itertools.cycle([[True] * 3, [True, False, False], [False, True, True]])
+    for p, mask in zip(problems(), masks, strict=False):
+        yield (p.dy, p.dy.clone() if mask[1] else None, torch.randn(6), mask), {}
 
 
 SAMPLES = {
@@ -101,7 +125,11 @@ SAMPLES = {
     "lora_linear_bwd": lora_linear_bwd_samples,
     "draw_rng_state": draw_rng_state_samples,
     "dropout_mask": dropout_mask_samples,
+    "dropout": dropout_samples,
     "merge_": merge_samples,
+    "weight_norm": weight_norm_samples,
+    "column_scale": column_scale_samples,
+    "column_scale_bwd": column_scale_bwd_samples,
 }
 CASES = [
     pytest.param(name, *sample, id=f"{name}-{i}")

@@ -1,4 +1,4 @@
-// draw_rng_state and dropout_mask on the CPU.
+// draw_rng_state, dropout_mask and dropout on the CPU.
 #include "ops/dropout.h"
 
 #include <ATen/ATen.h>
@@ -10,6 +10,7 @@
 
 #include "cpu/backend.h"
 #include "ops/checks.h"
+#include "ops/prepare.h"
 
 namespace lora_ext {
 namespace {
@@ -38,11 +39,27 @@ at::Tensor dropout_mask_cpu(const at::Tensor& rng_state, int64_t rows, int64_t c
   return keep;
 }
 
+Tensor dropout_cpu(const Tensor& x, const Tensor& rng_state, double dropout_p) {
+  check_dropout(x, rng_state, dropout_p);
+  Tensor out = at::empty(x.sizes(), x.options());
+  if (out.numel() == 0) return out;
+  const Tensor rows = as_rows(x);
+  const auto& kernels = cpu_kernels().elementwise[dtype_pair(x.scalar_type(), x.scalar_type())];
+  DropoutArgs args = dropout_args({1.0, std::nullopt, dropout_p, rng_state});
+  if (dropout_p == 0.0) args = {true, dropout_threshold(0.0), 1.0, {}};
+  at::parallel_for(0, rows.size(0), 16, [&](int64_t begin, int64_t end) {
+    kernels.dropout_rows(rows.const_data_ptr(), rows.stride(0), rows.size(1), args, begin, end,
+                         out.data_ptr());
+  });
+  return out;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lora_ext, CPU, m) {
   m.impl("draw_rng_state", &draw_rng_state_cpu);
   m.impl("dropout_mask", &dropout_mask_cpu);
+  m.impl("dropout", &dropout_cpu);
 }
 
 }  // namespace lora_ext

@@ -48,6 +48,25 @@ struct BackwardArgs {
   void* dx;  // [M, K] base type, written, or null
 };
 
+struct ColumnScaleArgs {
+  int64_t N;
+  const void* z;  // [M, N] base type, rows ldz apart
+  int64_t ldz;
+  const void* scale;  // [N] compute type
+  const void* bias;   // [N] compute type, or null
+  void* y;            // [M, N] base type, written
+};
+
+struct ColumnScaleBackwardArgs {
+  int64_t N;
+  const void* dy;  // [M, N] base type, rows lddy apart
+  int64_t lddy;
+  const void* z;  // [M, N] base type, rows ldz apart; may be null if dscale is not wanted
+  int64_t ldz;
+  const void* scale;  // [N] compute type
+  void* dz;           // [M, N] base type, written, or null
+};
+
 struct LoraLinearKernels {
   // Bytes of scratch that one call of forward_rows or backward_rows needs.
   int64_t (*scratch_bytes)(int64_t K, int64_t r);
@@ -74,16 +93,38 @@ struct LoraLinearKernels {
 struct MergeKernels {
   // Bytes of scratch that one call of merge_rows needs.
   int64_t (*scratch_bytes)(int64_t K, int64_t r);
-  // Rows [begin, end) of weight [N, K] += scaling * B A. Returns whether every result is finite;
-  // `store` false only looks.
-  bool (*merge_rows)(void* weight, int64_t ldw, const void* lora_A, const void* lora_B, int64_t K,
-                     int64_t r, double scaling, int64_t begin, int64_t end, bool store,
-                     void* scratch);
+  // Rows [begin, end) of weight [N, K] = weight * scale + scaling * B A, scale in the compute type
+  // being row_scale [N] or column_scale [K] or, both null, 1. Returns whether every result is
+  // finite; `store` false only looks.
+  bool (*merge_rows)(void* weight, int64_t ldw, const void* row_scale, const void* column_scale,
+                     const void* lora_A, const void* lora_B, int64_t K, int64_t r, double scaling,
+                     int64_t begin, int64_t end, bool store, void* scratch);
+  // The same for norm_rows.
+  int64_t (*norm_scratch_bytes)(int64_t r);
+  // Adds the squares of rows [begin, end) of weight [N, K] + scaling * B A to sums [N], or
+  // by_column to sums [K], in the compute type.
+  void (*norm_rows)(const void* weight, int64_t ldw, const void* lora_A, const void* lora_B,
+                    int64_t K, int64_t r, double scaling, int64_t begin, int64_t end,
+                    bool by_column, void* sums, void* scratch);
+};
+
+// For the base's storage type; that of the adapter is of no account.
+struct ElementwiseKernels {
+  // Rows [begin, end) of y = z * scale + bias.
+  void (*column_scale_rows)(const ColumnScaleArgs&, int64_t begin, int64_t end);
+  // Rows [begin, end) of dz = dy * scale; the sums over these rows of dy * z and of dy are added to
+  // dscale and dbias [N], in the compute type; either may be null. Scratch: 2 N compute elements.
+  void (*column_scale_backward_rows)(const ColumnScaleBackwardArgs&, int64_t begin, int64_t end,
+                                     void* dscale, void* dbias, void* scratch);
+  // Rows [begin, end) of out [M, K] = dropout(x), rows of x ldx apart.
+  void (*dropout_rows)(const void* x, int64_t ldx, int64_t K, const DropoutArgs& dropout,
+                       int64_t begin, int64_t end, void* out);
 };
 
 struct CpuKernels {
   LoraLinearKernels lora_linear[kDtypePairs];
   MergeKernels merge[kDtypePairs];
+  ElementwiseKernels elementwise[kDtypePairs];
   // keep[row][column] (one byte each) for rows [begin, end).
   void (*dropout_mask_rows)(DropoutRng rng, uint32_t threshold, int64_t columns, int64_t begin,
                             int64_t end, uint8_t* keep);

@@ -1,8 +1,10 @@
 // Compiled once per instruction set, in the namespace LORA_EXT_ISA (see CMakeLists.txt).
 #include "kernels.h"
+#include "simd/column_scale_rows.h"
 #include "simd/float_math.h"
 #include "simd/lora_linear_rows.h"
 #include "simd/merge_rows.h"
+#include "simd/norm_rows.h"
 #include "simd/transpose.h"
 
 namespace lora_ext::LORA_EXT_ISA {
@@ -23,7 +25,12 @@ constexpr LoraLinearKernels lora_linear_kernels() {
 
 template <class T, class TA>
 constexpr MergeKernels merge_kernels() {
-  return {merge_bytes<compute_t<T>>, merge_rows<T, TA>};
+  return {merge_bytes<compute_t<T>>, merge_rows<T, TA>, norm_bytes<compute_t<T>>, norm_rows<T, TA>};
+}
+
+template <class T>
+constexpr ElementwiseKernels elementwise_kernels() {
+  return {column_scale_rows<T>, column_scale_backward_rows<T>, dropout_rows<T>};
 }
 
 void dropout_mask_rows(DropoutRng rng, uint32_t threshold, int64_t columns, int64_t begin,
@@ -50,6 +57,8 @@ const CpuKernels kKernels = {
     {merge_kernels<double, double>(), merge_kernels<float, float>(),
      merge_kernels<BFloat16, BFloat16>(), merge_kernels<BFloat16, float>(),
      merge_kernels<Half, Half>(), merge_kernels<Half, float>()},
+    {elementwise_kernels<double>(), elementwise_kernels<float>(), elementwise_kernels<BFloat16>(),
+     elementwise_kernels<BFloat16>(), elementwise_kernels<Half>(), elementwise_kernels<Half>()},
     dropout_mask_rows};
 
 }  // namespace lora_ext::LORA_EXT_ISA

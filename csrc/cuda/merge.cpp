@@ -1,5 +1,6 @@
 // merge_ on CUDA: a pass that only looks, then one that writes.
 #include <ATen/ATen.h>
+#include <ATen/OpMathType.h>
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
@@ -48,12 +49,27 @@ void pass(const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B, do
   }
 }
 
+// With weight_scale, which is rare (merging DoRA): ATen's product, with a temporary.
+void merge_scaled(at::Tensor& weight, const at::Tensor& lora_A, const at::Tensor& lora_B,
+                  double scaling, const at::Tensor& weight_scale) {
+  const auto compute = at::toOpMathType(weight.scalar_type());
+  const at::Tensor scaled = weight.to(compute) * weight_scale.to(compute).unsqueeze(1);
+  const at::Tensor merged = at::addmm(scaled, lora_B.to(compute), lora_A.to(compute), 1, scaling)
+                                .to(weight.scalar_type());
+  check_merged_finite(at::isfinite(merged).all().item<bool>(), weight);
+  weight.copy_(merged);
+}
+
 void merge_cuda(at::Tensor& weight, const at::Tensor& lora_A, const at::Tensor& lora_B,
-                double scaling) {
-  check_merge(weight, lora_A, lora_B);
+                double scaling, const OptionalTensor& weight_scale) {
+  check_merge("merge_", weight, lora_A, lora_B, weight_scale);
   if (weight.numel() == 0) return;
   const c10::cuda::CUDAGuard guard(weight.device());
-  const MergeOperands operands = merge_operands(weight, lora_A, lora_B);
+  if (weight_scale.has_value()) {
+    merge_scaled(weight, lora_A, lora_B, scaling, *weight_scale);
+    return;
+  }
+  const MergeOperands operands = merge_operands("merge_", weight, lora_A, lora_B);
   at::Tensor finite = at::ones({1}, weight.options().dtype(at::kInt));
   pass(operands.weight, operands.lora_A, operands.lora_B, scaling, false, finite);
   check_merged_finite(finite.item<int>() != 0, weight);

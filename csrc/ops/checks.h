@@ -34,6 +34,15 @@ inline void check_vector(const char* op, const char* name, const OptionalTensor&
                    vector->scalar_type(), ", expected ", dtype, "; convert it with .to()");
 }
 
+// A vector that kernels read in their compute type, so of any floating dtype.
+inline void check_factor(const char* op, const char* name, const OptionalTensor& vector,
+                         const Tensor& x, const c10::SymInt& N) {
+  if (!vector.has_value()) return;
+  TORCH_CHECK_TYPE(is_lora_base_dtype(vector->scalar_type()), op, ": ", name, ": got dtype ",
+                   vector->scalar_type(), ", expected a floating-point one; convert with .to()");
+  check_vector(op, name, vector, x, N, vector->scalar_type());
+}
+
 inline void check_adapters(const char* op, const char* name, const Tensor& x, const c10::SymInt& N,
                            const c10::SymInt& K, const Tensor& lora_A, const Tensor& lora_B) {
   const auto base = x.scalar_type();
@@ -153,6 +162,45 @@ inline void check_lora_linear_bwd(const Tensor& dy, const OptionalTensor& x,
   }
 }
 
+inline void check_column_scale(const char* op, const char* name, const Tensor& z,
+                               const Tensor& scale, const OptionalTensor& bias) {
+  TORCH_CHECK_TYPE(is_lora_base_dtype(z.scalar_type()), op, ": ", name, ": got dtype ",
+                   z.scalar_type(),
+                   ", expected float64, float32, bfloat16 or float16; convert with .to()");
+  TORCH_CHECK_VALUE(z.dim() >= 1, op, ": ", name, ": got a 0-d tensor, expected [..., columns]");
+  check_factor(op, "scale", scale, z, z.sym_size(-1));
+  check_factor(op, "bias", bias, z, z.sym_size(-1));
+}
+
+// Positions in the gradients of column_scale.
+enum ColumnScaleGradient { kGradZ, kGradScale, kGradOffset, kColumnScaleGradients };
+using ColumnScaleMask = std::array<bool, kColumnScaleGradients>;
+
+inline void check_column_scale_bwd(const Tensor& dy, const OptionalTensor& z, const Tensor& scale,
+                                   const ColumnScaleMask& mask) {
+  constexpr const char* op = "column_scale_bwd";
+  check_column_scale(op, "dy", dy, scale, std::nullopt);
+  TORCH_CHECK_VALUE(!mask[kGradScale] || z.has_value(), op,
+                    ": z: got None, expected [..., columns] for the gradient of scale");
+  if (!z.has_value()) return;
+  check_device(op, "z", *z, dy);
+  TORCH_CHECK_VALUE(z->sym_sizes() == dy.sym_sizes(), op, ": z: got shape ", z->sym_sizes(),
+                    ", expected dy's ", dy.sym_sizes());
+  TORCH_CHECK_TYPE(z->scalar_type() == dy.scalar_type(), op, ": z: got dtype ", z->scalar_type(),
+                   ", expected dy's ", dy.scalar_type());
+}
+
+inline void check_dropout(const Tensor& x, const Tensor& rng_state, double dropout_p) {
+  constexpr const char* op = "dropout";
+  TORCH_CHECK_TYPE(is_lora_base_dtype(x.scalar_type()), op, ": x: got dtype ", x.scalar_type(),
+                   ", expected float64, float32, bfloat16 or float16; convert with .to()");
+  TORCH_CHECK_VALUE(x.dim() >= 1, op, ": x: got a 0-d tensor, expected [..., columns]");
+  TORCH_CHECK_VALUE(dropout_p >= 0.0 && dropout_p <= 1.0, op, ": dropout_p: got ", dropout_p,
+                    ", expected a probability from 0 to 1");
+  check_device(op, "rng_state", rng_state, x);
+  check_rng_state(op, rng_state);
+}
+
 inline void check_dropout_mask(const Tensor& rng_state, const c10::SymInt& rows,
                                const c10::SymInt& columns, double dropout_p) {
   constexpr const char* op = "dropout_mask";
@@ -162,11 +210,13 @@ inline void check_dropout_mask(const Tensor& rng_state, const c10::SymInt& rows,
   check_dropout_p(op, dropout_p);
 }
 
-inline void check_merge(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B) {
-  constexpr const char* op = "merge_";
+// For merge_ and weight_norm.
+inline void check_merge(const char* op, const Tensor& weight, const Tensor& lora_A,
+                        const Tensor& lora_B, const OptionalTensor& weight_scale) {
   TORCH_CHECK_VALUE(weight.dim() == 2, op, ": weight: got shape ", weight.sym_sizes(),
                     ", expected [out_features, in_features]");
   check_adapters(op, "weight", weight, weight.sym_size(0), weight.sym_size(1), lora_A, lora_B);
+  check_factor(op, "weight_scale", weight_scale, weight, weight.sym_size(0));
 }
 
 // The operands of merge_ by rows: a transposed weight (fan_in_fan_out) is the same sum with the
@@ -174,18 +224,19 @@ inline void check_merge(const Tensor& weight, const Tensor& lora_A, const Tensor
 struct MergeOperands {
   Tensor weight;          // rows of adjacent elements that do not overlap
   Tensor lora_A, lora_B;  // contiguous
+  bool transposed;        // rows of `weight` here are columns of what was given
 };
 
-inline MergeOperands merge_operands(const Tensor& weight, const Tensor& lora_A,
+inline MergeOperands merge_operands(const char* op, const Tensor& weight, const Tensor& lora_A,
                                     const Tensor& lora_B) {
   const bool transposed = weight.stride(1) != 1 && weight.size(1) != 1;
   const Tensor rows = transposed ? weight.t() : weight;
   const bool overlaps = rows.stride(0) < rows.size(1) && rows.size(0) > 1;
-  TORCH_CHECK_VALUE((rows.stride(1) == 1 || rows.size(1) == 1) && !overlaps,
-                    "merge_: weight: got strides ", weight.strides(),
+  TORCH_CHECK_VALUE((rows.stride(1) == 1 || rows.size(1) == 1) && !overlaps, op,
+                    ": weight: got strides ", weight.strides(),
                     ", expected rows or columns of adjacent elements; call .contiguous()");
   return {rows, (transposed ? lora_B.t() : lora_A).contiguous(),
-          (transposed ? lora_A.t() : lora_B).contiguous()};
+          (transposed ? lora_A.t() : lora_B).contiguous(), transposed};
 }
 
 inline void check_merged_finite(bool finite, const Tensor& weight) {

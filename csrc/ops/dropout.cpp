@@ -1,7 +1,8 @@
-// Schemas, dispatcher handles and Meta kernels of draw_rng_state and dropout_mask.
+// Schemas, dispatcher handles and Meta kernels of draw_rng_state, dropout_mask and dropout.
 #include "ops/dropout.h"
 
 #include <ATen/ATen.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include "ops/checks.h"
@@ -17,6 +18,43 @@ at::Tensor dropout_mask_meta(const at::Tensor& rng_state, c10::SymInt rows, c10:
                              double dropout_p) {
   check_dropout_mask(rng_state, rows, columns, dropout_p);
   return rng_state.new_empty_symint({rows, columns}, rng_state.options().dtype(at::kBool));
+}
+
+Tensor dropout_meta(const Tensor& x, const Tensor& rng_state, double dropout_p) {
+  check_dropout(x, rng_state, dropout_p);
+  return x.new_empty_symint(x.sym_sizes());
+}
+
+Tensor dropout_composed(const Tensor& x, const Tensor& rng_state, double dropout_p) {
+  check_dropout(x, rng_state, dropout_p);
+  const c10::SymInt K = x.sym_size(-1);
+  const c10::SymInt rows = K > 0 ? x.sym_numel() / K : c10::SymInt(0);
+  const double survivor = dropout_p < 1.0 ? 1.0 / (1.0 - dropout_p) : 0.0;
+  const Tensor keep = dropout_mask(rng_state, rows, K, dropout_p).reshape_symint(x.sym_sizes());
+  return at::where(keep, x * survivor, at::zeros({}, x.options())).contiguous();
+}
+
+// dropout is linear and its own transpose, so its gradient is dropout of the gradient.
+struct Dropout : torch::autograd::Function<Dropout> {
+  static constexpr bool is_traceable = true;
+
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x,
+                        const Tensor& rng_state, double dropout_p) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    ctx->save_for_backward({rng_state});
+    ctx->saved_data["dropout_p"] = dropout_p;
+    return dropout(x, rng_state, dropout_p);
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 const torch::autograd::variable_list& dy) {
+    const Tensor rng_state = ctx->get_saved_variables()[0];
+    return {dropout(dy[0], rng_state, ctx->saved_data["dropout_p"].toDouble()), Tensor(), Tensor()};
+  }
+};
+
+Tensor dropout_autograd(const Tensor& x, const Tensor& rng_state, double dropout_p) {
+  return Dropout::apply(x, rng_state, dropout_p);
 }
 
 }  // namespace
@@ -37,16 +75,30 @@ at::Tensor dropout_mask(const at::Tensor& rng_state, c10::SymInt rows, c10::SymI
   return op.call(rng_state, rows, columns, dropout_p);
 }
 
+Tensor dropout(const Tensor& x, const Tensor& rng_state, double dropout_p) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("lora_ext::dropout", "")
+                             .typed<Tensor(const Tensor&, const Tensor&, double)>();
+  return op.call(x, rng_state, dropout_p);
+}
+
 TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
   m.def("draw_rng_state(Tensor like) -> Tensor",
         {at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded});
   m.def("dropout_mask(Tensor rng_state, SymInt rows, SymInt columns, float dropout_p) -> Tensor",
+        {at::Tag::pt2_compliant_tag});
+  m.def("dropout(Tensor x, Tensor rng_state, float dropout_p) -> Tensor",
         {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(lora_ext, Meta, m) {
   m.impl("draw_rng_state", &draw_rng_state_meta);
   m.impl("dropout_mask", &dropout_mask_meta);
+  m.impl("dropout", &dropout_meta);
 }
+
+TORCH_LIBRARY_IMPL(lora_ext, CompositeExplicitAutograd, m) { m.impl("dropout", &dropout_composed); }
+
+TORCH_LIBRARY_IMPL(lora_ext, Autograd, m) { m.impl("dropout", &dropout_autograd); }
 
 }  // namespace lora_ext

@@ -12,4 +12,7 @@ at::Tensor draw_rng_state(const at::Tensor& like);
 at::Tensor dropout_mask(const at::Tensor& rng_state, c10::SymInt rows, c10::SymInt columns,
                         double dropout_p);
 
+// x [..., K] where its mask keeps, divided by 1 - dropout_p; else 0. Differentiable.
+at::Tensor dropout(const at::Tensor& x, const at::Tensor& rng_state, double dropout_p);
+
 }  // namespace lora_ext

@@ -35,6 +35,10 @@ Tensor as_rows(const Tensor& tensor) {
   return flat.stride(1) == 1 || width == 1 ? flat : flat.contiguous();
 }
 
+Tensor as_vector(const OptionalTensor& vector, at::ScalarType dtype) {
+  return vector.has_value() ? vector->to(dtype).contiguous() : Tensor();
+}
+
 LoraScale read_scaling(LoraScale scale) {
   if (scale.scaling_tensor.has_value()) {
     scale.scaling *= scale.scaling_tensor->item<double>();

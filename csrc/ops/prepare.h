@@ -10,6 +10,9 @@ namespace lora_ext {
 // [..., width] as [rows, width] with neighbouring columns adjacent; copies only if it must.
 Tensor as_rows(const Tensor& tensor);
 
+// As a vector of adjacent elements of `dtype`; undefined if there is none.
+Tensor as_vector(const OptionalTensor& vector, at::ScalarType dtype);
+
 // The same scale with the scaling tensor read into the number: on the CPU. On a GPU that would wait
 // for the device, and break the capture of a CUDA graph.
 LoraScale read_scaling(LoraScale scale);

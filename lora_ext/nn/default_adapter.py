@@ -45,8 +45,9 @@ class DefaultAdapter:
             text += f", lora_alpha={settings.lora_alpha}"
             if settings.lora_dropout > 0.0:
                 text += f", lora_dropout={settings.lora_dropout}"
-            if settings.use_rslora:
-                text += ", use_rslora=True"
+            for flag in ("use_rslora", "use_dora"):
+                if getattr(settings, flag):
+                    text += f", {flag}=True"
         for flag in ("fan_in_fan_out", "merged"):
             if getattr(self, flag, False):
                 text += f", {flag}=True"

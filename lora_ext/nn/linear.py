@@ -8,7 +8,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from lora_ext.functional import lora_linear, lora_update
+from lora_ext.functional import lora_linear, lora_update, weight_norm
+from lora_ext.nn import dora
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.lora_layer import LoraLayer, LowRank
 from lora_ext.nn.settings import AdapterSettings
@@ -83,8 +84,8 @@ class Linear(LinearBase):
     Args:
         in_features, out_features: sizes of the last dimension of input and output.
         r: rank; 0 is a plain linear layer, without an adapter.
-        lora_alpha, lora_dropout, use_rslora, lora_bias, init_lora_weights, autocast_adapter_dtype:
-            see `AdapterSettings`.
+        lora_alpha, lora_dropout, use_rslora, lora_bias, init_lora_weights, use_dora,
+            autocast_adapter_dtype: see `AdapterSettings`.
         fan_in_fan_out: `weight` is stored as [in_features, out_features] (GPT-2's Conv1D).
         merge_weights: eval() merges and train() unmerges, as loralib does.
         bias: whether the base has a bias.
@@ -113,6 +114,7 @@ class Linear(LinearBase):
         bias: bool = True,
         lora_bias: bool = False,
         init_lora_weights: bool | str = True,
+        use_dora: bool = False,
         autocast_adapter_dtype: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -128,6 +130,7 @@ class Linear(LinearBase):
                 use_rslora=use_rslora,
                 lora_bias=lora_bias,
                 init_lora_weights=init_lora_weights,
+                use_dora=use_dora,
                 autocast_adapter_dtype=autocast_adapter_dtype,
             )
 
@@ -186,6 +189,8 @@ class Linear(LinearBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] → [..., out_features]."""
+        if self._runs_dora:
+            return dora.linear_forward(self, x, self._weight_matrix())
         if self._base_forward is None:
             return adapted_linear(x, self._weight_matrix(), self.bias, self.low_rank())
         y: Tensor = self._base_forward(self, x)
@@ -200,7 +205,14 @@ class Linear(LinearBase):
         }
         if settings.lora_bias:
             shapes["lora_bias"] = (self.out_features,)
+        if settings.use_dora:
+            shapes["lora_magnitude_vector"] = (self.out_features,)
         return shapes
+
+    def _weight_norm(self, adapter_name: str) -> Tensor:
+        weight = self.unmerged_weight()
+        weight = weight.t() if self.fan_in_fan_out else weight
+        return weight_norm(weight, *self._stack([adapter_name])[:2], self._scaling[adapter_name])
 
     def _merged_parameters(self, names: Sequence[str]) -> dict[str, Tensor]:
         parameters: dict[str, Tensor] = {"weight": self.weight}
@@ -214,7 +226,7 @@ class Linear(LinearBase):
         return parameters
 
     def _write_merged(self, names: Sequence[str]) -> None:
-        stack = self._stack(names)
+        stack, weight_scale = dora.merged_stack(self, names)
         if stack.lora_bias is not None:
             compute = torch.promote_types(self.bias.dtype, torch.float32)
             merged = self.bias.to(compute) + stack.lora_bias.to(compute) * stack.scaling
@@ -223,7 +235,8 @@ class Linear(LinearBase):
                 raise ValueError(
                     "Linear.merge: the merged bias would hold NaN or Inf; nothing changed"
                 )
-        torch.ops.lora_ext.merge_(self._weight_matrix(), stack.lora_A, stack.lora_B, stack.scaling)
+        weight = self._weight_matrix()
+        torch.ops.lora_ext.merge_(weight, stack.lora_A, stack.lora_B, stack.scaling, weight_scale)
         if stack.lora_bias is not None:
             self.bias.copy_(merged)
 

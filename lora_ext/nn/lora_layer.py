@@ -40,12 +40,13 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
     """
 
     # Shared by every kind of layer; the settings hold the rest.
-    PARTS: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_bias")
+    PARTS: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_bias", "lora_magnitude_vector")
     # The parts' names in PEFT's checkpoints, below the layer's name.
     PEFT_NAMES: ClassVar[dict[str, str]] = {
         "lora_A": "lora_A.weight",
         "lora_B": "lora_B.weight",
         "lora_bias": "lora_B.bias",
+        "lora_magnitude_vector": "lora_magnitude_vector",
     }
     # What stands before "lora_A", "lora_B" and "lora_bias" in PARTS: a kind of layer with several
     # products has one prefix for each.
@@ -55,7 +56,7 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
     # What `_adopt` and the constructors add to the base's attributes.
     _STATE: ClassVar[frozenset[str]] = frozenset(
         "adapters active_adapters merged_adapters merge_weights "
-        "_base_class _base_forward _scaling _enabled _running".split()
+        "_base_class _base_forward _scaling _enabled _running _runs_dora".split()
     )
 
     adapters: dict[str, AdapterSettings]
@@ -65,6 +66,7 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
     lora_bias: nn.Parameter | None
+    lora_magnitude_vector: nn.Parameter | None
 
     # What a kind of layer says of itself
 
@@ -77,6 +79,11 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
         shape of lora_B times lora_A; a view."""
         raise NotImplementedError
 
+    def _weight_norm(self, adapter_name: str) -> Tensor:
+        """For DoRA, in the shape of the magnitude: the norm of every row of the base's weight plus
+        the adapter's scaled product, in float32 (float64 for float64)."""
+        raise NotImplementedError
+
     # Construction
 
     def _init_adapters(self, base_class: type[nn.Module], merge_weights: bool = False) -> None:
@@ -87,6 +94,7 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
         self._scaling: dict[str, float] = {}
         self._enabled = True
         self._running: tuple[str, ...] = ()
+        self._runs_dora = False
         for part in self.PARTS:
             self.register_parameter(part, None)
 
@@ -160,15 +168,22 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
             settings: those of `AdapterSettings`.
 
         Raises:
-            ValueError: the name is taken or cannot be one, or a setting is out of range.
+            ValueError: the name is taken or cannot be one, a setting is out of range, or this kind
+                of layer has no DoRA.
         """
         check_adapter_name(adapter_name, self.adapters, type(self).__name__)
         chosen = AdapterSettings(**settings)
+        shapes = self.part_shapes(chosen)
+        if chosen.use_dora and "lora_magnitude_vector" not in shapes:
+            raise ValueError(
+                f"{type(self).__name__}.add_adapter: use_dora: got True, expected False: "
+                "this kind of layer has no DoRA"
+            )
         base = next(iter(self._merged_parameters(()).values()))
         dtype = base.dtype
         if chosen.autocast_adapter_dtype and dtype in (torch.bfloat16, torch.float16):
             dtype = torch.float32
-        for part, shape in self.part_shapes(chosen).items():
+        for part, shape in shapes.items():
             tensor = torch.empty(shape, device=base.device, dtype=dtype)
             self.register_parameter(part_name(part, adapter_name), nn.Parameter(tensor))
         self.adapters[adapter_name] = chosen
@@ -301,6 +316,10 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
                 weight = self._weight_matrix(prefix)
                 kind, scaling = settings.init_lora_weights, settings.scaling
                 initialise(kind, A, B, weight, scaling, lora_bias=bias)
+        magnitude = self._part("lora_magnitude_vector", name)
+        if magnitude is not None:
+            with torch.no_grad():
+                magnitude.copy_(self._weight_norm(name))
 
     # Scales
 
@@ -356,6 +375,7 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
     def _choose_running(self) -> None:
         runs = self._enabled and not self.merged_adapters
         self._running = tuple(n for n in self.active_adapters if runs and self._scaling[n] != 0.0)
+        self._runs_dora = any(self.adapters[name].use_dora for name in self._running)
 
     @property
     def running_adapters(self) -> tuple[str, ...]:

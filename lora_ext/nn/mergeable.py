@@ -104,6 +104,12 @@ class MergeableLayer(nn.Module):
         self.merged_adapters = ()
         self._choose_running()
 
+    def unmerged_weight(self) -> Tensor:
+        """The base's own weight, also while merged."""
+        weight = self._base_copies().get("weight", self._parameters["weight"])
+        assert weight is not None
+        return weight.detach()
+
     def _base_copies(self) -> dict[str, Tensor]:
         """The base's values while merged, by the parameter's name."""
         if not self.merged:

@@ -21,10 +21,11 @@ class AdapterSettings:
         init_lora_weights: True, False (for tests), "gaussian", "orthogonal", "pissa",
             "pissa_niter_N" or "olora"; see `lora_ext.nn.init`. The last three take the initial
             product out of the base's weight.
+        use_dora: DoRA: a trained magnitude for each output feature (see `lora_ext.nn.dora`).
         autocast_adapter_dtype: keep the adapter in float32 on a bfloat16 or float16 base.
 
     Raises:
-        ValueError: a value out of range, by name.
+        ValueError: a value out of range, by name; lora_bias with use_dora.
     """
 
     r: int = 8
@@ -33,6 +34,7 @@ class AdapterSettings:
     use_rslora: bool = False
     lora_bias: bool = False
     init_lora_weights: bool | str = True
+    use_dora: bool = False
     autocast_adapter_dtype: bool = True
 
     def __post_init__(self) -> None:
@@ -51,6 +53,12 @@ class AdapterSettings:
             check_init(self.init_lora_weights)
         except ValueError as error:
             raise ValueError(f"adapter: {error}") from None
+
+        if self.use_dora and self.lora_bias:
+            raise ValueError(
+                "adapter: lora_bias: got True with use_dora=True, expected False: DoRA scales a "
+                "weight, and a bias of lora_B is none"
+            )
 
     @property
     def scaling(self) -> float:

@@ -14,8 +14,9 @@ int64_t merge_bytes(int64_t /*K*/, int64_t r) {
 }
 
 template <class T, class TA>
-bool merge_rows(void* weight, int64_t ldw, const void* lora_A, const void* lora_B, int64_t K,
-                int64_t r, double scaling, int64_t begin, int64_t end, bool store, void* scratch) {
+bool merge_rows(void* weight, int64_t ldw, const void* row_scale, const void* column_scale,
+                const void* lora_A, const void* lora_B, int64_t K, int64_t r, double scaling,
+                int64_t begin, int64_t end, bool store, void* scratch) {
   using S = compute_t<T>;
   auto* scaled = static_cast<S*>(scratch);
   bool finite = true;
@@ -24,7 +25,9 @@ bool merge_rows(void* weight, int64_t ldw, const void* lora_A, const void* lora_
     copy_kept(static_cast<const TA*>(lora_B) + n * r, r, rows, r, nullptr, 0, scaled, r);
     for (int64_t i = 0; i < rows * r; ++i) scaled[i] *= static_cast<S>(scaling);
     gemm(rows, K, r, LeftRows<S>{scaled, r, 1}, RightRows<TA>{static_cast<const TA*>(lora_A), K},
-         StoreMerged<S, T>{static_cast<T*>(weight) + n * ldw, ldw, store, &finite});
+         StoreMerged<S, T>{static_cast<T*>(weight) + n * ldw, ldw,
+                           row_scale ? static_cast<const S*>(row_scale) + n : nullptr,
+                           static_cast<const S*>(column_scale), store, &finite});
   }
   return finite;
 }

@@ -1,0 +1,119 @@
+// column_scale and its gradients on a range of rows: one pass over each operand.
+#pragma once
+
+#include "../kernels.h"
+#include "rows.h"
+
+namespace lora_ext::LORA_EXT_ISA {
+
+// Rows [begin, end) of y = z * scale + bias
+template <class T>
+void column_scale_rows(const ColumnScaleArgs& args, int64_t begin, int64_t end) {
+  using S = compute_t<T>;
+  using V = Vec<S>;
+  const auto* scale = static_cast<const S*>(args.scale);
+  const auto* bias = static_cast<const S*>(args.bias);
+  for (int64_t m = begin; m < end; ++m) {
+    const T* z = static_cast<const T*>(args.z) + m * args.ldz;
+    T* y = static_cast<T*>(args.y) + m * args.N;
+    for (int64_t j = 0; j < args.N; j += V::kWidth) {
+      const int lanes = static_cast<int>(at_most(args.N - j, V::kWidth));
+      const auto offset = bias ? load_lanes<S>(bias + j, lanes) : V::zero();
+      store_lanes<S>(y + j,
+                     V::fma(load_lanes<S>(z + j, lanes), load_lanes<S>(scale + j, lanes), offset),
+                     lanes);
+    }
+  }
+}
+
+// Columns [j, j + lanes) of kRows rows: dz = dy * scale, and the sums over the rows.
+template <class T, int kRows>
+inline void column_scale_tile(const ColumnScaleBackwardArgs& args, int64_t m, int64_t j, int lanes,
+                              compute_t<T>* dscale, compute_t<T>* dbias) {
+  using S = compute_t<T>;
+  using V = Vec<S>;
+  const auto* dy = static_cast<const T*>(args.dy) + m * args.lddy + j;
+  const auto* z = static_cast<const T*>(args.z) + m * args.ldz + j;
+  auto* dz = static_cast<T*>(args.dz) + m * args.N + j;
+  const auto scale = load_lanes<S>(static_cast<const S*>(args.scale) + j, lanes);
+  auto scale_sum = dscale ? load_lanes<S>(dscale + j, lanes) : V::zero();
+  auto bias_sum = dbias ? load_lanes<S>(dbias + j, lanes) : V::zero();
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) {
+    const auto gradient = load_lanes<S>(dy + i * args.lddy, lanes);
+    if (dscale) scale_sum = V::fma(gradient, load_lanes<S>(z + i * args.ldz, lanes), scale_sum);
+    if (dbias) bias_sum = V::add(bias_sum, gradient);
+    if (args.dz) store_lanes<S>(dz + i * args.N, V::mul(gradient, scale), lanes);
+  }
+  if (dscale) store_lanes<S>(dscale + j, scale_sum, lanes);
+  if (dbias) store_lanes<S>(dbias + j, bias_sum, lanes);
+}
+
+template <class T, int kRows>
+inline void column_scale_row_tile(const ColumnScaleBackwardArgs& args, int64_t m,
+                                  compute_t<T>* dscale, compute_t<T>* dbias) {
+  constexpr int kWidth = Vec<compute_t<T>>::kWidth;
+  int64_t j = 0;
+  for (; j + kWidth <= args.N; j += kWidth) {
+    column_scale_tile<T, kRows>(args, m, j, kWidth, dscale, dbias);
+  }
+  if (j < args.N) {
+    column_scale_tile<T, kRows>(args, m, j, static_cast<int>(args.N - j), dscale, dbias);
+  }
+}
+
+// sum [N] += part [N], part = 0
+template <class S>
+void drain(S* part, S* sum, int64_t N) {
+  for (int64_t j = 0; sum && j < N; ++j) {
+    sum[j] += part[j];
+    part[j] = 0;
+  }
+}
+
+// Rows [begin, end) of dz; their sums are added to dscale and dbias [N].
+template <class T>
+void column_scale_backward_rows(const ColumnScaleBackwardArgs& args, int64_t begin, int64_t end,
+                                void* dscale_sum, void* dbias_sum, void* scratch) {
+  using S = compute_t<T>;
+  constexpr int64_t kSumRows = 64;  // that one sum adds up in sequence
+  auto* dscale = static_cast<S*>(dscale_sum);
+  auto* dbias = static_cast<S*>(dbias_sum);
+  auto* parts = static_cast<S*>(scratch);
+  for (int64_t j = 0; j < 2 * args.N; ++j) parts[j] = 0;
+  S* dscale_part = dscale ? parts : nullptr;
+  S* dbias_part = dbias ? parts + args.N : nullptr;
+  for (int64_t first = begin; first < end; first += kSumRows) {
+    const int64_t last = first + at_most(end - first, kSumRows);
+    int64_t m = first;
+    for (; m + 4 <= last; m += 4) column_scale_row_tile<T, 4>(args, m, dscale_part, dbias_part);
+    for (; m < last; ++m) column_scale_row_tile<T, 1>(args, m, dscale_part, dbias_part);
+    drain(dscale_part, dscale, args.N);
+    drain(dbias_part, dbias, args.N);
+  }
+}
+
+// Rows [begin, end) of out [M, K] = dropout(x)
+template <class T>
+void dropout_rows(const void* x, int64_t ldx, int64_t K, const DropoutArgs& dropout, int64_t begin,
+                  int64_t end, void* out) {
+  using S = compute_t<T>;
+  using V = Vec<S>;
+  const auto survivor = V::set1(static_cast<S>(dropout.scale));
+  for (int64_t m = begin; m < end; ++m) {
+    const T* in = static_cast<const T*>(x) + m * ldx;
+    T* row = static_cast<T*>(out) + m * K;
+    for (int64_t block = 0; block < K; block += kDropoutBlock) {
+      uint16_t words[kDropoutSlots];
+      fill_keep_block(dropout.rng, m, block / kDropoutBlock, dropout.threshold, words);
+      const int64_t end_column = block + at_most(K - block, kDropoutBlock);
+      for (int64_t j = block; j < end_column; j += V::kWidth) {
+        const int lanes = static_cast<int>(at_most(end_column - j, V::kWidth));
+        const auto value = V::mul(load_lanes<S>(in + j, lanes), survivor);
+        store_lanes<S>(row + j, V::keep(value, bits_at(words, j - block)), lanes);
+      }
+    }
+  }
+}
+
+}  // namespace lora_ext::LORA_EXT_ISA
