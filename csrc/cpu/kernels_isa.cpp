@@ -1,6 +1,7 @@
 // Compiled once per instruction set, in the namespace LORA_EXT_ISA (see CMakeLists.txt).
 #include "kernels.h"
 #include "simd/float_math.h"
+#include "simd/lora_embedding_rows.h"
 #include "simd/lora_linear_rows.h"
 #include "simd/merge_rows.h"
 #include "simd/transpose.h"
@@ -24,6 +25,13 @@ constexpr LoraLinearKernels lora_linear_kernels() {
 template <class T, class TA>
 constexpr MergeKernels merge_kernels() {
   return {merge_bytes<compute_t<T>>, merge_rows<T, TA>};
+}
+
+template <class T, class TA>
+constexpr LoraEmbeddingKernels lora_embedding_kernels() {
+  using Math = FloatMath<T, TA>;
+  return {embedding_bytes<Math>, embedding_forward_rows<Math, TA>,
+          embedding_backward_rows<Math, TA>};
 }
 
 void dropout_mask_rows(DropoutRng rng, uint32_t threshold, int64_t columns, int64_t begin,
@@ -50,6 +58,9 @@ const CpuKernels kKernels = {
     {merge_kernels<double, double>(), merge_kernels<float, float>(),
      merge_kernels<BFloat16, BFloat16>(), merge_kernels<BFloat16, float>(),
      merge_kernels<Half, Half>(), merge_kernels<Half, float>()},
+    {lora_embedding_kernels<double, double>(), lora_embedding_kernels<float, float>(),
+     lora_embedding_kernels<BFloat16, BFloat16>(), lora_embedding_kernels<BFloat16, float>(),
+     lora_embedding_kernels<Half, Half>(), lora_embedding_kernels<Half, float>()},
     dropout_mask_rows};
 
 }  // namespace lora_ext::LORA_EXT_ISA
