@@ -134,6 +134,38 @@ def test_panels_and_tiles(shape: tuple[int, int, int], dtype: torch.dtype) -> No
         assert relative(actual.double(), expected) <= bound
 
 
+def test_composition_for_other_devices_computes_the_same() -> None:
+    """Run here on CPU tensors: what a device without kernels dispatches to."""
+    composed = torch._C.DispatchKey.CompositeExplicitAutograd
+    operators = torch.ops.lora_ext
+    forward, backward = operators.lora_embedding_fwd.default, operators.lora_embedding_bwd.default
+    layer, index = layer_of(dtype=torch.float64), tokens()
+    tables = [t.detach() for t in (layer.lora_A, layer.lora_B)]
+    operands = (index, layer.weight.detach(), *tables, 0.75)
+    torch.testing.assert_close(forward._op_dk(composed, *operands), forward(*operands))
+    dy = torch.randn(*index.shape, WIDTH, dtype=torch.float64)
+    for padding, by_frequency in ((-1, False), (3, False), (-1, True)):
+        for mask in ([True, True], [True, False], [False, True]):
+            operands = (dy, index, *tables, 0.75, padding, by_frequency, mask)
+            pairs = zip(backward._op_dk(composed, *operands), backward(*operands), strict=True)
+            for theirs, ours in pairs:
+                torch.testing.assert_close(theirs, ours)
+
+
+def test_nothing_of_the_size_of_the_tokens_is_kept_for_backward() -> None:
+    layer, index = layer_of(), tokens()
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(index)
+    expected = {t.data_ptr() for t in (index, layer.lora_A, layer.lora_B)}
+    assert len(kept) == 3 and {t.data_ptr() for t in kept} == expected
+
+
 def test_explain() -> None:
     def path(**options: Any) -> str:
         return lora_ext.explain(nn.Sequential(layer_of(**options)))[0].path
