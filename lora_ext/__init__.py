@@ -13,7 +13,7 @@ from lora_ext.adapters import (
     print_trainable_parameters,
     replace_linear,
 )
-from lora_ext.functional import draw_rng_state, dropout_mask, lora_linear
+from lora_ext.functional import draw_rng_state, dropout_mask, lora_embedding, lora_linear
 
 __all__ = [
     "LoraConfig",
@@ -25,6 +25,7 @@ __all__ = [
     "explain",
     "get_lora_model",
     "get_peft_model",
+    "lora_embedding",
     "lora_linear",
     "lora_state_dict",
     "mark_only_lora_as_trainable",

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lora_ext._extension import _C, build_info
-from lora_ext.nn import Linear
+from lora_ext.nn import Embedding, Linear, LoraLayer
 from lora_ext.nn.lora_layer import LowRank
 
 
@@ -38,20 +38,31 @@ def explain(model: nn.Module, tokens: int = 2048) -> Explanation:
     return Explanation(
         LayerPath(name, *_explain_layer(module, tokens))
         for name, module in model.named_modules()
-        if isinstance(module, Linear)
+        if isinstance(module, LoraLayer)
     )
 
 
-def _explain_layer(layer: Linear, tokens: int) -> tuple[str, str]:
+def _explain_layer(layer: LoraLayer, tokens: int) -> tuple[str, str]:
+    kind = layer._base_class.__name__
+    functional = {"Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding"}
+    base = f"torch.nn.functional.{kind.lower()}" if kind in functional else f"torch.nn.{kind}"
     if not layer.adapters:
-        return "torch.nn.functional.linear", "there is no adapter"
+        return base, "there is no adapter"
     if layer.merged:
-        return "torch.nn.functional.linear", "merged: the adapter is in the weight"
+        return base, "merged: the adapter is in the weight"
+    if not layer.running_adapters:
+        return base, "no adapter runs: disabled, not active, or of scale 0"
+    if isinstance(layer, Linear):
+        return _explain_linear(layer, tokens)
+    if isinstance(layer, Embedding):
+        return _explain_embedding(layer)
+    return layer.PATH
+
+
+def _explain_linear(layer: Linear, tokens: int) -> tuple[str, str]:
     if layer._base_forward is not None:
         kind = layer._base_class.__qualname__
         return "composed", f"{kind} has a forward of its own, to whose result the update is added"
-    if not layer.running_adapters:
-        return "torch.nn.functional.linear", "no adapter runs: disabled, not active, or of scale 0"
     first, *others = layer.low_rank()
     path, reason = _explain_call(layer, first, tokens)
     if others:
@@ -76,3 +87,16 @@ def _explain_call(layer: Linear, adapter: LowRank, tokens: int) -> tuple[str, st
     return _C.explain_lora_linear_cuda(
         layer.out_features, layer.in_features, len(adapter.lora_A), dtype, 10 * major + minor
     )
+
+
+def _explain_embedding(layer: Embedding) -> tuple[str, str]:
+    if layer.max_norm is not None:
+        return "aten embedding", "max_norm changes the tables before each lookup"
+    if layer.sparse and layer.weight.requires_grad:
+        return "aten embedding", "the gradient of weight is sparse"
+    device = layer.weight.device.type
+    if device != "cpu":
+        return "aten embedding", f"there is no fused kernel for {device}: two lookups, one product"
+    # The kernels on bf16 dot products are lora_linear's alone.
+    capability = str(_C.build_info()["cpu_capability"]).removesuffix("_bf16")
+    return f"cpu fused {capability}", "one pass over the result; lora_A is gathered in cache"

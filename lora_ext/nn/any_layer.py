@@ -25,6 +25,7 @@ class AnyLayer(LoraLayer):
 
     # The names of the adapted weights; a class of its own for each base class and choice has them.
     WEIGHTS: ClassVar[tuple[str, ...]] = ()
+    PATH: ClassVar[tuple[str, str]] = ("composed", "W + scaling * lora_B lora_A in every call")
     PEFT_NAMES: ClassVar[dict[str, str]] = {}
 
     @classmethod

@@ -56,6 +56,7 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
         "o_lora_A": "base_layer.out_proj.lora_A.weight",
         "o_lora_B": "base_layer.out_proj.lora_B.weight",
     }
+    PATH: ClassVar[tuple[str, str]] = ("lora_linear", "for each projection, fused with its base")
     _STATE: ClassVar[frozenset[str]] = LoraLayer._STATE | {"enable_lora"}
 
     enable_lora: tuple[str, ...] | None

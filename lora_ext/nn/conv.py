@@ -40,6 +40,12 @@ class _LoraConv(LoraLayer, _ConvNd):
         ValueError: r is no multiple of groups, or a setting is out of range, by name.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    PATH: ClassVar[tuple[str, str]] = (
+        "aten convolution",
+        "lora_A convolves as the base does, and lora_B's result is added to y",
+    )
     _KIND: ClassVar[type[_ConvNd]]
     _CONVOLVE: ClassVar[Callable[..., Tensor]]
 
@@ -131,7 +137,7 @@ class _LoraConv(LoraLayer, _ConvNd):
 
     def _bias_with(self, stacks: Sequence[LowRank]) -> Tensor | None:
         """bias + scaling * lora_bias, rounded once, so that the base's convolution adds both."""
-        total = self.bias
+        total: Tensor | None = self.bias
         for stack in stacks:
             if stack.lora_bias is not None:
                 added = stack.lora_bias * stack.scaling
@@ -167,7 +173,7 @@ class _LoraConv(LoraLayer, _ConvNd):
         return self.weight.flatten(1)
 
     def _merged_parameters(self, names: Sequence[str]) -> dict[str, Tensor]:
-        parameters = {"weight": self.weight}
+        parameters: dict[str, Tensor] = {"weight": self.weight}
         if any(self.adapters[name].lora_bias for name in names):
             if self.bias is None:
                 raise ValueError(

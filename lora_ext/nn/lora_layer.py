@@ -51,6 +51,8 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
     # What stands before "lora_A", "lora_B" and "lora_bias" in PARTS: a kind of layer with several
     # products has one prefix for each.
     PREFIXES: ClassVar[tuple[str, ...]] = ("",)
+    # (path, reason) for `explain`, of the kinds that have only one.
+    PATH: ClassVar[tuple[str, str]] = ("composed", "in plain PyTorch")
     # Where the rank stands in lora_A and in lora_B.
     RANK_DIMS: ClassVar[tuple[int, int]] = (0, 1)
     # What `_adopt` and the constructors add to the base's attributes.

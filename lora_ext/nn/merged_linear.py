@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,11 @@ class MergedLinear(LinearBase):
         ValueError: an adapter without an enabled slice (also loralib's default `[False]` with
             r > 0), sizes that do not add up to out_features, or a setting out of range.
     """
+
+    PATH: ClassVar[tuple[str, str]] = (
+        "lora_linear",
+        "one call with a block-diagonal lora_B, or one for each slice where that has many zeros",
+    )
 
     enable_lora: tuple[bool, ...]
     slice_sizes: tuple[int, ...]
