@@ -236,12 +236,13 @@ class MultiheadAttention(DefaultAdapter, nn.MultiheadAttention):
         return y, weights
 
     def _is_batched(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        where, shapes = type(self).__name__, [tuple(t.shape) for t in (query, key, value)]
+        where = type(self).__name__
         if query.is_nested or key.is_nested or value.is_nested:
             raise TypeError(
                 f"{where}: query: got a nested tensor, expected a plain one while an adapter runs; "
                 "construct nn.TransformerEncoder with enable_nested_tensor=False"
             )
+        shapes = [tuple(x.shape) for x in (query, key, value)]
         if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
             raise ValueError(
                 f"{where}: query, key, value: got shapes {shapes}, expected three of two "
