@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import lora_ext
+from lora_ext.adapters.layers import adaptable
 from lora_ext.nn import LoraLayer, MultiheadAttention
 
 E, HEADS, N, L, S, RANK = 12, 2, 3, 4, 5, 2
@@ -321,9 +322,10 @@ def test_a_nan_in_the_last_projection_leaves_all() -> None:
     assert not layer.merged and all(torch.equal(base[name], before[name]) for name in base)
 
 
+@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
 @pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "merged"])
 @each_form
-def test_state_dict_round_trip(form: tuple[str, ...] | None, merged: bool) -> None:
+def test_state_dict_round_trip(form: tuple[str, ...] | None, merged: bool, assign: bool) -> None:
     model, other = (nn.ModuleDict({"attn": layer_of(form)}) for _ in range(2))
     layer, loaded, args = model["attn"], other["attn"], inputs({})
     assert isinstance(layer, LoraLayer) and isinstance(loaded, LoraLayer)
@@ -333,13 +335,44 @@ def test_state_dict_round_trip(form: tuple[str, ...] | None, merged: bool) -> No
         layer.merge()
         loaded.merge()
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    other.load_state_dict(state)
+    other.load_state_dict({n: v.clone() for n, v in state.items()}, assign=assign)
     assert loaded.merged == merged and torch.equal(loaded(*args)[0], layer(*args)[0])
     if merged:
         layer.unmerge()
         loaded.unmerge()
     for name, value in model.state_dict().items():
         assert torch.equal(other.state_dict()[name], value) and torch.equal(state[name], value)
+
+
+def test_loading_nan_into_a_merged_layer_unmerges_it() -> None:
+    layer, state = layer_of(), layer_of().state_dict()
+    layer.merge()
+    state["out_proj.weight"] = torch.full((E, E), torch.nan)
+    with pytest.raises(RuntimeError, match="now unmerged"):
+        layer.load_state_dict(state)
+    assert not layer.merged and layer.out_proj.weight.isnan().all()
+    assert torch.equal(layer.in_proj_weight, state["in_proj_weight"])
+
+
+def test_adapters_are_renamed_and_deleted() -> None:
+    layer, args = layer_of(FORMS["qv"]), inputs({})
+    y = layer(*args)[0]
+    layer.rename_adapter("default", "english")
+    assert {"q_lora_A_english", "v_lora_B_english"} <= set(layer.state_dict())
+    assert torch.equal(layer(*args)[0], y)
+    layer.delete_adapter("english")
+    assert set(layer.state_dict()) == set(layer.get_base_layer().state_dict())
+
+
+def test_a_config_reaches_it() -> None:
+    base = nn.MultiheadAttention(E, HEADS, dtype=torch.float64)
+    layer, args = adaptable("attn", base), inputs({})
+    assert isinstance(layer, MultiheadAttention) and torch.equal(layer(*args)[0], base(*args)[0])
+    settings = {"r": RANK, "lora_alpha": 3, "init_lora_weights": False}
+    layer.add_adapter("default", **settings)
+    shapes = {name: tuple(p.shape) for name, p in layer.peft_parameters("default").items()}
+    assert shapes == layer.peft_shapes(layer.adapters["default"])
+    assert_same(layer, args, {})
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])

@@ -261,8 +261,7 @@ class MultiheadAttention(DefaultAdapter, nn.MultiheadAttention):
         self, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v, laid out as the inputs are. One call makes all three where one lora_A serves
-        them; with three there would be zeros to multiply in lora_B, and separate calls are as
-        fast."""
+        them; with three, separate calls are as fast as one with zeros in lora_B."""
         weight, bias = self.in_proj_weight, self.in_proj_bias
         if self.enable_lora is None and query is key and key is value:
             q, k, v = adapted_linear(query, weight, bias, self._low_rank()).chunk(3, -1)
