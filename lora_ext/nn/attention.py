@@ -244,12 +244,13 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
         return y, weights
 
     def _is_batched(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        where, shapes = type(self).__name__, [tuple(t.shape) for t in (query, key, value)]
+        where = type(self).__name__
         if query.is_nested or key.is_nested or value.is_nested:
             raise TypeError(
                 f"{where}: query: got a nested tensor, expected a plain one while an adapter runs; "
                 "construct nn.TransformerEncoder with enable_nested_tensor=False"
             )
+        shapes = [tuple(x.shape) for x in (query, key, value)]
         if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
             raise ValueError(
                 f"{where}: query, key, value: got shapes {shapes}, expected three of two "
@@ -268,8 +269,7 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
         self, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v, laid out as the inputs are. One call makes all three where one lora_A serves
-        them; with three there would be zeros to multiply in lora_B, and separate calls are as
-        fast."""
+        them; with three, separate calls are as fast as one with zeros in lora_B."""
         weight, bias = self.in_proj_weight, self.in_proj_bias
         if self.enable_lora is None and query is key and key is value:
             q, k, v = adapted_linear(query, weight, bias, self.low_rank()).chunk(3, -1)

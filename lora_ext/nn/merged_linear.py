@@ -14,10 +14,11 @@ from lora_ext.nn.lora_layer import LowRank
 from lora_ext.nn.settings import AdapterSettings
 
 # How many zeros per row of a block-diagonal lora_B, on average, are cheaper than calls of their
-# own: those read x again, add up their parts of dx, and copy y together. On 2 cores with
-# 2048 x 768 -> 2304, the outer two of three slices enabled, r = 16 (21 zeros): forward and backward
-# take 1.2 times the base's with one call, 1.6 times with three.
-_FEW_ZEROS = 64
+# own: those read x again, add up their parts of dx, and copy y together. Measured forward and
+# backward in float32 on 2 busy cores, 2048 x 768 -> 2304, over the time of the base: the outer two
+# of three slices at r = 16 (21 zeros) 1.2 with one call, 1.5 with three; at r = 64 (85 zeros) 1.6
+# and 1.9; all three at r = 128 (256 zeros) 2.5 and 2.6.
+_FEW_ZEROS = 256
 
 
 class MergedLinear(LinearBase):
@@ -178,6 +179,7 @@ class MergedLinear(LinearBase):
         if sum(adapter.lora_B.shape[1] for adapter in adapters) * zeros <= _FEW_ZEROS:
             wide = [adapter._replace(lora_B=self._block_diagonal(adapter)) for adapter in adapters]
             return adapted_linear(x, weight, self.bias, wide)
+        # Each slice then has its own dropout mask, as layers of their own would.
         slices = [list(self._slices(adapter)) for adapter in adapters]
         parts = []
         for j, rows in enumerate(self._row_slices()):
