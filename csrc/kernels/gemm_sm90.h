@@ -165,14 +165,15 @@ struct Gemm {
       arch::wgmma_fence();
 #pragma unroll
       for (int k = 0; k < Shape::kK; k += 16) multiply_16(sums, a, b, k, accumulate || k > 0);
+      arch::wgmma_commit();
     } else {
 #pragma unroll 1
       for (int k = 0; k < depth; k += 16) {
         arch::wgmma_fence();
         multiply_16(sums, a, b, k, accumulate || k > 0);
+        arch::wgmma_commit();
       }
     }
-    arch::wgmma_commit();
   }
 
   // Zeroes what dropout drops; (row, column) is this thread's row and the tile's column. One Philox
@@ -281,10 +282,13 @@ struct Gemm {
         }
         if (segment + 1 == params.masked) {
           arch::wgmma_wait<0>();
+          arch::wgmma_fence_sums(sums);
           drop(sums, params, row, column, lane);
+          arch::wgmma_fence_sums(sums);
         }
       }
       arch::wgmma_wait<0>();
+      arch::wgmma_fence_sums(sums);
       release();
       store(sums, params, row, column, lane);
     }
