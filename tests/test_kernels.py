@@ -215,7 +215,9 @@ def test_traffic_and_operations(kernels: EmulatedKernels, r: int) -> None:
 
 @pytest.mark.parametrize("r", [16, 24, 64, 80])
 @pytest.mark.parametrize(
-    ("M", "N", "K", "width"), [(200, 72, 272, 128), (37, 512, 512, 256)], ids=["narrow", "wide"]
+    ("M", "N", "K", "width"),
+    [(37, 72, 136, 64), (200, 72, 272, 128), (37, 512, 512, 256)],
+    ids=["64", "128", "256"],
 )
 def test_sm90_traffic_and_operations(
     kernels: EmulatedKernels, M: int, N: int, K: int, width: int, r: int
