@@ -78,10 +78,12 @@ PRODUCTS = {
             "gemm_sm90.h", "arch::wgmma_wait<1>();", "",
         ),
         "sm90: no wait before the mask": (
-            "gemm_sm90.h", "arch::wgmma_wait<0>();\n          drop(", "drop(",
+            "gemm_sm90.h", "arch::wgmma_wait<0>();\n          arch::wgmma_fence_sums",
+            "arch::wgmma_fence_sums",
         ),
         "sm90: no wait before the store": (
-            "gemm_sm90.h", "arch::wgmma_wait<0>();\n      release();", "release();",
+            "gemm_sm90.h", "arch::wgmma_wait<0>();\n      arch::wgmma_fence_sums",
+            "arch::wgmma_fence_sums",
         ),
         "sm90: too few bytes expected": (
             "gemm_sm90.h", "mbarrier_arrive_expect_tx(full, Shape::kStageBytes)",

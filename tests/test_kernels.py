@@ -149,7 +149,7 @@ def test_pairs_of_sizes(
     [
         ("sm80", (200, 264, 136, 24)),
         ("sm80", (65, 131, 70, 17)),  # not aligned
-        ("sm90", (200, 520, 136, 24)),
+        ("sm90", (130, 264, 264, 24)),
         ("sm90", (65, 136, 520, 80)),
         ("sm90", (65, 131, 72, 17)),  # left to sm_80
     ],
@@ -215,7 +215,9 @@ def test_traffic_and_operations(kernels: EmulatedKernels, r: int) -> None:
 
 @pytest.mark.parametrize("r", [16, 24, 64, 80])
 @pytest.mark.parametrize(
-    ("M", "N", "K", "width"), [(200, 72, 272, 128), (37, 512, 512, 256)], ids=["narrow", "wide"]
+    ("M", "N", "K", "width"),
+    [(37, 72, 136, 64), (200, 72, 272, 128), (37, 512, 512, 256)],
+    ids=["64", "128", "256"],
 )
 def test_sm90_traffic_and_operations(
     kernels: EmulatedKernels, M: int, N: int, K: int, width: int, r: int

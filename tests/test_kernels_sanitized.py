@@ -20,10 +20,11 @@ from emulated import COMPLETIONS, TYPES, EmulatedKernels
 options = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 kernels = EmulatedKernels.build(Path(sys.argv[1]), *options)
 sizes = [(1, 64, 72, 1), (37, 72, 136, 16), (65, 131, 70, 17), (130, 136, 64, 64)]
-for size, types, seed in itertools.product(sizes, TYPES.values(), range(2)):
+for size, types, (seed, family) in itertools.product(
+    sizes, TYPES.values(), enumerate(test_kernels.SIZES)
+):
     completion = COMPLETIONS[(size[0] + seed) % 3]
-    for family in test_kernels.SIZES:
-        test_kernels.check(kernels, size, types, 0.1, (completion, seed), family)
+    test_kernels.check(kernels, size, types, 0.1, (completion, seed), family)
 print("clean")
 """
 

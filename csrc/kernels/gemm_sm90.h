@@ -165,24 +165,27 @@ struct Gemm {
       arch::wgmma_fence();
 #pragma unroll
       for (int k = 0; k < Shape::kK; k += 16) multiply_16(sums, a, b, k, accumulate || k > 0);
+      arch::wgmma_commit();
     } else {
 #pragma unroll 1
       for (int k = 0; k < depth; k += 16) {
         arch::wgmma_fence();
         multiply_16(sums, a, b, k, accumulate || k > 0);
+        arch::wgmma_commit();
       }
     }
-    arch::wgmma_commit();
   }
 
   // Zeroes what dropout drops; (row, column) is this thread's row and the tile's column. One Philox
-  // call decides for eight columns, 16 apart.
+  // call decides for up to eight columns, 16 apart.
   LORA_EXT_DEVICE static void drop(float (&sums)[kSums], const GemmParams<T>& params, int64_t row,
                                    int64_t column, int lane) {
+    constexpr int kWidth = Shape::kN < kDropoutBlock ? Shape::kN : kDropoutBlock;
     const auto seed = static_cast<uint64_t>(params.rng_state[0]);
     const auto offset = static_cast<uint64_t>(params.rng_state[1]);
+    const int first_slot = static_cast<int>(column % kDropoutBlock) / kDropoutLanes;
 #pragma unroll
-    for (int block = 0; block < Shape::kN / kDropoutBlock; ++block) {
+    for (int block = 0; block < Shape::kN / kWidth; ++block) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -192,8 +195,9 @@ struct Gemm {
                                      lane % 4 * 2 + c % 2 + c / 2 * 8),
                      static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
 #pragma unroll
-          for (int slot = 0; slot < kDropoutSlots; ++slot) {
-            const int eight = (block * kDropoutSlots + slot) * 2 + c / 2;  // columns of the tile
+          for (int i = 0; i < kWidth / kDropoutLanes; ++i) {
+            const int slot = kWidth == kDropoutBlock ? i : first_slot + i;
+            const int eight = (block * kDropoutSlots + i) * 2 + c / 2;  // columns of the tile
             if (!keeps(bits, slot, params.threshold)) sums[eight * 4 + half * 2 + c % 2] = 0.0f;
           }
         }
@@ -281,10 +285,13 @@ struct Gemm {
         }
         if (segment + 1 == params.masked) {
           arch::wgmma_wait<0>();
+          arch::wgmma_fence_sums(sums);
           drop(sums, params, row, column, lane);
+          arch::wgmma_fence_sums(sums);
         }
       }
       arch::wgmma_wait<0>();
+      arch::wgmma_fence_sums(sums);
       release();
       store(sums, params, row, column, lane);
     }

@@ -61,20 +61,24 @@ void launch(const Product<T>& product, int multiprocessors, Stream stream) {
                stream, params);
 }
 
-// The wider tile reads less; the narrower one where with it the busiest block has less to do.
+// The widest tile, unless with another one the busiest block has less to bring to shared memory.
 template <class T, Major kMajorB>
 void launch(const Product<T>& product, Stream stream) {
   using Wide = GemmShape<256, 4>;
-  using Narrow = GemmShape<128, 6>;
-  const int64_t blocks = arch::multiprocessors();
-  const auto work = [&]<class Shape>(Shape) {
+  using Middle = GemmShape<128, 6>;
+  using Narrow = GemmShape<64, 8>;
+  const int blocks = arch::multiprocessors();
+  const auto bytes = [&]<class Shape>(Shape) {
     const int64_t tiles = row_tiles<Shape>(product.M) * column_tiles<Shape>(product.N);
-    return (tiles + blocks - 1) / blocks * Shape::kN;
+    return (tiles + blocks - 1) / blocks * Shape::kStageBytes;
   };
-  if (work(Wide{}) <= work(Narrow{})) {
-    launch<T, Wide, kMajorB>(product, static_cast<int>(blocks), stream);
+  const int64_t wide = bytes(Wide{}), middle = bytes(Middle{}), narrow = bytes(Narrow{});
+  if (wide <= middle && wide <= narrow) {
+    launch<T, Wide, kMajorB>(product, blocks, stream);
+  } else if (middle <= narrow) {
+    launch<T, Middle, kMajorB>(product, blocks, stream);
   } else {
-    launch<T, Narrow, kMajorB>(product, static_cast<int>(blocks), stream);
+    launch<T, Narrow, kMajorB>(product, blocks, stream);
   }
 }
 

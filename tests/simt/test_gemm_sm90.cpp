@@ -83,11 +83,13 @@ CASE(tiles_of_one_wave_are_a_square) {
 }
 
 #if !defined(BF16_ONLY)
-CASE(fp16_and_the_wide_tile) {
+CASE(fp16_and_other_tiles) {
   using Wide = sm90::GemmShape<256, 4>;
+  using Narrow = sm90::GemmShape<64, 8>;
   for_each_schedule([] {
     check_gemm<Fp16, Wide, BLayout::kColumns>({129, 328, 200, 24}, kFp16Unit);
     check_gemm<Fp16, Wide, BLayout::kRows>({65, 264, 72, 8}, kFp16Unit);
+    check_gemm<Fp16, Narrow, BLayout::kRows>({129, 200, 72, 8}, kFp16Unit);
   });
 }
 

@@ -103,21 +103,25 @@ LORA_EXT_DEVICE void tma_load_2d(uint32_t shared, const TensorMap& map, uint32_t
       : "memory");
 }
 
+// The driver's function, asked for so that nothing has to be linked with it; null if it has none.
+inline auto tensor_map_encoder() {
+  constexpr unsigned kCudaVersion = 12000;
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  const cudaError_t error = cudaGetDriverEntryPointByVersion(
+      "cuTensorMapEncodeTiled", &function, kCudaVersion, cudaEnableDefault, &found);
+  const bool there = error == cudaSuccess && found == cudaDriverEntryPointSuccess;
+  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(there ? function : nullptr);
+}
+
 // Describes a matrix, rows of `columns` elements `stride` apart, and the box that one instruction
-// copies. Returns CUDA_SUCCESS or why not. On the host; the driver is asked for the function, so
-// that nothing has to be linked with it.
+// copies. Returns CUDA_SUCCESS or why not. On the host.
 template <class T>
 inline int encode_tensor_map(TensorMap& map, const T* data, int64_t rows, int64_t columns,
                              int64_t stride, int box_rows, int box_columns, Swizzle swizzle) {
   static_assert(sizeof(T) == 2);
-  constexpr unsigned kCudaVersion = 12000;
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, kCudaVersion,
-                                       cudaEnableDefault, &found) != cudaSuccess ||
-      found != cudaDriverEntryPointSuccess) {
-    return CUDA_ERROR_NOT_SUPPORTED;
-  }
+  static const auto encode = tensor_map_encoder();
+  if (encode == nullptr) return CUDA_ERROR_NOT_SUPPORTED;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * sizeof(T)};
   const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns),
@@ -125,10 +129,9 @@ inline int encode_tensor_map(TensorMap& map, const T* data, int64_t rows, int64_
   const cuuint32_t steps[2] = {1, 1};
   const CUtensorMapSwizzle swizzles[] = {CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                          CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_SWIZZLE_32B};
-  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(
-      &map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, const_cast<T*>(data), sizes, strides, box, steps,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, swizzles[static_cast<int>(swizzle)],
-      CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, const_cast<T*>(data), sizes, strides, box,
+                steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzles[static_cast<int>(swizzle)],
+                CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 
 }  // namespace lora_ext::arch

@@ -22,6 +22,15 @@ LORA_EXT_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kGroups) : "memory");
 }
 
+// Before sums are read or changed by other means, after wgmma_wait; and before wgmma_fence where
+// they were: the compiler, which knows nothing of products that run on, moves nothing of that
+// across.
+template <int kCount>
+LORA_EXT_DEVICE void wgmma_fence_sums(float (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 // PTX names every register of the sums, so each width is a text of its own. These put it together
 // from the names and the operands of so many registers.
 // clang-format off

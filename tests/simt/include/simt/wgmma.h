@@ -180,6 +180,10 @@ inline void wgmma_wait() {
   });
 }
 
+// Of compilers for GPUs.
+template <int kCount>
+inline void wgmma_fence_sums(float (&)[kCount]) {}
+
 // d [64, kN] (+)= A [64, 16] B [16, kN], both in shared memory.
 template <class T, int kN, Major kMajorA = Major::kK, Major kMajorB = Major::kK>
 inline void wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
