@@ -222,7 +222,16 @@ def test_no_further_from_exact_than_plain_pytorch(
         parts = [y, *gradients(layer, x, y)]
         results.append([rms(a - b) for a, b in zip(parts, right, strict=True)])
     names = ["y", "dx", *dict(layer.named_parameters())]
+    direction = exact.weight + exact.scaling * exact.lora_B @ exact.lora_A
+    norm = torch.linalg.vector_norm(direction, dim=1)
+    # The gradient of the magnitude reads z = x W'^T, rounded once, by at most eps / 2 of it. PyTorch
+    # keeps the update apart, in float32 beside float32 adapters.
+    terms = seeded(300, 80, seed=3).to(dtype).double() * (exact_x @ direction.t()) / norm
+    bound = torch.finfo(dtype).eps / 2 * terms.pow(2).sum(0).mean().sqrt().item()
     for name, ours, plain in zip(names, *results, strict=True):
+        if name == "lora_magnitude_vector":
+            assert ours <= bound
+            continue
         assert ours <= 1.02 * plain, name  # two samples of the same rounding differ by a percent
 
 
