@@ -6,16 +6,25 @@ from collections.abc import Callable
 
 from torch import nn
 
-from lora_ext.nn import Linear, LoraLayer
+from lora_ext.nn import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
+from lora_ext.nn.embedding import is_scaled_word_embedding
 from lora_ext.nn.linear import is_transformers_conv1d
 
 # A layer takes the place of a module of this class, and of a subclass that keeps its forward.
-_FACTORIES: dict[type[nn.Module], Callable[..., LoraLayer]] = {nn.Linear: Linear.from_linear}
+_FACTORIES: dict[type[nn.Module], Callable[..., LoraLayer]] = {
+    nn.Linear: Linear.from_linear,
+    nn.Embedding: Embedding.from_embedding,
+    nn.Conv1d: Conv1d.from_conv,
+    nn.Conv2d: Conv2d.from_conv,
+    nn.Conv3d: Conv3d.from_conv,
+}
 
 
 def _factory(module: nn.Module) -> Callable[..., LoraLayer] | None:
     if is_transformers_conv1d(module):
         return Linear.from_conv1d
+    if is_scaled_word_embedding(module):
+        return Embedding.from_embedding
     for kind, factory in _FACTORIES.items():
         if isinstance(module, kind) and type(module).forward is kind.forward:
             return factory

@@ -210,46 +210,8 @@ class Linear(LoraLayer, nn.Linear):
         if stack.lora_bias is not None:
             self.bias.copy_(merged)
 
-    # The settings of the adapter that the constructor made, in loralib's names
-
-    @property
-    def _default(self) -> AdapterSettings | None:
-        return self.adapters.get(DEFAULT)
-
-    @property
-    def r(self) -> int:
-        """Rank of the adapter "default"; 0 without one."""
-        return self._default.r if self._default else 0
-
-    @property
-    def lora_alpha(self) -> float:
-        """Of the adapter "default"."""
-        return self._default.lora_alpha if self._default else 1
-
-    @property
-    def lora_dropout(self) -> float:
-        """Of the adapter "default"."""
-        return self._default.lora_dropout if self._default else 0.0
-
-    @property
-    def scaling(self) -> float:
-        """What multiplies the product of the adapter "default" now; see `set_scale`."""
-        return self._scaling.get(DEFAULT, 0.0)
-
     def extra_repr(self) -> str:
-        text = super().extra_repr()
-        for name, settings in self.adapters.items():
-            text += f", {'' if name == DEFAULT else name + ': '}r={settings.r}"
-            text += f", lora_alpha={settings.lora_alpha}"
-            if settings.lora_dropout > 0.0:
-                text += f", lora_dropout={settings.lora_dropout}"
-            for flag in ("use_rslora", "use_dora"):
-                if getattr(settings, flag):
-                    text += f", {flag}=True"
-        for flag in ("fan_in_fan_out", "merged"):
-            if getattr(self, flag):
-                text += f", {flag}=True"
-        return text
+        return super().extra_repr() + self.adapters_repr()
 
 
 def is_transformers_conv1d(module: nn.Module) -> bool:

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_ext.errors import AlreadyMergedError, NotMergedError
+from lora_ext.nn.default_adapter import DEFAULT, DefaultAdapter
 from lora_ext.nn.settings import AdapterSettings
-
-DEFAULT = "default"
 
 
 def part_name(part: str, adapter_name: str) -> str:
@@ -32,7 +31,7 @@ class LowRank(NamedTuple):
     dropout_p: float
 
 
-class LoraLayer(nn.Module):
+class LoraLayer(DefaultAdapter, nn.Module):
     """A layer of PyTorch that holds any number of named adapters beside its own parameters.
 
     A kind of layer derives from this and from the PyTorch class that it extends, and says how large

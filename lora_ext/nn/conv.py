@@ -1,0 +1,220 @@
+"""LoRA on convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+
+from lora_ext.nn.lora_layer import DEFAULT, LoraLayer, LowRank
+from lora_ext.nn.settings import AdapterSettings
+
+
+class _LoraConv(LoraLayer, _ConvNd):
+    """What the three kinds of convolution do alike.
+
+    `y = conv(x, weight) + bias + scaling * conv1x1(conv(dropout(x), lora_A), lora_B)`
+
+    The parametrisation is PEFT's: `lora_A` [r, in_channels / groups, *kernel_size] convolves as the
+    base does (stride, padding, padding_mode, dilation, groups), `lora_B` [out_channels,
+    r / groups, 1, ...] combines channels within a group. `add_adapter` makes further adapters. The
+    constructor freezes nothing (see `mark_only_lora_as_trainable`).
+
+    Args:
+        in_channels, out_channels, kernel_size: of the base.
+        r: rank, a multiple of `groups`; 0 is a plain convolution, without an adapter.
+        lora_alpha, lora_dropout, use_rslora, lora_bias, init_lora_weights, autocast_adapter_dtype:
+            see `AdapterSettings`.
+        merge_weights: eval() merges and train() unmerges, as loralib does.
+        base_options: further arguments of the torch.nn class: stride, padding, dilation, groups,
+            bias, padding_mode, device, dtype.
+
+    `merge()` and `unmerge()` are as for `lora_ext.nn.Linear`.
+
+    Raises:
+        ValueError: r is no multiple of groups, or a setting is out of range, by name.
+    """
+
+    _KIND: ClassVar[type[_ConvNd]]
+    _CONVOLVE: ClassVar[Callable[..., Tensor]]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        r: int = 0,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        merge_weights: bool = False,
+        *,
+        use_rslora: bool = False,
+        lora_bias: bool = False,
+        init_lora_weights: bool | str = True,
+        autocast_adapter_dtype: bool = True,
+        **base_options: Any,
+    ) -> None:
+        kind: Any = self._KIND
+        kind.__init__(self, in_channels, out_channels, kernel_size, **base_options)
+        self._init_adapters(kind, merge_weights)
+        if r != 0:
+            self.add_adapter(
+                DEFAULT,
+                r=r,
+                lora_alpha=lora_alpha,
+                lora_dropout=lora_dropout,
+                use_rslora=use_rslora,
+                lora_bias=lora_bias,
+                init_lora_weights=init_lora_weights,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+            )
+
+    @classmethod
+    def from_conv(
+        cls,
+        conv: nn.Module,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        *,
+        adapter_name: str = DEFAULT,
+        **options: Any,
+    ) -> Self:
+        """The same layer with an adapter; shares `weight` and `bias` with `conv`.
+
+        Keeps training mode, hooks, device, dtype and requires_grad. `options` are further fields
+        of `AdapterSettings`. With r = 0 there is no adapter yet.
+
+        Raises:
+            TypeError: conv is not of the torch.nn class, or computes something else.
+            ValueError: its weight or bias is computed (pruning, weight_norm), its forward is
+                replaced on the instance, r is no multiple of its groups, or a setting is out of
+                range.
+        """
+        kind: Any = cls._KIND
+        if isinstance(conv, kind) and type(conv)._conv_forward is not kind._conv_forward:
+            raise TypeError(
+                f"{cls.__name__}: base: got {type(conv).__qualname__}, expected a torch.nn."
+                f"{kind.__name__} that keeps its _conv_forward"
+            )
+        self = cls._adopt(conv, kind)
+        if r != 0:
+            self.add_adapter(
+                adapter_name, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, **options
+            )
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [batch, in_channels, ...] or [in_channels, ...] → the same with out_channels."""
+        stacks = self._low_rank() if self._running else []
+        y = self._convolve(x, self.weight, self._bias_with(stacks))
+        for stack in stacks:
+            # y is fresh, and a convolution keeps its inputs for backward, not its result.
+            y.add_(self._update(x, stack))
+        return y
+
+    def _update(self, x: Tensor, stack: LowRank) -> Tensor:
+        """scaling * conv1x1(conv(dropout(x), lora_A), lora_B), in the adapters' dtype."""
+        dropped = F.dropout(x.to(stack.lora_A.dtype), stack.dropout_p)
+        hidden = self._convolve(dropped, stack.lora_A, None)
+        scaled = stack.lora_B if stack.scaling == 1.0 else stack.lora_B * stack.scaling
+        return type(self)._CONVOLVE(hidden, scaled, groups=self.groups)
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """With the base's stride, padding, dilation and groups."""
+        return self._conv_forward(x, weight, bias)  # type: ignore[operator, no-any-return]
+
+    def _bias_with(self, stacks: Sequence[LowRank]) -> Tensor | None:
+        """bias + scaling * lora_bias, rounded once, so that the base's convolution adds both."""
+        total = self.bias
+        for stack in stacks:
+            if stack.lora_bias is not None:
+                added = stack.lora_bias * stack.scaling
+                total = added if total is None else total + added
+        return total if total is None else total.to(self.weight.dtype)
+
+    def part_shapes(self, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
+        if settings.r % self.groups != 0:
+            raise ValueError(
+                f"{type(self).__name__}: r: got {settings.r} with groups {self.groups}, expected a "
+                "multiple of groups; choose another r, or leave this layer without an adapter"
+            )
+        ones = (1,) * len(self.kernel_size)
+        shapes: dict[str, tuple[int, ...]] = {
+            "lora_A": (settings.r, self.in_channels // self.groups, *self.kernel_size),
+            "lora_B": (self.out_channels, settings.r // self.groups, *ones),
+        }
+        if settings.lora_bias:
+            shapes["lora_bias"] = (self.out_channels,)
+        return shapes
+
+    def _stack(self, names: Sequence[str], dropout_p: float = 0.0) -> LowRank:
+        stack = super()._stack(names, dropout_p)
+        if len(names) == 1 or self.groups == 1:
+            return stack
+        # Each group's channels of all adapters must be neighbours.
+        ranks = [self.adapters[name].r for name in names]
+        channels = torch.arange(sum(ranks), device=stack.lora_A.device).split(ranks)
+        order = torch.cat([part.view(self.groups, -1) for part in channels], 1).flatten()
+        return stack._replace(lora_A=stack.lora_A[order])
+
+    def _merged_parameters(self, names: Sequence[str]) -> dict[str, nn.Parameter]:
+        parameters = {"weight": self.weight}
+        if any(self.adapters[name].lora_bias for name in names):
+            if self.bias is None:
+                raise ValueError(
+                    f"{type(self).__name__}.merge: lora_bias cannot be merged into a base without "
+                    "bias; construct the base with bias=True"
+                )
+            parameters["bias"] = self.bias
+        return parameters
+
+    def _write_merged(self, names: Sequence[str]) -> None:
+        stack = self._stack(names)
+        if stack.lora_bias is not None:
+            assert self.bias is not None
+            compute = torch.promote_types(self.bias.dtype, torch.float32)
+            merged = self.bias.to(compute) + stack.lora_bias.to(compute) * stack.scaling
+            merged = merged.to(self.bias.dtype)
+            if not torch.isfinite(merged).all():
+                raise ValueError(
+                    f"{type(self).__name__}.merge: the merged bias would hold NaN or Inf; nothing "
+                    "changed"
+                )
+        # One product per group: its output channels by its input channels and kernel.
+        weight = self.weight.contiguous()  # of another memory format: a copy
+        parts = [
+            part.contiguous().view(part.shape[0], -1).chunk(self.groups)
+            for part in (weight, stack.lora_A, stack.lora_B)
+        ]
+        for rows, lora_A, lora_B in zip(*parts, strict=True):
+            torch.ops.lora_ext.merge_(rows, lora_A, lora_B, stack.scaling)
+        if weight is not self.weight:
+            self.weight.copy_(weight)
+        if stack.lora_bias is not None:
+            self.bias.copy_(merged)  # type: ignore[union-attr]
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + self.adapters_repr()
+
+
+class Conv1d(_LoraConv, nn.Conv1d):
+    __doc__ = f"`nn.Conv1d` plus low-rank updates.\n\n{_LoraConv.__doc__}"
+    _KIND = nn.Conv1d
+    _CONVOLVE = staticmethod(F.conv1d)
+
+
+class Conv2d(_LoraConv, nn.Conv2d):
+    __doc__ = f"`nn.Conv2d` plus low-rank updates.\n\n{_LoraConv.__doc__}"
+    _KIND = nn.Conv2d
+    _CONVOLVE = staticmethod(F.conv2d)
+
+
+class Conv3d(_LoraConv, nn.Conv3d):
+    __doc__ = f"`nn.Conv3d` plus low-rank updates.\n\n{_LoraConv.__doc__}"
+    _KIND = nn.Conv3d
+    _CONVOLVE = staticmethod(F.conv3d)

@@ -1,0 +1,197 @@
+"""LoRA on an embedding."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_ext.nn.lora_layer import DEFAULT, LoraLayer, part_name
+from lora_ext.nn.settings import AdapterSettings
+
+
+class Embedding(LoraLayer, nn.Embedding):
+    """`nn.Embedding` plus low-rank updates: `y = W[i] + scaling * lora_A[:, i]^T lora_B^T`.
+
+    The terms are loralib's and PEFT's. `weight` [num_embeddings, embedding_dim] is the base's;
+    `lora_A` [r, num_embeddings], zero at first, and `lora_B` [embedding_dim, r], standard normal,
+    those of the adapter that the constructor makes, "default"; `add_adapter` makes more. The
+    constructor freezes nothing (see `mark_only_lora_as_trainable`).
+
+    The lookup in `lora_A` follows the base's options, as in loralib and PEFT: `padding_idx` gets no
+    gradient, `scale_grad_by_freq` divides its gradient, `max_norm` renormalises in place the
+    columns that are looked up. `sparse` is about the gradient of `weight`: that of `lora_A` is
+    always dense. While merged, the merged rows are not renormalised again: outputs are those before
+    merging.
+
+    Args:
+        num_embeddings, embedding_dim: of the base.
+        r: rank; 0 is a plain embedding, without an adapter.
+        lora_alpha, use_rslora, init_lora_weights, autocast_adapter_dtype: see `AdapterSettings`;
+            init_lora_weights=False makes lora_A standard normal too, for tests.
+        lora_dropout: kept with the settings and not applied, with a warning: token numbers have no
+            elements to drop. PEFT does the same.
+        merge_weights: eval() merges and train() unmerges, as loralib does.
+        base_options: further arguments of nn.Embedding: padding_idx, max_norm, norm_type,
+            scale_grad_by_freq, sparse, device, dtype.
+
+    `merge()` and `unmerge()` are as for `lora_ext.nn.Linear`.
+
+    Raises:
+        ValueError: lora_bias, or a setting out of range, by name.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        r: int = 0,
+        lora_alpha: float = 1,
+        merge_weights: bool = False,
+        *,
+        use_rslora: bool = False,
+        lora_dropout: float = 0.0,
+        init_lora_weights: bool | str = True,
+        autocast_adapter_dtype: bool = True,
+        **base_options: Any,
+    ) -> None:
+        nn.Embedding.__init__(self, num_embeddings, embedding_dim, **base_options)
+        self._init_adapters(nn.Embedding, merge_weights)
+        if r != 0:
+            self.add_adapter(
+                DEFAULT,
+                r=r,
+                lora_alpha=lora_alpha,
+                lora_dropout=lora_dropout,
+                use_rslora=use_rslora,
+                init_lora_weights=init_lora_weights,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+            )
+
+    PEFT_NAMES = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}  # noqa: RUF012
+
+    @classmethod
+    def from_embedding(
+        cls,
+        embedding: nn.Module,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        *,
+        adapter_name: str = DEFAULT,
+        **options: Any,
+    ) -> Self:
+        """The same layer with an adapter; shares `weight` with `embedding`, which may also be one
+        of transformers' scaled word embeddings (Gemma, BART): `embed_scale` multiplies the update
+        too.
+
+        Keeps training mode, hooks, device, dtype and requires_grad. `options` are further fields
+        of `AdapterSettings`. With r = 0 there is no adapter yet.
+
+        Raises:
+            TypeError: embedding is not an nn.Embedding, or computes something else.
+            ValueError: its weight is computed (pruning, weight_norm), its forward is replaced on
+                the instance, lora_bias, or a setting is out of range.
+        """
+        scaled = is_scaled_word_embedding(embedding)
+        self = cls._adopt(embedding, type(embedding) if scaled else nn.Embedding)
+        if r != 0:
+            self.add_adapter(
+                adapter_name, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, **options
+            )
+        return self
+
+    def get_base_layer(self) -> nn.Module:
+        base = super().get_base_layer()
+        if self.merged:
+            base.max_norm = None  # already applied, to the summands
+        return base
+
+    def add_adapter(self, adapter_name: str, **settings: Any) -> None:
+        super().add_adapter(adapter_name, **settings)
+        if self.adapters[adapter_name].lora_dropout > 0.0:
+            warnings.warn(
+                f"Embedding: lora_dropout: got {self.adapters[adapter_name].lora_dropout}, which "
+                "is kept but not applied: token numbers have no elements to drop",
+                stacklevel=2,
+            )
+
+    def reset_lora_parameters(self, adapter_name: str = DEFAULT) -> None:
+        if adapter_name not in self.adapters:
+            return
+        lora_A, lora_B = (self._part(part, adapter_name) for part in ("lora_A", "lora_B"))
+        if self.adapters[adapter_name].init_lora_weights is False:
+            nn.init.normal_(lora_A)
+        else:
+            nn.init.zeros_(lora_A)
+        nn.init.normal_(lora_B)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input [...], int64 or int32 → [..., embedding_dim], dtype of `weight`."""
+        y = self._look_up(input, self.weight, self.sparse)
+        if self._running:
+            # Several adapters have lookups of their own, since max_norm is each one's.
+            stacks = [self._stack([name]) for name in self._running]
+            for stack in stacks:
+                hidden = self._look_up(input, stack.lora_A.t(), sparse=False)
+                y = y + hidden @ stack.lora_B.t() * stack.scaling
+            y = y.to(self.weight.dtype)
+        if self._base_class.forward is nn.Embedding.forward:
+            return y
+        scale = self.embed_scale
+        return y * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)
+
+    def _look_up(self, input: Tensor, weight: Tensor, sparse: bool) -> Tensor:
+        return F.embedding(
+            input,
+            weight,
+            self.padding_idx,
+            None if self.merged else self.max_norm,
+            self.norm_type,
+            self.scale_grad_by_freq,
+            sparse,
+        )
+
+    def part_shapes(self, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
+        if settings.lora_bias:
+            raise ValueError(
+                "Embedding: lora_bias: got True, expected False: an embedding has no bias to add "
+                "it to, and PEFT has no name for it"
+            )
+        return {
+            "lora_A": (settings.r, self.num_embeddings),
+            "lora_B": (self.embedding_dim, settings.r),
+        }
+
+    def _merged_parameters(self, names: Sequence[str]) -> dict[str, nn.Parameter]:
+        return {"weight": self.weight}
+
+    def _write_merged(self, names: Sequence[str]) -> None:
+        stack = self._stack(names)
+        lora_A = stack.lora_A
+        if self.max_norm is not None:  # of every row, as lookups would do it
+            everything = torch.arange(self.num_embeddings, device=self.weight.device)
+            columns = [self._part("lora_A", name).detach().t().contiguous() for name in names]
+            for table in (self.weight, *columns):
+                torch.embedding_renorm_(table.detach(), everything, self.max_norm, self.norm_type)
+            lora_A = torch.cat(columns, 1).t().to(lora_A.dtype)
+        torch.ops.lora_ext.merge_(self.weight, stack.lora_B.t(), lora_A.t(), stack.scaling)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + self.adapters_repr()
+
+
+def is_scaled_word_embedding(module: nn.Module) -> bool:
+    """Whether module is an embedding of transformers that multiplies what it looks up by its
+    `embed_scale`, without importing transformers."""
+    kind = type(module)
+    return (
+        isinstance(module, nn.Embedding)
+        and kind.__module__.startswith("transformers.models.")
+        and kind.__qualname__.endswith("ScaledWordEmbedding")
+        and isinstance(getattr(module, "embed_scale", None), Tensor | float | int)
+    )
