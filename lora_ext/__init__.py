@@ -9,7 +9,7 @@ from lora_ext.adapters import (
     print_trainable_parameters,
     replace_linear,
 )
-from lora_ext.functional import draw_rng_state, dropout_mask, lora_linear
+from lora_ext.functional import draw_rng_state, dropout_mask, lora_embedding, lora_linear
 
 __all__ = [
     "__version__",
@@ -17,6 +17,7 @@ __all__ = [
     "draw_rng_state",
     "dropout_mask",
     "explain",
+    "lora_embedding",
     "lora_linear",
     "lora_state_dict",
     "mark_only_lora_as_trainable",

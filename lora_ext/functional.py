@@ -77,6 +77,47 @@ def lora_linear(
     )
 
 
+def lora_embedding(
+    indices: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float = 1.0,
+    padding_idx: int | None = None,
+    scale_grad_by_freq: bool = False,
+) -> Tensor:
+    """`weight[indices] + scaling * lora_A.T[indices] @ lora_B.T`, fused: on the CPU one pass over
+    the result and, in backward, one over its gradient. Other devices run a composition of ATen.
+
+    LoRA as in Hu et al., 2021 (arXiv:2106.09685), for a lookup. Differentiable twice in weight,
+    lora_A and lora_B; only the gradients that are asked for are computed, in an order that does not
+    depend on the number of threads for that of lora_A. Keeps only indices, lora_A and lora_B for
+    backward.
+
+    Args:
+        indices: [...], int64 or int32, from 0 to num_embeddings - 1.
+        weight: [num_embeddings, embedding_dim], float64, float32, bfloat16 or float16.
+        lora_A: [r, num_embeddings], dtype of weight, or float32 beside bfloat16 and float16.
+        lora_B: [embedding_dim, r], dtype of lora_A.
+        scaling: of the product.
+        padding_idx: a row of weight and column of lora_A that get no gradient.
+        scale_grad_by_freq: divide the gradients of weight and lora_A by how often an index occurs.
+
+    Returns:
+        [..., embedding_dim], dtype of weight.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape or dtype.
+        IndexError: an index out of range (on the CPU).
+        RuntimeError: tensors on different devices.
+    """
+    padding = -1 if padding_idx is None else padding_idx
+    return torch.ops.lora_ext.lora_embedding(  # type: ignore[no-any-return]
+        indices, weight, lora_A, lora_B, scaling, padding, scale_grad_by_freq
+    )
+
+
 def lora_update(
     x: Tensor,
     lora_A: Tensor,

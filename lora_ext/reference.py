@@ -39,6 +39,15 @@ def lora_linear(
     return y + (low_rank * scaling).to(y.dtype)
 
 
+def lora_embedding(
+    indices: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *, scaling: float = 1.0
+) -> Tensor:
+    """What `lora_ext.lora_embedding` computes."""
+    y = torch.nn.functional.embedding(indices, weight)
+    low_rank = torch.nn.functional.embedding(indices, lora_A.t()) @ lora_B.t()
+    return y + (low_rank * scaling).to(y.dtype)
+
+
 def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """weight [N, K] + scaling * lora_B @ lora_A, computed in float64, in the dtype of weight."""
     delta = lora_B.double() @ lora_A.double() * scaling

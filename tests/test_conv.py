@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import lora_ext
 from lora_ext.adapters.layers import adaptable
 from lora_ext.nn import Conv1d, Conv2d, Conv3d
 
@@ -387,6 +388,13 @@ def test_state_dict_round_trip(merged: bool) -> None:
     assert set(layer.peft_parameters("default")) == keys
     shapes = layer.peft_shapes(layer.adapters["default"])
     assert shapes == {k: tuple(v.shape) for k, v in layer.peft_parameters("default").items()}
+
+
+def test_explain() -> None:
+    layer = layer_of(GRID["2d kernel 3"])
+    assert lora_ext.explain(nn.Sequential(layer))[0].path == "aten convolution"
+    layer.merge()
+    assert lora_ext.explain(nn.Sequential(layer))[0].path == "torch.nn.functional.conv2d"
 
 
 def test_repr() -> None:

@@ -163,7 +163,40 @@ MASK_CASES: list[Case] = [
     ({"rows": -1}, ValueError, "rows, columns: got -1, 3, expected sizes of at least 0"),
     ({"columns": -1}, ValueError, "rows, columns: got 2, -1, expected sizes of at least 0"),
 ]
+# V = 4, D = 3, r = 2 and two tokens.
+LOOKUP: Arguments = {"indices": T(2).long(), "weight": T(4, 3), **AB}
+LOOKUP_BWD: Arguments = {"dy": T(2, 3), "indices": T(2).long(), **AB, "scaling": 1.0}
+LOOKUP_BWD |= {"padding_idx": -1, "scale_grad_by_freq": False, "mask": [True, True]}
+INDEX_CASES: list[Case] = [
+    ({"indices": T(2)}, TypeError, "indices: got dtype Float, expected int64 or int32"),
+    ({"indices": T(2, device="meta").long()}, RuntimeError, f"indices: {META}"),
+]
+LOOKUP_CASES: list[Case] = [
+    *(ADAPTER_CASES + INDEX_CASES),
+    WRONG_K,
+    ({"weight": T(12)}, ValueError, "weight: got shape [12], expected [num_embeddings, embedding"),
+    (INT, TypeError, f"weight: {BASES}"),
+]
+LOOKUP_BWD_CASES: list[Case] = [
+    *(ADAPTER_CASES[:2] + ADAPTER_CASES[3:] + INDEX_CASES),
+    ({"dy": T(2, 3, 1)}, ValueError, "dy: got shape [2, 3, 1], expected that of indices, [2], and"),
+    ({"dy": T(5, 3)}, ValueError, "dy: got shape [5, 3], expected that of indices, [2], and"),
+    ({"dy": T(2, 3).int()}, TypeError, f"dy: {BASES}"),
+]
+RANGE_CASES: list[Case] = [
+    ({"indices": T(2).long() + i}, IndexError, f"indices: index out of range: got {i}, expected 0")
+    for i in (-1, 4)
+]
 OPERATORS = {
+    "lora_embedding": (lora_ext.lora_embedding, "lora_embedding", LOOKUP, LOOKUP_CASES),
+    "embedding bwd": (OPS.lora_embedding_bwd, "lora_embedding_bwd", LOOKUP_BWD, LOOKUP_BWD_CASES),
+    "lora_embedding, on cpu": (lora_ext.lora_embedding, "lora_embedding", LOOKUP, RANGE_CASES),
+    "embedding bwd, on cpu": (
+        OPS.lora_embedding_bwd,
+        "lora_embedding_bwd",
+        LOOKUP_BWD,
+        RANGE_CASES,
+    ),
     "lora_ext.lora_linear": (lora_linear, "lora_linear", FWD, FWD_CASES),
     "fwd": (OPS.lora_linear_fwd, "lora_linear", FWD, [*FWD_CASES, NO_STATE]),
     "bwd": (OPS.lora_linear_bwd, "lora_linear_bwd", BWD, BWD_CASES),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -119,7 +120,41 @@ def column_scale_bwd_samples() -> Iterator[Sample]:
         yield (p.dy, p.dy.clone() if mask[1] else None, torch.randn(6), mask), {}
 
 
+def lora_embedding_operands() -> Iterator[tuple[Tensor, ...]]:
+    for i, (dtype, adapter) in enumerate(DTYPES):
+        p = make_problem((1,), 7, 6, 4, dtype=dtype, adapter_dtype=adapter)
+        weight = torch.randn(7, 6).to(dtype).requires_grad_(i % 2 == 0)
+        for shape in [(5,), (2, 3)]:
+            index_dtype = torch.int32 if i == 1 else torch.int64
+            indices = torch.arange(math.prod(shape), dtype=index_dtype).view(shape) % 4
+            yield indices, weight, p.lora_A, p.lora_B
+    yield torch.tensor(3), weight, p.lora_A, p.lora_B
+    yield torch.empty(0, dtype=torch.int64), weight, p.lora_A, p.lora_B
+
+
+def lora_embedding_samples() -> Iterator[Sample]:
+    for i, operands in enumerate(lora_embedding_operands()):
+        lookup = {"padding_idx": 1} if i % 3 == 0 else {"scale_grad_by_freq": i % 3 == 1}
+        yield operands, {"scaling": 0.5, **lookup}
+
+
+def lora_embedding_fwd_samples() -> Iterator[Sample]:
+    for operands in lora_embedding_operands():
+        yield tuple(detached(*operands)), {"scaling": -2.0}
+
+
+def lora_embedding_bwd_samples() -> Iterator[Sample]:
+    for i, operands in enumerate(lora_embedding_operands()):
+        indices, weight, A, B = (t.detach() for t in operands)
+        dy = torch.randn(*indices.shape, 6).to(weight.dtype)
+        mask = [i % 3 != 1, i % 3 != 2]
+        yield (dy, indices, A, B, 0.5, i % 2 - 1, i % 4 == 0, mask), {}
+
+
 SAMPLES = {
+    "lora_embedding": lora_embedding_samples,
+    "lora_embedding_fwd": lora_embedding_fwd_samples,
+    "lora_embedding_bwd": lora_embedding_bwd_samples,
     "lora_linear": lora_linear_samples,
     "lora_linear_fwd": lora_linear_fwd_samples,
     "lora_linear_bwd": lora_linear_bwd_samples,

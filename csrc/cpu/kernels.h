@@ -121,10 +121,44 @@ struct ElementwiseKernels {
                        int64_t begin, int64_t end, void* out);
 };
 
+struct EmbeddingForwardArgs {
+  int64_t V, D, r;
+  const int64_t* tokens;  // [M], each in [0, V)
+  const void* weight;     // [V, D] base type, rows ldw apart
+  int64_t ldw;
+  const void* lora_A;    // [r, V] adapter type
+  const void* lora_B_t;  // [D, r] adapter type, packed
+  double scaling;
+  void* y;  // [M, D] base type, written
+};
+
+struct EmbeddingBackwardArgs {
+  int64_t V, D, r;
+  const int64_t* tokens;  // [M], each in [0, V)
+  const void* dy;         // [M, D] base type, rows lddy apart
+  int64_t lddy;
+  const void* lora_A;  // [r, V] adapter type
+  const void* lora_B;  // [D, r] adapter type
+  double scaling;
+  void* dh;  // [M, r] compute type, written, or null
+};
+
+struct LoraEmbeddingKernels {
+  // Bytes of scratch that one call of forward_rows or backward_rows needs.
+  int64_t (*scratch_bytes)(int64_t r);
+  // Rows [begin, end) of y = weight[tokens] + scaling * h B^T, with h = A^T[tokens].
+  void (*forward_rows)(const EmbeddingForwardArgs&, int64_t begin, int64_t end, void* scratch);
+  // Rows [begin, end) of dh = scaling * dy B; the sum over these rows h^T dy (not scaled) to
+  // dB [r, D], in the compute type, or null.
+  void (*backward_rows)(const EmbeddingBackwardArgs&, int64_t begin, int64_t end, void* dB,
+                        void* scratch);
+};
+
 struct CpuKernels {
   LoraLinearKernels lora_linear[kDtypePairs];
   MergeKernels merge[kDtypePairs];
   ElementwiseKernels elementwise[kDtypePairs];
+  LoraEmbeddingKernels lora_embedding[kDtypePairs];
   // keep[row][column] (one byte each) for rows [begin, end).
   void (*dropout_mask_rows)(DropoutRng rng, uint32_t threshold, int64_t columns, int64_t begin,
                             int64_t end, uint8_t* keep);

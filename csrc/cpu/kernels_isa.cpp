@@ -2,6 +2,7 @@
 #include "kernels.h"
 #include "simd/column_scale_rows.h"
 #include "simd/float_math.h"
+#include "simd/lora_embedding_rows.h"
 #include "simd/lora_linear_rows.h"
 #include "simd/merge_rows.h"
 #include "simd/norm_rows.h"
@@ -33,6 +34,13 @@ constexpr ElementwiseKernels elementwise_kernels() {
   return {column_scale_rows<T>, column_scale_backward_rows<T>, dropout_rows<T>};
 }
 
+template <class T, class TA>
+constexpr LoraEmbeddingKernels lora_embedding_kernels() {
+  using Math = FloatMath<T, TA>;
+  return {embedding_bytes<Math>, embedding_forward_rows<Math, TA>,
+          embedding_backward_rows<Math, TA>};
+}
+
 void dropout_mask_rows(DropoutRng rng, uint32_t threshold, int64_t columns, int64_t begin,
                        int64_t end, uint8_t* keep) {
   for (int64_t row = begin; row < end; ++row) {
@@ -59,6 +67,9 @@ const CpuKernels kKernels = {
      merge_kernels<Half, Half>(), merge_kernels<Half, float>()},
     {elementwise_kernels<double>(), elementwise_kernels<float>(), elementwise_kernels<BFloat16>(),
      elementwise_kernels<BFloat16>(), elementwise_kernels<Half>(), elementwise_kernels<Half>()},
+    {lora_embedding_kernels<double, double>(), lora_embedding_kernels<float, float>(),
+     lora_embedding_kernels<BFloat16, BFloat16>(), lora_embedding_kernels<BFloat16, float>(),
+     lora_embedding_kernels<Half, Half>(), lora_embedding_kernels<Half, float>()},
     dropout_mask_rows};
 
 }  // namespace lora_ext::LORA_EXT_ISA

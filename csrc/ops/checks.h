@@ -210,6 +210,33 @@ inline void check_dropout_mask(const Tensor& rng_state, const c10::SymInt& rows,
                     ", expected a probability from 0 to 1");
 }
 
+inline void check_indices(const char* op, const Tensor& indices, const Tensor& table) {
+  check_device(op, "indices", indices, table);
+  TORCH_CHECK_TYPE(indices.scalar_type() == at::kLong || indices.scalar_type() == at::kInt, op,
+                   ": indices: got dtype ", indices.scalar_type(),
+                   ", expected int64 or int32; convert with .to()");
+}
+
+inline void check_lora_embedding(const Tensor& indices, const Tensor& weight, const Tensor& lora_A,
+                                 const Tensor& lora_B) {
+  constexpr const char* op = "lora_embedding";
+  TORCH_CHECK_VALUE(weight.dim() == 2, op, ": weight: got shape ", weight.sym_sizes(),
+                    ", expected [num_embeddings, embedding_dim]");
+  check_indices(op, indices, weight);
+  check_adapters(op, "weight", weight, weight.sym_size(1), weight.sym_size(0), lora_A, lora_B);
+}
+
+inline void check_lora_embedding_bwd(const Tensor& dy, const Tensor& indices, const Tensor& lora_A,
+                                     const Tensor& lora_B) {
+  constexpr const char* op = "lora_embedding_bwd";
+  TORCH_CHECK_VALUE(dy.dim() == indices.dim() + 1 &&
+                        dy.sym_sizes().slice(0, indices.dim()) == indices.sym_sizes(),
+                    op, ": dy: got shape ", dy.sym_sizes(), ", expected that of indices, ",
+                    indices.sym_sizes(), ", and embedding_dim last");
+  check_indices(op, indices, dy);
+  check_adapters(op, "dy", dy, dy.sym_size(-1), lora_A.sym_size(-1), lora_A, lora_B);
+}
+
 // For merge_ and weight_norm.
 inline void check_merge(const char* op, const Tensor& weight, const Tensor& lora_A,
                         const Tensor& lora_B, const OptionalTensor& weight_scale) {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lora_ext._extension import _C
-from lora_ext.nn import Linear
+from lora_ext.nn import Embedding, Linear, LoraLayer
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,36 @@ def explain(model: nn.Module, tokens: int = 2048) -> Explanation:
     return Explanation(
         LayerPath(name, *_explain_layer(module, tokens))
         for name, module in model.named_modules()
-        if isinstance(module, Linear)
+        if isinstance(module, LoraLayer)
     )
 
 
-def _explain_layer(layer: Linear, tokens: int) -> tuple[str, str]:
-    if layer.lora_A is None:
-        return "torch.nn.functional.linear", "r = 0: there is no adapter"
+def _explain_layer(layer: LoraLayer, tokens: int) -> tuple[str, str]:
+    if not layer.adapters:
+        return _base_name(layer), "r = 0: there is no adapter"
     if layer.merged:
-        return "torch.nn.functional.linear", "merged: the adapter is in the weight"
+        return _base_name(layer), "merged: the adapter is in the weight"
+    if isinstance(layer, Linear):
+        return _explain_linear(layer, tokens)
+    if isinstance(layer, Embedding):
+        return _explain_embedding(layer)
+    return (
+        "aten convolution",
+        "lora_A convolves as the base does, and lora_B's result is added to y",
+    )
+
+
+def _base_name(layer: LoraLayer) -> str:
+    names = {"Linear": "linear", "Embedding": "embedding"}
+    kind = type(layer).__name__
+    return f"torch.nn.functional.{names.get(kind, kind.lower())}"
+
+
+def _explain_linear(layer: Linear, tokens: int) -> tuple[str, str]:
     device = layer.weight.device.type
     if device != "cpu":
         return "none", f"this build has no kernels for {device}; move the layer to the CPU"
+    assert layer.lora_A is not None
     return _C.explain_lora_linear(
         tokens,
         layer.out_features,
@@ -55,3 +73,16 @@ def _explain_layer(layer: Linear, tokens: int) -> tuple[str, str]:
         layer.weight.dtype,
         layer.lora_dropout if layer.training else 0.0,
     )
+
+
+def _explain_embedding(layer: Embedding) -> tuple[str, str]:
+    if layer.max_norm is not None:
+        return "aten embedding", "max_norm changes the tables before each lookup"
+    if layer.sparse and layer.weight.requires_grad:
+        return "aten embedding", "the gradient of weight is sparse"
+    device = layer.weight.device.type
+    if device != "cpu":
+        return "aten embedding", f"there is no fused kernel for {device}: two lookups, one product"
+    # The kernels on bf16 dot products are lora_linear's alone.
+    capability = str(_C.build_info()["cpu_capability"]).removesuffix("_bf16")
+    return f"cpu fused {capability}", "one pass over the result; lora_A is gathered in cache"

@@ -39,6 +39,8 @@ class _LoraConv(LoraLayer, _ConvNd):
         ValueError: r is no multiple of groups, or a setting is out of range, by name.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
     _KIND: ClassVar[type[_ConvNd]]
     _CONVOLVE: ClassVar[Callable[..., Tensor]]
 
@@ -126,11 +128,11 @@ class _LoraConv(LoraLayer, _ConvNd):
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """With the base's stride, padding, dilation and groups."""
-        return self._conv_forward(x, weight, bias)  # type: ignore[operator, no-any-return]
+        return self._conv_forward(x, weight, bias)
 
     def _bias_with(self, stacks: Sequence[LowRank]) -> Tensor | None:
         """bias + scaling * lora_bias, rounded once, so that the base's convolution adds both."""
-        total = self.bias
+        total: Tensor | None = self.bias
         for stack in stacks:
             if stack.lora_bias is not None:
                 added = stack.lora_bias * stack.scaling
@@ -158,7 +160,7 @@ class _LoraConv(LoraLayer, _ConvNd):
             return stack
         # Each group's channels of all adapters must be neighbours.
         ranks = [self.adapters[name].r for name in names]
-        channels = torch.arange(sum(ranks), device=stack.lora_A.device).split(ranks)
+        channels = torch.split(torch.arange(sum(ranks), device=stack.lora_A.device), ranks)
         order = torch.cat([part.view(self.groups, -1) for part in channels], 1).flatten()
         return stack._replace(lora_A=stack.lora_A[order])
 
@@ -199,7 +201,8 @@ class _LoraConv(LoraLayer, _ConvNd):
             self.bias.copy_(merged)  # type: ignore[union-attr]
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + self.adapters_repr()
+        base = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{base}{self.adapters_repr()}"
 
 
 class Conv1d(_LoraConv, nn.Conv1d):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_ext.nn.lora_layer import DEFAULT, LoraLayer, part_name
+from lora_ext.functional import lora_embedding
+from lora_ext.nn.lora_layer import DEFAULT, LoraLayer
 from lora_ext.nn.settings import AdapterSettings
 
 
@@ -45,6 +46,12 @@ class Embedding(LoraLayer, nn.Embedding):
         ValueError: lora_bias, or a setting out of range, by name.
     """
 
+    PEFT_NAMES: ClassVar[dict[str, str]] = {
+        "lora_A": "lora_embedding_A",
+        "lora_B": "lora_embedding_B",
+    }
+    weight: nn.Parameter
+
     def __init__(
         self,
         num_embeddings: int,
@@ -71,8 +78,6 @@ class Embedding(LoraLayer, nn.Embedding):
                 init_lora_weights=init_lora_weights,
                 autocast_adapter_dtype=autocast_adapter_dtype,
             )
-
-    PEFT_NAMES = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}  # noqa: RUF012
 
     @classmethod
     def from_embedding(
@@ -106,10 +111,10 @@ class Embedding(LoraLayer, nn.Embedding):
         return self
 
     def get_base_layer(self) -> nn.Module:
-        base = super().get_base_layer()
+        base: Any = super().get_base_layer()
         if self.merged:
             base.max_norm = None  # already applied, to the summands
-        return base
+        return base  # type: ignore[no-any-return]
 
     def add_adapter(self, adapter_name: str, **settings: Any) -> None:
         super().add_adapter(adapter_name, **settings)
@@ -132,18 +137,34 @@ class Embedding(LoraLayer, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [...], int64 or int32 → [..., embedding_dim], dtype of `weight`."""
-        y = self._look_up(input, self.weight, self.sparse)
-        if self._running:
-            # Several adapters have lookups of their own, since max_norm is each one's.
-            stacks = [self._stack([name]) for name in self._running]
-            for stack in stacks:
+        if not self._running:
+            y = self._look_up(input, self.weight, self.sparse)
+        elif self._is_fused():
+            stack = self._stack(self._running)
+            y = lora_embedding(
+                input,
+                self.weight,
+                stack.lora_A,
+                stack.lora_B,
+                scaling=stack.scaling,
+                padding_idx=self.padding_idx,
+                scale_grad_by_freq=self.scale_grad_by_freq,
+            )
+        else:
+            y = self._look_up(input, self.weight, self.sparse)
+            for name in self._running:  # lookups of their own, since max_norm is each one's
+                stack = self._stack([name])
                 hidden = self._look_up(input, stack.lora_A.t(), sparse=False)
                 y = y + hidden @ stack.lora_B.t() * stack.scaling
             y = y.to(self.weight.dtype)
         if self._base_class.forward is nn.Embedding.forward:
             return y
-        scale = self.embed_scale
+        scale: Any = self.embed_scale
         return y * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)
+
+    def _is_fused(self) -> bool:
+        """Whether the fused call does what the base's options ask for."""
+        return self.max_norm is None and not (self.sparse and self.weight.requires_grad)
 
     def _look_up(self, input: Tensor, weight: Tensor, sparse: bool) -> Tensor:
         return F.embedding(

@@ -41,6 +41,8 @@ class Linear(LoraLayer, nn.Linear):
         ValueError: r, lora_alpha, lora_dropout or init_lora_weights out of range, by name.
     """
 
+    weight: nn.Parameter
+
     def __init__(
         self,
         in_features: int,

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_ext.errors import AlreadyMergedError, NotMergedError
-from lora_ext.nn.default_adapter import DEFAULT, DefaultAdapter
+from lora_ext.nn.default_adapter import DEFAULT as DEFAULT
+from lora_ext.nn.default_adapter import DefaultAdapter
 from lora_ext.nn.settings import AdapterSettings
 
 

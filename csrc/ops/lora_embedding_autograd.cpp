@@ -1,0 +1,82 @@
+// lora_embedding as a torch::autograd::Function.
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "ops/lora_embedding.h"
+
+namespace lora_ext {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+struct LoraEmbedding : torch::autograd::Function<LoraEmbedding> {
+  static constexpr bool is_traceable = true;
+
+  static Tensor forward(AutogradContext* ctx, const Tensor& indices, const Tensor& weight,
+                        const Tensor& lora_A, const Tensor& lora_B, double scaling,
+                        int64_t padding_idx, bool scale_grad_by_freq) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    // No [tokens, r] is kept: gathering it again from lora_A costs no more than reading it.
+    ctx->save_for_backward({indices, lora_A, lora_B});
+    ctx->saved_data["scaling"] = scaling;
+    ctx->saved_data["padding_idx"] = padding_idx;
+    ctx->saved_data["scale_grad_by_freq"] = scale_grad_by_freq;
+    return lora_embedding_fwd(indices, weight, lora_A, lora_B, scaling);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &indices = saved[0], &lora_A = saved[1], &lora_B = saved[2];
+    const Tensor& dy = grad_outputs[0];
+    const double scaling = ctx->saved_data["scaling"].toDouble();
+    const LookupOptions lookup{ctx->saved_data["padding_idx"].toInt(),
+                               ctx->saved_data["scale_grad_by_freq"].toBool()};
+    const std::array<bool, 2> mask{ctx->needs_input_grad(2), ctx->needs_input_grad(3)};
+
+    variable_list grads(7);
+    if (ctx->needs_input_grad(1)) {
+      grads[1] = at::embedding_dense_backward_symint(dy, indices, lora_A.sym_size(1),
+                                                     lookup.padding_idx, lookup.scale_grad_by_freq);
+    }
+    if (mask[0] || mask[1]) {
+      const auto gradients = at::GradMode::is_enabled()  // create_graph=True
+                                 ? lora_embedding_bwd_composed
+                                 : lora_embedding_bwd;
+      auto [dA, dB] = gradients(dy, indices, lora_A, lora_B, scaling, lookup, mask);
+      if (mask[0]) grads[2] = dA;
+      if (mask[1]) grads[3] = dB;
+    }
+    return grads;
+  }
+};
+
+Tensor lora_embedding_autograd(const Tensor& indices, const Tensor& weight, const Tensor& lora_A,
+                               const Tensor& lora_B, double scaling, int64_t padding_idx,
+                               bool scale_grad_by_freq) {
+  const bool differentiate =
+      at::GradMode::is_enabled() &&
+      (weight.requires_grad() || lora_A.requires_grad() || lora_B.requires_grad());
+  if (!differentiate) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return lora_embedding_fwd(indices, weight, lora_A, lora_B, scaling);
+  }
+  return LoraEmbedding::apply(indices, weight, lora_A, lora_B, scaling, padding_idx,
+                              scale_grad_by_freq);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(lora_ext, Autograd, m) { m.impl("lora_embedding", &lora_embedding_autograd); }
+
+// Under inference mode tensors carry no Autograd key: the same function, its first branch.
+TORCH_LIBRARY_IMPL(lora_ext, CompositeExplicitAutograd, m) {
+  m.impl("lora_embedding", [](const Tensor& indices, const Tensor& weight, const Tensor& lora_A,
+                              const Tensor& lora_B, double scaling, int64_t, bool) {
+    return lora_embedding_fwd(indices, weight, lora_A, lora_B, scaling);
+  });
+}
+
+}  // namespace lora_ext
