@@ -198,7 +198,8 @@ class Linear(LoraLayer, nn.Linear):
         return parameters
 
     def _write_merged(self, names: Sequence[str]) -> None:
-        stack, weight_scale = dora.merged_stack(self, names)
+        factors, weight_scale = dora.merge_factors(self, names)
+        stack = self._stack(names, factors=factors)
         if stack.lora_bias is not None:
             compute = torch.promote_types(self.bias.dtype, torch.float32)
             merged = self.bias.to(compute) + stack.lora_bias.to(compute) * stack.scaling

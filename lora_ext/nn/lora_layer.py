@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -279,7 +279,7 @@ class LoraLayer(DefaultAdapter, nn.Module):
             return
         settings = self.adapters[adapter_name]
         parts = {part: self._parameters.get(part_name(part, adapter_name)) for part in self.PARTS}
-        lora_A, lora_B, lora_bias, magnitude = (parts[part] for part in self.PARTS)
+        lora_A, lora_B, lora_bias, _ = (parts[part] for part in self.PARTS)
         assert lora_A is not None and lora_B is not None
         if settings.init_lora_weights == "gaussian":
             nn.init.normal_(lora_A, std=1 / settings.r)
@@ -291,9 +291,14 @@ class LoraLayer(DefaultAdapter, nn.Module):
             nn.init.zeros_(lora_B)
         if lora_bias is not None:
             nn.init.zeros_(lora_bias)
+        self._reset_magnitude(adapter_name)
+
+    @torch.no_grad()
+    def _reset_magnitude(self, adapter_name: str) -> None:
+        """Makes the magnitude of DoRA the norm, so that it scales by 1."""
+        magnitude = self._part("lora_magnitude_vector", adapter_name)
         if magnitude is not None:
-            with torch.no_grad():
-                magnitude.copy_(self._weight_norm(adapter_name))
+            magnitude.copy_(self._weight_norm(adapter_name))
 
     # Scales
 
@@ -362,20 +367,29 @@ class LoraLayer(DefaultAdapter, nn.Module):
             groups.setdefault(dropout_p, []).append(name)
         return [self._stack(names, dropout_p) for dropout_p, names in groups.items()]
 
-    def _stack(self, names: Sequence[str], dropout_p: float = 0.0) -> LowRank:
-        """Adapters as one of the sum of their ranks: their dropout, if any, is then the same."""
-        if len(names) == 1:
+    def _stack(
+        self,
+        names: Sequence[str],
+        dropout_p: float = 0.0,
+        factors: Mapping[str, Tensor] | None = None,
+    ) -> LowRank:
+        """Adapters as one of the sum of their ranks: their dropout, if any, is then the same.
+        `factors` [rows of lora_B] multiply an adapter's output features."""
+        if len(names) == 1 and not factors:
             A, B, bias = (self._part(part, names[0]) for part in ("lora_A", "lora_B", "lora_bias"))
             return LowRank(A, B, bias, self._scaling[names[0]], dropout_p)
         # The scalings go into lora_B, and with it into float32: there they cost no accuracy.
         A_parts: list[Tensor] = [self._part("lora_A", name) for name in names]
         compute = torch.promote_types(A_parts[0].dtype, torch.float32)
-        B_parts = [self._part("lora_B", n).to(compute) * self._scaling[n] for n in names]
-        biases = [
-            self._part("lora_bias", n).to(compute) * self._scaling[n]
-            for n in names
-            if self._part("lora_bias", n) is not None
-        ]
+
+        def scaled(part: str, name: str) -> Tensor:
+            tensor: Tensor = self._part(part, name).to(compute) * self._scaling[name]
+            if factors:
+                tensor = tensor * factors[name].view(-1, *[1] * (tensor.dim() - 1))
+            return tensor
+
+        B_parts = [scaled("lora_B", name) for name in names]
+        biases = [scaled("lora_bias", n) for n in names if self._part("lora_bias", n) is not None]
         return LowRank(
             torch.cat([A.to(compute) for A in A_parts], self.RANK_DIMS[0]),
             torch.cat(B_parts, self.RANK_DIMS[1]),
