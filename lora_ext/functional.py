@@ -125,13 +125,17 @@ def lora_update(
     lora_bias: Tensor | None = None,
     scaling: float = 1.0,
     dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
 ) -> Tensor:
     """`scaling * (dropout(x) @ lora_A.T @ lora_B.T + lora_bias)` in plain PyTorch, for what cannot
     join a fused call.
 
     Args: as for `lora_linear`. Returns [..., out_features], dtype of x.
     """
-    dropped = torch.nn.functional.dropout(x.to(lora_A.dtype), dropout_p)
+    if rng_state is None:
+        dropped = torch.nn.functional.dropout(x.to(lora_A.dtype), dropout_p)
+    else:
+        dropped = dropout(x, rng_state, dropout_p).to(lora_A.dtype)
     update = dropped @ lora_A.t() @ lora_B.t()
     if lora_bias is not None:
         update = update + lora_bias

@@ -43,6 +43,7 @@ def adapter_settings(
         use_rslora=config.use_rslora,
         lora_bias=config.lora_bias,
         init_lora_weights=config.init_lora_weights,
+        use_dora=config.use_dora,
         autocast_adapter_dtype=autocast_adapter_dtype,
     )
 

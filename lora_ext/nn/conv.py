@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
+from lora_ext.functional import weight_norm
+from lora_ext.nn import dora
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.lora_layer import LoraLayer, LowRank
 from lora_ext.nn.settings import AdapterSettings
@@ -28,8 +30,8 @@ class _LoraConv(LoraLayer, _ConvNd):
     Args:
         in_channels, out_channels, kernel_size: of the base.
         r: rank, a multiple of `groups`; 0 is a plain convolution, without an adapter.
-        lora_alpha, lora_dropout, use_rslora, lora_bias, init_lora_weights, autocast_adapter_dtype:
-            see `AdapterSettings`.
+        lora_alpha, lora_dropout, use_rslora, lora_bias, init_lora_weights, use_dora,
+            autocast_adapter_dtype: see `AdapterSettings`.
         merge_weights: eval() merges and train() unmerges, as loralib does.
         base_options: further arguments of the torch.nn class: stride, padding, dilation, groups,
             bias, padding_mode, device, dtype.
@@ -62,6 +64,7 @@ class _LoraConv(LoraLayer, _ConvNd):
         use_rslora: bool = False,
         lora_bias: bool = False,
         init_lora_weights: bool | str = True,
+        use_dora: bool = False,
         autocast_adapter_dtype: bool = True,
         **base_options: Any,
     ) -> None:
@@ -77,6 +80,7 @@ class _LoraConv(LoraLayer, _ConvNd):
                 use_rslora=use_rslora,
                 lora_bias=lora_bias,
                 init_lora_weights=init_lora_weights,
+                use_dora=use_dora,
                 autocast_adapter_dtype=autocast_adapter_dtype,
             )
 
@@ -117,6 +121,8 @@ class _LoraConv(LoraLayer, _ConvNd):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [batch, in_channels, ...] or [in_channels, ...] → the same with out_channels."""
+        if self._runs_dora:
+            return dora.conv_forward(self, x)
         stacks = self.low_rank() if self._running else []
         y = self._convolve(x, self.weight, self._bias_with(stacks))
         for stack in stacks:
@@ -157,10 +163,33 @@ class _LoraConv(LoraLayer, _ConvNd):
         }
         if settings.lora_bias:
             shapes["lora_bias"] = (self.out_channels,)
+        if settings.use_dora:
+            shapes["lora_magnitude_vector"] = (1, self.out_channels, *ones)
         return shapes
 
-    def _stack(self, names: Sequence[str], dropout_p: float = 0.0, prefix: str = "") -> LowRank:
-        stack = super()._stack(names, dropout_p, prefix)
+    def _weight_norm(self, adapter_name: str) -> Tensor:
+        stack = self._stack([adapter_name])
+        groups = self._by_group(self.unmerged_weight(), stack)
+        norms = [weight_norm(*group, stack.scaling) for group in groups]
+        return torch.cat(norms).view(1, -1, *[1] * len(self.kernel_size))
+
+    def _by_group(self, weight: Tensor, stack: LowRank) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """weight, lora_A and lora_B of each group, its output channels by its input channels and
+        kernel; those of a contiguous weight are views."""
+        parts = [
+            part.contiguous().view(part.shape[0], -1).chunk(self.groups)
+            for part in (weight, stack.lora_A, stack.lora_B)
+        ]
+        return list(zip(*parts, strict=True))
+
+    def _stack(
+        self,
+        names: Sequence[str],
+        dropout_p: float = 0.0,
+        prefix: str = "",
+        factors: Mapping[str, Tensor] | None = None,
+    ) -> LowRank:
+        stack = super()._stack(names, dropout_p, prefix, factors)
         if len(names) == 1 or self.groups == 1:
             return stack
         # Each group's channels of all adapters must be neighbours.
@@ -184,7 +213,8 @@ class _LoraConv(LoraLayer, _ConvNd):
         return parameters
 
     def _write_merged(self, names: Sequence[str]) -> None:
-        stack = self._stack(names)
+        factors, weight_scale = dora.merge_factors(self, names)
+        stack = self._stack(names, factors=factors)
         if stack.lora_bias is not None:
             assert self.bias is not None
             compute = torch.promote_types(self.bias.dtype, torch.float32)
@@ -195,14 +225,11 @@ class _LoraConv(LoraLayer, _ConvNd):
                     f"{type(self).__name__}.merge: the merged bias would hold NaN or Inf; nothing "
                     "changed"
                 )
-        # One product per group: its output channels by its input channels and kernel.
+        # One product per group.
         weight = self.weight.contiguous()  # of another memory format: a copy
-        parts = [
-            part.contiguous().view(part.shape[0], -1).chunk(self.groups)
-            for part in (weight, stack.lora_A, stack.lora_B)
-        ]
-        for rows, lora_A, lora_B in zip(*parts, strict=True):
-            torch.ops.lora_ext.merge_(rows, lora_A, lora_B, stack.scaling)
+        scales = [None] * self.groups if weight_scale is None else weight_scale.chunk(self.groups)
+        for group, scale in zip(self._by_group(weight, stack), scales, strict=True):
+            torch.ops.lora_ext.merge_(*group, stack.scaling, scale)
         if weight is not self.weight:
             self.weight.copy_(weight)
         if stack.lora_bias is not None:

@@ -23,6 +23,7 @@ from lora_ext.functional import column_scale, draw_rng_state, dropout, lora_line
 from lora_ext.nn.lora_layer import LoraLayer, LowRank
 
 if TYPE_CHECKING:
+    from lora_ext.nn.conv import _LoraConv
     from lora_ext.nn.linear import Linear
 
 
@@ -34,72 +35,92 @@ def magnitude_scale(layer: LoraLayer, name: str) -> Tensor:
     return magnitude.to(norm.dtype) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
 
+def scale_columns(layer: LoraLayer, name: str, y: Tensor) -> Tensor:
+    """g * y, y [..., features]; y itself if this is no DoRA adapter."""
+    if not layer.adapters[name].use_dora:
+        return y
+    return column_scale(y, magnitude_scale(layer, name))
+
+
 def linear_forward(layer: Linear, x: Tensor, weight: Tensor) -> Tensor:
     """What a Linear makes of x [..., K] where a DoRA adapter runs; weight is [N, K]."""
     names = layer._running
-    dropout_p = {n: layer.adapters[n].lora_dropout if layer.training else 0.0 for n in names}
+    dropout_p = _dropout_p(layer)
     scaled = [n for n in names if layer.adapters[n].use_dora and dropout_p[n] == 0.0]
-    # The bias is not scaled: it comes after the last scale.
-    first_bias = None if scaled else layer.bias
+    first_bias = None if scaled else layer.bias  # the bias comes after the last scale
+
+    def add(y: Tensor | None, low_rank: LowRank, rng_state: Tensor | None = None) -> Tensor:
+        """y plus an adapter's product, or the first with the base's."""
+        A, B, lora_bias, scaling, p = low_rank
+        if y is not None:
+            return y + lora_update(x, A, B, lora_bias, scaling, p, rng_state)
+        return lora_linear(
+            x, weight, first_bias, A, B, lora_bias, scaling=scaling, dropout_p=p,
+            rng_state=rng_state,
+        )  # fmt: skip
+
     y: Tensor | None = None
     for name in names:
-        A, B, lora_bias, scaling, p = layer._stack([name], dropout_p[name])
+        low_rank = layer._stack([name], dropout_p[name])
         if not layer.adapters[name].use_dora:
-            y = (
-                lora_linear(x, weight, first_bias, A, B, lora_bias, scaling=scaling, dropout_p=p)
-                if y is None
-                else y + lora_update(x, A, B, lora_bias, scaling, p)
-            )
+            y = add(y, low_rank)
             continue
         g = magnitude_scale(layer, name)
-        if p > 0.0:
-            rng_state = draw_rng_state(x)
-            dropped = dropout(x, rng_state, p)
-            A, B = A.to(g.dtype), B.to(g.dtype) * g.unsqueeze(1)
-            if y is None:
-                y = lora_linear(
-                    x, weight, first_bias, A, B, scaling=scaling, dropout_p=p, rng_state=rng_state
-                )
-            else:
-                y = y + lora_update(dropped, A, B, None, scaling)
-            y = y + column_scale(torch.nn.functional.linear(dropped, weight), g - 1)
+        if dropout_p[name] == 0.0:
+            y = column_scale(add(y, low_rank), g, layer.bias if name == scaled[-1] else None)
             continue
-        if y is None:
-            y = lora_linear(x, weight, None, A, B, scaling=scaling)
-        else:
-            y = y + lora_update(x, A, B, None, scaling)
-        y = column_scale(y, g, layer.bias if name == scaled[-1] else None)
+        rng_state = draw_rng_state(x)
+        dropped = dropout(x, rng_state, dropout_p[name])
+        y = add(y, layer._stack([name], dropout_p[name], factors={name: g}), rng_state)
+        y = y + column_scale(torch.nn.functional.linear(dropped, weight), g - 1)
     assert y is not None
     return y
 
 
-def merged_stack(layer: LoraLayer, names: Sequence[str]) -> tuple[LowRank, Tensor | None]:
-    """Adapters as one that is merged with a single rounding, and what multiplies the base's weight
-    by rows, if anything: merged one after another, each DoRA adapter scales what is there."""
+def conv_forward(layer: _LoraConv, x: Tensor) -> Tensor:
+    """What a convolution makes of x where a DoRA adapter runs."""
+    y = layer._convolve(x, layer.weight, None)
+    dtype, channels = y.dtype, (-1, *[1] * len(layer.kernel_size))
+    for name, p in _dropout_p(layer).items():
+        low_rank = layer._stack([name], p)
+        if not layer.adapters[name].use_dora:
+            y = y + layer._update(x, low_rank)
+            if low_rank.lora_bias is not None:
+                y = y + (low_rank.lora_bias * low_rank.scaling).view(channels)
+            continue
+        g = magnitude_scale(layer, name).view(channels)
+        if p == 0.0:
+            y = g * (y + layer._update(x, low_rank))
+            continue
+        dropped = torch.nn.functional.dropout(x, p)
+        update = layer._update(dropped, low_rank._replace(dropout_p=0.0))
+        y = y + (g - 1) * layer._convolve(dropped, layer.weight, None) + g * update
+    if layer.bias is not None:
+        y = y + layer.bias.view(channels)
+    return y.to(dtype)
+
+
+def _dropout_p(layer: LoraLayer) -> dict[str, float]:
+    """Of the adapters that run, in their order."""
+    return {n: layer.adapters[n].lora_dropout if layer.training else 0.0 for n in layer._running}
+
+
+def merge_factors(
+    layer: LoraLayer, names: Sequence[str]
+) -> tuple[dict[str, Tensor] | None, Tensor | None]:
+    """What multiplies the output features of each adapter, and of the base's weight, when they are
+    merged one after another: each DoRA adapter scales what is there. None without one."""
     if not any(layer.adapters[name].use_dora for name in names):
-        return layer._stack(names), None
-    scale: Tensor | None = None
-    A_parts, B_parts, biases = [], [], []
+        return None, None
+    factors: dict[str, Tensor] = {}
+    factor: Tensor | None = None
     for name in reversed(names):
-        A, B, lora_bias, scaling, _ = layer._stack([name])
         if layer.adapters[name].use_dora:
             g = magnitude_scale(layer, name).flatten()
-            scale = g if scale is None else scale * g
-        compute = torch.promote_types(B.dtype, torch.float32)
-        factor = torch.full((B.shape[0],), scaling, dtype=compute, device=B.device)
-        factor = factor if scale is None else factor * scale
-        B = B.to(compute) * factor.view(-1, *[1] * (B.dim() - 1))
-        A_parts.append(A.to(compute))
-        B_parts.append(B)
-        if lora_bias is not None:
-            biases.append(lora_bias.to(compute) * factor)
-    return (
-        LowRank(
-            torch.cat(A_parts, layer.RANK_DIMS[0]),
-            torch.cat(B_parts, layer.RANK_DIMS[1]),
-            torch.stack(biases).sum(0) if biases else None,
-            1.0,
-            0.0,
-        ),
-        scale,
-    )
+            factor = g if factor is None else factor * g
+        if factor is None:
+            rows = layer._part("lora_B", name)
+            factors[name] = torch.ones(rows.shape[0], device=rows.device)
+        else:
+            factors[name] = factor
+    return factors, factor

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_ext.functional import lora_embedding
+from lora_ext.functional import lora_embedding, weight_norm
+from lora_ext.nn import dora
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.init import initialise_embedding
 from lora_ext.nn.lora_layer import LoraLayer
@@ -34,7 +35,8 @@ class Embedding(LoraLayer, nn.Embedding):
     Args:
         num_embeddings, embedding_dim: of the base.
         r: rank; 0 is a plain embedding, without an adapter.
-        lora_alpha, use_rslora, init_lora_weights, autocast_adapter_dtype: see `AdapterSettings`;
+        lora_alpha, use_rslora, init_lora_weights, use_dora, autocast_adapter_dtype: see
+            `AdapterSettings`; the magnitudes of DoRA are those of the embedding's dimensions;
             init_lora_weights=False makes lora_A standard normal too, for tests.
         lora_dropout: kept with the settings and not applied, with a warning: token numbers have no
             elements to drop. PEFT does the same.
@@ -51,6 +53,7 @@ class Embedding(LoraLayer, nn.Embedding):
     PEFT_NAMES: ClassVar[dict[str, str]] = {
         "lora_A": "lora_embedding_A",
         "lora_B": "lora_embedding_B",
+        "lora_magnitude_vector": "lora_magnitude_vector",
     }
     weight: nn.Parameter
 
@@ -65,6 +68,7 @@ class Embedding(LoraLayer, nn.Embedding):
         use_rslora: bool = False,
         lora_dropout: float = 0.0,
         init_lora_weights: bool | str = True,
+        use_dora: bool = False,
         autocast_adapter_dtype: bool = True,
         **base_options: Any,
     ) -> None:
@@ -78,6 +82,7 @@ class Embedding(LoraLayer, nn.Embedding):
                 lora_dropout=lora_dropout,
                 use_rslora=use_rslora,
                 init_lora_weights=init_lora_weights,
+                use_dora=use_dora,
                 autocast_adapter_dtype=autocast_adapter_dtype,
             )
 
@@ -130,28 +135,24 @@ class Embedding(LoraLayer, nn.Embedding):
     def _initialise(self, name: str) -> None:
         lora_A, lora_B = (self._part(part, name) for part in ("lora_A", "lora_B"))
         initialise_embedding(self.adapters[name].init_lora_weights, lora_A, lora_B)
+        self._reset_magnitude(name)
 
     def forward(self, input: Tensor) -> Tensor:
         """input [...], int64 or int32 → [..., embedding_dim], dtype of `weight`."""
         if not self._running:
             y = self._look_up(input, self.weight, self.sparse)
+        elif self._is_fused() and not self._runs_dora:
+            y = self._fused_look_up(input, self._running)
         elif self._is_fused():
-            stack = self._stack(self._running)
-            y = lora_embedding(
-                input,
-                self.weight,
-                stack.lora_A,
-                stack.lora_B,
-                scaling=stack.scaling,
-                padding_idx=self.padding_idx,
-                scale_grad_by_freq=self.scale_grad_by_freq,
-            )
+            first, *others = self._running
+            y = dora.scale_columns(self, first, self._fused_look_up(input, [first]))
+            for name in others:
+                y = y + self._update(input, name).to(y.dtype)
+                y = dora.scale_columns(self, name, y)
         else:
             y = self._look_up(input, self.weight, self.sparse)
             for name in self._running:  # lookups of their own, since max_norm is each one's
-                stack = self._stack([name])
-                hidden = self._look_up(input, stack.lora_A.t(), sparse=False)
-                y = y + hidden @ stack.lora_B.t() * stack.scaling
+                y = dora.scale_columns(self, name, y + self._update(input, name))
             y = y.to(self.weight.dtype)
         if self._base_class.forward is nn.Embedding.forward:
             return y
@@ -161,6 +162,24 @@ class Embedding(LoraLayer, nn.Embedding):
     def _is_fused(self) -> bool:
         """Whether the fused call does what the base's options ask for."""
         return self.max_norm is None and not (self.sparse and self.weight.requires_grad)
+
+    def _fused_look_up(self, input: Tensor, names: Sequence[str]) -> Tensor:
+        stack = self._stack(names)
+        return lora_embedding(
+            input,
+            self.weight,
+            stack.lora_A,
+            stack.lora_B,
+            scaling=stack.scaling,
+            padding_idx=self.padding_idx,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+        )
+
+    def _update(self, input: Tensor, name: str) -> Tensor:
+        """scaling * lora_A[:, input]^T lora_B^T, in the adapter's dtype."""
+        stack = self._stack([name])
+        hidden = self._look_up(input, stack.lora_A.t(), sparse=False)
+        return hidden @ stack.lora_B.t() * stack.scaling
 
     def _look_up(self, input: Tensor, weight: Tensor, sparse: bool) -> Tensor:
         return F.embedding(
@@ -179,16 +198,30 @@ class Embedding(LoraLayer, nn.Embedding):
                 "Embedding: lora_bias: got True, expected False: an embedding has no bias to add "
                 "it to, and PEFT has no name for it"
             )
-        return {
+        shapes: dict[str, tuple[int, ...]] = {
             "lora_A": (settings.r, self.num_embeddings),
             "lora_B": (self.embedding_dim, settings.r),
         }
+        if settings.use_dora:
+            if self.max_norm is not None:
+                raise ValueError(
+                    f"Embedding: use_dora: got True with max_norm {self.max_norm}, expected False: "
+                    "a lookup rescales rows of the weight, so its norm would depend on those that "
+                    "were looked up before"
+                )
+            shapes["lora_magnitude_vector"] = (self.embedding_dim,)
+        return shapes
+
+    def _weight_norm(self, adapter_name: str) -> Tensor:
+        stack = self._stack([adapter_name])
+        return weight_norm(self.unmerged_weight().t(), stack.lora_A, stack.lora_B, stack.scaling)
 
     def _merged_parameters(self, names: Sequence[str]) -> dict[str, Tensor]:
         return {"weight": self.weight}
 
     def _write_merged(self, names: Sequence[str]) -> None:
-        stack = self._stack(names)
+        factors, weight_scale = dora.merge_factors(self, names)
+        stack = self._stack(names, factors=factors)
         lora_A = stack.lora_A
         if self.max_norm is not None:  # of every row, as lookups would do it
             everything = torch.arange(self.num_embeddings, device=self.weight.device)
@@ -196,7 +229,9 @@ class Embedding(LoraLayer, nn.Embedding):
             for table in (self.weight, *columns):
                 torch.embedding_renorm_(table.detach(), everything, self.max_norm, self.norm_type)
             lora_A = torch.cat(columns, 1).t().to(lora_A.dtype)
-        torch.ops.lora_ext.merge_(self.weight, stack.lora_B.t(), lora_A.t(), stack.scaling)
+        torch.ops.lora_ext.merge_(
+            self.weight.t(), lora_A, stack.lora_B, stack.scaling, weight_scale
+        )
 
     def extra_repr(self) -> str:
         return super().extra_repr() + self.adapters_repr()

@@ -208,6 +208,11 @@ class Linear(LinearBase):
         if settings.lora_bias:
             shapes["lora_bias"] = (self.out_features,)
         if settings.use_dora:
+            if self._base_forward is not None:
+                raise ValueError(
+                    f"Linear: use_dora: got True, expected False: {self._base_class.__qualname__} "
+                    "has a forward of its own, whose result need not be a product with its weight"
+                )
             shapes["lora_magnitude_vector"] = (self.out_features,)
         return shapes
 
@@ -228,7 +233,8 @@ class Linear(LinearBase):
         return parameters
 
     def _write_merged(self, names: Sequence[str]) -> None:
-        stack, weight_scale = dora.merged_stack(self, names)
+        factors, weight_scale = dora.merge_factors(self, names)
+        stack = self._stack(names, factors=factors)
         if stack.lora_bias is not None:
             compute = torch.promote_types(self.bias.dtype, torch.float32)
             merged = self.bias.to(compute) + stack.lora_bias.to(compute) * stack.scaling

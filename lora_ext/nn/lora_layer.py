@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -318,10 +318,14 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
                 weight = self._weight_matrix(prefix)
                 kind, scaling = settings.init_lora_weights, settings.scaling
                 initialise(kind, A, B, weight, scaling, lora_bias=bias)
-        magnitude = self._part("lora_magnitude_vector", name)
+        self._reset_magnitude(name)
+
+    @torch.no_grad()
+    def _reset_magnitude(self, adapter_name: str) -> None:
+        """Makes the magnitude of DoRA the norm, so that it scales by 1."""
+        magnitude = self._part("lora_magnitude_vector", adapter_name)
         if magnitude is not None:
-            with torch.no_grad():
-                magnitude.copy_(self._weight_norm(name))
+            magnitude.copy_(self._weight_norm(adapter_name))
 
     # Scales
 
@@ -395,21 +399,31 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
             groups.setdefault(dropout_p, []).append(name)
         return [self._stack(names, dropout_p, prefix) for dropout_p, names in groups.items()]
 
-    def _stack(self, names: Sequence[str], dropout_p: float = 0.0, prefix: str = "") -> LowRank:
-        """Adapters as one of the sum of their ranks: their dropout, if any, is then the same."""
+    def _stack(
+        self,
+        names: Sequence[str],
+        dropout_p: float = 0.0,
+        prefix: str = "",
+        factors: Mapping[str, Tensor] | None = None,
+    ) -> LowRank:
+        """Adapters as one of the sum of their ranks: their dropout, if any, is then the same.
+        `factors` [rows of lora_B] multiply an adapter's output features."""
         a, b, c = (prefix + part for part in ("lora_A", "lora_B", "lora_bias"))
-        if len(names) == 1:
+        if len(names) == 1 and not factors:
             A, B, bias = (self._part(part, names[0]) for part in (a, b, c))
             return LowRank(A, B, bias, self._scaling[names[0]], dropout_p)
         # The scalings go into lora_B, and with it into float32: there they cost no accuracy.
         A_parts: list[Tensor] = [self._part(a, name) for name in names]
         compute = torch.promote_types(A_parts[0].dtype, torch.float32)
-        B_parts = [self._part(b, n).to(compute) * self._scaling[n] for n in names]
-        biases = [
-            self._part(c, n).to(compute) * self._scaling[n]
-            for n in names
-            if self._part(c, n) is not None
-        ]
+
+        def scaled(part: str, name: str) -> Tensor:
+            tensor: Tensor = self._part(part, name).to(compute) * self._scaling[name]
+            if factors:
+                tensor = tensor * factors[name].view(-1, *[1] * (tensor.dim() - 1))
+            return tensor
+
+        B_parts = [scaled(b, name) for name in names]
+        biases = [scaled(c, n) for n in names if self._part(c, n) is not None]
         return LowRank(
             torch.cat([A.to(compute) for A in A_parts], self.RANK_DIMS[0]),
             torch.cat(B_parts, self.RANK_DIMS[1]),

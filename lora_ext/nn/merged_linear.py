@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -214,8 +214,14 @@ class MergedLinear(LinearBase):
         blocks = [none.reshape(size, 0) if own is None else own.lora_B for size, own in rows]
         return torch.block_diag(*blocks)  # type: ignore[no-untyped-call, no-any-return]
 
-    def _stack(self, names: Sequence[str], dropout_p: float = 0.0, prefix: str = "") -> LowRank:
-        stack = super()._stack(names, dropout_p, prefix)
+    def _stack(
+        self,
+        names: Sequence[str],
+        dropout_p: float = 0.0,
+        prefix: str = "",
+        factors: Mapping[str, Tensor] | None = None,
+    ) -> LowRank:
+        stack = super()._stack(names, dropout_p, prefix, factors)
         if len(names) == 1:
             return stack
         # From adapter after adapter to slice after slice.
