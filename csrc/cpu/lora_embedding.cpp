@@ -8,6 +8,7 @@
 #include "cpu/backend.h"
 #include "cpu/parts.h"
 #include "ops/checks.h"
+#include "ops/prepare.h"
 
 namespace lora_ext {
 namespace {
