@@ -3,7 +3,8 @@
 
 namespace lora_ext::sm80 {
 
-template void product(const Product<Bf16>&, BLayout, Stream);
+extern template void product(const Product<Bf16>&, BLayout, Stream);  // product_bf16_sm80.cu
+
 template void forward(const ForwardCall<Bf16, Bf16>&, const Allocator&, Stream);
 template void backward(const BackwardCall<Bf16, Bf16>&, const Allocator&, Stream);
 template void forward_with(const ForwardCall<Bf16, Bf16>&, const Allocator&, Stream,

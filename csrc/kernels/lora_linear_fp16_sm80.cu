@@ -3,7 +3,8 @@
 
 namespace lora_ext::sm80 {
 
-template void product(const Product<Fp16>&, BLayout, Stream);
+extern template void product(const Product<Fp16>&, BLayout, Stream);  // product_fp16_sm80.cu
+
 template void forward(const ForwardCall<Fp16, Fp16>&, const Allocator&, Stream);
 template void backward(const BackwardCall<Fp16, Fp16>&, const Allocator&, Stream);
 template void forward_with(const ForwardCall<Fp16, Fp16>&, const Allocator&, Stream,
