@@ -46,13 +46,23 @@ def _explain_layer(layer: LoraLayer, tokens: int) -> tuple[str, str]:
     if layer.merged:
         return _base_name(layer), "merged: the adapter is in the weight"
     if isinstance(layer, Linear):
-        return _explain_linear(layer, tokens)
+        path, reason = _explain_linear(layer, tokens)
+        return path, reason + _dora_adds(layer)
     if isinstance(layer, Embedding):
         return _explain_embedding(layer)
     return (
         "aten convolution",
         "lora_A convolves as the base does, and lora_B's result is added to y",
     )
+
+
+def _dora_adds(layer: LoraLayer) -> str:
+    settings = [s for name, s in layer.adapters.items() if s.use_dora and name in layer._running]
+    if not settings:
+        return ""
+    if layer.training and any(s.lora_dropout > 0.0 for s in settings):
+        return "; DoRA with dropout needs a second base product, forward and backward"
+    return "; DoRA scales y, and dy, in one more pass"
 
 
 def _base_name(layer: LoraLayer) -> str:
