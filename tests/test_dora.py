@@ -407,6 +407,7 @@ def test_replace_linear_takes_the_option() -> None:
     model = nn.Sequential(nn.Linear(IN, OUT), nn.ReLU(), nn.Linear(OUT, 3))
     replace_linear(model, ["0", "2"], r=2, use_dora=True)
     assert model[0].lora_magnitude_vector.shape == (OUT,) and model[2].adapters["default"].use_dora
+    assert "one more pass" in str(lora_ext.explain(model))
     assert model(seeded(2, IN, dtype=torch.float32)).shape == (2, 3)
 
 

@@ -125,7 +125,7 @@ WEIGHT_SCALE_CASES: list[Case] = [
     ({"weight_scale": T(4)}, ValueError, "weight_scale: got shape [4], expected [3], one entry"),
     ({"weight_scale": T(3).int()}, TypeError, "weight_scale: got dtype Int, expected a floating"),
     ({"weight_scale": T(3, device="meta")}, RuntimeError, f"weight_scale: {META}"),
-    ({"weight_scale": T(3) + NAN}, ValueError, f"{BAD_SUM} Float), expected finite values"),
+    ({"weight_scale": T(3) + INF}, ValueError, f"{BAD_SUM} Float), expected finite values"),
 ]
 FACTOR_CASES: list[Case] = [
     ({"scale": T(4)}, ValueError, "scale: got shape [4], expected [3], one entry"),

@@ -119,6 +119,10 @@ LINEAR: dict[str, dict[str, Any]] = {
     "pissa": {"init_lora_weights": "pissa"},
     "olora": {"init_lora_weights": "olora"},
     "head": {"target_modules": ["head", "up"]},
+    "dora": {"use_dora": True},
+    "dora rslora": {"use_dora": True, "use_rslora": True, "r": 2},
+    "dora bias all": {"use_dora": True, "bias": "all"},
+    "dora patterns": {"use_dora": True, "rank_pattern": {"mid": 3}},
 }  # fmt: skip
 CASES: dict[str, tuple[Build, dict[str, Any]]] = {
     f"linear, {name}": (mlp, {"target_modules": TARGETS} | fields)
@@ -128,7 +132,7 @@ CASES |= {
     f"Conv1D, {name}": (
         conv1d_mlp, LINEAR[name] | {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
     )
-    for name in ("plain", "rslora", "lora_bias", "bias all", "gaussian", "pissa")
+    for name in ("plain", "rslora", "lora_bias", "bias all", "gaussian", "pissa", "dora")
 }  # fmt: skip
 CASES |= {
     f"embedding, {name}": (words, {"target_modules": ["words", "mix"]} | fields)
@@ -138,6 +142,7 @@ CASES |= {
         "rslora": {"use_rslora": True},
         "bias all": {"bias": "all"},
         "modules to save": {"modules_to_save": ["last"]},
+        "dora": {"use_dora": True},
         "saved whole": {"target_modules": ["mix"], "modules_to_save": ["words"]},
     }.items()
 }
@@ -157,6 +162,8 @@ CASES |= {
             {"rank_pattern": {"first": 2}, "alpha_pattern": {"second": 3}},
         ),
         "2d modules to save": (convolutions(2), {"modules_to_save": ["head"]}),
+        "2d dora": (convolutions(2), {"use_dora": True}),
+        "1d dora": (convolutions(1, padding=1), {"use_dora": True, "use_rslora": True}),
         "2d with linear": (convolutions(2), {"target_modules": ["first", "head"]}),
         "2d gaussian": (convolutions(2), {"init_lora_weights": "gaussian"}),
         "3d": (convolutions(3), {"target_modules": ["first"]}),
@@ -203,7 +210,9 @@ def _quiet() -> Any:
 
 def by_peft_key(model: peft.PeftModel) -> dict[str, Tensor]:
     return {
-        name.replace(".default", ""): parameter.grad
+        name.replace(".default", "").replace("magnitude_vector.weight", "magnitude_vector"): (
+            parameter.grad
+        )
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }

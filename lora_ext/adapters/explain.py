@@ -53,10 +53,20 @@ def _explain_layer(layer: LoraLayer, tokens: int) -> tuple[str, str]:
     if not layer.running_adapters:
         return base, "no adapter runs: disabled, not active, or of scale 0"
     if isinstance(layer, Linear):
-        return _explain_linear(layer, tokens)
+        path, reason = _explain_linear(layer, tokens)
+        return path, reason + _dora_adds(layer)
     if isinstance(layer, Embedding):
         return _explain_embedding(layer)
     return layer.PATH
+
+
+def _dora_adds(layer: LoraLayer) -> str:
+    settings = [s for name, s in layer.adapters.items() if s.use_dora and name in layer._running]
+    if not settings:
+        return ""
+    if layer.training and any(s.lora_dropout > 0.0 for s in settings):
+        return "; DoRA with dropout needs a second base product, forward and backward"
+    return "; DoRA scales y, and dy, in one more pass"
 
 
 def _explain_linear(layer: Linear, tokens: int) -> tuple[str, str]:
