@@ -150,3 +150,38 @@ def test_wrong_arguments(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model.add_weighted_adapter(*arguments)
     assert list(model.state_dict()) == before
+
+
+def test_attention_embedding_and_convolution_are_combined_too() -> None:
+    torch.manual_seed(0)
+    net = nn.ModuleDict(
+        {
+            "attention": nn.MultiheadAttention(8, 2, batch_first=True),
+            "words": nn.Embedding(11, 8),
+            "convolve": nn.Conv1d(8, 6, 3, groups=2),
+        }
+    )
+    config = LoraConfig(r=2, target_modules=list(net), init_lora_weights=False)
+    model = get_lora_model(net, config, "one")
+    model.add_adapter("two", LoraConfig(r=4, target_modules=list(net), init_lora_weights=False))
+    model.add_weighted_adapter(["one", "two"], [0.5, 2.0], "new", "cat")
+    model.double()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    tokens = torch.randint(0, 11, (2, 5))
+
+    def outputs() -> list[Tensor]:
+        # Linear in the adapters: the first projection alone, of the attention.
+        layer = net["attention"]
+        parts = [layer.parts(name) for name in layer.running_adapters]
+        scales = [layer.get_scale(name) for name in layer.running_adapters]
+        products = [s * p["lora_B"] @ p["lora_A"] for s, p in zip(scales, parts, strict=True)]
+        return [torch.stack(products).sum(0), net["words"](tokens), net["convolve"](x.mT)]
+
+    model.set_adapter("new")
+    actual = outputs()
+    for name, weight in (("one", 0.5), ("two", 2.0)):
+        model.set_scale(name, weight)
+    model.set_adapter(["one", "two"])
+    for new, expected in zip(actual, outputs(), strict=True):
+        # "cat" was computed in float32.
+        torch.testing.assert_close(new, expected, rtol=1e-5, atol=1e-5)

@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from lora_ext.adapters.combination import plan_combination
+from lora_ext.adapters.combination import Combination, plan_combination
 from lora_ext.adapters.combining import Adapter, combine
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.nn import LoraLayer
@@ -50,16 +51,12 @@ def add_weighted_adapter(
     _check_combinable(model, combination.adapters)
     config = _combined_config(model, combination.adapters, combination.rank)
 
-    combined: list[tuple[LoraLayer, Adapter]] = []
-    for _, layer in model.lora_layers():
-        parts = {
-            name: _adapter_of(layer, name)
-            for name in dict.fromkeys(combination.adapters)
-            if name in layer.adapters
-        }
-        if parts:
-            combined.append((layer, combine(combination, parts, 1.0, generator=generator)))
-    for layer, adapter in combined:
+    combined = [
+        (layer, parts)
+        for _, layer in model.lora_layers()
+        if (parts := _combine_layer(layer, combination, generator))
+    ]
+    for layer, parts in combined:
         present = next(
             layer.adapters[name] for name in combination.adapters if name in layer.adapters
         )
@@ -68,25 +65,41 @@ def add_weighted_adapter(
             r=combination.rank,
             lora_alpha=config.lora_alpha,
             use_rslora=False,
-            lora_bias=adapter.lora_bias is not None,
+            lora_bias="lora_bias" in parts,
             init_lora_weights=True,
         )
         layer.add_adapter(adapter_name, **vars(settings))
         with torch.no_grad():
             for part, parameter in layer.parts(adapter_name).items():
-                parameter.copy_(getattr(adapter, part))
+                parameter.copy_(parts[part])
     model.peft_config[adapter_name] = config
     model.set_adapter(model.active_adapters)
 
 
-def _adapter_of(layer: LoraLayer, name: str) -> Adapter:
-    parts = layer.parts(name)
-    return Adapter(
-        parts["lora_A"].detach(),
-        parts["lora_B"].detach(),
-        layer.adapters[name].scaling,
-        parts["lora_bias"].detach() if "lora_bias" in parts else None,
-    )
+def _combine_layer(
+    layer: LoraLayer, combination: Combination, generator: torch.Generator | None
+) -> dict[str, Tensor]:
+    """The parts of the layer's new adapter; none if no adapter of the layer takes part."""
+    mine = [name for name in dict.fromkeys(combination.adapters) if name in layer.adapters]
+    result: dict[str, Tensor] = {}
+    for prefix in layer.PREFIXES:
+        adapters = {}
+        for name in mine:
+            parts = layer.parts(name)
+            if f"{prefix}lora_A" in parts:
+                bias = parts.get(f"{prefix}lora_bias")
+                adapters[name] = Adapter(
+                    parts[f"{prefix}lora_A"].detach(),
+                    parts[f"{prefix}lora_B"].detach(),
+                    layer.adapters[name].scaling,
+                    None if bias is None else bias.detach(),
+                )
+        if adapters:
+            new = combine(combination, adapters, 1.0, generator=generator)
+            result |= {f"{prefix}lora_A": new.lora_A, f"{prefix}lora_B": new.lora_B}
+            if new.lora_bias is not None:
+                result[f"{prefix}lora_bias"] = new.lora_bias
+    return result
 
 
 def _check_combinable(model: LoraModel, names: Sequence[str]) -> None:

@@ -234,16 +234,21 @@ def _subtract_initial(
     for name, layer in model.lora_layers():
         if adapter_name not in layer.adapters:
             continue
-        A, B = (f"{PREFIX}{name}.{layer.PEFT_NAMES[part]}" for part in ("lora_A", "lora_B"))
-        if A not in initial or B not in initial:
-            raise AdapterFileError(f"{folder}: has no {A if A not in initial else B}")
         scaling = layer.adapters[adapter_name].scaling
-        pairs = [
-            Adapter(values[A].to(tensors[A]), values[B].to(tensors[B]), scaling)
-            for values in (tensors, initial)
-        ]
-        both = subtract_mutated_init(*pairs)
-        result[A], result[B] = both.lora_A, both.lora_B
+        for prefix in layer.PREFIXES:
+            if f"{prefix}lora_A" not in layer.parts(adapter_name):
+                continue
+            A, B = (
+                f"{PREFIX}{name}.{layer.PEFT_NAMES[prefix + part]}" for part in ("lora_A", "lora_B")
+            )
+            if A not in initial or B not in initial:
+                raise AdapterFileError(f"{folder}: has no {A if A not in initial else B}")
+            pairs = [
+                Adapter(values[A].to(tensors[A]), values[B].to(tensors[B]), scaling)
+                for values in (tensors, initial)
+            ]
+            both = subtract_mutated_init(*pairs)
+            result[A], result[B] = both.lora_A, both.lora_B
     return result
 
 
