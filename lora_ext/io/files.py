@@ -6,7 +6,7 @@ import io
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any, NoReturn
@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from lora_ext.errors import AdapterFileError
 
 StrPath = str | os.PathLike[str]
+MAX_DEPTH = 32  # of brackets in JSON
 
 
 def inside(folder: StrPath, name: str) -> Path:
@@ -101,7 +102,8 @@ def read_into(file: io.FileIO, buffer: memoryview) -> None:
 
 
 def parse_json(content: bytes, what: str) -> dict[str, Any]:
-    """A JSON object, strictly: UTF-8, no key twice, no NaN or Infinity, few brackets.
+    """A JSON object, strictly: UTF-8, no key twice, no NaN or Infinity, few brackets, at most
+    MAX_DEPTH levels.
 
     Python spends 100 bytes and more on an array or object that takes 2 in the file; real headers
     and configurations have one in 20 bytes.
@@ -117,9 +119,25 @@ def parse_json(content: bytes, what: str) -> dict[str, Any]:
         )
     except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"{what} is not valid JSON: {error}") from error
+    if _is_deep(value):
+        raise AdapterFileError(f"{what} is nested deeper than {MAX_DEPTH} levels")
     if not isinstance(value, dict):
         raise AdapterFileError(f"{what} is {type(value).__name__} in JSON, expected an object")
     return value
+
+
+def _is_deep(value: Any) -> bool:
+    """Deep values would overflow the stack of what copies or prints them later."""
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [child for parent in level for child in _children(parent)]
+    return bool(level)
+
+
+def _children(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
