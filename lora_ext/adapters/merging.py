@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
-from rich.progress import track
 from torch import nn
 
 from lora_ext.errors import NotMergedError
 from lora_ext.nn import LoraLayer
+
+Item = TypeVar("Item")
 
 
 def merge_layers(
@@ -36,7 +38,7 @@ def merge_layers(
     _check_not_shared(model, [(name, layer) for name, layer, _ in chosen])
     done: list[tuple[LoraLayer, tuple[str, ...]]] = []
     try:
-        for name, layer, names in track(chosen, "Merging", disable=not progressbar):
+        for name, layer, names in _tracked(chosen) if progressbar else chosen:
             before = layer.merged_adapters
             try:
                 layer.merge(names)
@@ -63,6 +65,13 @@ def unmerge_layers(model: nn.Module) -> None:
         raise NotMergedError("unmerge: no layer is merged; call merge_adapter() first")
     for layer in reversed(merged):
         layer.unmerge()
+
+
+def _tracked(items: Sequence[Item]) -> Iterable[Item]:
+    """The items, behind a progress bar."""
+    from rich.progress import track  # 0.1 s, for those who ask for a bar
+
+    return track(items, "Merging")
 
 
 def _names(layer: LoraLayer, adapter_names: Iterable[str] | None) -> tuple[str, ...]:
