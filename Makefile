@@ -38,7 +38,7 @@ CUDA_TORCH ?= torch==2.11.0
 cuda-check:
 	$(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/pip install --quiet $(CUDA_TORCH)
-	.venv-cuda/bin/pip install --quiet --upgrade setuptools wheel cmake ninja pybind11 safetensors numpy
+	.venv-cuda/bin/pip install --quiet --upgrade "setuptools>=77,<82" wheel cmake ninja pybind11 safetensors rich numpy
 	PATH="$(CURDIR)/.venv-cuda/bin:$$PATH" LORA_EXT_CUDA=1 LORA_EXT_BUILD_DIR="$(CURDIR)/build/cuda" \
 		.venv-cuda/bin/pip install --quiet --no-build-isolation --no-deps .
 	cd tests && ../.venv-cuda/bin/python cuda_check.py
