@@ -17,13 +17,13 @@ from lora_ext.adapters.plan import Plan, make_plan, resolved
 from lora_ext.adapters.replication import replicate_layers
 from lora_ext.adapters.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from lora_ext.adapters.swap import swap_modules
-from lora_ext.adapters.trainable import count_parameters, print_trainable_parameters
 from lora_ext.adapters.weighted import add_weighted_adapter
 from lora_ext.io.peft import load_adapter, save_pretrained
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.init import mutates_weight
 from lora_ext.nn.lora_layer import check_adapter_name
+from lora_ext.nn.trainable import count_parameters, print_trainable_parameters
 
 
 def check_model(model: nn.Module) -> None:

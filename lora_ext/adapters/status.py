@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lora_ext.adapters.trainable import count_parameters
+from lora_ext.nn.trainable import count_parameters
 
 if TYPE_CHECKING:
     from lora_ext.adapters.lora_model import LoraModel

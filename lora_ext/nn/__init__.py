@@ -1,4 +1,5 @@
-"""Drop-in modules."""
+"""Drop-in modules, under loralib's names: `import lora_ext.nn as lora` stands for
+`import loralib as lora`. Merging in eval() is then an option, `merge_weights=True`."""
 
 from lora_ext.nn.any_layer import AnyLayer
 from lora_ext.nn.attention import MultiheadAttention
@@ -8,6 +9,11 @@ from lora_ext.nn.linear import Linear
 from lora_ext.nn.lora_layer import LoraLayer
 from lora_ext.nn.merged_linear import MergedLinear
 from lora_ext.nn.settings import AdapterSettings
+from lora_ext.nn.trainable import (
+    lora_state_dict,
+    mark_only_lora_as_trainable,
+    print_trainable_parameters,
+)
 
 __all__ = [
     "AdapterSettings",
@@ -20,4 +26,7 @@ __all__ = [
     "LoraLayer",
     "MergedLinear",
     "MultiheadAttention",
+    "lora_state_dict",
+    "mark_only_lora_as_trainable",
+    "print_trainable_parameters",
 ]

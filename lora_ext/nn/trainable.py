@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lora_ext.nn import LoraLayer
+from lora_ext.nn.lora_layer import LoraLayer
 
 _BIAS = ("none", "all", "lora_only")
 
