@@ -1,0 +1,85 @@
+"""Repeated layers against PEFT, and what status reports say."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from tiny_models import BUILDERS
+
+from lora_ext import LoraConfig, LoraModel, get_lora_model
+from lora_ext.adapters.status import IRREGULAR
+
+LAYERS = [[0, 2], [1, 3]]
+
+
+def config_of(**fields: Any) -> dict[str, Any]:
+    return {"r": 2, "target_modules": ["q_proj", "v_proj"]} | fields
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_replicated_layers_are_pefts(family: str, tmp_path: Path) -> None:
+    base, inputs = BUILDERS[family]()
+    fields = config_of(target_modules=None, layer_replication=LAYERS)
+    inputs = inputs | {"use_cache": False} if family != "bert" else inputs
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**fields))
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        theirs.save_pretrained(tmp_path)
+        ours = LoraModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert ours.targeted_module_names == theirs.targeted_module_names
+    expected = theirs.eval()(**inputs).loss
+    torch.testing.assert_close(ours(**inputs).loss, expected, rtol=1e-5, atol=1e-6)
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+    with pytest.raises(ValueError, match="shares its weight"):
+        ours.merge_adapter()  # PEFT adds the updates of all copies to the one weight
+
+
+def test_a_failure_puts_the_layers_back() -> None:
+    base, _ = BUILDERS["llama"]()
+    layers, count = base.model.layers, base.config.num_hidden_layers
+    fields = config_of(layer_replication=LAYERS, target_modules=["nothing"])
+    with pytest.raises(ValueError, match="target_modules"):
+        get_lora_model(base, LoraConfig(**fields))
+    assert base.model.layers is layers and base.config.num_hidden_layers == count
+    with pytest.raises(ValueError, match="layer_replication"):
+        get_lora_model(base, LoraConfig(**config_of(layer_replication=[[0, 99]])))
+    model = get_lora_model(base, LoraConfig(**config_of()))
+    with pytest.raises(ValueError, match="first adapter"):
+        model.add_adapter("more", LoraConfig(**config_of(layer_replication=LAYERS)))
+
+
+def test_status() -> None:
+    base, _ = BUILDERS["llama"]()
+    model = get_lora_model(base, LoraConfig(**config_of()))
+    model.add_adapter("other", LoraConfig(**config_of(target_modules=["q_proj"], lora_alpha=4)))
+    rows = {row.name: row for row in model.get_layer_status()}
+    first = rows["model.layers.0.self_attn.q_proj"]
+    assert first.module_type == "lora_ext.nn.Linear" and first.enabled
+    assert first.available_adapters == ["default", "other"]
+    assert first.active_adapters == ["default"] and first.merged_adapters == []
+    assert first.requires_grad == {"default": True, "other": False}
+    assert first.scaling == {"default": 4.0, "other": 2.0} and first.devices["other"] == ["cpu"]
+    status = model.get_model_status()
+    assert (status.base_model_type, status.num_adapter_layers) == ("LlamaForCausalLM", 6)
+    assert status.active_adapters == ["default"] and status.merged_adapters == []
+    assert status.available_adapters == ["default", "other"] and status.enabled is True
+    assert (status.trainable_params, status.total_params) == model.get_nb_trainable_parameters()
+
+    layer = base.model.layers[0].self_attn.q_proj
+    layer.set_adapter("other")
+    layer.merge()
+    status = model.get_model_status()
+    assert status.active_adapters == status.merged_adapters == IRREGULAR
+    assert status.requires_grad == {"default": IRREGULAR, "other": IRREGULAR}
+    layer.enable_adapters(False)
+    assert model.get_model_status().enabled == IRREGULAR
