@@ -332,7 +332,7 @@ FOLDERS: dict[str, Folder] = {
     "config key twice": (config(b'{"r": 4, "r": 1000000}'), "'r'", TWICE),
     "config NaN": (config(b'{"lora_alpha": NaN}'), CONFIG_NAME, "NaN is no number"),
     "config binary": (config(bytes(range(256))), CONFIG_NAME, JSON),
-    "config deep": (config(b"[" * 900_000), CONFIG_NAME, "but brackets"),
+    "config deep": (config(b"[" * 500_000), CONFIG_NAME, "but brackets"),
     "config pickled": (config(pickle.dumps({"r": 4})), CONFIG_NAME, JSON),
     "config a terabyte": (lambda f: sparse(f / CONFIG_NAME, b"{", 1 << 40), CONFIG_NAME, ""),
     "config a pipe": (

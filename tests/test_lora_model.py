@@ -221,6 +221,31 @@ def test_copies_are_independent() -> None:
     assert not model.base_model.first.merged
 
 
+def test_adding_an_adapter_leaves_modes_and_merges_alone() -> None:
+    model, x = model_of(), rows()
+    model.set_adapter("default", inference_mode=True)
+    model.merge_adapter()
+    y = model(x)
+    model.add_adapter("other", config_of(target_modules=["first", "head"]))
+    model.add_weighted_adapter(["default", "other"], [1, 1], "both", "cat")
+    assert torch.equal(model(x), y) and model.base_model.first.merged
+    assert not any(p.requires_grad for p in model.parameters())
+    model.unmerge_adapter()
+    model.delete_adapter("default")
+    assert model.active_adapters == ("other",)
+    assert not any(p.requires_grad for p in model.parameters())
+    model.delete_adapter("other")
+    model.delete_adapter("both")
+    model.add_adapter("late", config_of())
+    assert model.active_adapters == () and torch.equal(model(x), net_of()(x))
+
+
+def test_a_name_is_no_path() -> None:
+    for name in ("/tmp/x", "a/b", "..", "a\\b", ""):
+        with pytest.raises(ValueError, match="adapter_name"):
+            get_lora_model(net_of(), config_of(), name)
+
+
 WRONG: dict[str, tuple[Callable[[LoraModel], Any], type[Exception], str]] = {
     "name taken": (lambda m: m.add_adapter("default", config_of()), ValueError, "'default'"),
     "no match": (

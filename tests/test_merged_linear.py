@@ -280,3 +280,12 @@ def test_compiles_into_one_graph(way: None) -> None:
     layer, x = layer_of(torch.float32, **SLICES["unequal"]), rows(4, dtype=torch.float32)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_refused() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    with pytest.raises(TypeError, match="keeps its forward"):
+        MergedLinear.from_linear(Doubled(4, 6), [True, False])

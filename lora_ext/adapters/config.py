@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
 from lora_ext.adapters.config_checks import NOT_BUILT, check_fields, is_off
-from lora_ext.adapters.config_file import CONFIG_NAME, read_config, to_text, write_config
 from lora_ext.adapters.patterns import compiled
+from lora_ext.io.adapter_folder import CONFIG_NAME, read_config_file
+from lora_ext.io.atomic import save_files
+from lora_ext.io.files import json_text
 
 Number = TypeVar("Number", int, float)
 Names = str | list[str] | set[str] | None
@@ -138,12 +140,9 @@ class LoraConfig:
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _UNSAVED}
         return copy.deepcopy(own | self.unknown_fields)
 
-    def to_json(self) -> str:
-        """The text of adapter_config.json.
-
-        Raises:
-            TypeError, ValueError: auto_mapping or unknown_fields hold what JSON cannot.
-        """
+    def to_file(self) -> dict[str, Any]:
+        """What adapter_config.json is to hold: fields that the file this was read from did not
+        have are left out, unless they changed."""
         values = self.to_dict()
         if self.absent_fields:
             default = LoraConfig().to_dict()
@@ -151,7 +150,15 @@ class LoraConfig:
                 if values[name] == default[name]:
                     del values[name]
         values["inference_mode"] = True
-        return to_text(values)
+        return values
+
+    def to_json(self) -> str:
+        """The text of adapter_config.json.
+
+        Raises:
+            TypeError, ValueError: auto_mapping or unknown_fields hold what JSON cannot.
+        """
+        return json_text(self.to_file())
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Writes adapter_config.json into the folder, which is made if there is none.
@@ -160,7 +167,7 @@ class LoraConfig:
             OSError: the folder or file cannot be written.
             TypeError, ValueError: see `to_json`; nothing is written then.
         """
-        write_config(Path(save_directory), self.to_json())
+        save_files(save_directory, {CONFIG_NAME: self.to_json().encode()})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -190,7 +197,7 @@ class LoraConfig:
         path = Path(folder_or_file)
         if path.is_dir():
             path = path / CONFIG_NAME
-        values = read_config(path)
+        values = read_config_file(path)
         if "peft_type" not in values:
             raise ValueError(f"{path}: LoraConfig: peft_type: is missing, expected 'LORA'")
         try:

@@ -197,40 +197,42 @@ class LoraModel(nn.Module):
 
     def add_planned(self, adapter_name: str, config: LoraConfig, plan: Plan) -> None:
         """Adds an adapter as `plan` says, which was made for this config and the present model."""
-        done: list[LoraLayer] = []
+        done: list[LoraLayer | ModulesToSave] = []
         before: list[tuple[Tensor, Tensor]] = []  # weights that an initialisation changes
+        replacements: dict[int, nn.Module] = {}
         try:
-            for planned in plan.layers.values():
+            for place, planned in plan.layers.items():
                 if mutates_weight(planned.settings.init_lora_weights):
                     for parameter in planned.layer.merged_parameters().values():
                         before.append((parameter, parameter.detach().clone()))
                 planned.layer.add_adapter(adapter_name, **vars(planned.settings))
                 done.append(planned.layer)
+                if place != id(planned.layer):
+                    replacements[place] = planned.layer
+            for module in {id(module): module for module in plan.saved.values()}.values():
+                wrapper = module if isinstance(module, ModulesToSave) else ModulesToSave(module)
+                wrapper.add_adapter(adapter_name)
+                done.append(wrapper)
+                if wrapper is not module:
+                    replacements[id(module)] = wrapper
         except BaseException:
-            for layer in done:
-                layer.delete_adapter(adapter_name)
+            for changed in done:
+                changed.delete_adapter(adapter_name)
             with torch.no_grad():
                 for parameter, values in before:
                     parameter.copy_(values)
             raise
-        replacements: dict[int, nn.Module] = {
-            place: planned.layer
-            for place, planned in plan.layers.items()
-            if place != id(planned.layer)
-        }
-        for module in {id(module): module for module in plan.saved.values()}.values():
-            wrapper = module if isinstance(module, ModulesToSave) else ModulesToSave(module)
-            wrapper.add_adapter(adapter_name)
-            if wrapper is not module:
-                replacements[id(module)] = wrapper
         swap_modules(self.base_model, replacements)
         self.peft_config[adapter_name] = resolved(config, plan)
         self.targeted_module_names = plan.names
-        if self.active_adapters:
-            self.set_adapter(self.active_adapters)
+        for planned in plan.layers.values():  # a layer's first adapter is active there
+            active = tuple(n for n in self.active_adapters if n in planned.layer.adapters)
+            if planned.layer.active_adapters != active:
+                planned.layer.set_adapter(active)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forgets an adapter in every layer.
+        """Forgets an adapter in every layer. If no active one is left, the first of the others
+        becomes active.
 
         Raises:
             ValueError: there is none of that name, or it is merged. Nothing is changed then.
@@ -243,15 +245,19 @@ class LoraModel(nn.Module):
                     f"'{name}'; call unmerge_adapter() first"
                 )
         active = [name for name in self.active_adapters if name != adapter_name]
+        trained = False
         for _, layer in self.lora_layers():
             if adapter_name in layer.adapters:
+                parameters = layer.adapter_parameters(adapter_name).values()
+                trained = trained or any(p.requires_grad for p in parameters)
                 layer.delete_adapter(adapter_name)
         for _, module in self.saved_modules():
             if adapter_name in module.modules_to_save:
                 module.delete_adapter(adapter_name)
         del self.peft_config[adapter_name]
-        if active != list(self.active_adapters) or not active:
-            self.set_adapter(active or list(self.peft_config)[:1])
+        self.active_adapters = tuple(active)
+        if not active:
+            self.set_adapter(list(self.peft_config)[:1], inference_mode=not trained)
 
     def rename_adapter(self, old: str, new: str) -> None:
         """Gives an adapter another name in every layer."""
@@ -315,7 +321,8 @@ class LoraModel(nn.Module):
 
     def enable_adapters(self, enabled: bool = True) -> None:
         """Switches all adapters, and the copies of modules to save, on or off. Off is the base
-        model exactly; merged layers are unmerged for it."""
+        model exactly, but for biases of its own that were trained (the config's `bias`); merged
+        layers are unmerged for it."""
         for _, layer in self.lora_layers():
             layer.enable_adapters(enabled)
         for _, module in self.saved_modules():

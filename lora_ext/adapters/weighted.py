@@ -68,12 +68,11 @@ def add_weighted_adapter(
             lora_bias="lora_bias" in parts,
             init_lora_weights=True,
         )
-        layer.add_adapter(adapter_name, **vars(settings))
+        layer.add_adapter(adapter_name, **vars(settings))  # not the layer's first: not active
         with torch.no_grad():
             for part, parameter in layer.parts(adapter_name).items():
                 parameter.copy_(parts[part])
     model.peft_config[adapter_name] = config
-    model.set_adapter(model.active_adapters)
 
 
 def _combine_layer(

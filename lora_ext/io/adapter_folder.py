@@ -6,7 +6,6 @@ The configuration is a dict here; `lora_ext` gives it its meaning elsewhere.
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,11 +25,12 @@ from lora_ext.io.adapter_file import (
     read_header,
 )
 from lora_ext.io.atomic import open_files, save_files
-from lora_ext.io.files import StrPath, parse_json, read_all, typed_errors
+from lora_ext.io.files import StrPath, json_text, parse_json, read_all, typed_errors
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-MAX_CONFIG_BYTES = 1 << 20
+# That of a large model with all module names has some 100 KiB.
+MAX_CONFIG_BYTES = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def open_adapter(folder: StrPath) -> Iterator[AdapterFolder]:
             for file in files.values():
                 stack.enter_context(file)
             config_file = files[CONFIG_NAME]
-            config = parse_json(read_all(config_file, MAX_CONFIG_BYTES), config_file.name)
+            config = _parse_config(config_file)
         yield AdapterFolder(folder, config, files[WEIGHTS_NAME])
 
 
@@ -96,15 +96,27 @@ def save_adapter(
         TypeError, ValueError: the configuration holds what JSON has not.
         TimeoutError, OSError: see `save_files`.
     """
-    text = json.dumps(dict(config), indent=2, sort_keys=True, allow_nan=False, default=_plain)
-    files = {CONFIG_NAME: text.encode(), WEIGHTS_NAME: adapter_bytes(tensors)}
+    files = {CONFIG_NAME: json_text(config).encode(), WEIGHTS_NAME: adapter_bytes(tensors)}
     save_files(folder, files, lock_timeout=lock_timeout)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    raise TypeError(f"config: got {type(value).__name__} {value!r}, expected what JSON can hold")
+def read_config_file(path: StrPath) -> dict[str, Any]:
+    """What an adapter_config.json holds.
+
+    Raises:
+        FileNotFoundError: there is no such regular file.
+        AdapterFileError: it cannot be read, is too large, or holds no JSON object; the message
+            starts with the path.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file, expected a {CONFIG_NAME}")
+    with typed_errors(path), io.FileIO(path) as file:
+        return _parse_config(file)
+
+
+def _parse_config(file: io.FileIO) -> dict[str, Any]:
+    return parse_json(read_all(file, MAX_CONFIG_BYTES), str(file.name))
 
 
 def _what_is_missing(folder: Path) -> str:

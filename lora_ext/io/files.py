@@ -6,7 +6,7 @@ import io
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any, NoReturn
@@ -124,6 +124,21 @@ def parse_json(content: bytes, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise AdapterFileError(f"{what} is {type(value).__name__} in JSON, expected an object")
     return value
+
+
+def json_text(values: Mapping[str, Any]) -> str:
+    """PEFT's layout: keys sorted, two spaces, sets as lists (sorted: PEFT's order is random).
+
+    Raises:
+        TypeError, ValueError: a value has no JSON form.
+    """
+    return json.dumps(dict(values), indent=2, sort_keys=True, allow_nan=False, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    raise TypeError(f"config: got {type(value).__name__} {value!r}, expected what JSON can hold")
 
 
 def _is_deep(value: Any) -> bool:

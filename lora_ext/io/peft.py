@@ -98,11 +98,10 @@ def save_pretrained(
             initial = Path(path_initial_model_for_weight_conversion)
             tensors = _subtract_initial(model, name, tensors, initial)
             config = _of_twice_the_rank(config)
-        fields = config.to_dict() | {"inference_mode": True}
-        if fields.get("base_model_name_or_path") is None:
-            fields["base_model_name_or_path"] = (
-                getattr(model.base_model, "name_or_path", None) or None
-            )
+        fields = config.to_file()
+        name_or_path = getattr(model.base_model, "name_or_path", None)
+        if name_or_path and fields.get("base_model_name_or_path") is None:
+            fields["base_model_name_or_path"] = name_or_path
         save_adapter(Path(folder) if name == DEFAULT else Path(folder) / name, fields, tensors)
 
 

@@ -79,16 +79,15 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
         nn.MultiheadAttention.__init__(self, embed_dim, num_heads, **kw)
         self._init_adapters(nn.MultiheadAttention, merge_weights)
         self._init_projections(enable_lora)
-        if r != 0:
-            self.add_adapter(
-                DEFAULT,
-                r=r,
-                lora_alpha=lora_alpha,
-                lora_dropout=lora_dropout,
-                use_rslora=use_rslora,
-                init_lora_weights=init_lora_weights,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-            )
+        self._with_adapter(
+            DEFAULT,
+            r,
+            lora_alpha,
+            lora_dropout,
+            use_rslora=use_rslora,
+            init_lora_weights=init_lora_weights,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
 
     @classmethod
     def from_multihead_attention(
@@ -121,10 +120,7 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
                     f"{cls.__name__}: attention: computes its {name} (pruning, parametrization), "
                     "expected a plain parameter; make that permanent first"
                 )
-        if r != 0:
-            options |= {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
-            self.add_adapter(adapter_name, **options)
-        return self
+        return self._with_adapter(adapter_name, r, lora_alpha, lora_dropout, **options)
 
     def _init_projections(self, enable_lora: Iterable[str] | None) -> None:
         where = f"{type(self).__name__}: enable_lora"

@@ -71,18 +71,17 @@ class _LoraConv(LoraLayer, _ConvNd):
         kind: Any = self._KIND
         kind.__init__(self, in_channels, out_channels, kernel_size, **base_options)
         self._init_adapters(kind, merge_weights)
-        if r != 0:
-            self.add_adapter(
-                DEFAULT,
-                r=r,
-                lora_alpha=lora_alpha,
-                lora_dropout=lora_dropout,
-                use_rslora=use_rslora,
-                lora_bias=lora_bias,
-                init_lora_weights=init_lora_weights,
-                use_dora=use_dora,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-            )
+        self._with_adapter(
+            DEFAULT,
+            r,
+            lora_alpha,
+            lora_dropout,
+            use_rslora=use_rslora,
+            lora_bias=lora_bias,
+            init_lora_weights=init_lora_weights,
+            use_dora=use_dora,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
 
     @classmethod
     def from_conv(
@@ -113,11 +112,7 @@ class _LoraConv(LoraLayer, _ConvNd):
                 f"{kind.__name__} that keeps its _conv_forward"
             )
         self = cls._adopt(conv, kind)
-        if r != 0:
-            self.add_adapter(
-                adapter_name, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, **options
-            )
-        return self
+        return self._with_adapter(adapter_name, r, lora_alpha, lora_dropout, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [batch, in_channels, ...] or [in_channels, ...] → the same with out_channels."""
@@ -202,29 +197,12 @@ class _LoraConv(LoraLayer, _ConvNd):
         return self.weight.flatten(1)
 
     def _merged_parameters(self, names: Sequence[str]) -> dict[str, Tensor]:
-        parameters: dict[str, Tensor] = {"weight": self.weight}
-        if any(self.adapters[name].lora_bias for name in names):
-            if self.bias is None:
-                raise ValueError(
-                    f"{type(self).__name__}.merge: lora_bias cannot be merged into a base without "
-                    "bias; construct the base with bias=True"
-                )
-            parameters["bias"] = self.bias
-        return parameters
+        return self._weight_and_bias(names)
 
     def _write_merged(self, names: Sequence[str]) -> None:
         factors, weight_scale = dora.merge_factors(self, names)
         stack = self._stack(names, factors=factors)
-        if stack.lora_bias is not None:
-            assert self.bias is not None
-            compute = torch.promote_types(self.bias.dtype, torch.float32)
-            merged = self.bias.to(compute) + stack.lora_bias.to(compute) * stack.scaling
-            merged = merged.to(self.bias.dtype)
-            if not torch.isfinite(merged).all():
-                raise ValueError(
-                    f"{type(self).__name__}.merge: the merged bias would hold NaN or Inf; nothing "
-                    "changed"
-                )
+        bias = self._merged_bias(stack)
         # One product per group.
         weight = self.weight.contiguous()  # of another memory format: a copy
         scales = [None] * self.groups if weight_scale is None else weight_scale.chunk(self.groups)
@@ -232,8 +210,8 @@ class _LoraConv(LoraLayer, _ConvNd):
             torch.ops.lora_ext.merge_(*group, stack.scaling, scale)
         if weight is not self.weight:
             self.weight.copy_(weight)
-        if stack.lora_bias is not None:
-            self.bias.copy_(merged)  # type: ignore[union-attr]
+        if bias is not None and self.bias is not None:
+            self.bias.copy_(bias)
 
     def extra_repr(self) -> str:
         text: str = super().extra_repr()  # type: ignore[no-untyped-call]

@@ -74,17 +74,16 @@ class Embedding(LoraLayer, nn.Embedding):
     ) -> None:
         nn.Embedding.__init__(self, num_embeddings, embedding_dim, **base_options)
         self._init_adapters(nn.Embedding, merge_weights)
-        if r != 0:
-            self.add_adapter(
-                DEFAULT,
-                r=r,
-                lora_alpha=lora_alpha,
-                lora_dropout=lora_dropout,
-                use_rslora=use_rslora,
-                init_lora_weights=init_lora_weights,
-                use_dora=use_dora,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-            )
+        self._with_adapter(
+            DEFAULT,
+            r,
+            lora_alpha,
+            lora_dropout,
+            use_rslora=use_rslora,
+            init_lora_weights=init_lora_weights,
+            use_dora=use_dora,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
 
     @classmethod
     def from_embedding(
@@ -111,11 +110,7 @@ class Embedding(LoraLayer, nn.Embedding):
         """
         scaled = is_scaled_word_embedding(embedding)
         self = cls._adopt(embedding, type(embedding) if scaled else nn.Embedding)
-        if r != 0:
-            self.add_adapter(
-                adapter_name, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, **options
-            )
-        return self
+        return self._with_adapter(adapter_name, r, lora_alpha, lora_dropout, **options)
 
     def get_base_layer(self) -> nn.Module:
         base: Any = super().get_base_layer()

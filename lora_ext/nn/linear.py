@@ -38,11 +38,12 @@ class LinearBase(LoraLayer, nn.Linear):
         self._init_adapters(nn.Linear, merge_weights)
 
     @classmethod
-    def _adopt_linear(cls, linear: nn.Linear) -> Self:
-        self = cls._adopt(linear, nn.Linear, any_forward=True)
-        self.fan_in_fan_out = False
+    def _adopt_linear(cls, linear: nn.Linear, *, any_forward: bool = False) -> Self:
         kind = type(linear)
-        if kind.forward is not nn.Linear.forward and _full_name(kind) not in _TWINS:
+        twin = _full_name(kind) in _TWINS
+        self = cls._adopt(linear, nn.Linear, any_forward=any_forward or twin)
+        self.fan_in_fan_out = False
+        if kind.forward is not nn.Linear.forward and not twin:
             self._base_forward = kind.forward
         return self
 
@@ -123,18 +124,17 @@ class Linear(LinearBase):
     ) -> None:
         options: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         self._init_base(in_features, out_features, fan_in_fan_out, merge_weights, **options)
-        if r != 0:
-            self.add_adapter(
-                DEFAULT,
-                r=r,
-                lora_alpha=lora_alpha,
-                lora_dropout=lora_dropout,
-                use_rslora=use_rslora,
-                lora_bias=lora_bias,
-                init_lora_weights=init_lora_weights,
-                use_dora=use_dora,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-            )
+        self._with_adapter(
+            DEFAULT,
+            r,
+            lora_alpha,
+            lora_dropout,
+            use_rslora=use_rslora,
+            lora_bias=lora_bias,
+            init_lora_weights=init_lora_weights,
+            use_dora=use_dora,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
 
     @classmethod
     def from_linear(
@@ -158,12 +158,8 @@ class Linear(LinearBase):
             ValueError: its weight or bias is computed (pruning, weight_norm), its forward is
                 replaced on the instance, or a setting is out of range.
         """
-        self = cls._adopt_linear(linear)
-        if r != 0:
-            self.add_adapter(
-                adapter_name, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, **options
-            )
-        return self
+        self = cls._adopt_linear(linear, any_forward=True)
+        return self._with_adapter(adapter_name, r, lora_alpha, lora_dropout, **options)
 
     @classmethod
     def from_conv1d(
@@ -183,11 +179,7 @@ class Linear(LinearBase):
             TypeError: conv1d is not such a Conv1D.
         """
         self = cls._adopt_conv1d(conv1d)
-        if r != 0:
-            self.add_adapter(
-                adapter_name, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, **options
-            )
-        return self
+        return self._with_adapter(adapter_name, r, lora_alpha, lora_dropout, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] → [..., out_features]."""
@@ -222,31 +214,16 @@ class Linear(LinearBase):
         return weight_norm(weight, *self._stack([adapter_name])[:2], self._scaling[adapter_name])
 
     def _merged_parameters(self, names: Sequence[str]) -> dict[str, Tensor]:
-        parameters: dict[str, Tensor] = {"weight": self.weight}
-        if any(self.adapters[name].lora_bias for name in names):
-            if self.bias is None:
-                raise ValueError(
-                    "Linear.merge: lora_bias cannot be merged into a base without bias; "
-                    "construct the base with bias=True"
-                )
-            parameters["bias"] = self.bias
-        return parameters
+        return self._weight_and_bias(names)
 
     def _write_merged(self, names: Sequence[str]) -> None:
         factors, weight_scale = dora.merge_factors(self, names)
         stack = self._stack(names, factors=factors)
-        if stack.lora_bias is not None:
-            compute = torch.promote_types(self.bias.dtype, torch.float32)
-            merged = self.bias.to(compute) + stack.lora_bias.to(compute) * stack.scaling
-            merged = merged.to(self.bias.dtype)
-            if not torch.isfinite(merged).all():
-                raise ValueError(
-                    "Linear.merge: the merged bias would hold NaN or Inf; nothing changed"
-                )
+        bias = self._merged_bias(stack)
         weight = self._weight_matrix()
         torch.ops.lora_ext.merge_(weight, stack.lora_A, stack.lora_B, stack.scaling, weight_scale)
-        if stack.lora_bias is not None:
-            self.bias.copy_(merged)
+        if bias is not None:
+            self.bias.copy_(bias)
 
 
 def adapted_linear(

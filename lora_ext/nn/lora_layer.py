@@ -65,6 +65,8 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
     active_adapters: tuple[str, ...]
     merged_adapters: tuple[str, ...]
     merge_weights: bool
+    weight: Any  # of the base, which types it
+    bias: Any
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
     lora_bias: nn.Parameter | None
@@ -201,6 +203,15 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
             for parameter in self.adapter_parameters(adapter_name).values():
                 parameter.requires_grad_(False)
         self._choose_running()
+
+    def _with_adapter(
+        self, adapter_name: str, r: int, lora_alpha: float, lora_dropout: float, **settings: Any
+    ) -> Self:
+        """This layer with its first adapter; r = 0 is none."""
+        if r != 0:
+            settings |= {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
+            self.add_adapter(adapter_name, **settings)
+        return self
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forgets an adapter; if it is active, the others that are stay so.
@@ -432,6 +443,38 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
             dropout_p,
         )
 
+    # Merging a bias, for the kinds that have one
+
+    def _weight_and_bias(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """The base's weight, and its bias where one of these adapters has a lora_bias."""
+        parameters: dict[str, Tensor] = {"weight": self.weight}
+        if any(self.adapters[name].lora_bias for name in names):
+            if self.bias is None:
+                raise ValueError(
+                    f"{type(self).__name__}.merge: lora_bias cannot be merged into a base without "
+                    "bias; construct the base with bias=True"
+                )
+            parameters["bias"] = self.bias
+        return parameters
+
+    def _merged_bias(self, stack: LowRank) -> Tensor | None:
+        """What the bias becomes, rounded once; None if it stays.
+
+        Raises:
+            ValueError: it would hold NaN or infinity.
+        """
+        if stack.lora_bias is None:
+            return None
+        bias: Tensor = self.bias
+        compute = torch.promote_types(bias.dtype, torch.float32)
+        merged = (bias.to(compute) + stack.lora_bias.to(compute) * stack.scaling).to(bias.dtype)
+        if not torch.isfinite(merged).all():
+            raise ValueError(
+                f"{type(self).__name__}.merge: the merged bias would hold NaN or Inf; nothing "
+                "changed"
+            )
+        return merged
+
     # Checks
 
     def _check_names(self, names: Iterable[str]) -> None:
@@ -445,9 +488,15 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
 
 def check_adapter_name(adapter_name: str, taken: Container[str], where: str) -> None:
     """ValueError unless this can name a new adapter beside those that are there."""
-    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+    # It becomes part of parameters' names and, when saved, the name of a folder.
+    if (
+        not isinstance(adapter_name, str)
+        or not adapter_name
+        or any(character in adapter_name for character in "./\\\0")
+    ):
         raise ValueError(
-            f"{where}: adapter_name: got {adapter_name!r}, expected a non-empty name without dots"
+            f"{where}: adapter_name: got {adapter_name!r}, expected a non-empty name without dots "
+            "and slashes"
         )
     if adapter_name in taken:
         raise ValueError(

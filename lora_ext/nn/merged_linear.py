@@ -76,16 +76,15 @@ class MergedLinear(LinearBase):
         options: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         self._init_base(in_features, out_features, fan_in_fan_out, merge_weights, **options)
         self._init_slices(enable_lora, slice_sizes)
-        if r != 0:
-            self.add_adapter(
-                DEFAULT,
-                r=r,
-                lora_alpha=lora_alpha,
-                lora_dropout=lora_dropout,
-                use_rslora=use_rslora,
-                init_lora_weights=init_lora_weights,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-            )
+        self._with_adapter(
+            DEFAULT,
+            r,
+            lora_alpha,
+            lora_dropout,
+            use_rslora=use_rslora,
+            init_lora_weights=init_lora_weights,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
 
     @classmethod
     def from_linear(
@@ -104,10 +103,7 @@ class MergedLinear(LinearBase):
         `linear`. The other arguments and errors are those of `Linear.from_linear`."""
         self = cls._adopt_linear(linear)
         self._init_slices(enable_lora, slice_sizes)
-        if r != 0:
-            options |= {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
-            self.add_adapter(adapter_name, **options)
-        return self
+        return self._with_adapter(adapter_name, r, lora_alpha, lora_dropout, **options)
 
     @classmethod
     def from_conv1d(
@@ -125,10 +121,7 @@ class MergedLinear(LinearBase):
         """As `from_linear`, for a Conv1D of transformers."""
         self = cls._adopt_conv1d(conv1d)
         self._init_slices(enable_lora, slice_sizes)
-        if r != 0:
-            options |= {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
-            self.add_adapter(adapter_name, **options)
-        return self
+        return self._with_adapter(adapter_name, r, lora_alpha, lora_dropout, **options)
 
     def _init_slices(self, enable_lora: Sequence[bool], slice_sizes: Sequence[int] | None) -> None:
         where, n = type(self).__name__, len(enable_lora)
