@@ -400,10 +400,13 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
         return self._running
 
     def _part(self, part: str, name: str) -> Any:
-        return getattr(self, part_name(part, name), None)
+        return self._parameters.get(part_name(part, name))
 
     def low_rank(self, prefix: str = "") -> list[LowRank]:
         """The adapters that run now, stacked where they share a dropout probability."""
+        if len(self._running) == 1:  # nearly always: at one row the rest would show
+            dropout_p = self.adapters[self._running[0]].lora_dropout if self.training else 0.0
+            return [self._stack(self._running, dropout_p, prefix)]
         groups: dict[float, list[str]] = {}
         for name in self._running:
             dropout_p = self.adapters[name].lora_dropout if self.training else 0.0
@@ -419,10 +422,11 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
     ) -> LowRank:
         """Adapters as one of the sum of their ranks: their dropout, if any, is then the same.
         `factors` [rows of lora_B] multiply an adapter's output features."""
-        a, b, c = (prefix + part for part in ("lora_A", "lora_B", "lora_bias"))
+        a, b, c = prefix + "lora_A", prefix + "lora_B", prefix + "lora_bias"
         if len(names) == 1 and not factors:
-            A, B, bias = (self._part(part, names[0]) for part in (a, b, c))
-            return LowRank(A, B, bias, self._scaling[names[0]], dropout_p)
+            name = names[0]
+            A, B, bias = self._part(a, name), self._part(b, name), self._part(c, name)
+            return LowRank(A, B, bias, self._scaling[name], dropout_p)
         # The scalings go into lora_B, and with it into float32: there they cost no accuracy.
         A_parts: list[Tensor] = [self._part(a, name) for name in names]
         compute = torch.promote_types(A_parts[0].dtype, torch.float32)
