@@ -79,7 +79,7 @@ class MergeableLayer(nn.Module):
                 if before:
                     parameter.copy_(base[name])
             self._write_merged(together)
-        except ValueError:
+        except BaseException:
             for name, parameter in parameters.items():
                 parameter.copy_(now[name])
             raise
