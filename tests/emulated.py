@@ -98,6 +98,10 @@ class EmulatedKernels:
     def family(self, name: str) -> None:
         self.library.set_compute_capability({"sm80": 80, "sm90": 90}[name])
 
+    def multiprocessors(self, count: int) -> None:
+        """Of the GPU: few make blocks of many tiles, many make many blocks."""
+        self.library.set_multiprocessors(count)
+
     def take_launches(self) -> list[Launch]:
         """Of each launch since the last call."""
         counts = ((ctypes.c_int64 * 4) * 64)()

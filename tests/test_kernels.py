@@ -80,6 +80,7 @@ def check(
     M, K, N, r = size
     base, adapter = (DTYPES[name] for name in (types.split("-") * 2)[:2])
     kernels.family(family)
+    kernels.multiprocessors((1, 3, 132)[(M + r) % 3])
     p = make_problem(
         (M,), K, N, r, dtype=base, adapter_dtype=adapter, dropout_p=dropout_p, bias=M != 37
     )
@@ -192,6 +193,7 @@ def test_traffic_and_operations(kernels: EmulatedKernels, r: int) -> None:
     mma = 4 * 8  # of a tile of 64 x 64, for 16 of k
 
     kernels.family("sm80")
+    kernels.multiprocessors(132)
     kernels.take_launches()
     _, h = kernels.forward(x, weight, None, A, B)
     down, finish, product = kernels.take_launches()
@@ -203,10 +205,11 @@ def test_traffic_and_operations(kernels: EmulatedKernels, r: int) -> None:
     assert product.mma == rows * columns * mma * (steps + rank_steps)
 
     kernels.backward(p.dy, x, h, weight, A, B)
-    up, reduce_b, finish, down, reduce_a, product = kernels.take_launches()
-    assert up.copied_bytes == 2 * (M * N + rows * N * r)
-    assert down.copied_bytes == 2 * M * K
-    assert reduce_a == reduce_b == finish == (0, 0, 0, 0)
+    pack, up, reduce_b, finish, down, reduce_a, product = kernels.take_launches()
+    h_and_rest, blocks = 2 * M * r, -(-K // 128)  # read by each block of columns
+    assert up.copied_bytes == 2 * (M * N + rows * N * r + h_and_rest)
+    assert down.copied_bytes == 2 * (M * K + blocks * h_and_rest)
+    assert pack == reduce_a == reduce_b == finish == (0, 0, 0, 0)
     assert product.copied_bytes == 2 * (
         x_columns * M * N + rows * N * K + x_columns * M * padded + rows * r * K
     )
@@ -227,6 +230,7 @@ def test_sm90_traffic_and_operations(
     p = make_problem((M,), K, N, r, dtype=torch.bfloat16, bias=False)
     x, weight, _, A, B, _ = (t if t is None else t.detach() for t in p.operands)
     kernels.family("sm90")
+    kernels.multiprocessors(3)
     kernels.take_launches()
     _, h = kernels.forward(x, weight, None, A, B)
     product = kernels.take_launches()[-1]

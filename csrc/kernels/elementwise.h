@@ -3,7 +3,7 @@
 #pragma once
 
 #include "arch/arch.h"
-#include "lora_linear.h"
+#include "family.h"
 
 namespace lora_ext {
 
@@ -14,6 +14,9 @@ LORA_EXT_DEVICE int64_t element_index() {
 }
 
 constexpr int64_t ceil_div(int64_t value, int64_t step) { return (value + step - 1) / step; }
+constexpr int64_t round_up(int64_t value, int64_t step) { return ceil_div(value, step) * step; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <class Params>
 void launch_elements(void (*kernel)(Params), int64_t elements, Stream stream,
@@ -22,13 +25,16 @@ void launch_elements(void (*kernel)(Params), int64_t elements, Stream stream,
   arch::launch(kernel, dim3(blocks), kElementThreads, 0, stream, params);
 }
 
-// A number of the call, times one that only the device knows, so that nobody waits for it.
-struct Scale {
-  float value;
-  const float* factor;  // or null
-
-  LORA_EXT_DEVICE float get() const { return factor ? value * *factor : value; }
-};
+// Element i of a Split, whose remainder may be null.
+template <class T>
+LORA_EXT_DEVICE void store_split(float full, T* value, T* remainder, int64_t i) {
+  const T near = rounded<T>(full);
+  value[i] = near;
+  if (remainder) {
+    const float left = full - to_float(near);
+    remainder[i] = rounded<T>(left == left ? left : 0.0f);  // of infinity nothing is left
+  }
+}
 
 template <class T>
 struct ReduceParams {
@@ -48,31 +54,56 @@ __global__ void __launch_bounds__(kElementThreads)
   params.out[i] = rounded<T>(params.scale.get() * sum);
 }
 
-// An adapter in the 16-bit type of the base, filled up with zero rows and columns so that 16-byte
-// copies may read it; of a float adapter also what that rounding leaves.
+// h or dh from its parts.
+template <class T>
+struct FinishParams {
+  const float* parts;  // [count, M, r]
+  int count;
+  int64_t M;
+  int r, padded;   // padded: r rounded up to a multiple of 16
+  float survivor;  // dropout's 1 / (1 - p)
+  Scale scaling;
+  float* sums;   // [M, r]: survivor * sum over the parts; or null
+  T* value;      // [M, padded]: scaling * sums rounded, zero beyond r
+  T* remainder;  // [M, padded]: what that rounding left; or null
+};
+
+template <class T>
+__global__ void __launch_bounds__(kElementThreads)
+    finish_kernel(const __grid_constant__ FinishParams<T> params) {
+  const int64_t i = element_index();
+  const int64_t row = i / params.padded;
+  const int column = static_cast<int>(i % params.padded);
+  if (row >= params.M) return;
+  float sum = 0.0f;
+  if (column < params.r) {
+    for (int p = 0; p < params.count; ++p) {
+      sum += params.parts[(p * params.M + row) * params.r + column];
+    }
+    sum *= params.survivor;
+    if (params.sums) params.sums[row * params.r + column] = sum;
+  }
+  store_split(params.scaling.get() * sum, params.value, params.remainder, i);
+}
+
+// A matrix as a Split, filled up with zero columns so that 16-byte copies may read it.
 template <class T, class TA>
 struct PackParams {
-  const TA* in;  // [in_rows, in_columns]
-  int64_t in_rows, in_columns;
-  int64_t rows, columns;
-  T* value;      // [rows, columns]
-  T* remainder;  // [rows, columns] or null
+  const TA* in;  // [rows, columns]
+  int64_t rows, columns, padded;
+  T* value;      // [rows, padded]
+  T* remainder;  // [rows, padded] or null
 };
 
 template <class T, class TA>
 __global__ void __launch_bounds__(kElementThreads)
     pack_kernel(const __grid_constant__ PackParams<T, TA> params) {
   const int64_t i = element_index();
-  if (i >= params.rows * params.columns) return;
-  const int64_t row = i / params.columns, column = i % params.columns;
-  const bool inside = row < params.in_rows && column < params.in_columns;
-  const float full = inside ? to_float(params.in[row * params.in_columns + column]) : 0.0f;
-  const T value = rounded<T>(full);
-  params.value[i] = value;
-  if (params.remainder) {
-    const float left = full - to_float(value);
-    params.remainder[i] = rounded<T>(left == left ? left : 0.0f);  // of infinity nothing is left
-  }
+  if (i >= params.rows * params.padded) return;
+  const int64_t row = i / params.padded, column = i % params.padded;
+  const bool inside = column < params.columns;
+  const float full = inside ? to_float(params.in[row * params.columns + column]) : 0.0f;
+  store_split(full, params.value, params.remainder, i);
 }
 
 // Summed in float and rounded once.

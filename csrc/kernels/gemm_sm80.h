@@ -1,10 +1,10 @@
-// The product of several segments (product.h) for sm_80 and later. The segments are walked as one
+// The product of several segments (family.h) for sm_80 and later. The segments are walked as one
 // loop over k through one ring of shared memory, so that a low-rank segment costs ceil(r / 64)
 // trips more and nothing else.
 #pragma once
 
 #include "../common/dropout.h"
-#include "product.h"
+#include "family.h"
 #include "tile_sm80.h"
 
 namespace lora_ext::sm80 {
@@ -156,6 +156,11 @@ struct Gemm {
           if (params.bias) {
             first += params.bias[n];
             second += pair ? params.bias[n + 1] : 0.0f;
+          }
+          if (params.addend) {
+            const T* addend = params.addend + m * params.N + n;
+            first += to_float(addend[0]);
+            second += pair ? to_float(addend[1]) : 0.0f;
           }
           T* out = params.out + m * params.N + n;
           if (pair && params.N % 2 == 0) {

@@ -1,11 +1,11 @@
-// The product of several segments (product.h) for sm_90a: one warp copies tiles with TMA into a
+// The product of several segments (family.h) for sm_90a: one warp copies tiles with TMA into a
 // ring of shared memory, two warpgroups multiply them with wgmma, and blocks stay for all their
 // tiles, so that the ring is filled for the next tile while the last one is stored.
 #pragma once
 
 #include "../common/dropout.h"
 #include "arch/arch.h"
-#include "product.h"
+#include "family.h"
 
 namespace lora_ext::sm90 {
 

@@ -1,8 +1,8 @@
-// lora_linear on sm_90a: the base product by TMA and wgmma, the launches before it those of
-// sm_80. Host code without torch.
+// The passes of the sm_90a family: their tensor maps, tiles and grids. Host code without torch.
 #pragma once
 
 #include "gemm_sm90.h"
+#include "launch_sm80.h"
 
 namespace lora_ext::sm90 {
 
@@ -91,16 +91,6 @@ void product(const Product<T>& product, BLayout layout, Stream stream) {
   } else {
     launch<T, Major::kMN>(product, stream);
   }
-}
-
-template <class T, class TA>
-void forward(const ForwardCall<T, TA>& call, const Allocator& scratch, Stream stream) {
-  sm80::forward_with(call, scratch, stream, &product<T>);
-}
-
-template <class T, class TA>
-void backward(const BackwardCall<T, TA>& call, const Allocator& scratch, Stream stream) {
-  sm80::backward_with(call, scratch, stream, &product<T>);
 }
 
 }  // namespace lora_ext::sm90

@@ -9,11 +9,10 @@ namespace lora_ext::sm80 {
 
 template <class T>
 struct DownGradParams {
-  Matrix<T> x;      // [M, K]
-  const float* dh;  // [M, rank], rows `stride` apart
-  int rank, stride;
-  Scale scale;  // of dh: scaling and dropout's 1 / (1 - p)
-  bool aligned;
+  Matrix<T> x;       // [M, K]
+  Split<T> dh;       // [M, rank]
+  int rank, stride;  // of dA
+  bool aligned;      // x is
   bool dropout;
   uint32_t threshold;
   const int64_t* rng_state;  // [2] on the device
@@ -27,8 +26,8 @@ struct DownGradShape {
   static constexpr int kWarpColumns = kK / 4;
   using TileX = Tile<kM, kK>;
   using TileDh = Tile<kM, kRank>;
-  static constexpr int kStageBytes = TileX::kBytes;
-  static constexpr int kSharedBytes = kRing * kStageBytes + 2 * TileDh::kBytes;
+  static constexpr int kStageBytes = TileX::kBytes + 2 * TileDh::kBytes;
+  static constexpr int kSharedBytes = kRing * kStageBytes;
 };
 
 // Zeroes the dropped elements of two operands B side by side (see load_b_rows): rows of x from
@@ -64,7 +63,6 @@ __global__ void __launch_bounds__(128, kLeastBlocks)
   using TileDh = typename Shape::TileDh;
   constexpr int kSlots = Shape::kWarpColumns / 16;
   LORA_EXT_DYNAMIC_SHARED(shared);
-  uint8_t* const dh_value = shared + Shape::kRing * Shape::kStageBytes;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int64_t M = params.x.rows, K = params.x.columns;
   const int64_t first_row = int64_t{blockIdx.y} * params.rows_per_block;
@@ -80,23 +78,20 @@ __global__ void __launch_bounds__(128, kLeastBlocks)
     } else {
       TileX::template load_elements<128>(stage, params.x, m, first_column, thread);
     }
+    load_split<TileDh, 128>(arch::shared_address(stage + TileX::kBytes), params.dh, m, 0, thread);
   };
 
-  const float scale = params.scale.get();
   float sums[kRank / 16][kSlots * 2][4] = {};
   load(0);
   arch::cp_async_commit();
   for (int step = 0; step < steps; ++step) {
     const int64_t m = first_row + step * Shape::kM;
     arch::cp_async_wait<0>();
-    __syncthreads();  // the stage has arrived; everyone is done with the other one and with dh
+    __syncthreads();  // the stage has arrived; everyone is done with the other one
     if (step + 1 < steps) load(step + 1);
     arch::cp_async_commit();
-    load_split<TileDh, 128, T>(dh_value, dh_value + TileDh::kBytes, params.dh + m * params.stride,
-                               M - m, params.rank, params.stride, scale, Shape::kM, thread);
-    __syncthreads();
     const uint32_t stage = arch::shared_address(shared + step % Shape::kRing * Shape::kStageBytes);
-    const uint32_t dh_tiles = arch::shared_address(dh_value);
+    const uint32_t dh_tiles = stage + TileX::kBytes;
 #pragma unroll
     for (int k = 0; k < Shape::kM; k += 16) {
       uint32_t b[kSlots][2][2];
@@ -113,7 +108,7 @@ __global__ void __launch_bounds__(128, kLeastBlocks)
 #pragma unroll
       for (int i = 0; i < kRank / 16; ++i) {
 #pragma unroll
-        for (int term = 0; term < 2; ++term) {
+        for (int term = 0; term < (params.dh.remainder ? 2 : 1); ++term) {
           uint32_t a[4];
           load_a_transposed<TileDh>(a, dh_tiles + term * TileDh::kBytes, i * 16, k, lane);
 #pragma unroll

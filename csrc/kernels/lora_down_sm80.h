@@ -1,6 +1,6 @@
 // h = dropout(x) A^T: a product of few columns that reads x once. Each block has kM rows and all
-// columns, and a range of k if there are several splits; finish_down_kernel then adds these in a
-// fixed order.
+// columns, and a range of k if there are several splits; finish_kernel then adds these in a fixed
+// order.
 #pragma once
 
 #include "elementwise.h"
@@ -10,10 +10,9 @@ namespace lora_ext::sm80 {
 
 template <class T>
 struct DownParams {
-  Matrix<T> x;           // [M, K]
-  Matrix<T> lora_A;      // [rank, K]
-  const T* A_remainder;  // what rounding left of lora_A, laid out like it; or null
-  bool aligned;
+  Matrix<T> x;   // [M, K]
+  Split<T> A;    // [rank, K]
+  bool aligned;  // x is
   bool dropout;
   uint32_t threshold;
   const int64_t* rng_state;  // [2] on the device
@@ -80,27 +79,17 @@ __global__ void __launch_bounds__(DownShape<kColumns>::kThreads, kLeastBlocks)
 
   const auto load = [&](int64_t step) {
     uint8_t* const x = shared + step % Shape::kRing * Shape::kStageBytes;
-    uint8_t* const A = x + TileX::kBytes;
     const int64_t k = step * Shape::kK;
-    Matrix<T> remainder = params.lora_A;
-    remainder.data = params.A_remainder;
     if (params.aligned) {
-      const uint32_t a = arch::shared_address(A);
       TileX::template load<Shape::kThreads>(arch::shared_address(x), params.x, m, k, thread);
-      TileA::template load<Shape::kThreads>(a, params.lora_A, 0, k, thread);
-      if (remainder.data) {
-        TileA::template load<Shape::kThreads>(a + TileA::kBytes, remainder, 0, k, thread);
-      }
     } else {
       TileX::template load_elements<Shape::kThreads>(x, params.x, m, k, thread);
-      TileA::template load_elements<Shape::kThreads>(A, params.lora_A, 0, k, thread);
-      if (remainder.data) {
-        TileA::template load_elements<Shape::kThreads>(A + TileA::kBytes, remainder, 0, k, thread);
-      }
     }
+    load_split<TileA, Shape::kThreads>(arch::shared_address(x + TileX::kBytes), params.A, 0, k,
+                                       thread);
   };
 
-  const int terms = params.A_remainder ? 2 : 1;
+  const int terms = params.A.remainder ? 2 : 1;
   WarpSums<Shape> sums;
   sums.clear();
   OperandMask mask;
@@ -156,36 +145,6 @@ __global__ void __launch_bounds__(DownShape<kColumns>::kThreads, kLeastBlocks)
       out[row * params.stride + column] = sums.value[0][j][e];
     }
   }
-}
-
-template <class T>
-struct FinishDownParams {
-  const float* partial;  // [splits, M, rank]
-  int splits;
-  int64_t M;
-  int rank, padded;  // padded: rank rounded up to a multiple of 16
-  float survivor;    // dropout's 1 / (1 - p)
-  Scale scaling;
-  float* sums;  // [M, rank]: survivor * sum of the parts; or null
-  T* operand;   // [M, padded]: scaling * sums rounded, zero beyond rank; or null
-};
-
-template <class T>
-__global__ void __launch_bounds__(256)
-    finish_down_kernel(const __grid_constant__ FinishDownParams<T> params) {
-  const int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x;
-  const int64_t row = i / params.padded;
-  const int column = static_cast<int>(i % params.padded);
-  if (row >= params.M) return;
-  float sum = 0.0f;
-  if (column < params.rank) {
-    for (int s = 0; s < params.splits; ++s) {
-      sum += params.partial[(s * params.M + row) * params.rank + column];
-    }
-    sum *= params.survivor;
-    if (params.sums) params.sums[row * params.rank + column] = sum;
-  }
-  if (params.operand) params.operand[i] = rounded<T>(params.scaling.get() * sum);
 }
 
 }  // namespace lora_ext::sm80

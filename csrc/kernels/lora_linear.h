@@ -42,7 +42,7 @@ struct Dropout {
 template <class T, class TA>
 struct ForwardCall {
   Matrix<T> x;        // [M, K]
-  Matrix<T> weight;   // [N, K]
+  Matrix<T> weight;   // [N, K]; data null if y holds the base product, bias and all
   const float* bias;  // [N] or null; added before y is rounded
   const TA* lora_A;   // [r, K]
   const TA* lora_B;   // [N, r]
@@ -58,7 +58,7 @@ template <class T, class TA>
 struct BackwardCall {
   Matrix<T> dy;      // [M, N]
   Matrix<T> x;       // [M, K]; data null if neither dA is wanted nor h missing
-  Matrix<T> weight;  // [N, K]; data null if dx is not wanted
+  Matrix<T> weight;  // [N, K]; data null if dx is not wanted, or holds the base product
   const float* h;    // [M, r] or null: then made from x
   const TA* lora_A;  // [r, K]
   const TA* lora_B;  // [N, r]
@@ -71,43 +71,14 @@ struct BackwardCall {
   TA* dB;  // [N, r] or null
 };
 
-// Kernels for sm_80 and later. All throw std::runtime_error if a kernel cannot be launched.
-namespace sm80 {
-
-template <class T, class TA>
-void forward(const ForwardCall<T, TA>& call, const Allocator& scratch, Stream stream);
-template <class T, class TA>
-void backward(const BackwardCall<T, TA>& call, const Allocator& scratch, Stream stream);
-
-}  // namespace sm80
-
-// The same for sm_90 alone, in a build that has LORA_EXT_SM90.
-namespace sm90 {
-
-template <class T, class TA>
-void forward(const ForwardCall<T, TA>& call, const Allocator& scratch, Stream stream);
-template <class T, class TA>
-void backward(const BackwardCall<T, TA>& call, const Allocator& scratch, Stream stream);
-
-}  // namespace sm90
-
-// By the family for a GPU of this compute capability, 90 for sm_90.
+// By the kernels for a GPU of this compute capability, 90 for sm_90. They throw std::runtime_error
+// if a kernel cannot be launched.
 template <class T, class TA>
 void run_forward(const ForwardCall<T, TA>& call, const Allocator& scratch, Stream stream,
-                 int compute_capability) {
-#if defined(LORA_EXT_SM90)
-  if (compute_capability == 90) return sm90::forward(call, scratch, stream);
-#endif
-  sm80::forward(call, scratch, stream);
-}
+                 int compute_capability);
 template <class T, class TA>
 void run_backward(const BackwardCall<T, TA>& call, const Allocator& scratch, Stream stream,
-                  int compute_capability) {
-#if defined(LORA_EXT_SM90)
-  if (compute_capability == 90) return sm90::backward(call, scratch, stream);
-#endif
-  sm80::backward(call, scratch, stream);
-}
+                  int compute_capability);
 
 // state[0], state[1] = seed, offset, as torch's Philox generator holds them: on the device while a
 // CUDA graph is captured (then seed and offset are added up there), else as numbers.

@@ -11,12 +11,11 @@ namespace lora_ext::sm80 {
 
 template <class T>
 struct UpGradParams {
-  Matrix<T> dy;          // [M, N]
-  Matrix<T> lora_B;      // [N, rank]
-  const T* B_remainder;  // what rounding left of lora_B, laid out like it; or null
-  int rank, stride;      // of h, dh and dB, rows are `stride` apart
-  const float* h;        // [M, rank] or null: then dB is not wanted
-  bool aligned;
+  Matrix<T> dy;           // [M, N]
+  Split<T> B;             // [N, rank]
+  int rank, stride;       // of dh and dB, rows are `stride` apart
+  Split<T> h;             // [M, rank]; data null if dB is not wanted
+  bool aligned;           // dy is
   int rows_per_block;     // a multiple of 64
   int columns_per_block;  // a multiple of 64
   float* dh;              // [column blocks, M, rank]: parts; or null
@@ -30,7 +29,8 @@ struct UpGradShape {
   using TileB = Tile<kN, kRank>;
   using TileH = Tile<kM, kRank>;
   static constexpr int kStageBytes = TileDy::kBytes + 2 * TileB::kBytes;
-  static constexpr int kSumsOffset = kRing * kStageBytes + 2 * TileH::kBytes;
+  static constexpr int kHBytes = 2 * TileH::kBytes;  // of a tile of rows
+  static constexpr int kSumsOffset = kRing * kStageBytes + 2 * kHBytes;
   static constexpr int shared_bytes(int columns_per_block) {
     return kSumsOffset + columns_per_block * kRank * 4;
   }
@@ -45,8 +45,6 @@ __global__ void __launch_bounds__(128, kLeastBlocks)
   using TileH = typename Shape::TileH;
   constexpr int kColumnTiles = kRank / 8;
   LORA_EXT_DYNAMIC_SHARED(shared);
-  uint8_t* const h_value = shared + Shape::kRing * Shape::kStageBytes;
-  uint8_t* const h_remainder = h_value + TileH::kBytes;
   auto* const dB_sums = reinterpret_cast<float*>(shared + Shape::kSumsOffset);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int64_t M = params.dy.rows, N = params.dy.columns;
@@ -60,27 +58,24 @@ __global__ void __launch_bounds__(128, kLeastBlocks)
   const int column_tiles = static_cast<int>((columns + Shape::kN - 1) / Shape::kN);
   const int steps = row_tiles * column_tiles;
 
+  const auto h_tile = [&](int step) {  // two, for tiles of rows in turn
+    const int turn = step / column_tiles % 2;
+    return shared + Shape::kRing * Shape::kStageBytes + turn * Shape::kHBytes;
+  };
+
   // Step by step along the columns of one tile of rows after another.
   const auto load = [&](int step) {
     uint8_t* stage = shared + step % Shape::kRing * Shape::kStageBytes;
     const int64_t m = first_row + step / column_tiles * Shape::kM;
     const int64_t n = first_column + step % column_tiles * Shape::kN;
-    Matrix<T> remainder = params.lora_B;
-    remainder.data = params.B_remainder;
-    uint8_t* const b_value = stage + TileDy::kBytes;
     if (params.aligned) {
       TileDy::template load<128>(arch::shared_address(stage), params.dy, m, n, thread);
-      TileB::template load<128>(arch::shared_address(b_value), params.lora_B, n, 0, thread);
-      if (params.B_remainder) {
-        TileB::template load<128>(arch::shared_address(b_value + TileB::kBytes), remainder, n, 0,
-                                  thread);
-      }
     } else {
       TileDy::template load_elements<128>(stage, params.dy, m, n, thread);
-      TileB::template load_elements<128>(b_value, params.lora_B, n, 0, thread);
-      if (params.B_remainder) {
-        TileB::template load_elements<128>(b_value + TileB::kBytes, remainder, n, 0, thread);
-      }
+    }
+    load_split<TileB, 128>(arch::shared_address(stage + TileDy::kBytes), params.B, n, 0, thread);
+    if (params.h.value.data && step % column_tiles == 0) {
+      load_split<TileH, 128>(arch::shared_address(h_tile(step)), params.h, m, 0, thread);
     }
   };
 
@@ -91,7 +86,7 @@ __global__ void __launch_bounds__(128, kLeastBlocks)
   for (int step = 0; step < steps; ++step) {
     const int row_tile = step / column_tiles, column_tile = step % column_tiles;
     arch::cp_async_wait<0>();
-    __syncthreads();  // the stage has arrived; everyone is done with the other one and with h
+    __syncthreads();  // the stage has arrived; everyone is done with the other one
     if (step + 1 < steps) load(step + 1);
     arch::cp_async_commit();
     if (column_tile == 0) {
@@ -100,18 +95,12 @@ __global__ void __launch_bounds__(128, kLeastBlocks)
 #pragma unroll
         for (int e = 0; e < 4; ++e) dh[j][e] = 0.0f;
       }
-      if (params.h) {
-        const int64_t m = first_row + row_tile * Shape::kM;
-        load_split<TileH, 128, T>(h_value, h_remainder, params.h + m * params.stride, M - m,
-                                  params.rank, params.stride, 1.0f, Shape::kM, thread);
-        __syncthreads();
-      }
     }
     const uint32_t stage = arch::shared_address(shared + step % Shape::kRing * Shape::kStageBytes);
 
     // dh [16 rows of this warp] += dy B
     if (params.dh) {
-      for (int term = 0; term < (params.B_remainder ? 2 : 1); ++term) {
+      for (int term = 0; term < (params.B.remainder ? 2 : 1); ++term) {
         const uint32_t b_tile = stage + TileDy::kBytes + term * TileB::kBytes;
 #pragma unroll
         for (int k = 0; k < Shape::kN; k += 16) {
@@ -129,15 +118,15 @@ __global__ void __launch_bounds__(128, kLeastBlocks)
     }
 
     // dB [16 columns of dy of this warp] += dy^T h
-    if (params.dB && params.h) {
+    if (params.dB) {
       float sums[kColumnTiles][4] = {};
-      const uint32_t h_tiles = arch::shared_address(h_value);
+      const uint32_t h_tiles = arch::shared_address(h_tile(step));
 #pragma unroll
       for (int k = 0; k < Shape::kM; k += 16) {
         uint32_t a[4];
         load_a_transposed<TileDy>(a, stage, warp * 16, k, lane);
 #pragma unroll
-        for (int term = 0; term < 2; ++term) {
+        for (int term = 0; term < (params.h.remainder ? 2 : 1); ++term) {
 #pragma unroll
           for (int j = 0; j < kRank / 16; ++j) {
             uint32_t b[2][2];

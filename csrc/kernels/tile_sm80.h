@@ -2,7 +2,7 @@
 #pragma once
 
 #include "arch/arch.h"
-#include "lora_linear.h"
+#include "family.h"
 
 namespace lora_ext::sm80 {
 
@@ -58,23 +58,13 @@ struct Tile {
   }
 };
 
-// scale * data [rows, columns], rows `stride` apart, as two tiles: its rounding to 16 bits and the
-// rounding of what that leaves. Finished when it returns.
+// Starts to copy both parts of a matrix, the tile of the remainder behind that of the value.
 template <class Tile, int kThreads, class T>
-LORA_EXT_DEVICE void load_split(uint8_t* value, uint8_t* remainder, const float* data, int64_t rows,
-                                int columns, int stride, float scale, int tile_rows, int thread) {
-  for (int i = thread; i < tile_rows * Tile::kChunks; i += kThreads) {
-    const int r = i / Tile::kChunks, chunk = i % Tile::kChunks;
-    auto* high = reinterpret_cast<T*>(value + Tile::offset(r, chunk));
-    auto* low = reinterpret_cast<T*>(remainder + Tile::offset(r, chunk));
-    for (int e = 0; e < 8; ++e) {
-      const int column = chunk * 8 + e;
-      const bool inside = r < rows && column < columns;
-      const float full = inside ? data[int64_t{r} * stride + column] * scale : 0.0f;
-      high[e] = rounded<T>(full);
-      const float left = full - to_float(high[e]);
-      low[e] = rounded<T>(left == left ? left : 0.0f);  // of infinity nothing is left
-    }
+LORA_EXT_DEVICE void load_split(uint32_t shared, const Split<T>& matrix, int64_t row,
+                                int64_t column, int thread) {
+  Tile::template load<kThreads>(shared, matrix.value, row, column, thread);
+  if (matrix.remainder) {
+    Tile::template load<kThreads>(shared + Tile::kBytes, matrix.rest(), row, column, thread);
   }
 }
 

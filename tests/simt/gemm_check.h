@@ -1,10 +1,10 @@
-// The product of several segments (csrc/kernels/product.h) with random matrices, and its result
+// The product of several segments (csrc/kernels/family.h) with random matrices, and its result
 // against float64. The programs of both families share it.
 #pragma once
 
 #include "check.h"
 #include "common/dropout.h"
-#include "kernels/product.h"
+#include "kernels/family.h"
 
 namespace simt_test {
 

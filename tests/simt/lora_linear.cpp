@@ -9,6 +9,7 @@
 #define LORA_EXT_SM90
 #include "kernels/launch_sm90.h"
 #endif
+#include "kernels/forward_backward.h"
 #include "kernels/launch_sm80.h"
 
 using namespace lora_ext;
@@ -163,4 +164,6 @@ void set_schedule(int completion, uint64_t seed) {
 }
 
 void set_compute_capability(int value) { compute_capability() = value; }
+
+void set_multiprocessors(int value) { simt::options().multiprocessors = value; }
 }
