@@ -34,15 +34,17 @@ test: setup
 	$(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 # The CUDA extension compiled, linked and imported, without a GPU: in an environment of its own, with
-# gigabytes of torch's CUDA libraries.
+# gigabytes of torch's CUDA libraries. ptxas tells what registers each kernel spills.
 CUDA_TORCH ?= torch==2.11.0
 cuda-check:
 	$(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/pip install --quiet $(CUDA_TORCH)
 	.venv-cuda/bin/pip install --quiet --upgrade "setuptools>=77,<82" wheel cmake ninja pybind11 safetensors rich numpy
-	PATH="$(CURDIR)/.venv-cuda/bin:$$PATH" LORA_EXT_CUDA=1 LORA_EXT_BUILD_DIR="$(CURDIR)/build/cuda" \
-		.venv-cuda/bin/pip install --quiet --no-build-isolation --no-deps .
-	cd tests && ../.venv-cuda/bin/python cuda_check.py
+	mkdir -p build
+	PATH="$(CURDIR)/.venv-cuda/bin:$$PATH" LORA_EXT_CUDA=1 NVCC_APPEND_FLAGS="-Xptxas -v" \
+		.venv-cuda/bin/pip install -v --no-build-isolation --no-deps . >build/cuda-check.log 2>&1 \
+		|| { tail -n 50 build/cuda-check.log; exit 1; }
+	cd tests && ../.venv-cuda/bin/python cuda_check.py ../build/cuda-check.log
 
 # The grid of the README's table; results go where --compare finds them.
 bench: setup

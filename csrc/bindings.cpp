@@ -88,10 +88,15 @@ PYBIND11_MODULE(_C, m) {
         py::arg("tokens"), py::arg("out_features"), py::arg("lora_A"), py::arg("dtype"),
         py::arg("dropout_p"), "The path of a call on the CPU, and why.");
 #if defined(LORA_EXT_CUDA_VERSION)
+  py::class_<lora_ext::CudaCall>(m, "CudaCall", "What autotune tells calls on CUDA apart by.")
+      .def(py::init(&lora_ext::make_cuda_call), py::kw_only(), py::arg("backward"),
+           py::arg("device"), py::arg("tokens"), py::arg("out_features"), py::arg("in_features"),
+           py::arg("r"), py::arg("base"), py::arg("adapter"), py::arg("dropout"));
   m.def("explain_lora_linear_cuda",
-        torch::wrap_pybind_function(&lora_ext::explain_lora_linear_cuda), py::arg("out_features"),
-        py::arg("in_features"), py::arg("r"), py::arg("dtype"), py::arg("compute_capability"),
-        "The path of a call on a GPU of this compute capability, and why.");
+        torch::wrap_pybind_function(&lora_ext::explain_lora_linear_cuda), py::arg("call"),
+        py::arg("compute_capability"), "The path of a call on a GPU of this kind, and why.");
+  m.def("set_tuned_cuda_path", torch::wrap_pybind_function(&lora_ext::set_tuned_cuda_path),
+        py::arg("call"), py::arg("path"), "What autotune measured for such calls.");
 #endif
   m.def("build_info", torch::wrap_pybind_function(&lora_ext::build_info),
         "What this extension was built for, and runs with.");

@@ -21,7 +21,21 @@ def explain_lora_linear_cpu(
 ) -> tuple[str, str]: ...
 
 # Only in a build with CUDA
-def explain_lora_linear_cuda(
-    out_features: int, in_features: int, r: int, dtype: torch.dtype, compute_capability: int
-) -> tuple[str, str]: ...
+class CudaCall:
+    def __init__(
+        self,
+        *,
+        backward: bool,
+        device: int,
+        tokens: int,
+        out_features: int,
+        in_features: int,
+        r: int,
+        base: torch.dtype,
+        adapter: torch.dtype,
+        dropout: bool,
+    ) -> None: ...
+
+def explain_lora_linear_cuda(call: CudaCall, compute_capability: int) -> tuple[str, str]: ...
+def set_tuned_cuda_path(call: CudaCall, path: str | None) -> None: ...
 def build_info() -> dict[str, Any]: ...

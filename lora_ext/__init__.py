@@ -14,11 +14,13 @@ from lora_ext.adapters import (
     replace_linear,
 )
 from lora_ext.functional import draw_rng_state, dropout_mask, lora_embedding, lora_linear
+from lora_ext.tuning import autotune
 
 __all__ = [
     "LoraConfig",
     "LoraModel",
     "__version__",
+    "autotune",
     "build_info",
     "draw_rng_state",
     "dropout_mask",

@@ -1,16 +1,30 @@
-"""What `make cuda-check` runs: the installed CUDA build, on a machine that may have no GPU."""
+"""What `make cuda-check` runs: the installed CUDA build, on a machine that may have no GPU; and what
+ptxas said of its kernels, if the log of the build is given."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from torch import nn
 
 import lora_ext
 from lora_ext._extension import _C
+
+if len(sys.argv) > 1:
+    log = Path(sys.argv[1]).read_text()
+    for target in ("sm_80", "sm_90a"):
+        assert f"for '{target}'" in log, f"no kernel was compiled for {target}"
+    used = re.findall(r"(\d+) bytes (stack frame|spill stores|spill loads)", log)
+    assert used and all(size == "0" for size, _ in used), "a kernel spills registers"
+    assert "setmaxnreg' ignored" not in log
+    # Of wgmma: products one after the other, and waits that the source does not have
+    assert "serialized" not in log and "injected" not in log
+    print(f"ptxas: {len(used) // 3} kernels, no local memory, no spilled registers")
 
 info = lora_ext.build_info()
 assert info["cuda"] == torch.version.cuda, info
@@ -24,13 +38,15 @@ torch.testing.assert_close(y, x @ weight.t() + 2.0 * x @ lora_A.t() @ lora_B.t()
 
 def gpu_paths(model: nn.Module, compute_capability: int) -> list[str]:
     """What `explain` would say of this model on such a GPU."""
-    return [
-        _C.explain_lora_linear_cuda(
-            layer.out_features, layer.in_features, layer.r, layer.weight.dtype, compute_capability
-        )[0]
-        for layer in model.modules()
-        if isinstance(layer, lora_ext.nn.Linear)
-    ]
+    layers = [layer for layer in model.modules() if isinstance(layer, lora_ext.nn.Linear)]
+    return [_C.explain_lora_linear_cuda(call(layer), compute_capability)[0] for layer in layers]
+
+
+def call(layer: lora_ext.nn.Linear, **changed: object) -> object:
+    facts: dict[str, object] = dict(backward=False, device=0, tokens=2048, dropout=False)
+    facts |= dict(out_features=layer.out_features, in_features=layer.in_features, r=layer.r)
+    facts |= dict(base=layer.weight.dtype, adapter=layer.lora_A.dtype)
+    return _C.CudaCall(**(facts | changed))
 
 
 model = nn.Sequential(
@@ -39,9 +55,25 @@ model = nn.Sequential(
     lora_ext.nn.Linear(64, 32, 8),
 )
 assert [row.path.split()[0] for row in lora_ext.explain(model)] == ["none", "none", "cpu"]
-FUSED = {"auto": "cuda fused sm_80", "fused": "cuda fused sm_80", "composed": "cuda cublas"}
+FUSED = {"auto": "cuda fused sm_80", "fused": "cuda fused sm_80"}
+FUSED |= {"hybrid": "cuda hybrid", "composed": "cuda cublas"}
 assert gpu_paths(model, 80) == [FUSED[info["cuda_path"]], "cuda cublas", "cuda cublas"]
 assert gpu_paths(model, 75) == ["cuda cublas"] * 3
+
+# What autotune measured, unless the environment says otherwise
+_C.set_tuned_cuda_path(call(model[0], backward=True), "composed")
+told = _C.explain_lora_linear_cuda(call(model[0]), 80)[0]
+if info["cuda_path"] == "auto":
+    assert told == "cuda fused sm_80, backward cuda cublas", told
+_C.set_tuned_cuda_path(call(model[0], backward=True), None)
+assert gpu_paths(model, 80)[0] == FUSED[info["cuda_path"]]
+try:
+    _C.set_tuned_cuda_path(call(model[0]), "auto")
+except ValueError as error:
+    assert "path: got 'auto', expected 'fused', 'hybrid', 'composed' or None" in str(error)
+else:
+    raise AssertionError("'auto' is no path that autotune measures")
+
 if torch.cuda.is_available():
     major, minor = torch.cuda.get_device_capability()
     told = [row.path for row in lora_ext.explain(model.to_empty(device="cuda"))]
@@ -49,12 +81,14 @@ if torch.cuda.is_available():
 
 # The environment variable, in processes of their own since it is read once
 if "LORA_EXT_CUDA_PATH" not in os.environ:
-    for wish in ("fused", "composed"):
+    for wish in ("fused", "hybrid", "composed"):
         environment = os.environ | {"LORA_EXT_CUDA_PATH": wish}
         subprocess.run([sys.executable, __file__], env=environment, check=True)
     environment = os.environ | {"LORA_EXT_CUDA_PATH": "fast"}
     refused = subprocess.run([sys.executable, __file__], env=environment, stderr=subprocess.PIPE)
-    assert b"LORA_EXT_CUDA_PATH: got 'fast', expected 'auto', 'fused'" in refused.stderr, refused
+    assert (
+        b"LORA_EXT_CUDA_PATH: got 'fast', expected 'auto', 'fused', 'hybrid'" in refused.stderr
+    ), refused
 
 gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU here"
 print(

@@ -110,7 +110,7 @@ class EmulatedKernels:
     def forward(
         self,
         x: Tensor,  # [M, K]
-        weight: Tensor,
+        weight: Tensor | None,  # without it y is without the base product
         bias: Tensor | None,  # [N] float32
         lora_A: Tensor,
         lora_B: Tensor,
@@ -121,7 +121,7 @@ class EmulatedKernels:
         rng_state: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(y, h); what no kernel writes stays NaN."""
-        y = x.new_full((x.shape[0], weight.shape[0]), torch.nan)
+        y = x.new_full((x.shape[0], lora_B.shape[0]), torch.nan)
         h = torch.full((x.shape[0], lora_A.shape[0]), torch.nan)
         self._call(
             self.library.lora_forward, x=x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B,
@@ -135,7 +135,7 @@ class EmulatedKernels:
         dy: Tensor,  # [M, N]
         x: Tensor,
         h: Tensor | None,
-        weight: Tensor,
+        weight: Tensor | None,
         lora_A: Tensor,
         lora_B: Tensor,
         *,

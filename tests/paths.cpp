@@ -2,6 +2,7 @@
 // given.
 #include "cpu/path.h"
 #include "cuda/path.h"
+#include "cuda/tuned.h"
 
 using namespace lora_ext;
 
@@ -20,9 +21,37 @@ extern "C" ChosenPath cpu_path(int64_t M, int64_t N, int64_t K, int64_t r, bool 
   return {static_cast<int>(path.kernels), nullptr, path.reason, path.fwd_parts, path.bwd_parts};
 }
 
+// fastest: none if negative
 extern "C" ChosenPath cuda_path(int64_t N, int64_t K, int64_t r, bool half, int compute_capability,
-                                bool sm90, int wish) {
+                                bool sm90, int wish, int fastest) {
+  const CudaCall call{false, 0, 2048, N, K, r, 0, 0, half, false};
+  const auto measured = fastest < 0 ? std::nullopt : std::optional(static_cast<CudaWish>(fastest));
   const CudaPath path =
-      choose_cuda_path({N, K, r, half, compute_capability, sm90, static_cast<CudaWish>(wish)});
+      choose_cuda_path({call, compute_capability, sm90, static_cast<CudaWish>(wish), measured});
   return {static_cast<int>(path.kernels), cuda_path_name(path.kernels), path.reason, 0, 0};
+}
+
+// What was measured, by calls of nine facts; negative: nothing.
+using Facts = const int64_t (&)[9];
+static CudaCall cuda_call(Facts facts) {
+  return {facts[0] != 0,
+          static_cast<int>(facts[1]),
+          facts[2],
+          facts[3],
+          facts[4],
+          facts[5],
+          static_cast<int>(facts[6]),
+          static_cast<int>(facts[7]),
+          true,
+          facts[8] != 0};
+}
+static TunedPaths tuned;
+
+extern "C" void set_tuned(Facts facts, int wish) {
+  tuned.set(cuda_call(facts), wish < 0 ? std::nullopt : std::optional(static_cast<CudaWish>(wish)));
+}
+
+extern "C" int find_tuned(Facts facts) {
+  const auto found = tuned.find(cuda_call(facts));
+  return found ? static_cast<int>(*found) : -1;
 }

@@ -75,15 +75,18 @@ def check(
     dropout_p: float,
     schedule: tuple[str, int],
     family: str = "sm80",
+    base: bool = True,
 ) -> None:
-    """Forward and backward of one problem under one schedule."""
+    """Forward and backward of one problem under one schedule; `base`: with the base product."""
     M, K, N, r = size
-    base, adapter = (DTYPES[name] for name in (types.split("-") * 2)[:2])
+    dtype, adapter = (DTYPES[name] for name in (types.split("-") * 2)[:2])
     kernels.family(family)
     kernels.multiprocessors((1, 3, 132)[(M + r) % 3])
     p = make_problem(
-        (M,), K, N, r, dtype=base, adapter_dtype=adapter, dropout_p=dropout_p, bias=M != 37
+        (M,), K, N, r, dtype=dtype, adapter_dtype=adapter, dropout_p=dropout_p, bias=M != 37
     )
+    if not base:
+        p.weight.data.zero_()
     kernels.schedule(*schedule)
     factor = None if M == 1 else torch.tensor(4.0)
     scaling = p.scaling if factor is None else p.scaling / 4
@@ -91,6 +94,7 @@ def check(
     options |= {"dropout_p": dropout_p, "rng_state": p.rng_state}
     x, weight, bias, A, B, _ = (t if t is None else t.detach() for t in p.operands)
     bias = bias if bias is None else bias.float()
+    weight = weight if base else None
     kernels.take_launches()
     y, h = kernels.forward(x, weight, bias, A, B, **options)
     forward = kernels.take_launches()
@@ -165,6 +169,16 @@ def test_every_schedule(
     dropout_p: float,
 ) -> None:
     check(kernels, size, "bf16", dropout_p, (completion, seed), family)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("size", [(37, 72, 136, 8), (65, 131, 70, 17), (130, 264, 264, 80)])
+@pytest.mark.parametrize("family", SIZES)
+def test_low_rank_part_alone(
+    kernels: EmulatedKernels, family: str, size: tuple[int, int, int, int], dropout_p: float
+) -> None:
+    """Without a weight: what a product by cuBLAS is added to."""
+    check(kernels, size, "bf16", dropout_p, ("random", 1), family, base=False)
 
 
 @pytest.mark.parametrize("family", SIZES)

@@ -15,8 +15,9 @@ CPU_FACTS = {
 }
 CUDA_FACTS = {"N": None, "K": None, "r": None, "half": ctypes.c_bool}
 CUDA_FACTS |= {"compute_capability": ctypes.c_int, "sm90": ctypes.c_bool, "wish": ctypes.c_int}
+CUDA_FACTS |= {"fastest": ctypes.c_int}
 CPU_KERNELS = ("blas", "vector", "bf16 dot")
-CUDA_WISHES = ("auto", "fused", "composed")
+CUDA_WISHES = ("auto", "fused", "hybrid", "composed")
 
 
 class ChosenPath(ctypes.Structure):
@@ -107,15 +108,18 @@ def test_cpu_parts(library: ctypes.CDLL, facts: dict[str, int], fwd: int, bwd: i
     assert (path.fwd_parts, path.bwd_parts) == (fwd, bwd)
 
 
-CUDA = dict(N=1024, K=1024, r=16, half=True, compute_capability=80, sm90=True, wish="auto")
-FUSED, CUBLAS = "cuda fused sm_80", "cuda cublas"
+CUDA = dict(N=1024, K=1024, r=16, half=True, compute_capability=80, sm90=True)
+CUDA |= dict(wish="auto", fastest=None)
+FUSED, HYBRID, CUBLAS = "cuda fused sm_80", "cuda hybrid", "cuda cublas"
 RANKS, EMPTY = "the kernels take ranks 1 to 256", "no empty matrices"
+ASKED, MEASURED = "LORA_EXT_CUDA_PATH says so", "that autotune measured"
 
 CUDA_CASES = {
     "bf16 or fp16": ({}, FUSED, ONE_PASS),
     "sm_90": ({"compute_capability": 90}, "cuda fused sm_90a", ONE_PASS),
-    "sm_90, not built": ({"compute_capability": 90, "sm90": False}, FUSED, ONE_PASS),
-    "sm_100": ({"compute_capability": 100}, FUSED, ONE_PASS),
+    "sm_90, not built": ({"compute_capability": 90, "sm90": False}, HYBRID, "mma.sync is slow"),
+    "sm_100": ({"compute_capability": 100}, HYBRID, "mma.sync is slow"),
+    "sm_120": ({"compute_capability": 120}, FUSED, ONE_PASS),
     "sm_75": ({"compute_capability": 75}, CUBLAS, "need a GPU from sm_80 on"),
     "fp32 or fp64": ({"half": False}, CUBLAS, "float32 and float64 products are cuBLAS's"),
     "rank 0": ({"r": 0}, CUBLAS, RANKS),
@@ -123,20 +127,55 @@ CUDA_CASES = {
     "rank 257": ({"r": 257}, CUBLAS, RANKS),
     "no outputs": ({"N": 0}, CUBLAS, EMPTY),
     "no inputs": ({"K": 0}, CUBLAS, EMPTY),
-    "wish composed": ({"wish": "composed"}, CUBLAS, "LORA_EXT_CUDA_PATH=composed"),
-    "wish fused": ({"wish": "fused"}, FUSED, "LORA_EXT_CUDA_PATH=fused"),
+    "wish composed": ({"wish": "composed"}, CUBLAS, ASKED),
+    "wish hybrid": ({"wish": "hybrid"}, HYBRID, ASKED),
+    "wish fused": ({"wish": "fused"}, FUSED, ASKED),
+    "wish fused, sm_100": ({"wish": "fused", "compute_capability": 100}, FUSED, ASKED),
     "wish fused, fp32": ({"wish": "fused", "half": False}, CUBLAS, "float32 and float64"),
     "wish fused, sm_75": ({"wish": "fused", "compute_capability": 75}, CUBLAS, "from sm_80 on"),
-    "wish fused, rank 257": ({"wish": "fused", "r": 257}, CUBLAS, RANKS),
-}
+    "wish hybrid, rank 257": ({"wish": "hybrid", "r": 257}, CUBLAS, RANKS),
+    "measured": ({"fastest": "hybrid"}, HYBRID, MEASURED),
+    "measured, sm_90": (
+        {"fastest": "fused", "compute_capability": 90}, "cuda fused sm_90a", MEASURED
+    ),
+    "measured, with a wish": ({"fastest": "hybrid", "wish": "composed"}, CUBLAS, ASKED),
+    "measured, rank 0": ({"fastest": "fused", "r": 0}, CUBLAS, RANKS),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("facts", "name", "reason"), CUDA_CASES.values(), ids=CUDA_CASES.keys())
 def test_cuda_path(
-    library: ctypes.CDLL, facts: dict[str, int | str], name: str, reason: str
+    library: ctypes.CDLL, facts: dict[str, int | str | None], name: str, reason: str
 ) -> None:
     values = CUDA | facts
-    values["wish"] = CUDA_WISHES.index(str(values["wish"]))
+    for key in ("wish", "fastest"):
+        values[key] = -1 if values[key] is None else CUDA_WISHES.index(str(values[key]))
     path = library.cuda_path(*values.values())
     assert path.name.decode() == name
     assert reason in path.reason.decode()
+
+
+def test_measured_paths_are_found_by_every_fact(library: ctypes.CDLL) -> None:
+    def facts(**changed: int) -> ctypes.Array[ctypes.c_int64]:
+        call = dict(backward=0, device=0, M=2048, N=1024, K=768, r=16, base=15, adapter=6, drop=0)
+        assert call.keys() >= changed.keys()
+        return (ctypes.c_int64 * 9)(*(call | changed).values())
+
+    fused, hybrid = CUDA_WISHES.index("fused"), CUDA_WISHES.index("hybrid")
+    assert library.find_tuned(facts()) == -1
+    library.set_tuned(facts(), hybrid)
+    library.set_tuned(facts(backward=1), fused)
+    assert library.find_tuned(facts()) == hybrid
+    assert library.find_tuned(facts(backward=1)) == fused
+    # Rows by their power of two
+    assert library.find_tuned(facts(M=4095)) == hybrid
+    others = dict(device=1, M=4096, N=1023, K=769, r=8, base=5, adapter=15, drop=1)
+    for name, value in others.items():
+        assert library.find_tuned(facts(**{name: value})) == -1, name
+    assert library.find_tuned(facts(M=2047)) == -1
+    for rows in (0, 1):
+        library.set_tuned(facts(M=rows), fused)
+        assert library.find_tuned(facts(M=1 - rows)) == fused
+    for call in (facts(), facts(backward=1), facts(M=1)):
+        library.set_tuned(call, -1)
+        assert library.find_tuned(call) == -1

@@ -26,15 +26,16 @@ at::Tensor draw_rng_state_cpu(const at::Tensor&) {
 }
 
 at::Tensor dropout_mask_cpu(const at::Tensor& rng_state, int64_t rows, int64_t columns,
-                            double dropout_p) {
-  check_dropout_mask(rng_state, rows, columns, dropout_p);
+                            double dropout_p, int64_t first_row) {
+  check_dropout_mask(rng_state, rows, columns, dropout_p, first_row);
   at::Tensor keep = at::empty({rows, columns}, at::kBool);
   const at::Tensor state = rng_state.contiguous();
   const int64_t* words = state.const_data_ptr<int64_t>();
   const DropoutRng rng{static_cast<uint64_t>(words[0]), static_cast<uint64_t>(words[1])};
   auto* bytes = reinterpret_cast<uint8_t*>(keep.data_ptr<bool>());
   at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
-    cpu_kernels().dropout_mask_rows(rng, dropout_threshold(dropout_p), columns, begin, end, bytes);
+    cpu_kernels().dropout_mask_rows(rng, dropout_threshold(dropout_p), columns, first_row + begin,
+                                    first_row + end, bytes + begin * columns);
   });
   return keep;
 }

@@ -160,6 +160,7 @@ struct CpuKernels {
   ElementwiseKernels elementwise[kDtypePairs];
   LoraEmbeddingKernels lora_embedding[kDtypePairs];
   // keep[row][column] (one byte each) for rows [begin, end).
+  // of the rows from `begin` to `end`, to `keep` [end - begin, columns]
   void (*dropout_mask_rows)(DropoutRng rng, uint32_t threshold, int64_t columns, int64_t begin,
                             int64_t end, uint8_t* keep);
 };

@@ -49,7 +49,7 @@ void dropout_mask_rows(DropoutRng rng, uint32_t threshold, int64_t columns, int6
       fill_keep_block(rng, row, column / kDropoutBlock, threshold, words);
       const int64_t width = at_most(columns - column, kDropoutBlock);
       for (int64_t j = 0; j < width; ++j) {
-        keep[row * columns + column + j] = words[j / 16] >> (j % 16) & 1u;
+        keep[(row - begin) * columns + column + j] = words[j / 16] >> (j % 16) & 1u;
       }
     }
   }

@@ -39,14 +39,14 @@ at::Tensor draw_rng_state_cuda(const at::Tensor& like) {
 }
 
 at::Tensor dropout_mask_cuda(const at::Tensor& rng_state, int64_t rows, int64_t columns,
-                             double dropout_p) {
-  check_dropout_mask(rng_state, rows, columns, dropout_p);
+                             double dropout_p, int64_t first_row) {
+  check_dropout_mask(rng_state, rows, columns, dropout_p, first_row);
   const c10::cuda::CUDAGuard guard(rng_state.device());
   at::Tensor keep = at::empty({rows, columns}, rng_state.options().dtype(at::kBool));
   if (keep.numel() == 0) return keep;
   const at::Tensor state = rng_state.contiguous();
-  dropout_mask(state.const_data_ptr<int64_t>(), dropout_threshold(dropout_p), rows, columns,
-               keep.data_ptr<bool>(), at::cuda::getCurrentCUDAStream());
+  dropout_mask(state.const_data_ptr<int64_t>(), dropout_threshold(dropout_p), first_row, rows,
+               columns, keep.data_ptr<bool>(), at::cuda::getCurrentCUDAStream());
   return keep;
 }
 

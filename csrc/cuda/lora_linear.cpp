@@ -36,11 +36,6 @@ int current_capability() {
   return device->major * 10 + device->minor;
 }
 
-CudaPath path_for(const Tensor& base, const Tensor& lora_A, const Tensor& lora_B) {
-  return cuda_path(lora_B.size(0), lora_A.size(1), lora_A.size(0), base.scalar_type(),
-                   current_capability());
-}
-
 // LoraScale as the kernels take it, with the tensors that it points into. Nothing is read from the
 // device, so that a CUDA graph can capture a call.
 struct KernelScale {
@@ -91,21 +86,16 @@ void with_types(at::ScalarType base, at::ScalarType adapter, const F& f) {
   mixed ? f(Fp16{}, float{}) : f(Fp16{}, Fp16{});
 }
 
-std::tuple<Tensor, Tensor> fused_fwd(const Tensor& x, const Tensor& weight,
-                                     const OptionalTensor& bias, const Tensor& lora_A,
-                                     const Tensor& lora_B, const OptionalTensor& lora_bias,
-                                     const LoraScale& scale, bool return_h) {
-  const auto work = prepare_forward(x, bias, lora_A, lora_B, lora_bias, scale, return_h);
-  const LowRankForward& problem = work.low_rank;
-  if (work.y.numel() == 0) return {work.y, work.h.zero_()};
-  const Tensor weight_rows = as_rows(weight);
-  const KernelScale kernel_scale(scale);
-  Scratch scratch{x.options(), {}};
+// The low-rank part into y; the base product too if there is a weight [N, K].
+void run_kernels(const LowRankForward& problem, const Tensor& weight) {
+  const KernelScale kernel_scale(problem.scale);
+  Scratch scratch{problem.x.options(), {}};
+  const auto& [x, lora_A, lora_B] = std::tie(problem.x, problem.lora_A, problem.lora_B);
   with_types(x.scalar_type(), lora_A.scalar_type(), [&](auto base, auto adapter) {
     using T = decltype(base);
     using TA = decltype(adapter);
-    const ForwardCall<T, TA> call{.x = matrix<T>(problem.x),
-                                  .weight = matrix<T>(weight_rows),
+    const ForwardCall<T, TA> call{.x = matrix<T>(x),
+                                  .weight = matrix<T>(weight, lora_B.size(0), x.size(1)),
                                   .bias = data_or_null<float>(problem.bias),
                                   .lora_A = data_or_null<TA>(problem.lora_A),
                                   .lora_B = data_or_null<TA>(problem.lora_B),
@@ -117,28 +107,23 @@ std::tuple<Tensor, Tensor> fused_fwd(const Tensor& x, const Tensor& weight,
                                   .h = out_or_null<float>(problem.h)};
     run_forward(call, scratch.allocator(), at::cuda::getCurrentCUDAStream(), current_capability());
   });
-  return {work.y, work.h};
 }
 
-Gradients fused_bwd(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& h,
-                    const OptionalTensor& weight, const Tensor& lora_A, const Tensor& lora_B,
-                    const LoraScale& scale, const GradientMask& mask) {
-  const auto work = prepare_backward(dy, x, h, lora_A, lora_B, scale, mask);
-  const LowRankBackward& problem = work.low_rank;
-  if (work.done) return work.gradients;
-  const Tensor weight_rows = mask[kGradX] ? as_rows(*weight) : Tensor();
-  const KernelScale kernel_scale(scale);
-  Scratch scratch{dy.options(), {}};
+// The low-rank part into dx, dA and dB; the base product too, into dx, if there is a weight.
+void run_kernels(const LowRankBackward& problem, const Tensor& weight) {
+  const KernelScale kernel_scale(problem.scale);
+  Scratch scratch{problem.dy.options(), {}};
+  const auto& [dy, lora_A, lora_B] = std::tie(problem.dy, problem.lora_A, problem.lora_B);
   with_types(dy.scalar_type(), lora_A.scalar_type(), [&](auto base, auto adapter) {
     using T = decltype(base);
     using TA = decltype(adapter);
-    const int64_t M = problem.dy.size(0), N = problem.dy.size(1), K = lora_A.size(1);
-    const BackwardCall<T, TA> call{.dy = matrix<T>(problem.dy),
+    const int64_t M = dy.size(0), N = dy.size(1), K = lora_A.size(1);
+    const BackwardCall<T, TA> call{.dy = matrix<T>(dy),
                                    .x = matrix<T>(problem.x, M, K),
-                                   .weight = matrix<T>(weight_rows, N, K),
+                                   .weight = matrix<T>(weight, N, K),
                                    .h = data_or_null<float>(problem.h),
-                                   .lora_A = data_or_null<TA>(problem.lora_A),
-                                   .lora_B = data_or_null<TA>(problem.lora_B),
+                                   .lora_A = data_or_null<TA>(lora_A),
+                                   .lora_B = data_or_null<TA>(lora_B),
                                    .r = static_cast<int>(lora_A.size(0)),
                                    .scaling = kernel_scale.scaling,
                                    .scaling_factor = kernel_scale.scaling_factor,
@@ -148,7 +133,16 @@ Gradients fused_bwd(const Tensor& dy, const OptionalTensor& x, const OptionalTen
                                    .dB = out_or_null<TA>(problem.dB)};
     run_backward(call, scratch.allocator(), at::cuda::getCurrentCUDAStream(), current_capability());
   });
-  return work.gradients;
+}
+
+CudaPath path_for(bool backward, const Tensor& rows, const Tensor& lora_A, const Tensor& lora_B,
+                  const LoraScale& scale) {
+  const int64_t width = rows.size(-1);
+  const int64_t tokens = width > 0 ? rows.numel() / width : 0;
+  const CudaCall call = make_cuda_call(backward, rows.get_device(), tokens, lora_B.size(0),
+                                       lora_A.size(1), lora_A.size(0), rows.scalar_type(),
+                                       lora_A.scalar_type(), scale.dropout_p > 0.0);
+  return cuda_path(call, current_capability());
 }
 
 std::tuple<Tensor, Tensor> fwd_cuda(const Tensor& x, const Tensor& weight,
@@ -157,24 +151,47 @@ std::tuple<Tensor, Tensor> fwd_cuda(const Tensor& x, const Tensor& weight,
                                     double scaling, const OptionalTensor& scaling_tensor,
                                     double dropout_p, const OptionalTensor& rng_state,
                                     bool return_h) {
+  using Kernels = CudaPath::Kernels;
   const LoraScale scale{scaling, scaling_tensor, dropout_p, rng_state};
   check_lora_linear(x, weight, bias, lora_A, lora_B, lora_bias, scale);
   const c10::cuda::CUDAGuard guard(x.device());
-  const bool composed = path_for(x, lora_A, lora_B).kernels == CudaPath::Kernels::Composed;
-  const auto fwd = composed ? composed_fwd : fused_fwd;
-  return fwd(x, weight, bias, lora_A, lora_B, lora_bias, scale, return_h);
+  const Kernels kernels = path_for(false, x, lora_A, lora_B, scale).kernels;
+  if (kernels == Kernels::Composed) {
+    return composed_fwd(x, weight, bias, lora_A, lora_B, lora_bias, scale, return_h);
+  }
+  const auto [y, h, low_rank] =
+      prepare_forward(x, bias, lora_A, lora_B, lora_bias, scale, return_h);
+  if (y.numel() == 0) return {y, h.zero_()};
+  if (kernels == Kernels::Hybrid) {
+    run_kernels(low_rank, Tensor());
+    low_rank.y.addmm_(low_rank.x, weight.t());
+  } else {
+    run_kernels(low_rank, as_rows(weight));
+  }
+  return {y, h};
 }
 
 Gradients bwd_cuda(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& h,
                    const OptionalTensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                    double scaling, const OptionalTensor& scaling_tensor, double dropout_p,
                    const OptionalTensor& rng_state, GradientMask mask) {
+  using Kernels = CudaPath::Kernels;
   const LoraScale scale{scaling, scaling_tensor, dropout_p, rng_state};
   check_lora_linear_bwd(dy, x, h, weight, lora_A, lora_B, scale, mask);
   const c10::cuda::CUDAGuard guard(dy.device());
-  const bool composed = path_for(dy, lora_A, lora_B).kernels == CudaPath::Kernels::Composed;
-  const auto bwd = composed ? composed_bwd : fused_bwd;
-  return bwd(dy, x, h, weight, lora_A, lora_B, scale, mask);
+  const Kernels kernels = path_for(true, dy, lora_A, lora_B, scale).kernels;
+  if (kernels == Kernels::Composed) {
+    return composed_bwd(dy, x, h, weight, lora_A, lora_B, scale, mask);
+  }
+  const auto [gradients, low_rank, done] = prepare_backward(dy, x, h, lora_A, lora_B, scale, mask);
+  if (done) return gradients;
+  if (kernels == Kernels::Hybrid || !mask[kGradX]) {
+    run_kernels(low_rank, Tensor());
+    if (mask[kGradX]) low_rank.dx.addmm_(low_rank.dy, *weight);
+  } else {
+    run_kernels(low_rank, as_rows(*weight));
+  }
+  return gradients;
 }
 
 }  // namespace

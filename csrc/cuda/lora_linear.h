@@ -3,23 +3,31 @@
 
 #include <c10/core/ScalarType.h>
 
+#include <optional>
 #include <string>
 #include <utility>
 
 #include "cuda/path.h"
+#include "cuda/tuned.h"
 
 namespace lora_ext {
 
 // Of the environment variable LORA_EXT_CUDA_PATH, read once per process.
 CudaWish cuda_wish();
 
-CudaPath cuda_path(int64_t out_features, int64_t in_features, int64_t r, at::ScalarType base,
-                   int compute_capability);
+TunedPaths& tuned_paths();
 
-// (path, reason) of a layer on a GPU of this compute capability (80 for sm_80).
-std::pair<std::string, std::string> explain_lora_linear_cuda(int64_t out_features,
-                                                             int64_t in_features, int64_t r,
-                                                             at::ScalarType base,
-                                                             int compute_capability);
+CudaCall make_cuda_call(bool backward, int device, int64_t tokens, int64_t out_features,
+                        int64_t in_features, int64_t r, at::ScalarType base, at::ScalarType adapter,
+                        bool dropout);
+
+CudaPath cuda_path(const CudaCall& call, int compute_capability);
+
+// (path, reason) of a call, forward and backward, on a GPU of this compute capability (80 for
+// sm_80).
+std::pair<std::string, std::string> explain_lora_linear_cuda(CudaCall call, int compute_capability);
+
+// `path` is "fused", "hybrid" or "composed"; none forgets what was measured.
+void set_tuned_cuda_path(const CudaCall& call, const std::optional<std::string>& path);
 
 }  // namespace lora_ext

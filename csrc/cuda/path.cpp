@@ -10,14 +10,20 @@
 namespace lora_ext {
 namespace {
 
+std::optional<CudaWish> named_wish(std::string_view name) {
+  for (const CudaWish wish :
+       {CudaWish::Auto, CudaWish::Fused, CudaWish::Hybrid, CudaWish::Composed}) {
+    if (name == kCudaWishNames[static_cast<int>(wish)]) return wish;
+  }
+  return std::nullopt;
+}
+
 CudaWish read_wish() {
   const char* value = std::getenv("LORA_EXT_CUDA_PATH");
   if (value == nullptr || *value == '\0') return CudaWish::Auto;
-  for (const CudaWish wish : {CudaWish::Auto, CudaWish::Fused, CudaWish::Composed}) {
-    if (std::string_view(value) == kCudaWishNames[static_cast<int>(wish)]) return wish;
-  }
+  if (const auto wish = named_wish(value)) return *wish;
   TORCH_CHECK(false, "LORA_EXT_CUDA_PATH: got '", value,
-              "', expected 'auto', 'fused' or 'composed'; unset it for 'auto'");
+              "', expected 'auto', 'fused', 'hybrid' or 'composed'; unset it for 'auto'");
 }
 
 }  // namespace
@@ -27,24 +33,53 @@ CudaWish cuda_wish() {
   return wish;
 }
 
-CudaPath cuda_path(int64_t out_features, int64_t in_features, int64_t r, at::ScalarType base,
-                   int compute_capability) {
+TunedPaths& tuned_paths() {
+  static TunedPaths paths;
+  return paths;
+}
+
+CudaCall make_cuda_call(bool backward, int device, int64_t tokens, int64_t out_features,
+                        int64_t in_features, int64_t r, at::ScalarType base, at::ScalarType adapter,
+                        bool dropout) {
   const bool half = base == at::kHalf || base == at::kBFloat16;
+  return {backward,
+          device,
+          tokens,
+          out_features,
+          in_features,
+          r,
+          static_cast<int>(base),
+          static_cast<int>(adapter),
+          half,
+          dropout};
+}
+
+CudaPath cuda_path(const CudaCall& call, int compute_capability) {
 #if defined(LORA_EXT_SM90)
   constexpr bool sm90 = true;
 #else
   constexpr bool sm90 = false;
 #endif
-  return choose_cuda_path(
-      {out_features, in_features, r, half, compute_capability, sm90, cuda_wish()});
+  return choose_cuda_path({call, compute_capability, sm90, cuda_wish(), tuned_paths().find(call)});
 }
 
-std::pair<std::string, std::string> explain_lora_linear_cuda(int64_t out_features,
-                                                             int64_t in_features, int64_t r,
-                                                             at::ScalarType base,
+std::pair<std::string, std::string> explain_lora_linear_cuda(CudaCall call,
                                                              int compute_capability) {
-  const CudaPath path = cuda_path(out_features, in_features, r, base, compute_capability);
-  return {cuda_path_name(path.kernels), path.reason};
+  call.backward = false;
+  const CudaPath forward = cuda_path(call, compute_capability);
+  call.backward = true;
+  const CudaPath backward = cuda_path(call, compute_capability);
+  std::string name = cuda_path_name(forward.kernels);
+  if (backward.kernels == forward.kernels) return {name, forward.reason};
+  return {name + ", backward " + cuda_path_name(backward.kernels), forward.reason};
+}
+
+void set_tuned_cuda_path(const CudaCall& call, const std::optional<std::string>& path) {
+  std::optional<CudaWish> wish;
+  if (path) wish = named_wish(*path);
+  TORCH_CHECK_VALUE(!path || (wish && *wish != CudaWish::Auto), "set_tuned_cuda_path: path: got '",
+                    path.value_or(""), "', expected 'fused', 'hybrid', 'composed' or None");
+  tuned_paths().set(call, wish);
 }
 
 }  // namespace lora_ext

@@ -21,18 +21,19 @@ __global__ void fill_rng_state_kernel(const __grid_constant__ FillRngParams para
 struct DropoutMaskParams {
   const int64_t* rng_state;  // [2] on the device
   uint32_t threshold;
-  int64_t rows, columns;
+  int64_t first_row, rows, columns;
   bool* keep;  // [rows, columns]
 };
 
-// One thread an element: for tests and second derivatives, not for training.
+// One thread an element: for tests, second derivatives and what is composed of ATen's products.
 __global__ void __launch_bounds__(kElementThreads)
     dropout_mask_kernel(const __grid_constant__ DropoutMaskParams params) {
   const int64_t i = element_index();
   if (i >= params.rows * params.columns) return;
   const DropoutRng rng{static_cast<uint64_t>(params.rng_state[0]),
                        static_cast<uint64_t>(params.rng_state[1])};
-  params.keep[i] = dropout_keep(rng, i / params.columns, i % params.columns, params.threshold);
+  params.keep[i] = dropout_keep(rng, params.first_row + i / params.columns, i % params.columns,
+                                params.threshold);
 }
 
 }  // namespace
@@ -41,10 +42,10 @@ void fill_rng_state(const PhiloxState& philox, int64_t* state, Stream stream) {
   arch::launch(fill_rng_state_kernel, dim3(1), 32, 0, stream, FillRngParams{philox, state});
 }
 
-void dropout_mask(const int64_t* rng_state, uint32_t threshold, int64_t rows, int64_t columns,
-                  bool* keep, Stream stream) {
+void dropout_mask(const int64_t* rng_state, uint32_t threshold, int64_t first_row, int64_t rows,
+                  int64_t columns, bool* keep, Stream stream) {
   launch_elements(dropout_mask_kernel, rows * columns, stream,
-                  DropoutMaskParams{rng_state, threshold, rows, columns, keep});
+                  DropoutMaskParams{rng_state, threshold, first_row, rows, columns, keep});
 }
 
 template <class T, class TA>

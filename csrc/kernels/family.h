@@ -9,7 +9,7 @@ namespace lora_ext {
 // ---- The product that ends forward and backward, y or dx: several segments into the same sums
 // ----
 //
-//   out [M, N] = round(sum over segments of A_i [M, K_i] B_i [K_i, N] + bias + addend)
+//   out [M, N] = round(sum over segments of A_i [M, K_i] B_i [K_i, N] + bias)
 //
 // Forward is (x, weight), (h, lora_B); backward's dx is (dh, lora_A), dropout's mask, (dy, weight).
 
@@ -34,7 +34,6 @@ struct Product {
   uint32_t threshold;
   const int64_t* rng_state;  // [2]: seed and offset; on the device, for CUDA graphs
   const float* bias;         // [N] or null
-  const T* addend;           // [M, N], contiguous, added before out is rounded; may be out; or null
   T* out;                    // [M, N], contiguous
   int64_t M, N;
 };

@@ -81,13 +81,9 @@ void forward(const Family<T>& family, const ForwardCall<T, TA>& call, const Allo
   const Split<T> h = finish<T>(parts, M, call.r, survivor(call.dropout),
                                {call.scaling, call.scaling_factor}, call.h, false, scratch, stream);
   Product<T> y{};
-  if (call.weight.data) {
-    y.segments[y.count++] = {call.x, call.weight};
-    y.bias = call.bias;
-  } else {
-    y.addend = call.y;
-  }
+  if (call.weight.data) y.segments[y.count++] = {call.x, call.weight};
   add_segments(y, h.value, B);
+  y.bias = call.bias;
   y.out = call.y, y.M = M, y.N = N;
   launch(family, y, BLayout::kColumns, stream);
 }
@@ -122,11 +118,7 @@ void backward(const Family<T>& family, const BackwardCall<T, TA>& call, const Al
     add_segments(dx, dh.value, A);
     dx.masked = call.dropout.enabled ? dx.count : 0;
     dx.threshold = call.dropout.threshold, dx.rng_state = call.dropout.rng_state;
-    if (call.weight.data) {
-      dx.segments[dx.count++] = {call.dy, call.weight};
-    } else {
-      dx.addend = call.dx;
-    }
+    if (call.weight.data) dx.segments[dx.count++] = {call.dy, call.weight};
     dx.out = call.dx, dx.M = M, dx.N = K;
     launch(family, dx, BLayout::kRows, stream);
   }

@@ -157,11 +157,6 @@ struct Gemm {
             first += params.bias[n];
             second += pair ? params.bias[n + 1] : 0.0f;
           }
-          if (params.addend) {
-            const T* addend = params.addend + m * params.N + n;
-            first += to_float(addend[0]);
-            second += pair ? to_float(addend[1]) : 0.0f;
-          }
           T* out = params.out + m * params.N + n;
           if (pair && params.N % 2 == 0) {
             *reinterpret_cast<uint32_t*>(out) = pack_pair<T>(first, second);

@@ -42,7 +42,7 @@ struct Dropout {
 template <class T, class TA>
 struct ForwardCall {
   Matrix<T> x;        // [M, K]
-  Matrix<T> weight;   // [N, K]; data null if y holds the base product, bias and all
+  Matrix<T> weight;   // [N, K]; data null: y is without the base product
   const float* bias;  // [N] or null; added before y is rounded
   const TA* lora_A;   // [r, K]
   const TA* lora_B;   // [N, r]
@@ -58,7 +58,7 @@ template <class T, class TA>
 struct BackwardCall {
   Matrix<T> dy;      // [M, N]
   Matrix<T> x;       // [M, K]; data null if neither dA is wanted nor h missing
-  Matrix<T> weight;  // [N, K]; data null if dx is not wanted, or holds the base product
+  Matrix<T> weight;  // [N, K]; data null: dx is without the base product
   const float* h;    // [M, r] or null: then made from x
   const TA* lora_A;  // [r, K]
   const TA* lora_B;  // [N, r]
@@ -90,8 +90,8 @@ struct PhiloxState {
 };
 void fill_rng_state(const PhiloxState& philox, int64_t* state, Stream stream);
 
-void dropout_mask(const int64_t* rng_state, uint32_t threshold, int64_t rows, int64_t columns,
-                  bool* keep, Stream stream);
+void dropout_mask(const int64_t* rng_state, uint32_t threshold, int64_t first_row, int64_t rows,
+                  int64_t columns, bool* keep, Stream stream);
 
 // weight += scaling * B A; false `write` only looks. *finite, on the device, becomes 0 where a
 // result is not finite.

@@ -202,11 +202,13 @@ inline void check_dropout(const Tensor& x, const Tensor& rng_state, double dropo
 }
 
 inline void check_dropout_mask(const Tensor& rng_state, const c10::SymInt& rows,
-                               const c10::SymInt& columns, double dropout_p) {
+                               const c10::SymInt& columns, double dropout_p,
+                               const c10::SymInt& first_row) {
   constexpr const char* op = "dropout_mask";
   check_rng_state(op, rng_state);
   TORCH_CHECK_VALUE(rows >= 0 && columns >= 0, op, ": rows, columns: got ", rows, ", ", columns,
                     ", expected sizes of at least 0");
+  TORCH_CHECK_VALUE(first_row >= 0, op, ": first_row: got ", first_row, ", expected at least 0");
   check_dropout_p(op, dropout_p);
 }
 

@@ -15,8 +15,8 @@ at::Tensor draw_rng_state_meta(const at::Tensor& like) {
 }
 
 at::Tensor dropout_mask_meta(const at::Tensor& rng_state, c10::SymInt rows, c10::SymInt columns,
-                             double dropout_p) {
-  check_dropout_mask(rng_state, rows, columns, dropout_p);
+                             double dropout_p, c10::SymInt first_row) {
+  check_dropout_mask(rng_state, rows, columns, dropout_p, first_row);
   return rng_state.new_empty_symint({rows, columns}, rng_state.options().dtype(at::kBool));
 }
 
@@ -67,12 +67,12 @@ at::Tensor draw_rng_state(const at::Tensor& like) {
 }
 
 at::Tensor dropout_mask(const at::Tensor& rng_state, c10::SymInt rows, c10::SymInt columns,
-                        double dropout_p) {
+                        double dropout_p, c10::SymInt first_row) {
   static const auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("lora_ext::dropout_mask", "")
-          .typed<at::Tensor(const at::Tensor&, c10::SymInt, c10::SymInt, double)>();
-  return op.call(rng_state, rows, columns, dropout_p);
+          .typed<at::Tensor(const at::Tensor&, c10::SymInt, c10::SymInt, double, c10::SymInt)>();
+  return op.call(rng_state, rows, columns, dropout_p, first_row);
 }
 
 Tensor dropout(const Tensor& x, const Tensor& rng_state, double dropout_p) {
@@ -85,8 +85,10 @@ Tensor dropout(const Tensor& x, const Tensor& rng_state, double dropout_p) {
 TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
   m.def("draw_rng_state(Tensor like) -> Tensor",
         {at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded});
-  m.def("dropout_mask(Tensor rng_state, SymInt rows, SymInt columns, float dropout_p) -> Tensor",
-        {at::Tag::pt2_compliant_tag});
+  m.def(
+      "dropout_mask(Tensor rng_state, SymInt rows, SymInt columns, float dropout_p, "
+      "SymInt first_row=0) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
   m.def("dropout(Tensor x, Tensor rng_state, float dropout_p) -> Tensor",
         {at::Tag::pt2_compliant_tag});
 }

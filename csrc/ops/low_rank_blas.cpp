@@ -30,9 +30,19 @@ Tensor rescaled(const Tensor& hidden, const LoraScale& scale) {
   return (hidden.to(at::toOpMathType(dtype)) * *scale.scaling_tensor).to(dtype);
 }
 
-// bool [M, K], or undefined without dropout
-Tensor keep_mask(const LoraScale& scale, int64_t M, int64_t K) {
-  return scale.dropout_p > 0.0 ? dropout_mask(*scale.rng_state, M, K, scale.dropout_p) : Tensor();
+// Under dropout x is read in blocks of rows, so that no dropped copy of it and no mask of its size
+// are made: neither is larger than this many elements.
+constexpr int64_t kBlockElements = int64_t{1} << 22;
+
+// f(first row, rows, mask) for each block; all rows at once, and no mask, without dropout.
+template <class F>
+void for_each_block(const LoraScale& scale, int64_t M, int64_t K, const F& f) {
+  if (scale.dropout_p == 0.0) return f(0, M, Tensor());
+  const int64_t block = std::max<int64_t>(1, kBlockElements / std::max<int64_t>(1, K));
+  for (int64_t first = 0; first < M; first += block) {
+    const int64_t rows = std::min(block, M - first);
+    f(first, rows, dropout_mask(*scale.rng_state, rows, K, scale.dropout_p, first));
+  }
 }
 
 // The elements of x that are kept, not scaled: that is left to the products, which round later.
@@ -44,41 +54,60 @@ double survivor_scale(const LoraScale& scale) {
   return scale.dropout_p > 0.0 ? dropout_scale(scale.dropout_p) : 1.0;
 }
 
+// h [M, r] = dropout(x) A^T in the dtype of A
+Tensor down(const Tensor& x, const Tensor& lora_A, const LoraScale& scale) {
+  const int64_t M = x.size(0), K = x.size(1);
+  const Tensor h = at::empty({M, lora_A.size(0)}, lora_A.options());
+  for_each_block(scale, M, K, [&](int64_t first, int64_t rows, const Tensor& keep) {
+    scaled_mm_out(h.narrow(0, first, rows),
+                  kept(x.narrow(0, first, rows), keep, lora_A.scalar_type()), lora_A.t(),
+                  survivor_scale(scale));
+  });
+  return h;
+}
+
 }  // namespace
 
 void low_rank_forward_blas(const LowRankForward& problem) {
-  const int64_t M = problem.x.size(0), K = problem.x.size(1), r = problem.lora_A.size(0);
   const LoraScale& scale = problem.scale;
-  const Tensor h = at::empty({M, r}, problem.lora_A.options());
-  const Tensor x = kept(problem.x, keep_mask(scale, M, K), h.scalar_type());
-  scaled_mm_out(h, x, problem.lora_A.t(), survivor_scale(scale));
+  const Tensor h = down(problem.x, problem.lora_A, scale);
   if (problem.h.defined()) problem.h.copy_(h);
   scaled_mm_out(problem.y, rescaled(h, scale), problem.lora_B.t(), scale.scaling, problem.bias);
 }
 
 void low_rank_backward_blas(const LowRankBackward& problem) {
-  const int64_t M = problem.dy.size(0), K = problem.lora_A.size(1), r = problem.lora_A.size(0);
+  const int64_t M = problem.dy.size(0), K = problem.lora_A.size(1);
   const LoraScale& scale = problem.scale;
-  const double s = scale.scaling, survivor = survivor_scale(scale);
+  const double factor = scale.scaling * survivor_scale(scale);
   const auto dtype = problem.lora_A.scalar_type();
-  const bool make_h = problem.dB.defined() && !problem.h.defined();
-  const bool reads_x = make_h || problem.dA.defined();
-  const Tensor keep = reads_x || problem.dx.defined() ? keep_mask(scale, M, K) : Tensor();
-  const Tensor x = reads_x ? kept(problem.x, keep, dtype) : Tensor();
   const Tensor dy = problem.dy.to(dtype);
   if (problem.dB.defined()) {
-    const Tensor h = make_h ? at::empty({M, r}, dy.options()) : problem.h.to(dtype);
-    if (make_h) scaled_mm_out(h, x, problem.lora_A.t(), survivor);
-    scaled_mm_out(problem.dB, dy.t(), rescaled(h, scale), s);
+    const Tensor h =
+        problem.h.defined() ? problem.h.to(dtype) : down(problem.x, problem.lora_A, scale);
+    scaled_mm_out(problem.dB, dy.t(), rescaled(h, scale), scale.scaling);
   }
   if (!problem.dA.defined() && !problem.dx.defined()) return;
   // Scaled by the numbers where it is used
-  const Tensor dh = rescaled(at::mm(dy, problem.lora_B), scale);
-  if (problem.dA.defined()) scaled_mm_out(problem.dA, dh.t(), x, s * survivor);
-  if (problem.dx.defined()) {
-    scaled_mm_out(problem.dx, dh, problem.lora_A, s * survivor);
-    if (keep.defined()) problem.dx.mul_(keep);
-  }
+  const Tensor all_dh = rescaled(at::mm(dy, problem.lora_B), scale);
+  Tensor sums;  // of dA, where there are several blocks
+  for_each_block(scale, M, K, [&](int64_t first, int64_t rows, const Tensor& keep) {
+    const Tensor dh = all_dh.narrow(0, first, rows);
+    if (problem.dA.defined()) {
+      const Tensor x = kept(problem.x.narrow(0, first, rows), keep, dtype);
+      if (rows == M) {
+        scaled_mm_out(problem.dA, dh.t(), x, factor);
+      } else {
+        const Tensor part = at::mm(dh.t(), x).to(at::toOpMathType(dtype));
+        sums = sums.defined() ? sums.add_(part) : part;
+      }
+    }
+    if (problem.dx.defined()) {
+      const Tensor dx = problem.dx.narrow(0, first, rows);
+      scaled_mm_out(dx, dh, problem.lora_A, factor);
+      if (keep.defined()) dx.mul_(keep);
+    }
+  });
+  if (sums.defined()) problem.dA.copy_(sums.mul_(factor));
 }
 
 }  // namespace lora_ext

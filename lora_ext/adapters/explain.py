@@ -94,9 +94,18 @@ def _explain_call(layer: Linear, adapter: LowRank, tokens: int) -> tuple[str, st
             "again where nvcc and a CUDA build of torch are"
         )
     major, minor = torch.cuda.get_device_capability(device)
-    return _C.explain_lora_linear_cuda(
-        layer.out_features, layer.in_features, len(adapter.lora_A), dtype, 10 * major + minor
+    call = _C.CudaCall(
+        backward=False,
+        device=device.index or 0,
+        tokens=tokens,
+        out_features=layer.out_features,
+        in_features=layer.in_features,
+        r=len(adapter.lora_A),
+        base=dtype,
+        adapter=adapter.lora_A.dtype,
+        dropout=adapter.dropout_p > 0.0,
     )
+    return _C.explain_lora_linear_cuda(call, 10 * major + minor)
 
 
 def _explain_embedding(layer: Embedding) -> tuple[str, str]:
