@@ -9,7 +9,10 @@ namespace lora_ext {
 
 constexpr int kElementThreads = 256;
 
+// This thread's element, once the kernel before is over: launch_elements lets them overlap.
 LORA_EXT_DEVICE int64_t element_index() {
+  arch::wait_for_previous_kernel();
+  arch::let_next_kernel_start();
   return int64_t{blockIdx.x} * kElementThreads + threadIdx.x;
 }
 
@@ -22,7 +25,7 @@ template <class Params>
 void launch_elements(void (*kernel)(Params), int64_t elements, Stream stream,
                      const Params& params) {
   const auto blocks = static_cast<unsigned>(ceil_div(elements, kElementThreads));
-  arch::launch(kernel, dim3(blocks), kElementThreads, 0, stream, params);
+  arch::launch_dependent(kernel, dim3(blocks), kElementThreads, 0, stream, params);
 }
 
 // Element i of a Split, whose remainder may be null.

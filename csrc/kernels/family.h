@@ -122,10 +122,18 @@ constexpr Family<T> kFamily{&down<T>, &up_grad<T>, &down_grad<T>, &product<T>};
 namespace sm90 {
 
 template <class T>
+Parts down(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout, const Allocator& scratch,
+           Stream stream);
+template <class T>
+UpGradParts up_grad(const UpGrad<T>& call, const Allocator& scratch, Stream stream);
+template <class T>
+Parts down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
+                const Allocator& scratch, Stream stream);
+template <class T>
 void product(const Product<T>& call, BLayout layout, Stream stream);
 
 template <class T>
-constexpr Family<T> kFamily{&sm80::down<T>, &sm80::up_grad<T>, &sm80::down_grad<T>, &product<T>};
+constexpr Family<T> kFamily{&down<T>, &up_grad<T>, &down_grad<T>, &product<T>};
 
 }  // namespace sm90
 

@@ -314,6 +314,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     ring.initialise();
   }
   __syncthreads();
+  arch::wait_for_previous_kernel();
+  arch::let_next_kernel_start();
   if (thread < kWarpgroup) {
     arch::register_decrease<kLoadRegisters>();
     if (thread == 0) G::load_tiles(params, ring);

@@ -4,37 +4,12 @@
 #include "elementwise.h"
 #include "lora_down_grad_sm80.h"
 #include "lora_up_grad_sm80.h"
+#include "rank_groups.h"
 
 namespace lora_ext::sm80 {
 
 // Blocks for every multiprocessor of the device to have about two.
 inline int64_t wanted_blocks() { return 2 * int64_t{arch::multiprocessors()}; }
-
-// Calls f with the smallest of the tile widths that `columns` fits in, as a constant.
-template <int kWidth>
-struct Width {
-  static constexpr int value = kWidth;
-};
-template <class F>
-void with_width(int64_t columns, const F& f) {
-  if (columns <= 16) {
-    f(Width<16>{});
-  } else if (columns <= 32) {
-    f(Width<32>{});
-  } else {
-    f(Width<64>{});
-  }
-}
-
-// Calls f(first, width) for the columns of the rank that one launch treats, group by group.
-template <class F>
-void for_each_group(int64_t r, const F& f) {
-  constexpr int64_t kGroup = 64;
-  for (int64_t first = 0; first < r; first += kGroup) {
-    const int64_t count = smaller(r - first, kGroup);
-    with_width(count, [&](auto width) { f(first, count, width); });
-  }
-}
 
 template <class T>
 Parts down(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout, const Allocator& scratch,

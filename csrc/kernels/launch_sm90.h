@@ -1,8 +1,8 @@
-// The passes of the sm_90a family: their tensor maps, tiles and grids. Host code without torch.
+// The product of the sm_90a family: its tensor maps, tiles and grids. Host code without torch.
 #pragma once
 
 #include "gemm_sm90.h"
-#include "launch_sm80.h"
+#include "tensor_map_sm90.h"
 
 namespace lora_ext::sm90 {
 
@@ -13,14 +13,13 @@ struct ProductPath {
 
 template <class T>
 ProductPath choose_product(const Product<T>& product) {
-  const auto small = [](int64_t size) { return size < int64_t{1} << 31; };
   if (!product.aligned) return {false, "TMA reads rows that begin at multiples of 16 bytes"};
   if (product.N % 8 != 0 || reinterpret_cast<uintptr_t>(product.out) % 16 != 0) {
     return {false, "results are stored 16 bytes at a time"};
   }
   for (int s = 0; s < product.count; ++s) {
     const auto& [a, b] = product.segments[s];
-    if (!small(a.rows) || !small(a.columns) || !small(b.rows) || !small(b.columns)) {
+    if (!small(a) || !small(b)) {
       return {false, "TMA counts rows and columns in 32 bits"};
     }
     if (a.stride < a.columns || b.stride < b.columns) {
@@ -30,25 +29,14 @@ ProductPath choose_product(const Product<T>& product) {
   return {true, "TMA, wgmma, one block a multiprocessor"};
 }
 
-template <class T>
-arch::TensorMap tensor_map(const Matrix<T>& matrix, int box_rows) {
-  arch::TensorMap map;
-  const int error = arch::encode_tensor_map(map, matrix.data, matrix.rows, matrix.columns,
-                                            matrix.stride, box_rows, kRowBytes / 2, Swizzle::k128);
-  if (error != 0) {
-    throw std::runtime_error("lora_ext: the CUDA driver made no tensor map: error " +
-                             std::to_string(error));
-  }
-  return map;
-}
-
 template <class T, class Shape, Major kMajorB>
 void launch(const Product<T>& product, int multiprocessors, Stream stream) {
   GemmParams<T> params{};
   for (int s = 0; s < product.count; ++s) {
     const auto& [a, b] = product.segments[s];
-    params.a[s] = tensor_map(a, Shape::kM);
-    params.b[s] = tensor_map(b, kMajorB == Major::kK ? Shape::kN : Shape::kK);
+    params.a[s] = tensor_map(a, Shape::kM, Shape::kK, Swizzle::k128);
+    params.b[s] =
+        tensor_map(b, kMajorB == Major::kK ? Shape::kN : Shape::kK, Shape::kK, Swizzle::k128);
     params.depth[s] = a.columns;
   }
   params.count = product.count, params.masked = product.masked;
@@ -57,8 +45,8 @@ void launch(const Product<T>& product, int multiprocessors, Stream stream) {
   params.M = product.M, params.N = product.N;
   const int64_t tiles = row_tiles<Shape>(product.M) * column_tiles<Shape>(product.N);
   const auto blocks = static_cast<unsigned>(tiles < multiprocessors ? tiles : multiprocessors);
-  arch::launch(gemm_kernel<T, Shape, kMajorB>, dim3(blocks), Shape::kThreads, Shape::kSharedBytes,
-               stream, params);
+  arch::launch_dependent(gemm_kernel<T, Shape, kMajorB>, dim3(blocks), Shape::kThreads,
+                         Shape::kSharedBytes, stream, params);
 }
 
 // The widest tile, unless with another one the busiest block has less to bring to shared memory.

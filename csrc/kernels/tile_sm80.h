@@ -62,9 +62,11 @@ struct Tile {
 template <class Tile, int kThreads, class T>
 LORA_EXT_DEVICE void load_split(uint32_t shared, const Split<T>& matrix, int64_t row,
                                 int64_t column, int thread) {
-  Tile::template load<kThreads>(shared, matrix.value, row, column, thread);
+  Matrix<T> part = matrix.value;
+  Tile::template load<kThreads>(shared, part, row, column, thread);
   if (matrix.remainder) {
-    Tile::template load<kThreads>(shared + Tile::kBytes, matrix.rest(), row, column, thread);
+    part.data = matrix.remainder;
+    Tile::template load<kThreads>(shared + Tile::kBytes, part, row, column, thread);
   }
 }
 

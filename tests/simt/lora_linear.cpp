@@ -7,6 +7,7 @@
 
 #if !defined(SM80_BF16_ONLY)  // compiled in a third of the time
 #define LORA_EXT_SM90
+#include "kernels/launch_low_rank_sm90.h"
 #include "kernels/launch_sm90.h"
 #endif
 #include "kernels/forward_backward.h"

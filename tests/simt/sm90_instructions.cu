@@ -29,6 +29,8 @@ __global__ void __launch_bounds__(128, 1)
 #pragma unroll
   for (int i = 0; i < 4; ++i) registers[i] = a[threadIdx.x * 4 + i];
   arch::tma_prefetch(map);
+  arch::wait_for_previous_kernel();
+  arch::let_next_kernel_start();
   arch::fence_proxy_async();
   arch::wgmma_fence();
   arch::wgmma<T, kN>(sums, registers, b, false);

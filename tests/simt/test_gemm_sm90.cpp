@@ -119,7 +119,7 @@ CASE(tensor_map_that_the_driver_refuses) {
   const std::vector<Bf16> data(64);
   bool refused = false;
   try {
-    sm90::tensor_map(Matrix<Bf16>{data.data() + 1, 1, 8, 8}, 64);
+    sm90::tensor_map(Matrix<Bf16>{data.data() + 1, 1, 8, 8}, 64, 64, arch::Swizzle::k128);
   } catch (const std::runtime_error& error) {
     refused = std::string(error.what()).find("tensor map") != std::string::npos;
   }

@@ -238,6 +238,42 @@ CASE(write_outside) {
 
 // ---- Launches ----------------------------------------------------------------------------------
 
+// ---- Kernels that overlap ----------------------------------------------------------------------
+
+enum class Dependence { kWaits, kOneDoesNot, kCopiesBefore };
+
+template <Dependence kDependence>
+__global__ void dependent_kernel(Params params) {
+  LORA_EXT_DYNAMIC_SHARED(shared);
+  const int thread = static_cast<int>(threadIdx.x);
+  const auto copy = [&] {
+    if (thread == 0) arch::cp_async_16(arch::shared_address(shared), params.in, 16);
+  };
+  if (kDependence == Dependence::kCopiesBefore) copy();
+  if (kDependence != Dependence::kOneDoesNot || thread != 5) arch::wait_for_previous_kernel();
+  if (kDependence != Dependence::kCopiesBefore) copy();
+  arch::let_next_kernel_start();
+  arch::cp_async_commit();
+  arch::cp_async_wait<0>();
+}
+
+template <Dependence kDependence>
+void run_dependent() {
+  alignas(16) const float in[4] = {};
+  arch::launch_dependent(dependent_kernel<kDependence>, 1, 64, 16, nullptr, Params{in, nullptr});
+}
+
+CASE(dependent_launch_that_does_not_wait) {
+  run_dependent<Dependence::kWaits>();
+  expect_error(run_dependent<Dependence::kOneDoesNot>,
+               {"thread 5", "it ends without wait_for_previous_kernel, in a dependent launch"});
+  expect_error(run_dependent<Dependence::kCopiesBefore>,
+               {"thread 0", "cp.async without wait_for_previous_kernel"});
+  // Any other launch comes after all that was launched before.
+  alignas(16) const float in[4] = {};
+  arch::launch(dependent_kernel<Dependence::kOneDoesNot>, 1, 64, 16, nullptr, Params{in, nullptr});
+}
+
 CASE(launches_that_no_gpu_takes) {
   expect_error([] { arch::launch(reverse_kernel<true>, 1, 1025, 0, nullptr, Params{}); },
                {"threads of a block"});

@@ -65,6 +65,15 @@ CASE(tma_swizzles_and_fills_with_zero) {
   });
 }
 
+CASE(tma_before_the_previous_kernel_is_over) {
+  const std::vector<uint16_t> matrix(16 * 64);
+  std::vector<uint16_t> out(16 * 64);
+  const BoxParams params{tensor_map(matrix, 16, 64, 16, 64, Swizzle::k128), 0, 0, out.data()};
+  arch::launch(box_kernel, 1, 32, 2048 + 8, nullptr, params);
+  expect_error([&] { arch::launch_dependent(box_kernel, 1, 32, 2048 + 8, nullptr, params); },
+               {"tma_load_2d without wait_for_previous_kernel"});
+}
+
 CASE(tensor_maps_that_the_driver_refuses) {
   const std::vector<uint16_t> matrix(4096);
   arch::TensorMap map;

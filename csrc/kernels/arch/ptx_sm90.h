@@ -15,6 +15,24 @@
 
 namespace lora_ext::arch {
 
+// ---- Kernels that overlap: arch::launch_dependent ----------------------------------------------
+
+// A kernel launched so may begin while the one before still runs. Every thread of it waits here,
+// before it reads or writes global memory, until that one is over and what it wrote can be seen.
+// Without effect before sm_90, where kernels do not overlap.
+LORA_EXT_DEVICE void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+
+// The next kernel of the stream may begin once every block has said so, or ended.
+LORA_EXT_DEVICE void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
+
 // ---- mbarrier: 8 bytes of shared memory that count arrivals of threads and bytes of TMA ---------
 
 LORA_EXT_DEVICE void mbarrier_init(uint32_t barrier, uint32_t arrivals) {

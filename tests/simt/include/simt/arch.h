@@ -18,7 +18,15 @@ inline int multiprocessors() { return simt::options().multiprocessors; }
 template <class Params>
 inline int launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, Stream,
                   const Params& params) {
-  simt::run_grid(grid, threads, shared_bytes, [&] { kernel(params); });
+  simt::run_grid(grid, threads, shared_bytes, false, [&] { kernel(params); });
+  return 0;
+}
+
+// Every thread has to wait before it copies anything, and before it ends.
+template <class Params>
+inline int launch_dependent(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes,
+                            Stream, const Params& params) {
+  simt::run_grid(grid, threads, shared_bytes, true, [&] { kernel(params); });
   return 0;
 }
 

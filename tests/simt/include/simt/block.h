@@ -18,11 +18,12 @@ namespace simt {
 
 class Block {
  public:
-  // Every thread calls the body.
-  Block(dim3 grid, int threads, size_t shared_bytes, const Options& options,
+  // Every thread calls the body; `dependent`: while the kernel before may still run.
+  Block(dim3 grid, int threads, size_t shared_bytes, bool dependent, const Options& options,
         std::function<void()> body)
       : grid(grid),
         thread_count(threads),
+        dependent(dependent),
         options(options),
         shared(shared_bytes),
         proxies(shared),
@@ -40,6 +41,12 @@ class Block {
   [[noreturn]] void fail(const std::string& message) const;
   void check(bool condition, const char* message) const {
     if (!condition) fail(message);
+  }
+
+  // Fails if the running thread has not waited for the kernel before.
+  void check_previous_kernel(const char* what) const {
+    if (running_->may_access) return;
+    fail(std::string(what) + " without wait_for_previous_kernel, in a dependent launch");
   }
 
   // Does not return before ready(argument), which is asked often.
@@ -91,6 +98,7 @@ class Block {
 
   dim3 grid;
   int thread_count;
+  bool dependent;
   dim3 index;
   Options options;
   SharedMemory shared;

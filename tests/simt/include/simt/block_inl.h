@@ -129,10 +129,12 @@ inline void Block::start() {
     thread.number = i;
     thread.ready = nullptr;
     thread.group = 0;
+    thread.may_access = !dependent;
     const auto entry = [](void* self) {
       auto& block = *static_cast<Block*>(self);
       try {
         block.body_();
+        block.check_previous_kernel("it ends");
       } catch (const std::exception& error) {
         block.error_ = error.what();
       }

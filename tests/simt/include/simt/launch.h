@@ -15,8 +15,10 @@ namespace simt {
 constexpr int kMostThreads = 1024;
 constexpr int kMostShared = 227 * 1024;
 
-// Calls body() as every thread of every block. Throws the first error.
-inline void run_grid(dim3 grid, int threads, int shared_bytes, const std::function<void()>& body) {
+// Calls body() as every thread of every block; `dependent`: before the kernel launched last is
+// over. Throws the first error.
+inline void run_grid(dim3 grid, int threads, int shared_bytes, bool dependent,
+                     const std::function<void()>& body) {
   if (threads < 1 || threads > kMostThreads) throw Error("launch: threads of a block: 1 to 1024");
   if (shared_bytes < 0 || shared_bytes > kMostShared) throw Error("launch: too much shared memory");
   const Options chosen = options();
@@ -31,7 +33,7 @@ inline void run_grid(dim3 grid, int threads, int shared_bytes, const std::functi
   std::exception_ptr error;
   const auto work = [&] {
     try {
-      Block block(grid, threads, static_cast<size_t>(shared_bytes), chosen, body);
+      Block block(grid, threads, static_cast<size_t>(shared_bytes), dependent, chosen, body);
       for (size_t i; (i = next++) < order.size();) {
         const auto number = static_cast<uint64_t>(order[i]);
         block.run(dim3(static_cast<unsigned>(number % grid.x),

@@ -19,6 +19,7 @@ inline uint32_t shared_address(const void* p) {
 
 inline void cp_async_16(uint32_t shared, const void* global, int bytes) {
   simt::Block& block = simt::block();
+  block.check_previous_kernel("cp.async");
   block.check(shared % 16 == 0 && reinterpret_cast<uintptr_t>(global) % 16 == 0,
               "cp.async: an address is no multiple of 16");
   block.check(bytes >= 0 && bytes <= 16, "cp.async: 0 to 16 bytes");

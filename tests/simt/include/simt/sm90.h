@@ -10,6 +10,13 @@
 
 namespace lora_ext::arch {
 
+inline void wait_for_previous_kernel() {
+  simt::block().thread().may_access = true;
+  simt::block().preempt();
+}
+
+inline void let_next_kernel_start() { simt::block().preempt(); }
+
 inline void fence_proxy_async() {
   simt::Block& block = simt::block();
   block.proxies.fence(block.thread().number, block.options.watch_stores);

@@ -37,6 +37,7 @@ struct Thread {
   bool (*ready)(const void*) = nullptr;
   const void* ready_argument = nullptr;
   const char* where = "";  // it waits, for the report of a deadlock
+  bool may_access = true;  // global memory: the kernel before is over
 
   std::vector<Copy> copies;
   uint32_t group = 0;  // that copies are added to

@@ -58,6 +58,7 @@ inline void tma_load_2d(uint32_t shared, const TensorMap& map, uint32_t barrier,
                         int row) {
   simt::Block& block = simt::block();
   const int row_bytes = map.box_columns * 2, bytes = row_bytes * map.box_rows;
+  block.check_previous_kernel("tma_load_2d");
   block.check(shared % 128 == 0, "tma_load_2d: the shared address is no multiple of 128");
   block.check(block.shared.contains(shared, static_cast<size_t>(bytes)),
               "tma_load_2d: outside of shared memory");

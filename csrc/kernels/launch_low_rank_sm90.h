@@ -1,0 +1,201 @@
+// The low-rank passes of the sm_90a family: how a matrix is cut into blocks, their tensor maps and
+// scratch. Host code without torch.
+#pragma once
+
+#include "elementwise.h"
+#include "low_rank_sm90.h"
+#include "rank_groups.h"
+#include "tensor_map_sm90.h"
+
+namespace lora_ext::sm90 {
+
+struct LowRankPath {
+  bool tma;            // the kernel of low_rank_sm90.h, else those of sm_80
+  const char* reason;  // for that choice
+};
+
+// For the matrix that a pass reads. The others are as TMA wants them: see Split.
+template <class T>
+LowRankPath choose_low_rank(const Matrix<T>& X) {
+  if (!X.aligned()) return {false, "TMA reads rows that begin at multiples of 16 bytes"};
+  if (!small(X)) return {false, "TMA counts rows and columns in 32 bits"};
+  if (X.stride < X.columns) return {false, "TMA reads rows that do not overlap"};
+  return {true, "TMA, wgmma, one block a multiprocessor"};
+}
+
+// What a cut is chosen by: how many tiles there are, and how many bytes a block moves for each.
+struct LowRankSize {
+  int64_t row_tiles, column_tiles;
+  int64_t stage_bytes;   // a tile of X, and of L
+  int64_t row_bytes;     // R of a tile of rows, and what becomes of their P
+  int64_t column_bytes;  // what becomes of the Q of a tile of columns
+  bool Q;
+};
+
+// The tiles of a block, and how many blocks that makes.
+struct LowRankCut {
+  int64_t row_tiles, column_tiles;
+  int64_t row_blocks, column_blocks;
+};
+
+inline LowRankCut cut_of(const LowRankSize& size, int64_t column_tiles, int64_t multiprocessors) {
+  const int64_t column_blocks = ceil_div(size.column_tiles, column_tiles);
+  const int64_t wanted = larger(1, smaller(size.row_tiles, multiprocessors / column_blocks));
+  const int64_t row_tiles = ceil_div(size.row_tiles, wanted);
+  return {row_tiles, column_tiles, ceil_div(size.row_tiles, row_tiles), column_blocks};
+}
+
+// Bytes that the busiest multiprocessor moves.
+inline int64_t cost_of(const LowRankCut& cut, const LowRankSize& size, int64_t multiprocessors) {
+  const int64_t turns = ceil_div(cut.row_blocks * cut.column_blocks, multiprocessors);
+  return turns * (cut.row_tiles * (cut.column_tiles * size.stage_bytes + size.row_bytes) +
+                  cut.column_tiles * size.column_bytes);
+}
+
+// Of a few cuts that keep every multiprocessor busy the one with the least to move: few parts of P
+// want wide blocks, few of Q high ones.
+template <int kMostColumnTiles>
+LowRankCut choose_cut(const LowRankSize& size, int64_t multiprocessors) {
+  constexpr int64_t kTried = 8;
+  LowRankCut best{};
+  int64_t least = -1;
+  const auto consider = [&](int64_t column_tiles) {
+    const LowRankCut cut = cut_of(size, column_tiles, multiprocessors);
+    const int64_t cost = cost_of(cut, size, multiprocessors);
+    if (least < 0 || cost < least) best = cut, least = cost;
+  };
+  if (size.Q) {
+    const int64_t most = smaller(kMostColumnTiles, size.column_tiles);
+    for (int64_t tiles = 1; tiles <= most; ++tiles) consider(tiles);
+  } else {
+    const int64_t first = smaller(larger(1, multiprocessors / size.row_tiles), size.column_tiles);
+    const int64_t last = smaller(first + kTried, size.column_tiles);
+    for (int64_t blocks = first; blocks <= last; ++blocks) {
+      consider(ceil_div(size.column_tiles, blocks));
+    }
+  }
+  return best;
+}
+
+// What a pass multiplies; data null where P or Q is not wanted.
+template <class T>
+struct LowRankPass {
+  Matrix<T> X;
+  Split<T> L;  // [r, C], or [C, r] for Major::kMN
+  Split<T> R;  // [M, r]
+  int64_t r;
+  Dropout dropout;
+  bool Q_transposed;  // [r, C] instead of [C, r]
+};
+
+template <class T>
+int terms_of(const Split<T>& matrix) {
+  return matrix.value.data ? (matrix.remainder ? 2 : 1) : 0;
+}
+
+template <class T>
+void fill_maps(arch::TensorMap (&maps)[2], const Split<T>& matrix, int rows, int columns,
+               Swizzle swizzle) {
+  if (matrix.value.data) maps[0] = tensor_map(matrix.value, rows, columns, swizzle);
+  if (matrix.remainder) maps[1] = tensor_map(matrix.rest(), rows, columns, swizzle);
+}
+
+// As many stages as fit beside each other, and no more than the block has tiles.
+template <class Shape>
+LowRankLayout layout_for(int L_terms, int R_terms, int64_t tiles) {
+  constexpr int64_t kMostStages = 8;
+  const int stage = Shape::kXBytes + L_terms * Shape::kLBytes, R = R_terms * Shape::kRBytes;
+  const int left = kMostSharedBytes - kRSlots * (R + 16);
+  const auto stages = static_cast<int>(smaller(left / (stage + 16), smaller(tiles, kMostStages)));
+  const int R_tiles = stages * stage, barriers = R_tiles + kRSlots * R;
+  return {stages, stage, R_tiles, R, barriers, barriers + (stages + kRSlots) * 16};
+}
+
+// One group of the ranks, those of L and R.
+template <class T, class Shape>
+void launch_group(const LowRankPass<T>& pass, const LowRankCut& cut, const LowRankParams<T>& whole,
+                  Stream stream) {
+  LowRankParams<T> params = whole;
+  params.X = tensor_map(pass.X, Shape::kRows, 64, Swizzle::k128);
+  if constexpr (Shape::kMajorL == Major::kMN) {
+    fill_maps(params.L, pass.L, Shape::kColumns, Shape::kN, Shape::kSwizzle);
+  } else {
+    fill_maps(params.L, pass.L, Shape::kN, 64, Swizzle::k128);
+  }
+  fill_maps(params.R, pass.R, Shape::kRows, Shape::kN, Shape::kSwizzle);
+  params.layout =
+      layout_for<Shape>(params.L_terms, params.R_terms, cut.row_tiles * cut.column_tiles);
+  const dim3 grid(static_cast<unsigned>(cut.column_blocks), static_cast<unsigned>(cut.row_blocks));
+  arch::launch_dependent(low_rank_kernel<T, Shape>, grid, Shape::kThreads, params.layout.bytes,
+                         stream, params);
+}
+
+struct LowRankParts {
+  Parts P, Q;
+};
+
+template <class T, bool kQ, Major kMajorL>
+LowRankParts launch_low_rank(const LowRankPass<T>& pass, const Allocator& scratch, Stream stream) {
+  using Any = LowRankShape<16, kQ, kMajorL>;
+  const int64_t M = pass.X.rows, C = pass.X.columns, r = pass.r;
+  const int L_terms = terms_of(pass.L), R_terms = terms_of(pass.R);
+  const int64_t rank = smaller(round_up(r, 16), 64);  // of a group
+  const int64_t P_bytes = L_terms ? Any::kRows * rank * 4 : 0;
+  const int64_t Q_bytes = R_terms ? Any::kColumns * rank * 4 : 0;
+  const LowRankSize size{.row_tiles = ceil_div(M, Any::kRows),
+                         .column_tiles = ceil_div(C, Any::kColumns),
+                         .stage_bytes = Any::kXBytes + L_terms * Any::kColumns * rank * 2,
+                         .row_bytes = R_terms * Any::kRows * rank * 2 + 2 * P_bytes,
+                         .column_bytes = 2 * Q_bytes,
+                         .Q = kQ};
+  const LowRankCut cut = choose_cut<Any::kMostColumnTiles>(size, arch::multiprocessors());
+  float* const P = L_terms ? scratch.get<float>(cut.column_blocks * M * r) : nullptr;
+  float* const Q = R_terms ? scratch.get<float>(cut.row_blocks * C * r) : nullptr;
+  for_each_group(r, [&](int64_t first, int64_t count, auto width) {
+    using Shape = LowRankShape<decltype(width)::value, kQ, kMajorL>;
+    LowRankPass<T> group = pass;
+    if (L_terms) {
+      group.L = kMajorL == Major::kMN ? pass.L.columns(first, count) : pass.L.rows(first, count);
+    }
+    if (R_terms) group.R = pass.R.columns(first, count);
+    LowRankParams<T> params{};
+    params.L_terms = L_terms, params.R_terms = R_terms;
+    params.M = M, params.C = C, params.rank = static_cast<int>(count);
+    params.row_tiles = static_cast<int>(cut.row_tiles);
+    params.column_tiles = static_cast<int>(cut.column_tiles);
+    params.dropout = pass.dropout.enabled, params.threshold = pass.dropout.threshold;
+    params.rng_state = pass.dropout.rng_state;
+    params.P_stride = r, params.P = P ? P + first : nullptr;
+    params.Q_row = pass.Q_transposed ? 1 : r, params.Q_column = pass.Q_transposed ? C : 1;
+    params.Q_part = C * r, params.Q = Q ? Q + first * params.Q_column : nullptr;
+    launch_group<T, Shape>(group, cut, params, stream);
+  });
+  return {{P, static_cast<int>(cut.column_blocks)}, {Q, static_cast<int>(cut.row_blocks)}};
+}
+
+template <class T>
+Parts down(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout, const Allocator& scratch,
+           Stream stream) {
+  if (!choose_low_rank(x).tma) return sm80::down(x, A, dropout, scratch, stream);
+  const LowRankPass<T> pass{x, A, {}, A.value.rows, dropout, false};
+  return launch_low_rank<T, false, Major::kK>(pass, scratch, stream).P;
+}
+
+template <class T>
+UpGradParts up_grad(const UpGrad<T>& call, const Allocator& scratch, Stream stream) {
+  if (!choose_low_rank(call.dy).tma) return sm80::up_grad(call, scratch, stream);
+  const LowRankPass<T> pass{
+      call.dy, call.wants_dh ? call.B : Split<T>{}, call.h, call.B.value.columns, {}, false};
+  const auto [dh, dB] = launch_low_rank<T, true, Major::kMN>(pass, scratch, stream);
+  return {dh, dB};
+}
+
+template <class T>
+Parts down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
+                const Allocator& scratch, Stream stream) {
+  if (!choose_low_rank(x).tma) return sm80::down_grad(x, dh, dropout, scratch, stream);
+  const LowRankPass<T> pass{x, {}, dh, dh.value.columns, dropout, true};
+  return launch_low_rank<T, true, Major::kMN>(pass, scratch, stream).Q;
+}
+
+}  // namespace lora_ext::sm90

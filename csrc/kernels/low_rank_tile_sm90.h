@@ -1,0 +1,175 @@
+// What the low-rank passes for sm_90a do with one tile of x or dy in shared memory.
+#pragma once
+
+#include "../common/dropout.h"
+#include "arch/arch.h"
+#include "gemm_sm90.h"
+
+namespace lora_ext::sm90 {
+
+// A block's shared memory: a ring of stages, the tiles of R, then the barriers of both.
+struct LowRankLayout {
+  int stages, stage_bytes;  // a tile of X and one of each term of L
+  int R_tiles, R_bytes;     // where they begin, and bytes of one: of each term of R
+  int barriers, bytes;      // where they begin; of everything
+};
+constexpr int kRSlots = 2;
+
+// Of a matrix X [M, C], which is x or dy:
+//   P [M, rank] = dropout(X) L      h of x with L = lora_A^T; dh of dy with L = lora_B
+//   Q [C, rank] = dropout(X)^T R    dB of dy with R = h; dA (transposed) of x with R = dh
+// Block (i, j) has the i-th range of columns and the j-th of rows. Its sums are the i-th part of P
+// and the j-th of Q.
+template <class T>
+struct LowRankParams {
+  arch::TensorMap X;
+  arch::TensorMap L[2], R[2];  // the value and its remainder
+  int L_terms, R_terms;        // how many of them there are; 0 where P or Q is not wanted
+  int64_t M, C;
+  int rank;
+  int row_tiles, column_tiles;  // of a block
+  LowRankLayout layout;
+  bool dropout;
+  uint32_t threshold;
+  const int64_t* rng_state;                   // [2] on the device
+  float* P;                                   // [column blocks, M, rank], rows P_stride apart
+  float* Q;                                   // [row blocks] parts, Q_part apart, of [C, rank]
+  int64_t P_stride, Q_row, Q_column, Q_part;  // Q's rows and columns are so far apart
+};
+
+// A tile of X is two boxes of 64 columns. Its columns are one block of dropout's decisions.
+template <int kRank, bool kWithQ, Major kMajorOfL>
+struct LowRankShape {
+  static constexpr int kN = kRank, kRows = 128, kColumns = 128, kBoxes = 2;
+  static constexpr Major kMajorL = kMajorOfL;
+  static constexpr bool kQ = kWithQ;
+  static constexpr int kMostColumnTiles = 4;  // of a block, for Q's sums to fit the registers
+  static constexpr int kMultipliers = 2;
+  static constexpr int kThreads = (1 + kMultipliers) * kWarpgroup;
+  static constexpr int kBoxBytes = kRows * kRowBytes, kXBytes = kBoxes * kBoxBytes;
+  static constexpr int kLBytes = kColumns * kN * 2, kRBytes = kRows * kN * 2;  // of one term
+  // Rows of R, and of L where they are the columns of X, are as long as a span of their swizzle.
+  static constexpr Swizzle kSwizzle =
+      kN == 16 ? Swizzle::k32 : (kN == 32 ? Swizzle::k64 : Swizzle::k128);
+  static_assert(arch::swizzle_bytes(kSwizzle) == kN * 2, "ranks of 16, 32 or 64");
+  static_assert(kColumns == kDropoutBlock, "one Philox call is used up within a tile");
+  static_assert(kLBytes % 1024 == 0, "swizzled tiles begin at multiples of 1024 bytes");
+};
+
+template <class T, class Shape>
+struct LowRankTile {
+  using Sums = float[Shape::kN / 2];  // of a thread: 64 rows of a warpgroup
+
+  // ---- Dropout, in place -----------------------------------------------------------------------
+
+  struct alignas(16) Chunk {
+    uint32_t pair[4];
+  };
+
+  // Zeroes what dropout drops in 64 rows from `row`, which begin at `x`. Each of the 128 threads
+  // has half of a row: eight times eight neighbouring columns, 16 apart, from eight Philox calls,
+  // all of whose decisions are used. Eight threads access eight chunks in different banks.
+  LORA_EXT_DEVICE static void drop(uint8_t* x, DropoutRng rng, uint32_t threshold, int64_t row,
+                                   int64_t block, int thread) {
+    const int own_row = thread % 64, half = thread / 64;
+    const auto draw = [&](int lane) {
+      return philox(dropout_counter(rng.offset, row + own_row, block, half * 8 + lane),
+                    static_cast<uint32_t>(rng.seed), static_cast<uint32_t>(rng.seed >> 32));
+    };
+    Chunk kept[kDropoutSlots];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const PhiloxBlock first = draw(2 * i), second = draw(2 * i + 1);
+#pragma unroll
+      for (int slot = 0; slot < kDropoutSlots; ++slot) {
+        kept[slot].pair[i] = (keeps(first, slot, threshold) ? 0x0000FFFFu : 0u) |
+                             (keeps(second, slot, threshold) ? 0xFFFF0000u : 0u);
+      }
+    }
+#pragma unroll
+    for (int slot = 0; slot < kDropoutSlots; ++slot) {
+      const int chunk = slot % 4 * 2 + half;
+      const uint32_t place =
+          arch::swizzled(static_cast<uint32_t>(own_row * kRowBytes + chunk * 16), Swizzle::k128);
+      auto* const values = reinterpret_cast<Chunk*>(x + slot / 4 * Shape::kBoxBytes + place);
+      Chunk chosen = *values;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) chosen.pair[i] &= kept[slot].pair[i];
+      *values = chosen;
+    }
+  }
+
+  // ---- Products --------------------------------------------------------------------------------
+
+  // The operand of which the rank is contiguous, from its row `k`.
+  LORA_EXT_DEVICE static uint64_t rank_major(uint32_t tile, int k) {
+    constexpr uint32_t kBytes = Shape::kN * 2;
+    return arch::wgmma_descriptor(tile + static_cast<uint32_t>(k) * kBytes, 16, 8 * kBytes,
+                                  Shape::kSwizzle);
+  }
+
+  // p (+)= 64 rows of X, which begin at `x`, times L.
+  LORA_EXT_DEVICE static void multiply_p(Sums& p, uint32_t x, uint32_t l, bool accumulate) {
+    arch::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < Shape::kColumns; k += 16) {
+      const int box = k / 64;
+      const auto k_bytes = static_cast<uint32_t>(k % 64 * 2);
+      const uint64_t a =
+          arch::wgmma_descriptor(x + static_cast<uint32_t>(box * Shape::kBoxBytes) + k_bytes, 16,
+                                 8 * kRowBytes, Swizzle::k128);
+      const uint64_t b = Shape::kMajorL == Major::kMN
+                             ? rank_major(l, k)
+                             : arch::wgmma_descriptor(
+                                   l + static_cast<uint32_t>(box * Shape::kN * kRowBytes) + k_bytes,
+                                   16, 8 * kRowBytes, Swizzle::k128);
+      arch::wgmma<T, Shape::kN, Major::kK, Shape::kMajorL>(p, a, b, accumulate || k > 0);
+    }
+    arch::wgmma_commit();
+  }
+
+  // q (+)= 64 columns of X, those of the box at `x`, times R.
+  LORA_EXT_DEVICE static void multiply_q(Sums& q, uint32_t x, uint32_t r, bool accumulate) {
+    arch::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < Shape::kRows; k += 16) {
+      const uint64_t a = arch::wgmma_descriptor(x + static_cast<uint32_t>(k * kRowBytes), 16,
+                                                8 * kRowBytes, Swizzle::k128);
+      arch::wgmma<T, Shape::kN, Major::kMN, Major::kMN>(q, a, rank_major(r, k),
+                                                        accumulate || k > 0);
+    }
+    arch::wgmma_commit();
+  }
+
+  // ---- Results ---------------------------------------------------------------------------------
+
+  // Stores the rows from `row`, this thread's first one, of a matrix [rows, rank] whose elements
+  // are so far apart.
+  LORA_EXT_DEVICE static void store(const Sums& sums, float* out, int64_t row, int64_t rows,
+                                    int rank, int64_t row_step, int64_t column_step, int lane) {
+    const bool pairs = column_step == 1 && row_step % 2 == 0;  // then the rank is even, too
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (row + half * 8 >= rows) continue;
+      float* const begin = out + (row + half * 8) * row_step;
+#pragma unroll
+      for (int i = 0; i < Shape::kN / 8; ++i) {
+        const int column = i * 8 + lane % 4 * 2;
+        const float first = sums[i * 4 + half * 2], second = sums[i * 4 + half * 2 + 1];
+        if (pairs) {
+          if (column < rank) *reinterpret_cast<Pair*>(begin + column) = {first, second};
+        } else {
+          if (column < rank) begin[column * column_step] = first;
+          if (column + 1 < rank) begin[(column + 1) * column_step] = second;
+        }
+      }
+    }
+  }
+
+ private:
+  struct alignas(8) Pair {
+    float first, second;
+  };
+};
+
+}  // namespace lora_ext::sm90
