@@ -312,7 +312,6 @@ NOT_BUILT: dict[str, Any] = {
     "eva_config": {"rho": 2.0},
     "corda_config": {"corda_method": "ipm"},
     "lora_ga_config": {"direction": "ArB2r"},
-    "ensure_weight_tying": True,
     "enable_lora": [True, False, True],
     "peft_type": "ADALORA",
     "runtime_config": {"ephemeral_gpu_offload": True},

@@ -41,7 +41,6 @@ NOT_BUILT = {
     "arrow_config": "Arrow routing",
     "corda_config": "the initialisation CorDA",
     "enable_lora": "PEFT 0.2's merged linear layers",
-    "ensure_weight_tying": "adapters that are tied like the weights they are on",
     "eva_config": "the initialisation EVA",
     "kasa_config": "KaSA",
     "loftq_config": "the initialisation LoftQ",
@@ -168,6 +167,7 @@ _CHECKS = {
         "None or a list of [start, end] with 0 <= start < end",
     ),
     "lora_bias": _FLAG,
+    "ensure_weight_tying": _FLAG,
 }
 
 

@@ -225,6 +225,12 @@ class LoraModel(nn.Module):
                     parameter.copy_(values)
             raise
         swap_modules(self.base_model, replacements)
+        for names in plan.tied.items():
+            copy_, source = (
+                self.base_model.get_submodule(f"{name}.modules_to_save.{adapter_name}")
+                for name in names
+            )
+            copy_.weight = source.weight
         self.peft_config[adapter_name] = resolved(config, plan)
         self.targeted_module_names = plan.names
         for planned in plan.layers.values():  # a layer's first adapter is active there

@@ -58,6 +58,25 @@ def _extent(tensor: Tensor) -> tuple[int, int, int]:
     return storage, start, start + (last + 1) * tensor.itemsize
 
 
+def tied_to_embedding(model: nn.Module) -> dict[str, str]:
+    """The names of the modules with the weight of the model's input embedding, and its own name as
+    the value of each; none without such modules. Copies of modules to save do not count."""
+    embedding: Any = None
+    with suppress(AttributeError, NotImplementedError):  # transformers' answer for a model without
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    embedding = getattr(embedding, "original_module", embedding)
+    weight = getattr(embedding, "_parameters", {}).get("weight")
+    if weight is None:
+        return {}
+    holders = [
+        (name.removesuffix(".original_module"), module)
+        for name, module in model.named_modules()
+        if module._parameters.get("weight") is weight
+    ]
+    source = next(name for name, module in holders if module is embedding)
+    return {name: source for name, module in holders if module is not embedding}
+
+
 def untie_embeddings(model: nn.Module) -> bool:
     """Makes the configs of a transformers model say so where weights that it ties, its embeddings,
     are no longer the same: else loading what it saves would tie them again. The others that the

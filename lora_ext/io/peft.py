@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_ext.adapters.combining import Adapter, alpha_factor, subtract_mutated_init
 from lora_ext.adapters.config import LoraConfig
+from lora_ext.adapters.targets import matches, saved_modules
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_file import TensorSpec
 from lora_ext.io.adapter_folder import AdapterFolder, open_adapter, save_adapter
@@ -132,8 +133,9 @@ def load_adapter(
         try:
             stack.enter_context(model.replicated(config))
             plan = model.plan(config, autocast_adapter_dtype)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, NotImplementedError) as error:
             raise AdapterFileError(f"{files.path}: does not fit the model: {error}") from error
+        plan = _tied_as_in_the_file(plan, config, files)
         bases = _optional_bases(model, config, plan, files)
         expected = dict(_expected(plan))
         for key, (module, part) in bases.items():
@@ -155,6 +157,23 @@ def read_config(files: AdapterFolder) -> LoraConfig:
         return LoraConfig.from_dict(files.config)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise AdapterFileError(f"{files.path / 'adapter_config.json'}: {error}") from error
+
+
+def _tied_as_in_the_file(plan: Plan, config: LoraConfig, files: AdapterFolder) -> Plan:
+    """The plan without tied copies that the file does not have: PEFT ties those of a head or an
+    embedding only where it knows the name that modules_to_save gives it."""
+    if not plan.tied:
+        return plan
+    header, named = files.header(), saved_modules(config)
+    absent = {
+        name
+        for name in plan.tied
+        if f"{PREFIX}{name}.weight" not in header and not matches(name, named)
+    }
+    return plan._replace(
+        saved={name: module for name, module in plan.saved.items() if name not in absent},
+        tied={name: source for name, source in plan.tied.items() if name not in absent},
+    )
 
 
 def _expected(plan: Plan) -> Iterator[tuple[str, TensorSpec]]:
@@ -179,8 +198,9 @@ def _optional_bases(
         key: (module, part) for key, module, part in _biases(model.base_model, config.bias, adapted)
     }
     header = files.header()
+    whole = {id(module) for module in plan.saved.values()}  # the file's are those of their copies
     for key, module, part in _embeddings(model.base_model, True, adapted):
-        if key in header:
+        if key in header and id(module) not in whole:
             found[key] = (module, part)
     if found and any(layer.merged for _, layer in model.lora_layers()):
         raise ValueError(
