@@ -233,6 +233,7 @@ class LoraModel(nn.Module):
             copy_.weight = source.weight
         self.peft_config[adapter_name] = resolved(config, plan)
         self.targeted_module_names = plan.names
+        self.targeted_parameter_names = plan.parameters
         for planned in plan.layers.values():  # a layer's first adapter is active there
             active = tuple(n for n in self.active_adapters if n in planned.layer.adapters)
             if planned.layer.active_adapters != active:

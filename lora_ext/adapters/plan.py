@@ -12,7 +12,8 @@ from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.config_checks import ALL_LINEAR
 from lora_ext.adapters.layers import adaptable, can_be_adapted
 from lora_ext.adapters.modules_to_save import ModulesToSave
-from lora_ext.adapters.targets import find_targets, matches, saved_modules
+from lora_ext.adapters.target_parameters import TargetedModule, find_parameters
+from lora_ext.adapters.targets import find_targets, has_targets, matches, saved_modules
 from lora_ext.adapters.ties import tied_to_embedding
 from lora_ext.errors import NotBuiltError
 from lora_ext.nn import AdapterSettings, LoraLayer
@@ -30,6 +31,7 @@ class Plan(NamedTuple):
     """What a config means for a model."""
 
     names: list[str]  # of the target modules
+    parameters: list[str]  # names of the target parameters
     layers: dict[int, PlannedLayer]  # by the id of the module that the layer stands for
     saved: dict[str, nn.Module]  # modules to save
     tied: dict[str, str]  # those whose copies get the weight of another's copy: that one's name
@@ -76,7 +78,9 @@ def make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool
         NotBuiltError: ensure_weight_tying of adapters.
     """
     config.validate()
-    names = find_targets(model, config, can_be_adapted, (LoraLayer, ModulesToSave))
+    names = []
+    if has_targets(model, config) or not config.target_parameters:
+        names = find_targets(model, config, can_be_adapted, (LoraLayer, ModulesToSave))
     modules = dict(model.named_modules(remove_duplicate=False))
     layers: dict[int, PlannedLayer] = {}
     for name in names:
@@ -84,6 +88,10 @@ def make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool
         if id(module) not in layers:  # else it is registered under another name as well
             settings = adapter_settings(config, name, autocast_adapter_dtype)
             layers[id(module)] = PlannedLayer(name, adaptable(name, module), settings)
+    targeted = find_parameters(model, config, names) if config.target_parameters else []
+    for one in targeted:
+        settings = _common_settings(config, one, autocast_adapter_dtype)
+        layers[id(one.module)] = PlannedLayer(one.name, one.layer, settings)
     saved = {
         name: module
         for name, module in modules.items()
@@ -96,7 +104,24 @@ def make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool
     tied = _tied(model, names, saved) if config.ensure_weight_tying else {}
     for name in (*tied.values(), *tied):
         saved.setdefault(name, modules[name])
-    return Plan(names, layers, saved, tied)
+    parameters = [f"{one.name}.{part}" for one in targeted for part in one.parameters]
+    return Plan(names, parameters, layers, saved, tied)
+
+
+def _common_settings(
+    config: LoraConfig, one: TargetedModule, autocast_adapter_dtype: bool
+) -> AdapterSettings:
+    """What a config says of the parameters of one module: the same of each."""
+    names = [f"{one.name}.{part}" for part in one.parameters]
+    settings = [adapter_settings(config, name, autocast_adapter_dtype) for name in names]
+    for name, other in zip(names, settings, strict=True):
+        if other != settings[0]:
+            raise ValueError(
+                f"LoraConfig: rank_pattern, alpha_pattern: '{name}' has r={other.r} and lora_alpha="
+                f"{other.lora_alpha}, '{names[0]}' has r={settings[0].r} and lora_alpha="
+                f"{settings[0].lora_alpha}, expected the same for all parameters of one module"
+            )
+    return settings[0]
 
 
 def _tied(model: nn.Module, names: list[str], saved: dict[str, nn.Module]) -> dict[str, str]:
