@@ -18,6 +18,7 @@ from lora_ext.adapters.targets import matches, saved_modules
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_file import TensorSpec
 from lora_ext.io.adapter_folder import AdapterFolder, open_adapter, save_adapter
+from lora_ext.io.plain_lora import plain_lora
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.lora_layer import check_adapter_name
@@ -71,6 +72,7 @@ def save_pretrained(
     *,
     save_embedding_layers: bool | str = "auto",
     path_initial_model_for_weight_conversion: str | Path | None = None,
+    as_plain_lora: bool = False,
 ) -> None:
     """Writes adapters so that PEFT loads them: "default" into `folder`, others into subfolders of
     their names. Each pair of files is replaced as one; see `lora_ext.io.save_adapter`.
@@ -80,9 +82,14 @@ def save_pretrained(
         path_initial_model_for_weight_conversion: the folder of the adapter as it was right after an
             initialisation that changed the base's weights ("pissa", "olora"). What is written then
             is a plain adapter of twice the rank for the original weights.
+        as_plain_lora: writes the adapters of `MergedLinear`, and of single projections of
+            `MultiheadAttention`, which PEFT has no keys for, as plain ones of the whole layer, of r
+            times the number of slices, that do the same; rank_pattern and alpha_pattern say so. To
+            be loaded into a model with plain layers, here or in PEFT.
 
     Raises:
-        ValueError: no such adapter, or it holds NaN or Inf.
+        ValueError: no such adapter, or it holds NaN or Inf; as_plain_lora with a conversion of the
+            initialisation, or for an attention with kdim or vdim other than embed_dim.
         AdapterFileError: the initial adapter's files are damaged or do not fit.
     """
     names = list(model.peft_config) if adapter_names is None else adapter_names
@@ -92,6 +99,11 @@ def save_pretrained(
                 f"save_pretrained: adapter_names: got {name!r}, "
                 f"expected some of {list(model.peft_config)}"
             )
+    if as_plain_lora and path_initial_model_for_weight_conversion is not None:
+        raise ValueError(
+            "save_pretrained: as_plain_lora: got True with path_initial_model_for_weight_conversion"
+            ", expected one of both: each changes all ranks"
+        )
     for name in names:
         config = copy.deepcopy(model.peft_config[name])
         tensors = adapter_state_dict(model, name, save_embedding_layers=save_embedding_layers)
@@ -99,6 +111,8 @@ def save_pretrained(
             initial = Path(path_initial_model_for_weight_conversion)
             tensors = _subtract_initial(model, name, tensors, initial)
             config = _of_twice_the_rank(config)
+        if as_plain_lora:
+            config, tensors = plain_lora(model, name, config, tensors, PREFIX)
         fields = config.to_file()
         name_or_path = getattr(model.base_model, "name_or_path", None)
         if name_or_path and fields.get("base_model_name_or_path") is None:

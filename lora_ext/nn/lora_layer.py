@@ -298,6 +298,11 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
         shapes = self.part_shapes(settings)
         return {key: shapes[part] for part, key in self.PEFT_NAMES.items() if part in shapes}
 
+    def plain_parts(self, adapter_name: str) -> dict[str, Tensor] | None:
+        """The parts of a plain adapter that does the same and that PEFT knows, of another rank;
+        None where `parts` are those. ValueError where there is none."""
+        return None
+
     def reset_lora_parameters(self, adapter_name: str = DEFAULT) -> None:
         """Initialises an adapter again, as its `init_lora_weights` says.
 
