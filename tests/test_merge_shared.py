@@ -256,6 +256,7 @@ def test_an_interrupted_merge_leaves_all_tied(
     now = {name: values for name, (_, values) in parameters(net).items()}
     assert all(torch.equal(now[name], merged[name]) for name in merged)
     assert torch.equal(model(TOKENS), y)
+    assert all(torch.equal(parameter, values) for parameter, values in before.values())
     if on_top:
         model.unmerge_adapter()
     assert as_before(net, before)
@@ -280,6 +281,20 @@ def test_unloading_gives_untied_modules() -> None:
     assert type(net.first) is nn.Linear and not any(isinstance(m, LoraLayer) for m in net.modules())
     assert len({id(p) for p in net.parameters()}) == 6 and torch.equal(base, values)
     torch.testing.assert_close(net(TOKENS), y)
+
+
+def test_unloading_what_is_merged_says_so_in_the_config() -> None:
+    base, inputs = BUILDERS["gpt2"]()
+    config = LoraConfig(r=2, target_modules=["wte"], init_lora_weights=False)
+    model = get_lora_model(base, config)
+    merge(model)
+    assert base.config.tie_word_embeddings  # until it is for good
+    loss = model(**inputs).loss
+    with pytest.warns(UserWarning, match="tie_word_embeddings is False"):
+        plain = model.unload()
+    assert not plain.config.tie_word_embeddings and torch.equal(plain(**inputs).loss, loss)
+    plain.tie_weights()
+    assert torch.equal(plain(**inputs).loss, loss)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert", "t5", "mistral"])
