@@ -75,6 +75,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rsLoRA": {"use_rslora": True},
     "patterns": {"rank_pattern": {"layers.0.qkv": 3, "qkv": 2}, "alpha_pattern": {"qkv": 5}},
+    "the last name alone": {"rank_pattern": {"^qkv": 2}, "alpha_pattern": {"^qkv": 3}},
 }
 
 
