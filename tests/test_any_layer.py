@@ -231,6 +231,15 @@ def test_the_base_comes_back() -> None:
     assert torch.equal(layer.get_base_layer()(x)[0], layer(x)[0])
 
 
+def test_a_recurrent_base_reads_weights_of_its_own() -> None:
+    layer = AnyLayer.from_module(nn.GRU(5, 4), ["weight_ih_l0"], 2, init_lora_weights=False)
+    base, x = layer.get_base_layer(), normal(6, 3, 5, dtype=torch.float32)
+    y, adapted = base(x)[0], layer(x)[0]
+    layer.merge(separate=["weight_ih_l0"])  # as where another module shares it
+    torch.testing.assert_close(layer(x)[0], adapted)
+    assert torch.equal(base(x)[0], y) and not torch.allclose(adapted, y)
+
+
 def test_names_in_pefts_checkpoints_are_those_of_target_parameters() -> None:
     layer = layer_of(CASES["own"])
     shapes = {name: tuple(p.shape) for name, p in layer.peft_parameters("default").items()}

@@ -43,8 +43,6 @@ def test_family(family: str, variant: str, tmp_path: Path) -> None:
     fields = {"r": 4, "target_modules": TARGETS.get(family)} | VARIANTS[variant]
     if family == "resnet" and variant == "all-linear":
         fields["target_modules"] = r".*convolution|classifier\.1"  # its head is its linear layer
-    if family == "blip" and variant == "all-linear":
-        fields["exclude_modules"] = ["decoder"]  # tied to the embedding: refused when merging
     base, inputs = BUILDERS[family]()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -79,6 +77,8 @@ def test_family(family: str, variant: str, tmp_path: Path) -> None:
             count += 1
     assert count > 0
 
-    merged = ours.merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # BLIP's decoder is tied to its embedding
+        merged = ours.merge_and_unload()
     assert [type(module) for module in merged.modules()] == [type(m) for m in base.modules()]
     assert (merged(**inputs).loss - expected_loss).abs() <= 1e-5 * expected_loss.abs()

@@ -187,16 +187,6 @@ def test_unload_gives_the_base_back() -> None:
     assert {n: id(p) for n, p in net.named_parameters()} == {n: id(p) for n, p in names.items()}
 
 
-def test_shared_weights_are_not_merged() -> None:
-    net = net_of()
-    net.head = nn.Linear(8, 8)
-    net.head.weight = net.second.weight
-    model = get_lora_model(net, config_of())
-    with pytest.raises(ValueError, match="'second' shares its weight"):
-        model.merge_adapter()
-    assert not net.first.merged
-
-
 def test_training_reduces_the_loss_and_moves_only_the_adapter() -> None:
     model, x = model_of(init_lora_weights=True), rows()
     frozen = {n: p.clone() for n, p in model.base_model.named_parameters() if not p.requires_grad}

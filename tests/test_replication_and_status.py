@@ -40,8 +40,13 @@ def test_replicated_layers_are_pefts(family: str, tmp_path: Path) -> None:
     expected = theirs.eval()(**inputs).loss
     torch.testing.assert_close(ours(**inputs).loss, expected, rtol=1e-5, atol=1e-6)
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
-    with pytest.raises(ValueError, match="shares its weight"):
+    weights = [layer.weight for _, layer in ours.lora_layers()]
+    with pytest.warns(UserWarning, match="shared a weight"):
         ours.merge_adapter()  # PEFT adds the updates of all copies to the one weight
+    torch.testing.assert_close(ours(**inputs).loss, expected, rtol=1e-5, atol=1e-6)
+    ours.unmerge_adapter()
+    now = [layer.weight for _, layer in ours.lora_layers()]
+    assert all(one is other for one, other in zip(now, weights, strict=True))
 
 
 def test_a_failure_puts_the_layers_back() -> None:

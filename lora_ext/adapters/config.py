@@ -62,6 +62,11 @@ class LoraConfig:
         use_dora: weight-decomposed LoRA (arXiv:2402.09353).
         layer_replication: [start, end) ranges of layers to stack into a deeper model.
         lora_bias: whether lora_B has a bias, scaled like the product.
+        target_parameters: names, or last parts of names, of parameters that get adapters although
+            no module of their own computes with them, such as the stacked weights of experts; see
+            `lora_ext.nn.ParamLayer`.
+        ensure_weight_tying: whether the copies of modules_to_save that are tied to the input
+            embedding are tied as well; both are saved whole if one of them is named.
         megatron_core, qalora_group_size: kept, without effect while what they belong to is off.
         unknown_fields: what a file has beyond these fields; written back.
         absent_fields: which of these fields a file does not have; left out again while they have

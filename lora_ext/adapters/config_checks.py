@@ -41,14 +41,12 @@ NOT_BUILT = {
     "arrow_config": "Arrow routing",
     "corda_config": "the initialisation CorDA",
     "enable_lora": "PEFT 0.2's merged linear layers",
-    "ensure_weight_tying": "adapters that are tied like the weights they are on",
     "eva_config": "the initialisation EVA",
     "kasa_config": "KaSA",
     "loftq_config": "the initialisation LoftQ",
     "lora_ga_config": "the initialisation LoRA-GA",
     "megatron_config": "Megatron's parallel layers",
     "monteclora_config": "MonteCLoRA",
-    "target_parameters": "adapters on bare parameters",
     "trainable_token_indices": "training single tokens of an embedding",
     "use_bdlora": "block-diagonal LoRA",
     "use_qalora": "QALoRA",
@@ -168,6 +166,10 @@ _CHECKS = {
         "None or a list of [start, end] with 0 <= start < end",
     ),
     "lora_bias": _FLAG,
+    "ensure_weight_tying": _FLAG,
+    "target_parameters": _Check(
+        (list, tuple, set, frozenset, NoneType), _are_texts, "None or a list of strings"
+    ),
 }
 
 
@@ -248,6 +250,11 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
         raise ValueError(_message("lora_bias", True, f"False with init_lora_weights={init!r}"))
     if values["lora_bias"] and values["use_dora"]:
         raise ValueError(_message("lora_bias", True, "False with use_dora=True"))
+    if values["target_parameters"]:
+        for field in ("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora"):
+            if values[field]:
+                expected = "none with target_parameters: the update is one of the parameter"
+                raise ValueError(_message(field, values[field], expected))
 
 
 def _not_built(field: str, value: Any, what: str) -> NotBuiltError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.adapters.config import LoraConfig
-from lora_ext.adapters.merging import merge_layers, unmerge_layers
+from lora_ext.adapters.merging import merge_layers, unmerge_layers, untied_text
 from lora_ext.adapters.modules_to_save import ModulesToSave
 from lora_ext.adapters.plan import Plan, make_plan, resolved
 from lora_ext.adapters.replication import replicate_layers
 from lora_ext.adapters.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from lora_ext.adapters.swap import swap_modules
+from lora_ext.adapters.ties import untie_embeddings
 from lora_ext.adapters.weighted import add_weighted_adapter
 from lora_ext.io.peft import load_adapter, save_pretrained
 from lora_ext.nn import LoraLayer
@@ -223,8 +225,15 @@ class LoraModel(nn.Module):
                     parameter.copy_(values)
             raise
         swap_modules(self.base_model, replacements)
+        for names in plan.tied.items():
+            copy_, source = (
+                self.base_model.get_submodule(f"{name}.modules_to_save.{adapter_name}")
+                for name in names
+            )
+            copy_.weight = source.weight
         self.peft_config[adapter_name] = resolved(config, plan)
         self.targeted_module_names = plan.names
+        self.targeted_parameter_names = plan.parameters
         for planned in plan.layers.values():  # a layer's first adapter is active there
             active = tuple(n for n in self.active_adapters if n in planned.layer.adapters)
             if planned.layer.active_adapters != active:
@@ -369,13 +378,19 @@ class LoraModel(nn.Module):
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None) -> None:
         """Adds adapters (the active ones, if None) to the weights, in all layers or in none; see
-        `lora_ext.nn.Linear`. `unmerge_adapter` gives back the base bit for bit."""
+        `lora_ext.nn.Linear`. `unmerge_adapter` gives back the base bit for bit.
+
+        Layers whose weight is also another module's (tied embeddings, `layer_replication`) have one
+        of their own meanwhile, which takes memory for each; a warning names them.
+        """
         if adapter_names is not None:
             self._check_names(adapter_names)
-        merge_layers(self.base_model, adapter_names)
+        untied = merge_layers(self.base_model, adapter_names)
+        if untied:
+            warnings.warn(untied_text(untied, "until unmerge_adapter()"), stacklevel=2)
 
     def unmerge_adapter(self) -> None:
-        """Gives all merged layers their base's bits."""
+        """Gives all merged layers their base's bits, and weights that were shared their places."""
         unmerge_layers(self.base_model)
 
     def merge_and_unload(
@@ -386,6 +401,11 @@ class LoraModel(nn.Module):
     ) -> nn.Module:
         """The base model with the adapters in its weights and plain layers.
 
+        Layers whose weight was also another module's (tied embeddings, `layer_replication`) have
+        one of their own then; a warning names them. If that unties the embeddings of a model of
+        transformers, its config's `tie_word_embeddings` becomes False, but for the T5 family, which
+        computes something else then.
+
         Args:
             progressbar: show one.
             safe_merge: kept for PEFT's sake; NaN and Inf are always refused, and on any error the
@@ -394,19 +414,32 @@ class LoraModel(nn.Module):
         """
         if any(layer.merged for _, layer in self.lora_layers()):
             self.unmerge_adapter()
-        merge_layers(self.base_model, adapter_names, progressbar=progressbar)
-        return self.unload()
+        untied = merge_layers(self.base_model, adapter_names, progressbar=progressbar)
+        texts = [untied_text(untied, "for good")] if untied else []
+        texts += self._unload()
+        if texts:
+            warnings.warn("; ".join(texts), stacklevel=2)
+        return self.base_model
 
     def unload(self) -> nn.Module:
         """The base model with plain layers: without the adapters, or with what is merged. Modules
-        to save are the active adapter's."""
+        to save are the active adapter's. As for `merge_and_unload`, the config of a model of
+        transformers says so, and a warning does, if its embeddings are no longer tied."""
+        for text in self._unload():
+            warnings.warn(text, stacklevel=2)
+        return self.base_model
+
+    def _unload(self) -> list[str]:
+        """Makes layers and config plain; what to warn of, if anything."""
         plain: dict[int, nn.Module] = {}
         for _, layer in self.lora_layers():
             plain[id(layer)] = layer.get_base_layer()
         for _, module in self.saved_modules():
             plain[id(module)] = module.active_module
         swap_modules(self.base_model, plain)
-        return self.base_model
+        if untie_embeddings(self.base_model):
+            return ["the config's tie_word_embeddings is False now, as the weights differ"]
+        return []
 
     # Reports
 

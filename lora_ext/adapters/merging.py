@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from torch import nn
 
+from lora_ext.adapters.ties import shared_parameters
 from lora_ext.errors import NotMergedError
 from lora_ext.nn import LoraLayer
 
@@ -16,14 +16,18 @@ Item = TypeVar("Item")
 
 def merge_layers(
     model: nn.Module, adapter_names: Sequence[str] | None = None, *, progressbar: bool = False
-) -> None:
+) -> list[str]:
     """Merges adapters (the active ones, if None) in every layer of `model` that has them. If one
-    layer refuses, all are as they were, bit for bit.
+    layer refuses, all are as they were, bit for bit. A layer whose weight is also another module's
+    gets one of its own until it is unmerged.
+
+    Returns:
+        The names of the layers that got one.
 
     Raises:
         AlreadyMergedError: a layer has them merged.
-        ValueError: a merged value would be NaN or infinite, no layer has such adapters, or a
-            layer's weight is also another module's, which merging would change with it.
+        ValueError: a merged value would be NaN or infinite, no layer has such adapters, or a layer
+            was merged by itself into a weight that others share.
     """
     wanted = [
         (name, layer, _names(layer, adapter_names))
@@ -35,23 +39,30 @@ def merge_layers(
         raise ValueError(
             f"merge: adapter_names: got {adapter_names}, expected adapters that a layer has"
         )
-    _check_not_shared(model, [(name, layer) for name, layer, _ in chosen])
-    done: list[tuple[LoraLayer, tuple[str, ...]]] = []
+    shared = shared_parameters(model)
+    _check_shared_as_they_were(wanted, shared)
+    separated: list[str] = []
+    done: list[tuple[LoraLayer, tuple[str, ...], tuple[str, ...]]] = []
     try:
         for name, layer, names in _tracked(chosen) if progressbar else chosen:
-            before = layer.merged_adapters
+            before, apart = layer.merged_adapters, tuple(layer.shared_parameters)
             try:
-                layer.merge(names)
+                changed = layer.merged_parameters(names)
+                separate = [part for part, p in changed.items() if id(p) in shared]
+                layer.merge(names, separate=separate)
             except (ValueError, RuntimeError) as error:
                 error.add_note(f"in layer '{name}'; no layer of the model was changed")
                 raise
-            done.append((layer, before))
+            done.append((layer, before, apart))
+            if separate:
+                separated.append(name)
     except BaseException:
-        for layer, before in reversed(done):
+        for layer, before, apart in reversed(done):
             layer.unmerge()
             if before:
-                layer.merge(before)
+                layer.merge(before, separate=apart)
         raise
+    return separated
 
 
 def unmerge_layers(model: nn.Module) -> None:
@@ -79,17 +90,25 @@ def _names(layer: LoraLayer, adapter_names: Iterable[str] | None) -> tuple[str, 
     return tuple(name for name in names if name in layer.adapters)
 
 
-def _check_not_shared(model: nn.Module, layers: Iterable[tuple[str, LoraLayer]]) -> None:
-    uses = Counter(
-        id(parameter)
-        for module in model.modules()
-        for parameter in module._parameters.values()
-        if parameter is not None
-    )
-    for name, layer in layers:
-        for parameter in layer.merged_parameters().values():
-            if uses[id(parameter)] > 1:
+def _check_shared_as_they_were(
+    layers: Iterable[tuple[str, LoraLayer, object]], shared: set[int]
+) -> None:
+    """What other layers share has to be the base's own: their updates start from it."""
+    for name, layer, _ in layers:
+        merged = layer.merged_parameters(layer.merged_adapters) if layer.merged else {}
+        for part, parameter in merged.items():
+            if id(parameter) in shared and part not in layer.shared_parameters:
                 raise ValueError(
-                    f"merge: '{name}' shares its weight with another module, which merging would "
-                    "change as well; untie them, or leave the adapter unmerged"
+                    f"merge: '{name}' was merged by itself into a {part} that it shares with "
+                    "another module; call its unmerge() first"
                 )
+
+
+def untied_text(names: Sequence[str], how_long: str) -> str:
+    """The warning about layers that share their weights with other modules no longer."""
+    some = ", ".join(f"'{name}'" for name in names[:8])
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return (
+        f"merge: {some}{more} shared a weight with another module, which stays as it is, and got "
+        f"one of their own {how_long}: they are not tied, and take memory of their own"
+    )

@@ -61,6 +61,13 @@ def saved_modules(config: LoraConfig) -> list[str]:
     return given + [head for head in heads if head not in given]
 
 
+def has_targets(model: nn.Module, config: LoraConfig) -> bool:
+    """Whether target_modules names modules, itself or by the architecture's default."""
+    if config.target_modules is None:
+        return (_model_type(model) or "") in DEFAULT_TARGETS
+    return bool(config.target_modules)
+
+
 def find_targets(
     model: nn.Module,
     config: LoraConfig,

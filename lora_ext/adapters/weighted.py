@@ -115,6 +115,8 @@ def _check_combinable(model: LoraModel, names: Sequence[str]) -> None:
             raise ValueError(
                 f"{where}: '{name}' has a magnitude (use_dora), which cannot be combined"
             )
+        if model.peft_config[name].target_parameters:
+            raise ValueError(f"{where}: '{name}' has target_parameters, which cannot be combined")
     biased = [n for n in dict.fromkeys(names) if model.peft_config[n].bias != "none"]
     if len(biased) > 1:
         raise ValueError(f"{where}: {biased} have biases of the base, expected at most one of them")

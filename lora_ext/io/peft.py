@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from lora_ext.adapters.combining import Adapter, alpha_factor, subtract_mutated_init
 from lora_ext.adapters.config import LoraConfig
+from lora_ext.adapters.targets import matches, saved_modules
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_file import TensorSpec
 from lora_ext.io.adapter_folder import AdapterFolder, open_adapter, save_adapter
+from lora_ext.io.plain_lora import plain_lora
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.lora_layer import check_adapter_name
@@ -70,6 +72,7 @@ def save_pretrained(
     *,
     save_embedding_layers: bool | str = "auto",
     path_initial_model_for_weight_conversion: str | Path | None = None,
+    as_plain_lora: bool = False,
 ) -> None:
     """Writes adapters so that PEFT loads them: "default" into `folder`, others into subfolders of
     their names. Each pair of files is replaced as one; see `lora_ext.io.save_adapter`.
@@ -79,9 +82,14 @@ def save_pretrained(
         path_initial_model_for_weight_conversion: the folder of the adapter as it was right after an
             initialisation that changed the base's weights ("pissa", "olora"). What is written then
             is a plain adapter of twice the rank for the original weights.
+        as_plain_lora: writes the adapters of `MergedLinear`, and of single projections of
+            `MultiheadAttention`, which PEFT has no keys for, as plain ones of the whole layer, of r
+            times the number of slices, that do the same; rank_pattern and alpha_pattern say so. To
+            be loaded into a model with plain layers, here or in PEFT.
 
     Raises:
-        ValueError: no such adapter, or it holds NaN or Inf.
+        ValueError: no such adapter, or it holds NaN or Inf; as_plain_lora with a conversion of the
+            initialisation, or for an attention with kdim or vdim other than embed_dim.
         AdapterFileError: the initial adapter's files are damaged or do not fit.
     """
     names = list(model.peft_config) if adapter_names is None else adapter_names
@@ -91,6 +99,11 @@ def save_pretrained(
                 f"save_pretrained: adapter_names: got {name!r}, "
                 f"expected some of {list(model.peft_config)}"
             )
+    if as_plain_lora and path_initial_model_for_weight_conversion is not None:
+        raise ValueError(
+            "save_pretrained: as_plain_lora: got True with path_initial_model_for_weight_conversion"
+            ", expected one of both: each changes all ranks"
+        )
     for name in names:
         config = copy.deepcopy(model.peft_config[name])
         tensors = adapter_state_dict(model, name, save_embedding_layers=save_embedding_layers)
@@ -98,6 +111,8 @@ def save_pretrained(
             initial = Path(path_initial_model_for_weight_conversion)
             tensors = _subtract_initial(model, name, tensors, initial)
             config = _of_twice_the_rank(config)
+        if as_plain_lora:
+            config, tensors = plain_lora(model, name, config, tensors, PREFIX)
         fields = config.to_file()
         name_or_path = getattr(model.base_model, "name_or_path", None)
         if name_or_path and fields.get("base_model_name_or_path") is None:
@@ -132,8 +147,9 @@ def load_adapter(
         try:
             stack.enter_context(model.replicated(config))
             plan = model.plan(config, autocast_adapter_dtype)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, NotImplementedError) as error:
             raise AdapterFileError(f"{files.path}: does not fit the model: {error}") from error
+        plan = _tied_as_in_the_file(plan, config, files)
         bases = _optional_bases(model, config, plan, files)
         expected = dict(_expected(plan))
         for key, (module, part) in bases.items():
@@ -155,6 +171,23 @@ def read_config(files: AdapterFolder) -> LoraConfig:
         return LoraConfig.from_dict(files.config)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise AdapterFileError(f"{files.path / 'adapter_config.json'}: {error}") from error
+
+
+def _tied_as_in_the_file(plan: Plan, config: LoraConfig, files: AdapterFolder) -> Plan:
+    """The plan without tied copies that the file does not have: PEFT ties those of a head or an
+    embedding only where it knows the name that modules_to_save gives it."""
+    if not plan.tied:
+        return plan
+    header, named = files.header(), saved_modules(config)
+    absent = {
+        name
+        for name in plan.tied
+        if f"{PREFIX}{name}.weight" not in header and not matches(name, named)
+    }
+    return plan._replace(
+        saved={name: module for name, module in plan.saved.items() if name not in absent},
+        tied={name: source for name, source in plan.tied.items() if name not in absent},
+    )
 
 
 def _expected(plan: Plan) -> Iterator[tuple[str, TensorSpec]]:
@@ -179,8 +212,9 @@ def _optional_bases(
         key: (module, part) for key, module, part in _biases(model.base_model, config.bias, adapted)
     }
     header = files.header()
+    whole = {id(module) for module in plan.saved.values()}  # the file's are those of their copies
     for key, module, part in _embeddings(model.base_model, True, adapted):
-        if key in header:
+        if key in header and id(module) not in whole:
             found[key] = (module, part)
     if found and any(layer.merged for _, layer in model.lora_layers()):
         raise ValueError(

@@ -8,6 +8,7 @@ from lora_ext.nn.embedding import Embedding
 from lora_ext.nn.linear import Linear
 from lora_ext.nn.lora_layer import LoraLayer
 from lora_ext.nn.merged_linear import MergedLinear
+from lora_ext.nn.param_layer import ParamLayer
 from lora_ext.nn.settings import AdapterSettings
 from lora_ext.nn.trainable import (
     lora_state_dict,
@@ -26,6 +27,7 @@ __all__ = [
     "LoraLayer",
     "MergedLinear",
     "MultiheadAttention",
+    "ParamLayer",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "print_trainable_parameters",

@@ -59,14 +59,15 @@ class AnyLayer(LoraLayer):
                 f"{cls.__name__}: module: got {type(module).__qualname__}, expected a Module "
                 "without adapters"
             )
-        names = tuple(dict.fromkeys([weights] if isinstance(weights, str) else weights))
+        chosen = dict.fromkeys([weights] if isinstance(weights, str) else weights)
         matrices = [n for n, p in module._parameters.items() if p is not None and p.dim() >= 2]
-        unknown = [name for name in names if name not in matrices]
-        if unknown or not names:
+        unknown = [name for name in chosen if name not in matrices]
+        if unknown or not chosen:
             raise ValueError(
                 f"{cls.__name__}: weights: got {unknown[0] if unknown else 'none'!r}, expected "
                 f"some of {matrices} of {type(module).__qualname__}; adapt a child for its own"
             )
+        names = tuple(name for name in matrices if name in chosen)
         self = _class_for(cls, type(module), names)._adopt(module, type(module))
         if r != 0:
             self.add_adapter(adapter_name, r=r, lora_alpha=lora_alpha, **options)
@@ -81,10 +82,16 @@ class AnyLayer(LoraLayer):
         base = self.get_base_layer()
         for name in self.WEIGHTS if self._running else ():
             base._parameters[name] = self._adapted(name)  # type: ignore[assignment]
-        if isinstance(base, nn.RNNBase):  # reads a list, which it would also move into one block
-            base._flat_weights = [getattr(base, name) for name in base._flat_weights_names]
-            base._flat_weight_refs = [None] * len(base._flat_weights)
+        if self._running and isinstance(base, nn.RNNBase):
+            _list_weights(base)
+            base._flat_weight_refs = [None] * len(base._flat_weights)  # not to be moved together
         return base.forward(*args, **kwargs)
+
+    def get_base_layer(self) -> nn.Module:
+        base = super().get_base_layer()
+        if isinstance(base, nn.RNNBase):
+            _list_weights(base)
+        return base
 
     def _adapted(self, name: str) -> Tensor:
         """W + scaling * lora_B lora_A, in float32 or better with one rounding, as merged."""
@@ -128,6 +135,11 @@ class AnyLayer(LoraLayer):
             torch.ops.lora_ext.merge_(matrix, stack.lora_A, stack.lora_B, stack.scaling)
 
 
+def _list_weights(rnn: nn.RNNBase) -> None:
+    """A recurrent layer reads its weights from a list, which must not be another's."""
+    rnn._flat_weights = [getattr(rnn, name) for name in rnn._flat_weights_names]
+
+
 Layer = TypeVar("Layer", bound=AnyLayer)
 _CLASSES: dict[tuple[type, type, tuple[str, ...]], type] = {}
 
@@ -140,8 +152,8 @@ def _class_for(
     if key not in _CLASSES:
         prefixes = tuple(f"{name}_" for name in weights)
         parts = tuple(prefix + part for prefix in prefixes for part in ("lora_A", "lora_B"))
-        # PEFT wraps a layer once for each parameter, the last in alphabetical order outermost.
-        depth = {name: i for i, name in enumerate(sorted(weights, reverse=True))}
+        # PEFT wraps a layer once for each parameter in the layer's order, the last one outermost.
+        depth = {name: i for i, name in enumerate(reversed(weights))}
         body = {
             "__module__": __name__,
             "_made": True,

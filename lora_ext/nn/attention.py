@@ -40,7 +40,7 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
 
     Freezing, merging and several adapters are as in `Linear`. In PEFT's form the keys of a
     checkpoint are PEFT's; PEFT has none for adapters of single projections, which are saved as
-    `q_lora_A.weight` and so on.
+    `q_lora_A.weight` and so on, or in PEFT's form with `save_pretrained(..., as_plain_lora=True)`.
 
     Raises:
         ValueError: enable_lora names another projection, or none for r > 0; a setting is out of
@@ -188,6 +188,33 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
             torch.ops.lora_ext.merge_(
                 self._weight_matrix(prefix), stack.lora_A, stack.lora_B, stack.scaling
             )
+
+    @torch.no_grad()
+    def plain_parts(self, adapter_name: str) -> dict[str, Tensor] | None:
+        """PEFT's form: one adapter of q, k and v together, of rank r for each that has one, and one
+        of the output of the same rank; zero where there is none."""
+        if self.enable_lora is None:
+            return None
+        if self.in_proj_weight is None:
+            raise ValueError(
+                "PEFT has no adapters of an attention with kdim or vdim other than embed_dim"
+            )
+        own, r, E = self.parts(adapter_name), self.adapters[adapter_name].r, self.embed_dim
+        inputs = [projection for projection in "qkv" if projection in self.enable_lora]
+        like, rank = next(iter(own.values())), r * max(1, len(inputs))
+        parts = {
+            "lora_A": like.new_zeros(rank, E),
+            "lora_B": like.new_zeros(3 * E, rank),
+            "o_lora_A": like.new_zeros(rank, E),
+            "o_lora_B": like.new_zeros(E, rank),
+        }
+        for j, projection in enumerate(inputs):
+            ranks, i = slice(j * r, (j + 1) * r), "qkv".index(projection)
+            parts["lora_A"][ranks] = own[f"{projection}_lora_A"]
+            parts["lora_B"][i * E : (i + 1) * E, ranks] = own[f"{projection}_lora_B"]
+        if "o" in self.enable_lora:
+            parts["o_lora_A"][:r], parts["o_lora_B"][:, :r] = own["o_lora_A"], own["o_lora_B"]
+        return parts
 
     # Forward
 

@@ -58,7 +58,7 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
     # What `_adopt` and the constructors add to the base's attributes.
     _STATE: ClassVar[frozenset[str]] = frozenset(
         "adapters active_adapters merged_adapters merge_weights "
-        "_base_class _base_forward _scaling _enabled _running _runs_dora".split()
+        "_base_class _base_forward _scaling _enabled _running _runs_dora _aside".split()
     )
 
     adapters: dict[str, AdapterSettings]
@@ -93,6 +93,7 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
     def _init_adapters(self, base_class: type[nn.Module], merge_weights: bool = False) -> None:
         self.adapters = {}
         self.active_adapters = self.merged_adapters = ()
+        self._aside = {}
         self.merge_weights = merge_weights
         self._base_class = base_class
         self._scaling: dict[str, float] = {}
@@ -297,6 +298,11 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
         shapes = self.part_shapes(settings)
         return {key: shapes[part] for part, key in self.PEFT_NAMES.items() if part in shapes}
 
+    def plain_parts(self, adapter_name: str) -> dict[str, Tensor] | None:
+        """The parts of a plain adapter that does the same and that PEFT knows, of another rank;
+        None where `parts` are those. ValueError where there is none."""
+        return None
+
     def reset_lora_parameters(self, adapter_name: str = DEFAULT) -> None:
         """Initialises an adapter again, as its `init_lora_weights` says.
 
@@ -446,38 +452,6 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
             1.0,
             dropout_p,
         )
-
-    # Merging a bias, for the kinds that have one
-
-    def _weight_and_bias(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """The base's weight, and its bias where one of these adapters has a lora_bias."""
-        parameters: dict[str, Tensor] = {"weight": self.weight}
-        if any(self.adapters[name].lora_bias for name in names):
-            if self.bias is None:
-                raise ValueError(
-                    f"{type(self).__name__}.merge: lora_bias cannot be merged into a base without "
-                    "bias; construct the base with bias=True"
-                )
-            parameters["bias"] = self.bias
-        return parameters
-
-    def _merged_bias(self, stack: LowRank) -> Tensor | None:
-        """What the bias becomes, rounded once; None if it stays.
-
-        Raises:
-            ValueError: it would hold NaN or infinity.
-        """
-        if stack.lora_bias is None:
-            return None
-        bias: Tensor = self.bias
-        compute = torch.promote_types(bias.dtype, torch.float32)
-        merged = (bias.to(compute) + stack.lora_bias.to(compute) * stack.scaling).to(bias.dtype)
-        if not torch.isfinite(merged).all():
-            raise ValueError(
-                f"{type(self).__name__}.merge: the merged bias would hold NaN or Inf; nothing "
-                "changed"
-            )
-        return merged
 
     # Checks
 

@@ -223,6 +223,14 @@ class MergedLinear(LinearBase):
         A = torch.cat([torch.unflatten(part, 0, (n, -1)) for part in parts], 1).flatten(0, 1)
         return stack._replace(lora_A=A)
 
+    def plain_parts(self, adapter_name: str) -> dict[str, Tensor] | None:
+        """lora_A as it is and lora_B block-diagonal: the adapter of a `Linear` of rank n r."""
+        stack = self._stack([adapter_name])
+        return {
+            "lora_A": stack.lora_A.detach(),
+            "lora_B": self._block_diagonal(stack).detach(),
+        }
+
     # Merging
 
     def _merged_parameters(self, names: Sequence[str]) -> dict[str, Tensor]:

@@ -1,0 +1,90 @@
+"""Which parameters LoraConfig.target_parameters means, and the layers that adapt them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+from torch import nn
+
+from lora_ext.adapters.config import LoraConfig
+from lora_ext.adapters.modules_to_save import ModulesToSave
+from lora_ext.adapters.targets import near_misses
+from lora_ext.nn import LoraLayer, ParamLayer
+
+
+class TargetedModule(NamedTuple):
+    """A module, its parameters that get adapters, and the layer that stands in its place."""
+
+    name: str
+    module: nn.Module
+    parameters: tuple[str, ...]
+    layer: ParamLayer
+
+
+def find_parameters(
+    model: nn.Module, config: LoraConfig, targets: Collection[str]
+) -> list[TargetedModule]:
+    """The parameters that PEFT adapts: those whose dotted name is in `config.target_parameters`, or
+    ends in one of it after a dot. Nothing is changed.
+
+    Args:
+        targets: the names of the modules that target_modules means.
+
+    Raises:
+        ValueError: nothing matched; a match is the model's own parameter, or that of a module which
+            target_modules means too, or has an adapter already; another adapter has other
+            parameters of the same module; a parameter cannot be adapted.
+        TypeError: a parameter is quantized.
+    """
+    where = "LoraConfig: target_parameters"
+    wanted = config.target_parameters or []
+    found: list[TargetedModule] = []
+    inside = None
+    for name, module in model.named_modules():
+        if inside is not None and name.startswith(inside):
+            continue
+        inside = f"{name}." if isinstance(module, LoraLayer | ModulesToSave) else None
+        names = tuple(part for part in _base_parameters(module) if _is_wanted(name, part, wanted))
+        if not names:
+            continue
+        if not name:
+            raise ValueError(
+                f"{where}: {names[0]!r} is a parameter of the model itself, which "
+                "cannot be swapped in place; put the model into another module"
+            )
+        other = isinstance(module, LoraLayer) and not isinstance(module, ParamLayer)
+        if other or name in targets:
+            raise ValueError(
+                f"{where}: {names[0]!r} is a parameter of {name!r}, which target_modules adapts; "
+                "name it in one of both (target_modules=[] means no module)"
+            )
+        if isinstance(module, ParamLayer):
+            if names != module.WEIGHTS:
+                raise ValueError(
+                    f"{where}: got {list(names)} of {name!r}, expected {list(module.WEIGHTS)}, "
+                    "which the adapters that are there have"
+                )
+            layer = module
+        else:
+            layer = ParamLayer.from_module(module, names, r=0)
+        found.append(TargetedModule(name, module, names, layer))
+    if wanted and not found:
+        names_there = [name for name, parameter in model.named_parameters() if parameter.dim() >= 2]
+        raise ValueError(
+            f"{where}: {wanted!r} matches no parameter; {near_misses(wanted, names_there)}"
+        )
+    return found
+
+
+def _base_parameters(module: nn.Module) -> list[str]:
+    names = [name for name, parameter in module._parameters.items() if parameter is not None]
+    if not isinstance(module, LoraLayer):
+        return names
+    own = {name for adapter in module.adapters for name in module.adapter_parameters(adapter)}
+    return [name for name in names if name not in own]
+
+
+def _is_wanted(module_name: str, parameter: str, wanted: Collection[str]) -> bool:
+    key = f"{module_name}.{parameter}" if module_name else parameter
+    return any(key == name or key.endswith(f".{name}") for name in wanted)

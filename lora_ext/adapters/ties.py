@@ -1,0 +1,127 @@
+"""Weights that several modules share, and what becomes of that when one of them is merged."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_ext.nn import LoraLayer
+
+# Families of transformers in which tie_word_embeddings is also a factor of the outputs, or cannot
+# be False: transformers 5 reads both weights from a file of theirs all the same.
+_TIED_FOR_GOOD = {"t5", "mt5", "umt5", "longt5", "switch_transformers", "udop", "pop2piano"}
+
+
+def shared_parameters(model: nn.Module) -> set[int]:
+    """The ids of all parameters that lie, in part at least, in memory that is also another
+    parameter's or buffer's; those that merged layers have put aside count."""
+    groups: defaultdict[int, list[tuple[int, int, int]]] = defaultdict(list)
+    for module in model.modules():
+        for tensor in _tensors(module):
+            group, start, end = _extent(tensor)
+            groups[group].append((start, end, id(tensor)))
+    shared: set[int] = set()
+    for extents in groups.values():
+        reach, holder = -1, 0  # the largest end so far, and whose it is
+        for start, end, tensor_id in sorted(extents):
+            if start < reach:
+                shared |= {holder, tensor_id}
+            if end > reach:
+                reach, holder = end, tensor_id
+    return shared
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    for registry in (module._parameters, module._buffers):
+        for tensor in registry.values():
+            if tensor is not None:
+                yield tensor
+    if isinstance(module, LoraLayer):
+        yield from module.shared_parameters.values()
+
+
+def _extent(tensor: Tensor) -> tuple[int, int, int]:
+    """(storage, first byte, byte after the last); of tensors without memory of their own, as on
+    "meta", their identity."""
+    try:
+        storage, start = tensor.untyped_storage().data_ptr(), tensor.data_ptr()
+    except (RuntimeError, NotImplementedError):  # subclasses that wrap others
+        storage = start = 0
+    if not start:
+        return 0, id(tensor), id(tensor) + 1
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = sum((size - 1) * stride for size, stride in steps)
+    return storage, start, start + (last + 1) * tensor.itemsize
+
+
+def tied_to_embedding(model: nn.Module) -> dict[str, str]:
+    """The names of the modules with the weight of the model's input embedding, and its own name as
+    the value of each; none without such modules. Copies of modules to save do not count."""
+    embedding: Any = None
+    with suppress(AttributeError, NotImplementedError):  # transformers' answer for a model without
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    embedding = getattr(embedding, "original_module", embedding)
+    weight = getattr(embedding, "_parameters", {}).get("weight")
+    if weight is None:
+        return {}
+    holders = [
+        (name.removesuffix(".original_module"), module)
+        for name, module in model.named_modules()
+        if module._parameters.get("weight") is weight
+    ]
+    source = next(name for name, module in holders if module is embedding)
+    return {name: source for name, module in holders if module is not embedding}
+
+
+def untie_embeddings(model: nn.Module) -> bool:
+    """Makes the configs of a transformers model say so where weights that it ties, its embeddings,
+    are no longer the same: else loading what it saves would tie them again. The others that the
+    same entry ties get weights of their own, since a file without the entry has to hold them.
+
+    Returns:
+        Whether a config was changed.
+    """
+    changed = False
+    for module in list(model.modules()):
+        config: Any = getattr(module, "config", None)
+        if not getattr(config, "tie_word_embeddings", False) or isinstance(config, Mapping):
+            continue
+        ties = _ties(module)
+        if all(one is other for _, one, other in ties):
+            continue
+        if getattr(config, "model_type", None) in _TIED_FOR_GOOD:
+            continue
+        for name, one, other in ties:
+            if one is other:
+                owner, _, attribute = name.rpartition(".")
+                own = nn.Parameter(one.detach().clone(), one.requires_grad)
+                setattr(module.get_submodule(owner), attribute, own)
+        config.tie_word_embeddings = False
+        changed = True
+    return changed
+
+
+def _ties(module: Any) -> list[tuple[str, Any, Any]]:
+    """(name, parameter, the parameter that it is to be) of all that a transformers model ties."""
+    if hasattr(module, "get_expanded_tied_weights_keys"):
+        with suppress(AttributeError, ValueError):  # it has other modules than its class says
+            names = module.get_expanded_tied_weights_keys(all_submodels=False)
+            return [
+                (target, _tensor(module, target), _tensor(module, source))
+                for target, source in names.items()
+            ]
+        return []
+    with suppress(AttributeError, NotImplementedError):  # before transformers 5
+        weights = [module.get_output_embeddings().weight, module.get_input_embeddings().weight]
+        return [("", *weights)] if weights[0] is not weights[1] else []
+    return []
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    owner, _, attribute = name.rpartition(".")
+    tensor: Tensor = getattr(module.get_submodule(owner), attribute)
+    return tensor
