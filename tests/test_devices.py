@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from devices import NO_CUDA, cuda_path, each_device
+from devices import cuda_path, each_device
 from problems import make_problem, results, rms
 from test_lora_linear import DTYPES, assert_as_exact, dtype_id
 from torch import Tensor, nn
@@ -14,13 +14,6 @@ from torch import Tensor, nn
 import lora_ext
 
 HALVES = DTYPES[2:]  # what the CUDA kernels take
-
-
-def test_there_is_a_gpu() -> None:
-    """The one test that is skipped where the others run on the CPU alone."""
-    if NO_CUDA is not None:
-        pytest.skip(f"no test runs on a GPU: {NO_CUDA}")
-    assert lora_ext.build_info()["cuda"] == torch.version.cuda
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
