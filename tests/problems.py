@@ -76,8 +76,8 @@ def make_problem(
     seed: int = 0,
     device: str = "cpu",
 ) -> Problem:
-    """`rows` are the leading sizes of x. The low-rank part is about as large as the base. The values,
-    and the mask, are the same on every device."""
+    """`rows` are the leading sizes of x. The low-rank part is about as large as the base. Values
+    and mask are the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     adapter_dtype = adapter_dtype or dtype
 

@@ -1,4 +1,4 @@
-"""On every device: all ranks, scaling as a tensor, compiled calls, a whole model, what explain tells."""
+"""On every device: ranks, scaling tensors, compiled calls, a whole model, what explain tells."""
 
 from __future__ import annotations
 
