@@ -69,8 +69,8 @@ gpu-test: gpu-build
 
 # The kernels under compute-sanitizer, without torch.
 gpu-sanitize: gpu-build
-	cmake --build "$(GPU_BUILD)" --target kernels_on_gpu
-	env $(GPU_ENV) $(PYTHON) -m pytest tests/gpu -v
+	env $(GPU_ENV) cmake --build "$(GPU_BUILD)" --target kernels_on_gpu
+	env $(GPU_ENV) KERNELS_ON_GPU="$(GPU_BUILD)/kernels_on_gpu" $(PYTHON) -m pytest tests/gpu -v -n 4
 
 gpu-bench: gpu-build
 	env $(GPU_ENV) $(PYTHON) benchmarks/gpu.py $(GPU_BENCH_ARGS)
