@@ -17,6 +17,10 @@ import torch
 import lora_ext
 
 _PACKAGES = ("lora_ext", "torch", "peft")
+_GPU_FIELDS = (
+    "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem",
+    "temperature.gpu", "power.draw", "power.limit", "utilization.gpu", "memory.used",
+)  # fmt: skip
 
 
 def describe(device: torch.device, arguments: Sequence[str]) -> dict[str, Any]:
@@ -24,10 +28,15 @@ def describe(device: torch.device, arguments: Sequence[str]) -> dict[str, Any]:
     return {
         "device": _device_name(device),
         "device_type": device.type,
+        "gpu": gpu_state(device),
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 2),
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES},
+        "versions": {
+            "python": platform.python_version(),
+            **{package: _version(package) for package in _PACKAGES},
+            "torch": torch.__version__,  # with what it was built for
+        },
         "lora_ext_build": {name: str(value) for name, value in lora_ext.build_info().items()},
         **_git_state(Path(__file__)),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -42,7 +51,29 @@ def summary(environment: dict[str, Any]) -> str:
     modified = " (modified)" if environment["dirty"] else ""
     source = f"commit {commit[:10]}{modified}" if commit else "no commit"
     threads = f"CPU threads: {environment['threads']}"
-    return f"{environment['device']}, {threads}; {versions}; {source}; {environment['date'][:10]}"
+    gpu = environment.get("gpu")
+    driver = f", driver {gpu['driver_version']}, {gpu['clocks.sm']}" if gpu else ""
+    device = f"{environment['device']}{driver}, {threads}"
+    return f"{device}; {versions}; {source}; {environment['date'][:10]}"
+
+
+def gpu_state(device: torch.device) -> dict[str, str] | None:
+    """What nvidia-smi says of the GPU now: driver, clocks, temperature, power; None without one.
+
+    Clocks fall within moments when nothing runs, so those that count are read right after a run.
+    """
+    if device.type != "cuda":
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    uuid = torch.cuda.get_device_properties(index).uuid  # numbers differ where some are hidden
+    fields = f"--query-gpu={','.join(_GPU_FIELDS)}"
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", fields, "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    values = [value.strip() for value in answer.stdout.strip().split(",")]
+    return dict(zip(_GPU_FIELDS, values, strict=True)) if len(values) == len(_GPU_FIELDS) else None
 
 
 def _device_name(device: torch.device) -> str:
