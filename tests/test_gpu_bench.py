@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("rich")
 
+from lora_ext.bench.environment import parse_gpu_state
 from lora_ext.bench.grid import FWD, FWD_BWD
 from lora_ext.bench.results import Report
 
@@ -38,6 +39,18 @@ def test_parts_end_in_time(gpu: ModuleType) -> None:
     assert [part.path for part in parts] == ["auto", *gpu.cuda_paths()]
     assert sum(part.seconds for part in parts) <= 420  # and three minutes for what they begin with
     assert [part for part in parts if "compile" in part.rivals] == parts[:1]
+
+
+def test_the_state_of_the_right_gpu_is_told() -> None:
+    values = "580.65.06, {} MHz, 3201 MHz, 1980 MHz, 3201 MHz, 31, 75.1 W, 700.00 W, 0 %, 4 MiB"
+    answer = "\n".join(
+        f"GPU-{name}, {values.format(clock)}" for name, clock in (("a", 1), ("b", 2))
+    )
+    state = parse_gpu_state(answer + "\n", "b")
+    assert state is not None and len(state) == 10
+    assert (state["driver_version"], state["clocks.sm"]) == ("580.65.06", "2 MHz")
+    assert state["memory.used"] == "4 MiB"
+    assert parse_gpu_state(answer, "c") is None
 
 
 @pytest.mark.timeout(600)

@@ -64,16 +64,23 @@ def gpu_state(device: torch.device) -> dict[str, str] | None:
     """
     if device.type != "cuda":
         return None
-    index = torch.cuda.current_device() if device.index is None else device.index
-    uuid = torch.cuda.get_device_properties(index).uuid  # numbers differ where some are hidden
-    fields = f"--query-gpu={','.join(_GPU_FIELDS)}"
-    command = ["nvidia-smi", f"--id=GPU-{uuid}", fields, "--format=csv,noheader"]
+    fields = f"--query-gpu=uuid,{','.join(_GPU_FIELDS)}"
+    command = ["nvidia-smi", fields, "--format=csv,noheader"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
         return None
-    values = [value.strip() for value in answer.stdout.strip().split(",")]
-    return dict(zip(_GPU_FIELDS, values, strict=True)) if len(values) == len(_GPU_FIELDS) else None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return parse_gpu_state(answer.stdout, str(torch.cuda.get_device_properties(index).uuid))
+
+
+def parse_gpu_state(answer: str, uuid: str) -> dict[str, str] | None:
+    """The line of this GPU: torch may see fewer of them than nvidia-smi, with other numbers."""
+    for line in answer.splitlines():
+        found, *values = (value.strip() for value in line.split(","))
+        if found.removeprefix("GPU-") == uuid.removeprefix("GPU-"):
+            return dict(zip(_GPU_FIELDS, values, strict=False))
+    return None
 
 
 def _device_name(device: torch.device) -> str:
