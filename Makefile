@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
-CXX_SOURCES := $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+CXX_SOURCES := $(shell find csrc tests/simt tests/gpu -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: setup demo test bench cuda-check gpu gpu-build gpu-test gpu-sanitize gpu-bench lint format clean
 
@@ -63,6 +63,7 @@ GPU_JOBS ?= 8
 GPU_PYTEST = env $(GPU_ENV) OMP_NUM_THREADS=2 $(PYTHON) -m pytest tests -n $(GPU_JOBS)
 CUDA_PATHS = $(shell sed -n 's/.*kCudaWishNames\[\] = {"auto", \(.*\)};/\1/p' csrc/cuda/path.h | tr -d '",')
 gpu-test: gpu-build
+	@test -n "$(CUDA_PATHS)" || { echo "make gpu-test: csrc/cuda/path.h has no line kCudaWishNames[] = {\"auto\", ...};"; exit 1; }
 	cd tests && env $(GPU_ENV) $(PYTHON) cuda_check.py
 	$(GPU_PYTEST) --dist loadfile -m "not network"
 	for path in $(CUDA_PATHS); do LORA_EXT_CUDA_PATH=$$path $(GPU_PYTEST) -m cuda || exit 1; done

@@ -63,7 +63,7 @@ def plan(rivals: Sequence[str], budget: float) -> list[Part]:
     return [
         Part(default, f"{RANK}", rivals, 210, budget),
         Part(default, "64", quick, 50, budget),
-        *(Part(path, both, ours, 150 / len(others), budget / 2) for path in others),
+        *(Part(path, both, ours, 150 / len(others), budget / 4) for path in others),
     ]
 
 

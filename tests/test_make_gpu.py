@@ -1,9 +1,12 @@
-"""benchmarks/gpu.py on the CPU: its parts, how they become one table, and its estimate."""
+"""What `make gpu` runs, as far as it goes without a GPU: what it says, and benchmarks/gpu.py."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -32,6 +35,26 @@ def gpu() -> ModuleType:
 def test_paths_are_those_of_the_backend(gpu: ModuleType) -> None:
     assert gpu.cuda_paths()[0] == "auto"
     assert {"fused", "composed"} <= set(gpu.cuda_paths())
+
+
+def test_make_tests_every_path(gpu: ModuleType) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("no make to read the Makefile with")
+    command = ["make", "-n", "gpu", f"PYTHON={sys.executable}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f"for path in {' '.join(gpu.cuda_paths()[1:])}; do" in result.stdout
+    parts = ["setup.py", "cuda_check.py", "-m pytest tests", "kernels_on_gpu", "benchmarks/gpu.py"]
+    assert all(part in result.stdout for part in parts)
+
+
+def test_the_architecture_of_the_gpu_or_what_is_missing() -> None:
+    program = str(ROOT / "tests" / "gpu" / "architecture.py")
+    result = subprocess.run([sys.executable, program], capture_output=True, text=True)
+    if result.returncode == 0:
+        assert re.fullmatch(r"\d+\.\da?\n", result.stdout)
+    else:
+        assert result.stderr.startswith("make gpu: ") and len(result.stderr.splitlines()) == 1
 
 
 def test_parts_end_in_time(gpu: ModuleType) -> None:
