@@ -49,11 +49,12 @@ cuda-check:
 gpu: gpu-test gpu-sanitize gpu-bench
 
 GPU_BUILD := $(CURDIR)/build/gpu
-# Tools that pip installed beside PYTHON come first. The egg-info tells the version of what is not installed.
-GPU_ENV = PYTHONPATH="$(CURDIR)" PATH="$$($(PYTHON) -c 'import os, sys; print(os.path.dirname(sys.executable))'):$$PATH"
+# Tools that pip installed beside PYTHON come first. The egg-info tells the version of what is not
+# installed.
+GPU_ENV = PYTHONPATH="$(CURDIR)" PATH="$$($(PYTHON) -c 'import os, sys; print(os.path.dirname(sys.executable))'):$$PATH:/usr/local/cuda/bin"
 
 gpu-build:
-	architecture=$$($(PYTHON) tests/gpu/architecture.py) && \
+	architecture=$$(env $(GPU_ENV) $(PYTHON) tests/gpu/architecture.py) && \
 		env $(GPU_ENV) LORA_EXT_CUDA=1 LORA_EXT_BUILD_DIR="$(GPU_BUILD)" TORCH_CUDA_ARCH_LIST="$$architecture" \
 		$(PYTHON) setup.py -q egg_info build_ext --inplace
 
