@@ -58,16 +58,18 @@ gpu-build:
 		env $(GPU_ENV) LORA_EXT_CUDA=1 LORA_EXT_BUILD_DIR="$(GPU_BUILD)" TORCH_CUDA_ARCH_LIST="$$architecture" \
 		$(PYTHON) setup.py -q egg_info build_ext --inplace
 
-# All tests, then those with tensors on the GPU once more for each other path of csrc/cuda/path.h.
-# Tests that need a package index are left out. Two threads each, as in `make test` on two cores.
-GPU_JOBS ?= 8
+# All tests, then those with tensors on the GPU once more for each other path of csrc/cuda/path.h,
+# whatever failed before. Tests that need a package index are left out. Two threads each, as in
+# `make test` on two cores.
+GPU_JOBS ?= 12
 GPU_PYTEST = env $(GPU_ENV) OMP_NUM_THREADS=2 $(PYTHON) -m pytest tests -n $(GPU_JOBS)
 CUDA_PATHS = $(shell sed -n 's/.*kCudaWishNames\[\] = {"auto", \(.*\)};/\1/p' csrc/cuda/path.h | tr -d '",')
 gpu-test: gpu-build
 	@test -n "$(CUDA_PATHS)" || { echo "make gpu-test: csrc/cuda/path.h has no line kCudaWishNames[] = {\"auto\", ...};"; exit 1; }
 	cd tests && env $(GPU_ENV) $(PYTHON) cuda_check.py
-	$(GPU_PYTEST) --dist loadfile -m "not network"
-	for path in $(CUDA_PATHS); do LORA_EXT_CUDA_PATH=$$path $(GPU_PYTEST) -m cuda || exit 1; done
+	status=0; $(GPU_PYTEST) --dist loadfile -m "not network" || status=1; \
+		for path in $(CUDA_PATHS); do LORA_EXT_CUDA_PATH=$$path $(GPU_PYTEST) -m cuda || status=1; done; \
+		exit $$status
 
 # The kernels under compute-sanitizer, without torch.
 gpu-sanitize: gpu-build
