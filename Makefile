@@ -6,9 +6,9 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
-CXX_SOURCES := $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+CXX_SOURCES := $(shell find csrc tests/simt tests/gpu -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: setup demo test bench cuda-check lint format clean
+.PHONY: setup demo test bench cuda-check gpu gpu-build gpu-test gpu-sanitize gpu-bench lint format clean
 
 setup: $(VENV)/.built
 
@@ -45,6 +45,41 @@ cuda-check:
 		.venv-cuda/bin/pip install -v --no-build-isolation --no-deps . >build/cuda-check.log 2>&1 \
 		|| { tail -n 50 build/cuda-check.log; exit 1; }
 	cd tests && ../.venv-cuda/bin/python cuda_check.py ../build/cuda-check.log
+
+# On a machine with an NVIDIA GPU, nvcc and a CUDA build of torch: everything about the GPU. It runs with
+# PYTHON as it is, installs nothing into it and needs no network. Each part is a target of its own.
+gpu: gpu-test gpu-sanitize gpu-bench
+
+GPU_BUILD := $(CURDIR)/build/gpu
+# Tools that pip installed beside PYTHON come first. The egg-info tells the version of what is not
+# installed.
+GPU_ENV = PYTHONPATH="$(CURDIR)" PATH="$$($(PYTHON) -c 'import os, sys; print(os.path.dirname(sys.executable))'):$$PATH:/usr/local/cuda/bin"
+
+gpu-build:
+	architecture=$$(env $(GPU_ENV) $(PYTHON) tests/gpu/architecture.py) && \
+		env $(GPU_ENV) LORA_EXT_CUDA=1 LORA_EXT_BUILD_DIR="$(GPU_BUILD)" TORCH_CUDA_ARCH_LIST="$$architecture" \
+		$(PYTHON) setup.py -q egg_info build_ext --inplace
+
+# All tests, then those with tensors on the GPU once more for each other path of csrc/cuda/path.h,
+# whatever failed before. Tests that need a package index are left out. Two threads each, as in
+# `make test` on two cores.
+GPU_JOBS ?= 12
+GPU_PYTEST = env $(GPU_ENV) OMP_NUM_THREADS=2 $(PYTHON) -m pytest tests -n $(GPU_JOBS)
+CUDA_PATHS = $(shell sed -n 's/.*kCudaWishNames\[\] = {"auto", \(.*\)};/\1/p' csrc/cuda/path.h | tr -d '",')
+gpu-test: gpu-build
+	@test -n "$(CUDA_PATHS)" || { echo "make gpu-test: csrc/cuda/path.h has no line kCudaWishNames[] = {\"auto\", ...};"; exit 1; }
+	cd tests && env $(GPU_ENV) $(PYTHON) cuda_check.py
+	status=0; $(GPU_PYTEST) --dist loadfile -m "not network" || status=1; \
+		for path in $(CUDA_PATHS); do LORA_EXT_CUDA_PATH=$$path $(GPU_PYTEST) -m cuda || status=1; done; \
+		exit $$status
+
+# The kernels under compute-sanitizer, without torch.
+gpu-sanitize: gpu-build
+	env $(GPU_ENV) cmake --build "$(GPU_BUILD)" --target kernels_on_gpu
+	env $(GPU_ENV) KERNELS_ON_GPU="$(GPU_BUILD)/kernels_on_gpu" $(PYTHON) -m pytest tests/gpu -v -n 4
+
+gpu-bench: gpu-build
+	env $(GPU_ENV) $(PYTHON) benchmarks/gpu.py $(GPU_BENCH_ARGS)
 
 # The grid of the README's table; results go where --compare finds them.
 bench: setup

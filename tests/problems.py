@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,13 @@ from torch import Tensor
 import lora_ext
 from lora_ext import reference
 
+# Half an ulp at 1.0. Accumulation is in float32 for the 16-bit types.
+UNIT = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.bfloat16: 2.0**-9,
+    torch.float16: 2.0**-12,
+}
 NAMES = ("x", "weight", "bias", "lora_A", "lora_B", "lora_bias")
 
 
@@ -66,19 +74,22 @@ def make_problem(
     dropout_p: float = 0.0,
     scaling: float = 2.0,
     seed: int = 0,
+    device: str = "cpu",
 ) -> Problem:
-    """`rows` are the leading sizes of x. The low-rank part is about as large as the base."""
+    """`rows` are the leading sizes of x. The low-rank part is about as large as the base. Values
+    and mask are the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     adapter_dtype = adapter_dtype or dtype
 
     def normal(*shape: int, std: float = 1.0, as_dtype: torch.dtype = dtype) -> Tensor:
         values = torch.randn(shape, generator=generator, dtype=torch.float64) * std
-        return values.to(as_dtype).requires_grad_()
+        return values.to(device, as_dtype).requires_grad_()
 
     x = normal(*rows, K)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        rng_state = lora_ext.draw_rng_state(x) if dropout_p > 0 else None
+        drawn = lora_ext.draw_rng_state(torch.empty(0)) if dropout_p > 0 else None
+    rng_state = None if drawn is None else drawn.to(device)
     mask = None
     if rng_state is not None:
         mask = lora_ext.dropout_mask(rng_state, x.numel() // max(K, 1), K, dropout_p)
@@ -103,3 +114,42 @@ def gradients(y: Tensor, operands: list[Tensor | None], dy: Tensor) -> list[Tens
 
 def rms(error: Tensor) -> float:
     return error.double().pow(2).mean().sqrt().item() if error.numel() else 0.0
+
+
+def results(y: Tensor, operands: list[Tensor | None], dy: Tensor) -> dict[str, Tensor]:
+    """y and the gradients of the operands, named y and as the operands."""
+    names = [name for name, tensor in zip(NAMES, operands, strict=True) if tensor is not None]
+    return {"y": y.detach(), **dict(zip(names, gradients(y, operands, dy), strict=True))}
+
+
+def exact_results(p: Problem) -> dict[str, Tensor]:
+    operands = p.exact_operands()
+    return results(p.plain(*operands), operands, p.dy.double())
+
+
+def expected_sizes(p: Problem) -> dict[str, float]:
+    """RMS of each result if the signs of its terms were random: the same sums of squares."""
+    squares = copy.copy(p)
+    for name in (*NAMES, "dy"):
+        tensor = getattr(p, name)
+        if tensor is not None:
+            setattr(squares, name, tensor.detach().double().square().requires_grad_(name != "dy"))
+    squares.scaling = p.scaling**2
+    return {name: t.mean().sqrt().item() for name, t in exact_results(squares).items()}
+
+
+def kernel_bound(p: Problem, dtype: torch.dtype) -> float:
+    """The error of a result of this dtype that the CUDA kernels may have, over its expected size.
+
+    h and dh are rounded for the base product's sums, and the result once. The gradient of a float
+    adapter is not, but its three factors are 16 bits and a remainder of as many; those of fp16 are
+    denormal here, multiples of 2^-24.
+    """
+    base = p.x.dtype
+    roundings = 2 * UNIT[base] if dtype == base else 3 * UNIT[base] ** 2
+    if (base, dtype) == (torch.float16, torch.float32):
+        roundings += 2.0**-25 * (1 / rms(p.lora_A) + 1 / rms(p.lora_B))
+    N, K = p.weight.shape
+    longest_sum = max(p.x.numel() // max(K, 1), N, K)
+    compute = torch.float64 if base == torch.float64 else torch.float32
+    return roundings + UNIT[compute] * longest_sum**0.5

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from devices import each_device
 from problems import make_problem
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -50,8 +51,10 @@ def test_philox_known_answers() -> None:
 
 @pytest.mark.parametrize(("seed", "offset"), [(0, 0), (2**63 - 5, 0), (12345, 2**40 + 8)])
 @pytest.mark.parametrize("columns", [1, 129, 300])
-def test_mask_is_philox_of_the_element(seed: int, offset: int, columns: int) -> None:
-    mask = lora_ext.dropout_mask(torch.tensor([seed, offset]), 5, columns, 0.3)
+@each_device
+def test_mask_is_philox_of_the_element(device: str, seed: int, offset: int, columns: int) -> None:
+    rng_state = torch.tensor([seed, offset], device=device)
+    mask = lora_ext.dropout_mask(rng_state, 5, columns, 0.3).cpu()
     for row in range(5):
         for column in range(columns):
             assert mask[row, column] == expected_keep(seed, offset, row, column, 0.3)
@@ -88,21 +91,23 @@ def test_certain_probabilities(dropout_p: float) -> None:
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(y.sum(), [p.x, p.lora_A]))
 
 
-def test_seed_governs_the_draw() -> None:
-    x = torch.zeros(1)
+@each_device
+def test_seed_governs_the_draw(device: str) -> None:
+    x = torch.zeros(1, device=device)
     torch.manual_seed(5)
     first, second = lora_ext.draw_rng_state(x), lora_ext.draw_rng_state(x)
     torch.manual_seed(5)
     assert torch.equal(lora_ext.draw_rng_state(x), first)
     assert not torch.equal(first, second)
-    assert first.dtype == torch.int64 and first.shape == (2,)
+    assert first.dtype == torch.int64 and first.shape == (2,) and first.device == x.device
 
 
-def layer_and_input(dtype: torch.dtype = torch.float32) -> tuple[lora_ext.nn.Linear, Tensor]:
+def layer_and_input(dtype: torch.dtype, device: str) -> tuple[lora_ext.nn.Linear, Tensor]:
     torch.manual_seed(0)
-    layer = lora_ext.nn.Linear(300, 200, r=8, lora_alpha=16, lora_dropout=0.3, dtype=dtype)
+    place = {"dtype": dtype, "device": device}
+    layer = lora_ext.nn.Linear(300, 200, r=8, lora_alpha=16, lora_dropout=0.3, **place)
     torch.nn.init.normal_(layer.lora_B)
-    return layer, torch.randn(40, 300, dtype=dtype, requires_grad=True)
+    return layer, torch.randn(40, 300, requires_grad=True, **place)
 
 
 def step(layer: lora_ext.nn.Linear, x: Tensor, how: str) -> list[Tensor]:
@@ -120,21 +125,27 @@ def step(layer: lora_ext.nn.Linear, x: Tensor, how: str) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("how", ["plain", "reentrant", "non-reentrant"])
-def test_same_seed_same_step_over_checkpointing(how: str, dtype: torch.dtype) -> None:
-    layer, x = layer_and_input(dtype)
+@each_device
+def test_same_seed_same_step_over_checkpointing(device: str, how: str, dtype: torch.dtype) -> None:
+    layer, x = layer_and_input(dtype, device)
     for got, want in zip(step(layer, x, how), step(layer, x, "plain"), strict=True):
         assert torch.equal(got, want)
 
 
-def test_backward_uses_the_mask_of_forward() -> None:
+@pytest.mark.parametrize("dropout_p", [0.5, 0.75])  # whose survivors' factor is a power of two
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n", [130, 136])
+@each_device
+def test_backward_uses_the_mask_of_forward(
+    device: str, n: int, dtype: torch.dtype, dropout_p: float
+) -> None:
     """With A and B the identity, y - base and dx - base are the mask itself."""
-    n = 130
-    eye = torch.eye(n)
-    x = torch.ones(50, n, requires_grad=True)
-    zero = torch.zeros(n, n)
+    eye = torch.eye(n, dtype=dtype, device=device)
+    x = torch.ones(50, n, dtype=dtype, device=device, requires_grad=True)
+    zero = torch.zeros_like(eye)
     state = lora_ext.draw_rng_state(x)
-    mask = lora_ext.dropout_mask(state, 50, n, 0.5)
-    y = lora_ext.lora_linear(x, zero, None, eye, eye, dropout_p=0.5, rng_state=state)
+    mask = lora_ext.dropout_mask(state, 50, n, dropout_p)
+    y = lora_ext.lora_linear(x, zero, None, eye, eye, dropout_p=dropout_p, rng_state=state)
     y.sum().backward()
-    assert torch.equal(y, 2.0 * mask)
-    assert torch.equal(x.grad, 2.0 * mask)
+    assert torch.equal(y, mask / (1 - dropout_p))
+    assert torch.equal(x.grad, mask / (1 - dropout_p))

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from devices import each_device
 from problems import NAMES, Problem, make_problem
 from torch import Tensor
 
@@ -39,8 +40,11 @@ def check(problem: Problem, wanted: tuple[str, ...], twice: bool = False) -> Non
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("wanted", SUBSETS, ids="+".join)
-def test_every_subset_of_gradients(wanted: tuple[str, ...], dropout_p: float) -> None:
-    problem = make_problem((3,), 5, 4, 2, dtype=torch.float64, lora_bias=True, dropout_p=dropout_p)
+@each_device
+def test_every_subset_of_gradients(device: str, wanted: tuple[str, ...], dropout_p: float) -> None:
+    problem = make_problem(
+        (3,), 5, 4, 2, dtype=torch.float64, lora_bias=True, dropout_p=dropout_p, device=device
+    )
     check(problem, wanted)
     operands, positions = with_grads(problem, wanted)
     y = problem.fused(*operands)
@@ -73,8 +77,11 @@ TWICE = [
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("wanted", TWICE, ids="+".join)
-def test_second_derivatives(wanted: tuple[str, ...], dropout_p: float) -> None:
-    problem = make_problem((3,), 5, 4, 2, dtype=torch.float64, lora_bias=True, dropout_p=dropout_p)
+@each_device
+def test_second_derivatives(device: str, wanted: tuple[str, ...], dropout_p: float) -> None:
+    problem = make_problem(
+        (3,), 5, 4, 2, dtype=torch.float64, lora_bias=True, dropout_p=dropout_p, device=device
+    )
     check(problem, wanted, twice=True)
 
 

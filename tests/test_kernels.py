@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 
 import pytest
 import torch
 from emulated import COMPLETIONS, TYPES, EmulatedKernels
-from problems import NAMES, Problem, gradients, make_problem, rms
-from torch import Tensor
+from problems import exact_results, expected_sizes, kernel_bound, make_problem, rms
 
 import lora_ext
 
-UNIT = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-24}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # M, K, N, r. Every size meets every type and dropout, so every value does; and every two values of
 # a family meet in PAIRS.
@@ -42,25 +39,6 @@ PAIRS = [
     for family, values in VALUES.items()
     for (i, K), (j, N) in itertools.product(enumerate(values), repeat=2)
 ]
-
-
-def exact_results(p: Problem) -> dict[str, Tensor]:
-    operands = p.exact_operands()
-    y = p.plain(*operands)
-    names = [name for name, tensor in zip(NAMES, operands, strict=True) if tensor is not None]
-    grads = gradients(y, operands, p.dy.double())
-    return {"y": y.detach(), **dict(zip(names, grads, strict=True))}
-
-
-def expected_sizes(p: Problem) -> dict[str, float]:
-    """RMS of each result if the signs of its terms were random: the same sums of squares."""
-    squares = copy.copy(p)
-    for name in (*NAMES, "dy"):
-        tensor = getattr(p, name)
-        if tensor is not None:
-            setattr(squares, name, tensor.detach().double().square().requires_grad_(name != "dy"))
-    squares.scaling = p.scaling**2
-    return {name: t.mean().sqrt().item() for name, t in exact_results(squares).items()}
 
 
 @pytest.fixture(scope="module")
@@ -105,13 +83,7 @@ def check(
     assert (backward[-1].wgmma > 0) == (family == "sm90" and K % 8 == N % 8 == 0)
     want, sizes = exact_results(p), expected_sizes(p)
     for name, got in (("y", y), ("x", dx), ("lora_A", dA), ("lora_B", dB)):
-        # h and dh are rounded for the base product's sums, and the result once. The gradient of a
-        # float adapter is not, but its three factors are 16 bits and a remainder of as many; those
-        # of fp16 are denormal here, multiples of 2^-24.
-        roundings = 2 * UNIT[x.dtype] if got.dtype == x.dtype else 3 * UNIT[x.dtype] ** 2
-        if (x.dtype, got.dtype) == (torch.float16, torch.float32):
-            roundings += 2.0**-25 * (1 / rms(A) + 1 / rms(B))
-        bound = roundings + UNIT[torch.float32] * max(M, N, K) ** 0.5
+        bound = kernel_bound(p, got.dtype)
         assert rms(got.double() - want[name]) <= bound * sizes[name], name
 
 

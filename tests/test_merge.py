@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import each_device
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -78,10 +79,11 @@ def assert_rounded_once(merged: Tensor, exact: Tensor, terms: Tensor, operations
 @each_option
 @each_size
 @each_dtype
+@each_device
 def test_weight_is_rounded_once(
-    dtype: torch.dtype, size: tuple[int, int, int], options: dict[str, Any]
+    device: str, dtype: torch.dtype, size: tuple[int, int, int], options: dict[str, Any]
 ) -> None:
-    layer = layer_of(dtype, size, **options)
+    layer = layer_of(dtype, size, device=device, **options)
     exact, terms = exact_sums(layer)
     layer.merge()
     merged = stored(layer)
@@ -92,8 +94,9 @@ def test_weight_is_rounded_once(
 
 
 @each_dtype
-def test_bias_is_rounded_once(dtype: torch.dtype) -> None:
-    layer = layer_of(dtype, (1000, 3, 2), lora_bias=True)
+@each_device
+def test_bias_is_rounded_once(device: str, dtype: torch.dtype) -> None:
+    layer = layer_of(dtype, (1000, 3, 2), lora_bias=True, device=device)
     assert layer.lora_bias is not None
     bias, added = layer.bias.detach().double(), layer.lora_bias.detach().double() * layer.scaling
     exact, terms = bias + added, bias.abs() + added.abs()
@@ -103,9 +106,12 @@ def test_bias_is_rounded_once(dtype: torch.dtype) -> None:
 
 @each_option
 @each_dtype
-def test_merged_forward_is_the_unmerged_one(dtype: torch.dtype, options: dict[str, Any]) -> None:
-    layer, exact = layer_of(dtype, (33, 41, 4), **options), layer_of(dtype, (33, 41, 4), **options)
-    x = torch.randn(16, 41).to(dtype)
+@each_device
+def test_merged_forward_is_the_unmerged_one(
+    device: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    layer, exact = (layer_of(dtype, (33, 41, 4), device=device, **options) for _ in range(2))
+    x = torch.randn(16, 41).to(device, dtype)
     truth = exact.double()(x.double())
     unmerged = layer(x)
     layer.merge()
@@ -119,8 +125,11 @@ def test_merged_forward_is_the_unmerged_one(dtype: torch.dtype, options: dict[st
 
 @each_option
 @each_dtype
-def test_a_thousand_adapters_come_and_go(dtype: torch.dtype, options: dict[str, Any]) -> None:
-    layer = layer_of(dtype, (13, 11, 2), **options)
+@each_device
+def test_a_thousand_adapters_come_and_go(
+    device: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    layer = layer_of(dtype, (13, 11, 2), device=device, **options)
     weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
     for _ in range(1000):
         new_adapter(layer)
@@ -150,18 +159,21 @@ def assert_refused(layer: Linear) -> None:
 @pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B", "lora_bias"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "fan_in_fan_out"])
 @each_dtype
+@each_device
 def test_not_finite_is_refused(
-    dtype: torch.dtype, transposed: bool, name: str, value: float
+    device: str, dtype: torch.dtype, transposed: bool, name: str, value: float
 ) -> None:
-    layer = layer_of(dtype, (49, 33, 3), fan_in_fan_out=transposed, lora_bias=True)
+    layer = layer_of(dtype, (49, 33, 3), fan_in_fan_out=transposed, lora_bias=True, device=device)
     getattr(layer, name).data.flatten()[-1] = value  # the last one, in the tail of every loop
     assert_refused(layer)
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
 @each_dtype
-def test_overflow_of_the_dtype_is_refused(dtype: torch.dtype, name: str) -> None:
-    layer, largest = layer_of(dtype, (49, 33, 3), lora_bias=True), torch.finfo(dtype).max
+@each_device
+def test_overflow_of_the_dtype_is_refused(device: str, dtype: torch.dtype, name: str) -> None:
+    layer = layer_of(dtype, (49, 33, 3), lora_bias=True, device=device)
+    largest = torch.finfo(dtype).max
     # The update itself is finite: scaling * r * A * B is 5.1 % of the largest number.
     adapter = {"lora_A": 0.1 * largest**0.5, "lora_B": largest**0.5 / 10, "lora_bias": largest / 17}
     for part, value in adapter.items():

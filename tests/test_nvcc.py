@@ -37,3 +37,14 @@ def test_no_spills_and_no_local_memory(name: str, tmp_path: Path) -> None:
     assert "setmaxnreg' ignored" not in result.stderr
     # Of wgmma: products one after the other, and waits that the source does not have.
     assert "serialized" not in result.stderr and "injected" not in result.stderr
+
+
+def test_the_program_for_a_gpu_compiles(tmp_path: Path) -> None:
+    """tests/gpu/kernels.cu, which only `make gpu-sanitize` links and runs."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc; pip install nvidia-cuda-nvcc and its headers to compile the program")
+    command = [nvcc, "-std=c++20", "-arch=sm_80", f"-I{ROOT / 'csrc'}"]
+    command += ["-c", str(ROOT / "tests" / "gpu" / "kernels.cu"), "-o", str(tmp_path / "kernels.o")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]

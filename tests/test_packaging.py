@@ -33,6 +33,7 @@ def build_wheel(python: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.network
 @pytest.mark.timeout(600)
 def test_wheel_from_build_isolation_uses_the_installed_torch(tmp_path: Path) -> None:
     result = build_wheel(sys.executable, tmp_path)
@@ -47,6 +48,7 @@ def test_wheel_from_build_isolation_uses_the_installed_torch(tmp_path: Path) -> 
     assert not [name for name in names if name.startswith(("tests/", "csrc/", "benchmarks/"))]
 
 
+@pytest.mark.network
 @pytest.mark.timeout(600)
 def test_missing_torch_is_one_clear_sentence(tmp_path: Path) -> None:
     venv.create(tmp_path / "bare", with_pip=True)
@@ -133,7 +135,8 @@ def test_build_info() -> None:
     info = lora_ext.build_info()
     assert info["torch"] == torch.__version__
     assert info["version"] == lora_ext.__version__
-    assert info["cuda"] is None and info["cuda_path"] is None
+    assert info["cuda"] in (None, torch.version.cuda)
+    assert (info["cuda"] is None) == (info["cuda_path"] is None)
     assert info["cpu_capability"] in ("default", "avx2", "avx512", "avx512_bf16")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lora_ext.bench import grid
 from lora_ext.bench.compare import match, print_changes
-from lora_ext.bench.environment import describe
+from lora_ext.bench.environment import describe, gpu_state
 from lora_ext.bench.measure import Budget
 from lora_ext.bench.report import MarkdownFile, print_report
 from lora_ext.bench.results import BAD, Report, Row
@@ -90,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     how.add_argument("--threads", type=_size, help="CPU threads; default: torch's choice")
     how.add_argument("--budget", type=float, metavar="SECONDS", help="per row; default: 2")
+    how.add_argument(
+        "--deadline", type=float, metavar="SECONDS", help="begin no case after this time"
+    )
 
     output = parser.add_argument_group("output")
     output.add_argument("--json", type=Path, metavar="FILE", help="write all results")
@@ -131,15 +135,26 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
     environment = describe(device, arguments)  # before the run, which is a load of its own
     cases = _grid(options, device).cases()
     rows: list[Row] = []
+    left_out: list[str] = []
+    deadline = time.monotonic() + (options.deadline or float("inf"))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     console = Console(stderr=True)
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
         task = progress.add_task("", total=len(cases) * len(modes))
         for case in cases:
             progress.update(task, description=str(case))
+            if time.monotonic() > deadline:
+                left_out.append(str(case))
+                continue
             for mode_rows in run_case(case, rivals, modes, budget, device):
                 rows += mode_rows
                 progress.advance(task)
+            if options.json:  # what is measured stays, whatever ends the run
+                Report(environment, rows).save(options.json)
+    if (gpu := gpu_state(device)) is not None:
+        environment["gpu"] = gpu  # its clocks under load
+    if left_out:
+        environment["left_out"] = left_out
     return Report(environment, rows)
 
 

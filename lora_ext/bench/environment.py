@@ -17,6 +17,10 @@ import torch
 import lora_ext
 
 _PACKAGES = ("lora_ext", "torch", "peft")
+_GPU_FIELDS = (
+    "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem",
+    "temperature.gpu", "power.draw", "power.limit", "utilization.gpu", "memory.used",
+)  # fmt: skip
 
 
 def describe(device: torch.device, arguments: Sequence[str]) -> dict[str, Any]:
@@ -24,10 +28,15 @@ def describe(device: torch.device, arguments: Sequence[str]) -> dict[str, Any]:
     return {
         "device": _device_name(device),
         "device_type": device.type,
+        "gpu": gpu_state(device),
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 2),
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES},
+        "versions": {
+            "python": platform.python_version(),
+            **{package: _version(package) for package in _PACKAGES},
+            "torch": torch.__version__,  # with what it was built for
+        },
         "lora_ext_build": {name: str(value) for name, value in lora_ext.build_info().items()},
         **_git_state(Path(__file__)),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -42,7 +51,36 @@ def summary(environment: dict[str, Any]) -> str:
     modified = " (modified)" if environment["dirty"] else ""
     source = f"commit {commit[:10]}{modified}" if commit else "no commit"
     threads = f"CPU threads: {environment['threads']}"
-    return f"{environment['device']}, {threads}; {versions}; {source}; {environment['date'][:10]}"
+    gpu = environment.get("gpu")
+    driver = f", driver {gpu['driver_version']}, {gpu['clocks.sm']}" if gpu else ""
+    device = f"{environment['device']}{driver}, {threads}"
+    return f"{device}; {versions}; {source}; {environment['date'][:10]}"
+
+
+def gpu_state(device: torch.device) -> dict[str, str] | None:
+    """What nvidia-smi says of the GPU now: driver, clocks, temperature, power; None without one.
+
+    Clocks fall within moments when nothing runs, so those that count are read right after a run.
+    """
+    if device.type != "cuda":
+        return None
+    fields = f"--query-gpu=uuid,{','.join(_GPU_FIELDS)}"
+    command = ["nvidia-smi", fields, "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return parse_gpu_state(answer.stdout, str(torch.cuda.get_device_properties(index).uuid))
+
+
+def parse_gpu_state(answer: str, uuid: str) -> dict[str, str] | None:
+    """The line of this GPU: torch may see fewer of them than nvidia-smi, with other numbers."""
+    for line in answer.splitlines():
+        found, *values = (value.strip() for value in line.split(","))
+        if found.removeprefix("GPU-") == uuid.removeprefix("GPU-"):
+            return dict(zip(_GPU_FIELDS, values, strict=False))
+    return None
 
 
 def _device_name(device: torch.device) -> str:

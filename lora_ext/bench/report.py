@@ -16,7 +16,8 @@ from lora_ext.bench.rivals import FROZEN
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
-_MIN_WIDTH = 150  # of a table that goes to a file or a pipe
+# Of a table that goes to a file or a pipe, and of each contender's column in it
+_MIN_WIDTH, _COLUMN_WIDTH = 150, 17
 _CASE_COLUMNS = ("K→N", "M", "r", "dtype", "p", "mode")
 
 
@@ -31,9 +32,9 @@ def format_time(microseconds: float) -> str:
 
 def print_report(report: Report, console: Console) -> None:
     """Print ratios and medians for each case and mode, then what is behind missing ones."""
-    if not console.is_terminal:
-        console.width = max(console.width, _MIN_WIDTH)
     rivals = unique(row.rival for row in report.rows)
+    if not console.is_terminal:
+        console.width = max(console.width, _MIN_WIDTH, _COLUMN_WIDTH * (3 + len(rivals)))
     table = Table(*_CASE_COLUMNS, caption=summary(report.environment))
     for rival in rivals:
         table.add_column(rival, justify="right", no_wrap=True)
@@ -47,6 +48,8 @@ def print_report(report: Report, console: Console) -> None:
     load = report.environment["load_average"]
     if load > report.environment["cpus"] / 2:
         console.print(f"The machine was busy (load {load}): these times say little", style="yellow")
+    if left_out := report.environment.get("left_out"):
+        console.print(f"Left out at the deadline: {'; '.join(left_out)}", style="yellow")
     for line in unique(f"{row.rival}: {row.note}" for row in report.rows if row.status == SKIPPED):
         console.print(line, style="dim", markup=False)
     for row in report.rows:

@@ -1,0 +1,33 @@
+"""The devices that tests run on: the CPU, and a GPU where this build has kernels for it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lora_ext
+
+
+def _why_no_cuda() -> str | None:
+    if lora_ext.build_info()["cuda"] is None:
+        return "this build of lora_ext is for CPUs; make gpu-test builds for a GPU"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    return None
+
+
+NO_CUDA = _why_no_cuda()
+DEVICES = [pytest.param("cpu")]
+if NO_CUDA is None:
+    DEVICES.append(pytest.param("cuda", marks=pytest.mark.cuda))
+
+# For a test that is the same everywhere. One for a GPU alone is in test_cuda.py.
+each_device = pytest.mark.parametrize("device", DEVICES)
+
+
+def cuda_path(out_features: int, in_features: int, r: int, dtype: torch.dtype) -> str:
+    """What lora_linear runs on this GPU, as `explain` tells it."""
+    from lora_ext._extension import _C
+
+    major, minor = torch.cuda.get_device_capability()
+    return _C.explain_lora_linear_cuda(out_features, in_features, r, dtype, 10 * major + minor)[0]

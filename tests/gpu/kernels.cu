@@ -1,0 +1,218 @@
+// Runs every kernel of csrc/kernels, for compute-sanitizer, or one planted mistake that this has to
+// report:
+//
+//   kernels_on_gpu sm80 | sm90                               one family, results checked
+//   kernels_on_gpu memcheck | racecheck | initcheck | synccheck   the mistake for this tool
+//
+// `make gpu-sanitize` builds and runs it (tests/gpu/test_sanitizer.py).
+#include "problem.h"
+
+using namespace lora_ext;
+using namespace gpu_test;
+
+namespace {
+
+struct Size {
+  int M, K, N, r;
+};
+
+// y and h, then dx, dA and dB, of random matrices.
+template <class T, class TA>
+void run_lora_linear(const Size& size, double dropout_p, int capability) {
+  const auto [M, K, N, r] = size;
+  const auto count = [](int rows, int columns) { return size_t(rows) * size_t(columns); };
+  const auto x = random_values<T>(count(M, K), 1), weight = random_values<T>(count(N, K), 2);
+  const auto dy = random_values<T>(count(M, N), 3);
+  const auto lora_A = random_values<TA>(count(r, K), 4), lora_B = random_values<TA>(count(N, r), 5);
+  const auto bias = random_values<float>(size_t(N), 6);
+  const DropoutRng rng{1234567890123, 8};
+  const uint32_t threshold = dropout_threshold(dropout_p);
+  const float scaling = 0.25f, factor = 2.0f;
+
+  Memory memory;
+  const Dropout dropout{dropout_p > 0, threshold, static_cast<float>(dropout_scale(dropout_p)),
+                        memory.copy(std::vector<int64_t>{int64_t(rng.seed), int64_t(rng.offset)})};
+  const float* scaling_factor = memory.copy(std::vector<float>{factor});
+  const Matrix<T> x_on_gpu{memory.copy(x), M, K, K}, weight_on_gpu{memory.copy(weight), N, K, K};
+  const Matrix<T> dy_on_gpu{memory.copy(dy), M, N, N};
+  const TA *A_on_gpu = memory.copy(lora_A), *B_on_gpu = memory.copy(lora_B);
+  T *y = memory.fresh<T>(count(M, N)), *dx = memory.fresh<T>(count(M, K));
+  float* h = memory.fresh<float>(count(M, r));
+  TA *dA = memory.fresh<TA>(count(r, K)), *dB = memory.fresh<TA>(count(N, r));
+  run_forward(ForwardCall<T, TA>{x_on_gpu, weight_on_gpu, memory.copy(bias), A_on_gpu, B_on_gpu, r,
+                                 scaling, scaling_factor, dropout, y, h},
+              memory.allocator(), nullptr, capability);
+  // h is saved, or made again from x
+  run_backward(
+      BackwardCall<T, TA>{dy_on_gpu, x_on_gpu, weight_on_gpu, M % 2 ? h : nullptr, A_on_gpu,
+                          B_on_gpu, r, scaling, scaling_factor, dropout, dx, dA, dB},
+      memory.allocator(), nullptr, capability);
+  check(cudaDeviceSynchronize());
+
+  const Doubles X = widened(x), W = widened(weight), DY = widened(dy);
+  const Doubles A = widened(lora_A), B = widened(lora_B);
+  const double s = double(scaling) * factor;
+  Doubles keep(count(M, K), 1.0), dropped(X);
+  for (size_t i = 0; dropout.enabled && i < keep.size(); ++i) {
+    const bool kept = dropout_keep(rng, int64_t(i) / K, int64_t(i) % K, threshold);
+    keep[i] = kept ? dropout_scale(dropout_p) : 0.0;
+    dropped[i] *= keep[i];
+  }
+  const auto at = [](const Doubles& m, int columns) {
+    return [&m, columns](int i, int j) { return m[size_t(i) * columns + j]; };
+  };
+  const auto transposed = [](const Doubles& m, int columns) {
+    return [&m, columns](int i, int j) { return m[size_t(j) * columns + i]; };
+  };
+  Doubles want_h(count(M, r)), want_y(count(M, N)), dh(count(M, r)), want_dB(count(N, r));
+  Doubles want_dA(count(r, K)), want_dx(count(M, K));
+  add_product(want_h, M, r, K, 1.0, at(dropped, K), transposed(A, K));
+  for (size_t i = 0; i < want_y.size(); ++i) want_y[i] = bias[i % size_t(N)];
+  add_product(want_y, M, N, K, 1.0, at(X, K), transposed(W, K));
+  add_product(want_y, M, N, r, s, at(want_h, r), transposed(B, r));
+  add_product(dh, M, r, N, s, at(DY, N), at(B, r));
+  add_product(want_dB, N, r, M, s, transposed(DY, N), at(want_h, r));
+  add_product(want_dA, r, K, M, 1.0, transposed(dh, r), at(dropped, K));
+  add_product(want_dx, M, K, r, 1.0, at(dh, r), at(A, K));
+  for (size_t i = 0; i < want_dx.size(); ++i) want_dx[i] *= keep[i];
+  add_product(want_dx, M, K, N, 1.0, at(DY, N), at(W, K));
+
+  // h or dh rounded to 16 bits, and the result: of bf16 half a unit is 2^-9 at most. Sums in float.
+  const double bound = 2.0 / 512 + 0x1p-24 * std::sqrt(double(M + K + N));
+  expect_close("h", fetched(h, want_h.size()), want_h, bound);
+  expect_close("y", fetched(y, want_y.size()), want_y, bound);
+  expect_close("dB", fetched(dB, want_dB.size()), want_dB, bound);
+  expect_close("dA", fetched(dA, want_dA.size()), want_dA, bound);
+  expect_close("dx", fetched(dx, want_dx.size()), want_dx, bound);
+}
+
+template <class T, class TA>
+void run_merge() {
+  const int N = 65, K = 33, r = 5;
+  const auto weight = random_values<T>(size_t(N) * K, 1);
+  const auto lora_A = random_values<TA>(size_t(r) * K, 2), lora_B = random_values<TA>(N * r, 3);
+  Memory memory;
+  T* merged = memory.copy(weight);
+  int* finite = memory.copy(std::vector<int>{1});
+  const TA *A = memory.copy(lora_A), *B = memory.copy(lora_B);
+  for (const bool write : {false, true}) {
+    merge(MergeCall<T, TA>{merged, N, K, K, A, B, r, 0.5f, write, finite}, nullptr);
+  }
+  Doubles want = widened(weight);
+  const Doubles a = widened(lora_A), b = widened(lora_B);
+  add_product(
+      want, N, K, r, 0.5, [&](int i, int j) { return b[size_t(i) * r + j]; },
+      [&](int i, int j) { return a[size_t(i) * K + j]; });
+  expect_close("merge", fetched(merged, want.size()), want, 1.0 / 512);
+}
+
+void run_dropout() {
+  const int first_row = 5, rows = 37, columns = 300;
+  Memory memory;
+  int64_t* state = memory.fresh<int64_t>(2);
+  fill_rng_state({false, 42, 8, nullptr, nullptr, 0}, state, nullptr);
+  bool* mask = memory.fresh<bool>(rows * columns);
+  dropout_mask(state, dropout_threshold(0.3), first_row, rows, columns, mask, nullptr);
+  std::vector<char> got(rows * columns);
+  check(cudaMemcpy(got.data(), mask, got.size(), cudaMemcpyDeviceToHost));
+  for (int i = 0; i < rows * columns; ++i) {
+    if (bool(got[size_t(i)]) !=
+        dropout_keep({42, 8}, first_row + i / columns, i % columns, dropout_threshold(0.3))) {
+      throw std::runtime_error("dropout_mask: another decision than the host's");
+    }
+  }
+}
+
+// Of one base and one adapter type. The last sizes are for the larger tiles, which are chosen when
+// they fill the GPU, and for several tiles a block.
+template <class T, class TA>
+void run_types(int capability, int multiprocessors) {
+  const Size sizes[] = {{1, 64, 72, 1},    {37, 72, 136, 16},   {130, 200, 72, 40},
+                        {65, 131, 70, 17}, {70, 136, 264, 100}, {64, 64, 64, 256}};
+  for (const Size& size : sizes) {
+    for (const double dropout_p : {0.0, 0.5}) run_lora_linear<T, TA>(size, dropout_p, capability);
+  }
+  const int columns = multiprocessors > 12 ? multiprocessors / 12 : 1;
+  for (const int width : {128, 256, 384}) {
+    run_lora_linear<T, TA>({12 * 128, 64, width * columns, 16}, 0.5, capability);
+    run_lora_linear<T, TA>({12 * 128, width * columns, 64, 16}, 0.5, capability);
+  }
+}
+
+void run_all(int capability) {
+  int multiprocessors = 0;
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
+  run_types<Bf16, Bf16>(capability, multiprocessors);
+  run_types<Bf16, float>(capability, multiprocessors);
+  run_types<Fp16, Fp16>(capability, multiprocessors);
+  run_types<Fp16, float>(capability, multiprocessors);
+  run_merge<Bf16, Bf16>();
+  run_merge<Bf16, float>();
+  run_merge<Fp16, Fp16>();
+  run_merge<Fp16, float>();
+  run_merge<float, float>();
+  run_dropout();
+}
+
+// ---- Planted mistakes: one block of 64 threads, `out` has place for 63 --------------------------
+
+__global__ void planted_memcheck(const int*, int* out) {
+  out[threadIdx.x] = static_cast<int>(threadIdx.x);
+}
+
+__global__ void planted_racecheck(const int*, int* out) {
+  __shared__ int values[64];
+  values[threadIdx.x] = static_cast<int>(threadIdx.x);  // and no barrier before others read it
+  const int other = values[63 - threadIdx.x];
+  if (threadIdx.x < 63) out[threadIdx.x] = other;
+}
+
+__global__ void planted_initcheck(const int* unwritten, int* out) {
+  if (threadIdx.x < 63) out[threadIdx.x] = unwritten[threadIdx.x] + 1;
+}
+
+__global__ void planted_synccheck(const int*, int* out) {
+  __shared__ int values[64];
+  if (threadIdx.x < 40) {  // not by all threads of the second warp
+    values[threadIdx.x] = static_cast<int>(threadIdx.x);
+    __syncthreads();
+    out[threadIdx.x] = values[39 - threadIdx.x];
+  }
+}
+
+// What the sanitizer says decides, so what CUDA says afterwards does not matter.
+void run_planted(void (*kernel)(const int*, int*)) {
+  int *in = nullptr, *out = nullptr;
+  check(cudaMalloc(&in, 64 * sizeof(int)));
+  check(cudaMalloc(&out, 63 * sizeof(int)));
+  kernel<<<1, 64>>>(in, out);
+  check(cudaGetLastError());
+  std::printf("planted, then: %s\n", cudaGetErrorString(cudaDeviceSynchronize()));
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const std::string wish = count == 2 ? arguments[1] : "";
+  try {
+    if (wish == "sm80" || wish == "sm90") {
+      run_all(wish == "sm90" ? 90 : 80);
+      std::printf("all kernels of %s: right\n", wish.c_str());
+    } else if (wish == "memcheck") {
+      run_planted(planted_memcheck);
+    } else if (wish == "racecheck") {
+      run_planted(planted_racecheck);
+    } else if (wish == "initcheck") {
+      run_planted(planted_initcheck);
+    } else if (wish == "synccheck") {
+      run_planted(planted_synccheck);
+    } else {
+      std::fprintf(stderr, "expected sm80, sm90 or the name of a tool\n");
+      return 2;
+    }
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "kernels_on_gpu %s: %s\n", wish.c_str(), error.what());
+    return 1;
+  }
+  return 0;
+}

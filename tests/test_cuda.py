@@ -1,0 +1,202 @@
+"""What only a GPU has: streams, graphs, its own memory, and a CPU beside it to agree with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from devices import NO_CUDA, cuda_path
+from problems import NAMES, UNIT, Problem, make_problem, results, rms
+from torch import Tensor
+
+import lora_ext
+
+if NO_CUDA is not None:
+    pytest.skip(NO_CUDA, allow_module_level=True)
+pytestmark = pytest.mark.cuda
+BF16 = torch.bfloat16
+
+
+def assert_same(got: Tensor, want: Tensor) -> None:
+    """But for the order of sums, which is cuBLAS's choice and not the same in every call."""
+    bound = 2 * UNIT[got.dtype] + UNIT[torch.float32] * max(got.shape) ** 0.5
+    assert rms(got - want) <= bound * rms(want)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1, 0.37, 0.5, 1.0])
+@pytest.mark.parametrize("state", [(0, 0), (2**63 - 5, 4), (12345, 2**40 + 8)], ids=str)
+@pytest.mark.parametrize("columns", [1, 129, 300, 4096])
+def test_masks_are_the_cpus(columns: int, state: tuple[int, int], dropout_p: float) -> None:
+    on_cpu = torch.tensor(state)
+    expected = lora_ext.dropout_mask(on_cpu, 77, columns, dropout_p)
+    got = lora_ext.dropout_mask(on_cpu.cuda(), 77, columns, dropout_p)
+    assert torch.equal(got.cpu(), expected)
+
+
+@pytest.mark.parametrize("K", [264, 130])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16], ids=str)
+def test_every_product_drops_what_the_cpu_drops(dtype: torch.dtype, K: int) -> None:
+    """With ones and identities the mask can be read off y, dA and dx."""
+    place = {"dtype": dtype, "device": "cuda"}
+    state = torch.tensor([12345678901, 44])
+    keep = lora_ext.dropout_mask(state, 64, K, 0.5).cuda()
+    options = {"dropout_p": 0.5, "rng_state": state.cuda()}
+    x = torch.ones(64, K, **place, requires_grad=True)
+
+    zero, identity = torch.zeros(64, K, **place), torch.eye(64, **place)
+    for first in range(0, K, 64):  # lora_A picks columns
+        lora_A = torch.eye(K, **place)[first : first + 64]
+        r = len(lora_A)
+        y = lora_ext.lora_linear(x, zero[:r], None, lora_A, identity[:r, :r], **options)
+        assert torch.equal(y, 2 * keep[:, first : first + 64].to(dtype))
+
+    lora_A = torch.ones(64, K, **place, requires_grad=True)
+    y = lora_ext.lora_linear(x, zero, None, lora_A, identity, **options)
+    dx, dA = torch.autograd.grad(y, [x, lora_A], identity)
+    assert torch.equal(dA, 2 * keep.to(dtype))
+    assert torch.equal(dx, 2 * keep.to(dtype))
+
+
+def capture(call: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    warm_up = torch.cuda.Stream()
+    warm_up.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm_up):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(warm_up)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = call()
+    return graph, outputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("n", [130, 136])
+def test_graphs_draw_as_eager_calls_do(n: int, dtype: torch.dtype) -> None:
+    """Forward and backward of two layers whose results are exact in any order of sums."""
+    eye = torch.eye(n, dtype=dtype, device="cuda")
+    x = torch.ones(50, n, dtype=dtype, device="cuda", requires_grad=True)
+    zero, dy = torch.zeros_like(eye), torch.ones_like(x)
+
+    def step() -> list[Tensor]:
+        y = lora_ext.lora_linear(x, zero, None, eye, eye, dropout_p=0.5)
+        y = lora_ext.lora_linear(y, zero, None, eye, eye, dropout_p=0.5)
+        return [y.detach(), *torch.autograd.grad(y, [x], dy)]
+
+    graph, outputs = capture(step)
+    torch.manual_seed(11)
+    replayed = []
+    for _ in range(3):
+        graph.replay()
+        replayed.append([t.clone() for t in outputs])
+    torch.manual_seed(11)
+    for got in replayed:
+        for name, one, other in zip(("y", "dx"), got, step(), strict=True):
+            assert torch.equal(one, other), name
+    assert not torch.equal(replayed[0][0], replayed[1][0])
+    assert torch.equal(replayed[0][0], replayed[0][1])  # the mask of forward is that of backward
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_a_graph_follows_its_inputs_and_its_scaling(dropout_p: float) -> None:
+    p = make_problem((65,), 136, 72, 16, dtype=BF16, dropout_p=dropout_p, device="cuda")
+    scaling = torch.tensor(1.0, device="cuda")
+    operands = list(p.operands)
+
+    def step() -> list[Tensor]:
+        y = lora_ext.lora_linear(
+            *p.operands, scaling=scaling, dropout_p=dropout_p, rng_state=p.rng_state
+        )
+        return list(results(y, operands, p.dy).values())
+
+    graph, outputs = capture(step)
+    for value in (0.5, -3.0):
+        scaling.fill_(value)
+        with torch.no_grad():
+            p.x.add_(1.0)
+        graph.replay()
+        for got, want in zip(outputs, step(), strict=True):
+            assert_same(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_work_goes_to_the_current_stream(dtype: torch.dtype) -> None:
+    """On a stream that is busy for long before x is there: a kernel elsewhere would read NaN."""
+    p = make_problem((65,), 136, 72, 16, dtype=dtype, dropout_p=0.1, device="cuda")
+    operands = list(p.operands)
+    wanted = results(p.fused(), operands, p.dy)
+    late = torch.full_like(p.x, torch.nan).requires_grad_()
+    values = p.x.detach().clone()
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        late.data.copy_(values)
+        operands[0] = late
+        found = results(p.fused(*operands), operands, p.dy)
+        merged = p.weight.detach().clone()
+        torch.ops.lora_ext.merge_(merged, p.lora_A.detach(), p.lora_B.detach(), 1.0)
+    stream.synchronize()
+    for name, got in found.items():
+        assert_same(got, wanted[name])
+    assert merged.isfinite().all() and not torch.equal(merged, p.weight)
+
+
+def peak_of(call: Callable[[], list[Tensor]]) -> int:
+    """Bytes that a call allocates at its peak, besides what it returns."""
+    call()  # workspaces of cuBLAS stay
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    outputs = call()
+    torch.cuda.synchronize()
+    returned = sum(t.nbytes for t in outputs)
+    return torch.cuda.max_memory_allocated() - before - returned
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_no_temporary_of_the_size_of_x_or_y(dropout_p: float) -> None:
+    M, K, N, r = 16384, 2048, 2048, 16
+    if dropout_p > 0 and cuda_path(N, K, r, BF16) == "cuda cublas":
+        pytest.skip("the cublas path drops out a copy of x")
+    p = make_problem((M,), K, N, r, dtype=BF16, bias=False, dropout_p=dropout_p, device="cuda")
+    p.mask = None
+    p.weight.requires_grad_(False)
+    half = p.x.nbytes // 2
+    with torch.no_grad():
+        assert peak_of(lambda: [p.fused()]) < half
+    y = p.fused()
+    leaves = [p.x, p.lora_A, p.lora_B]
+    backward = peak_of(lambda: list(torch.autograd.grad(y, leaves, p.dy, retain_graph=True)))
+    assert backward < half
+
+
+@pytest.mark.parametrize("moved", [*NAMES[1:], "rng_state", "x"])
+def test_tensors_on_different_devices_are_refused(moved: str) -> None:
+    p: Problem = make_problem((5,), dtype=BF16, dropout_p=0.1, lora_bias=True, device="cuda")
+    setattr(p, moved, getattr(p, moved).detach().cpu())
+    message = "got device cuda:0, expected cpu" if moved == "x" else "got device cpu, expected cuda"
+    with pytest.raises(RuntimeError, match=rf"lora_linear: \w+: {message}"):
+        p.fused()
+
+
+def test_merging_across_devices_is_refused() -> None:
+    p = make_problem((5,), device="cuda")
+    weight = p.weight.detach()
+    before = weight.clone()
+    with pytest.raises(RuntimeError, match="merge_: lora_A: got device cpu, expected cuda"):
+        torch.ops.lora_ext.merge_(weight, p.lora_A.detach().cpu(), p.lora_B.detach(), 1.0)
+    assert torch.equal(weight, before)
+
+
+def test_a_layer_moves_between_devices() -> None:
+    torch.manual_seed(0)
+    layer = lora_ext.nn.Linear(72, 40, r=8, lora_alpha=16, init_lora_weights=False)
+    x = torch.randn(9, 72)
+    on_cpu = layer(x)
+    on_gpu = layer.cuda()(x.cuda())
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu)
+    layer.merge()
+    layer.cpu().unmerge()
+    assert torch.equal(layer(x), on_cpu)
