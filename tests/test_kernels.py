@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from emulated import COMPLETIONS, TYPES, EmulatedKernels
+from emulated import COMPLETIONS, TYPES, EmulatedKernels, Launch
 from problems import NAMES, Problem, gradients, make_problem, rms
 from torch import Tensor
 
@@ -68,6 +68,14 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernels:
     return EmulatedKernels.build(tmp_path_factory.mktemp("kernels"))
 
 
+def check_instructions(launches: list[Launch], tma: list[bool]) -> None:
+    """Which of the launches that copy and multiply do it by TMA and wgmma, and nothing else."""
+    busy = [launch for launch in launches if launch != (0, 0, 0, 0)]
+    for launch, wanted in zip(busy, tma, strict=True):
+        assert (launch.tma_bytes > 0, launch.wgmma > 0) == (wanted, wanted)
+        assert (launch.copied_bytes + launch.mma == 0) == wanted
+
+
 def check(
     kernels: EmulatedKernels,
     size: tuple[int, int, int, int],
@@ -96,9 +104,12 @@ def check(
     forward = kernels.take_launches()
     dx, dA, dB = kernels.backward(p.dy, x, h if M % 2 else None, weight, A, B, **options)
     backward = kernels.take_launches()
-    # TMA reads x and weight, or dy and weight, where their rows begin at multiples of 16 bytes.
-    assert (forward[-1].wgmma > 0) == (family == "sm90" and K % 8 == N % 8 == 0)
-    assert (backward[-1].wgmma > 0) == (family == "sm90" and K % 8 == N % 8 == 0)
+    # TMA reads x, dy and weight where their rows begin at multiples of 16 bytes.
+    x_tma, dy_tma = family == "sm90" and K % 8 == 0, family == "sm90" and N % 8 == 0
+    groups, product = -(-r // 64), [x_tma and dy_tma]
+    passes = [dy_tma] * groups + [x_tma] * groups
+    check_instructions(forward, [x_tma] * groups + product)
+    check_instructions(backward, [x_tma] * groups * (M % 2 == 0) + passes + product)
     want, sizes = exact_results(p), expected_sizes(p)
     for name, got in (("y", y), ("x", dx), ("lora_A", dA), ("lora_B", dB)):
         # h and dh are rounded for the base product's sums, and the result once. The gradient of a
@@ -249,6 +260,38 @@ def test_sm90_traffic_and_operations(
     assert product.tma_bytes == tiles * (steps(N, 64) + steps(r, 64)) * 2 * 64 * (128 + width)
     assert product.wgmma == tiles * 2 * (steps(N, 16) + steps(r, 16))
     assert (product.copied_bytes, product.mma) == (0, 0)
+
+
+@pytest.mark.parametrize(("r", "width"), [(8, 16), (24, 32), (64, 64)])
+@pytest.mark.parametrize(("M", "N", "K"), [(200, 136, 272), (37, 1000, 520)])
+def test_sm90_low_rank_traffic(
+    kernels: EmulatedKernels, M: int, N: int, K: int, r: int, width: int
+) -> None:
+    """TMA brings each tile of x or dy once, with one of A or B; and h or dh, with what rounding
+    them left, once for each block of columns."""
+    p = make_problem((M,), K, N, r, dtype=torch.bfloat16, bias=False)
+    x, weight, _, A, B, _ = (t if t is None else t.detach() for t in p.operands)
+    kernels.family("sm90")
+    kernels.multiprocessors(4)
+    kernels.take_launches()
+    _, h = kernels.forward(x, weight, None, A, B)
+    down, *_ = kernels.take_launches()
+    kernels.backward(p.dy, x, h, weight, A, B)
+    _pack, up_grad, _reduce, _finish, down_grad, *_ = kernels.take_launches()
+
+    tile, operand = 2 * 128 * 128, 2 * 128 * width  # bytes
+    rows, x_columns, dy_columns = (-(-size // 128) for size in (M, K, N))
+    steps = 2 * 8  # of wgmma, for a tile and an operand: two warpgroups, 16 of 128 each
+    assert down.tma_bytes == rows * x_columns * (tile + operand)
+    assert down.wgmma == rows * x_columns * steps
+    for launch, columns, fixed in (
+        (up_grad, dy_columns, rows * dy_columns * (tile + operand)),
+        (down_grad, x_columns, rows * x_columns * tile),
+    ):
+        column_blocks, rest = divmod(launch.tma_bytes - fixed, rows * 2 * operand)
+        assert rest == 0 and -(-columns // 4) <= column_blocks <= columns
+    assert up_grad.wgmma == 3 * rows * dy_columns * steps
+    assert down_grad.wgmma == 2 * rows * x_columns * steps
 
 
 @pytest.mark.parametrize("family", SIZES)
