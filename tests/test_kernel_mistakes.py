@@ -147,11 +147,11 @@ PRODUCTS = {
         ),
         "low rank: a slot released while it is read": (
             "low_rank_sm90.h",
-            "arch::wgmma_wait<0>();\n          release(stages.empty(at.slot));",
-            "release(stages.empty(at.slot));\n          arch::wgmma_wait<0>();",
+            "arch::wgmma_wait<0>();\n          release(empty);",
+            "release(empty);\n          arch::wgmma_wait<0>();",
         ),
         "low rank: a slot that is not released": (
-            "low_rank_sm90.h", "release(stages.empty(at.slot));", "",
+            "low_rank_sm90.h", "release(empty);", "",
         ),
         "low rank: a slot of R that is not released": (
             "low_rank_sm90.h", "release(Rs.empty(at_R.slot));", "",
@@ -191,6 +191,13 @@ PRODUCTS = {
         ),
         "low rank: a mask of the wrong columns": (
             "low_rank_sm90.h", "+ number * 64, column_tile, thread", "+ number * 64, 0, thread",
+        ),
+        "low rank: a mask for the tile before": (
+            "low_rank_sm90.h", "row_ends ? walk.first_column : tile + 1);", "tile);",
+        ),
+        "low rank: a mask for a tile beyond the last": (
+            "low_rank_sm90.h", "params.dropout && !(row_ends && row_tile + 1 == walk.last_row);",
+            "params.dropout;",
         ),
         "low rank: a mask that is not swizzled": (
             "low_rank_tile_sm90.h",

@@ -107,9 +107,10 @@ def check(
     # TMA reads x, dy and weight where their rows begin at multiples of 16 bytes.
     x_tma, dy_tma = family == "sm90" and K % 8 == 0, family == "sm90" and N % 8 == 0
     groups, product = -(-r // 64), [x_tma and dy_tma]
+    down = [x_tma] * -(-r // (128 if x_tma else 64))  # h; computed anew if it is not given
     passes = [dy_tma] * groups + [x_tma] * groups
-    check_instructions(forward, [x_tma] * groups + product)
-    check_instructions(backward, [x_tma] * groups * (M % 2 == 0) + passes + product)
+    check_instructions(forward, down + product)
+    check_instructions(backward, down * (M % 2 == 0) + passes + product)
     want, sizes = exact_results(p), expected_sizes(p)
     for name, got in (("y", y), ("x", dx), ("lora_A", dA), ("lora_B", dB)):
         # h and dh are rounded for the base product's sums, and the result once. The gradient of a
