@@ -127,6 +127,14 @@ def exact_results(p: Problem) -> dict[str, Tensor]:
     return results(p.plain(*operands), operands, p.dy.double())
 
 
+def plain_results(p: Problem) -> dict[str, Tensor]:
+    """The same by plain PyTorch in the problem's own dtypes."""
+    y = p.plain()
+    names = [name for name, tensor in zip(NAMES, p.operands, strict=True) if tensor is not None]
+    grads = gradients(y, list(p.operands), p.dy)
+    return {"y": y.detach(), **dict(zip(names, grads, strict=True))}
+
+
 def expected_sizes(p: Problem) -> dict[str, float]:
     """RMS of each result if the signs of its terms were random: the same sums of squares."""
     squares = copy.copy(p)

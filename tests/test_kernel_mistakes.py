@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from emulated import ROOT, compile_source
 
-# The product's kernels are checked by a program of tests/simt:
+# The product's kernels and the low-rank passes of sm_90a are checked by programs of tests/simt:
 # program → what is planted → (file, what stands there, what is put in its place)
 PRODUCTS = {
     "test_gemm_sm80": {
@@ -125,6 +125,126 @@ PRODUCTS = {
         "sm90: tiles left out": (
             "gemm_sm90.h", "index / (kBand * columns) * kBand", "0",
         ),
+        "sm90: no wait for the kernel before": (
+            "gemm_sm90.h", "arch::wait_for_previous_kernel();", "",
+        ),
+    },
+    "test_low_rank_sm90": {
+        "low rank: no wait for a full slot": (
+            "low_rank_sm90.h", "arch::mbarrier_wait(stages.full(at.slot), at.parity);", "",
+        ),
+        "low rank: no wait for an empty slot": (
+            "low_rank_sm90.h", "arch::mbarrier_wait(stages.empty(at.slot), at.parity ^ 1);", "",
+        ),
+        "low rank: no wait for a full slot of R": (
+            "low_rank_sm90.h", "arch::mbarrier_wait(Rs.full(at_R.slot), at_R.parity);", "",
+        ),
+        "low rank: no wait for an empty slot of R": (
+            "low_rank_sm90.h", "arch::mbarrier_wait(Rs.empty(at_R.slot), at_R.parity ^ 1);", "",
+        ),
+        "low rank: turns that are not counted": (
+            "low_rank_sm90.h", "slot = 0, parity ^= 1;", "slot = 0;",
+        ),
+        "low rank: a slot released while it is read": (
+            "low_rank_sm90.h",
+            "arch::wgmma_wait<0>();\n          release(empty);",
+            "release(empty);\n          arch::wgmma_wait<0>();",
+        ),
+        "low rank: a slot that is not released": (
+            "low_rank_sm90.h", "release(empty);", "",
+        ),
+        "low rank: a slot of R that is not released": (
+            "low_rank_sm90.h", "release(Rs.empty(at_R.slot));", "",
+        ),
+        "low rank: a slot released by too few warps": (
+            "low_rank_sm90.h", "stages.initialise(Shape::kMultipliers * kWarpgroup / 32);",
+            "stages.initialise(1);",
+        ),
+        "low rank: no wait for the products": (
+            "low_rank_sm90.h", "arch::wgmma_wait<0>();", "",
+        ),
+        "low rank: no fence before wgmma": (
+            "low_rank_tile_sm90.h", "arch::wgmma_fence();", "",
+        ),
+        "low rank: too few bytes expected": (
+            "low_rank_sm90.h", "static_cast<uint32_t>(bytes)", "static_cast<uint32_t>(bytes - 128)",
+        ),
+        "low rank: no fence after the barriers are made": (
+            "low_rank_sm90.h", "arch::fence_mbarrier_init();", "",
+        ),
+        "low rank: no barrier after the barriers are made": (
+            "low_rank_sm90.h", "__syncthreads();", "",
+        ),
+        "low rank: no fence after dropout": (
+            "low_rank_sm90.h", "arch::fence_proxy_async();", "",
+        ),
+        "low rank: a fence after dropout by one thread": (
+            "low_rank_sm90.h", "arch::fence_proxy_async();",
+            "if (thread == 0) arch::fence_proxy_async();",
+        ),
+        "low rank: no barrier after dropout, of Q": (
+            "low_rank_sm90.h", "arch::barrier_sync(1, Shape::kMultipliers * kWarpgroup);", "",
+        ),
+        "low rank: a mask of the wrong rows": (
+            "low_rank_sm90.h", "int64_t{row_tile} * Shape::kRows + number * 64, column_tile",
+            "number * 64, column_tile",
+        ),
+        "low rank: a mask of the wrong columns": (
+            "low_rank_sm90.h", "+ number * 64, column_tile, thread", "+ number * 64, 0, thread",
+        ),
+        "low rank: a mask for the tile before": (
+            "low_rank_sm90.h", "row_ends ? walk.first_column : tile + 1);", "tile);",
+        ),
+        "low rank: a mask for a tile beyond the last": (
+            "low_rank_sm90.h", "params.dropout && !(row_ends && row_tile + 1 == walk.last_row);",
+            "params.dropout;",
+        ),
+        "low rank: a mask that is not swizzled": (
+            "low_rank_tile_sm90.h",
+            "arch::swizzled(static_cast<uint32_t>(own_row * kRowBytes + chunk * 16), "
+            "Swizzle::k128)",
+            "static_cast<uint32_t>(own_row * kRowBytes + chunk * 16)",
+        ),
+        "low rank: the last columns left out": (
+            "low_rank_sm90.h", "(size + step - 1) / step", "size / step",
+        ),
+        "low rank: one tile too many": (
+            "low_rank_sm90.h", "return wanted < all ? wanted : all;", "return wanted;",
+        ),
+        "low rank: stores below the last row": (
+            "low_rank_tile_sm90.h", "if (row + half * 8 >= rows) continue;", "",
+        ),
+        "low rank: stores right of the last column": (
+            "low_rank_tile_sm90.h", "if (column < rank) *", "*",
+        ),
+        "low rank: stores right of the last column, one by one": (
+            "low_rank_tile_sm90.h", "if (column + 1 < rank)", "",
+        ),
+        "low rank: P that begins with that of the last rows": (
+            "low_rank_sm90.h", "multiply_p(p, stage, tile == walk.first_column);",
+            "multiply_p(p, stage, row_tile == walk.first_row && tile == walk.first_column);",
+        ),
+        "low rank: Q that begins anew with each tile of rows": (
+            "low_rank_sm90.h", "row_tile == walk.first_row);", "true);",
+        ),
+        "low rank: a remainder that is left out": (
+            "low_rank_sm90.h", "term < params.R_terms; ++term) {\n        Tile",
+            "term < 1; ++term) {\n        Tile",
+        ),
+        "low rank: both warpgroups multiply the same rows": (
+            "low_rank_sm90.h", "Tile::multiply_p(p, stage + static_cast<uint32_t>(number *",
+            "Tile::multiply_p(p, stage + static_cast<uint32_t>(0 *",
+        ),
+        "low rank: blocks that write the same part": (
+            "low_rank_sm90.h", "int64_t{blockIdx.y} * params.Q_part", "0",
+        ),
+        "low rank: no wait for the kernel before": (
+            "low_rank_sm90.h", "arch::wait_for_previous_kernel();", "",
+        ),
+        "low rank: a thread that does not wait for the kernel before": (
+            "low_rank_sm90.h", "arch::wait_for_previous_kernel();",
+            "if (thread >= kWarpgroup) arch::wait_for_previous_kernel();",
+        ),
     },
 }  # fmt: skip
 
@@ -153,6 +273,9 @@ LAUNCHES = {
     "down_grad: a mask of the wrong columns": (
         "lora_down_grad_sm80.h", "params.threshold, m + k, blockIdx.x, warp * kSlots, lane",
         "params.threshold, m + k, blockIdx.x, 0, lane",
+    ),
+    "no wait for the kernel before": (
+        "elementwise.h", "arch::wait_for_previous_kernel();", "",
     ),
     "a factor of the scaling that is not read": (
         "family.h", "factor ? value * *factor : value", "value",

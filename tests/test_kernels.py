@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import pytest
 import torch
-from emulated import COMPLETIONS, TYPES, EmulatedKernels
-from problems import exact_results, expected_sizes, kernel_bound, make_problem, rms
+from emulated import COMPLETIONS, TYPES, EmulatedKernels, Launch
+from problems import exact_results, expected_sizes, kernel_bound, make_problem, plain_results, rms
 
 import lora_ext
 
@@ -33,6 +34,9 @@ SIZES = {
         (37, 257, 72, 17),  # left to sm_80
     ],
 }
+if os.environ.get("LORA_EXT_ALL_SIZES"):  # hours of one core, for a change of the kernels
+    EVERY = (1, 37, 200), (64, 72, 136, 257, 512), (64, 72, 136, 257, 512), (1, 8, 16, 17, 64)
+    SIZES = {family: list(itertools.product(*EVERY)) for family in SIZES}
 VALUES = {"sm80": (64, 72, 136, 257, 512), "sm90": (64, 72, 136, 512)}
 PAIRS = [
     (family, ((1, 37, 200)[(i + 2 * j) % 3], K, N, (1, 8, 16, 17, 64)[(i + j) % 5]))
@@ -44,6 +48,14 @@ PAIRS = [
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernels:
     return EmulatedKernels.build(tmp_path_factory.mktemp("kernels"))
+
+
+def check_instructions(launches: list[Launch], tma: list[bool]) -> None:
+    """Which of the launches that copy and multiply do it by TMA and wgmma, and nothing else."""
+    busy = [launch for launch in launches if launch != (0, 0, 0, 0)]
+    for launch, wanted in zip(busy, tma, strict=True):
+        assert (launch.tma_bytes > 0, launch.wgmma > 0) == (wanted, wanted)
+        assert (launch.copied_bytes + launch.mma == 0) == wanted
 
 
 def check(
@@ -78,13 +90,23 @@ def check(
     forward = kernels.take_launches()
     dx, dA, dB = kernels.backward(p.dy, x, h if M % 2 else None, weight, A, B, **options)
     backward = kernels.take_launches()
-    # TMA reads x and weight, or dy and weight, where their rows begin at multiples of 16 bytes.
-    assert (forward[-1].wgmma > 0) == (family == "sm90" and K % 8 == N % 8 == 0)
-    assert (backward[-1].wgmma > 0) == (family == "sm90" and K % 8 == N % 8 == 0)
-    want, sizes = exact_results(p), expected_sizes(p)
+    # TMA reads x, dy and weight where their rows begin at multiples of 16 bytes.
+    x_tma, dy_tma = family == "sm90" and K % 8 == 0, family == "sm90" and N % 8 == 0
+    groups, product = -(-r // 64), [x_tma and dy_tma]
+    down = [x_tma] * -(-r // (128 if x_tma else 64))  # h; computed anew if it is not given
+    passes = [dy_tma] * groups + [x_tma] * groups
+    check_instructions(forward, down + product)
+    check_instructions(backward, down * (M % 2 == 0) + passes + product)
+    want, sizes, plain = exact_results(p), expected_sizes(p), plain_results(p)
     for name, got in (("y", y), ("x", dx), ("lora_A", dA), ("lora_B", dB)):
         bound = kernel_bound(p, got.dtype)
-        assert rms(got.double() - want[name]) <= bound * sizes[name], name
+        error = rms(got.double() - want[name])
+        assert error <= bound * sizes[name], name
+        if base and got.dtype == x.dtype:
+            # Of plain PyTorch on the CPU. The RMS of n roundings tells their size to 1 / sqrt(2 n),
+            # four times of which both may be off.
+            noise = 1 + 8 / (2 * got.numel()) ** 0.5
+            assert error <= noise * rms(plain[name].double() - want[name]), name
 
 
 SCHEDULES = list(itertools.product(COMPLETIONS, range(4)))
@@ -235,6 +257,38 @@ def test_sm90_traffic_and_operations(
     assert product.tma_bytes == tiles * (steps(N, 64) + steps(r, 64)) * 2 * 64 * (128 + width)
     assert product.wgmma == tiles * 2 * (steps(N, 16) + steps(r, 16))
     assert (product.copied_bytes, product.mma) == (0, 0)
+
+
+@pytest.mark.parametrize(("r", "width"), [(8, 16), (24, 32), (64, 64)])
+@pytest.mark.parametrize(("M", "N", "K"), [(200, 136, 272), (37, 1000, 520)])
+def test_sm90_low_rank_traffic(
+    kernels: EmulatedKernels, M: int, N: int, K: int, r: int, width: int
+) -> None:
+    """TMA brings each tile of x or dy once, with one of A or B; and h or dh, with what rounding
+    them left, once for each block of columns."""
+    p = make_problem((M,), K, N, r, dtype=torch.bfloat16, bias=False)
+    x, weight, _, A, B, _ = (t if t is None else t.detach() for t in p.operands)
+    kernels.family("sm90")
+    kernels.multiprocessors(4)
+    kernels.take_launches()
+    _, h = kernels.forward(x, weight, None, A, B)
+    down, *_ = kernels.take_launches()
+    kernels.backward(p.dy, x, h, weight, A, B)
+    _pack, up_grad, _reduce, _finish, down_grad, *_ = kernels.take_launches()
+
+    tile, operand = 2 * 128 * 128, 2 * 128 * width  # bytes
+    rows, x_columns, dy_columns = (-(-size // 128) for size in (M, K, N))
+    steps = 2 * 8  # of wgmma, for a tile and an operand: two warpgroups, 16 of 128 each
+    assert down.tma_bytes == rows * x_columns * (tile + operand)
+    assert down.wgmma == rows * x_columns * steps
+    for launch, columns, fixed in (
+        (up_grad, dy_columns, rows * dy_columns * (tile + operand)),
+        (down_grad, x_columns, rows * x_columns * tile),
+    ):
+        column_blocks, rest = divmod(launch.tma_bytes - fixed, rows * 2 * operand)
+        assert rest == 0 and -(-columns // 4) <= column_blocks <= columns
+    assert up_grad.wgmma == 3 * rows * dy_columns * steps
+    assert down_grad.wgmma == 2 * rows * x_columns * steps
 
 
 @pytest.mark.parametrize("family", SIZES)

@@ -12,7 +12,10 @@ import pytest
 from emulated import ROOT, compile_source
 
 SIMT = ROOT / "tests" / "simt"
-PROGRAMS = ("test_primitives", "test_mistakes", "test_gemm_sm80", "test_sm90", "test_gemm_sm90")
+PROGRAMS = (
+    "test_primitives", "test_mistakes", "test_gemm_sm80", "test_sm90", "test_gemm_sm90",
+    "test_low_rank_sm90",
+)  # fmt: skip
 BUILDS = {
     "plain": ("-O2",),
     "sanitized": ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),

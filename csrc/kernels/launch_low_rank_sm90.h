@@ -134,12 +134,16 @@ struct LowRankParts {
   Parts P, Q;
 };
 
+// By groups of ranks: of wider ones the tiles of R and the sums of Q would not fit.
+template <bool kQ>
+constexpr int kMostRank = kQ ? 64 : 128;
+
 template <class T, bool kQ, Major kMajorL>
 LowRankParts launch_low_rank(const LowRankPass<T>& pass, const Allocator& scratch, Stream stream) {
   using Any = LowRankShape<16, kQ, kMajorL>;
   const int64_t M = pass.X.rows, C = pass.X.columns, r = pass.r;
   const int L_terms = terms_of(pass.L), R_terms = terms_of(pass.R);
-  const int64_t rank = smaller(round_up(r, 16), 64);  // of a group
+  const int64_t rank = smaller(round_up(r, 16), kMostRank<kQ>);
   const int64_t P_bytes = L_terms ? Any::kRows * rank * 4 : 0;
   const int64_t Q_bytes = R_terms ? Any::kColumns * rank * 4 : 0;
   const LowRankSize size{.row_tiles = ceil_div(M, Any::kRows),
@@ -151,7 +155,7 @@ LowRankParts launch_low_rank(const LowRankPass<T>& pass, const Allocator& scratc
   const LowRankCut cut = choose_cut<Any::kMostColumnTiles>(size, arch::multiprocessors());
   float* const P = L_terms ? scratch.get<float>(cut.column_blocks * M * r) : nullptr;
   float* const Q = R_terms ? scratch.get<float>(cut.row_blocks * C * r) : nullptr;
-  for_each_group(r, [&](int64_t first, int64_t count, auto width) {
+  for_each_group<kMostRank<kQ>>(r, [&](int64_t first, int64_t count, auto width) {
     using Shape = LowRankShape<decltype(width)::value, kQ, kMajorL>;
     LowRankPass<T> group = pass;
     if (L_terms) {

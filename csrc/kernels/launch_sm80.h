@@ -18,7 +18,7 @@ Parts down(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout, const 
   const int64_t r = A.value.rows;
   const int splits = static_cast<int>(larger(1, smaller(steps, wanted_blocks() / row_blocks)));
   float* const parts = scratch.get<float>(splits * x.rows * r);
-  for_each_group(r, [&](int64_t first, int64_t count, auto width) {
+  for_each_group<64>(r, [&](int64_t first, int64_t count, auto width) {
     constexpr int kColumns = decltype(width)::value;
     using Shape = DownShape<kColumns>;
     const DownParams<T> params{.x = x,
@@ -49,7 +49,7 @@ UpGradParts up_grad(const UpGrad<T>& call, const Allocator& scratch, Stream stre
   const int64_t row_blocks = ceil_div(M, rows_per_block);
   float* const dh = call.wants_dh ? scratch.get<float>(column_blocks * M * r) : nullptr;
   float* const dB = wants_dB ? scratch.get<float>(row_blocks * N * r) : nullptr;
-  for_each_group(r, [&](int64_t first, int64_t count, auto width) {
+  for_each_group<64>(r, [&](int64_t first, int64_t count, auto width) {
     constexpr int kRank = decltype(width)::value;
     const UpGradParams<T> params{.dy = call.dy,
                                  .B = call.B.columns(first, count),
@@ -77,7 +77,7 @@ Parts down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
   const int64_t rows_per_block = round_up(ceil_div(M, wanted), 64);
   const int64_t row_blocks = ceil_div(M, rows_per_block);
   float* const parts = scratch.get<float>(row_blocks * r * K);
-  for_each_group(r, [&](int64_t first, int64_t count, auto width) {
+  for_each_group<64>(r, [&](int64_t first, int64_t count, auto width) {
     constexpr int kRank = decltype(width)::value;
     const DownGradParams<T> params{.x = x,
                                    .dh = dh.columns(first, count),

@@ -198,17 +198,23 @@ struct LowRank {
       }
     }
 
+    // Waits for the tile in this slot, and drops what dropout drops of it.
+    LORA_EXT_DEVICE void prepare(SlotPosition at, int row_tile, int column_tile) const {
+      arch::mbarrier_wait(stages.full(at.slot), at.parity);
+      if (params.dropout) drop(stages.data(at.slot), row_tile, column_tile);
+    }
+
     LORA_EXT_DEVICE void run(const Walk& walk) const {
       constexpr int kQTiles = Shape::kQ ? Shape::kMostColumnTiles : 1;
       typename Tile::Sums p, q[kQTiles];
       SlotPosition at, at_R;
+      bool prepared = false;
       for (int row_tile = walk.first_row; row_tile < walk.last_row; ++row_tile) {
         if (Shape::kQ && params.R_terms > 0) {
           arch::mbarrier_wait(Rs.full(at_R.slot), at_R.parity);
         }
         for (int tile = walk.first_column; tile < walk.last_column; ++tile) {
-          arch::mbarrier_wait(stages.full(at.slot), at.parity);
-          if (params.dropout) drop(stages.data(at.slot), row_tile, tile);
+          if (!prepared) prepare(at, row_tile, tile);
           const uint32_t stage = arch::shared_address(stages.data(at.slot));
           multiply_p(p, stage, tile == walk.first_column);
           if constexpr (Shape::kQ) {
@@ -217,9 +223,14 @@ struct LowRank {
               multiply_q(sums, stage, r, row_tile == walk.first_row);
             });
           }
-          arch::wgmma_wait<0>();
-          release(stages.empty(at.slot));
+          const uint32_t empty = stages.empty(at.slot);
           at.advance(stages.count);
+          // Dropout takes as long as a tile takes to arrive: the next one's while products run.
+          const bool row_ends = tile + 1 == walk.last_column;
+          prepared = params.dropout && !(row_ends && row_tile + 1 == walk.last_row);
+          if (prepared) prepare(at, row_tile + row_ends, row_ends ? walk.first_column : tile + 1);
+          arch::wgmma_wait<0>();
+          release(empty);
         }
         if (Shape::kQ && params.R_terms > 0) {
           release(Rs.empty(at_R.slot));

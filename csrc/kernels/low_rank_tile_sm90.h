@@ -51,7 +51,7 @@ struct LowRankShape {
   // Rows of R, and of L where they are the columns of X, are as long as a span of their swizzle.
   static constexpr Swizzle kSwizzle =
       kN == 16 ? Swizzle::k32 : (kN == 32 ? Swizzle::k64 : Swizzle::k128);
-  static_assert(arch::swizzle_bytes(kSwizzle) == kN * 2, "ranks of 16, 32 or 64");
+  static_assert((!kQ && kMajorL == Major::kK) || arch::swizzle_bytes(kSwizzle) == kN * 2);
   static_assert(kColumns == kDropoutBlock, "one Philox call is used up within a tile");
   static_assert(kLBytes % 1024 == 0, "swizzled tiles begin at multiples of 1024 bytes");
 };

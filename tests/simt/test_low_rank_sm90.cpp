@@ -110,12 +110,14 @@ double sum_of(const Parts& parts, int64_t elements, int64_t i) {
   return sum;
 }
 
-// What TMA brings and the tensor cores do: each tile of X once for each 64 of the rank.
-void check_counts(const Sizes& size, int L_terms, int R_terms, int64_t column_blocks) {
+// What TMA brings and the tensor cores do: each tile of X once for each group of ranks.
+void check_counts(const Sizes& size, int L_terms, int R_terms, int64_t column_blocks,
+                  int64_t group = 64) {
   const auto tiles = [](int64_t length) { return (length + 127) / 128; };
   int64_t bytes = 0, wgmma = 0;
-  for (int64_t first = 0; first < size.r; first += 64) {
-    const int64_t left = size.r - first, width = left <= 16 ? 16 : (left <= 32 ? 32 : 64);
+  for (int64_t first = 0; first < size.r; first += group) {
+    int64_t width = 16;
+    while (width < size.r - first && width < group) width *= 2;
     bytes += tiles(size.M) *
              (tiles(size.C) * (128 * 128 + L_terms * 128 * width) +
               column_blocks * R_terms * 128 * width) *
@@ -146,7 +148,7 @@ void check_down(const Sizes& size, const Dropout& dropout) {
   Scratch scratch;
   begin(size);
   const Parts h = sm90::down(x.matrix(), A.split(), dropout, scratch.allocator(), nullptr);
-  check_counts(size, size.remainders ? 2 : 1, 0, h.count);
+  check_counts(size, size.remainders ? 2 : 1, 0, h.count, 128);
   for (int64_t m = 0; m < size.M; ++m) {
     for (int64_t j = 0; j < size.r; ++j) {
       double expected = 0;
@@ -239,12 +241,86 @@ CASE(fp16_and_other_ranks) {
   for_each_schedule([&] {
     const auto size = std::vector<Sizes>{{1, 72, 1, false, 3},
                                          {130, 130, 64, true, 132},
-                                         {65, 300, 80, false, 2},
-                                         {257, 129, 33, true, 1}}[turn++ % 4];
+                                         {65, 300, 136, false, 2},
+                                         {257, 129, 90, true, 1}}[turn++ % 4];
     check_down<Fp16>(size, kDropout);
     check_up_grad<Fp16>(size);
     check_down_grad<Fp16>(size, kDropout);
   });
+}
+
+// Every thread fences what it stored itself.
+CASE(dropout_is_seen_by_wgmma) {
+  simt::options().watch_stores = true;
+  check_down<Bf16>({130, 136, 8, false, 1}, kDropout);
+  check_down_grad<Bf16>({130, 136, 8, false, 1}, kDropout);
+}
+
+// ---- Choices -----------------------------------------------------------------------------------
+
+CASE(what_tma_cannot_read_is_left_to_sm80) {
+  const Integers<Bf16> x(8, 16, 1);
+  const auto has = [](const Matrix<Bf16>& matrix, const char* part) {
+    const auto [tma, reason] = sm90::choose_low_rank(matrix);
+    return tma == (part == std::string("wgmma")) && std::string(reason).find(part) != -1ul;
+  };
+  Matrix<Bf16> matrix = x.matrix();
+  EXPECT(has(matrix, "wgmma"));
+  matrix.data += 1;
+  EXPECT(has(matrix, "multiples of 16 bytes"));
+  matrix = x.matrix(), matrix.stride = 12;
+  EXPECT(has(matrix, "multiples of 16 bytes"));
+  matrix.stride = 0;
+  EXPECT(has(matrix, "overlap"));
+  matrix = x.matrix(), matrix.rows = int64_t{1} << 31;
+  EXPECT(has(matrix, "32 bits"));
+}
+
+// Tiles of 128 x 128; rank 64 in both terms.
+sm90::LowRankSize size_of(int64_t row_tiles, int64_t column_tiles, bool P, bool Q) {
+  constexpr int64_t kSums = 128 * 64 * 4, kOperand = 128 * 64 * 2;
+  return {row_tiles,
+          column_tiles,
+          32768 + (P ? kOperand : 0),
+          (P ? 2 * kSums : 0) + (Q ? 2 * kOperand : 0),
+          Q ? 2 * kSums : 0,
+          Q};
+}
+
+CASE(blocks_cover_every_tile_once_and_use_the_multiprocessors) {
+  for (const auto& [P, Q] : {std::pair{true, false}, {true, true}, {false, true}}) {
+    for (const int64_t rows : {1, 3, 32, 100, 133, 1000}) {
+      for (const int64_t columns : {1, 3, 32, 86, 1000}) {
+        const auto cut = sm90::choose_cut<4>(size_of(rows, columns, P, Q), 132);
+        const auto covers = [](int64_t tiles, int64_t each, int64_t blocks) {
+          return blocks * each >= tiles && (blocks - 1) * each < tiles;
+        };
+        EXPECT(covers(rows, cut.row_tiles, cut.row_blocks));
+        EXPECT(covers(columns, cut.column_tiles, cut.column_blocks));
+        EXPECT(!Q || cut.column_tiles <= 4);
+        // No block has twice its share of tiles, but for the rounding of rows and columns.
+        const int64_t blocks = cut.row_blocks * cut.column_blocks, turns = (blocks + 131) / 132;
+        EXPECT(turns * (cut.row_tiles - 1) * (cut.column_tiles - 1) * 132 < 2 * rows * columns);
+      }
+    }
+  }
+}
+
+CASE(parts_are_few) {
+  const auto cut = [](bool P, bool Q) { return sm90::choose_cut<4>(size_of(32, 32, P, Q), 132); };
+  EXPECT(cut(true, false).column_blocks == 4);  // parts of h, each read and written once
+  EXPECT(cut(false, true).row_blocks == 8);     // of dA
+  EXPECT(cut(true, true).column_blocks == 8 && cut(true, true).row_blocks == 16);
+}
+
+CASE(a_ring_holds_what_fits) {
+  using Shape = sm90::LowRankShape<64, true, sm90::Major::kMN>;
+  const auto [stages, stage_bytes, R_tiles, R_bytes, barriers, bytes] =
+      sm90::layout_for<Shape>(1, 2, 1000);
+  EXPECT(stages == 3 && stage_bytes == 3 * 16384 && R_bytes == 2 * 16384);
+  EXPECT(R_tiles == stages * stage_bytes && barriers == R_tiles + 2 * R_bytes);
+  EXPECT(bytes <= 227 * 1024 && bytes + stage_bytes > 227 * 1024);
+  EXPECT(sm90::layout_for<Shape>(1, 2, 2).stages == 2);
 }
 
 CASE(only_what_is_wanted) {
