@@ -1,5 +1,5 @@
-"""What `make cuda-check` runs: the installed CUDA build, on a machine that may have no GPU; and what
-ptxas said of its kernels, if the log of the build is given."""
+"""What `make cuda-check` runs: the installed CUDA build, on a machine that may have no GPU; and, if
+the log of the build is given, what ptxas said of its kernels."""
 
 from __future__ import annotations
 

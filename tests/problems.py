@@ -129,10 +129,7 @@ def exact_results(p: Problem) -> dict[str, Tensor]:
 
 def plain_results(p: Problem) -> dict[str, Tensor]:
     """The same by plain PyTorch in the problem's own dtypes."""
-    y = p.plain()
-    names = [name for name, tensor in zip(NAMES, p.operands, strict=True) if tensor is not None]
-    grads = gradients(y, list(p.operands), p.dy)
-    return {"y": y.detach(), **dict(zip(names, grads, strict=True))}
+    return results(p.plain(), list(p.operands), p.dy)
 
 
 def expected_sizes(p: Problem) -> dict[str, float]:
