@@ -30,4 +30,8 @@ def cuda_path(out_features: int, in_features: int, r: int, dtype: torch.dtype) -
     from lora_ext._extension import _C
 
     major, minor = torch.cuda.get_device_capability()
-    return _C.explain_lora_linear_cuda(out_features, in_features, r, dtype, 10 * major + minor)[0]
+    call = _C.CudaCall(
+        backward=False, device=torch.cuda.current_device(), tokens=2048, out_features=out_features,
+        in_features=in_features, r=r, base=dtype, adapter=dtype, dropout=False,
+    )  # fmt: skip
+    return _C.explain_lora_linear_cuda(call, 10 * major + minor)[0]

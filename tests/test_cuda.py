@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from problems import NAMES, UNIT, Problem, make_problem, results, rms
 from torch import Tensor
 
 import lora_ext
+from lora_ext._extension import _C
+from lora_ext.tuning import PATHS
 
 if NO_CUDA is not None:
     pytest.skip(NO_CUDA, allow_module_level=True)
@@ -200,3 +203,27 @@ def test_a_layer_moves_between_devices() -> None:
     layer.merge()
     layer.cpu().unmerge()
     assert torch.equal(layer(x), on_cpu)
+
+
+def test_autotune_measures_once_and_is_heeded(tmp_path: Path) -> None:
+    model = lora_ext.nn.Linear(264, 136, 8, dtype=BF16, device="cuda")
+    torch.nn.init.normal_(model.lora_B)
+    x = torch.randn(64, 264, dtype=BF16, device="cuda")
+    before = model(x)
+    tuned = lora_ext.autotune(model, [64], cache=tmp_path, rounds=3)
+    try:
+        assert [one.call.backward for one in tuned] == [False, True]
+        assert all(one.path in PATHS and set(one.milliseconds) == set(PATHS) for one in tuned)
+        assert all(time > 0 for one in tuned for time in one.milliseconds.values())
+        (file,) = tmp_path.iterdir()
+        written = file.read_text()
+        assert lora_ext.autotune(model, [64, 127], cache=tmp_path) == tuned
+        assert file.read_text() == written
+        (row,) = lora_ext.explain(model, tokens=64)
+        wish = lora_ext.build_info()["cuda_path"]
+        assert ("autotune" if wish == "auto" else "LORA_EXT_CUDA_PATH") in row.reason
+        bound = 4 * UNIT[BF16] + UNIT[torch.float32] * 264**0.5
+        assert rms(model(x) - before) <= bound * rms(before)
+    finally:
+        for one in tuned:
+            _C.set_tuned_cuda_path(one.call.on(0), None)
