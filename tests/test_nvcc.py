@@ -49,3 +49,30 @@ def test_the_program_for_a_gpu_compiles(tmp_path: Path) -> None:
     command += ["-c", str(ROOT / "tests" / "gpu" / "kernels.cu"), "-o", str(tmp_path / "kernels.o")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
+
+
+# Whose kernels arch::launch_dependent starts, all but fill_rng_state's.
+OVERLAPPING = ("elementwise.cu", "forward_backward_bf16.cu", "low_rank_bf16_sm90.cu")
+OVERLAPPING += ("product_bf16_sm90.cu",)
+
+
+@pytest.mark.parametrize("name", OVERLAPPING)
+def test_kernels_that_overlap_wait_before_they_touch_global_memory(
+    name: str, tmp_path: Path
+) -> None:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc to compile the kernels to PTX with")
+    ptx = tmp_path / "kernels.ptx"
+    command = [nvcc, "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "-DLORA_EXT_SM90", "-ptx"]
+    command += ["-arch=compute_90a", str(KERNELS / name), "-o", str(ptx)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    kernels = ptx.read_text().split(".entry ")[1:]
+    assert kernels
+    for kernel in kernels:
+        if "fill_rng_state" in kernel.partition("(")[0]:
+            continue
+        before, wait, _ = kernel.partition("griddepcontrol.wait")
+        assert wait, kernel.partition("(")[0]
+        assert not re.search(r"\b(ld|st|red|atom)\.(?!param|shared)|cp\.async", before)

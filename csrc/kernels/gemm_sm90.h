@@ -26,6 +26,7 @@ struct GemmParams {
 };
 
 constexpr int kWarpgroup = 128;
+constexpr int kMostSharedBytes = 227 * 1024;  // that a block may have
 constexpr int kRowBytes = 128;  // of a box of TMA: the span of its swizzle, 64 elements
 
 // Registers of a thread that loads and of one that multiplies: those of a block are 65536.
@@ -40,7 +41,7 @@ struct GemmShape {
   static constexpr int kABytes = kM * kRowBytes, kBBytes = kN * kRowBytes;
   static constexpr int kStageBytes = kABytes + kBBytes;
   static constexpr int kSharedBytes = kRing * (kStageBytes + 16);
-  static_assert(kSharedBytes <= 227 * 1024, "what a block may have");
+  static_assert(kSharedBytes <= kMostSharedBytes);
   static_assert((kLoadRegisters + kMultipliers * kMultiplyRegisters) * kWarpgroup <= 65536);
   static_assert(kStageBytes % 1024 == 0, "swizzled tiles begin at multiples of 1024 bytes");
 };

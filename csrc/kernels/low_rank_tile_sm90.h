@@ -53,6 +53,9 @@ struct LowRankShape {
       kN == 16 ? Swizzle::k32 : (kN == 32 ? Swizzle::k64 : Swizzle::k128);
   static_assert((!kQ && kMajorL == Major::kK) || arch::swizzle_bytes(kSwizzle) == kN * 2);
   static_assert(kColumns == kDropoutBlock, "one Philox call is used up within a tile");
+  static_assert(2 * (kXBytes + 2 * kLBytes) + (kQ ? kRSlots * 2 * kRBytes : 0) + 1024 <=
+                    kMostSharedBytes,
+                "two stages always fit: one is multiplied while dropout is done to the next");
   static_assert(kLBytes % 1024 == 0, "swizzled tiles begin at multiples of 1024 bytes");
 };
 

@@ -6,9 +6,6 @@
 
 namespace lora_ext::sm90 {
 
-// What a block may have.
-constexpr int kMostSharedBytes = 227 * 1024;
-
 // Whether rows and columns can be counted in 32 bits.
 template <class T>
 bool small(const Matrix<T>& matrix) {
