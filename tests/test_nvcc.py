@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -18,6 +19,9 @@ def test_there_are_sources() -> None:
     assert len(SOURCES) >= 5
 
 
+@pytest.mark.skipif(
+    "LORA_EXT_CUDA_CHECK" in os.environ, reason="make cuda-check reads the same off its own build"
+)
 @pytest.mark.parametrize("name", SOURCES)
 def test_no_spills_and_no_local_memory(name: str, tmp_path: Path) -> None:
     nvcc = shutil.which("nvcc")
