@@ -242,6 +242,28 @@ def test_combining(tmp_path: Path) -> None:
     assert "new" not in model.peft_config and "new" not in model.base_model[0].adapters
 
 
+def test_what_training_added_is_saved_for_peft(tmp_path: Path) -> None:
+    """With path_initial_model_for_weight_conversion: of twice the rank, and still to be merged."""
+    net, x = "2d groups", images("2d groups")
+    ours = by_us(net)
+    before = base(net)[0](x)
+    start = ours.base_model[0](x) - before
+    ours.save_pretrained(tmp_path / "initial")
+    with torch.no_grad():
+        for parameter in ours.base_model[0].parts("default").values():
+            parameter.mul_(1.5)
+    ours.save_pretrained(
+        tmp_path / "added", path_initial_model_for_weight_conversion=tmp_path / "initial"
+    )
+    expected = before + (1.5**2 - 1) * start
+    again = LoraModel.from_pretrained(base(net), tmp_path / "added")
+    theirs = peft.PeftModel.from_pretrained(base(net), tmp_path / "added")
+    for model in (again.base_model, theirs.base_model.model):
+        assert (model[0](x) - expected).abs().max() <= 1e-5
+    again.merge_adapter()
+    assert (again.base_model[0](x) - expected).abs().max() <= 1e-5
+
+
 # Files that do not fit
 
 
