@@ -1,8 +1,9 @@
-"""Repeated layers against PEFT, and what status reports say."""
+"""Repeated layers against PEFT, initialising shared weights, and what status reports say."""
 
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ import peft
 import pytest
 import torch
 from tiny_models import BUILDERS
+from torch import nn
 
 from lora_ext import LoraConfig, LoraModel, get_lora_model
 from lora_ext.adapters.status import IRREGULAR
+from lora_ext.errors import AdapterFileError
+from lora_ext.io import CONFIG_NAME
 
 LAYERS = [[0, 2], [1, 3]]
 
@@ -61,6 +65,52 @@ def test_a_failure_puts_the_layers_back() -> None:
     model = get_lora_model(base, LoraConfig(**config_of()))
     with pytest.raises(ValueError, match="first adapter"):
         model.add_adapter("more", LoraConfig(**config_of(layer_replication=LAYERS)))
+
+
+MUTATING = ["pissa", "pissa_niter_2", "olora"]
+
+
+@pytest.mark.parametrize("kind", MUTATING)
+def test_initialisation_of_a_shared_weight_is_refused(kind: str, tmp_path: Path) -> None:
+    """Each layer would take its product out of the one weight: wrong outputs from the start."""
+    base, _ = BUILDERS["llama"]()
+    layers, before = base.model.layers, copy.deepcopy(base.state_dict())
+    fields = config_of(layer_replication=LAYERS, init_lora_weights=kind)
+    with pytest.raises(ValueError, match=rf"init_lora_weights: got '{kind}', .*q_proj' and 3 more"):
+        get_lora_model(base, LoraConfig(**fields))
+    plain = LoraConfig(**fields | {"init_lora_weights": True})
+    get_lora_model(copy.deepcopy(base), plain).save_pretrained(tmp_path)
+    config = tmp_path / CONFIG_NAME
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"init_lora_weights": kind}))
+    with pytest.raises(AdapterFileError, match=rf"init_lora_weights: got '{kind}'"):
+        LoraModel.from_pretrained(base, tmp_path)
+    assert base.model.layers is layers
+    after = base.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize("kind", MUTATING)
+def test_initialisation_beside_a_shared_weight(kind: str) -> None:
+    """A tied head is refused; what shares nothing starts at the base's outputs, also beside a tied
+    embedding, which no initialisation changes."""
+
+    def net() -> nn.Sequential:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 9))
+        net[2].weight = net[0].weight
+        return net
+
+    tokens, base = torch.arange(9), net()
+    for targets in (["2"], ["0", "1", "2"]):
+        config = LoraConfig(**config_of(target_modules=targets, init_lora_weights=kind))
+        with pytest.raises(ValueError, match=r"weight of '2', but other modules share it"):
+            get_lora_model(base, config)
+    pairs = zip(base.parameters(), net().parameters(), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+    fields = config_of(target_modules=["0", "1"], init_lora_weights=kind)
+    model = get_lora_model(net(), LoraConfig(**fields))
+    assert not torch.equal(model.base_model[1].weight, base[1].weight)
+    torch.testing.assert_close(model(tokens), base(tokens), rtol=1e-5, atol=1e-5)
 
 
 def test_status() -> None:

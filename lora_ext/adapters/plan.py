@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -14,9 +15,10 @@ from lora_ext.adapters.layers import adaptable, can_be_adapted
 from lora_ext.adapters.modules_to_save import ModulesToSave
 from lora_ext.adapters.target_parameters import TargetedModule, find_parameters
 from lora_ext.adapters.targets import find_targets, has_targets, matches, saved_modules
-from lora_ext.adapters.ties import tied_to_embedding
+from lora_ext.adapters.ties import shared_parameters, tied_to_embedding
 from lora_ext.errors import NotBuiltError
-from lora_ext.nn import AdapterSettings, LoraLayer
+from lora_ext.nn import AdapterSettings, Embedding, LoraLayer
+from lora_ext.nn.init import mutates_weight
 
 
 class PlannedLayer(NamedTuple):
@@ -74,7 +76,8 @@ def make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool
 
     Raises:
         TypeError: a target module is of a kind that has no adapters.
-        ValueError: nothing matches target_modules or modules_to_save, or a setting is out of range.
+        ValueError: nothing matches target_modules or modules_to_save, a setting is out of range, or
+            init_lora_weights would change a weight that several modules share.
         NotBuiltError: ensure_weight_tying of adapters.
     """
     config.validate()
@@ -92,6 +95,7 @@ def make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool
     for one in targeted:
         settings = _common_settings(config, one, autocast_adapter_dtype)
         layers[id(one.module)] = PlannedLayer(one.name, one.layer, settings)
+    _check_initialisation(model, config, list(layers.values()))
     saved = {
         name: module
         for name, module in modules.items()
@@ -106,6 +110,30 @@ def make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool
         saved.setdefault(name, modules[name])
     parameters = [f"{one.name}.{part}" for one in targeted for part in one.parameters]
     return Plan(names, parameters, layers, saved, tied)
+
+
+def _check_initialisation(
+    model: nn.Module, config: LoraConfig, layers: Sequence[PlannedLayer]
+) -> None:
+    """ValueError where the initial product would be taken out of a shared weight: once for each
+    layer, and for modules that add no such product."""
+    if not mutates_weight(config.init_lora_weights):
+        return
+    shared = shared_parameters(model)
+    names = [
+        name
+        for name, layer, _ in layers
+        if not isinstance(layer, Embedding)  # never changed
+        and any(id(weight) in shared for weight in layer.merged_parameters(()).values())
+    ]
+    if names:
+        more = f" and {len(names) - 1} more" if names[1:] else ""
+        raise ValueError(
+            f"LoraConfig: init_lora_weights: got {config.init_lora_weights!r}, which changes the "
+            f"weight of '{names[0]}'{more}, but other modules share it (tied embeddings, "
+            "layer_replication); expected True, 'gaussian' or 'orthogonal', or these modules in "
+            "exclude_modules"
+        )
 
 
 def _common_settings(

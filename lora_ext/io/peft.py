@@ -18,6 +18,7 @@ from lora_ext.adapters.targets import matches, saved_modules
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_file import TensorSpec
 from lora_ext.io.adapter_folder import AdapterFolder, open_adapter, save_adapter
+from lora_ext.io.grouped_convolutions import grouped_where_possible, planned_as_in
 from lora_ext.io.plain_lora import plain_lora
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.default_adapter import DEFAULT
@@ -49,12 +50,9 @@ def adapter_state_dict(
     tensors: dict[str, Tensor] = {}
     for name, layer in model.lora_layers():
         if adapter_name in layer.adapters:
-            for key, parameter in layer.peft_parameters(adapter_name).items():
-                tensors[f"{PREFIX}{name}.{key}"] = parameter.detach()
-    for name, saved in model.saved_modules():
-        if adapter_name in saved.modules_to_save:
-            for key, tensor in saved.modules_to_save[adapter_name].state_dict().items():
+            for key, tensor in layer.peft_tensors(adapter_name).items():
                 tensors[f"{PREFIX}{name}.{key}"] = tensor
+    tensors.update(_saved_modules(model, adapter_name))
     adapted = {id(layer) for _, layer in model.lora_layers() if adapter_name in layer.adapters}
     bases = [
         *_biases(model.base_model, config.bias, adapted),
@@ -149,20 +147,35 @@ def load_adapter(
             plan = model.plan(config, autocast_adapter_dtype)
         except (TypeError, ValueError, NotImplementedError) as error:
             raise AdapterFileError(f"{files.path}: does not fit the model: {error}") from error
-        plan = _tied_as_in_the_file(plan, config, files)
+        plan = planned_as_in(files, _tied_as_in_the_file(plan, config, files), PREFIX)
         bases = _optional_bases(model, config, plan, files)
         expected = dict(_expected(plan))
         for key, (module, part) in bases.items():
             expected[key] = TensorSpec(tuple(module.state_dict()[part].shape))
         tensors = files.tensors(expected)
+        plan = grouped_where_possible(plan, tensors, PREFIX)
         model.add_planned(adapter_name, config, plan)
     with torch.no_grad():
-        for key, tensor in adapter_state_dict(
-            model, adapter_name, save_embedding_layers=False
-        ).items():
+        for key, tensor in _own_tensors(model, adapter_name):
             tensor.copy_(tensors[key])
         for key, (module, part) in bases.items():
             module._parameters[part].copy_(tensors[key])  # type: ignore[union-attr]
+
+
+def _own_tensors(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
+    """What an adapter holds itself, by PEFT's keys."""
+    for name, layer in model.lora_layers():
+        if adapter_name in layer.adapters:
+            for key, parameter in layer.peft_parameters(adapter_name).items():
+                yield f"{PREFIX}{name}.{key}", parameter
+    yield from _saved_modules(model, adapter_name)
+
+
+def _saved_modules(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
+    for name, saved in model.saved_modules():
+        if adapter_name in saved.modules_to_save:
+            for key, tensor in saved.modules_to_save[adapter_name].state_dict().items():
+                yield f"{PREFIX}{name}.{key}", tensor
 
 
 def read_config(files: AdapterFolder) -> LoraConfig:

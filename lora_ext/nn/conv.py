@@ -22,10 +22,12 @@ class _LoraConv(LoraLayer, _ConvNd):
 
     `y = conv(x, weight) + bias + scaling * conv1x1(conv(dropout(x), lora_A), lora_B)`
 
-    The parametrisation is PEFT's: `lora_A` [r, in_channels / groups, *kernel_size] convolves as the
-    base does (stride, padding, padding_mode, dilation, groups), `lora_B` [out_channels,
-    r / groups, 1, ...] combines channels within a group. `add_adapter` makes further adapters. The
-    constructor freezes nothing (see `mark_only_lora_as_trainable`).
+    `lora_A` [r, in_channels / groups, *kernel_size] convolves as the base does (stride, padding,
+    padding_mode, dilation, groups), `lora_B` [out_channels, r / groups, 1, ...] combines channels
+    within a group. PEFT's `lora_A` is [r, in_channels, *kernel_size], without groups: ours is saved
+    so, with zeros between the groups, and one that PEFT trained runs so (`ungrouped_lora_A` of its
+    settings), but cannot be merged. `add_adapter` makes further adapters. The constructor freezes
+    nothing (see `mark_only_lora_as_trainable`).
 
     Args:
         in_channels, out_channels, kernel_size: of the base.
@@ -128,13 +130,22 @@ class _LoraConv(LoraLayer, _ConvNd):
     def _update(self, x: Tensor, stack: LowRank) -> Tensor:
         """scaling * conv1x1(conv(dropout(x), lora_A), lora_B), in the adapters' dtype."""
         dropped = F.dropout(x.to(stack.lora_A.dtype), stack.dropout_p)
-        hidden = self._convolve(dropped, stack.lora_A, None)
+        convolve = self._convolve_ungrouped if self._is_ungrouped(stack.lora_A) else self._convolve
+        hidden = convolve(dropped, stack.lora_A, None)
         scaled = stack.lora_B if stack.scaling == 1.0 else stack.lora_B * stack.scaling
         return type(self)._CONVOLVE(hidden, scaled, groups=self.groups)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """With the base's stride, padding, dilation and groups."""
         return self._conv_forward(x, weight, bias)
+
+    def _convolve_ungrouped(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """With the base's stride, padding and dilation."""
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = (0,) * len(self.kernel_size)
+        return type(self)._CONVOLVE(x, weight, bias, self.stride, padding, self.dilation)
 
     def _bias_with(self, stacks: Sequence[LowRank]) -> Tensor | None:
         """bias + scaling * lora_bias, rounded once, so that the base's convolution adds both."""
@@ -152,8 +163,9 @@ class _LoraConv(LoraLayer, _ConvNd):
                 "multiple of groups; choose another r, or leave this layer without an adapter"
             )
         ones = (1,) * len(self.kernel_size)
+        channels = self.in_channels // (1 if settings.ungrouped_lora_A else self.groups)
         shapes: dict[str, tuple[int, ...]] = {
-            "lora_A": (settings.r, self.in_channels // self.groups, *self.kernel_size),
+            "lora_A": (settings.r, channels, *self.kernel_size),
             "lora_B": (self.out_channels, settings.r // self.groups, *ones),
         }
         if settings.lora_bias:
@@ -161,6 +173,41 @@ class _LoraConv(LoraLayer, _ConvNd):
         if settings.use_dora:
             shapes["lora_magnitude_vector"] = (1, self.out_channels, *ones)
         return shapes
+
+    # The two forms of lora_A
+
+    def _is_ungrouped(self, lora_A: Tensor) -> bool:  # never with one group
+        return lora_A.shape[1] != self.in_channels // self.groups
+
+    def ungrouped(self, lora_A: Tensor) -> Tensor:
+        """[r, in_channels / groups, *kernel_size] → [r, in_channels, *kernel_size], for the same
+        outputs without groups: zero where an input channel is of another group."""
+        groups = torch.arange(self.groups, device=lora_A.device)
+        parts = lora_A.reshape(self.groups, -1, *lora_A.shape[1:])
+        full = lora_A.new_zeros(*parts.shape[:2], self.groups, *parts.shape[2:])
+        full[groups, :, groups] = parts
+        return full.flatten(2, 3).flatten(0, 1)
+
+    def grouped(self, lora_A: Tensor) -> Tensor | None:
+        """The inverse; None if lora_A is not zero between the groups."""
+        groups = torch.arange(self.groups, device=lora_A.device)
+        channels = self.in_channels // self.groups
+        blocks = lora_A.reshape(self.groups, -1, self.groups, channels, *self.kernel_size)
+        own = blocks[groups, :, groups].flatten(0, 1)
+        return own if _count_nonzero(own) == _count_nonzero(lora_A) else None
+
+    def _alike(self, lora_A: list[Tensor]) -> list[Tensor]:
+        if not any(self._is_ungrouped(one) for one in lora_A):
+            return lora_A
+        return [one if self._is_ungrouped(one) else self.ungrouped(one) for one in lora_A]
+
+    def peft_tensors(self, adapter_name: str) -> dict[str, Tensor]:
+        tensors, key = super().peft_tensors(adapter_name), self.PEFT_NAMES["lora_A"]
+        # PEFT's DoRA divides by another norm: with groups it must not load ours.
+        own = self.groups == 1 or self.adapters[adapter_name].use_dora
+        if not own and not self._is_ungrouped(tensors[key]):
+            tensors[key] = self.ungrouped(tensors[key])
+        return tensors
 
     def _weight_norm(self, adapter_name: str) -> Tensor:
         stack = self._stack([adapter_name])
@@ -200,6 +247,14 @@ class _LoraConv(LoraLayer, _ConvNd):
         return self._weight_and_bias(names)
 
     def _write_merged(self, names: Sequence[str]) -> None:
+        for name in names:
+            if self._is_ungrouped(self._part("lora_A", name)):
+                raise ValueError(
+                    f"{type(self).__name__}.merge: adapter_names: '{name}' cannot be merged: its "
+                    f"lora_A, trained by PEFT, reads all {self.in_channels} input channels for "
+                    f"every output, and the weight has {self.in_channels // self.groups} of them "
+                    f"for each of its {self.groups} groups; run it unmerged"
+                )
         factors, weight_scale = dora.merge_factors(self, names)
         stack = self._stack(names, factors=factors)
         bias = self._merged_bias(stack)
@@ -216,6 +271,10 @@ class _LoraConv(LoraLayer, _ConvNd):
     def extra_repr(self) -> str:
         text: str = super().extra_repr()  # type: ignore[no-untyped-call]
         return text + self.adapters_repr()
+
+
+def _count_nonzero(tensor: Tensor) -> int:
+    return int((tensor.float() if tensor.itemsize == 1 else tensor).count_nonzero())  # float8
 
 
 class Conv1d(_LoraConv, nn.Conv1d):

@@ -184,6 +184,11 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
                 f"{type(self).__name__}.add_adapter: use_dora: got True, expected False: "
                 "this kind of layer has no DoRA"
             )
+        if chosen.ungrouped_lora_A and getattr(self, "groups", 1) == 1:
+            raise ValueError(
+                f"{type(self).__name__}.add_adapter: ungrouped_lora_A: got True, expected False: "
+                "only a convolution with groups has the choice"
+            )
         base = next(iter(self._merged_parameters(()).values()))
         dtype = base.dtype
         if chosen.autocast_adapter_dtype and dtype in (torch.bfloat16, torch.float16):
@@ -297,6 +302,10 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
         """Their shapes for an adapter that is not there yet."""
         shapes = self.part_shapes(settings)
         return {key: shapes[part] for part, key in self.PEFT_NAMES.items() if part in shapes}
+
+    def peft_tensors(self, adapter_name: str) -> dict[str, Tensor]:
+        """What a checkpoint holds of one adapter: `peft_parameters`, in PEFT's shapes."""
+        return {key: p.detach() for key, p in self.peft_parameters(adapter_name).items()}
 
     def plain_parts(self, adapter_name: str) -> dict[str, Tensor] | None:
         """The parts of a plain adapter that does the same and that PEFT knows, of another rank;
@@ -434,7 +443,7 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
             A, B, bias = self._part(a, name), self._part(b, name), self._part(c, name)
             return LowRank(A, B, bias, self._scaling[name], dropout_p)
         # The scalings go into lora_B, and with it into float32: there they cost no accuracy.
-        A_parts: list[Tensor] = [self._part(a, name) for name in names]
+        A_parts = self._alike([self._part(a, name) for name in names])
         compute = torch.promote_types(A_parts[0].dtype, torch.float32)
 
         def scaled(part: str, name: str) -> Tensor:
@@ -452,6 +461,10 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
             1.0,
             dropout_p,
         )
+
+    def _alike(self, lora_A: list[Tensor]) -> list[Tensor]:
+        """The same, in shapes that differ in the rank only."""
+        return lora_A
 
     # Checks
 

@@ -23,9 +23,11 @@ class AdapterSettings:
             product out of the base's weight.
         use_dora: DoRA: a trained magnitude for each output feature (see `lora_ext.nn.dora`).
         autocast_adapter_dtype: keep the adapter in float32 on a bfloat16 or float16 base.
+        ungrouped_lora_A: of a convolution with groups: lora_A reads all input channels, as PEFT's
+            does. It cannot be merged. Loading a file that PEFT trained sets it where it has to.
 
     Raises:
-        ValueError: a value out of range, by name; lora_bias with use_dora.
+        ValueError: a value out of range, by name; lora_bias or ungrouped_lora_A with use_dora.
     """
 
     r: int = 8
@@ -36,6 +38,7 @@ class AdapterSettings:
     init_lora_weights: bool | str = True
     use_dora: bool = False
     autocast_adapter_dtype: bool = True
+    ungrouped_lora_A: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
@@ -58,6 +61,12 @@ class AdapterSettings:
             raise ValueError(
                 "adapter: lora_bias: got True with use_dora=True, expected False: DoRA scales a "
                 "weight, and a bias of lora_B is none"
+            )
+        if self.use_dora and self.ungrouped_lora_A:
+            raise ValueError(
+                "adapter: ungrouped_lora_A: got True with use_dora=True, expected False: DoRA "
+                "divides by the norm of the weight plus the update, and an update that links "
+                "channels of different groups is none of the weight; PEFT takes another norm"
             )
 
     @property

@@ -1,0 +1,71 @@
+"""lora_A of grouped convolutions in files: PEFT's has all input channels, without groups.
+
+One that is zero between the groups is loaded as the layer's own, smaller lora_A, which can be
+merged; `LoraLayer.peft_tensors` makes PEFT's of it again. Any other runs as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from lora_ext.errors import AdapterFileError
+from lora_ext.io.adapter_folder import WEIGHTS_NAME, AdapterFolder
+from lora_ext.nn import Conv1d, Conv2d, Conv3d
+
+if TYPE_CHECKING:
+    from lora_ext.adapters.plan import Plan, PlannedLayer
+
+    Conv = Conv1d | Conv2d | Conv3d
+
+
+def planned_as_in(files: AdapterFolder, plan: Plan, prefix: str) -> Plan:
+    """The plan with PEFT's shape of lora_A, but where the file has the layer's own, which is
+    what DoRA has in files.
+
+    Raises:
+        AdapterFileError: PEFT's shape with DoRA.
+    """
+    header, layers = files.header(), dict(plan.layers)
+    for place, planned, layer in _grouped(plan):
+        key = _key(planned, prefix)
+        found = header[key].shape if key in header else None
+        own = planned.layer.peft_shapes(planned.settings)["lora_A.weight"]
+        pefts = (own[0], layer.in_channels, *own[2:])
+        if found == own or (planned.settings.use_dora and found != pefts):
+            continue
+        try:
+            settings = replace(planned.settings, ungrouped_lora_A=True)
+        except ValueError as error:
+            raise AdapterFileError(f"{files.path / WEIGHTS_NAME}: '{key}': {error}") from error
+        layers[place] = planned._replace(settings=settings)
+    return plan._replace(layers=layers)
+
+
+def grouped_where_possible(plan: Plan, tensors: dict[str, Tensor], prefix: str) -> Plan:
+    """The plan with the layers' own lora_A wherever that can hold the file's, which takes the
+    other's place in `tensors`."""
+    layers = dict(plan.layers)
+    for place, planned, layer in _grouped(plan):
+        if not planned.settings.ungrouped_lora_A:
+            continue
+        grouped = layer.grouped(tensors[_key(planned, prefix)])
+        if grouped is not None:
+            tensors[_key(planned, prefix)] = grouped
+            settings = replace(planned.settings, ungrouped_lora_A=False)
+            layers[place] = planned._replace(settings=settings)
+    return plan._replace(layers=layers)
+
+
+def _grouped(plan: Plan) -> Iterator[tuple[int, PlannedLayer, Conv]]:
+    for place, planned in plan.layers.items():
+        layer = planned.layer
+        if isinstance(layer, Conv1d | Conv2d | Conv3d) and layer.groups > 1:
+            yield place, planned, layer
+
+
+def _key(planned: PlannedLayer, prefix: str) -> str:
+    return f"{prefix}{planned.name}.lora_A.weight"
