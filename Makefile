@@ -40,10 +40,10 @@ CUDA_TORCH ?= torch==2.11.0
 cuda-check:
 	$(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/pip install --quiet $(CUDA_TORCH)
-	.venv-cuda/bin/pip install --quiet --upgrade "setuptools>=77,<82" wheel cmake ninja pybind11 safetensors rich numpy
+	.venv-cuda/bin/pip install --quiet safetensors rich numpy
 	mkdir -p build
-	PATH="$(CURDIR)/.venv-cuda/bin:$$PATH" LORA_EXT_CUDA=1 NVCC_APPEND_FLAGS="-Xptxas -v" \
-		.venv-cuda/bin/pip install -v --no-build-isolation --no-deps . >build/cuda-check.log 2>&1 \
+	LORA_EXT_CUDA=1 NVCC_APPEND_FLAGS="-Xptxas -v" \
+		.venv-cuda/bin/pip install -v --force-reinstall --no-deps . >build/cuda-check.log 2>&1 \
 		|| { tail -n 50 build/cuda-check.log; exit 1; }
 	cd tests && ../.venv-cuda/bin/python cuda_check.py ../build/cuda-check.log
 

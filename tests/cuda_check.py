@@ -17,6 +17,8 @@ from lora_ext._extension import _C
 
 if len(sys.argv) > 1:
     log = Path(sys.argv[1]).read_text()
+    assert f"lora_ext: CUDA {torch.version.cuda} build for torch {torch.__version__}" in log
+    assert "Collecting torch" not in log, "the build fetched a torch of its own"
     for target in ("sm_80", "sm_90a"):
         assert f"for '{target}'" in log, f"no kernel was compiled for {target}"
     used = re.findall(r"(\d+) bytes (stack frame|spill stores|spill loads)", log)
