@@ -87,6 +87,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("explain_lora_linear_cpu", torch::wrap_pybind_function(&lora_ext::explain_lora_linear_cpu),
         py::arg("tokens"), py::arg("out_features"), py::arg("lora_A"), py::arg("dtype"),
         py::arg("dropout_p"), "The path of a call on the CPU, and why.");
+  m.def("explain_dora_linear_cpu", torch::wrap_pybind_function(&lora_ext::explain_dora_linear_cpu),
+        py::arg("tokens"), py::arg("dtype"), py::arg("dropout_p"),
+        "Whether DoRA with dropout skips the dense second product on the CPU, and why.");
 #if defined(LORA_EXT_CUDA_VERSION)
   py::class_<lora_ext::CudaCall>(m, "CudaCall", "What autotune tells calls on CUDA apart by.")
       .def(py::init(&lora_ext::make_cuda_call), py::kw_only(), py::arg("backward"),

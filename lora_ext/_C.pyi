@@ -16,6 +16,9 @@ def lora_linear(
     dropout_p: float = 0.0,
     rng_state: Tensor | None = None,
 ) -> Tensor: ...
+def explain_dora_linear_cpu(
+    tokens: int, dtype: torch.dtype, dropout_p: float
+) -> tuple[bool, str]: ...
 def explain_lora_linear_cpu(
     tokens: int, out_features: int, lora_A: Tensor, dtype: torch.dtype, dropout_p: float
 ) -> tuple[str, str]: ...

@@ -162,6 +162,50 @@ def column_scale(z: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor
     return torch.ops.lora_ext.column_scale(z, scale, bias)  # type: ignore[no-any-return]
 
 
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: Tensor,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float,
+    rng_state: Tensor,
+) -> Tensor:
+    """`x @ weight.T + (scale - 1) * v + scaling * d @ lora_A.T @ lora_B.T + bias` with
+    `d = dropout(x)` and `v = d @ weight.T`: DoRA under dropout, as PEFT defines it, if scale is its
+    magnitude over the norm of the weight's rows and multiplies the rows of lora_B too.
+
+    On the CPU v is made of `x @ weight.T` and a product with the dropped elements alone, and so is
+    its backward; where that does not pay, by a second dense product (`explain` says which). Keeps x
+    and v for backward, and without a gradient of scale only x. Differentiable twice. A weight that
+    requires grad is trained too, by a composition that keeps `d` as well.
+
+    Args:
+        x: [..., in_features], float64, float32, bfloat16 or float16.
+        weight: [out_features, in_features], dtype of x.
+        bias: [out_features] or None, dtype of x.
+        lora_A: [r, in_features], dtype of x, or float32 beside bfloat16 and float16.
+        lora_B: [out_features, r], dtype of lora_A.
+        scale: [out_features], of any of these dtypes.
+        scaling: of the low-rank product.
+        dropout_p: probability that an element of x is dropped.
+        rng_state: from `draw_rng_state`.
+
+    Returns:
+        [..., out_features], dtype of x (of autocast, where it is on).
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape or range, or dtype.
+        RuntimeError: tensors on different devices.
+    """
+    return torch.ops.lora_ext.dora_linear(  # type: ignore[no-any-return]
+        x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p, rng_state
+    )
+
+
 def dropout(x: Tensor, rng_state: Tensor, dropout_p: float) -> Tensor:
     """x [..., K] as `lora_linear` drops it out for this `rng_state` (see `draw_rng_state`): divided
     by `1 - dropout_p` where kept, else 0. Differentiable; keeps `rng_state` alone."""

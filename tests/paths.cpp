@@ -21,6 +21,11 @@ extern "C" ChosenPath cpu_path(int64_t M, int64_t N, int64_t K, int64_t r, bool 
   return {static_cast<int>(path.kernels), nullptr, path.reason, path.fwd_parts, path.bwd_parts};
 }
 
+extern "C" ChosenPath dropped_path(int64_t M, double dropout_p, bool bf16, bool fast_blas) {
+  const DroppedPath path = choose_dropped_path(M, dropout_p, bf16, fast_blas);
+  return {path.skips, nullptr, path.reason, 0, 0};
+}
+
 // fastest: none if negative
 extern "C" ChosenPath cuda_path(int64_t N, int64_t K, int64_t r, bool half, int compute_capability,
                                 bool sm90, int wish, int fastest) {

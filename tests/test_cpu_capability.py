@@ -52,7 +52,8 @@ def test_results_are_right_on_lower_ones(capability: str) -> None:
     result = run(
         capability, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not cuda", "-k", chosen,
         str(folder / "test_lora_linear.py"), str(folder / "test_precision.py"),
-        str(folder / "test_dropout.py"), str(folder / "test_embedding.py"),
+        str(folder / "test_dora_linear.py"), str(folder / "test_dropout.py"),
+        str(folder / "test_embedding.py"),
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:]
     assert " passed" in result.stdout and "failed" not in result.stdout

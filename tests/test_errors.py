@@ -16,7 +16,7 @@ from torch.nn.utils import prune
 import lora_ext
 from lora_ext import lora_state_dict, mark_only_lora_as_trainable, replace_linear
 from lora_ext.errors import AlreadyMergedError, NotMergedError
-from lora_ext.functional import column_scale, dropout, weight_norm
+from lora_ext.functional import column_scale, dora_linear, dropout, weight_norm
 from lora_ext.nn import Linear
 
 Arguments = dict[str, Any]
@@ -41,6 +41,11 @@ MERGE: Arguments = {"weight": T(3, 4), "scaling": 1.0, **AB}
 SCALES: Arguments = {"z": T(5, 3), "scale": T(3), "bias": T(3)}
 SCALES_BWD: Arguments = {"dy": T(5, 3), "z": T(5, 3), "scale": T(3), "mask": [True] * 3}
 DROPOUT: Arguments = {"x": T(5, 4), "rng_state": STATE, "dropout_p": 0.5}
+DORA: Arguments = {"x": T(5, 4), "weight": T(3, 4), "bias": T(3), **AB, "scale": T(3)}
+DORA |= {"scaling": 1.0, "dropout_p": 0.5, "rng_state": STATE}
+DORA_BWD: Arguments = {"dy": T(5, 3), "x": T(5, 4), "v": T(5, 3), "weight": T(3, 4), **AB}
+DORA_BWD |= {"scale": T(3), "scaling": 1.0, "dropout_p": 0.5, "rng_state": STATE}
+DORA_BWD["mask"] = [True] * 5
 MASK: Arguments = {"rng_state": STATE, "rows": 2, "columns": 3, "dropout_p": 0.5}
 
 META = "got device meta, expected cpu"
@@ -149,6 +154,30 @@ SCALES_BWD_CASES: list[Case] = [
     ({"z": T(5, 3).half()}, TypeError, "z: got dtype Half, expected dy's Float"),
     ({"z": T(5, 3, device="meta")}, RuntimeError, f"z: {META}"),
 ]
+STATE_CASES: list[Case] = [
+    ({"dropout_p": p, "rng_state": state}, error, message)
+    for p in (0.0, 0.5)
+    for state, error, message in (
+        (STATE.int(), ValueError, f"rng_state: got Int of shape [2], {INT64}"),
+        (STATE.to("meta"), RuntimeError, f"rng_state: {META}"),
+    )
+]
+DORA_CASES: list[Case] = [
+    case
+    for case in (*FWD_CASES, *FACTOR_CASES, *STATE_CASES)
+    if not case[0].keys() & {"scaling_tensor", "lora_bias"}
+]
+DORA_BWD_CASES: list[Case] = [
+    case
+    for case in (*BWD_CASES, *FACTOR_CASES, *STATE_CASES)
+    if not case[0].keys() & {"scaling_tensor", "h"} and case is not NO_STATE
+]
+DORA_BWD_CASES += [
+    ({"v": None}, ValueError, "v: got None, expected [..., out_features] for the gradient of"),
+    ({"v": T(6, 3)}, ValueError, "v: got shape [6, 3], expected dy's [5, 3]"),
+    ({"v": T(5, 3).half()}, TypeError, "v: got dtype Half, expected dy's Float"),
+    ({"v": T(5, 3, device="meta")}, RuntimeError, f"v: {META}"),
+]
 DROPOUT_CASES: list[Case] = [
     *P_CASES,
     ({"x": T(5, 4).int()}, TypeError, f"x: {BASES}"),
@@ -212,6 +241,8 @@ OPERATORS = {
     "weight_norm, on cpu": (weight_norm, "weight_norm", MERGE, MERGE_CPU_CASES[:2]),
     "column_scale": (column_scale, "column_scale", SCALES, SCALES_CASES),
     "column_scale_bwd": (OPS.column_scale_bwd, "column_scale_bwd", SCALES_BWD, SCALES_BWD_CASES),
+    "dora_linear": (dora_linear, "dora_linear", DORA, DORA_CASES),
+    "dora bwd": (OPS.dora_linear_bwd, "dora_linear_bwd", DORA_BWD, DORA_BWD_CASES),
     "dropout": (dropout, "dropout", DROPOUT, DROPOUT_CASES),
     "dropout_mask, on cpu": (lora_ext.dropout_mask, "dropout_mask", MASK, MASK_CASES),
 }

@@ -151,7 +151,38 @@ def lora_embedding_bwd_samples() -> Iterator[Sample]:
         yield (dy, indices, A, B, 0.5, i % 2 - 1, i % 4 == 0, mask), {}
 
 
+def dora_linear_samples() -> Iterator[Sample]:
+    state = torch.tensor([7, 0])
+    for rows, (dtype, adapter) in itertools.product([(2, 3), (2, 40)], DTYPES):
+        p = make_problem(rows, 10, 6, 4, dtype=dtype, adapter_dtype=adapter, bias=rows == (2, 3))
+        x, weight, bias, A, B, _ = p.operands
+        scale = torch.rand(6, requires_grad=True)
+        yield (x, weight.detach(), bias, A, B, scale, p.scaling, 0.1, state), {}
+    yield (x, weight, bias, A, B, scale, p.scaling, 0.1, state), {}
+
+
+def dora_linear_fwd_samples() -> Iterator[Sample]:
+    for (*tensors, scaling, dropout_p, state), _ in dora_linear_samples():
+        yield (*detached(*tensors), scaling, dropout_p, state), {}
+
+
+def dora_linear_bwd_samples() -> Iterator[Sample]:
+    masks = itertools.cycle(
+        [[True] * 5, [True, False, True, True, False], [False, True, False, True, True]]
+    )
+    for ((*tensors, scaling, dropout_p, state), _), mask in zip(
+        dora_linear_samples(), masks, strict=False
+    ):
+        x, weight, _, A, B, scale = detached(*tensors)
+        dy = torch.randn(*x.shape[:-1], 6).to(x.dtype)
+        v = torch.randn_like(dy) if mask[4] else None
+        yield (dy, x, v, weight, A, B, scale, scaling, dropout_p, state, mask), {}
+
+
 SAMPLES = {
+    "dora_linear": dora_linear_samples,
+    "dora_linear_fwd": dora_linear_fwd_samples,
+    "dora_linear_bwd": dora_linear_bwd_samples,
     "lora_embedding": lora_embedding_samples,
     "lora_embedding_fwd": lora_embedding_fwd_samples,
     "lora_embedding_bwd": lora_embedding_bwd_samples,

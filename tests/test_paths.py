@@ -38,6 +38,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     for function, facts in ((loaded.cpu_path, CPU_FACTS), (loaded.cuda_path, CUDA_FACTS)):
         function.argtypes = [kind or ctypes.c_int64 for kind in facts.values()]
         function.restype = ChosenPath
+    loaded.dropped_path.argtypes = [ctypes.c_int64, ctypes.c_double, ctypes.c_bool, ctypes.c_bool]
+    loaded.dropped_path.restype = ChosenPath
     return loaded
 
 
@@ -106,6 +108,28 @@ CPU_PARTS = {
 def test_cpu_parts(library: ctypes.CDLL, facts: dict[str, int], fwd: int, bwd: int) -> None:
     path = library.cpu_path(*(CPU | facts).values())
     assert (path.fwd_parts, path.bwd_parts) == (fwd, bwd)
+
+
+# (rows, dropout_p, bf16, fast BLAS), whether dora_linear multiplies the dropped elements alone, why
+DROPPED_CASES = {
+    "fp32": ((64, 0.5, False, True), True, "one with the dropped elements alone"),
+    "fp32, few rows": ((63, 0.1, False, True), False, "few rows"),
+    "fp32, most dropped": ((64, 0.51, False, True), False, "so many elements are dropped"),
+    "bf16": ((64, 0.25, True, True), True, "one with the dropped elements alone"),
+    "bf16, many dropped": ((64, 0.26, True, True), False, "so many elements are dropped"),
+    "slow blas": ((64, 1.0, True, False), True, "one with the dropped elements alone"),
+}
+
+
+@pytest.mark.parametrize(
+    ("facts", "skips", "reason"), DROPPED_CASES.values(), ids=DROPPED_CASES.keys()
+)
+def test_dropped_path(
+    library: ctypes.CDLL, facts: tuple[int, float, bool, bool], skips: bool, reason: str
+) -> None:
+    path = library.dropped_path(*facts)
+    assert bool(path.kernels) == skips
+    assert reason in path.reason.decode()
 
 
 CUDA = dict(N=1024, K=1024, r=16, half=True, compute_capability=80, sm90=True)

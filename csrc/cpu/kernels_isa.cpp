@@ -1,6 +1,7 @@
 // Compiled once per instruction set, in the namespace LORA_EXT_ISA (see CMakeLists.txt).
 #include "kernels.h"
 #include "simd/column_scale_rows.h"
+#include "simd/dropped_rows.h"
 #include "simd/float_math.h"
 #include "simd/lora_embedding_rows.h"
 #include "simd/lora_linear_rows.h"
@@ -32,6 +33,13 @@ constexpr MergeKernels merge_kernels() {
 template <class T>
 constexpr ElementwiseKernels elementwise_kernels() {
   return {column_scale_rows<T>, column_scale_backward_rows<T>, dropout_rows<T>};
+}
+
+template <class T>
+constexpr DroppedKernels dropped_kernels() {
+  using S = compute_t<T>;
+  return {kPanelWidth<S>,  dropped_bytes<S>,   count_dropped,
+          list_dropped<T>, dropped_forward<T>, dropped_backward<T>};
 }
 
 template <class T, class TA>
@@ -67,6 +75,8 @@ const CpuKernels kKernels = {
      merge_kernels<Half, Half>(), merge_kernels<Half, float>()},
     {elementwise_kernels<double>(), elementwise_kernels<float>(), elementwise_kernels<BFloat16>(),
      elementwise_kernels<BFloat16>(), elementwise_kernels<Half>(), elementwise_kernels<Half>()},
+    {dropped_kernels<double>(), dropped_kernels<float>(), dropped_kernels<BFloat16>(),
+     dropped_kernels<BFloat16>(), dropped_kernels<Half>(), dropped_kernels<Half>()},
     {lora_embedding_kernels<double, double>(), lora_embedding_kernels<float, float>(),
      lora_embedding_kernels<BFloat16, BFloat16>(), lora_embedding_kernels<BFloat16, float>(),
      lora_embedding_kernels<Half, Half>(), lora_embedding_kernels<Half, float>()},

@@ -45,13 +45,7 @@ std::tuple<Tensor, Tensor> fwd_cpu(const Tensor& x, const Tensor& weight,
   auto [y, h, low_rank] =
       prepare_forward(x, bias, lora_A, lora_B, lora_bias, read_scaling(scale), return_h);
   if (y.numel() == 0) return {y, h.zero_()};
-  const CpuPath path =
-      path_for(low_rank.y.size(0), low_rank.y.size(1), lora_A, x.scalar_type(), dropout_p > 0.0);
-  if (path.kernels == CpuPath::Kernels::Blas) {
-    low_rank_forward_blas(low_rank);
-  } else {
-    low_rank_forward_fused(low_rank, path);
-  }
+  low_rank_forward(low_rank);
   low_rank.y.addmm_(low_rank.x, weight.t());
   return {y, h};
 }
@@ -65,18 +59,42 @@ Gradients bwd_cpu(const Tensor& dy, const OptionalTensor& x, const OptionalTenso
   auto [gradients, low_rank, done] =
       prepare_backward(dy, x, h, lora_A, lora_B, read_scaling(scale), mask);
   if (done) return gradients;
-  const CpuPath path =
-      path_for(low_rank.dy.size(0), low_rank.dy.size(1), lora_A, dy.scalar_type(), dropout_p > 0.0);
-  if (path.kernels == CpuPath::Kernels::Blas) {
-    low_rank_backward_blas(low_rank);
-  } else {
-    low_rank_backward_fused(low_rank, path);
-  }
+  low_rank_backward(low_rank);
   if (mask[kGradX]) low_rank.dx.addmm_(low_rank.dy, *weight);
   return gradients;
 }
 
 }  // namespace
+
+void low_rank_forward(const LowRankForward& problem) {
+  const CpuPath path = path_for(problem.y.size(0), problem.y.size(1), problem.lora_A,
+                                problem.x.scalar_type(), problem.scale.dropout_p > 0.0);
+  if (path.kernels == CpuPath::Kernels::Blas) {
+    low_rank_forward_blas(problem);
+  } else {
+    low_rank_forward_fused(problem, path);
+  }
+}
+
+void low_rank_backward(const LowRankBackward& problem) {
+  const CpuPath path = path_for(problem.dy.size(0), problem.dy.size(1), problem.lora_A,
+                                problem.dy.scalar_type(), problem.scale.dropout_p > 0.0);
+  if (path.kernels == CpuPath::Kernels::Blas) {
+    low_rank_backward_blas(problem);
+  } else {
+    low_rank_backward_fused(problem, path);
+  }
+}
+
+DroppedPath dropped_path(int64_t M, at::ScalarType base, double dropout_p) {
+  return choose_dropped_path(M, dropout_p, base == at::kBFloat16, has_fast_blas(base));
+}
+
+std::pair<bool, std::string> explain_dora_linear_cpu(int64_t tokens, at::ScalarType base,
+                                                     double dropout_p) {
+  const DroppedPath path = dropped_path(tokens, base, dropout_p);
+  return {path.skips, path.reason};
+}
 
 std::pair<std::string, std::string> explain_lora_linear_cpu(int64_t tokens, int64_t out_features,
                                                             const Tensor& lora_A,

@@ -16,9 +16,19 @@ namespace lora_ext {
 void low_rank_forward_fused(const LowRankForward& problem, const CpuPath& path);
 void low_rank_backward_fused(const LowRankBackward& problem, const CpuPath& path);
 
+// On the way that path.h chooses.
+void low_rank_forward(const LowRankForward& problem);
+void low_rank_backward(const LowRankBackward& problem);
+
+DroppedPath dropped_path(int64_t M, at::ScalarType base, double dropout_p);
+
 // (path, reason) of a layer for so many rows.
 std::pair<std::string, std::string> explain_lora_linear_cpu(int64_t tokens, int64_t out_features,
                                                             const Tensor& lora_A,
                                                             at::ScalarType base, double dropout_p);
+
+// (skips dropped elements, reason) of dora_linear.
+std::pair<bool, std::string> explain_dora_linear_cpu(int64_t tokens, at::ScalarType base,
+                                                     double dropout_p);
 
 }  // namespace lora_ext

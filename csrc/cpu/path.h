@@ -80,4 +80,21 @@ inline CpuPath choose_cpu_path(const CpuProblem& problem) {
   return path;
 }
 
+// How dora_linear makes the product of W with the kept elements of x, and its gradient.
+struct DroppedPath {
+  bool skips;  // the product with all of x less one with the dropped elements; or a dense product
+  const char* reason;
+};
+
+inline DroppedPath choose_dropped_path(int64_t M, double dropout_p, bool bf16, bool fast_blas) {
+  // W is transposed panel by panel in every call, which fewer rows do not pay for.
+  constexpr int64_t kMinRows = 64;
+  // Lists of dropped elements are multiplied at less than the rate of BLAS, half as fast in float32
+  // and a quarter in bf16: measured on AVX-512.
+  const double max_dropout_p = !fast_blas ? 1.0 : bf16 ? 0.25 : 0.5;
+  if (M < kMinRows) return {false, "few rows do not pay for packing the weight"};
+  if (dropout_p > max_dropout_p) return {false, "so many elements are dropped that BLAS is faster"};
+  return {true, "its second base product is one with the dropped elements alone"};
+}
+
 }  // namespace lora_ext

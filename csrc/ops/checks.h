@@ -106,8 +106,8 @@ inline void check_weight(const char* op, const Tensor& x, const Tensor& weight,
 
 inline void check_lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                               const Tensor& lora_A, const Tensor& lora_B,
-                              const OptionalTensor& lora_bias, const LoraScale& scale) {
-  constexpr const char* op = "lora_linear";
+                              const OptionalTensor& lora_bias, const LoraScale& scale,
+                              const char* op = "lora_linear") {
   TORCH_CHECK_VALUE(x.dim() >= 1, op, ": x: got a 0-d tensor, expected [..., in_features]");
   check_weight(op, x, weight, x.sym_size(-1));
   const c10::SymInt N = weight.sym_size(0);
@@ -120,8 +120,8 @@ inline void check_lora_linear(const Tensor& x, const Tensor& weight, const Optio
 inline void check_lora_linear_bwd(const Tensor& dy, const OptionalTensor& x,
                                   const OptionalTensor& h, const OptionalTensor& weight,
                                   const Tensor& lora_A, const Tensor& lora_B,
-                                  const LoraScale& scale, const GradientMask& mask) {
-  constexpr const char* op = "lora_linear_bwd";
+                                  const LoraScale& scale, const GradientMask& mask,
+                                  const char* op = "lora_linear_bwd") {
   TORCH_CHECK_VALUE(dy.dim() >= 1, op, ": dy: got a 0-d tensor, expected [..., out_features]");
   check_adapters(op, "dy", dy, dy.sym_size(-1), lora_A.sym_size(-1), lora_A, lora_B);
   check_scale(op, dy, scale);

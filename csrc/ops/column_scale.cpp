@@ -1,5 +1,7 @@
 // column_scale, y = z * scale + bias with one factor per column: schemas, Meta kernels, autograd,
 // and the plain form for devices without a kernel of their own.
+#include "ops/column_scale.h"
+
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
 #include <ATen/core/grad_mode.h>
@@ -7,15 +9,12 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "ops/checks.h"
-
 namespace lora_ext {
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using ColumnScaleSignature = Tensor(const Tensor&, const Tensor&, const OptionalTensor&);
-using ColumnScaleGradients = std::tuple<Tensor, Tensor, Tensor>;  // of z, scale, bias
 using ColumnScaleBwdSignature = ColumnScaleGradients(const Tensor&, const OptionalTensor&,
                                                      const Tensor&, ColumnScaleMask);
 
@@ -61,13 +60,6 @@ ColumnScaleGradients column_scale_bwd_composed(const Tensor& dy, const OptionalT
           mask[kGradOffset] ? sum_rows(gradient) : none};
 }
 
-Tensor column_scale(const Tensor& z, const Tensor& scale, const OptionalTensor& bias) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("lora_ext::column_scale", "")
-                             .typed<ColumnScaleSignature>();
-  return op.call(z, scale, bias);
-}
-
 struct ColumnScale : torch::autograd::Function<ColumnScale> {
   static constexpr bool is_traceable = true;
 
@@ -81,9 +73,6 @@ struct ColumnScale : torch::autograd::Function<ColumnScale> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("lora_ext::column_scale_bwd", "")
-                               .typed<ColumnScaleBwdSignature>();
     const variable_list saved = ctx->get_saved_variables();
     const OptionalTensor z = saved[0].defined() ? OptionalTensor(saved[0]) : std::nullopt;
     const Tensor &scale = saved[1], &dy = grad_outputs[0];
@@ -93,7 +82,7 @@ struct ColumnScale : torch::autograd::Function<ColumnScale> {
                                has_bias && ctx->needs_input_grad(2)};
     auto [dz, dscale, dbias] = at::GradMode::is_enabled()
                                    ? column_scale_bwd_composed(dy, z, scale, mask)
-                                   : op.call(dy, z, scale, mask);
+                                   : column_scale_bwd(dy, z, scale, mask);
     variable_list grads(kColumnScaleGradients);
     if (mask[kGradZ]) grads[kGradZ] = dz;
     if (mask[kGradScale]) grads[kGradScale] = dscale.to(scale.scalar_type());
@@ -117,6 +106,21 @@ Tensor column_scale_autograd(const Tensor& z, const Tensor& scale, const Optiona
 }
 
 }  // namespace
+
+Tensor column_scale(const Tensor& z, const Tensor& scale, const OptionalTensor& bias) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("lora_ext::column_scale", "")
+                             .typed<ColumnScaleSignature>();
+  return op.call(z, scale, bias);
+}
+
+ColumnScaleGradients column_scale_bwd(const Tensor& dy, const OptionalTensor& z,
+                                      const Tensor& scale, ColumnScaleMask mask) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("lora_ext::column_scale_bwd", "")
+                             .typed<ColumnScaleBwdSignature>();
+  return op.call(dy, z, scale, mask);
+}
 
 TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
   m.def("column_scale(Tensor z, Tensor scale, Tensor? bias=None) -> Tensor",

@@ -54,19 +54,30 @@ def _explain_layer(layer: LoraLayer, tokens: int) -> tuple[str, str]:
         return base, "no adapter runs: disabled, not active, or of scale 0"
     if isinstance(layer, Linear):
         path, reason = _explain_linear(layer, tokens)
-        return path, reason + _dora_adds(layer)
+        return path, reason + _dora_adds(layer, tokens)
     if isinstance(layer, Embedding):
         return _explain_embedding(layer)
     return layer.PATH
 
 
-def _dora_adds(layer: LoraLayer) -> str:
-    settings = [s for name, s in layer.adapters.items() if s.use_dora and name in layer._running]
-    if not settings:
+def _dora_adds(layer: Linear, tokens: int) -> str:
+    names = [name for name in layer._running if layer.adapters[name].use_dora]
+    if not names:
         return ""
-    if layer.training and any(s.lora_dropout > 0.0 for s in settings):
-        return "; DoRA with dropout needs a second base product, forward and backward"
-    return "; DoRA scales y, and dy, in one more pass"
+    dropped = [n for n in names if layer.training and layer.adapters[n].lora_dropout > 0.0]
+    if not dropped:
+        return "; DoRA scales y, and dy, in one more pass"
+    dense = "; DoRA with dropout needs a second base product, forward and backward"
+    if layer.weight.device.type != "cpu":
+        return dense
+    if layer.weight.requires_grad:
+        return f"{dense}: the weight requires grad"
+    if dropped != [layer._running[0]]:
+        return f"{dense}: another adapter runs before it"
+    skips, reason = _C.explain_dora_linear_cpu(
+        tokens, layer.weight.dtype, layer.adapters[dropped[0]].lora_dropout
+    )
+    return f"; DoRA with dropout: {reason}" if skips else f"{dense}: {reason}"
 
 
 def _explain_linear(layer: Linear, tokens: int) -> tuple[str, str]:

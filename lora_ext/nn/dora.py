@@ -6,9 +6,11 @@ With W' = W + scaling * B A and g = m / ||W'|| for each row (the norm is a const
     y = g * (x W'^T) + bias                                      without dropout
     y = x W^T + (g - 1) * (d W^T) + g * scaling * d A^T B^T + bias      with d = dropout(x)
 
-as PEFT defines it. Dropout reaches W: that is a second base product, forward and backward. Several
-active adapters follow each other in their order, as in PEFT: a DoRA adapter scales what the base
-and the adapters before it made.
+as PEFT defines it. Dropout reaches W. On the CPU `dora_linear` makes d W^T of x W^T and of a
+product with the dropped elements alone, a fraction p of another base product, and so backward;
+where that does not pay, and on other devices, it is a second base product. Several active adapters
+follow each other in their order, as in PEFT: a DoRA adapter scales what the base and the adapters
+before it made.
 """
 
 from __future__ import annotations
@@ -19,7 +21,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lora_ext.functional import column_scale, draw_rng_state, dropout, lora_linear, lora_update
+from lora_ext.functional import (
+    column_scale,
+    dora_linear,
+    draw_rng_state,
+    dropout,
+    lora_linear,
+    lora_update,
+)
 from lora_ext.nn.lora_layer import LoraLayer, LowRank
 
 if TYPE_CHECKING:
@@ -70,8 +79,15 @@ def linear_forward(layer: Linear, x: Tensor, weight: Tensor) -> Tensor:
             y = column_scale(add(y, low_rank), g, layer.bias if name == scaled[-1] else None)
             continue
         rng_state = draw_rng_state(x)
+        low_rank = layer._stack([name], dropout_p[name], factors={name: g})
+        if y is None:
+            y = dora_linear(
+                x, weight, first_bias, low_rank.lora_A, low_rank.lora_B, g,
+                scaling=low_rank.scaling, dropout_p=dropout_p[name], rng_state=rng_state,
+            )  # fmt: skip
+            continue
         dropped = dropout(x, rng_state, dropout_p[name])
-        y = add(y, layer._stack([name], dropout_p[name], factors={name: g}), rng_state)
+        y = add(y, low_rank, rng_state)
         y = y + column_scale(torch.nn.functional.linear(dropped, weight), g - 1)
     assert y is not None
     return y

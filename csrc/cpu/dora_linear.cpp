@@ -1,0 +1,179 @@
+// dora_linear on the CPU. With x_d the elements of x that dropout drops, v = (x W^T - x_d W^T) /
+// (1 - p): x W^T is there anyway, and x_d W^T is a fraction p of a product. Backward, with
+// c = 1 + (scale - 1) / (1 - p) and u = c * dy: dx = u W where x was kept and dy W, which is
+// u W - (u - dy) W, where it was dropped.
+#include "ops/dora_linear.h"
+
+#include <ATen/ATen.h>
+#include <ATen/OpMathType.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "cpu/backend.h"
+#include "cpu/lora_linear.h"
+#include "ops/column_scale.h"
+#include "ops/prepare.h"
+
+namespace lora_ext {
+namespace {
+
+const DroppedKernels& kernels_for(const Tensor& x) {
+  return cpu_kernels().dropped[dtype_pair(x.scalar_type(), x.scalar_type())];
+}
+
+DroppedWeight dropped_weight(const Tensor& weight) {
+  return {weight.const_data_ptr(), weight.size(0), weight.size(1), weight.stride(0),
+          weight.stride(1)};
+}
+
+// Rows or columns of adjacent elements, as DroppedWeight wants them.
+Tensor adjacent(const Tensor& weight) {
+  return weight.stride(0) == 1 || weight.stride(1) == 1 ? weight : weight.contiguous();
+}
+
+// Rows are cut into chunks, so that sums of a chunk stay in the L2 cache; smaller ones where there
+// would be too few tasks, chunks times `parts`, for the threads.
+int64_t rows_per_chunk(int64_t M, int64_t parts) {
+  constexpr int64_t kMaxRows = 1024, kMinRows = 128, kTasksPerThread = 4;
+  const int64_t chunks = at::divup(kTasksPerThread * at::get_num_threads(), parts);
+  return std::clamp(at::divup(M, chunks), kMinRows, kMaxRows);
+}
+
+// What dropout drops, chunk by chunk.
+struct Dropped {
+  std::vector<DroppedLists> chunks;
+  std::vector<Tensor> memory;
+};
+
+// `x` [M, K]; without `with_values` room for sums takes the place of its elements.
+Dropped list_dropped(const Tensor& x, int64_t M, int64_t K, const DropoutArgs& dropout,
+                     const DroppedKernels& kernels, at::ScalarType compute, int64_t chunk_rows) {
+  const int64_t blocks = at::divup(K, kDropoutBlock);
+  const void* data = x.defined() ? x.const_data_ptr() : nullptr;
+  const int64_t ldx = x.defined() ? x.stride(0) : 0;
+  Dropped result;
+  const Tensor keep = at::empty({chunk_rows, blocks * kDropoutSlots}, at::kShort);
+  auto* words = reinterpret_cast<uint16_t*>(keep.data_ptr<int16_t>());
+  for (int64_t first = 0; first < M; first += chunk_rows) {
+    const int64_t rows = std::min(chunk_rows, M - first);
+    constexpr int64_t kMinRows = 16;  // fewer do not pay for waking a thread
+    const Tensor starts = at::empty({blocks * rows + 1}, at::kInt);
+    int32_t* start = starts.data_ptr<int32_t>();
+    at::parallel_for(0, rows, kMinRows, [&](int64_t begin, int64_t end) {
+      kernels.count(dropout, K, first, rows, begin, end, words, start);
+    });
+    int32_t entries = 0;
+    for (int64_t i = 0; i < blocks * rows; ++i) entries += std::exchange(start[i], entries);
+    start[blocks * rows] = entries;
+    const Tensor columns = at::empty({entries}, at::kByte);
+    const Tensor values = at::empty({entries}, compute);
+    at::parallel_for(0, rows, kMinRows, [&](int64_t begin, int64_t end) {
+      kernels.list(data, ldx, K, first, rows, begin, end, words, start, columns.data_ptr<uint8_t>(),
+                   values.data_ptr());
+    });
+    result.chunks.push_back({first, rows, start, columns.data_ptr<uint8_t>(), values.data_ptr()});
+    result.memory.insert(result.memory.end(), {starts, columns, values});
+  }
+  return result;
+}
+
+// task(lists, part, scratch) for every chunk and every part of it.
+template <class Task>
+void for_each_part(const Dropped& dropped, int64_t parts, int64_t scratch_bytes, const Task& task) {
+  const int64_t chunks = static_cast<int64_t>(dropped.chunks.size());
+  at::parallel_for(0, chunks * parts, 1, [&](int64_t begin, int64_t end) {
+    const Tensor scratch = at::empty({scratch_bytes}, at::kByte);
+    for (int64_t i = begin; i < end; ++i) {
+      task(dropped.chunks[i / parts], i % parts, scratch.data_ptr());
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor> fwd_cpu(const Tensor& x, const Tensor& weight,
+                                   const OptionalTensor& bias, const Tensor& lora_A,
+                                   const Tensor& lora_B, const Tensor& scale, double scaling,
+                                   double dropout_p, const Tensor& rng_state) {
+  const LoraScale lora_scale{scaling, std::nullopt, dropout_p, rng_state};
+  check_dora_linear(x, weight, bias, lora_A, lora_B, scale, lora_scale);
+  const int64_t K = weight.size(1), N = weight.size(0);
+  if (!dropped_path(x.numel() / std::max<int64_t>(K, 1), x.scalar_type(), dropout_p).skips) {
+    return dora_linear_fwd_composed(x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p,
+                                    rng_state);
+  }
+  auto [y, h, low_rank] =
+      prepare_forward(x, bias, lora_A, lora_B, std::nullopt, lora_scale, /*return_h=*/false);
+  Tensor v = at::empty(y.sizes(), y.options());
+  if (y.numel() == 0) return {y, v};
+  low_rank_forward(low_rank);
+  const int64_t M = low_rank.x.size(0);
+  Tensor z = v.view({M, N});
+  at::mm_out(z, low_rank.x, weight.t());
+  const auto compute = at::toOpMathType(x.scalar_type());
+  const auto& kernels = kernels_for(x);
+  const Tensor W = adjacent(weight), scale_minus_1 = as_vector(scale, compute) - 1;
+  const DropoutArgs dropout = dropout_args(lora_scale);
+  const DroppedForwardArgs args{dropped_weight(W), scale_minus_1.const_data_ptr(), dropout.scale,
+                                z.data_ptr(), low_rank.y.data_ptr()};
+  const int64_t panels = at::divup(N, kernels.panel_width), rows = rows_per_chunk(M, panels);
+  const Dropped dropped = list_dropped(low_rank.x, M, K, dropout, kernels, compute, rows);
+  for_each_part(dropped, panels, kernels.scratch_bytes(rows),
+                [&](const DroppedLists& lists, int64_t panel, void* scratch) {
+                  kernels.forward(args, lists, panel, scratch);
+                });
+  return {y, v};
+}
+
+DoraGradients bwd_cpu(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& v,
+                      const OptionalTensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+                      const Tensor& scale, double scaling, double dropout_p,
+                      const Tensor& rng_state, DoraMask mask) {
+  const LoraScale lora_scale{scaling, std::nullopt, dropout_p, rng_state};
+  check_dora_linear_bwd(dy, x, v, weight, lora_A, lora_B, scale, lora_scale, mask);
+  const int64_t K = lora_A.size(1), N = lora_B.size(0);
+  if (K == 0 ||
+      !dropped_path(dy.numel() / std::max<int64_t>(N, 1), dy.scalar_type(), dropout_p).skips) {
+    return dora_linear_bwd_composed(dy, x, v, weight, lora_A, lora_B, scale, scaling, dropout_p,
+                                    rng_state, mask);
+  }
+  const auto compute = at::toOpMathType(dy.scalar_type());
+  const DropoutArgs dropout = dropout_args(lora_scale);
+  const Tensor c = (as_vector(scale, compute) - 1) * dropout.scale + 1;
+  auto [u, dscale, dbias] =
+      column_scale_bwd(dy, v, c, {mask[kDoraX], mask[kDoraScale], mask[kDoraBias]});
+  auto [gradients, low_rank, done] =
+      prepare_backward(dy, x, std::nullopt, lora_A, lora_B, lora_scale,
+                       {mask[kDoraX], false, false, mask[kDoraA], mask[kDoraB], false});
+  auto& [dx, dweight, no_bias, dA, dB, no_lora_bias] = gradients;
+  if (!done) low_rank_backward(low_rank);
+  if (!done && mask[kDoraX]) {
+    const int64_t M = low_rank.dy.size(0);
+    const Tensor u_rows = u.view({M, N});
+    low_rank.dx.addmm_(u_rows, *weight);
+    const auto& kernels = kernels_for(dy);
+    const Tensor W = adjacent(*weight);
+    const DroppedBackwardArgs args{dropped_weight(W), u_rows.const_data_ptr(),
+                                   low_rank.dy.const_data_ptr(), low_rank.dy.stride(0),
+                                   low_rank.dx.data_ptr()};
+    // Several blocks of columns read the same rows of u - dy.
+    constexpr int64_t kMaxBlocks = 4;
+    const int64_t blocks = at::divup(K, kDropoutBlock), parts = at::divup(blocks, kMaxBlocks);
+    const int64_t rows = rows_per_chunk(M, parts);
+    const Dropped dropped = list_dropped(Tensor(), M, K, dropout, kernels, compute, rows);
+    for_each_part(dropped, parts, kernels.scratch_bytes(rows),
+                  [&](const DroppedLists& lists, int64_t part, void* scratch) {
+                    kernels.backward(args, lists, part * blocks / parts,
+                                     (part + 1) * blocks / parts, scratch);
+                  });
+  }
+  return {dx, dbias.to(dy.scalar_type()), dA, dB, dscale};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(lora_ext, CPU, m) {
+  m.impl("dora_linear_fwd", &fwd_cpu);
+  m.impl("dora_linear_bwd", &bwd_cpu);
+}
+
+}  // namespace lora_ext
