@@ -23,6 +23,9 @@ constexpr int kPanelWidth = kPanelVectors * Vec<S>::kWidth;
 constexpr int64_t kDroppedGroup = 4;
 constexpr uint8_t kNoColumn = kDropoutBlock;
 
+// A panel's few columns of one row after the other are no stream that the CPU would foresee.
+constexpr int64_t kRowsAhead = 8;
+
 template <class S>
 constexpr int64_t kPanelElements = (kDropoutBlock + 1) * kPanelWidth<S>;
 
@@ -170,6 +173,8 @@ void dropped_forward(const DroppedForwardArgs& args, const DroppedLists& lists, 
     T* y = static_cast<T*>(args.y) + (lists.first + i) * N;
     for (int64_t n = n0; n < n0 + kWidth && n < N; n += V::kWidth) {
       const int lanes = static_cast<int>(at_most(N - n, V::kWidth));
+      prefetch(z + n + kRowsAhead * N);
+      prefetch(y + n + kRowsAhead * N);
       const auto all = load_lanes<S>(z + n, lanes);
       const auto v = V::mul(survivor, V::fma(minus, V::load(sums + (n - n0)), all));
       const auto sum = V::add(load_lanes<S>(y + n, lanes), all);
@@ -217,6 +222,8 @@ void copy_difference(const DroppedBackwardArgs& args, int64_t first, int64_t row
       const int lanes = n < width ? static_cast<int>(at_most(width - n, V::kWidth)) : 0;
       auto difference = V::zero();
       if (lanes) {
+        prefetch(u + n + kRowsAhead * args.weight.N);
+        prefetch(dy + n + kRowsAhead * args.lddy);
         difference = V::fma(minus, load_lanes<S>(dy + n, lanes), load_lanes<S>(u + n, lanes));
       }
       V::store(out + n, difference);
