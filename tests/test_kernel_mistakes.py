@@ -321,7 +321,7 @@ def run_program(program: str, mistake: str, folder: Path) -> Result:
     csrc, target = plant(mistake, folder), folder / program
     source = ROOT / "tests" / "simt" / f"{program}.cpp"
     compile_source(source, target, "-O1", "-Wno-psabi", "-DBF16_ONLY", csrc=csrc)
-    return subprocess.run([str(target)], capture_output=True, text=True, timeout=300)
+    return subprocess.run([str(target), "-x"], capture_output=True, text=True, timeout=300)
 
 
 def run_launches(mistake: str, folder: Path) -> Result:

@@ -126,9 +126,11 @@ std::vector<T> small_integers(size_t count, unsigned seed) {
 
 }  // namespace simt_test
 
-// Runs all cases, or those that are named.
+// Runs all cases, or those that are named; with -x first, none after one that failed.
 int main(int argc, char** argv) {
   int failed = 0, ran = 0;
+  const bool stop = argc > 1 && std::strcmp(argv[1], "-x") == 0;
+  if (stop) --argc, ++argv;
   for (const auto& [name, run, alone] : simt_test::cases()) {
     bool wanted = argc == 1 && !alone;
     for (int i = 1; i < argc; ++i) wanted |= std::strcmp(argv[i], name) == 0;
@@ -143,6 +145,7 @@ int main(int argc, char** argv) {
       std::printf("FAILED  %s: %s\n", name, error.what());
     }
     std::fflush(stdout);
+    if (stop && failed != 0) break;
   }
   std::printf("%d cases, %d failed\n", ran, failed);
   return failed != 0 || ran == 0;
