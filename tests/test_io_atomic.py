@@ -78,13 +78,15 @@ def test_200_kills_at_random_moments(tmp_path: Path) -> None:
     for _ in range(200):
         read_end, write_end = os.pipe()
 
-        def save_forever(first: int = version + 1, acknowledge: int = write_end) -> None:
-            for number in range(first, first + 10_000):
+        def save_forever(last: int = version, acknowledge: int = write_end) -> None:
+            os.write(acknowledge, last.to_bytes(8, "little"))  # it is about to begin
+            for number in range(last + 1, last + 10_000):
                 save(tmp_path, number)
                 os.write(acknowledge, number.to_bytes(8, "little"))
 
         child = in_child(save_forever)
-        time.sleep(chance.uniform(0, 2 * duration))
+        os.read(read_end, 8)
+        time.sleep(chance.uniform(0, 4 * duration))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         os.close(write_end)
