@@ -67,8 +67,8 @@ def autotune(
     as it would run now (training or not, its adapters), and lets such calls take the fastest.
 
     The choice is kept in a file for each kind of GPU, so that the next process only reads it. It
-    holds for this process, for calls with as many rows up to a power of two. `explain` shows it;
-    LORA_EXT_CUDA_PATH goes before it. The paths round in different places, within the same bounds.
+    holds for this process, for calls with as many rows up to a power of two. `explain` shows it.
+    The paths round in different places, within the same bounds.
 
     Args:
         tokens: numbers of rows (batch times sequence) to measure.
@@ -78,6 +78,7 @@ def autotune(
 
     Raises:
         ValueError: no such layer, or tokens or rounds below 1.
+        RuntimeError: LORA_EXT_CUDA_PATH asks for one path, which all calls take.
     """
     wanted = sorted({1 << (count.bit_length() - 1) for count in tokens if count >= 1})
     if not wanted or rounds < 1:
@@ -85,12 +86,19 @@ def autotune(
     calls = {
         (device.index or 0, call): None
         for device, call in calls_of(model, wanted)
-        if device.type == "cuda" and getattr(torch, call.base) in HALF
+        if device.type == "cuda" and _has_kernels(call, device.index or 0)
     }
     if not calls:
         raise ValueError(
-            "autotune: model: got no lora_ext.nn.Linear on a GPU in bfloat16 or float16 with an "
-            "adapter that runs; other layers have one path: move the model, or leave this out"
+            "autotune: model: got no lora_ext.nn.Linear on a GPU from sm_80 on, in bfloat16 or "
+            "float16, with an adapter of rank 1 to 256 that runs; other layers have one path: move "
+            "the model, or leave this out"
+        )
+    asked = build_info()["cuda_path"]
+    if asked != "auto":
+        raise RuntimeError(
+            f"autotune: LORA_EXT_CUDA_PATH is '{asked}': every call takes that path, so there is "
+            "nothing to measure; unset it, or leave this out"
         )
     results = []
     for index in sorted({index for index, _ in calls}):
@@ -105,6 +113,13 @@ def autotune(
             _C.set_tuned_cuda_path(call.on(index), tuned.path)
             results.append(tuned)
     return results
+
+
+def _has_kernels(call: Call, device: int) -> bool:
+    """Whether another path than cuBLAS's products could be taken for such calls."""
+    if getattr(torch, call.base) not in HALF or not 1 <= call.r <= 256:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def calls_of(model: nn.Module, tokens: Iterable[int]) -> list[tuple[torch.device, Call]]:

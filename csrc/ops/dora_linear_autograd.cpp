@@ -1,11 +1,11 @@
 // dora_linear as a torch::autograd::Function, and under torch.autocast.
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
-#include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "ops/autocast.h"
 #include "ops/column_scale.h"
 #include "ops/dora_linear.h"
 #include "ops/dropout.h"
@@ -159,17 +159,9 @@ Tensor dora_linear_autocast(const Tensor& x, const Tensor& weight, const Optiona
                             const Tensor& lora_A, const Tensor& lora_B, const Tensor& scale,
                             double scaling, double dropout_p, const Tensor& rng_state) {
   static const auto op = find<DoraLinearSignature>("lora_ext::dora_linear");
-  const auto dtype = at::autocast::get_autocast_dtype(kDevice);
-  c10::impl::ExcludeDispatchKeyGuard no_autocast(
-      at::autocast::get_autocast_dispatch_key_from_device_type(kDevice));
-  const auto cast = [&](const Tensor& tensor) {
-    return at::autocast::cached_cast(dtype, tensor, kDevice);
-  };
-  const auto cast_adapter = [&](const Tensor& tensor) {
-    return tensor.scalar_type() == at::kFloat ? tensor : cast(tensor);
-  };
-  return op.call(cast(x), cast(weight), bias.has_value() ? OptionalTensor(cast(*bias)) : bias,
-                 cast_adapter(lora_A), cast_adapter(lora_B), scale, scaling, dropout_p, rng_state);
+  const AutocastScope<kDevice> cast;
+  return op.call(cast.base(x), cast.base(weight), cast.base(bias), cast.adapter(lora_A),
+                 cast.adapter(lora_B), scale, scaling, dropout_p, rng_state);
 }
 
 }  // namespace

@@ -1,8 +1,7 @@
-// lora_linear under torch.autocast: the base product runs in the autocast dtype. fp32 adapters stay
-// as they are, since the kernels read them beside a bf16 or fp16 base at no cost.
-#include <ATen/autocast_mode.h>
+// lora_linear under torch.autocast.
 #include <torch/library.h>
 
+#include "ops/autocast.h"
 #include "ops/lora_linear.h"
 #include "ops/lora_linear_registration.h"
 
@@ -15,20 +14,9 @@ Tensor lora_linear_autocast(const Tensor& x, const Tensor& weight, const Optiona
                             const OptionalTensor& lora_bias, double scaling,
                             const OptionalTensor& scaling_tensor, double dropout_p,
                             const OptionalTensor& rng_state) {
-  const auto dtype = at::autocast::get_autocast_dtype(kDevice);
-  c10::impl::ExcludeDispatchKeyGuard no_autocast(
-      at::autocast::get_autocast_dispatch_key_from_device_type(kDevice));
-  const auto cast = [&](const Tensor& tensor) {
-    return at::autocast::cached_cast(dtype, tensor, kDevice);
-  };
-  const auto cast_adapter = [&](const Tensor& tensor) {
-    return tensor.scalar_type() == at::kFloat ? tensor : cast(tensor);
-  };
-  const auto cast_optional = [](const OptionalTensor& tensor, const auto& how) {
-    return tensor.has_value() ? OptionalTensor(how(*tensor)) : tensor;
-  };
-  return lora_linear(cast(x), cast(weight), cast_optional(bias, cast), cast_adapter(lora_A),
-                     cast_adapter(lora_B), cast_optional(lora_bias, cast_adapter),
+  const AutocastScope<kDevice> cast;
+  return lora_linear(cast.base(x), cast.base(weight), cast.base(bias), cast.adapter(lora_A),
+                     cast.adapter(lora_B), cast.adapter(lora_bias),
                      {scaling, scaling_tensor, dropout_p, rng_state});
 }
 

@@ -1,0 +1,32 @@
+// How operands are cast under torch.autocast: the base product runs in the autocast dtype. fp32
+// adapters stay as they are, since the kernels read them beside a bf16 or fp16 base at no cost.
+#pragma once
+
+#include <ATen/autocast_mode.h>
+
+#include "ops/lora_linear.h"
+
+namespace lora_ext {
+
+// Autocast is off while it lives.
+template <c10::DeviceType kDevice>
+struct AutocastScope {
+  at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{
+      at::autocast::get_autocast_dispatch_key_from_device_type(kDevice)};
+
+  Tensor base(const Tensor& tensor) const {
+    return at::autocast::cached_cast(dtype, tensor, kDevice);
+  }
+  OptionalTensor base(const OptionalTensor& tensor) const {
+    return tensor.has_value() ? OptionalTensor(base(*tensor)) : tensor;
+  }
+  Tensor adapter(const Tensor& tensor) const {
+    return tensor.scalar_type() == at::kFloat ? tensor : base(tensor);
+  }
+  OptionalTensor adapter(const OptionalTensor& tensor) const {
+    return tensor.has_value() ? OptionalTensor(adapter(*tensor)) : tensor;
+  }
+};
+
+}  // namespace lora_ext
