@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -27,6 +28,7 @@ def attempt(load: Callable[[], object], patience: int = 10) -> Outcome:
 
     Not the clock's: other processes may have the machine. A load that only waits is killed.
     """
+    ctypes.CDLL(None).malloc_trim(0)  # what is free but resident would not count when it is used
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:

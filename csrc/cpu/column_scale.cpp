@@ -10,7 +10,7 @@
 namespace lora_ext {
 namespace {
 
-const ElementwiseKernels& kernels_for(const Tensor& z) {
+const ElementwiseKernels& elementwise_kernels(const Tensor& z) {
   return cpu_kernels().elementwise[dtype_pair(z.scalar_type(), z.scalar_type())];
 }
 
@@ -35,7 +35,7 @@ Tensor column_scale_cpu(const Tensor& z, const Tensor& scale, const OptionalTens
                              offsets.defined() ? offsets.const_data_ptr() : nullptr,
                              y.data_ptr()};
   at::parallel_for(0, M, rows_per_part(N), [&](int64_t begin, int64_t end) {
-    kernels_for(z).column_scale_rows(args, begin, end);
+    elementwise_kernels(z).column_scale_rows(args, begin, end);
   });
   return y;
 }
@@ -67,9 +67,9 @@ std::tuple<Tensor, Tensor, Tensor> column_scale_bwd_cpu(const Tensor& dy, const 
   parallel_parts(M, parts, [&](int64_t part, int64_t begin, int64_t end) {
     char* own = static_cast<char*>(sums.data_ptr()) + part * 4 * N * sums.element_size();
     const auto row = [&](int64_t i) { return own + i * N * sums.element_size(); };
-    kernels_for(dy).column_scale_backward_rows(args, begin, end,
-                                               mask[kGradScale] ? row(0) : nullptr,
-                                               mask[kGradOffset] ? row(1) : nullptr, row(2));
+    elementwise_kernels(dy).column_scale_backward_rows(
+        args, begin, end, mask[kGradScale] ? row(0) : nullptr, mask[kGradOffset] ? row(1) : nullptr,
+        row(2));
   });
   if (mask[kGradScale]) dscale = sums.select(1, 0).sum(0);
   if (mask[kGradOffset]) dbias = sums.select(1, 1).sum(0);

@@ -18,7 +18,7 @@
 namespace lora_ext {
 namespace {
 
-const DroppedKernels& kernels_for(const Tensor& x) {
+const DroppedKernels& dropped_kernels(const Tensor& x) {
   return cpu_kernels().dropped[dtype_pair(x.scalar_type(), x.scalar_type())];
 }
 
@@ -90,10 +90,11 @@ void for_each_part(const Dropped& dropped, int64_t parts, int64_t scratch_bytes,
   });
 }
 
-std::tuple<Tensor, Tensor> fwd_cpu(const Tensor& x, const Tensor& weight,
-                                   const OptionalTensor& bias, const Tensor& lora_A,
-                                   const Tensor& lora_B, const Tensor& scale, double scaling,
-                                   double dropout_p, const Tensor& rng_state) {
+std::tuple<Tensor, Tensor> dora_linear_fwd_cpu(const Tensor& x, const Tensor& weight,
+                                               const OptionalTensor& bias, const Tensor& lora_A,
+                                               const Tensor& lora_B, const Tensor& scale,
+                                               double scaling, double dropout_p,
+                                               const Tensor& rng_state) {
   const LoraScale lora_scale{scaling, std::nullopt, dropout_p, rng_state};
   check_dora_linear(x, weight, bias, lora_A, lora_B, scale, lora_scale);
   const int64_t K = weight.size(1), N = weight.size(0);
@@ -110,7 +111,7 @@ std::tuple<Tensor, Tensor> fwd_cpu(const Tensor& x, const Tensor& weight,
   Tensor z = v.view({M, N});
   at::mm_out(z, low_rank.x, weight.t());
   const auto compute = at::toOpMathType(x.scalar_type());
-  const auto& kernels = kernels_for(x);
+  const auto& kernels = dropped_kernels(x);
   const Tensor W = adjacent(weight), scale_minus_1 = as_vector(scale, compute) - 1;
   const DropoutArgs dropout = dropout_args(lora_scale);
   const DroppedForwardArgs args{dropped_weight(W), scale_minus_1.const_data_ptr(), dropout.scale,
@@ -124,10 +125,11 @@ std::tuple<Tensor, Tensor> fwd_cpu(const Tensor& x, const Tensor& weight,
   return {y, v};
 }
 
-DoraGradients bwd_cpu(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& v,
-                      const OptionalTensor& weight, const Tensor& lora_A, const Tensor& lora_B,
-                      const Tensor& scale, double scaling, double dropout_p,
-                      const Tensor& rng_state, DoraMask mask) {
+DoraGradients dora_linear_bwd_cpu(const Tensor& dy, const OptionalTensor& x,
+                                  const OptionalTensor& v, const OptionalTensor& weight,
+                                  const Tensor& lora_A, const Tensor& lora_B, const Tensor& scale,
+                                  double scaling, double dropout_p, const Tensor& rng_state,
+                                  DoraMask mask) {
   const LoraScale lora_scale{scaling, std::nullopt, dropout_p, rng_state};
   check_dora_linear_bwd(dy, x, v, weight, lora_A, lora_B, scale, lora_scale, mask);
   const int64_t K = lora_A.size(1), N = lora_B.size(0);
@@ -150,7 +152,7 @@ DoraGradients bwd_cpu(const Tensor& dy, const OptionalTensor& x, const OptionalT
     const int64_t M = low_rank.dy.size(0);
     const Tensor u_rows = u.view({M, N});
     low_rank.dx.addmm_(u_rows, *weight);
-    const auto& kernels = kernels_for(dy);
+    const auto& kernels = dropped_kernels(dy);
     const Tensor W = adjacent(*weight);
     const DroppedBackwardArgs args{dropped_weight(W), u_rows.const_data_ptr(),
                                    low_rank.dy.const_data_ptr(), low_rank.dy.stride(0),
@@ -172,8 +174,8 @@ DoraGradients bwd_cpu(const Tensor& dy, const OptionalTensor& x, const OptionalT
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lora_ext, CPU, m) {
-  m.impl("dora_linear_fwd", &fwd_cpu);
-  m.impl("dora_linear_bwd", &bwd_cpu);
+  m.impl("dora_linear_fwd", &dora_linear_fwd_cpu);
+  m.impl("dora_linear_bwd", &dora_linear_bwd_cpu);
 }
 
 }  // namespace lora_ext

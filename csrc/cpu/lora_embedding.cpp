@@ -33,8 +33,8 @@ Tensor tokens_of(const char* op, const Tensor& indices, int64_t V) {
   return tokens;
 }
 
-Tensor fwd_cpu(const Tensor& indices, const Tensor& weight, const Tensor& lora_A,
-               const Tensor& lora_B, double scaling) {
+Tensor lora_embedding_fwd_cpu(const Tensor& indices, const Tensor& weight, const Tensor& lora_A,
+                              const Tensor& lora_B, double scaling) {
   check_lora_embedding(indices, weight, lora_A, lora_B);
   const int64_t V = weight.size(0), D = weight.size(1), r = lora_A.size(0);
   const Tensor tokens = tokens_of("lora_embedding", indices, V);
@@ -84,9 +84,10 @@ void scatter_columns(const Tensor& dh, const Tensor& tokens, int64_t padding_idx
   });
 }
 
-AdapterGradients bwd_cpu(const Tensor& dy, const Tensor& indices, const Tensor& lora_A,
-                         const Tensor& lora_B, double scaling, int64_t padding_idx,
-                         bool scale_grad_by_freq, std::array<bool, 2> mask) {
+AdapterGradients lora_embedding_bwd_cpu(const Tensor& dy, const Tensor& indices,
+                                        const Tensor& lora_A, const Tensor& lora_B, double scaling,
+                                        int64_t padding_idx, bool scale_grad_by_freq,
+                                        std::array<bool, 2> mask) {
   check_lora_embedding_bwd(dy, indices, lora_A, lora_B);
   const int64_t M = indices.numel(), V = lora_A.size(1), D = lora_B.size(0), r = lora_A.size(0);
   const auto gradient = [](bool wanted, const Tensor& like) {
@@ -135,8 +136,8 @@ AdapterGradients bwd_cpu(const Tensor& dy, const Tensor& indices, const Tensor& 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lora_ext, CPU, m) {
-  m.impl("lora_embedding_fwd", &fwd_cpu);
-  m.impl("lora_embedding_bwd", &bwd_cpu);
+  m.impl("lora_embedding_fwd", &lora_embedding_fwd_cpu);
+  m.impl("lora_embedding_bwd", &lora_embedding_bwd_cpu);
 }
 
 }  // namespace lora_ext

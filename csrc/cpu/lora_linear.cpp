@@ -34,12 +34,13 @@ CpuPath path_for(int64_t M, int64_t N, const Tensor& lora_A, at::ScalarType base
   return choose_cpu_path(problem);
 }
 
-std::tuple<Tensor, Tensor> fwd_cpu(const Tensor& x, const Tensor& weight,
-                                   const OptionalTensor& bias, const Tensor& lora_A,
-                                   const Tensor& lora_B, const OptionalTensor& lora_bias,
-                                   double scaling, const OptionalTensor& scaling_tensor,
-                                   double dropout_p, const OptionalTensor& rng_state,
-                                   bool return_h) {
+std::tuple<Tensor, Tensor> lora_linear_fwd_cpu(const Tensor& x, const Tensor& weight,
+                                               const OptionalTensor& bias, const Tensor& lora_A,
+                                               const Tensor& lora_B,
+                                               const OptionalTensor& lora_bias, double scaling,
+                                               const OptionalTensor& scaling_tensor,
+                                               double dropout_p, const OptionalTensor& rng_state,
+                                               bool return_h) {
   const LoraScale scale{scaling, scaling_tensor, dropout_p, rng_state};
   check_lora_linear(x, weight, bias, lora_A, lora_B, lora_bias, scale);
   auto [y, h, low_rank] =
@@ -50,10 +51,11 @@ std::tuple<Tensor, Tensor> fwd_cpu(const Tensor& x, const Tensor& weight,
   return {y, h};
 }
 
-Gradients bwd_cpu(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& h,
-                  const OptionalTensor& weight, const Tensor& lora_A, const Tensor& lora_B,
-                  double scaling, const OptionalTensor& scaling_tensor, double dropout_p,
-                  const OptionalTensor& rng_state, GradientMask mask) {
+Gradients lora_linear_bwd_cpu(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& h,
+                              const OptionalTensor& weight, const Tensor& lora_A,
+                              const Tensor& lora_B, double scaling,
+                              const OptionalTensor& scaling_tensor, double dropout_p,
+                              const OptionalTensor& rng_state, GradientMask mask) {
   const LoraScale scale{scaling, scaling_tensor, dropout_p, rng_state};
   check_lora_linear_bwd(dy, x, h, weight, lora_A, lora_B, scale, mask);
   auto [gradients, low_rank, done] =
@@ -108,8 +110,8 @@ std::pair<std::string, std::string> explain_lora_linear_cpu(int64_t tokens, int6
 }
 
 TORCH_LIBRARY_IMPL(lora_ext, CPU, m) {
-  m.impl("lora_linear_fwd", &fwd_cpu);
-  m.impl("lora_linear_bwd", &bwd_cpu);
+  m.impl("lora_linear_fwd", &lora_linear_fwd_cpu);
+  m.impl("lora_linear_bwd", &lora_linear_bwd_cpu);
 }
 
 }  // namespace lora_ext

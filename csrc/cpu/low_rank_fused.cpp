@@ -8,12 +8,6 @@
 namespace lora_ext {
 namespace {
 
-const void* data_or_null(const Tensor& tensor) {
-  return tensor.defined() ? tensor.const_data_ptr() : nullptr;
-}
-
-void* out_or_null(const Tensor& tensor) { return tensor.defined() ? tensor.data_ptr() : nullptr; }
-
 const LoraLinearKernels& kernels_of(const CpuPath& path, const Tensor& base,
                                     const Tensor& adapter) {
   return path.kernels == CpuPath::Kernels::Bf16Dot

@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t kMinRowsPerPart = 16;
 
-const MergeKernels& kernels_for(const MergeOperands& operands) {
+const MergeKernels& merge_kernels(const MergeOperands& operands) {
   return cpu_kernels()
       .merge[dtype_pair(operands.weight.scalar_type(), operands.lora_A.scalar_type())];
 }
@@ -24,7 +24,7 @@ bool merge_rows(const MergeOperands& operands, const Tensor& weight_scale, doubl
                 bool store) {
   const Tensor& weight = operands.weight;
   const int64_t N = weight.size(0), K = weight.size(1), r = operands.lora_A.size(0);
-  const auto& kernels = kernels_for(operands);
+  const auto& kernels = merge_kernels(operands);
   const int64_t bytes = kernels.scratch_bytes(K, r);
   const void* scale = weight_scale.defined() ? weight_scale.const_data_ptr() : nullptr;
   std::atomic<bool> finite{true};
@@ -64,7 +64,7 @@ Tensor weight_norm_cpu(const Tensor& weight, const Tensor& lora_A, const Tensor&
       std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), rows / kMinRowsPerPart));
   Tensor sums =
       operands.transposed ? at::zeros({parts, K}, options) : at::zeros({1, rows}, options);
-  const auto& kernels = kernels_for(operands);
+  const auto& kernels = merge_kernels(operands);
   const int64_t bytes = kernels.norm_scratch_bytes(r);
   parallel_parts(rows, parts, [&](int64_t part, int64_t begin, int64_t end) {
     Tensor scratch = at::empty({bytes}, at::kByte);

@@ -68,16 +68,6 @@ Matrix<T> matrix(const Tensor& rows, int64_t count, int64_t columns) {
   return rows.defined() ? matrix<T>(rows) : Matrix<T>{nullptr, count, columns, columns};
 }
 
-template <class T>
-const T* data_or_null(const Tensor& tensor) {
-  return tensor.defined() ? static_cast<const T*>(tensor.const_data_ptr()) : nullptr;
-}
-
-template <class T>
-T* out_or_null(const Tensor& tensor) {
-  return tensor.defined() ? static_cast<T*>(tensor.data_ptr()) : nullptr;
-}
-
 // f(T{}, TA{}) with the storage types of base and adapter.
 template <class F>
 void with_types(at::ScalarType base, at::ScalarType adapter, const F& f) {

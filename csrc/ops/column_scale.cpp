@@ -9,6 +9,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "ops/find_op.h"
+
 namespace lora_ext {
 namespace {
 
@@ -108,17 +110,13 @@ Tensor column_scale_autograd(const Tensor& z, const Tensor& scale, const Optiona
 }  // namespace
 
 Tensor column_scale(const Tensor& z, const Tensor& scale, const OptionalTensor& bias) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("lora_ext::column_scale", "")
-                             .typed<ColumnScaleSignature>();
+  static const auto op = find_op<ColumnScaleSignature>("lora_ext::column_scale");
   return op.call(z, scale, bias);
 }
 
 ColumnScaleGradients column_scale_bwd(const Tensor& dy, const OptionalTensor& z,
                                       const Tensor& scale, ColumnScaleMask mask) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("lora_ext::column_scale_bwd", "")
-                             .typed<ColumnScaleBwdSignature>();
+  static const auto op = find_op<ColumnScaleBwdSignature>("lora_ext::column_scale_bwd");
   return op.call(dy, z, scale, mask);
 }
 

@@ -22,19 +22,21 @@ Tensor empty_like_rows(const Tensor& tensor, const c10::SymInt& width) {
   return tensor.new_empty_symint(sizes);
 }
 
-std::tuple<Tensor, Tensor> fwd_meta(const Tensor& x, const Tensor& weight,
-                                    const OptionalTensor& bias, const Tensor& lora_A,
-                                    const Tensor& lora_B, const Tensor& scale, double scaling,
-                                    double dropout_p, const Tensor& rng_state) {
+std::tuple<Tensor, Tensor> dora_linear_fwd_meta(const Tensor& x, const Tensor& weight,
+                                                const OptionalTensor& bias, const Tensor& lora_A,
+                                                const Tensor& lora_B, const Tensor& scale,
+                                                double scaling, double dropout_p,
+                                                const Tensor& rng_state) {
   check_dora_linear(x, weight, bias, lora_A, lora_B, scale,
                     {scaling, std::nullopt, dropout_p, rng_state});
   return {empty_like_rows(x, weight.sym_size(0)), empty_like_rows(x, weight.sym_size(0))};
 }
 
-DoraGradients bwd_meta(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& v,
-                       const OptionalTensor& weight, const Tensor& lora_A, const Tensor& lora_B,
-                       const Tensor& scale, double scaling, double dropout_p,
-                       const Tensor& rng_state, DoraMask mask) {
+DoraGradients dora_linear_bwd_meta(const Tensor& dy, const OptionalTensor& x,
+                                   const OptionalTensor& v, const OptionalTensor& weight,
+                                   const Tensor& lora_A, const Tensor& lora_B, const Tensor& scale,
+                                   double scaling, double dropout_p, const Tensor& rng_state,
+                                   DoraMask mask) {
   check_dora_linear_bwd(dy, x, v, weight, lora_A, lora_B, scale,
                         {scaling, std::nullopt, dropout_p, rng_state}, mask);
   const auto compute = dy.options().dtype(at::toOpMathType(dy.scalar_type()));
@@ -100,8 +102,8 @@ TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
 }
 
 TORCH_LIBRARY_IMPL(lora_ext, Meta, m) {
-  m.impl("dora_linear_fwd", &fwd_meta);
-  m.impl("dora_linear_bwd", &bwd_meta);
+  m.impl("dora_linear_fwd", &dora_linear_fwd_meta);
+  m.impl("dora_linear_bwd", &dora_linear_bwd_meta);
 }
 
 TORCH_LIBRARY_IMPL(lora_ext, CompositeExplicitAutograd, m) {

@@ -9,6 +9,7 @@
 #include "ops/column_scale.h"
 #include "ops/dora_linear.h"
 #include "ops/dropout.h"
+#include "ops/find_op.h"
 
 namespace lora_ext {
 namespace {
@@ -16,22 +17,13 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-template <class Signature>
-auto find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
 std::tuple<Tensor, Tensor> dora_linear_fwd(const Tensor& x, const Tensor& weight,
                                            const OptionalTensor& bias, const Tensor& lora_A,
                                            const Tensor& lora_B, const Tensor& scale,
                                            double scaling, double dropout_p,
                                            const Tensor& rng_state) {
-  static const auto op = find<DoraLinearFwdSignature>("lora_ext::dora_linear_fwd");
+  static const auto op = find_op<DoraLinearFwdSignature>("lora_ext::dora_linear_fwd");
   return op.call(x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p, rng_state);
-}
-
-OptionalTensor if_defined(const Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
 
 // The same gradients out of differentiable ATen operators: what backward() runs under
@@ -95,7 +87,7 @@ struct DoraLinear : torch::autograd::Function<DoraLinear> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
-    static const auto op = find<DoraLinearBwdSignature>("lora_ext::dora_linear_bwd");
+    static const auto op = find_op<DoraLinearBwdSignature>("lora_ext::dora_linear_bwd");
     const variable_list saved = ctx->get_saved_variables();
     const OptionalTensor x = if_defined(saved[0]), v = if_defined(saved[1]),
                          weight = if_defined(saved[2]);
@@ -158,7 +150,7 @@ template <c10::DeviceType kDevice>
 Tensor dora_linear_autocast(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                             const Tensor& lora_A, const Tensor& lora_B, const Tensor& scale,
                             double scaling, double dropout_p, const Tensor& rng_state) {
-  static const auto op = find<DoraLinearSignature>("lora_ext::dora_linear");
+  static const auto op = find_op<DoraLinearSignature>("lora_ext::dora_linear");
   const AutocastScope<kDevice> cast;
   return op.call(cast.base(x), cast.base(weight), cast.base(bias), cast.adapter(lora_A),
                  cast.adapter(lora_B), scale, scaling, dropout_p, rng_state);

@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include "ops/checks.h"
+#include "ops/find_op.h"
 
 namespace lora_ext {
 namespace {
@@ -35,7 +36,7 @@ Tensor dropout_composed(const Tensor& x, const Tensor& rng_state, double dropout
 }
 
 // dropout is linear and its own transpose, so its gradient is dropout of the gradient.
-struct Dropout : torch::autograd::Function<Dropout> {
+struct DropoutFunction : torch::autograd::Function<DropoutFunction> {
   static constexpr bool is_traceable = true;
 
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x,
@@ -54,31 +55,26 @@ struct Dropout : torch::autograd::Function<Dropout> {
 };
 
 Tensor dropout_autograd(const Tensor& x, const Tensor& rng_state, double dropout_p) {
-  return Dropout::apply(x, rng_state, dropout_p);
+  return DropoutFunction::apply(x, rng_state, dropout_p);
 }
 
 }  // namespace
 
 at::Tensor draw_rng_state(const at::Tensor& like) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("lora_ext::draw_rng_state", "")
-                             .typed<at::Tensor(const at::Tensor&)>();
+  static const auto op = find_op<at::Tensor(const at::Tensor&)>("lora_ext::draw_rng_state");
   return op.call(like);
 }
 
 at::Tensor dropout_mask(const at::Tensor& rng_state, c10::SymInt rows, c10::SymInt columns,
                         double dropout_p, c10::SymInt first_row) {
   static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("lora_ext::dropout_mask", "")
-          .typed<at::Tensor(const at::Tensor&, c10::SymInt, c10::SymInt, double, c10::SymInt)>();
+      find_op<at::Tensor(const at::Tensor&, c10::SymInt, c10::SymInt, double, c10::SymInt)>(
+          "lora_ext::dropout_mask");
   return op.call(rng_state, rows, columns, dropout_p, first_row);
 }
 
 Tensor dropout(const Tensor& x, const Tensor& rng_state, double dropout_p) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("lora_ext::dropout", "")
-                             .typed<Tensor(const Tensor&, const Tensor&, double)>();
+  static const auto op = find_op<Tensor(const Tensor&, const Tensor&, double)>("lora_ext::dropout");
   return op.call(x, rng_state, dropout_p);
 }
 

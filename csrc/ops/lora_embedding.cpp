@@ -7,22 +7,24 @@
 #include <torch/library.h>
 
 #include "ops/checks.h"
+#include "ops/find_op.h"
 
 namespace lora_ext {
 namespace {
 
 using Mask = std::array<bool, 2>;
 
-Tensor fwd_meta(const Tensor& indices, const Tensor& weight, const Tensor& lora_A,
-                const Tensor& lora_B, double) {
+Tensor lora_embedding_fwd_meta(const Tensor& indices, const Tensor& weight, const Tensor& lora_A,
+                               const Tensor& lora_B, double) {
   check_lora_embedding(indices, weight, lora_A, lora_B);
   auto sizes = indices.sym_sizes().vec();
   sizes.push_back(weight.sym_size(1));
   return weight.new_empty_symint(sizes);
 }
 
-AdapterGradients bwd_meta(const Tensor& dy, const Tensor& indices, const Tensor& lora_A,
-                          const Tensor& lora_B, double, int64_t, bool, Mask mask) {
+AdapterGradients lora_embedding_bwd_meta(const Tensor& dy, const Tensor& indices,
+                                         const Tensor& lora_A, const Tensor& lora_B, double,
+                                         int64_t, bool, Mask mask) {
   check_lora_embedding_bwd(dy, indices, lora_A, lora_B);
   const auto gradient = [](bool wanted, const Tensor& like) {
     return like.new_empty_symint(wanted ? like.sym_sizes().vec() : std::vector<c10::SymInt>{0});
@@ -49,23 +51,18 @@ AdapterGradients bwd_composed(const Tensor& dy, const Tensor& indices, const Ten
           mask[1] ? dB.contiguous() : lora_B.new_empty({0})};
 }
 
-template <class Signature>
-auto find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
 }  // namespace
 
 Tensor lora_embedding_fwd(const Tensor& indices, const Tensor& weight, const Tensor& lora_A,
                           const Tensor& lora_B, double scaling) {
-  static const auto op = find<decltype(fwd_meta)>("lora_ext::lora_embedding_fwd");
+  static const auto op = find_op<decltype(lora_embedding_fwd_meta)>("lora_ext::lora_embedding_fwd");
   return op.call(indices, weight, lora_A, lora_B, scaling);
 }
 
 AdapterGradients lora_embedding_bwd(const Tensor& dy, const Tensor& indices, const Tensor& lora_A,
                                     const Tensor& lora_B, double scaling,
                                     const LookupOptions& lookup, Mask mask) {
-  static const auto op = find<decltype(bwd_meta)>("lora_ext::lora_embedding_bwd");
+  static const auto op = find_op<decltype(lora_embedding_bwd_meta)>("lora_ext::lora_embedding_bwd");
   return op.call(dy, indices, lora_A, lora_B, scaling, lookup.padding_idx,
                  lookup.scale_grad_by_freq, mask);
 }
@@ -111,8 +108,8 @@ TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
 }
 
 TORCH_LIBRARY_IMPL(lora_ext, Meta, m) {
-  m.impl("lora_embedding_fwd", &fwd_meta);
-  m.impl("lora_embedding_bwd", &bwd_meta);
+  m.impl("lora_embedding_fwd", &lora_embedding_fwd_meta);
+  m.impl("lora_embedding_bwd", &lora_embedding_bwd_meta);
 }
 
 // Every device without kernels of its own.

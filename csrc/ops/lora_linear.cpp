@@ -7,15 +7,11 @@
 #include <torch/library.h>
 
 #include "ops/checks.h"
+#include "ops/find_op.h"
 #include "ops/lora_linear_registration.h"
 
 namespace lora_ext {
 namespace {
-
-template <class Signature>
-auto find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 // Rows of a tensor [..., width]: the product of the leading sizes, right also where width is 0.
 c10::SymInt count_rows(const Tensor& tensor) {
@@ -24,12 +20,13 @@ c10::SymInt count_rows(const Tensor& tensor) {
   return rows;
 }
 
-std::tuple<Tensor, Tensor> fwd_meta(const Tensor& x, const Tensor& weight,
-                                    const OptionalTensor& bias, const Tensor& lora_A,
-                                    const Tensor& lora_B, const OptionalTensor& lora_bias,
-                                    double scaling, const OptionalTensor& scaling_tensor,
-                                    double dropout_p, const OptionalTensor& rng_state,
-                                    bool return_h) {
+std::tuple<Tensor, Tensor> lora_linear_fwd_meta(const Tensor& x, const Tensor& weight,
+                                                const OptionalTensor& bias, const Tensor& lora_A,
+                                                const Tensor& lora_B,
+                                                const OptionalTensor& lora_bias, double scaling,
+                                                const OptionalTensor& scaling_tensor,
+                                                double dropout_p, const OptionalTensor& rng_state,
+                                                bool return_h) {
   check_lora_linear(x, weight, bias, lora_A, lora_B, lora_bias,
                     {scaling, scaling_tensor, dropout_p, rng_state});
   auto y_sizes = x.sym_sizes().vec();
@@ -40,10 +37,11 @@ std::tuple<Tensor, Tensor> fwd_meta(const Tensor& x, const Tensor& weight,
   return {x.new_empty_symint(y_sizes), h};
 }
 
-Gradients bwd_meta(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& h,
-                   const OptionalTensor& weight, const Tensor& lora_A, const Tensor& lora_B,
-                   double scaling, const OptionalTensor& scaling_tensor, double dropout_p,
-                   const OptionalTensor& rng_state, GradientMask mask) {
+Gradients lora_linear_bwd_meta(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& h,
+                               const OptionalTensor& weight, const Tensor& lora_A,
+                               const Tensor& lora_B, double scaling,
+                               const OptionalTensor& scaling_tensor, double dropout_p,
+                               const OptionalTensor& rng_state, GradientMask mask) {
   check_lora_linear_bwd(dy, x, h, weight, lora_A, lora_B,
                         {scaling, scaling_tensor, dropout_p, rng_state}, mask);
   const c10::SymInt K = lora_A.sym_size(1), N = dy.sym_size(-1);
@@ -65,7 +63,7 @@ Gradients bwd_meta(const Tensor& dy, const OptionalTensor& x, const OptionalTens
 Tensor lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                    const Tensor& lora_A, const Tensor& lora_B, const OptionalTensor& lora_bias,
                    const LoraScale& scale) {
-  static const auto op = find<LoraLinearSignature>("lora_ext::lora_linear");
+  static const auto op = find_op<LoraLinearSignature>("lora_ext::lora_linear");
   return op.call(x, weight, bias, lora_A, lora_B, lora_bias, scale.scaling, scale.scaling_tensor,
                  scale.dropout_p, scale.rng_state);
 }
@@ -74,7 +72,7 @@ std::tuple<Tensor, Tensor> lora_linear_fwd(const Tensor& x, const Tensor& weight
                                            const OptionalTensor& bias, const Tensor& lora_A,
                                            const Tensor& lora_B, const OptionalTensor& lora_bias,
                                            const LoraScale& scale, bool return_h) {
-  static const auto op = find<LoraLinearFwdSignature>("lora_ext::lora_linear_fwd");
+  static const auto op = find_op<LoraLinearFwdSignature>("lora_ext::lora_linear_fwd");
   return op.call(x, weight, bias, lora_A, lora_B, lora_bias, scale.scaling, scale.scaling_tensor,
                  scale.dropout_p, scale.rng_state, return_h);
 }
@@ -82,7 +80,7 @@ std::tuple<Tensor, Tensor> lora_linear_fwd(const Tensor& x, const Tensor& weight
 Gradients lora_linear_bwd(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& h,
                           const OptionalTensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                           const LoraScale& scale, const GradientMask& mask) {
-  static const auto op = find<LoraLinearBwdSignature>("lora_ext::lora_linear_bwd");
+  static const auto op = find_op<LoraLinearBwdSignature>("lora_ext::lora_linear_bwd");
   return op.call(dy, x, h, weight, lora_A, lora_B, scale.scaling, scale.scaling_tensor,
                  scale.dropout_p, scale.rng_state, mask);
 }
@@ -107,8 +105,8 @@ TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
 }
 
 TORCH_LIBRARY_IMPL(lora_ext, Meta, m) {
-  m.impl("lora_linear_fwd", &fwd_meta);
-  m.impl("lora_linear_bwd", &bwd_meta);
+  m.impl("lora_linear_fwd", &lora_linear_fwd_meta);
+  m.impl("lora_linear_bwd", &lora_linear_bwd_meta);
 }
 
 // Called directly, these two have no derivative and say so in backward.

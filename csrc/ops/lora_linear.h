@@ -15,6 +15,10 @@ namespace lora_ext {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+inline OptionalTensor if_defined(const Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
 // What scales the low-rank product, in the order of the schemas.
 struct LoraScale {
   double scaling;                 // times scaling_tensor, where there is one

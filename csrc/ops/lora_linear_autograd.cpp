@@ -19,10 +19,6 @@ bool wants_grad(const OptionalTensor& tensor) {
   return tensor.has_value() && tensor->requires_grad();
 }
 
-OptionalTensor if_defined(const Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
-}
-
 // The same gradients out of differentiable ATen operators: what backward() runs under
 // create_graph=True, so that second derivatives are right. It holds M x K temporaries.
 variable_list differentiable_backward(const Tensor& dy, const OptionalTensor& x,

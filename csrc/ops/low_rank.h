@@ -30,6 +30,16 @@ struct LowRankBackward {
   Tensor dB;  // [N, r], contiguous, written; or undefined
 };
 
+// Where the elements of a tensor are that may be undefined.
+template <class T = void>
+const T* data_or_null(const Tensor& tensor) {
+  return tensor.defined() ? static_cast<const T*>(tensor.const_data_ptr()) : nullptr;
+}
+template <class T = void>
+T* out_or_null(const Tensor& tensor) {
+  return tensor.defined() ? static_cast<T*>(tensor.data_ptr()) : nullptr;
+}
+
 // BLAS calls, on any device and in any pair of dtypes; dropout on a copy of x that passes with the
 // call. A scaling tensor stays on its device.
 void low_rank_forward_blas(const LowRankForward& problem);
