@@ -30,9 +30,9 @@ demo: setup
 	$(BIN)/python examples/finetune_encoder.py --out demo_output
 
 # Two processes: most tests use one thread. A file stays in one of them, with what it compiled; in the order
-# of their names the long ones are not the last.
+# of their names the long ones are not the last. Threads of the one that wait leave the cores to the other.
 test: setup
-	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 # The CUDA extension compiled, linked and imported, without a GPU: in an environment of its own, with
 # gigabytes of torch's CUDA libraries. ptxas tells what registers each kernel spills.
@@ -65,7 +65,7 @@ gpu-build:
 # whatever failed before. Tests that need a package index are left out. Two threads each, as in
 # `make test` on two cores.
 GPU_JOBS ?= 12
-GPU_PYTEST = env $(GPU_ENV) OMP_NUM_THREADS=2 $(PYTHON) -m pytest tests -n $(GPU_JOBS)
+GPU_PYTEST = env $(GPU_ENV) OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(PYTHON) -m pytest tests -n $(GPU_JOBS)
 CUDA_PATHS = $(shell sed -n 's/.*kCudaWishNames\[\] = {"auto", \(.*\)};/\1/p' csrc/cuda/path.h | tr -d '",')
 gpu-test: gpu-build
 	@test -n "$(CUDA_PATHS)" || { echo "make gpu-test: csrc/cuda/path.h has no line kCudaWishNames[] = {\"auto\", ...};"; exit 1; }

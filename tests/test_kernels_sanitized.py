@@ -17,7 +17,7 @@ del os.environ["LD_PRELOAD"]  # for this process, not for the compiler
 from pathlib import Path
 import test_kernels
 from emulated import COMPLETIONS, TYPES, EmulatedKernels
-options = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+options = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 kernels = EmulatedKernels.build(Path(sys.argv[1]), *options)
 sizes = [(1, 64, 72, 1), (37, 72, 136, 16), (65, 131, 70, 17), (130, 136, 64, 64)]
 for size, types, (seed, family) in itertools.product(

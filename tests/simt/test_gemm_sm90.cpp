@@ -28,33 +28,30 @@ void check_gemm(Sizes size, double unit) {
   constexpr bool kColumns = kLayout == BLayout::kColumns;
   ProductCheck<T, kLayout> problem(size);
   constexpr int kMultiprocessors = 2;
-  sm90::launch<T, Shape, kColumns ? sm90::Major::kK : sm90::Major::kMN>(problem.product(),
-                                                                        kMultiprocessors, nullptr);
-  problem.check(unit);
-
+  constexpr auto kMajor = kColumns ? sm90::Major::kK : sm90::Major::kMN;
   const auto steps = [](int64_t depth, int step) { return (depth + step - 1) / step; };
   const int64_t tiles = steps(size.M, 128) * steps(size.N, Shape::kN);
-  const simt::Statistics& counts = simt::statistics();
-  EXPECT(counts.tma_bytes ==
-         tiles * (steps(size.K, 64) + steps(size.r, 64)) * (128 + Shape::kN) * 64 * 2);
-  EXPECT(counts.wgmma == tiles * 2 * (steps(size.K, 16) + steps(size.r, 16)));
+  for_each_schedule([&] {
+    sm90::launch<T, Shape, kMajor>(problem.product(), kMultiprocessors, nullptr);
+    problem.check(unit);
+    const simt::Statistics& counts = simt::statistics();
+    EXPECT(counts.tma_bytes ==
+           tiles * (steps(size.K, 64) + steps(size.r, 64)) * (128 + Shape::kN) * 64 * 2);
+    EXPECT(counts.wgmma == tiles * 2 * (steps(size.K, 16) + steps(size.r, 16)));
+  });
 }
 
 constexpr Sizes kOneTile = {37, 72, 328, 16};
 constexpr Sizes kSeveralTiles = {200, 264, 128, 80};
 
 CASE(bf16_weight_as_in_forward) {
-  for_each_schedule([] {
-    check_gemm<Bf16, Small, BLayout::kColumns>(kOneTile, kBf16Unit);
-    check_gemm<Bf16, Small, BLayout::kColumns>(kSeveralTiles, kBf16Unit);
-  });
+  check_gemm<Bf16, Small, BLayout::kColumns>(kOneTile, kBf16Unit);
+  check_gemm<Bf16, Small, BLayout::kColumns>(kSeveralTiles, kBf16Unit);
 }
 
 CASE(bf16_weight_as_in_backward) {
-  for_each_schedule([] {
-    check_gemm<Bf16, Small, BLayout::kRows>(kOneTile, kBf16Unit);
-    check_gemm<Bf16, Small, BLayout::kRows>(kSeveralTiles, kBf16Unit);
-  });
+  check_gemm<Bf16, Small, BLayout::kRows>(kOneTile, kBf16Unit);
+  check_gemm<Bf16, Small, BLayout::kRows>(kSeveralTiles, kBf16Unit);
 }
 
 // ---- The order of tiles ------------------------------------------------------------------------
@@ -86,11 +83,9 @@ CASE(tiles_of_one_wave_are_a_square) {
 CASE(fp16_and_other_tiles) {
   using Wide = sm90::GemmShape<256, 4>;
   using Narrow = sm90::GemmShape<64, 8>;
-  for_each_schedule([] {
-    check_gemm<Fp16, Wide, BLayout::kColumns>({129, 328, 200, 24}, kFp16Unit);
-    check_gemm<Fp16, Wide, BLayout::kRows>({65, 264, 72, 8}, kFp16Unit);
-    check_gemm<Fp16, Narrow, BLayout::kRows>({129, 200, 72, 8}, kFp16Unit);
-  });
+  check_gemm<Fp16, Wide, BLayout::kColumns>({129, 328, 200, 24}, kFp16Unit);
+  check_gemm<Fp16, Wide, BLayout::kRows>({65, 264, 72, 8}, kFp16Unit);
+  check_gemm<Fp16, Narrow, BLayout::kRows>({129, 200, 72, 8}, kFp16Unit);
 }
 
 // ---- Choices -----------------------------------------------------------------------------------

@@ -103,11 +103,27 @@ struct Sizes {
   int multiprocessors;
 };
 
+bool kept(const Dropout& dropout, int64_t row, int64_t column) {
+  return !dropout.enabled || dropout_keep(kRng, row, column, kThreshold);
+}
+
+// [rows, columns] sums of term(row, column, k): the same in every schedule, and computed once.
+template <class Term>
+std::vector<double> sums(int64_t rows, int64_t columns, int64_t depth, const Term& term) {
+  std::vector<double> result(static_cast<size_t>(rows * columns));
+  for (int64_t i = 0; i < rows * columns; ++i) {
+    for (int64_t k = 0; k < depth; ++k) result[i] += term(i / columns, i % columns, k);
+  }
+  return result;
+}
+
 // Every part is complete: their sum has no NaN.
-double sum_of(const Parts& parts, int64_t elements, int64_t i) {
-  double sum = 0;
-  for (int part = 0; part < parts.count; ++part) sum += parts.data[part * elements + i];
-  return sum;
+void check_sum(const Parts& parts, const std::vector<double>& expected) {
+  for (size_t i = 0; i < expected.size(); ++i) {
+    double sum = 0;
+    for (int part = 0; part < parts.count; ++part) sum += parts.data[part * expected.size() + i];
+    EXPECT(sum == expected[i]);
+  }
 }
 
 // What TMA brings and the tensor cores do: each tile of X once for each group of ranks.
@@ -132,128 +148,139 @@ void check_counts(const Sizes& size, int L_terms, int R_terms, int64_t column_bl
   EXPECT(seen_wgmma == wgmma);
 }
 
-bool kept(const Dropout& dropout, int64_t row, int64_t column) {
-  return !dropout.enabled || dropout_keep(kRng, row, column, kThreshold);
-}
-
 void begin(const Sizes& size) {
   simt::options().multiprocessors = size.multiprocessors;
   simt::launches().clear();
 }
 
 template <class T>
-void check_down(const Sizes& size, const Dropout& dropout) {
-  const Integers<T> x(size.M, size.C, 1);
-  const Operand<T> A(size.r, size.C, size.remainders, 2);
-  Scratch scratch;
-  begin(size);
-  const Parts h = sm90::down(x.matrix(), A.split(), dropout, scratch.allocator(), nullptr);
-  check_counts(size, size.remainders ? 2 : 1, 0, h.count, 128);
-  for (int64_t m = 0; m < size.M; ++m) {
-    for (int64_t j = 0; j < size.r; ++j) {
-      double expected = 0;
-      for (int64_t k = 0; k < size.C; ++k) {
-        if (kept(dropout, m, k)) expected += x.at(m, k) * A.at(j, k);
-      }
-      EXPECT(sum_of(h, size.M * size.r, m * size.r + j) == expected);
-    }
+struct DownCheck {
+  DownCheck(const Sizes& size, const Dropout& dropout)
+      : size(size),
+        dropout(dropout),
+        x(size.M, size.C, 1),
+        A(size.r, size.C, size.remainders, 2),
+        expected(sums(size.M, size.r, size.C, [&](int64_t m, int64_t j, int64_t k) {
+          return kept(dropout, m, k) ? x.at(m, k) * A.at(j, k) : 0.0;
+        })) {}
+
+  void check() const {
+    Scratch scratch;
+    begin(size);
+    const Parts h = sm90::down(x.matrix(), A.split(), dropout, scratch.allocator(), nullptr);
+    check_counts(size, size.remainders ? 2 : 1, 0, h.count, 128);
+    check_sum(h, expected);
+    scratch.check_margins();
   }
-  scratch.check_margins();
-}
+
+  Sizes size;
+  Dropout dropout;
+  Integers<T> x;
+  Operand<T> A;
+  std::vector<double> expected;
+};
 
 template <class T>
-void check_up_grad(const Sizes& size, bool wants_dh = true, bool wants_dB = true) {
-  const Integers<T> dy(size.M, size.C, 1);
-  const Operand<T> B(size.C, size.r, size.remainders, 2), h(size.M, size.r, true, 4);
-  Scratch scratch;
-  begin(size);
-  const auto [dh, dB] =
-      sm90::up_grad<T>({dy.matrix(), B.split(), wants_dB ? h.split() : Split<T>{}, wants_dh},
-                       scratch.allocator(), nullptr);
-  check_counts(size, wants_dh ? (size.remainders ? 2 : 1) : 0, wants_dB ? 2 : 0, dh.count);
-  EXPECT((dh.data != nullptr) == wants_dh && (dB.data != nullptr) == wants_dB);
-  for (int64_t m = 0; wants_dh && m < size.M; ++m) {
-    for (int64_t j = 0; j < size.r; ++j) {
-      double expected = 0;
-      for (int64_t n = 0; n < size.C; ++n) expected += dy.at(m, n) * B.at(n, j);
-      EXPECT(sum_of(dh, size.M * size.r, m * size.r + j) == expected);
-    }
+struct UpGradCheck {
+  explicit UpGradCheck(const Sizes& size)
+      : size(size),
+        dy(size.M, size.C, 1),
+        B(size.C, size.r, size.remainders, 2),
+        h(size.M, size.r, true, 4),
+        expected_dh(
+            sums(size.M, size.r, size.C,
+                 [&](int64_t m, int64_t j, int64_t n) { return dy.at(m, n) * B.at(n, j); })),
+        expected_dB(sums(size.C, size.r, size.M, [&](int64_t n, int64_t j, int64_t m) {
+          return dy.at(m, n) * h.at(m, j);
+        })) {}
+
+  void check(bool wants_dh = true, bool wants_dB = true) const {
+    Scratch scratch;
+    begin(size);
+    const auto [dh, dB] =
+        sm90::up_grad<T>({dy.matrix(), B.split(), wants_dB ? h.split() : Split<T>{}, wants_dh},
+                         scratch.allocator(), nullptr);
+    check_counts(size, wants_dh ? (size.remainders ? 2 : 1) : 0, wants_dB ? 2 : 0, dh.count);
+    EXPECT((dh.data != nullptr) == wants_dh && (dB.data != nullptr) == wants_dB);
+    if (wants_dh) check_sum(dh, expected_dh);
+    if (wants_dB) check_sum(dB, expected_dB);
+    scratch.check_margins();
   }
-  for (int64_t n = 0; wants_dB && n < size.C; ++n) {
-    for (int64_t j = 0; j < size.r; ++j) {
-      double expected = 0;
-      for (int64_t m = 0; m < size.M; ++m) expected += dy.at(m, n) * h.at(m, j);
-      EXPECT(sum_of(dB, size.C * size.r, n * size.r + j) == expected);
-    }
-  }
-  scratch.check_margins();
-}
+
+  Sizes size;
+  Integers<T> dy;
+  Operand<T> B, h;
+  std::vector<double> expected_dh, expected_dB;
+};
 
 template <class T>
-void check_down_grad(const Sizes& size, const Dropout& dropout) {
-  const Integers<T> x(size.M, size.C, 1);
-  const Operand<T> dh(size.M, size.r, true, 2);
-  Scratch scratch;
-  begin(size);
-  const Parts dA = sm90::down_grad(x.matrix(), dh.split(), dropout, scratch.allocator(), nullptr);
-  const int64_t launches = static_cast<int64_t>(simt::launches().size());
-  EXPECT(launches == (size.r + 63) / 64);
-  for (int64_t j = 0; j < size.r; ++j) {
-    for (int64_t k = 0; k < size.C; ++k) {
-      double expected = 0;
-      for (int64_t m = 0; m < size.M; ++m) {
-        if (kept(dropout, m, k)) expected += x.at(m, k) * dh.at(m, j);
-      }
-      EXPECT(sum_of(dA, size.C * size.r, j * size.C + k) == expected);
-    }
+struct DownGradCheck {
+  DownGradCheck(const Sizes& size, const Dropout& dropout)
+      : size(size),
+        dropout(dropout),
+        x(size.M, size.C, 1),
+        dh(size.M, size.r, true, 2),
+        expected(sums(size.r, size.C, size.M, [&](int64_t j, int64_t k, int64_t m) {
+          return kept(dropout, m, k) ? x.at(m, k) * dh.at(m, j) : 0.0;
+        })) {}
+
+  void check() const {
+    Scratch scratch;
+    begin(size);
+    const Parts dA = sm90::down_grad(x.matrix(), dh.split(), dropout, scratch.allocator(), nullptr);
+    EXPECT(static_cast<int64_t>(simt::launches().size()) == (size.r + 63) / 64);
+    check_sum(dA, expected);
+    scratch.check_margins();
   }
-  scratch.check_margins();
-}
+
+  Sizes size;
+  Dropout dropout;
+  Integers<T> x;
+  Operand<T> dh;
+  std::vector<double> expected;
+};
 
 // One block that walks several rows and columns of tiles, so that its ring turns; and several.
 constexpr Sizes kOneBlock = {290, 456, 11, true, 1};
 constexpr Sizes kSeveralBlocks = {200, 264, 24, false, 5};
 
 CASE(bf16_down) {
-  for_each_schedule([] {
-    check_down<Bf16>(kOneBlock, kDropout);
-    check_down<Bf16>(kSeveralBlocks, kNoDropout);
-  });
+  const DownCheck<Bf16> one(kOneBlock, kDropout), several(kSeveralBlocks, kNoDropout);
+  for_each_schedule([&] { one.check(), several.check(); });
 }
 
 CASE(bf16_up_grad) {
-  for_each_schedule([] {
-    check_up_grad<Bf16>(kOneBlock);
-    check_up_grad<Bf16>(kSeveralBlocks);
-  });
+  const UpGradCheck<Bf16> one(kOneBlock), several(kSeveralBlocks);
+  for_each_schedule([&] { one.check(), several.check(); });
 }
 
 CASE(bf16_down_grad) {
-  for_each_schedule([] {
-    check_down_grad<Bf16>(kOneBlock, kDropout);
-    check_down_grad<Bf16>(kSeveralBlocks, kNoDropout);
-  });
+  const DownGradCheck<Bf16> one(kOneBlock, kDropout), several(kSeveralBlocks, kNoDropout);
+  for_each_schedule([&] { one.check(), several.check(); });
 }
 
 #if !defined(BF16_ONLY)
 CASE(fp16_and_other_ranks) {
-  int turn = 0;
-  for_each_schedule([&] {
-    const auto size = std::vector<Sizes>{{1, 72, 1, false, 3},
-                                         {130, 130, 64, true, 132},
-                                         {65, 300, 136, false, 2},
-                                         {257, 129, 90, true, 1}}[turn++ % 4];
-    check_down<Fp16>(size, kDropout);
-    check_up_grad<Fp16>(size);
-    check_down_grad<Fp16>(size, kDropout);
-  });
+  constexpr Sizes kOthers[] = {{1, 72, 1, false, 3},
+                               {130, 130, 64, true, 132},
+                               {65, 300, 136, false, 2},
+                               {257, 129, 90, true, 1}};
+  for (const Sizes& size : kOthers) {
+    const DownCheck<Fp16> down(size, kDropout);
+    const UpGradCheck<Fp16> up_grad(size);
+    const DownGradCheck<Fp16> down_grad(size, kDropout);
+    int schedule = 0;
+    for_each_schedule([&] {
+      if (schedule++ % 4 == &size - kOthers) down.check(), up_grad.check(), down_grad.check();
+    });
+  }
 }
 
 // Every thread fences what it stored itself.
 CASE(dropout_is_seen_by_wgmma) {
   simt::options().watch_stores = true;
-  check_down<Bf16>({130, 136, 8, false, 1}, kDropout);
-  check_down_grad<Bf16>({130, 136, 8, false, 1}, kDropout);
+  DownCheck<Bf16>({130, 136, 8, false, 1}, kDropout).check();
+  DownGradCheck<Bf16>({130, 136, 8, false, 1}, kDropout).check();
 }
 
 // ---- Choices -----------------------------------------------------------------------------------
@@ -324,8 +351,9 @@ CASE(a_ring_holds_what_fits) {
 }
 
 CASE(only_what_is_wanted) {
-  check_up_grad<Bf16>(kSeveralBlocks, true, false);
-  check_up_grad<Bf16>(kSeveralBlocks, false, true);
+  const UpGradCheck<Bf16> up_grad(kSeveralBlocks);
+  up_grad.check(true, false);
+  up_grad.check(false, true);
 }
 #endif
 
