@@ -139,7 +139,8 @@ def expected_sizes(p: Problem) -> dict[str, float]:
         tensor = getattr(p, name)
         if tensor is not None:
             setattr(squares, name, tensor.detach().double().square().requires_grad_(name != "dy"))
-    squares.scaling = p.scaling**2
+    # The plain result has the survivors' factor once, its square is due; a lora_bias gets it, too.
+    squares.scaling = p.scaling**2 / (1 - p.dropout_p if p.dropout_p < 1 else 1)
     return {name: t.mean().sqrt().item() for name, t in exact_results(squares).items()}
 
 
@@ -148,13 +149,15 @@ def kernel_bound(p: Problem, dtype: torch.dtype) -> float:
 
     h and dh are rounded for the base product's sums, and the result once. The gradient of a float
     adapter is not, but its three factors are 16 bits and a remainder of as many; those of fp16 are
-    denormal here, multiples of 2^-24.
+    denormal here, multiples of 2^-24. Errors are as large as h and dh are, whose expected size is
+    that of many values: the RMS of n is off by 1 / sqrt(2 n), here four times of that.
     """
     base = p.x.dtype
     roundings = 2 * UNIT[base] if dtype == base else 3 * UNIT[base] ** 2
     if (base, dtype) == (torch.float16, torch.float32):
         roundings += 2.0**-25 * (1 / rms(p.lora_A) + 1 / rms(p.lora_B))
     N, K = p.weight.shape
-    longest_sum = max(p.x.numel() // max(K, 1), N, K)
+    M = p.x.numel() // max(K, 1)
+    few = 1 + 4 / (2 * max(M * p.lora_A.shape[0], 1)) ** 0.5
     compute = torch.float64 if base == torch.float64 else torch.float32
-    return roundings + UNIT[compute] * longest_sum**0.5
+    return few * (roundings + UNIT[compute] * max(M, N, K) ** 0.5)

@@ -141,6 +141,15 @@ def test_pairs_of_sizes(
     check(kernels, size, types, 0.1 * (number // 2 % 2), SCHEDULES[number % len(SCHEDULES)], family)
 
 
+@pytest.mark.parametrize("dropout_p", [0.5, 0.9])
+@pytest.mark.parametrize("size", [(1, 72, 72, 1), (65, 131, 70, 17), (37, 136, 264, 80)])
+@pytest.mark.parametrize("family", SIZES)
+def test_high_dropout(
+    kernels: EmulatedKernels, family: str, size: tuple[int, int, int, int], dropout_p: float
+) -> None:
+    check(kernels, size, "bf16", dropout_p, ("random", 2), family)
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("completion", COMPLETIONS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
