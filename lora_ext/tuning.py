@@ -23,7 +23,6 @@ from lora_ext.nn import Linear
 # In the order in which they are preferred where the clock sees no difference.
 PATHS = ("fused", "hybrid", "composed")
 NOISE = 0.02  # of the fastest time
-HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -116,10 +115,8 @@ def autotune(
 
 
 def _has_kernels(call: Call, device: int) -> bool:
-    """Whether another path than cuBLAS's products could be taken for such calls."""
-    if getattr(torch, call.base) not in HALF or not 1 <= call.r <= 256:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    major, minor = torch.cuda.get_device_capability(device)
+    return _C.has_cuda_kernels(call.on(device), 10 * major + minor)
 
 
 def calls_of(model: nn.Module, tokens: Iterable[int]) -> list[tuple[torch.device, Call]]:

@@ -61,6 +61,8 @@ FUSED = {"auto": "cuda fused sm_80", "fused": "cuda fused sm_80"}
 FUSED |= {"hybrid": "cuda hybrid", "composed": "cuda cublas"}
 assert gpu_paths(model, 80) == [FUSED[info["cuda_path"]], "cuda cublas", "cuda cublas"]
 assert gpu_paths(model, 75) == ["cuda cublas"] * 3
+for capability, kernels in ((80, [True, False, False]), (75, [False] * 3)):
+    assert [_C.has_cuda_kernels(call(layer), capability) for layer in model] == kernels
 
 # What autotune measured, unless the environment says otherwise
 _C.set_tuned_cuda_path(call(model[0], backward=True), "composed")

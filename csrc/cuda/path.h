@@ -37,18 +37,22 @@ struct CudaPath {
   const char* reason;  // for that choice
 };
 
+// Why the kernels of csrc/kernels cannot run a call; null where they can.
+inline const char* why_no_kernels(const CudaCall& call, int compute_capability) {
+  constexpr int64_t kMaxRank = 256;  // beyond, the low-rank products are worth a BLAS
+  if (!call.half) return "float32 and float64 products are cuBLAS's";
+  if (compute_capability < 80) return "the kernels need a GPU from sm_80 on";
+  if (call.r == 0 || call.r > kMaxRank) return "the kernels take ranks 1 to 256";
+  if (call.N == 0 || call.K == 0) return "the kernels take no empty matrices";
+  return nullptr;
+}
+
 inline CudaPath choose_cuda_path(const CudaProblem& problem) {
   using Kernels = CudaPath::Kernels;
-  constexpr int64_t kMaxRank = 256;  // beyond, the low-rank products are worth a BLAS
-  const CudaCall& call = problem.call;
   const int capability = problem.compute_capability;
-  if (!call.half) return {Kernels::Composed, "float32 and float64 products are cuBLAS's"};
-  if (capability < 80) return {Kernels::Composed, "the kernels need a GPU from sm_80 on"};
-  if (call.r == 0 || call.r > kMaxRank) {
-    return {Kernels::Composed, "the kernels take ranks 1 to 256"};
+  if (const char* reason = why_no_kernels(problem.call, capability)) {
+    return {Kernels::Composed, reason};
   }
-  if (call.N == 0 || call.K == 0) return {Kernels::Composed, "the kernels take no empty matrices"};
-
   const auto fused = problem.sm90 && capability == 90 ? Kernels::Sm90 : Kernels::Sm80;
   const auto kernels = [&](CudaWish wish) {
     if (wish == CudaWish::Composed) return Kernels::Composed;
