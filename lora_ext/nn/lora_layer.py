@@ -12,8 +12,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_ext.nn.default_adapter import DEFAULT, DefaultAdapter
 from lora_ext.nn.init import initialise, mutates_weight
-from lora_ext.nn.mergeable import MergeableLayer, base_name
+from lora_ext.nn.mergeable import MergeableLayer
 from lora_ext.nn.settings import AdapterSettings
+from lora_ext.nn.transaction import all_or_nothing
 
 
 def part_name(part: str, adapter_name: str) -> str:
@@ -59,6 +60,11 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
     _STATE: ClassVar[frozenset[str]] = frozenset(
         "adapters active_adapters merged_adapters merge_weights "
         "_base_class _base_forward _scaling _enabled _running _runs_dora _aside".split()
+    )
+    # What changes with adapters: that of a draft becomes the layer's (see `transaction`).
+    DRAFTED: ClassVar[tuple[str, ...]] = (
+        *("_parameters", "adapters", "active_adapters", "merged_adapters", "_aside"),
+        *("_scaling", "_enabled", "_running", "_runs_dora"),
     )
 
     adapters: dict[str, AdapterSettings]
@@ -158,14 +164,14 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
         base = self._base_class.__new__(self._base_class)
         base.__dict__.update({k: v for k, v in self.__dict__.items() if k not in self._STATE})
         lora = {part_name(part, name) for part in self.PARTS for name in (DEFAULT, *self.adapters)}
-        copies = {base_name(name) for name in self._base_copies()}
-        for registry, drop in (("_parameters", lora), ("_buffers", copies)):
-            kept = {k: v for k, v in self.__dict__[registry].items() if k not in drop}
-            base.__dict__[registry] = kept
+        kept = {name: tensor for name, tensor in self._parameters.items() if name not in lora}
+        base.__dict__["_parameters"] = kept
+        base.__dict__["_buffers"] = dict(self._buffers)
         return base
 
     # Adapters
 
+    @all_or_nothing
     def add_adapter(self, adapter_name: str, **settings: Any) -> None:
         """Adds an adapter; the first one becomes active.
 
@@ -198,11 +204,10 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
             self.register_parameter(part_name(part, adapter_name), nn.Parameter(tensor))
         self.adapters[adapter_name] = chosen
         self._scaling[adapter_name] = chosen.scaling
-        try:
+        if mutates_weight(chosen.init_lora_weights):
+            self._initialise_from_base(adapter_name)
+        else:
             self._initialise(adapter_name)
-        except BaseException:
-            self.delete_adapter(adapter_name)
-            raise
         if len(self.adapters) == 1:
             self.active_adapters = (adapter_name,)
         elif adapter_name not in self.active_adapters:
@@ -219,6 +224,7 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
             self.add_adapter(adapter_name, **settings)
         return self
 
+    @all_or_nothing
     def delete_adapter(self, adapter_name: str) -> None:
         """Forgets an adapter; if it is active, the others that are stay so.
 
@@ -240,6 +246,7 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
         del self.adapters[adapter_name], self._scaling[adapter_name]
         self._choose_running()
 
+    @all_or_nothing
     def rename_adapter(self, old: str, new: str) -> None:
         """Gives an adapter another name; the parameters themselves stay."""
         self._check_names([old])
@@ -259,6 +266,7 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
         self.merged_adapters = tuple(new if n == old else n for n in self.merged_adapters)
         self._choose_running()
 
+    @all_or_nothing
     def set_adapter(self, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
         """Makes exactly these adapters active, and trainable unless `inference_mode`; all others
         are frozen. Several active adapters add up. Unmerges what is merged."""
@@ -269,15 +277,17 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
         self.active_adapters = tuple(dict.fromkeys(names))
         for name in self.adapters:
             for parameter in self.adapter_parameters(name).values():
-                parameter.requires_grad_(name in names and not inference_mode)
+                self._transaction.require_grad(parameter, name in names and not inference_mode)
         self._choose_running()
 
+    @all_or_nothing
     def enable_adapters(self, enabled: bool) -> None:
         """Whether the active adapters run; disabling also unmerges, so that the base is exact."""
         if not enabled and self.merged:
             self.unmerge()
         self._enabled = enabled
         self._choose_running()
+        self._follow_mode()
 
     @property
     def disable_adapters(self) -> bool:
@@ -293,6 +303,11 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
         """The parameters of one adapter, by attribute name."""
         parts = self.parts(adapter_name)
         return {part_name(part, adapter_name): value for part, value in parts.items()}
+
+    def trained_biases(self) -> list[nn.Parameter]:
+        """The base's biases that train with an adapter whose config says "lora_only"."""
+        bias = self._aside.get("bias", getattr(self, "bias", None))
+        return [bias] if isinstance(bias, nn.Parameter) else []
 
     def peft_parameters(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """The parameters of one adapter, by their names in PEFT's checkpoints."""
@@ -388,6 +403,7 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
             }
         )
 
+    @all_or_nothing
     def _set_scaling(self, scaling: dict[str, float]) -> None:
         for name, value in scaling.items():
             if not math.isfinite(value):
