@@ -290,16 +290,19 @@ _BASES: MutableMapping[Tensor, nn.Parameter] = WeakTensorKeyDictionary()
 def _share_the_base(
     module: nn.Module, name: str, parameter: nn.Parameter | None
 ) -> nn.Parameter | None:
-    """What becomes a module's parameter instead of `parameter`, if anything. Who shares the weight
-    of a merged layer (`head.weight = embedding.weight`, as in tie_weights of transformers) shares
-    the base's; and a weight that is given to a merged layer is its base's."""
-    if parameter is None or not _BASES or module._parameters.get(name) is parameter:
+    """What becomes a module's parameter instead of `parameter`, if anything. Who shares its weight
+    with the base of a merged layer goes on with that if told to share the layer's
+    (`head.weight = embedding.weight`, as in tie_weights of transformers); and a weight that is
+    given to a merged layer is its base's."""
+    if parameter is None or not _BASES:
         return None
-    base = _BASES.get(parameter, parameter)
+    now, base = module._parameters.get(name), _BASES.get(parameter, parameter)
+    if now is parameter:
+        return None
     if isinstance(module, MergeableLayer) and name in vars(module).get("_aside", ()):
         module._take_base(name, base)
         return module._parameters[name]
-    return None if base is parameter else base
+    return base if now is base else None
 
 
 register_module_parameter_registration_hook(_share_the_base)  # type: ignore[arg-type]
