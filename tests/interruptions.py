@@ -23,10 +23,11 @@ class Interruption(BaseException):
 
 
 class AtLine:
-    """Raises at the n-th line of lora_ext that runs; counts them (`seen`)."""
+    """Raises at the n-th line of lora_ext that runs; counts them (`seen`), also until the first
+    `Transaction.commit` (`prepared`)."""
 
     def __init__(self, n: int | None = None) -> None:
-        self.n, self.seen = n, 0
+        self.n, self.seen, self.prepared = n, 0, 0
 
     def __enter__(self) -> AtLine:
         self._before = sys.gettrace()
@@ -42,6 +43,8 @@ class AtLine:
     def _line(self, frame: FrameType, event: str, _: Any) -> Any:
         if event in ("line", "return"):
             self.seen += 1
+            if frame.f_code.co_name == "commit" and not self.prepared:
+                self.prepared = self.seen
             if self.seen == self.n:
                 sys.settrace(None)
                 raise Interruption(f"{frame.f_code.co_filename}:{frame.f_lineno}")
