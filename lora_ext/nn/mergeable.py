@@ -48,7 +48,7 @@ class MergeableLayer(nn.Module):
         raise NotImplementedError
 
     def _write_merged(self, names: Sequence[str]) -> None:
-        """Adds these adapters to the base's parameters, in place; ValueError for NaN or Inf."""
+        """Adds these adapters to a draft's parameters, in place; ValueError for NaN or Inf."""
         raise NotImplementedError
 
     def _choose_running(self) -> None:
@@ -100,8 +100,11 @@ class MergeableLayer(nn.Module):
     @torch.no_grad()
     def _merge(self, names: tuple[str, ...]) -> None:
         """Makes exactly these adapters the merged ones."""
+        train = {name: attrgetter(name)(self).requires_grad for name in self._aside}
         self._put_back()
         self._aside = self._put_own(self._merged_parameters(names))
+        for name in train.keys() & self._aside.keys():
+            attrgetter(name)(self).requires_grad_(train[name])
         self._write_merged(names)
         self.merged_adapters = names
         self._choose_running()
@@ -186,14 +189,13 @@ class MergeableLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What moves or casts the layer also does so to the base's parameters while merged."""
-        self._parameters.update({base_name(name): p for name, p in self._aside.items()})
         try:
+            self._parameters.update({base_name(name): p for name, p in self._aside.items()})
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
         finally:
             for name in self._aside:
-                moved = self._parameters.pop(base_name(name))
-                assert moved is not None
-                self._aside[name] = moved
+                if (moved := self._parameters.pop(base_name(name), None)) is not None:
+                    self._aside[name] = moved
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
