@@ -36,6 +36,13 @@ def check_model(model: nn.Module) -> None:
         raise TypeError(
             "LoraModel: model: got a LoraModel; call its add_adapter() for another adapter"
         )
+    for name, module in model.named_modules():
+        if any(kind.__module__.startswith("peft.tuners.") for kind in type(module).__mro__):
+            raise TypeError(
+                f"LoraModel: model: got one with PEFT's layers ('{name}'), expected one without: "
+                "they would be frozen and adapted once more; take PEFT's adapters out with "
+                "unload(), and load them from their folder with LoraModel.from_pretrained"
+            )
 
 
 class LoraModel(nn.Module):
@@ -67,7 +74,7 @@ class LoraModel(nn.Module):
         check_model(model)
         self._init_empty(model)
         self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
-        model.requires_grad_(False)
+        self._freeze_base()
         self.set_adapter(adapter_name, inference_mode=config.inference_mode)
 
     def _init_empty(self, model: nn.Module) -> None:
@@ -75,7 +82,24 @@ class LoraModel(nn.Module):
         self.base_model = model
         self.peft_config: dict[str, LoraConfig] = {}
         self.active_adapters: tuple[str, ...] = ()
+        # What this model put there: layers and modules to save. The base may have others, which
+        # stay as they are: of a LoraModel inside it, or put there by hand.
+        self._own: set[nn.Module] = set()
         self.training = model.training
+
+    def _freeze_base(self) -> None:
+        """Freezes all but the adapters that are not this model's."""
+        others: list[nn.Parameter] = []
+        for module in self.base_model.modules():
+            if isinstance(module, LoraLayer) and module not in self._own:
+                for name in module.adapters:
+                    others += module.adapter_parameters(name).values()
+            elif isinstance(module, ModulesToSave) and module not in self._own:
+                others += module.modules_to_save.parameters()
+        keep = {id(parameter) for parameter in others}
+        for parameter in self.base_model.parameters():
+            if id(parameter) not in keep:
+                parameter.requires_grad_(False)
 
     @classmethod
     def from_pretrained(
@@ -103,7 +127,7 @@ class LoraModel(nn.Module):
             is_trainable=is_trainable,
             autocast_adapter_dtype=autocast_adapter_dtype,
         )
-        model.requires_grad_(False)
+        self._freeze_base()
         self.set_adapter(adapter_name, inference_mode=not is_trainable)
         return self if is_trainable else self.eval()
 
@@ -146,15 +170,15 @@ class LoraModel(nn.Module):
         return self.base_model
 
     def lora_layers(self) -> Iterator[tuple[str, LoraLayer]]:
-        """The layers with adapters, by their names in the base model."""
+        """The layers in which this model has adapters, by their names in the base model."""
         for name, module in self.base_model.named_modules():
-            if isinstance(module, LoraLayer):
+            if isinstance(module, LoraLayer) and module in self._own:
                 yield name, module
 
     def saved_modules(self) -> Iterator[tuple[str, ModulesToSave]]:
-        """The modules that are saved whole, by their names in the base model."""
+        """The modules of which this model has copies, by their names in the base model."""
         for name, module in self.base_model.named_modules():
-            if isinstance(module, ModulesToSave):
+            if isinstance(module, ModulesToSave) and module in self._own:
                 yield name, module
 
     # Adapters
@@ -195,7 +219,16 @@ class LoraModel(nn.Module):
 
     def plan(self, config: LoraConfig, autocast_adapter_dtype: bool = True) -> Plan:
         """What a config adapts here: nothing is changed, nothing of an adapter's size allocated."""
-        return make_plan(self.base_model, config, autocast_adapter_dtype)
+        plan = make_plan(self.base_model, config, autocast_adapter_dtype)
+        for name, layer, _ in plan.layers.values():
+            if layer.adapters and layer not in self._own:
+                raise ValueError(
+                    f"LoraConfig: target_modules: '{name}' has adapters that are not this model's "
+                    f"({list(layer.adapters)}), expected layers without; add this one by the "
+                    "add_adapter() of the LoraModel that has them, or leave the layer out with "
+                    "exclude_modules"
+                )
+        return plan
 
     def add_planned(self, adapter_name: str, config: LoraConfig, plan: Plan) -> None:
         """Adds an adapter as `plan` says, which was made for this config and the present model."""
@@ -224,6 +257,7 @@ class LoraModel(nn.Module):
                 for parameter, values in before:
                     parameter.copy_(values)
             raise
+        self._own.update(done)
         swap_modules(self.base_model, replacements)
         for names in plan.tied.items():
             copy_, source = (

@@ -20,16 +20,13 @@ def swap_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> lis
     for name in swapped:
         parent, _, child = name.rpartition(".")
         setattr(modules[parent], child, replacements[id(modules[name])])
-    _leave_fast_paths(model)
+    _leave_nested_tensors(model)
     return swapped
 
 
-def _leave_fast_paths(model: nn.Module) -> None:
-    """Makes PyTorch's fused inference paths step aside where they would read a swapped layer's
-    weight without calling the layer, and so leave out its adapter."""
+def _leave_nested_tensors(model: nn.Module) -> None:
+    """Makes PyTorch's encoders hand plain tensors to layers with adapters, which take no others."""
     for module in model.modules():
-        adapted = any(isinstance(child, LoraLayer) for child in module.modules())
-        if isinstance(module, nn.TransformerEncoderLayer) and adapted:
-            module.activation_relu_or_gelu = 0
-        if isinstance(module, nn.TransformerEncoder) and adapted:
-            module.use_nested_tensor = False
+        if isinstance(module, nn.TransformerEncoder):
+            if any(isinstance(child, LoraLayer) for child in module.modules()):
+                module.use_nested_tensor = False

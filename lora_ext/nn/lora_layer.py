@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Container, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lora_ext.nn.adoption import (
+    adapter_device,
+    check_base,
+    computed_tensors,
+    is_offloaded,
+    move_hook,
+    offload_with,
+    without_bound_calls,
+)
 from lora_ext.nn.default_adapter import DEFAULT, DefaultAdapter
 from lora_ext.nn.init import initialise, mutates_weight
 from lora_ext.nn.mergeable import MergeableLayer, base_name
 from lora_ext.nn.settings import AdapterSettings
+
+# What pruning and the former weight_norm append to the name of a parameter that they replace.
+_SOURCES = ("_orig", "_mask", "_g", "_v")
 
 
 def part_name(part: str, adapter_name: str) -> str:
@@ -58,7 +71,7 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
     # What `_adopt` and the constructors add to the base's attributes.
     _STATE: ClassVar[frozenset[str]] = frozenset(
         "adapters active_adapters merged_adapters merge_weights "
-        "_base_class _base_forward _scaling _enabled _running _runs_dora _aside".split()
+        "_base_class _scaling _enabled _running _runs_dora _aside".split()
     )
 
     adapters: dict[str, AdapterSettings]
@@ -82,6 +95,10 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
         """The base's weight that the adapters of a prefix (see PREFIXES) change, as [N, K], the
         shape of lora_B times lora_A; a view."""
         raise NotImplementedError
+
+    def _adapted_weight(self) -> Tensor:
+        """One whose device and dtype an adapter takes after."""
+        return next(iter(self._merged_parameters(()).values()))
 
     def _weight_norm(self, adapter_name: str) -> Tensor:
         """For DoRA, in the shape of the magnitude: the norm of every row of the base's weight plus
@@ -108,45 +125,23 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
         """A layer of this class with all that `base` is: its parameters, attributes, hooks and
         mode, shared with it. `any_forward`: `base` need not compute what a `kind` does.
 
-        Raises:
-            TypeError: base does not compute what a `kind` does.
-            ValueError: base computes a parameter (pruning, weight_norm), or its forward is replaced
-                on the instance.
+        Raises: see `adoption.check_base`; ValueError for a forward replaced on the instance.
         """
-        where = f"{cls.__name__}: base"
-        keeps_forward = any_forward or type(base).forward is kind.forward
-        if isinstance(base, LoraLayer) or not isinstance(base, kind) or not keeps_forward:
-            raise TypeError(
-                f"{where}: got {type(base).__qualname__}, expected a {kind.__module__}."
-                f"{kind.__qualname__} that keeps its forward"
-            )
-        if isinstance(base, NonDynamicallyQuantizableLinear):
-            raise TypeError(
-                f"{where}: MultiheadAttention reads the weight of its out_proj without calling it, "
-                "so an adapter there would do nothing; adapt the MultiheadAttention itself"
-            )
-        for name in ("weight", "bias"):
-            if isinstance(getattr(base, name, None), Tensor) and name not in base._parameters:
-                raise ValueError(
-                    f"{where}: computes its {name} (pruning, weight_norm), expected a plain "
-                    "parameter; make that permanent first"
-                )
-        for name, parameter in base._parameters.items():
-            if parameter is not None and (
-                type(parameter) is not nn.Parameter or not parameter.is_floating_point()
-            ):
-                raise TypeError(
-                    f"{where}: its {name} is a {type(parameter).__qualname__} of "
-                    f"{parameter.dtype}, expected a plain floating-point parameter; quantized "
-                    "layers are not supported"
-                )
+        check_base(base, kind, cls.__name__, any_forward=any_forward)
         if "forward" in base.__dict__:
             raise ValueError(
-                f"{where}: its forward is replaced on the instance (as accelerate's hooks do), "
-                "expected the class's own; take the hook off first and put it on again after"
+                f"{cls.__name__}: base: its forward is replaced on the instance (as accelerate's "
+                "hooks do), expected the class's own; take the hook off first and put it on again "
+                "after"
+            )
+        if base._compiled_call_impl is not None:
+            warnings.warn(
+                f"{cls.__name__}: base: was compiled in place, the layer with adapters is not; "
+                "call compile() of the layer, or of the model around it",
+                stacklevel=4,
             )
         self: Self = cls.__new__(cls)
-        self.__dict__.update(base.__dict__)
+        self.__dict__.update(without_bound_calls(base))
         for registry in ("_parameters", "_buffers", "_modules"):  # what is added is not the base's
             self.__dict__[registry] = dict(base.__dict__[registry])
         self._init_adapters(type(base))
@@ -154,15 +149,57 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
 
     def get_base_layer(self) -> nn.Module:
         """A layer of the class that this one extends, without adapters, sharing its parameters:
-        with what is merged, if anything is."""
+        with what is merged, if anything is. What was made of this layer's own call, by `compile()`
+        or a forward set on the instance, is not the base's.
+
+        Raises:
+            ValueError: a parameter is computed from others (pruning, parametrization), or is
+                offloaded by a hook.
+        """
+        where = f"{type(self).__name__}.get_base_layer"
+        self._check_not_computed(where)
+        for name, parameter in self._parameters.items():
+            if parameter is not None and is_offloaded(self, parameter):
+                raise ValueError(
+                    f"{where}: the layer's {name} is offloaded by a hook, expected the hooks taken "
+                    "off (accelerate.hooks.remove_hook_from_module(model, recurse=True))"
+                )
+        base = self._plain_base()
+        move_hook(self, base)
+        return base
+
+    def _plain_base(self) -> nn.Module:
+        """`get_base_layer`, within a call: any tensors, and without hooks' forwards."""
         base = self._base_class.__new__(self._base_class)
-        base.__dict__.update({k: v for k, v in self.__dict__.items() if k not in self._STATE})
+        attributes = without_bound_calls(self)
+        base.__dict__.update({k: v for k, v in attributes.items() if k not in self._STATE})
         lora = {part_name(part, name) for part in self.PARTS for name in (DEFAULT, *self.adapters)}
         copies = {base_name(name) for name in self._base_copies()}
         for registry, drop in (("_parameters", lora), ("_buffers", copies)):
             kept = {k: v for k, v in self.__dict__[registry].items() if k not in drop}
             base.__dict__[registry] = kept
+        base.__dict__["_modules"] = dict(self.__dict__["_modules"])
+        for name in self._computed():  # what the class of a parametrized layer computes
+            base.__dict__.setdefault(name, getattr(self, name))
         return base
+
+    def _computed(self) -> list[str]:
+        """The tensors that are computed from others."""
+        return computed_tensors(self)
+
+    def _check_not_computed(self, where: str, adapter_name: str | None = None) -> None:
+        """ValueError if any tensor, or one of an adapter, is computed from others."""
+        computed = self._computed()
+        if adapter_name is not None:
+            own = {part_name(part, adapter_name) for part in self.PARTS}
+            computed = [name for name in computed if name in own]
+        if computed:
+            raise ValueError(
+                f"{where}: the layer's {computed[0]} is computed from other tensors (pruning, "
+                "parametrization, weight_norm), expected a plain parameter; make that permanent "
+                "first (torch.nn.utils.prune.remove, parametrize.remove_parametrizations, "
+                "remove_weight_norm)"
+            )
 
     # Adapters
 
@@ -189,12 +226,20 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
                 f"{type(self).__name__}.add_adapter: ungrouped_lora_A: got True, expected False: "
                 "only a convolution with groups has the choice"
             )
-        base = next(iter(self._merged_parameters(()).values()))
-        dtype = base.dtype
+        base = self._adapted_weight()
+        device, dtype = adapter_device(self, base), base.dtype
+        needs_weight = mutates_weight(chosen.init_lora_weights) or chosen.use_dora
+        if needs_weight and base.device.type == "meta" and device.type != "meta":
+            raise ValueError(
+                f"{type(self).__name__}.add_adapter: got use_dora={chosen.use_dora} and "
+                f"init_lora_weights={chosen.init_lora_weights!r}, which read the layer's weight, "
+                "but a hook offloads it; take the hooks off first "
+                "(accelerate.hooks.remove_hook_from_module(model, recurse=True))"
+            )
         if chosen.autocast_adapter_dtype and dtype in (torch.bfloat16, torch.float16):
             dtype = torch.float32
         for part, shape in shapes.items():
-            tensor = torch.empty(shape, device=base.device, dtype=dtype)
+            tensor = torch.empty(shape, device=device, dtype=dtype)
             self.register_parameter(part_name(part, adapter_name), nn.Parameter(tensor))
         self.adapters[adapter_name] = chosen
         self._scaling[adapter_name] = chosen.scaling
@@ -203,6 +248,7 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
         except BaseException:
             self.delete_adapter(adapter_name)
             raise
+        offload_with(self, self.adapter_parameters(adapter_name))
         if len(self.adapters) == 1:
             self.active_adapters = (adapter_name,)
         elif adapter_name not in self.active_adapters:
@@ -231,6 +277,7 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
                 f"{type(self).__name__}.delete_adapter: adapter_name: '{adapter_name}' is merged; "
                 "call unmerge() first"
             )
+        self._check_not_computed(f"{type(self).__name__}.delete_adapter", adapter_name)
         self.active_adapters = tuple(n for n in self.active_adapters if n != adapter_name)
         for name in self.adapter_parameters(adapter_name):
             del self._parameters[name]
@@ -244,6 +291,7 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
         """Gives an adapter another name; the parameters themselves stay."""
         self._check_names([old])
         check_adapter_name(new, self.adapters, type(self).__name__)
+        self._check_not_computed(f"{type(self).__name__}.rename_adapter", old)
         for part in self.PARTS:
             parameter = self._parameters.get(part_name(part, old))
             if parameter is not None:
@@ -268,8 +316,10 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
             self.unmerge()
         self.active_adapters = tuple(dict.fromkeys(names))
         for name in self.adapters:
-            for parameter in self.adapter_parameters(name).values():
-                parameter.requires_grad_(name in names and not inference_mode)
+            for key in self.adapter_state_names(name):
+                tensor = attrgetter(key)(self)
+                if isinstance(tensor, nn.Parameter):
+                    tensor.requires_grad_(name in names and not inference_mode)
         self._choose_running()
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -294,6 +344,19 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
         parts = self.parts(adapter_name)
         return {part_name(part, adapter_name): value for part, value in parts.items()}
 
+    def adapter_state_names(self, adapter_name: str) -> list[str]:
+        """The names in `state_dict()` of what makes an adapter: its parameters, or what they are
+        computed from (pruning, parametrization, weight_norm)."""
+        names = list(self.adapter_parameters(adapter_name))
+        own = {part_name(part, adapter_name) for part in self.PARTS}
+        for computed in [name for name in self._computed() if name in own]:
+            sources = (f"parametrizations.{computed}.", *(f"{computed}{s}" for s in _SOURCES))
+            names += [name for name in self._tensor_names() if name.startswith(sources)]
+        return names
+
+    def _tensor_names(self) -> list[str]:
+        return [name for name, _ in (*self.named_parameters(), *self.named_buffers())]
+
     def peft_parameters(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """The parameters of one adapter, by their names in PEFT's checkpoints."""
         return {self.PEFT_NAMES[part]: value for part, value in self.parts(adapter_name).items()}
@@ -305,6 +368,7 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
 
     def peft_tensors(self, adapter_name: str) -> dict[str, Tensor]:
         """What a checkpoint holds of one adapter: `peft_parameters`, in PEFT's shapes."""
+        self._check_not_computed(f"{type(self).__name__}.peft_tensors", adapter_name)
         return {key: p.detach() for key, p in self.peft_parameters(adapter_name).items()}
 
     def plain_parts(self, adapter_name: str) -> dict[str, Tensor] | None:
@@ -327,6 +391,7 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
                 f"{type(self).__name__}.reset_lora_parameters: init_lora_weights: got {kind!r}, "
                 "which changes the base weight, expected another kind; add a new adapter instead"
             )
+        self._check_not_computed(f"{type(self).__name__}.reset_lora_parameters", adapter_name)
         self._initialise(adapter_name)
 
     def _initialise(self, name: str) -> None:
@@ -415,7 +480,14 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
         return self._running
 
     def _part(self, part: str, name: str) -> Any:
-        return self._parameters.get(part_name(part, name))
+        key = part_name(part, name)
+        found = self._parameters.get(key)
+        if found is None and key not in self._parameters:
+            # Computed from others (pruning, parametrization), or of a replica (nn.DataParallel).
+            found = self.__dict__.get(key)
+            if found is None and "parametrizations" in self._modules:
+                return getattr(self, key, None)
+        return found
 
     def low_rank(self, prefix: str = "") -> list[LowRank]:
         """The adapters that run now, stacked where they share a dropout probability."""

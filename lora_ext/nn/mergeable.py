@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,10 @@ class MergeableLayer(nn.Module):
     active_adapters: tuple[str, ...]
     merged_adapters: tuple[str, ...]
     merge_weights: bool
+    weight: Any
     bias: Any
+    # What stands before the names of the base's parameters, if they are a child's.
+    BASE_PATH: ClassVar[str] = ""
     # Parameters shared with other modules that are replaced while merged, by name. Not registered:
     # they are the other modules' to report.
     _aside: dict[str, nn.Parameter]
@@ -50,6 +53,9 @@ class MergeableLayer(nn.Module):
         raise NotImplementedError
 
     def _check_names(self, names: Iterable[str]) -> None:
+        raise NotImplementedError
+
+    def _check_not_computed(self, where: str) -> None:
         raise NotImplementedError
 
     # Merging
@@ -86,9 +92,18 @@ class MergeableLayer(nn.Module):
             raise AlreadyMergedError(f"{where}: already merged; call unmerge() first")
         if not names:
             raise ValueError(f"{where}: there is no active adapter, expected at least one")
+        self._check_not_computed(where)
         before = self.merged_adapters
         together = tuple(dict.fromkeys((*before, *names)))
         parameters = self._merged_parameters(together)
+        for name, parameter in parameters.items():
+            if parameter.device.type == "meta":
+                raise ValueError(
+                    f"{where}: the layer's {name} is on 'meta', where it has no values, expected "
+                    "it on a device; take off the hooks that offload it "
+                    "(accelerate.hooks.remove_hook_from_module(model, recurse=True)), or move "
+                    "the model"
+                )
         copies = self._base_copies()
         replaced = {
             name: parameter
@@ -149,8 +164,7 @@ class MergeableLayer(nn.Module):
 
     def unmerged_weight(self) -> Tensor:
         """The base's own weight, also while merged."""
-        weight = self._base_copies().get("weight", self._parameters["weight"])
-        assert weight is not None
+        weight: Tensor = self._base_copies().get(f"{self.BASE_PATH}weight", self.weight)
         return weight.detach()
 
     def _base_copies(self) -> dict[str, Tensor]:
@@ -183,16 +197,14 @@ class MergeableLayer(nn.Module):
 
     def _weight_and_bias(self, names: Sequence[str]) -> dict[str, Tensor]:
         """The base's weight, and its bias where one of these adapters has a lora_bias."""
-        weight = self._parameters["weight"]
-        assert weight is not None
-        parameters: dict[str, Tensor] = {"weight": weight}
+        parameters: dict[str, Tensor] = {f"{self.BASE_PATH}weight": self.weight}
         if any(self.adapters[name].lora_bias for name in names):
             if self.bias is None:
                 raise ValueError(
                     f"{type(self).__name__}.merge: lora_bias cannot be merged into a base without "
                     "bias; construct the base with bias=True"
                 )
-            parameters["bias"] = self.bias
+            parameters[f"{self.BASE_PATH}bias"] = self.bias
         return parameters
 
     def _merged_bias(self, stack: LowRank) -> Tensor | None:
