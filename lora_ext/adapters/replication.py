@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from lora_ext.nn.adoption import without_bound_calls
+from lora_ext.nn.transaction import Transaction
 
 
-def replicate_layers(model: nn.Module, layer_map: Sequence[Sequence[int]]) -> Callable[[], None]:
+def replicate_layers(
+    model: nn.Module, layer_map: Sequence[Sequence[int]], transaction: Transaction
+) -> None:
     """Replaces the list of layers by ranges of itself: [[0, 4], [2, 5]] of five layers makes the
     layers 0, 1, 2, 3, 2, 3, 4. Copies share the parameters and buffers of their original.
-
-    Returns:
-        A function that puts the old list back.
 
     Raises:
         ValueError: there is no such list, or a range is outside of it.
@@ -53,16 +53,10 @@ def replicate_layers(model: nn.Module, layer_map: Sequence[Sequence[int]]) -> Ca
                 module.layer_idx = index  # type: ignore[assignment]
     config: Any = getattr(parent, "config", None)
     count = getattr(config, "num_hidden_layers", None)
-    setattr(parent, name, copies)
+    transaction.put(parent._modules, name, copies)
     if count is not None:
-        config.num_hidden_layers = len(copies)
-
-    def undo() -> None:
-        setattr(parent, name, layers)
-        if count is not None:
-            config.num_hidden_layers = count
-
-    return undo
+        transaction.set_attribute(config, "num_hidden_layers", len(copies))
+    transaction.commit()
 
 
 def _layer_list(model: nn.Module) -> tuple[nn.Module, str]:

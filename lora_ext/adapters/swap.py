@@ -7,26 +7,41 @@ from collections.abc import Mapping
 from torch import nn
 
 from lora_ext.nn import LoraLayer
+from lora_ext.nn.transaction import Transaction
 
 
-def swap_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> list[str]:
-    """Puts `replacements[id(old)]` where `old` is, under every name that it has in `model`.
+def swap_modules(
+    model: nn.Module, replacements: Mapping[int, nn.Module], transaction: Transaction | None = None
+) -> list[str]:
+    """Puts `replacements[id(old)]` where `old` is, under every name that it has in `model`; with
+    what else `transaction` holds, when that is committed.
 
     Returns:
         The names that were swapped, in the order of `model.named_modules()`.
     """
+    own = Transaction() if transaction is None else transaction
     modules = dict(model.named_modules(remove_duplicate=False))
     swapped = [name for name, module in modules.items() if id(module) in replacements]
     for name in swapped:
         parent, _, child = name.rpartition(".")
-        setattr(modules[parent], child, replacements[id(modules[name])])
-    _leave_nested_tensors(model)
+        own.put(modules[parent]._modules, child, replacements[id(modules[name])])
+    _leave_fast_paths(model, replacements, own)
+    if transaction is None:
+        own.commit()
     return swapped
 
 
-def _leave_nested_tensors(model: nn.Module) -> None:
-    """Makes PyTorch's encoders hand plain tensors to layers with adapters, which take no others."""
+def _leave_fast_paths(
+    model: nn.Module, replacements: Mapping[int, nn.Module], transaction: Transaction
+) -> None:
+    """Makes PyTorch's fused inference paths step aside where they would read a swapped layer's
+    weight without calling the layer, and so leave out its adapter."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder):
-            if any(isinstance(child, LoraLayer) for child in module.modules()):
-                module.use_nested_tensor = False
+        children = (replacements.get(id(child), child) for child in module.modules())
+        if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder) and any(
+            isinstance(child, LoraLayer) for child in children
+        ):
+            if isinstance(module, nn.TransformerEncoderLayer):
+                transaction.set(module, activation_relu_or_gelu=0)
+            else:
+                transaction.set(module, use_nested_tensor=False)

@@ -15,6 +15,7 @@ from lora_ext.adapters.combining import Adapter, combine
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.lora_layer import check_adapter_name
+from lora_ext.nn.transaction import Transaction
 
 if TYPE_CHECKING:
     from lora_ext.adapters.lora_model import LoraModel
@@ -40,7 +41,7 @@ def add_weighted_adapter(
 
     Raises:
         ValueError: an argument out of range, by name; adapters with copies of modules to save, with
-            a magnitude (DoRA), or more than one with base biases. Nothing is changed then.
+            a magnitude (DoRA), or with biases of the base. Nothing is changed then.
     """
     check_adapter_name(adapter_name, model.peft_config, "LoraModel.add_weighted_adapter")
     ranks = {
@@ -51,12 +52,11 @@ def add_weighted_adapter(
     _check_combinable(model, combination.adapters)
     config = _combined_config(model, combination.adapters, combination.rank)
 
-    combined = [
-        (layer, parts)
-        for _, layer in model.lora_layers()
-        if (parts := _combine_layer(layer, combination, generator))
-    ]
-    for layer, parts in combined:
+    transaction = Transaction()
+    for _, layer in model.lora_layers():
+        parts = _combine_layer(layer, combination, generator)
+        if not parts:
+            continue
         present = next(
             layer.adapters[name] for name in combination.adapters if name in layer.adapters
         )
@@ -68,11 +68,13 @@ def add_weighted_adapter(
             lora_bias="lora_bias" in parts,
             init_lora_weights=True,
         )
-        layer.add_adapter(adapter_name, **vars(settings))  # not the layer's first: not active
+        draft = transaction.draft(layer)
+        draft.add_adapter(adapter_name, **vars(settings))  # not the layer's first: not active
         with torch.no_grad():
-            for part, parameter in layer.parts(adapter_name).items():
+            for part, parameter in draft.parts(adapter_name).items():
                 parameter.copy_(parts[part])
-    model.peft_config[adapter_name] = config
+    transaction.set(model, peft_config={**model.peft_config, adapter_name: config})
+    transaction.commit()
 
 
 def _combine_layer(
@@ -118,8 +120,12 @@ def _check_combinable(model: LoraModel, names: Sequence[str]) -> None:
         if model.peft_config[name].target_parameters:
             raise ValueError(f"{where}: '{name}' has target_parameters, which cannot be combined")
     biased = [n for n in dict.fromkeys(names) if model.peft_config[n].bias != "none"]
-    if len(biased) > 1:
-        raise ValueError(f"{where}: {biased} have biases of the base, expected at most one of them")
+    if biased:
+        raise ValueError(
+            f"{where}: '{biased[0]}' has biases of the base (bias="
+            f"{model.peft_config[biased[0]].bias!r}), which a combined adapter would have to share "
+            "with it, expected bias='none'"
+        )
 
 
 def _combined_config(model: LoraModel, names: Sequence[str], rank: int) -> LoraConfig:

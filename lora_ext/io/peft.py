@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ from lora_ext.io.plain_lora import plain_lora
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.lora_layer import check_adapter_name
+from lora_ext.nn.transaction import Transaction
 
 if TYPE_CHECKING:
     from lora_ext.adapters.lora_model import LoraModel
@@ -125,6 +126,7 @@ def load_adapter(
     *,
     is_trainable: bool = False,
     autocast_adapter_dtype: bool = True,
+    transaction: Transaction | None = None,
 ) -> None:
     """Adds an adapter from a folder that PEFT or `save_pretrained` wrote. Config and header are
     checked against the model before anything of the adapter's size is allocated, and nothing is
@@ -132,6 +134,7 @@ def load_adapter(
 
     Args:
         is_trainable: whether it trains when it is active.
+        transaction: of what else is to be done or undone with it.
 
     Raises:
         AdapterFileError: a file is missing, damaged, or does not fit the model; names the file and
@@ -139,11 +142,12 @@ def load_adapter(
         ValueError: the name is taken, or the model is merged and the file holds biases of the base.
     """
     check_adapter_name(adapter_name, model.peft_config, "LoraModel.load_adapter")
-    with open_adapter(folder) as files, ExitStack() as stack:
+    own = Transaction() if transaction is None else transaction
+    with open_adapter(folder) as files, own:
         config = read_config(files)
         config.inference_mode = not is_trainable
         try:
-            stack.enter_context(model.replicated(config))
+            model.replicate(config, own)
             plan = model.plan(config, autocast_adapter_dtype)
         except (TypeError, ValueError, NotImplementedError) as error:
             raise AdapterFileError(f"{files.path}: does not fit the model: {error}") from error
@@ -154,12 +158,13 @@ def load_adapter(
             expected[key] = TensorSpec(tuple(module.state_dict()[part].shape))
         tensors = files.tensors(expected)
         plan = grouped_where_possible(plan, tensors, PREFIX)
-        model.add_planned(adapter_name, config, plan)
-    with torch.no_grad():
-        for key, tensor in _own_tensors(model, adapter_name):
-            tensor.copy_(tensors[key])
+        model.add_planned(adapter_name, config, plan, own)
+        with torch.no_grad():
+            for key, tensor in _own_tensors(model, adapter_name):
+                tensor.copy_(tensors[key])
         for key, (module, part) in bases.items():
-            module._parameters[part].copy_(tensors[key])  # type: ignore[union-attr]
+            own.write(module._parameters[part], tensors[key])  # type: ignore[arg-type]
+        own.commit()
 
 
 def _own_tensors(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, Tensor]]:

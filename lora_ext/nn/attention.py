@@ -182,6 +182,11 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
         weights = [name for name, _ in self._targets().values()] or ["out_proj.weight"]
         return {name: attrgetter(name)(self) for name in weights}
 
+    def trained_biases(self) -> list[nn.Parameter]:
+        """That of the output, as in PEFT."""
+        bias = self.out_proj.bias
+        return [] if bias is None else [bias]
+
     def _write_merged(self, names: Sequence[str]) -> None:
         for prefix in self._targets():
             stack = self._stack(names, prefix=prefix)

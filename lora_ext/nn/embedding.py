@@ -18,6 +18,7 @@ from lora_ext.nn.init import initialise_embedding
 from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.lora_layer import LoraLayer
 from lora_ext.nn.settings import AdapterSettings
+from lora_ext.nn.transaction import all_or_nothing
 
 
 class Embedding(LoraLayer, nn.Embedding):
@@ -124,13 +125,14 @@ class Embedding(LoraLayer, nn.Embedding):
             base.max_norm = None  # already applied, to the summands
         return base  # type: ignore[no-any-return]
 
+    @all_or_nothing
     def add_adapter(self, adapter_name: str, **settings: Any) -> None:
         super().add_adapter(adapter_name, **settings)
         if self.adapters[adapter_name].lora_dropout > 0.0:
             warnings.warn(
                 f"Embedding: lora_dropout: got {self.adapters[adapter_name].lora_dropout}, which "
                 "is kept but not applied: token numbers have no elements to drop",
-                stacklevel=2,
+                stacklevel=3,
             )
 
     def _initialise(self, name: str) -> None:

@@ -32,8 +32,9 @@ class KeptBase(LoraLayer):
     """
 
     BASE_PATH: ClassVar[str] = "base_layer."
-    # Whether the base's result is x W^T + b; not known before the first merge.
-    _is_product: bool | None = None
+    _STATE: ClassVar[frozenset[str]] = LoraLayer._STATE | {"_is_product"}
+    # Whether the base's result is x W^T + b, once that was tried; drafts share the list.
+    _is_product: list[bool]
     base_layer: nn.Module
 
     @classmethod
@@ -44,6 +45,7 @@ class KeptBase(LoraLayer):
         nn.Module.__init__(self)
         self.base_layer = base
         self.training = base.training
+        self._is_product = []
         self._init_adapters(type(base))
         return self
 
@@ -134,11 +136,12 @@ class KeptBase(LoraLayer):
         its own need not do: tried once, with random numbers."""
         if type(self.base_layer).forward is self._kind.forward:
             return True
-        if self._is_product is None and self.weight.device.type != "meta":
-            self._is_product = _adds_product(
+        if not self._is_product and self.weight.device.type != "meta":
+            is_product = _adds_product(
                 self.base_layer, self._weight_matrix(), bool(getattr(self, "fan_in_fan_out", False))
             )
-        return bool(self._is_product)
+            self._is_product[:] = [is_product]
+        return self._is_product == [True]
 
     def _computed(self) -> list[str]:
         return [*super()._computed(), *computed_tensors(self.base_layer)]

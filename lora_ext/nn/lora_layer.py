@@ -22,8 +22,9 @@ from lora_ext.nn.adoption import (
 )
 from lora_ext.nn.default_adapter import DEFAULT, DefaultAdapter
 from lora_ext.nn.init import initialise, mutates_weight
-from lora_ext.nn.mergeable import MergeableLayer, base_name
+from lora_ext.nn.mergeable import MergeableLayer
 from lora_ext.nn.settings import AdapterSettings
+from lora_ext.nn.transaction import all_or_nothing
 
 # What pruning and the former weight_norm append to the name of a parameter that they replace.
 _SOURCES = ("_orig", "_mask", "_g", "_v")
@@ -72,6 +73,11 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
     _STATE: ClassVar[frozenset[str]] = frozenset(
         "adapters active_adapters merged_adapters merge_weights "
         "_base_class _scaling _enabled _running _runs_dora _aside".split()
+    )
+    # What changes with adapters: that of a draft becomes the layer's (see `transaction`).
+    DRAFTED: ClassVar[tuple[str, ...]] = (
+        *("_parameters", "adapters", "active_adapters", "merged_adapters", "_aside"),
+        *("_scaling", "_enabled", "_running", "_runs_dora"),
     )
 
     adapters: dict[str, AdapterSettings]
@@ -174,11 +180,10 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
         attributes = without_bound_calls(self)
         base.__dict__.update({k: v for k, v in attributes.items() if k not in self._STATE})
         lora = {part_name(part, name) for part in self.PARTS for name in (DEFAULT, *self.adapters)}
-        copies = {base_name(name) for name in self._base_copies()}
-        for registry, drop in (("_parameters", lora), ("_buffers", copies)):
-            kept = {k: v for k, v in self.__dict__[registry].items() if k not in drop}
-            base.__dict__[registry] = kept
-        base.__dict__["_modules"] = dict(self.__dict__["_modules"])
+        kept = {name: tensor for name, tensor in self._parameters.items() if name not in lora}
+        base.__dict__["_parameters"] = kept
+        for registry in ("_buffers", "_modules"):
+            base.__dict__[registry] = dict(self.__dict__[registry])
         for name in self._computed():  # what the class of a parametrized layer computes
             base.__dict__.setdefault(name, getattr(self, name))
         return base
@@ -203,6 +208,7 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
 
     # Adapters
 
+    @all_or_nothing
     def add_adapter(self, adapter_name: str, **settings: Any) -> None:
         """Adds an adapter; the first one becomes active.
 
@@ -243,11 +249,10 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
             self.register_parameter(part_name(part, adapter_name), nn.Parameter(tensor))
         self.adapters[adapter_name] = chosen
         self._scaling[adapter_name] = chosen.scaling
-        try:
+        if mutates_weight(chosen.init_lora_weights):
+            self._initialise_from_base(adapter_name)
+        else:
             self._initialise(adapter_name)
-        except BaseException:
-            self.delete_adapter(adapter_name)
-            raise
         offload_with(self, self.adapter_parameters(adapter_name))
         if len(self.adapters) == 1:
             self.active_adapters = (adapter_name,)
@@ -265,6 +270,7 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
             self.add_adapter(adapter_name, **settings)
         return self
 
+    @all_or_nothing
     def delete_adapter(self, adapter_name: str) -> None:
         """Forgets an adapter; if it is active, the others that are stay so.
 
@@ -287,6 +293,7 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
         del self.adapters[adapter_name], self._scaling[adapter_name]
         self._choose_running()
 
+    @all_or_nothing
     def rename_adapter(self, old: str, new: str) -> None:
         """Gives an adapter another name; the parameters themselves stay."""
         self._check_names([old])
@@ -307,6 +314,7 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
         self.merged_adapters = tuple(new if n == old else n for n in self.merged_adapters)
         self._choose_running()
 
+    @all_or_nothing
     def set_adapter(self, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
         """Makes exactly these adapters active, and trainable unless `inference_mode`; all others
         are frozen. Several active adapters add up. Unmerges what is merged."""
@@ -319,15 +327,17 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
             for key in self.adapter_state_names(name):
                 tensor = attrgetter(key)(self)
                 if isinstance(tensor, nn.Parameter):
-                    tensor.requires_grad_(name in names and not inference_mode)
+                    self._transaction.require_grad(tensor, name in names and not inference_mode)
         self._choose_running()
 
+    @all_or_nothing
     def enable_adapters(self, enabled: bool) -> None:
         """Whether the active adapters run; disabling also unmerges, so that the base is exact."""
         if not enabled and self.merged:
             self.unmerge()
         self._enabled = enabled
         self._choose_running()
+        self._follow_mode()
 
     @property
     def disable_adapters(self) -> bool:
@@ -356,6 +366,11 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
 
     def _tensor_names(self) -> list[str]:
         return [name for name, _ in (*self.named_parameters(), *self.named_buffers())]
+
+    def trained_biases(self) -> list[nn.Parameter]:
+        """The base's biases that train with an adapter whose config says "lora_only"."""
+        bias = self._aside.get(f"{self.BASE_PATH}bias", getattr(self, "bias", None))
+        return [bias] if isinstance(bias, nn.Parameter) else []
 
     def peft_parameters(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """The parameters of one adapter, by their names in PEFT's checkpoints."""
@@ -453,6 +468,7 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
             }
         )
 
+    @all_or_nothing
     def _set_scaling(self, scaling: dict[str, float]) -> None:
         for name, value in scaling.items():
             if not math.isfinite(value):
