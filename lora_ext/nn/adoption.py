@@ -1,13 +1,17 @@
-"""What a layer takes over from the module it stands for, and what only that module can have."""
+"""Taking the place of a module: what a layer has of it, and what only that module can have."""
 
 from __future__ import annotations
 
+import warnings
 from collections import ChainMap
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from lora_ext.nn.default_adapter import DEFAULT
+from lora_ext.nn.mergeable import MergeableLayer
 
 # Attributes of an instance that are bound to it: the compiled call of `Module.compile()`, and what
 # accelerate's hooks put around its forward. Another module with them would run that instance.
@@ -131,3 +135,121 @@ def move_hook(source: nn.Module, target: nn.Module) -> None:
         from accelerate.hooks import add_hook_to_module  # there is a hook, so there is accelerate
 
         add_hook_to_module(target, hook)
+
+
+# What pruning and the former weight_norm append to the name of a parameter that they replace.
+_SOURCES = ("_orig", "_mask", "_g", "_v")
+
+
+def part_name(part: str, adapter_name: str) -> str:
+    """The attribute that holds a part of an adapter: "lora_A" of "default" is `lora_A`, as in
+    loralib; of "french" it is `lora_A_french`."""
+    return part if adapter_name == DEFAULT else f"{part}_{adapter_name}"
+
+
+class AdoptingLayer(MergeableLayer):
+    """The part of a `LoraLayer` that has all that its base is."""
+
+    PARTS: ClassVar[tuple[str, ...]]
+    _STATE: ClassVar[frozenset[str]]
+    _base_class: type[nn.Module]
+
+    def _init_adapters(self, base_class: type[nn.Module], merge_weights: bool = False) -> None:
+        raise NotImplementedError
+
+    def adapter_parameters(self, adapter_name: str) -> dict[str, nn.Parameter]:
+        """The parameters of one adapter, by attribute name."""
+        raise NotImplementedError
+
+    @classmethod
+    def _adopt(cls, base: nn.Module, kind: type[nn.Module], *, any_forward: bool = False) -> Self:
+        """A layer of this class with all that `base` is: its parameters, attributes, hooks and
+        mode, shared with it. `any_forward`: `base` need not compute what a `kind` does.
+
+        Raises: see `adoption.check_base`; ValueError for a forward replaced on the instance.
+        """
+        check_base(base, kind, cls.__name__, any_forward=any_forward)
+        if "forward" in base.__dict__:
+            raise ValueError(
+                f"{cls.__name__}: base: its forward is replaced on the instance (as accelerate's "
+                "hooks do), expected the class's own; take the hook off first and put it on again "
+                "after"
+            )
+        if base._compiled_call_impl is not None:
+            warnings.warn(
+                f"{cls.__name__}: base: was compiled in place, the layer with adapters is not; "
+                "call compile() of the layer, or of the model around it",
+                stacklevel=4,
+            )
+        self: Self = cls.__new__(cls)
+        self.__dict__.update(without_bound_calls(base))
+        for registry in ("_parameters", "_buffers", "_modules"):  # what is added is not the base's
+            self.__dict__[registry] = dict(base.__dict__[registry])
+        self._init_adapters(type(base))
+        return self
+
+    def get_base_layer(self) -> nn.Module:
+        """A layer of the class that this one extends, without adapters, sharing its parameters:
+        with what is merged, if anything is. What was made of this layer's own call, by `compile()`
+        or a forward set on the instance, is not the base's.
+
+        Raises:
+            ValueError: a parameter is computed from others (pruning, parametrization), or is
+                offloaded by a hook.
+        """
+        where = f"{type(self).__name__}.get_base_layer"
+        self._check_not_computed(where)
+        for name, parameter in self._parameters.items():
+            if parameter is not None and is_offloaded(self, parameter):
+                raise ValueError(
+                    f"{where}: the layer's {name} is offloaded by a hook, expected the hooks taken "
+                    "off (accelerate.hooks.remove_hook_from_module(model, recurse=True))"
+                )
+        base = self._plain_base()
+        move_hook(self, base)
+        return base
+
+    def _plain_base(self) -> nn.Module:
+        """`get_base_layer`, within a call: any tensors, and without hooks' forwards."""
+        base = self._base_class.__new__(self._base_class)
+        attributes = without_bound_calls(self)
+        base.__dict__.update({k: v for k, v in attributes.items() if k not in self._STATE})
+        lora = {part_name(part, name) for part in self.PARTS for name in (DEFAULT, *self.adapters)}
+        kept = {name: tensor for name, tensor in self._parameters.items() if name not in lora}
+        base.__dict__["_parameters"] = kept
+        for registry in ("_buffers", "_modules"):
+            base.__dict__[registry] = dict(self.__dict__[registry])
+        for name in self._computed():  # what the class of a parametrized layer computes
+            base.__dict__.setdefault(name, getattr(self, name))
+        return base
+
+    def _computed(self) -> list[str]:
+        """The tensors that are computed from others."""
+        return computed_tensors(self)
+
+    def _check_not_computed(self, where: str, adapter_name: str | None = None) -> None:
+        """ValueError if any tensor, or one of an adapter, is computed from others."""
+        computed = self._computed()
+        if adapter_name is not None:
+            own = {part_name(part, adapter_name) for part in self.PARTS}
+            computed = [name for name in computed if name in own]
+        if computed:
+            raise ValueError(
+                f"{where}: the layer's {computed[0]} is computed from other tensors (pruning, "
+                "parametrization, weight_norm), expected a plain parameter; make that permanent "
+                "first (torch.nn.utils.prune.remove, parametrize.remove_parametrizations, "
+                "remove_weight_norm)"
+            )
+
+    def adapter_state_names(self, adapter_name: str) -> list[str]:
+        """The names in `state_dict()` of what makes an adapter: its parameters, or what they are
+        computed from (pruning, parametrization, weight_norm)."""
+        names = list(self.adapter_parameters(adapter_name))
+        own = {part_name(part, adapter_name) for part in self.PARTS}
+        for computed in [name for name in self._computed() if name in own]:
+            sources = (f"parametrizations.{computed}.", *(f"{computed}{s}" for s in _SOURCES))
+            names += [name for name in self._tensor_names() if name.startswith(sources)]
+        return names
+
+    def _tensor_names(self) -> list[str]:
+        return [name for name, _ in (*self.named_parameters(), *self.named_buffers())]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Container, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple, Self
@@ -11,29 +10,11 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from lora_ext.nn.adoption import (
-    adapter_device,
-    check_base,
-    computed_tensors,
-    is_offloaded,
-    move_hook,
-    offload_with,
-    without_bound_calls,
-)
+from lora_ext.nn.adoption import AdoptingLayer, adapter_device, offload_with, part_name
 from lora_ext.nn.default_adapter import DEFAULT, DefaultAdapter
 from lora_ext.nn.init import initialise, mutates_weight
-from lora_ext.nn.mergeable import MergeableLayer
 from lora_ext.nn.settings import AdapterSettings
 from lora_ext.nn.transaction import all_or_nothing
-
-# What pruning and the former weight_norm append to the name of a parameter that they replace.
-_SOURCES = ("_orig", "_mask", "_g", "_v")
-
-
-def part_name(part: str, adapter_name: str) -> str:
-    """The attribute that holds a part of an adapter: "lora_A" of "default" is `lora_A`, as in
-    loralib; of "french" it is `lora_A_french`."""
-    return part if adapter_name == DEFAULT else f"{part}_{adapter_name}"
 
 
 class LowRank(NamedTuple):
@@ -46,7 +27,7 @@ class LowRank(NamedTuple):
     dropout_p: float
 
 
-class LoraLayer(DefaultAdapter, MergeableLayer):
+class LoraLayer(DefaultAdapter, AdoptingLayer):
     """A layer of PyTorch that holds any number of named adapters beside its own parameters.
 
     A kind of layer derives from this and from the PyTorch class that it extends, and says how large
@@ -125,86 +106,6 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
         self._runs_dora = False
         for part in self.PARTS:
             self.register_parameter(part, None)
-
-    @classmethod
-    def _adopt(cls, base: nn.Module, kind: type[nn.Module], *, any_forward: bool = False) -> Self:
-        """A layer of this class with all that `base` is: its parameters, attributes, hooks and
-        mode, shared with it. `any_forward`: `base` need not compute what a `kind` does.
-
-        Raises: see `adoption.check_base`; ValueError for a forward replaced on the instance.
-        """
-        check_base(base, kind, cls.__name__, any_forward=any_forward)
-        if "forward" in base.__dict__:
-            raise ValueError(
-                f"{cls.__name__}: base: its forward is replaced on the instance (as accelerate's "
-                "hooks do), expected the class's own; take the hook off first and put it on again "
-                "after"
-            )
-        if base._compiled_call_impl is not None:
-            warnings.warn(
-                f"{cls.__name__}: base: was compiled in place, the layer with adapters is not; "
-                "call compile() of the layer, or of the model around it",
-                stacklevel=4,
-            )
-        self: Self = cls.__new__(cls)
-        self.__dict__.update(without_bound_calls(base))
-        for registry in ("_parameters", "_buffers", "_modules"):  # what is added is not the base's
-            self.__dict__[registry] = dict(base.__dict__[registry])
-        self._init_adapters(type(base))
-        return self
-
-    def get_base_layer(self) -> nn.Module:
-        """A layer of the class that this one extends, without adapters, sharing its parameters:
-        with what is merged, if anything is. What was made of this layer's own call, by `compile()`
-        or a forward set on the instance, is not the base's.
-
-        Raises:
-            ValueError: a parameter is computed from others (pruning, parametrization), or is
-                offloaded by a hook.
-        """
-        where = f"{type(self).__name__}.get_base_layer"
-        self._check_not_computed(where)
-        for name, parameter in self._parameters.items():
-            if parameter is not None and is_offloaded(self, parameter):
-                raise ValueError(
-                    f"{where}: the layer's {name} is offloaded by a hook, expected the hooks taken "
-                    "off (accelerate.hooks.remove_hook_from_module(model, recurse=True))"
-                )
-        base = self._plain_base()
-        move_hook(self, base)
-        return base
-
-    def _plain_base(self) -> nn.Module:
-        """`get_base_layer`, within a call: any tensors, and without hooks' forwards."""
-        base = self._base_class.__new__(self._base_class)
-        attributes = without_bound_calls(self)
-        base.__dict__.update({k: v for k, v in attributes.items() if k not in self._STATE})
-        lora = {part_name(part, name) for part in self.PARTS for name in (DEFAULT, *self.adapters)}
-        kept = {name: tensor for name, tensor in self._parameters.items() if name not in lora}
-        base.__dict__["_parameters"] = kept
-        for registry in ("_buffers", "_modules"):
-            base.__dict__[registry] = dict(self.__dict__[registry])
-        for name in self._computed():  # what the class of a parametrized layer computes
-            base.__dict__.setdefault(name, getattr(self, name))
-        return base
-
-    def _computed(self) -> list[str]:
-        """The tensors that are computed from others."""
-        return computed_tensors(self)
-
-    def _check_not_computed(self, where: str, adapter_name: str | None = None) -> None:
-        """ValueError if any tensor, or one of an adapter, is computed from others."""
-        computed = self._computed()
-        if adapter_name is not None:
-            own = {part_name(part, adapter_name) for part in self.PARTS}
-            computed = [name for name in computed if name in own]
-        if computed:
-            raise ValueError(
-                f"{where}: the layer's {computed[0]} is computed from other tensors (pruning, "
-                "parametrization, weight_norm), expected a plain parameter; make that permanent "
-                "first (torch.nn.utils.prune.remove, parametrize.remove_parametrizations, "
-                "remove_weight_norm)"
-            )
 
     # Adapters
 
@@ -353,19 +254,6 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
         """The parameters of one adapter, by attribute name."""
         parts = self.parts(adapter_name)
         return {part_name(part, adapter_name): value for part, value in parts.items()}
-
-    def adapter_state_names(self, adapter_name: str) -> list[str]:
-        """The names in `state_dict()` of what makes an adapter: its parameters, or what they are
-        computed from (pruning, parametrization, weight_norm)."""
-        names = list(self.adapter_parameters(adapter_name))
-        own = {part_name(part, adapter_name) for part in self.PARTS}
-        for computed in [name for name in self._computed() if name in own]:
-            sources = (f"parametrizations.{computed}.", *(f"{computed}{s}" for s in _SOURCES))
-            names += [name for name in self._tensor_names() if name.startswith(sources)]
-        return names
-
-    def _tensor_names(self) -> list[str]:
-        return [name for name, _ in (*self.named_parameters(), *self.named_buffers())]
 
     def trained_biases(self) -> list[nn.Parameter]:
         """The base's biases that train with an adapter whose config says "lora_only"."""
