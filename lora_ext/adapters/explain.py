@@ -9,6 +9,7 @@ from torch import nn
 
 from lora_ext._extension import _C, build_info
 from lora_ext.nn import Embedding, Linear, LoraLayer
+from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.lora_layer import LowRank
 
 
@@ -48,10 +49,14 @@ def _explain_layer(layer: LoraLayer, tokens: int) -> tuple[str, str]:
     base = f"torch.nn.functional.{kind.lower()}" if kind in functional else f"torch.nn.{kind}"
     if not layer.adapters:
         return base, "there is no adapter"
-    if layer.merged:
+    if layer.merged and not layer.running_adapters:
         return base, "merged: the adapter is in the weight"
     if not layer.running_adapters:
         return base, "no adapter runs: disabled, not active, or of scale 0"
+    if isinstance(layer, KeptBase) and layer.reason_to_call:
+        beside = "; merged beside the weight, of which the result is no product"
+        reason = f"{layer.reason_to_call}: it is called, and the update added to its result"
+        return "composed", reason + (beside if layer.merged else "")
     if isinstance(layer, Linear):
         path, reason = _explain_linear(layer, tokens)
         return path, reason + _dora_adds(layer, tokens)
@@ -81,9 +86,6 @@ def _dora_adds(layer: Linear, tokens: int) -> str:
 
 
 def _explain_linear(layer: Linear, tokens: int) -> tuple[str, str]:
-    if layer._base_forward is not None:
-        kind = layer._base_class.__qualname__
-        return "composed", f"{kind} has a forward of its own, to whose result the update is added"
     first, *others = layer.low_rank()
     path, reason = _explain_call(layer, first, tokens)
     if others:

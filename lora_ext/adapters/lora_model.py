@@ -37,6 +37,13 @@ def check_model(model: nn.Module) -> None:
         raise TypeError(
             "LoraModel: model: got a LoraModel; call its add_adapter() for another adapter"
         )
+    for name, module in model.named_modules():
+        if any(kind.__module__.startswith("peft.tuners.") for kind in type(module).__mro__):
+            raise TypeError(
+                f"LoraModel: model: got one with PEFT's layers ('{name}'), expected one without: "
+                "they would be frozen and adapted once more; take PEFT's adapters out with "
+                "unload(), and load them from their folder with LoraModel.from_pretrained"
+            )
 
 
 class LoraModel(nn.Module):
@@ -80,6 +87,9 @@ class LoraModel(nn.Module):
         self.active_adapters: tuple[str, ...] = ()
         self.targeted_module_names: list[str] = []
         self.targeted_parameter_names: list[str] = []
+        # What this model put there: layers and modules to save. The base may have others, which
+        # stay as they are: of a LoraModel inside it, or put there by hand.
+        self._own: frozenset[nn.Module] = frozenset()
         self.training = model.training
 
     @classmethod
@@ -155,15 +165,15 @@ class LoraModel(nn.Module):
         return self.base_model
 
     def lora_layers(self) -> Iterator[tuple[str, LoraLayer]]:
-        """The layers with adapters, by their names in the base model."""
+        """The layers in which this model has adapters, by their names in the base model."""
         for name, module in self.base_model.named_modules():
-            if isinstance(module, LoraLayer):
+            if isinstance(module, LoraLayer) and module in self._own:
                 yield name, module
 
     def saved_modules(self) -> Iterator[tuple[str, ModulesToSave]]:
-        """The modules that are saved whole, by their names in the base model."""
+        """The modules of which this model has copies, by their names in the base model."""
         for name, module in self.base_model.named_modules():
-            if isinstance(module, ModulesToSave):
+            if isinstance(module, ModulesToSave) and module in self._own:
                 yield name, module
 
     # Adapters
@@ -217,7 +227,16 @@ class LoraModel(nn.Module):
                 f"{self.peft_config[biased[0]].bias!r}, expected 'none': the biases are the "
                 "base's, of which there is one set; give one adapter only biases, or use lora_bias"
             )
-        return make_plan(self.base_model, config, autocast_adapter_dtype)
+        plan = make_plan(self.base_model, config, autocast_adapter_dtype)
+        for name, layer, _ in plan.layers.values():
+            if layer.adapters and layer not in self._own:
+                raise ValueError(
+                    f"LoraConfig: target_modules: '{name}' has adapters that are not this model's "
+                    f"({list(layer.adapters)}), expected layers without; add this one by the "
+                    "add_adapter() of the LoraModel that has them, or leave the layer out with "
+                    "exclude_modules"
+                )
+        return plan
 
     def add_planned(
         self, adapter_name: str, config: LoraConfig, plan: Plan, transaction: Transaction
@@ -225,6 +244,7 @@ class LoraModel(nn.Module):
         """Adds an adapter as `plan` says, which was made for this config and the present model."""
         active = tuple(name for name in self.active_adapters if name in self.peft_config)
         replacements: dict[int, nn.Module] = {}
+        own: set[nn.Module] = {planned.layer for planned in plan.layers.values()}
         for place, planned in plan.layers.items():
             layer = transaction.draft(planned.layer)
             layer.add_adapter(adapter_name, **vars(planned.settings))
@@ -236,6 +256,7 @@ class LoraModel(nn.Module):
         copies: dict[int, nn.Module] = {}
         for module in {id(module): module for module in plan.saved.values()}.values():
             wrapper = module if isinstance(module, ModulesToSave) else ModulesToSave(module)
+            own.add(wrapper)
             copies[id(module)] = wrapper.add_adapter(adapter_name, transaction)
             if wrapper is not module:
                 replacements[id(module)] = wrapper
@@ -245,6 +266,7 @@ class LoraModel(nn.Module):
         swap_modules(self.base_model, replacements, transaction)
         transaction.set(
             self,
+            _own=self._own | own,
             peft_config={**self.peft_config, adapter_name: resolved(config, plan)},
             targeted_module_names=plan.names,
             targeted_parameter_names=plan.parameters,
@@ -252,8 +274,18 @@ class LoraModel(nn.Module):
         transaction.commit()
 
     def _freeze_base(self, transaction: Transaction) -> None:
+        """Freezes all but the adapters that are not this model's."""
+        others: list[nn.Parameter] = []
+        for module in self.base_model.modules():
+            if isinstance(module, LoraLayer) and module not in self._own:
+                for name in module.adapters:
+                    others += module.adapter_parameters(name).values()
+            elif isinstance(module, ModulesToSave) and module not in self._own:
+                others += module.modules_to_save.parameters()
+        keep = {id(parameter) for parameter in others}
         for parameter in self.base_model.parameters():
-            transaction.require_grad(parameter, False)
+            if id(parameter) not in keep:
+                transaction.require_grad(parameter, False)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forgets an adapter in every layer. If no active one is left, the first of the others
@@ -389,7 +421,8 @@ class LoraModel(nn.Module):
         if adapter_names is not None:
             self._check_names(adapter_names)
         transaction = Transaction()
-        untied = merge_layers(self.base_model, transaction, adapter_names)
+        layers = list(self.lora_layers())
+        untied = merge_layers(self.base_model, layers, transaction, adapter_names)
         transaction.commit()
         if untied:
             warnings.warn(untied_text(untied, "until unmerge_adapter()"), stacklevel=2)
@@ -401,7 +434,7 @@ class LoraModel(nn.Module):
             NotMergedError: no layer is merged.
         """
         transaction = Transaction()
-        if not unmerge_layers(self.base_model, transaction):
+        if not unmerge_layers(list(self.lora_layers()), transaction):
             raise NotMergedError("unmerge: no layer is merged; call merge_adapter() first")
         transaction.commit()
 
@@ -426,7 +459,12 @@ class LoraModel(nn.Module):
         """
         with Transaction() as transaction:
             untied = merge_layers(
-                self.base_model, transaction, adapter_names, alone=True, progressbar=progressbar
+                self.base_model,
+                list(self.lora_layers()),
+                transaction,
+                adapter_names,
+                alone=True,
+                progressbar=progressbar,
             )
             transaction.commit()
             texts = [untied_text(untied, "for good")] if untied else []

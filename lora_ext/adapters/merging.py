@@ -16,15 +16,16 @@ Item = TypeVar("Item")
 
 def merge_layers(
     model: nn.Module,
+    layers: Sequence[tuple[str, LoraLayer]],
     transaction: Transaction,
     adapter_names: Sequence[str] | None = None,
     *,
     alone: bool = False,
     progressbar: bool = False,
 ) -> list[str]:
-    """Merges adapters (the active ones, if None) in every layer of `model` that has them, beside
-    those that are merged, or instead of them (`alone`; disabled ones are merged then, too). The
-    layers change when `transaction` is committed.
+    """Merges adapters (the active ones, if None) in every one of these layers of `model` that has
+    them, beside those that are merged, or instead of them (`alone`; disabled ones are merged then,
+    too). The layers change when `transaction` is committed.
 
     Returns:
         The names of the layers whose weight other modules share: theirs is their own then.
@@ -34,7 +35,6 @@ def merge_layers(
         ValueError: a merged value would be NaN or infinite, the adapters are disabled, or no layer
             has such adapters.
     """
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
     wanted = [(name, layer, _names(layer, adapter_names)) for name, layer in layers]
     chosen = [(name, layer, names) for name, layer, names in wanted if names]
     if not chosen:
@@ -42,7 +42,7 @@ def merge_layers(
             f"merge: adapter_names: got {adapter_names}, expected adapters that a layer has"
         )
     if alone:
-        unmerge_layers(model, transaction)
+        unmerge_layers(layers, transaction)
     shared = shared_parameters(model)
     separated: list[str] = []
     for name, layer, names in _tracked(chosen) if progressbar else chosen:
@@ -60,10 +60,10 @@ def merge_layers(
     return separated
 
 
-def unmerge_layers(model: nn.Module, transaction: Transaction) -> bool:
-    """Gives every merged layer of `model` its base's parameters back when `transaction` is
+def unmerge_layers(layers: Sequence[tuple[str, LoraLayer]], transaction: Transaction) -> bool:
+    """Gives every merged one of these layers its base's parameters back when `transaction` is
     committed; returns whether one is merged."""
-    merged = [m for m in model.modules() if isinstance(m, LoraLayer) and m.merged]
+    merged = [layer for _, layer in layers if layer.merged]
     for layer in merged:
         transaction.draft(layer).unmerge()
     return bool(merged)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import NoReturn
@@ -20,6 +19,7 @@ from lora_ext.adapters.architectures import (
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.config_checks import ALL_LINEAR
 from lora_ext.adapters.patterns import compiled
+from lora_ext.nn.linear import transformers_conv1d
 
 ADAPTABLE = (
     nn.Linear,
@@ -43,15 +43,9 @@ def matches(name: str, modules: str | Collection[str] | None) -> bool:
     return any(end in modules for end in _ends(name))
 
 
-def is_transformers_conv1d(module: nn.Module) -> bool:
-    """Whether it is the transposed linear layer of GPT-2; does not import transformers."""
-    library = sys.modules.get("transformers.pytorch_utils")
-    return library is not None and isinstance(module, library.Conv1D)
-
-
 def is_adaptable(module: nn.Module) -> bool:
     """Whether PEFT has a LoRA layer for this kind of module."""
-    return isinstance(module, ADAPTABLE) or is_transformers_conv1d(module)
+    return isinstance(module, ADAPTABLE) or transformers_conv1d(module) is not None
 
 
 def saved_modules(config: LoraConfig) -> list[str]:
@@ -206,7 +200,7 @@ def _all_linear(
         if module is not head
         and (
             isinstance(module, nn.Linear)
-            or is_transformers_conv1d(module)
+            or transformers_conv1d(module) is not None
             or (isinstance(module, adapted) and "Linear" in type(module).__name__)
         )
         and _attention_around(name, modules) is None

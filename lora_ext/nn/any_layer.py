@@ -79,16 +79,17 @@ class AnyLayer(LoraLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base's."""
-        base = self.get_base_layer()
+        base = self._plain_base()
         for name in self.WEIGHTS if self._running else ():
+            base.__dict__.pop(name, None)  # of a replica (nn.DataParallel), or pruned
             base._parameters[name] = self._adapted(name)  # type: ignore[assignment]
         if self._running and isinstance(base, nn.RNNBase):
             _list_weights(base)
             base._flat_weight_refs = [None] * len(base._flat_weights)  # not to be moved together
         return base.forward(*args, **kwargs)
 
-    def get_base_layer(self) -> nn.Module:
-        base = super().get_base_layer()
+    def _plain_base(self) -> nn.Module:
+        base = super()._plain_base()
         if isinstance(base, nn.RNNBase):
             _list_weights(base)
         return base

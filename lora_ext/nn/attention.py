@@ -137,8 +137,8 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
         # What nn.TransformerEncoderLayer asks before it takes the weights instead of calling this.
         self._qkv_same_embed_dim = False
 
-    def get_base_layer(self) -> nn.Module:
-        base = super().get_base_layer()
+    def _plain_base(self) -> nn.Module:
+        base = super()._plain_base()
         base._qkv_same_embed_dim = self.in_proj_weight is not None  # type: ignore[assignment]
         return base
 
@@ -241,7 +241,7 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
             TypeError: a mask that is neither bool nor floating.
         """
         if not self._running:
-            base = self.get_base_layer()
+            base = self._plain_base()
             options = (need_weights, attn_mask, average_attn_weights, is_causal)
             return base.forward(query, key, value, key_padding_mask, *options)  # type: ignore[no-any-return]
         batched = self._is_batched(query, key, value)

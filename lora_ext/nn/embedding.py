@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -12,8 +12,10 @@ from torch.nn import functional as F
 
 from lora_ext.functional import lora_embedding, weight_norm
 from lora_ext.nn import dora
+from lora_ext.nn.adoption import belongs_to_its_class
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.init import initialise_embedding
+from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.lora_layer import LoraLayer
 from lora_ext.nn.settings import AdapterSettings
 from lora_ext.nn.transaction import all_or_nothing
@@ -106,15 +108,19 @@ class Embedding(LoraLayer, nn.Embedding):
 
         Raises:
             TypeError: embedding is not an nn.Embedding, or computes something else.
-            ValueError: its weight is computed (pruning, weight_norm), its forward is replaced on
-                the instance, lora_bias, or a setting is out of range.
+            ValueError: its weight is computed (pruning, weight_norm), lora_bias, or a setting is
+                out of range.
         """
         scaled = is_scaled_word_embedding(embedding)
-        self = cls._adopt(embedding, type(embedding) if scaled else nn.Embedding)
+        kind = type(embedding) if scaled else nn.Embedding
+        if isinstance(embedding, nn.Embedding) and not belongs_to_its_class(embedding, kind):
+            self: Self = KeptEmbedding._over(embedding, kind)  # type: ignore[assignment]
+        else:
+            self = cls._adopt(embedding, kind)
         return self._with_adapter(adapter_name, r, lora_alpha, lora_dropout, **options)
 
-    def get_base_layer(self) -> nn.Module:
-        base: Any = super().get_base_layer()
+    def _plain_base(self) -> nn.Module:
+        base: Any = super()._plain_base()
         if self.merged:
             base.max_norm = None  # already applied, to the summands
         return base  # type: ignore[no-any-return]
@@ -214,7 +220,7 @@ class Embedding(LoraLayer, nn.Embedding):
         return weight_norm(self.unmerged_weight().t(), stack.lora_A, stack.lora_B, stack.scaling)
 
     def _merged_parameters(self, names: Sequence[str]) -> dict[str, Tensor]:
-        return {"weight": self.weight}
+        return self._weight_and_bias(names)
 
     def _write_merged(self, names: Sequence[str]) -> None:
         factors, weight_scale = dora.merge_factors(self, names)
@@ -232,6 +238,27 @@ class Embedding(LoraLayer, nn.Embedding):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + self.adapters_repr()
+
+
+class KeptEmbedding(KeptBase, Embedding):  # type: ignore[misc]  # its forward takes more
+    """`Embedding` over a base that is its child `base_layer`; see `lora_ext.nn.kept_base`."""
+
+    @property
+    def _kind(self) -> type[nn.Module]:
+        return self._base_class if is_scaled_word_embedding(self.base_layer) else nn.Embedding
+
+    def _updates(self, x: Tensor) -> Iterator[Tensor]:
+        scale: Any = getattr(self, "embed_scale", 1.0)
+        for name in self._running:
+            yield (self._update(x, name) * scale).to(self.weight.dtype)
+
+    def _write_merged(self, names: Sequence[str]) -> None:
+        if self.max_norm is not None:
+            raise ValueError(
+                f"{type(self).__name__}.merge: max_norm: got {self.max_norm}, expected None: the "
+                "base, which is called, would renormalise the merged rows; run it unmerged"
+            )
+        super()._write_merged(names)
 
 
 def is_scaled_word_embedding(module: nn.Module) -> bool:

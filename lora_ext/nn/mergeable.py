@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,10 @@ class MergeableLayer(nn.Module):
     active_adapters: tuple[str, ...]
     merged_adapters: tuple[str, ...]
     merge_weights: bool
+    weight: Any
     bias: Any
+    # What stands before the names of the base's parameters, if they are a child's.
+    BASE_PATH: ClassVar[str] = ""
     _enabled: bool
     # The base's parameters while merged, by name. Not registered: they are no part of a forward.
     _aside: dict[str, nn.Parameter]
@@ -58,6 +61,9 @@ class MergeableLayer(nn.Module):
         raise NotImplementedError
 
     def _check_names(self, names: Iterable[str]) -> None:
+        raise NotImplementedError
+
+    def _check_not_computed(self, where: str) -> None:
         raise NotImplementedError
 
     # Merging
@@ -100,9 +106,20 @@ class MergeableLayer(nn.Module):
     @torch.no_grad()
     def _merge(self, names: tuple[str, ...]) -> None:
         """Makes exactly these adapters the merged ones."""
+        where = f"{type(self).__name__}.merge"
+        self._check_not_computed(where)
         train = {name: attrgetter(name)(self).requires_grad for name in self._aside}
         self._put_back()
-        self._aside = self._put_own(self._merged_parameters(names))
+        parameters = self._merged_parameters(names)
+        for name, parameter in parameters.items():
+            if parameter.device.type == "meta":
+                raise ValueError(
+                    f"{where}: the layer's {name} is on 'meta', where it has no values, expected "
+                    "it on a device; take off the hooks that offload it "
+                    "(accelerate.hooks.remove_hook_from_module(model, recurse=True)), or move "
+                    "the model"
+                )
+        self._aside = self._put_own(parameters)
         for name in train.keys() & self._aside.keys():
             attrgetter(name)(self).requires_grad_(train[name])
         self._write_merged(names)
@@ -170,8 +187,7 @@ class MergeableLayer(nn.Module):
 
     def unmerged_weight(self) -> Tensor:
         """The base's own weight, also while merged."""
-        weight = self._aside.get("weight", self._parameters["weight"])
-        assert weight is not None
+        weight: Tensor = self._aside.get(f"{self.BASE_PATH}weight", self.weight)
         return weight.detach()
 
     def train(self, mode: bool = True) -> Self:
@@ -206,16 +222,14 @@ class MergeableLayer(nn.Module):
 
     def _weight_and_bias(self, names: Sequence[str]) -> dict[str, Tensor]:
         """The base's weight, and its bias where one of these adapters has a lora_bias."""
-        weight = self._parameters["weight"]
-        assert weight is not None
-        parameters: dict[str, Tensor] = {"weight": weight}
+        parameters: dict[str, Tensor] = {f"{self.BASE_PATH}weight": self.weight}
         if any(self.adapters[name].lora_bias for name in names):
             if self.bias is None:
                 raise ValueError(
                     f"{type(self).__name__}.merge: lora_bias cannot be merged into a base without "
                     "bias; construct the base with bias=True"
                 )
-            parameters["bias"] = self.bias
+            parameters[f"{self.BASE_PATH}bias"] = self.bias
         return parameters
 
     def _merged_bias(self, stack: LowRank) -> Tensor | None:

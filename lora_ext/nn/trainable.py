@@ -19,9 +19,11 @@ def _adapter_names(model: nn.Module, bias: str, operation: str) -> set[str]:
         adapted = isinstance(module, LoraLayer)
         if isinstance(module, LoraLayer):
             for adapter in module.adapters:
-                names |= {prefix + name for name in module.adapter_parameters(adapter)}
-        if "bias" in module._parameters and (bias == "all" or (bias == "lora_only" and adapted)):
-            names.add(f"{prefix}bias")
+                names |= {prefix + name for name in module.adapter_state_names(adapter)}
+        own = f"{module.BASE_PATH}bias" if isinstance(module, LoraLayer) else "bias"
+        has_bias = isinstance(getattr(module, "bias", None), nn.Parameter)
+        if has_bias and (bias == "all" or (bias == "lora_only" and adapted)):
+            names.add(f"{prefix}{own}")
     return names
 
 
