@@ -303,15 +303,30 @@ def test_tied_layers_follow_the_mode(cycles: int) -> None:
     assert torch.equal(net.head(net.embed(tokens)), y)
 
 
+class Own(nn.Linear):
+    """A base that is kept as it is and called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Own])
 @pytest.mark.parametrize("targets", [["embed"], ["head"], ["embed", "head"]], ids=str)
 @pytest.mark.parametrize("how", ["", "deepcopy", "pickle"])
-def test_tying_again_while_merged(targets: list[str], how: str) -> None:
+def test_tying_again_while_merged(targets: list[str], how: str, kind: type[nn.Linear]) -> None:
     """As tie_weights() of transformers does: the layers stay merged, the others get the base's."""
-    model = model_of(targets)
+    net = Tied()
+    net.head = kind(6, 11, bias=False)
+    net.head.weight = net.embed.weight
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    model = get_lora_model(net, config)
+    names, y = list(model.state_dict()), model(TOKENS)
+    net.head.weight = net.embed.weight
+    assert torch.equal(model(TOKENS), y) and list(model.state_dict()) == names
     merge(model)
     model = copied(model, how)
     net, y = model.base_model, model(TOKENS)
-    base = getattr(net, targets[0]).base_parameters["weight"]
+    (base,) = getattr(net, targets[0]).base_parameters.values()
     for name, source in (("head", "embed"), ("embed", "head")):
         getattr(net, name).weight = getattr(net, source).weight
         assert torch.equal(model(TOKENS), y)

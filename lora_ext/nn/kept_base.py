@@ -18,6 +18,7 @@ from lora_ext.nn.adoption import (
 )
 from lora_ext.nn.init import mutates_weight
 from lora_ext.nn.lora_layer import LoraLayer
+from lora_ext.nn.mergeable import base_of
 from lora_ext.nn.settings import AdapterSettings
 
 
@@ -56,6 +57,16 @@ class KeptBase(LoraLayer):
             if name == "base_layer" or name in BOUND_CALLS or "_modules" not in self.__dict__:
                 raise
             return getattr(self._modules["base_layer"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """The base's parameters are the base's here, too (`head.weight = embedding.weight`)."""
+        base = self.__dict__.get("_modules", {}).get("base_layer")
+        if base is None or name not in base._parameters:
+            super().__setattr__(name, value)
+        elif f"{self.BASE_PATH}{name}" in self._aside:
+            self._take_base(f"{self.BASE_PATH}{name}", base_of(value))
+        else:
+            setattr(base, name, value)
 
     def get_base_layer(self) -> nn.Module:
         """The base itself, with what is merged, if anything is.

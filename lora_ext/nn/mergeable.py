@@ -303,6 +303,11 @@ class MergeableLayer(nn.Module):
 _BASES: MutableMapping[Tensor, nn.Parameter] = WeakTensorKeyDictionary()
 
 
+def base_of(parameter: nn.Parameter) -> nn.Parameter:
+    """The base's parameter that a merged one stands in for, or itself."""
+    return _BASES.get(parameter, parameter)
+
+
 def _share_the_base(
     module: nn.Module, name: str, parameter: nn.Parameter | None
 ) -> nn.Parameter | None:
@@ -312,7 +317,7 @@ def _share_the_base(
     given to a merged layer is its base's."""
     if parameter is None or not _BASES:
         return None
-    now, base = module._parameters.get(name), _BASES.get(parameter, parameter)
+    now, base = module._parameters.get(name), base_of(parameter)
     if now is parameter:
         return None
     if isinstance(module, MergeableLayer) and name in vars(module).get("_aside", ()):
