@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.merging import merge_layers, unmerge_layers, untied_text
 from lora_ext.adapters.modules_to_save import ModulesToSave
+from lora_ext.adapters.names import named_modules
 from lora_ext.adapters.plan import Plan, make_plan, resolved
 from lora_ext.adapters.replication import replicate_layers
 from lora_ext.adapters.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
@@ -147,13 +148,13 @@ class LoraModel(nn.Module):
 
     def lora_layers(self) -> Iterator[tuple[str, LoraLayer]]:
         """The layers with adapters, by their names in the base model."""
-        for name, module in self.base_model.named_modules():
+        for name, module in named_modules(self.base_model):
             if isinstance(module, LoraLayer):
                 yield name, module
 
     def saved_modules(self) -> Iterator[tuple[str, ModulesToSave]]:
         """The modules that are saved whole, by their names in the base model."""
-        for name, module in self.base_model.named_modules():
+        for name, module in named_modules(self.base_model):
             if isinstance(module, ModulesToSave):
                 yield name, module
 
@@ -225,11 +226,9 @@ class LoraModel(nn.Module):
                     parameter.copy_(values)
             raise
         swap_modules(self.base_model, replacements)
+        wrappers = dict(self.saved_modules())
         for names in plan.tied.items():
-            copy_, source = (
-                self.base_model.get_submodule(f"{name}.modules_to_save.{adapter_name}")
-                for name in names
-            )
+            copy_, source = (wrappers[name].modules_to_save[adapter_name] for name in names)
             copy_.weight = source.weight
         self.peft_config[adapter_name] = resolved(config, plan)
         self.targeted_module_names = plan.names

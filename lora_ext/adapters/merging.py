@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from lora_ext.adapters.names import named_modules
 from lora_ext.adapters.ties import shared_parameters
 from lora_ext.errors import NotMergedError
 from lora_ext.nn import LoraLayer
@@ -31,7 +32,7 @@ def merge_layers(
     """
     wanted = [
         (name, layer, _names(layer, adapter_names))
-        for name, layer in model.named_modules()
+        for name, layer in named_modules(model)
         if isinstance(layer, LoraLayer)
     ]
     chosen = [(name, layer, names) for name, layer, names in wanted if names]

@@ -13,6 +13,7 @@ from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.config_checks import ALL_LINEAR
 from lora_ext.adapters.layers import adaptable, can_be_adapted
 from lora_ext.adapters.modules_to_save import ModulesToSave
+from lora_ext.adapters.names import named_modules
 from lora_ext.adapters.target_parameters import TargetedModule, find_parameters
 from lora_ext.adapters.targets import find_targets, has_targets, matches, saved_modules
 from lora_ext.adapters.ties import shared_parameters, tied_to_embedding
@@ -84,7 +85,7 @@ def make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool
     names = []
     if has_targets(model, config) or not config.target_parameters:
         names = find_targets(model, config, can_be_adapted, (LoraLayer, ModulesToSave))
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(named_modules(model, remove_duplicate=False))
     layers: dict[int, PlannedLayer] = {}
     for name in names:
         module = modules[name]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from lora_ext.adapters.names import is_wrapper, plain_name
 from lora_ext.nn import LoraLayer
 
 
@@ -20,8 +21,10 @@ def swap_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> lis
     for name in swapped:
         parent, _, child = name.rpartition(".")
         setattr(modules[parent], child, replacements[id(modules[name])])
+        if is_wrapper(modules[parent]):  # it calls what it was made of, until it is made anew
+            modules[parent].__setstate__(modules[parent].__getstate__())
     _leave_fast_paths(model)
-    return swapped
+    return [plain_name(name) for name in swapped]
 
 
 def _leave_fast_paths(model: nn.Module) -> None:

@@ -19,6 +19,7 @@ from lora_ext.adapters.architectures import (
 )
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.config_checks import ALL_LINEAR
+from lora_ext.adapters.names import named_modules, unwrapped
 from lora_ext.adapters.patterns import compiled
 
 ADAPTABLE = (
@@ -134,7 +135,7 @@ def _outside(
 ) -> Iterator[tuple[str, nn.Module]]:
     """Everything below the model but the insides of layers with adapters."""
     inside = None
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if not name or (inside is not None and name.startswith(inside)):
             continue
         inside = f"{name}." if isinstance(module, adapted) else None
@@ -200,6 +201,7 @@ def _all_linear(
 ) -> set[str]:
     """Every linear layer but the output head and what an attention module does not call."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = unwrapped(head) if isinstance(head, nn.Module) else head
     return {
         name
         for name, module in modules.items()
@@ -286,7 +288,7 @@ def _raise_no_match(
         )
     else:
         first_names = {module: name for name, module in modules.items()}
-        for name, module in model.named_modules(remove_duplicate=False):
+        for name, module in named_modules(model, remove_duplicate=False):
             if matches(name, wanted) and module in first_names:
                 hint = f"{name!r} is the same module as {first_names[module]!r}; name that"
                 break

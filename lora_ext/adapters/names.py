@@ -1,0 +1,38 @@
+"""The modules of a model by the names that they have without torch.compile's wrappers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+# Where torch.compile(module) keeps the module.
+_WRAPPED = "_orig_mod"
+
+
+def plain_name(name: str) -> str:
+    """A dotted name without the levels of torch.compile."""
+    if _WRAPPED not in name:
+        return name
+    return ".".join(part for part in name.split(".") if part != _WRAPPED)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module itself, or what torch.compile made it of."""
+    while isinstance(inner := module._modules.get(_WRAPPED), nn.Module):
+        module = inner
+    return module
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether it is what torch.compile returns for a module."""
+    return _WRAPPED in module._modules
+
+
+def named_modules(
+    model: nn.Module, *, remove_duplicate: bool = True
+) -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()` as if torch.compile had wrapped none of them."""
+    for name, module in model.named_modules(remove_duplicate=remove_duplicate):
+        if not is_wrapper(module):
+            yield plain_name(name), module
