@@ -230,7 +230,7 @@ class LoraModel(nn.Module):
         for names in plan.tied.items():
             copy_, source = (wrappers[name].modules_to_save[adapter_name] for name in names)
             copy_.weight = source.weight
-        self.peft_config[adapter_name] = resolved(config, plan)
+        self.peft_config[adapter_name] = resolved(self.base_model, config, plan)
         self.targeted_module_names = plan.names
         self.targeted_parameter_names = plan.parameters
         for planned in plan.layers.values():  # a layer's first adapter is active there

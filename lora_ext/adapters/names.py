@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -36,3 +37,28 @@ def named_modules(
     for name, module in model.named_modules(remove_duplicate=remove_duplicate):
         if not is_wrapper(module):
             yield plain_name(name), module
+
+
+def ends(name: str) -> Iterator[str]:
+    """The name and all that follows a dot in it."""
+    yield name
+    at = name.find(".")
+    while at >= 0:
+        yield name[at + 1 :]
+        at = name.find(".", at + 1)
+
+
+def exact_targets(
+    model: nn.Module, names: Sequence[str], *, shortest: bool = False
+) -> list[str] | str:
+    """target_modules that mean exactly these modules of `model`: a list, of their names or of the
+    shortest ends of these; where a name is also the end of another's, a regular expression."""
+    meant = set(names)
+    taken = {end for name, _ in named_modules(model) if name not in meant for end in ends(name)}
+    targets: dict[str, None] = {}
+    for name in names:
+        free = [end for end in ends(name) if end not in taken]
+        if not free:
+            return "|".join(re.escape(name) for name in names)
+        targets[free[-1] if shortest else name] = None
+    return list(targets)

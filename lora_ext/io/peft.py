@@ -193,7 +193,8 @@ def load_adapter(
     with torch.no_grad():
         for key, tensor in _own_tensors(model, adapter_name):
             tensor.copy_(tensors[key])
-    bases.write(tensors)
+        for key, tensor in bases.targets.items():
+            tensor.copy_(tensors[key])
 
 
 def _possible_keys(model: LoraModel, plan: Plan) -> Iterator[str]:

@@ -43,7 +43,11 @@ class FileTensors:
 
 class BaseTensors:
     """The base's tensors that a file is to hold (biases) or may hold (embeddings, what PEFT adds
-    for modules to save), by key; found in the model and changed by `write` only."""
+    for modules to save).
+
+    Attributes:
+        targets: the parameters and buffers that get their values, by key.
+    """
 
     def __init__(
         self, model: LoraModel, config: LoraConfig, plan: Plan, file: FileTensors, prefix: str
@@ -56,17 +60,17 @@ class BaseTensors:
         every = list(places(base, adapted, whole, aliases=True))
         needed = biases(places(base, adapted, whole), config.bias)
         optional = [*biases(iter(every), config.bias), *embeddings(base, iter(every))]
-        self._targets = {prefix + place.key_of(part): place.own(part) for place, part in needed}
+        self.targets = {prefix + place.key_of(part): place.own(part) for place, part in needed}
         for place, part in optional:
             if (key := prefix + place.key_of(part)) in file.specs:
-                self._targets[key] = place.own(part)
+                self.targets[key] = place.own(part)
         self._unused: dict[str, TensorSpec] = {}  # PEFT's second keys of what a copy holds
         for name, module in plan.saved.items():
             self._find_of_saved(file, f"{prefix}{name}.", module)
         self._path = file.path
-        for key, tensor in self._targets.items():
+        for key, tensor in self.targets.items():
             _check_target(file, key, tensor)
-        if self._targets and any(layer.merged for _, layer in model.lora_layers()):
+        if self.targets and any(layer.merged for _, layer in model.lora_layers()):
             raise ValueError(
                 "LoraModel.load_adapter: the file holds tensors of the base, which has merged "
                 "adapters; call unmerge_adapter() first"
@@ -79,7 +83,7 @@ class BaseTensors:
         for key in [key for key in file.specs if key.startswith(prefix)]:
             where, _, part = key.removeprefix(prefix).partition(".")
             if where == "original_module" and part in state:
-                self._targets[key] = state[part]
+                self.targets[key] = state[part]
             elif where == "modules_to_save":
                 # Where its name stands elsewhere than usual, PEFT leaves the adapter's name in.
                 found = state.get(part, state.get(part.partition(".")[2]))
@@ -88,24 +92,18 @@ class BaseTensors:
 
     def expected(self) -> dict[str, TensorSpec]:
         """What the file holds of them."""
-        return {key: spec_of(tensor) for key, tensor in self._targets.items()} | self._unused
+        return {key: spec_of(tensor) for key, tensor in self.targets.items()} | self._unused
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
         """AdapterFileError if the file says two things of one tensor of the base."""
         first: dict[int, str] = {}
-        for key, target in self._targets.items():
+        for key, target in self.targets.items():
             other = first.setdefault(id(target), key)
             if not torch.equal(tensors[other], tensors[key]):
                 raise AdapterFileError(
                     f"{self._path}: {short(key)}: differs from {short(other)}, which is the same "
                     "tensor in this model (tied embeddings?); untie them in the base first"
                 )
-
-    @torch.no_grad()
-    def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Gives them the file's values."""
-        for key, target in self._targets.items():
-            target.copy_(tensors[key])
 
 
 def check_loadable(model: LoraModel, plan: Plan) -> None:
