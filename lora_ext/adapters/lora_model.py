@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.merging import merge_layers, unmerge_layers, untied_text
 from lora_ext.adapters.modules_to_save import ModulesToSave
-from lora_ext.adapters.names import named_modules
+from lora_ext.adapters.names import named_modules, unwrapped
 from lora_ext.adapters.plan import Plan, make_plan, resolved
 from lora_ext.adapters.replication import replicate_layers
 from lora_ext.adapters.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
@@ -141,6 +141,26 @@ class LoraModel(nn.Module):
             if name == "base_model":
                 raise
             return getattr(self.base_model, name)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """As of a model of transformers, which has the method.
+
+        Raises:
+            TypeError: an embedding has adapters, or copies of modules to save: these would keep
+                the old vocabulary, or be gone. The model is as it was.
+        """
+        resize = self.__getattr__("resize_token_embeddings")
+        held = {id(m): name for ms in (self.lora_layers(), self.saved_modules()) for name, m in ms}
+        for getter in ("get_input_embeddings", "get_output_embeddings"):
+            embedding = getattr(self.base_model, getter, lambda: None)()
+            name = isinstance(embedding, nn.Module) and held.get(id(unwrapped(embedding)))
+            if name:
+                raise TypeError(
+                    f"LoraModel.resize_token_embeddings: '{name}' has adapters or copies (modules_"
+                    "to_save) of the old size, expected a base without; resize it before it gets "
+                    "adapters, or exclude the embeddings"
+                )
+        return resize(*args, **kwargs)
 
     def get_base_model(self) -> nn.Module:
         """The model itself, with the adapters in it; `unload()` takes them out."""

@@ -29,11 +29,11 @@ from lora_ext.io.files import StrPath, json_text, parse_json, read_all, typed_er
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-# 40,000 names of modules, one by one.
-MAX_CONFIG_BYTES = 1 << 21
-# What has more values than one in so many bytes, beside some thousand, is no config: Python spends
-# 100 bytes and more on a value.
-BYTES_PER_VALUE = 20
+# 20,000 names of modules, one by one.
+MAX_CONFIG_BYTES = 1 << 20
+# One larger than this, with more values than one in so many bytes, is no config: Python spends up
+# to 250 bytes on a value.
+MAX_DENSE_BYTES, BYTES_PER_VALUE = 1 << 19, 16
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,10 @@ def save_adapter(
         TimeoutError, OSError: see `save_files`.
     """
     text = json_text(config).encode()
-    if len(text) > MAX_CONFIG_BYTES:
+    if len(text) > MAX_CONFIG_BYTES or _is_too_dense(text):
         raise ValueError(
-            f"{folder}: the config has {len(text)} bytes, expected at most {MAX_CONFIG_BYTES}; name "
-            "modules by the last parts of their names, or by a regular expression"
+            f"{folder}: the config has {len(text)} bytes with {text.count(b',')} values, more than "
+            "would be read again; name modules by the last parts of their names"
         )
     files = {CONFIG_NAME: text, WEIGHTS_NAME: adapter_bytes(tensors)}
     save_files(folder, files, lock_timeout=lock_timeout)
@@ -126,9 +126,14 @@ def read_config_file(path: StrPath) -> dict[str, Any]:
 
 def _parse_config(file: io.FileIO) -> dict[str, Any]:
     content = read_all(file, MAX_CONFIG_BYTES)
-    if content.count(b",") > 4096 + len(content) // BYTES_PER_VALUE:
+    if _is_too_dense(content):
         raise AdapterFileError(f"{file.name}: is a list of tiny values, no config; it is damaged")
     return parse_json(content, str(file.name))
+
+
+def _is_too_dense(content: bytes) -> bool:
+    dense = content.count(b",") > len(content) // BYTES_PER_VALUE
+    return dense and len(content) > MAX_DENSE_BYTES
 
 
 def _what_is_missing(folder: Path) -> str:
