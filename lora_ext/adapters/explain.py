@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lora_ext._extension import _C, build_info
+from lora_ext.adapters.names import named_modules
 from lora_ext.nn import Embedding, Linear, LoraLayer
 from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.lora_layer import LowRank
@@ -38,7 +39,7 @@ def explain(model: nn.Module, tokens: int = 2048) -> Explanation:
     now (device, dtype, training mode, merged or not)."""
     return Explanation(
         LayerPath(name, *_explain_layer(module, tokens))
-        for name, module in model.named_modules()
+        for name, module in named_modules(model)
         if isinstance(module, LoraLayer)
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from lora_ext.adapters.config_checks import ALL_LINEAR
+from lora_ext.adapters.names import named_modules, unwrapped
 from lora_ext.adapters.swap import swap_modules
 from lora_ext.adapters.targets import matches, near_misses
 from lora_ext.nn import Linear
@@ -52,7 +53,7 @@ def replace_linear(
     if exclude_modules is not None and not isinstance(exclude_modules, str):
         exclude_modules = list(exclude_modules)
 
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(named_modules(model, remove_duplicate=False))
     chosen = _choose(model, modules, target_modules, exclude_modules)
     if not chosen:
         raise ValueError(_no_match(modules, target_modules))
@@ -71,6 +72,7 @@ def _choose(
 ) -> dict[str, nn.Linear]:
     if target_modules == ALL_LINEAR:
         head = getattr(model, "get_output_embeddings", lambda: None)()
+        head = unwrapped(head) if isinstance(head, nn.Module) else head
         named: dict[str, nn.Module] = {
             n: m for n, m in modules.items() if type(m) is nn.Linear and m is not head
         }

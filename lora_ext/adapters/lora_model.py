@@ -14,6 +14,7 @@ from lora_ext.adapters.activation import activate
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.merging import merge_layers, unmerge_layers, untied_text
 from lora_ext.adapters.modules_to_save import ModulesToSave
+from lora_ext.adapters.names import named_modules, unwrapped
 from lora_ext.adapters.plan import Plan, make_plan, resolved
 from lora_ext.adapters.replication import replicate_layers
 from lora_ext.adapters.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
@@ -160,19 +161,39 @@ class LoraModel(nn.Module):
                 raise
             return getattr(self.base_model, name)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """As of a model of transformers, which has the method.
+
+        Raises:
+            TypeError: an embedding has adapters, or copies of modules to save: these would keep
+                the old vocabulary, or be gone. The model is as it was.
+        """
+        resize = self.__getattr__("resize_token_embeddings")
+        held = {id(m): name for ms in (self.lora_layers(), self.saved_modules()) for name, m in ms}
+        for getter in ("get_input_embeddings", "get_output_embeddings"):
+            embedding = getattr(self.base_model, getter, lambda: None)()
+            name = isinstance(embedding, nn.Module) and held.get(id(unwrapped(embedding)))
+            if name:
+                raise TypeError(
+                    f"LoraModel.resize_token_embeddings: '{name}' has adapters or copies (modules_"
+                    "to_save) of the old size, expected a base without; resize it before it gets "
+                    "adapters, or exclude the embeddings"
+                )
+        return resize(*args, **kwargs)
+
     def get_base_model(self) -> nn.Module:
         """The model itself, with the adapters in it; `unload()` takes them out."""
         return self.base_model
 
     def lora_layers(self) -> Iterator[tuple[str, LoraLayer]]:
         """The layers in which this model has adapters, by their names in the base model."""
-        for name, module in self.base_model.named_modules():
+        for name, module in named_modules(self.base_model):
             if isinstance(module, LoraLayer) and module in self._own:
                 yield name, module
 
     def saved_modules(self) -> Iterator[tuple[str, ModulesToSave]]:
         """The modules of which this model has copies, by their names in the base model."""
-        for name, module in self.base_model.named_modules():
+        for name, module in named_modules(self.base_model):
             if isinstance(module, ModulesToSave) and module in self._own:
                 yield name, module
 
@@ -267,7 +288,7 @@ class LoraModel(nn.Module):
         transaction.set(
             self,
             _own=self._own | own,
-            peft_config={**self.peft_config, adapter_name: resolved(config, plan)},
+            peft_config={**self.peft_config, adapter_name: resolved(self.base_model, config, plan)},
             targeted_module_names=plan.names,
             targeted_parameter_names=plan.parameters,
         )

@@ -13,12 +13,16 @@ from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.config_checks import ALL_LINEAR
 from lora_ext.adapters.layers import adaptable, can_be_adapted
 from lora_ext.adapters.modules_to_save import ModulesToSave
+from lora_ext.adapters.names import exact_targets, named_modules
 from lora_ext.adapters.target_parameters import TargetedModule, find_parameters
 from lora_ext.adapters.targets import find_targets, has_targets, matches, saved_modules
 from lora_ext.adapters.ties import shared_parameters, tied_to_embedding
 from lora_ext.errors import NotBuiltError
 from lora_ext.nn import AdapterSettings, Embedding, LoraLayer
 from lora_ext.nn.init import mutates_weight
+
+# From so many on the ends of names are written instead of names, as in PEFT's files.
+_MANY_NAMES = 400
 
 
 class PlannedLayer(NamedTuple):
@@ -56,12 +60,13 @@ def adapter_settings(
     )
 
 
-def resolved(config: LoraConfig, plan: Plan) -> LoraConfig:
+def resolved(model: nn.Module, config: LoraConfig, plan: Plan) -> LoraConfig:
     """A copy that names what it stands for, so that a file of it does not depend on the model."""
     config = copy.deepcopy(config)
     targets = config.target_modules
     if targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
-        config.target_modules = list(plan.names)
+        many = len(plan.names) >= _MANY_NAMES
+        config.target_modules = exact_targets(model, plan.names, shortest=many)
     saved = saved_modules(config)
     if plan.tied:  # as PEFT names them: the embedding stands for what is tied to it
         source = next(iter(plan.tied.values()))
@@ -84,7 +89,7 @@ def make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool
     names = []
     if has_targets(model, config) or not config.target_parameters:
         names = find_targets(model, config, can_be_adapted, (LoraLayer, ModulesToSave))
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(named_modules(model, remove_duplicate=False))
     layers: dict[int, PlannedLayer] = {}
     for name in names:
         module = modules[name]

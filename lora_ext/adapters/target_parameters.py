@@ -9,6 +9,7 @@ from torch import nn
 
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.modules_to_save import ModulesToSave
+from lora_ext.adapters.names import named_modules, plain_name
 from lora_ext.adapters.targets import near_misses
 from lora_ext.nn import LoraLayer, ParamLayer
 
@@ -41,7 +42,7 @@ def find_parameters(
     wanted = config.target_parameters or []
     found: list[TargetedModule] = []
     inside = None
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if inside is not None and name.startswith(inside):
             continue
         inside = f"{name}." if isinstance(module, LoraLayer | ModulesToSave) else None
@@ -70,7 +71,7 @@ def find_parameters(
             layer = ParamLayer.from_module(module, names, r=0)
         found.append(TargetedModule(name, module, names, layer))
     if wanted and not found:
-        names_there = [name for name, parameter in model.named_parameters() if parameter.dim() >= 2]
+        names_there = [plain_name(name) for name, p in model.named_parameters() if p.dim() >= 2]
         raise ValueError(
             f"{where}: {wanted!r} matches no parameter; {near_misses(wanted, names_there)}"
         )

@@ -18,6 +18,7 @@ from lora_ext.adapters.architectures import (
 )
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.config_checks import ALL_LINEAR
+from lora_ext.adapters.names import ends, named_modules, unwrapped
 from lora_ext.adapters.patterns import compiled
 from lora_ext.nn.linear import transformers_conv1d
 
@@ -40,7 +41,7 @@ def matches(name: str, modules: str | Collection[str] | None) -> bool:
         return False
     if isinstance(modules, str):
         return re.fullmatch(modules, name) is not None
-    return any(end in modules for end in _ends(name))
+    return any(end in modules for end in ends(name))
 
 
 def is_adaptable(module: nn.Module) -> bool:
@@ -128,7 +129,7 @@ def _outside(
 ) -> Iterator[tuple[str, nn.Module]]:
     """Everything below the model but the insides of layers with adapters."""
     inside = None
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if not name or (inside is not None and name.startswith(inside)):
             continue
         inside = f"{name}." if isinstance(module, adapted) else None
@@ -194,6 +195,7 @@ def _all_linear(
 ) -> set[str]:
     """Every linear layer but the output head and what an attention module does not call."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = unwrapped(head) if isinstance(head, nn.Module) else head
     return {
         name
         for name, module in modules.items()
@@ -280,7 +282,7 @@ def _raise_no_match(
         )
     else:
         first_names = {module: name for name, module in modules.items()}
-        for name, module in model.named_modules(remove_duplicate=False):
+        for name, module in named_modules(model, remove_duplicate=False):
             if matches(name, wanted) and module in first_names:
                 hint = f"{name!r} is the same module as {first_names[module]!r}; name that"
                 break
@@ -291,21 +293,12 @@ def _raise_no_match(
 
 def near_misses(wanted: Iterable[str], names: Iterable[str]) -> str:
     """What to tell who asked for `wanted` where only `names` exist."""
-    ends = sorted({name.rpartition(".")[2] for name in names})
+    last = sorted({name.rpartition(".")[2] for name in names})
     last_parts = [want.rpartition(".")[2][:100] for want in sorted(wanted)[:20]]
-    near = sorted({hit for last in last_parts for hit in difflib.get_close_matches(last, ends)})
+    near = sorted({hit for part in last_parts for hit in difflib.get_close_matches(part, last)})
     if near:
         return f"did you mean {near}?"
-    return f"the modules that can be adapted end in {ends[:20]}"
-
-
-def _ends(name: str) -> Iterator[str]:
-    """The name and all that follows a dot in it."""
-    yield name
-    at = name.find(".")
-    while at >= 0:
-        yield name[at + 1 :]
-        at = name.find(".", at + 1)
+    return f"the modules that can be adapted end in {last[:20]}"
 
 
 def _collection(names: str | Collection[str] | None) -> str | Collection[str] | None:

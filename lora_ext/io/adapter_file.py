@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +117,12 @@ def read_header(
     return {k: TensorSpec(entry.shape, frozenset({entry.dtype})) for k, entry in entries.items()}
 
 
+def header_limit(keys: Iterable[str]) -> int:
+    """Bytes that the header of a file with these keys can have."""
+    # 6 bytes per character: JSON may write any of them as \uXXXX.
+    return MAX_METADATA_BYTES + sum(256 + 6 * len(key) for key in keys)
+
+
 def read_adapter_tensors(
     source: StrPath | io.FileIO, expected: Mapping[str, TensorSpec]
 ) -> dict[str, Tensor]:
@@ -133,10 +139,8 @@ def read_adapter_tensors(
         AdapterFileError: no whole and well-formed safetensors file; an unknown or missing key;
             another shape or dtype than expected; NaN or Inf in a floating-point tensor.
     """
-    # 6 bytes per character: JSON may write any of them as \uXXXX.
-    limit = MAX_METADATA_BYTES + sum(256 + 6 * len(key) for key in expected)
     with _opened(source) as file:
-        header = _read_header(file, limit)
+        header = _read_header(file, header_limit(expected))
         _compare(file.name, header.entries, expected)
         return {key: _read_tensor(file, header, key) for key in expected}
 
@@ -293,7 +297,7 @@ def _compare(path: str, entries: Mapping[str, _Entry], expected: Mapping[str, Te
 
 def _read_tensor(file: io.FileIO, header: _Header, key: str) -> Tensor:
     entry = header.entries[key]
-    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    tensor = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")  # not the default device
     file.seek(header.data_start + entry.begin)
     read_into(file, tensor.reshape(-1).view(torch.uint8).numpy().data)
     if not _is_finite(tensor):

@@ -127,12 +127,14 @@ def parse_json(content: bytes, what: str) -> dict[str, Any]:
 
 
 def json_text(values: Mapping[str, Any]) -> str:
-    """PEFT's layout: keys sorted, two spaces, sets as lists (sorted: PEFT's order is random).
+    """PEFT's layout: fields sorted, two spaces, sets as lists (sorted: PEFT's order is random).
+    Within a field the order stays: the first key of a rank_pattern that matches counts.
 
     Raises:
         TypeError, ValueError: a value has no JSON form.
     """
-    return json.dumps(dict(values), indent=2, sort_keys=True, allow_nan=False, default=_plain)
+    ordered = {name: values[name] for name in sorted(values)}
+    return json.dumps(ordered, indent=2, allow_nan=False, default=_plain)
 
 
 def _plain(value: Any) -> Any:

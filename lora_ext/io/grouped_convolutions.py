@@ -13,23 +13,23 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lora_ext.errors import AdapterFileError
-from lora_ext.io.adapter_folder import WEIGHTS_NAME, AdapterFolder
 from lora_ext.nn import Conv1d, Conv2d, Conv3d
 
 if TYPE_CHECKING:
     from lora_ext.adapters.plan import Plan, PlannedLayer
+    from lora_ext.io.reading import FileTensors
 
     Conv = Conv1d | Conv2d | Conv3d
 
 
-def planned_as_in(files: AdapterFolder, plan: Plan, prefix: str) -> Plan:
+def planned_as_in(file: FileTensors, plan: Plan, prefix: str) -> Plan:
     """The plan with PEFT's shape of lora_A, but where the file has the layer's own, which is
     what DoRA has in files.
 
     Raises:
         AdapterFileError: PEFT's shape with DoRA.
     """
-    header, layers = files.header(), dict(plan.layers)
+    header, layers = file.specs, dict(plan.layers)
     for place, planned, layer in _grouped(plan):
         key = _key(planned, prefix)
         found = header[key].shape if key in header else None
@@ -40,7 +40,7 @@ def planned_as_in(files: AdapterFolder, plan: Plan, prefix: str) -> Plan:
         try:
             settings = replace(planned.settings, ungrouped_lora_A=True)
         except ValueError as error:
-            raise AdapterFileError(f"{files.path / WEIGHTS_NAME}: '{key}': {error}") from error
+            raise AdapterFileError(f"{file.path}: '{key}': {error}") from error
         layers[place] = planned._replace(settings=settings)
     return plan._replace(layers=layers)
 
