@@ -231,7 +231,7 @@ class LoraModel(nn.Module):
                 for name in names
             )
             copy_.weight = source.weight
-        self.peft_config[adapter_name] = resolved(config, plan)
+        self.peft_config[adapter_name] = resolved(plan)
         self.targeted_module_names = plan.names
         self.targeted_parameter_names = plan.parameters
         for planned in plan.layers.values():  # a layer's first adapter is active there

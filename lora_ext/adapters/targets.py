@@ -20,6 +20,7 @@ from lora_ext.adapters.architectures import (
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.config_checks import ALL_LINEAR
 from lora_ext.adapters.patterns import compiled
+from lora_ext.nn.any_layer import AnyLayer
 
 ADAPTABLE = (
     nn.Linear,
@@ -64,7 +65,7 @@ def saved_modules(config: LoraConfig) -> list[str]:
 def has_targets(model: nn.Module, config: LoraConfig) -> bool:
     """Whether target_modules names modules, itself or by the architecture's default."""
     if config.target_modules is None:
-        return (_model_type(model) or "") in DEFAULT_TARGETS
+        return (model_type(model) or "") in DEFAULT_TARGETS
     return bool(config.target_modules)
 
 
@@ -82,7 +83,7 @@ def find_targets(
 
     Args:
         model: searched through; not changed.
-        config: all fields on targeting, with rank_pattern and alpha_pattern for their warnings.
+        config: all fields on targeting.
         adaptable: whether a module can get an adapter.
         adapted: types of layers that have adapters already. They can be targets again if
             `adaptable` says so; what is inside them cannot.
@@ -94,9 +95,9 @@ def find_targets(
         ValueError: nothing matched (with near misses), everything that matched is excluded, a match
             cannot be adapted, or target_modules is None and the architecture has no default.
 
-    Warns of exclude_modules, rank_pattern and alpha_pattern that match nothing.
+    Warns of exclude_modules that match nothing.
     """
-    modules = dict(_outside(model, adapted))
+    modules = dict(outside(model, adapted))
     is_target = _selection(model, modules, config, adapted)
     matched = [name for name in modules if is_target(name)]
     if not matched:
@@ -118,18 +119,22 @@ def find_targets(
     targets = _check_kinds(model, modules, kept, config, adaptable)
     if excluded and not any(matches(name, excluded) for name in modules):
         _warn(f"exclude_modules: {config.exclude_modules!r} matches no module")
+    return targets
+
+
+def warn_of_unused_patterns(config: LoraConfig, names: Collection[str]) -> None:
+    """Warns of keys of rank_pattern and alpha_pattern that match none of the names adapted."""
     for field in ("rank_pattern", "alpha_pattern"):
         unused = [
             pattern
             for pattern in getattr(config, field) or ()
-            if not any(compiled(field, pattern).match(name) for name in targets)
+            if not any(compiled(field, pattern).match(name) for name in names)
         ]
         if unused:
             _warn(f"{field}: {unused} match no module that is adapted")
-    return targets
 
 
-def _outside(
+def outside(
     model: nn.Module, adapted: tuple[type[nn.Module], ...]
 ) -> Iterator[tuple[str, nn.Module]]:
     """Everything below the model but the insides of layers with adapters."""
@@ -152,7 +157,7 @@ def _selection(
     if targets is None:
         targets = _default_targets(model, config)
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        linear = _all_linear(model, modules, adapted)
+        linear = all_linear(model, modules, adapted)
         return linear.__contains__
     if isinstance(targets, str):
         expression = re.compile(targets)
@@ -169,7 +174,7 @@ def _selection(
 
 
 def _default_targets(model: nn.Module, config: LoraConfig) -> str | list[str]:
-    architecture = _model_type(model)
+    architecture = model_type(model)
     targets = DEFAULT_TARGETS.get(architecture or "")
     if targets is None:
         raise ValueError(
@@ -186,14 +191,14 @@ def _default_targets(model: nn.Module, config: LoraConfig) -> str | list[str]:
     return list(targets)
 
 
-def _model_type(model: nn.Module) -> str | None:
+def model_type(model: nn.Module) -> str | None:
     config = getattr(model, "config", None)
     if isinstance(config, Mapping):
         return config.get("model_type")
     return getattr(config, "model_type", None)
 
 
-def _all_linear(
+def all_linear(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     adapted: tuple[type[nn.Module], ...],
@@ -207,7 +212,11 @@ def _all_linear(
         and (
             isinstance(module, nn.Linear)
             or is_transformers_conv1d(module)
-            or (isinstance(module, adapted) and "Linear" in type(module).__name__)
+            or (
+                isinstance(module, adapted)
+                and "Linear" in type(module).__name__
+                and not isinstance(module, AnyLayer)  # what target_parameters means
+            )
         )
         and _attention_around(name, modules) is None
     }
@@ -234,7 +243,7 @@ def _check_kinds(
 ) -> list[str]:
     """Those of the names that get a layer of their own, if all of them can be adapted."""
     targets = []
-    is_mamba = _model_type(model) in MAMBA
+    is_mamba = model_type(model) in MAMBA
     for name in names:
         attention = _attention_around(name, modules)
         if attention is not None:
