@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import copy
-import re
+import sys
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 from torch import nn
 
@@ -28,38 +29,43 @@ from lora_ext.nn import LoraLayer
 # Names of projections that older versions of transformers had in each expert.
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "v1")
 
+_OldNames = Mapping[str, str]
+
 
 def with_experts(model: nn.Module, config: LoraConfig) -> LoraConfig:
     """The config in which the old names of stacked experts have become target_parameters, with
     twice the rank where one parameter holds two projections; the same object if there is nothing to
     change.
 
-    As in PEFT these names then mean nothing else: layers_to_transform, exclude_modules (beside a
-    list) and linear layers of the same names are left out, and a regular expression means the last
-    parts of the names that it matches. Warnings say so where it makes a difference.
+    As in PEFT these names then mean nothing else: linear layers of the same names are left out, and
+    layers_to_transform and exclude_modules have no effect on a parameter that a list names.
+    Warnings say so where it makes a difference. A regular expression means what it matches; PEFT
+    takes the last parts of that, which may match in other layers.
 
     Raises:
-        ValueError: one of two projections that share a parameter is named without the other.
+        ValueError: one of two projections that share a parameter is named without the other, or a
+            setting that parameters cannot have.
     """
     parameters = STACKED_EXPERTS.get(model_type(model) or "")
-    if parameters is None or not _has_stacks(model):
+    if parameters is None or not _are_stacked(model):
         return config
-    if config.target_modules is None:
+    targets = config.target_modules
+    if targets is None:
         return _changed(config, target_modules=[]) if config.target_parameters else config
-    given = _last_parts(model, config, parameters)
-    named = {target: _meant(target, parameters) for target in given}
-    old = {meant for meant in named.values() if meant is not None}
-    if not old:
+    if _is_expression(targets):
+        meant = _matched(model, config, parameters)
+    else:
+        meant = _listed(model, targets, parameters)
+    if not meant.old:
         return config
-    _check_fused(config, old, parameters)
-    rest = sorted(target for target, meant in named.items() if meant is None)
-    wanted = {*(config.target_parameters or ()), *(parameters[name] for name in old)}
-    result = _changed(config, target_modules=rest, target_parameters=sorted(wanted))
-    if FUSED in wanted and any(parameters[name] == FUSED for name in old):
+    _check_settings(config, meant.old, parameters)
+    _warn_of_differences(model, config, meant.old)
+    wanted = sorted({*(config.target_parameters or ()), *meant.parameters})
+    result = _changed(config, target_modules=meant.modules, target_parameters=wanted)
+    if any(parameters[name] == FUSED for name in meant.old):
         pattern = rf".*\.{FUSED}"
         result.rank_pattern = {**(config.rank_pattern or {}), pattern: 2 * config.r}
         result.alpha_pattern = {**(config.alpha_pattern or {}), pattern: 2 * config.lora_alpha}
-    _warn_of_differences(model, config, result, old)
     return result
 
 
@@ -75,12 +81,12 @@ def warn_of_unreached(model: nn.Module, config: LoraConfig, reached: Collection[
     everything = isinstance(targets, str) and targets.lower() == ALL_LINEAR
     missed = []
     for name, module in outside(model, (LoraLayer, ModulesToSave)):
-        if is_adaptable(module) or isinstance(module, LoraLayer):
-            continue
         stacks = _stacks(name, module)
-        old = [f"{name}.{part}" for part in (*_PROJECTIONS, *stacks)]
-        if stacks and (everything or any(matches(one, targets) for one in old)):
-            missed += [f"{name}.{part}" for part in stacks if f"{name}.{part}" not in reached]
+        if not everything:
+            old = [f"{name}.{part}" for part in (*_PROJECTIONS, *stacks)]
+            spoken_of = any(matches(one, targets) for one in old)
+            stacks = [] if _is_router(name, module) or not spoken_of else stacks
+        missed += [f"{name}.{part}" for part in stacks if f"{name}.{part}" not in reached]
     if missed:
         ends = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in missed))
         _warn(
@@ -89,56 +95,90 @@ def warn_of_unreached(model: nn.Module, config: LoraConfig, reached: Collection[
         )
 
 
-def _has_stacks(model: nn.Module) -> bool:
-    return any(
-        name.rpartition(".")[2] == FUSED and parameter.dim() == 3
-        for name, parameter in model.named_parameters()
+class _Meant(NamedTuple):
+    """What target_modules mean where experts are stacked."""
+
+    modules: list[str]
+    parameters: list[str]
+    old: set[str]  # the old names among them
+
+
+def _are_stacked(model: nn.Module) -> bool:
+    """Whether the experts are parameters: in any model of such a type for PEFT, from transformers 5
+    on."""
+    library = sys.modules.get("transformers")
+    if library is not None and int(library.__version__.partition(".")[0]) >= 5:
+        return True
+    return any(_end(name) == FUSED for name, _ in model.named_parameters())
+
+
+def _listed(model: nn.Module, targets: str | Collection[str], parameters: _OldNames) -> _Meant:
+    if isinstance(targets, str):  # all-linear
+        kinds = (LoraLayer, ModulesToSave)
+        linear = all_linear(model, dict(outside(model, kinds)), kinds)
+        targets = {_end(name) for name in linear} | set(parameters)
+    old = {name: _old_name(name, parameters) for name in targets}
+    found = {name for name in old.values() if name is not None}
+    return _Meant(
+        sorted(name for name, meaning in old.items() if meaning is None),
+        sorted({parameters[name] for name in found}),
+        found,
     )
 
 
-def _last_parts(
-    model: nn.Module, config: LoraConfig, parameters: Collection[str]
-) -> Collection[str]:
-    """target_modules as a list; of a string, the last parts of the names that it means."""
-    targets = config.target_modules or ()
-    if not isinstance(targets, str):
-        return targets
-    modules = dict(outside(model, (LoraLayer, ModulesToSave)))
-    if targets.lower() == ALL_LINEAR:
-        linear = all_linear(model, modules, (LoraLayer, ModulesToSave))
-        return {name.rpartition(".")[2] for name in linear} | set(parameters)
-    weights = [
-        f"{name}.{part}" if name else part
-        for name, module in (("", model), *modules.items())
+def _matched(model: nn.Module, config: LoraConfig, parameters: _OldNames) -> _Meant:
+    """What a regular expression matches, by last parts of names where these mean no more."""
+
+    def is_matched(name: str) -> bool:
+        return (
+            matches(name, str(config.target_modules))
+            and not matches(name, config.exclude_modules)
+            and not any(compiled("modules_to_save", p).match(name) for p in saved_modules(config))
+        )
+
+    stacks = [
+        f"{name}.{part}"
+        for name, module in outside(model, (ModulesToSave,))
         for part in module._parameters
+        if part in parameters.values() or (part == "weight" and _end(name) == "gate")
     ]
-    containers = {name.rpartition(".")[0] for name in weights if _end(name) in (FUSED, "down_proj")}
-    old = [f"{name}.{part}" for name in containers for part in parameters if part != "gate"]
-    return {_end(name) for name in (*modules, *weights, *old) if _is_matched(config, targets, name)}
-
-
-def _is_matched(config: LoraConfig, expression: str, name: str) -> bool:
-    return (
-        re.fullmatch(expression, name) is not None
-        and not matches(name, config.exclude_modules)
-        and not any(compiled("modules_to_save", p).match(name) for p in saved_modules(config))
+    found: dict[str, set[str]] = {}
+    for stack in stacks:
+        container, _, part = stack.rpartition(".")
+        # The weight of a router has the name of its module; a projection stood beside the others.
+        names = (
+            [container]
+            if part == "weight"
+            else [
+                f"{container}.{old}" for old, parameter in parameters.items() if parameter == part
+            ]
+        )
+        found[stack] = {_end(name) for name in names if is_matched(name)}
+    chosen = [stack for stack, old in found.items() if old]
+    for stack in chosen:
+        _check_fused(config, found[stack], parameters)
+    modules = [name for name, _ in outside(model, (LoraLayer, ModulesToSave))]
+    rest = [name for name in modules if is_matched(name) and _end(name) not in parameters]
+    return _Meant(
+        _short(rest, modules, {_end(name) for name in rest}),
+        _short(chosen, stacks, {parameters[name] for old in found.values() for name in old}),
+        {name for old in found.values() for name in old},
     )
 
 
-def _meant(target: str, parameters: Iterable[str]) -> str | None:
+def _short(names: Sequence[str], all_names: Sequence[str], ends: Collection[str]) -> list[str]:
+    """The names by their ends, or whole if these mean others too."""
+    alike = [name for name in all_names if matches(name, ends)]
+    return sorted(ends) if len(alike) == len(names) else list(names)
+
+
+def _old_name(target: str, parameters: _OldNames) -> str | None:
     """The old name that a target is or ends in."""
     return next((n for n in parameters if target == n or target.endswith(f".{n}")), None)
 
 
-def _check_fused(config: LoraConfig, old: Collection[str], parameters: dict[str, str]) -> None:
-    together = [name for name, parameter in parameters.items() if parameter == FUSED]
-    missing = [name for name in together if name not in old]
-    if len(missing) == 1:
-        raise ValueError(
-            f"LoraConfig: target_modules: got {config.target_modules!r} without {missing[0]!r}, "
-            f"expected both or none of {together}: this model's experts hold them in one "
-            f"parameter, '{FUSED}'"
-        )
+def _check_settings(config: LoraConfig, old: Collection[str], parameters: _OldNames) -> None:
+    _check_fused(config, old, parameters)
     for field in ("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora"):
         if getattr(config, field):
             raise ValueError(
@@ -148,65 +188,60 @@ def _check_fused(config: LoraConfig, old: Collection[str], parameters: dict[str,
             )
 
 
-def _warn_of_differences(
-    model: nn.Module, given: LoraConfig, result: LoraConfig, old: Collection[str]
-) -> None:
-    """What PEFT leaves out, or adds, without a word."""
+def _check_fused(config: LoraConfig, old: Collection[str], parameters: _OldNames) -> None:
+    together = [name for name, parameter in parameters.items() if parameter == FUSED]
+    missing = [name for name in together if name not in old]
+    if len(missing) == 1:
+        raise ValueError(
+            f"LoraConfig: target_modules: got {config.target_modules!r} without {missing[0]!r}, "
+            f"expected both or none of {together}: this model's experts hold them in one "
+            f"parameter, '{FUSED}'"
+        )
+
+
+def _warn_of_differences(model: nn.Module, config: LoraConfig, old: Collection[str]) -> None:
+    """Of what PEFT leaves out, or adds, without a word."""
     what = f"target_modules: {sorted(old)} mean the stacked experts of this model, as in PEFT"
-    modules = dict(outside(model, (LoraLayer, ModulesToSave)))
     linear = [
         name
-        for name, module in modules.items()
-        if _end(name) in old and is_adaptable(module) and not _is_router(name, module)
+        for name, module in outside(model, (LoraLayer, ModulesToSave))
+        if _end(name) in old and _end(name) != "gate" and is_adaptable(module)
     ]
     if linear:
+        weight = ".".join(linear[-1].split(".")[-2:]) + ".weight"
         _warn(
             f"{what}; the layers {_some(linear)} get no adapter; name their weights in "
-            f"target_parameters, as in {'.'.join(linear[-1].split('.')[-2:]) + '.weight'!r}"
+            f"target_parameters, as in {weight!r}"
         )
-    ignored = ["layers_to_transform"] if given.layers_to_transform not in (None, []) else []
-    if given.exclude_modules and not _is_expression(given):
-        ignored.append("exclude_modules")
+    if _is_expression(config.target_modules):
+        return
+    ignored = ["layers_to_transform"] if config.layers_to_transform not in (None, []) else []
+    ignored += ["exclude_modules"] if config.exclude_modules else []
     if ignored:
         _warn(f"{what}, in all layers: {' and '.join(ignored)} do not apply to parameters")
-    if _is_expression(given):
-        expression = str(given.target_modules)
-        more = [
-            name
-            for name, module in modules.items()
-            if matches(name, result.target_modules)
-            and is_adaptable(module)
-            and not re.fullmatch(expression, name)
-        ]
-        if more:
-            _warn(
-                f"target_modules: in a model with stacked experts a regular expression means the "
-                f"last parts of the names that it matches, as in PEFT: {_some(more)} are adapted "
-                "too; give whole names in target_modules and target_parameters to choose"
-            )
 
 
-def _is_expression(config: LoraConfig) -> bool:
-    targets = config.target_modules
+def _is_expression(targets: object) -> bool:
     return isinstance(targets, str) and targets.lower() != ALL_LINEAR
-
-
-def _is_router(name: str, module: nn.Module) -> bool:
-    """Its weight is the parameter 'gate.weight'."""
-    return _end(name) == "gate" and "weight" in module._parameters
 
 
 def _stacks(name: str, module: nn.Module) -> list[str]:
     """The weights of a module that computes with parameters of its own for experts."""
-    kind = type(module).__name__.lower()
-    if not any(word in kind for word in ("expert", "router", "gating")):
-        if "expert" not in name.rpartition(".")[2].lower():
-            return []
+    own = f"{type(module).__name__} {_end(name)}".lower()
+    if is_adaptable(module) or isinstance(module, LoraLayer):
+        return []
+    if "expert" not in own and not _is_router(name, module):
+        return []
     return [
         part
         for part, parameter in module._parameters.items()
         if parameter is not None and parameter.dim() in (2, 3) and "bias" not in part
     ]
+
+
+def _is_router(name: str, module: nn.Module) -> bool:
+    own = f"{type(module).__name__} {_end(name)}".lower()
+    return any(word in own for word in ("router", "gating"))
 
 
 def _changed(config: LoraConfig, **fields: object) -> LoraConfig:

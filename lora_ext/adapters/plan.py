@@ -94,7 +94,8 @@ def make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool
     given, config = config, with_experts(model, config)
     names = []
     if has_targets(model, config) or not config.target_parameters:
-        names = find_targets(model, config, can_be_adapted, (LoraLayer, ModulesToSave))
+        kinds, required = (LoraLayer, ModulesToSave), not config.target_parameters
+        names = find_targets(model, config, can_be_adapted, kinds, required)
     modules = dict(model.named_modules(remove_duplicate=False))
     layers: dict[int, PlannedLayer] = {}
     for name in names:

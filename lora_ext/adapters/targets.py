@@ -74,6 +74,7 @@ def find_targets(
     config: LoraConfig,
     adaptable: Callable[[nn.Module], bool] = is_adaptable,
     adapted: tuple[type[nn.Module], ...] = (),
+    required: bool = True,
 ) -> list[str]:
     """The names of the modules that get an adapter: those that PEFT's LoRA would swap.
 
@@ -87,9 +88,10 @@ def find_targets(
         adaptable: whether a module can get an adapter.
         adapted: types of layers that have adapters already. They can be targets again if
             `adaptable` says so; what is inside them cannot.
+        required: whether there has to be one.
 
     Returns:
-        Names in the order of `model.named_modules()`; at least one.
+        Names in the order of `model.named_modules()`; at least one, if required.
 
     Raises:
         ValueError: nothing matched (with near misses), everything that matched is excluded, a match
@@ -100,8 +102,11 @@ def find_targets(
     modules = dict(outside(model, adapted))
     is_target = _selection(model, modules, config, adapted)
     matched = [name for name in modules if is_target(name)]
-    if not matched:
+    if not matched and required:
         _raise_no_match(model, modules, config, adaptable)
+    if not matched:
+        _warn(f"target_modules: {config.target_modules!r} matches no module")
+        return []
 
     excluded = _collection(config.exclude_modules)
     saved = [compiled("modules_to_save", pattern) for pattern in saved_modules(config)]
@@ -110,6 +115,8 @@ def find_targets(
         for name in matched
         if not matches(name, excluded) and not any(pattern.match(name) for pattern in saved)
     ]
+    if not kept and not required:
+        return []
     if not kept:
         raise ValueError(
             f"LoraConfig: target_modules: all of its {len(matched)} matches ({matched[0]!r}, ...) "
