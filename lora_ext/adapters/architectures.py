@@ -56,3 +56,5 @@ STACKED_EXPERTS: dict[str, dict[str, str]] = {
     for (gate, up, down), architectures in _STACKED.items()
     for architecture in architectures.split()
 }
+# Linear layers of a model_type whose weight the router reads without calling them.
+ROUTERS_NOT_CALLED = {"longcat_flash": ("classifier",)}

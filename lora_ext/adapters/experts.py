@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lora_ext.adapters.architectures import FUSED, STACKED_EXPERTS
+from lora_ext.adapters.architectures import FUSED, ROUTERS_NOT_CALLED, STACKED_EXPERTS
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.config_checks import ALL_LINEAR
 from lora_ext.adapters.modules_to_save import ModulesToSave
@@ -57,6 +57,7 @@ def with_experts(model: nn.Module, config: LoraConfig) -> LoraConfig:
     else:
         meant = _listed(model, targets, parameters)
     if not meant.old:
+        _warn_of_peft(model, config, parameters)
         return config
     _check_settings(config, meant.old, parameters)
     _warn_of_differences(model, config, meant.old)
@@ -69,12 +70,22 @@ def with_experts(model: nn.Module, config: LoraConfig) -> LoraConfig:
     return result
 
 
-def warn_of_unreached(model: nn.Module, config: LoraConfig, reached: Collection[str]) -> None:
-    """Warns where target_modules speaks of projections of stacked experts that get no adapter.
+def warn_of_unreached(
+    model: nn.Module, config: LoraConfig, names: Collection[str], reached: Collection[str]
+) -> None:
+    """Warns where target_modules speaks of projections of stacked experts that get no adapter, or
+    of a router whose adapter does nothing.
 
     Args:
-        reached: the dotted names of the parameters that get one.
+        names, reached: the dotted names of the modules and of the parameters that get one.
     """
+    uncalled = ROUTERS_NOT_CALLED.get(model_type(model) or "", ())
+    idle = [name for name in names if _end(name) in uncalled]
+    if idle:
+        _warn(
+            f"target_modules: the model reads the weight of {_some(idle)} without calling it: an "
+            "adapter there has an effect only once it is merged; exclude it with exclude_modules"
+        )
     targets = config.target_modules
     if not targets:
         return
@@ -128,14 +139,6 @@ def _listed(model: nn.Module, targets: str | Collection[str], parameters: _OldNa
 
 def _matched(model: nn.Module, config: LoraConfig, parameters: _OldNames) -> _Meant:
     """What a regular expression matches, by last parts of names where these mean no more."""
-
-    def is_matched(name: str) -> bool:
-        return (
-            matches(name, str(config.target_modules))
-            and not matches(name, config.exclude_modules)
-            and not any(compiled("modules_to_save", p).match(name) for p in saved_modules(config))
-        )
-
     stacks = [
         f"{name}.{part}"
         for name, module in outside(model, (ModulesToSave,))
@@ -153,12 +156,12 @@ def _matched(model: nn.Module, config: LoraConfig, parameters: _OldNames) -> _Me
                 f"{container}.{old}" for old, parameter in parameters.items() if parameter == part
             ]
         )
-        found[stack] = {_end(name) for name in names if is_matched(name)}
+        found[stack] = {_end(name) for name in names if _is_matched(config, name)}
     chosen = [stack for stack, old in found.items() if old]
     for stack in chosen:
         _check_fused(config, found[stack], parameters)
     modules = [name for name, _ in outside(model, (LoraLayer, ModulesToSave))]
-    rest = [name for name in modules if is_matched(name) and _end(name) not in parameters]
+    rest = [name for name in modules if _is_matched(config, name) and _end(name) not in parameters]
     return _Meant(
         _short(rest, modules, {_end(name) for name in rest}),
         _short(chosen, stacks, {parameters[name] for old in found.values() for name in old}),
@@ -219,6 +222,31 @@ def _warn_of_differences(model: nn.Module, config: LoraConfig, old: Collection[s
     ignored += ["exclude_modules"] if config.exclude_modules else []
     if ignored:
         _warn(f"{what}, in all layers: {' and '.join(ignored)} do not apply to parameters")
+
+
+def _warn_of_peft(model: nn.Module, config: LoraConfig, parameters: _OldNames) -> None:
+    """Of an expression for linear layers alone, which PEFT takes for the stacks."""
+    if not _is_expression(config.target_modules):
+        return
+    linear = [
+        name
+        for name, module in outside(model, (LoraLayer, ModulesToSave))
+        if _end(name) in parameters and is_adaptable(module) and _is_matched(config, name)
+    ]
+    if linear:
+        _warn(
+            f"target_modules: {_some(linear)} get adapters, but PEFT 0.21 takes their names for "
+            "stacked experts in this model: it will not load them"
+        )
+
+
+def _is_matched(config: LoraConfig, name: str) -> bool:
+    """Whether the regular expression means the name, as PEFT decides it here."""
+    return (
+        matches(name, str(config.target_modules))
+        and not matches(name, config.exclude_modules)
+        and not any(compiled("modules_to_save", p).match(name) for p in saved_modules(config))
+    )
 
 
 def _is_expression(targets: object) -> bool:

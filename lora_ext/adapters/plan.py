@@ -122,7 +122,7 @@ def make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool
         saved.setdefault(name, modules[name])
     parameters = [f"{one.name}.{part}" for one in targeted for part in one.parameters]
     warn_of_unused_patterns(config, [*names, *parameters])
-    warn_of_unreached(model, given, parameters)
+    warn_of_unreached(model, given, names, parameters)
     return Plan(config, names, parameters, layers, saved, tied)
 
 
