@@ -29,7 +29,7 @@ class Kind:
     layers: int = 0  # how many, if they can be chosen by number
     layers_pattern: str = "layers"
     replicable: bool = False
-    merges_like_peft: bool = True
+    tasks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -240,14 +240,12 @@ KINDS: dict[str, Kind] = {
         lambda: (Words(True), {"x": torch.randint(0, 11, (2, 4))}),
         ("embed_tokens", "proj", "lm_head"),
         saved=("lm_head", "embed_tokens"),
-        merges_like_peft=False,
     ),
     "attention": Kind(lambda: (Attends(), _rows(2, 4, 6)), ("attn", "out"), saved=("out", "attn")),
     "shared": Kind(
         lambda: (Shares(), _rows(3, 5)),
         ("one", "two", "three", "again"),
         saved=("two", "one"),
-        merges_like_peft=False,
     ),
     "stacks": Kind(
         lambda: (Stacks(False), _rows(4, 5)),
@@ -268,6 +266,7 @@ KINDS: dict[str, Kind] = {
         saved=("ln_f", "lm_head"),
         layers=2,
         layers_pattern="h",
+        tasks=("CAUSAL_LM", "FEATURE_EXTRACTION"),
     ),
     "llama": Kind(
         _of_transformers("Llama", "ForCausalLM", **_GROUPED_QUERIES),
@@ -276,13 +275,14 @@ KINDS: dict[str, Kind] = {
         parameters=("q_proj.weight",),
         layers=2,
         replicable=True,
+        tasks=("CAUSAL_LM", "FEATURE_EXTRACTION"),
     ),
     "tied llama": Kind(
         _of_transformers("Llama", "ForCausalLM", tie_word_embeddings=True, **_GROUPED_QUERIES),
         _LLAMA,
         saved=("lm_head", "embed_tokens"),
         layers=2,
-        merges_like_peft=False,
+        tasks=("CAUSAL_LM", "FEATURE_EXTRACTION"),
     ),
     "bert": Kind(
         _of_transformers("Bert", "ForSequenceClassification", **_SMALL),
@@ -291,6 +291,7 @@ KINDS: dict[str, Kind] = {
         layers=2,
         layers_pattern="layer",
         replicable=True,
+        tasks=("SEQ_CLS", "TOKEN_CLS"),
     ),
     "mixtral": Kind(
         _of_transformers("Mixtral", "ForCausalLM", num_local_experts=3, **_GROUPED_QUERIES),
@@ -298,6 +299,7 @@ KINDS: dict[str, Kind] = {
         saved=("lm_head", "norm"),
         parameters=("gate_up_proj", "down_proj", "gate.weight"),
         layers=2,
+        tasks=("CAUSAL_LM", "FEATURE_EXTRACTION"),
     ),
 }
 for _dimensions in (1, 2, 3):
@@ -389,8 +391,8 @@ def _config(choose: random.Random, kind: Kind) -> Fields:
             fields[pattern] = {key: choose.choice(values) for key in _some(choose, tuple(keys))}
     if now_and_then(0.25) and kind.saved:
         fields["modules_to_save"] = _some(choose, kind.saved, 2)
-    if now_and_then(0.1):
-        fields["task_type"] = choose.choice(["CAUSAL_LM", "FEATURE_EXTRACTION", "SEQ_CLS"])
+    if now_and_then(0.2) and kind.tasks:
+        fields["task_type"] = choose.choice(kind.tasks)
     if now_and_then(0.15) and kind.replicable:
         fields["layer_replication"] = choose.choice([[[0, 2], [1, 2]], [[0, 1], [0, 2]]])
     return fields

@@ -72,7 +72,43 @@ def _any(case: Case, **wanted: Any) -> bool:
     )
 
 
-DOCUMENTED: tuple[Exempt, ...] = ()
+def _is_changed(value: Any) -> bool:
+    """By an initialisation that takes its product out of the weight."""
+    return str(value).startswith(("pissa", "olora"))
+
+
+DOCUMENTED: tuple[Exempt, ...] = (
+    (
+        "accept",
+        "where PEFT fails with an error of Python's instead of saying no, lora_ext may do it",
+        lambda _, text: text.startswith(("PEFT: AttributeError", "PEFT: TypeError")),
+    ),
+    (
+        "accept another",
+        "as for the first adapter",
+        lambda _, text: text.startswith(("PEFT: AttributeError", "PEFT: TypeError")),
+    ),
+    (
+        "accept",
+        "a rank beyond the matrix of an SVD or QR: PEFT's adapter then has another than it says",
+        lambda _, text: "give this layer a smaller rank" in text,
+    ),
+    (
+        "accept",
+        "an attention has no lora_bias",
+        lambda case, text: case.kind == "attention" and "lora_bias: got True" in text,
+    ),
+    (
+        "names",
+        "all-linear leaves out the output of any model that names it, PEFT only transformers'",
+        lambda case, _: "words" in case.kind and _any(case, target_modules="all-linear"),
+    ),
+    (
+        "combined",
+        "PEFT leaves out lora_bias, and the factor of rsLoRA",
+        lambda case, _: _any(case, lora_bias=True) or _any(case, use_rslora=True),
+    ),
+)
 
 
 def exempt(stage: str, case: Case, text: str = "") -> bool:
@@ -104,7 +140,7 @@ def compare(case: Case) -> None:
             added = both(
                 "accept another",
                 case,
-                lambda: theirs.add_adapter("other", their_config(case, "other")) or theirs,
+                lambda: another(case, theirs),
                 lambda: (
                     ours.add_adapter(
                         "other",
@@ -140,6 +176,12 @@ def their_model(case: Case, base: nn.Module) -> peft.PeftModel:
         their_config(case),
         autocast_adapter_dtype=case.autocast_adapter_dtype,
     ).eval()
+
+
+def another(case: Case, model: peft.PeftModel) -> peft.PeftModel:
+    config, autocast = their_config(case, "other"), case.autocast_adapter_dtype
+    model.add_adapter("other", config, autocast_adapter_dtype=autocast)
+    return model
 
 
 def our_model(case: Case, base: nn.Module) -> LoraModel:
@@ -258,7 +300,7 @@ def same_outputs(case: Case, stage: str, their: Tensor, our: Tensor, name: str) 
 
 def bound(case: Case) -> float:
     """Where an initialisation changes the weight, each rounds what is left of it to its dtype."""
-    if _any(case, init_lora_weights=lambda value: str(value).startswith(("pissa", "olora"))):
+    if _any(case, init_lora_weights=_is_changed):
         return 100 * torch.finfo(case.dtype).eps
     return BOUND
 

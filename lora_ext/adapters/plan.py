@@ -111,7 +111,8 @@ def make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool
     saved = {
         name: module
         for name, module in modules.items()
-        if name and matches(name, saved_modules(config))
+        if name
+        and name.endswith(tuple(saved_modules(config)))  # "norm": all "..._norm", as in PEFT
     }
     if config.modules_to_save and not saved:
         raise ValueError(
