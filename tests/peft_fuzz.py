@@ -127,12 +127,12 @@ class Attends(nn.Module):
 
 
 class Shares(nn.Module):
-    """A module under two names, and two modules with one weight."""
+    """Two modules with one weight, and a module that may have two names."""
 
-    def __init__(self) -> None:
+    def __init__(self, two_names: bool) -> None:
         super().__init__()
         self.one, self.two, self.three = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 5)
-        self.again = self.one
+        self.again = self.one if two_names else nn.Linear(5, 5)
         self.three.weight = self.two.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -243,9 +243,13 @@ KINDS: dict[str, Kind] = {
     ),
     "attention": Kind(lambda: (Attends(), _rows(2, 4, 6)), ("attn", "out"), saved=("out", "attn")),
     "shared": Kind(
-        lambda: (Shares(), _rows(3, 5)),
+        lambda: (Shares(False), _rows(3, 5)),
         ("one", "two", "three", "again"),
         saved=("two", "one"),
+    ),
+    "two names": Kind(
+        lambda: (Shares(True), _rows(3, 5)),
+        ("one", "two", "three", "again"),
     ),
     "stacks": Kind(
         lambda: (Stacks(False), _rows(4, 5)),
