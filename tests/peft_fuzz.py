@@ -409,7 +409,7 @@ def _targets(choose: random.Random, kind: Kind) -> Fields:
     if how < 0.1:
         fields["target_modules"] = "all-linear"
     elif how < 0.25:
-        fields["target_modules"] = rf".*({'|'.join(names)})"
+        fields["target_modules"] = rf"(.*\.)?({'|'.join(names)})"
     else:
         fields["target_modules"] = names
     if choose.random() < 0.2:
