@@ -137,6 +137,21 @@ DOCUMENTED: tuple[Exempt, ...] = (
         lambda case, _: _GROUPS in case.kind and _any(case, use_dora=True),
     ),
     (
+        ("inside",),
+        "PEFT cannot save modules to save in which another adapter has layers",
+        lambda case, _: len(case.configs) > 1,
+    ),
+    (
+        ("keys",),
+        "the heads of a task are saved with the adapters of that task, in PEFT with all",
+        lambda case, _: len({config.get("task_type") for config in case.configs.values()}) > 1,
+    ),
+    (
+        ("trainable", "keys"),
+        "modules to save inside of others are saved with these",
+        lambda case, _: _any(case, modules_to_save=lambda names: {"layers.1"} < set(names or ())),
+    ),
+    (
         ("keys", "resaved file"),
         "save_embedding_layers=True: PEFT leaves out an embedding if the other is adapted",
         lambda case, text: (
@@ -351,8 +366,16 @@ def is_extra(key: str, case: Case) -> bool:
 
 
 def same_tensors(case: Case, theirs: peft.PeftModel, ours: LoraModel, name: str) -> None:
-    their, our = their_tensors(case, theirs, name), our_tensors(case, ours, name)
+    try:
+        their = their_tensors(case, theirs, name)
+    except KeyError:  # adapters inside of modules to save
+        check("inside", case, False, f"{name}: PEFT cannot save it")
+        return
+    our = our_tensors(case, ours, name)
+    # A layer that the other adapter adapts is a plain one in the file.
+    plain = {key.replace(".base_layer.", "."): tensor for key, tensor in their.items()}
     their = {key: t for key, t in their.items() if key in our or not is_extra(key, case)}
+    their |= {key: tensor for key, tensor in plain.items() if key in our}
     text = f"{name}: PEFT only {sorted(their.keys() - our.keys())}, lora_ext only "
     check("keys", case, their.keys() == our.keys(), text + f"{sorted(our.keys() - their.keys())}")
     for key in sorted(their.keys() & our.keys()):
