@@ -288,7 +288,7 @@ class LoraModel(nn.Module):
         transaction.set(
             self,
             _own=self._own | own,
-            peft_config={**self.peft_config, adapter_name: resolved(self.base_model, config, plan)},
+            peft_config={**self.peft_config, adapter_name: resolved(self.base_model, plan)},
             targeted_module_names=plan.names,
             targeted_parameter_names=plan.parameters,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -33,9 +34,10 @@ def find_parameters(
         targets: the names of the modules that target_modules means.
 
     Raises:
-        ValueError: nothing matched; a match is the model's own parameter, or that of a module which
-            target_modules means too, or has an adapter already; another adapter has other
-            parameters of the same module; a parameter cannot be adapted.
+        ValueError: nothing matched, and there are no `targets`; a match is the model's own
+            parameter, or that of a module which target_modules means too, or has an adapter
+            already; another adapter has other parameters of the same module; a parameter cannot be
+            adapted.
         TypeError: a parameter is quantized.
     """
     where = "LoraConfig: target_parameters"
@@ -72,9 +74,10 @@ def find_parameters(
         found.append(TargetedModule(name, module, names, layer))
     if wanted and not found:
         names_there = [plain_name(name) for name, p in model.named_parameters() if p.dim() >= 2]
-        raise ValueError(
-            f"{where}: {wanted!r} matches no parameter; {near_misses(wanted, names_there)}"
-        )
+        text = f"{where}: {wanted!r} matches no parameter; {near_misses(wanted, names_there)}"
+        if not targets:
+            raise ValueError(text)
+        warnings.warn(text, stacklevel=3)
     return found
 
 

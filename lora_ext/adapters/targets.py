@@ -20,6 +20,7 @@ from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.config_checks import ALL_LINEAR
 from lora_ext.adapters.names import ends, named_modules, unwrapped
 from lora_ext.adapters.patterns import compiled
+from lora_ext.nn.any_layer import AnyLayer
 from lora_ext.nn.linear import transformers_conv1d
 
 ADAPTABLE = (
@@ -59,7 +60,7 @@ def saved_modules(config: LoraConfig) -> list[str]:
 def has_targets(model: nn.Module, config: LoraConfig) -> bool:
     """Whether target_modules names modules, itself or by the architecture's default."""
     if config.target_modules is None:
-        return (_model_type(model) or "") in DEFAULT_TARGETS
+        return (model_type(model) or "") in DEFAULT_TARGETS
     return bool(config.target_modules)
 
 
@@ -68,6 +69,7 @@ def find_targets(
     config: LoraConfig,
     adaptable: Callable[[nn.Module], bool] = is_adaptable,
     adapted: tuple[type[nn.Module], ...] = (),
+    required: bool = True,
 ) -> list[str]:
     """The names of the modules that get an adapter: those that PEFT's LoRA would swap.
 
@@ -77,25 +79,29 @@ def find_targets(
 
     Args:
         model: searched through; not changed.
-        config: all fields on targeting, with rank_pattern and alpha_pattern for their warnings.
+        config: all fields on targeting.
         adaptable: whether a module can get an adapter.
         adapted: types of layers that have adapters already. They can be targets again if
             `adaptable` says so; what is inside them cannot.
+        required: whether there has to be one.
 
     Returns:
-        Names in the order of `model.named_modules()`; at least one.
+        Names in the order of `model.named_modules()`; at least one, if required.
 
     Raises:
         ValueError: nothing matched (with near misses), everything that matched is excluded, a match
             cannot be adapted, or target_modules is None and the architecture has no default.
 
-    Warns of exclude_modules, rank_pattern and alpha_pattern that match nothing.
+    Warns of exclude_modules that match nothing.
     """
-    modules = dict(_outside(model, adapted))
+    modules = dict(outside(model, adapted))
     is_target = _selection(model, modules, config, adapted)
     matched = [name for name in modules if is_target(name)]
-    if not matched:
+    if not matched and required:
         _raise_no_match(model, modules, config, adaptable)
+    if not matched:
+        _warn(f"target_modules: {config.target_modules!r} matches no module")
+        return []
 
     excluded = _collection(config.exclude_modules)
     saved = [compiled("modules_to_save", pattern) for pattern in saved_modules(config)]
@@ -104,6 +110,8 @@ def find_targets(
         for name in matched
         if not matches(name, excluded) and not any(pattern.match(name) for pattern in saved)
     ]
+    if not kept and not required:
+        return []
     if not kept:
         raise ValueError(
             f"LoraConfig: target_modules: all of its {len(matched)} matches ({matched[0]!r}, ...) "
@@ -113,18 +121,22 @@ def find_targets(
     targets = _check_kinds(model, modules, kept, config, adaptable)
     if excluded and not any(matches(name, excluded) for name in modules):
         _warn(f"exclude_modules: {config.exclude_modules!r} matches no module")
+    return targets
+
+
+def warn_of_unused_patterns(config: LoraConfig, names: Collection[str]) -> None:
+    """Warns of keys of rank_pattern and alpha_pattern that match none of the names adapted."""
     for field in ("rank_pattern", "alpha_pattern"):
         unused = [
             pattern
             for pattern in getattr(config, field) or ()
-            if not any(compiled(field, pattern).match(name) for name in targets)
+            if not any(compiled(field, pattern).match(name) for name in names)
         ]
         if unused:
             _warn(f"{field}: {unused} match no module that is adapted")
-    return targets
 
 
-def _outside(
+def outside(
     model: nn.Module, adapted: tuple[type[nn.Module], ...]
 ) -> Iterator[tuple[str, nn.Module]]:
     """Everything below the model but the insides of layers with adapters."""
@@ -147,7 +159,7 @@ def _selection(
     if targets is None:
         targets = _default_targets(model, config)
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        linear = _all_linear(model, modules, adapted)
+        linear = all_linear(model, modules, adapted)
         return linear.__contains__
     if isinstance(targets, str):
         expression = re.compile(targets)
@@ -164,7 +176,7 @@ def _selection(
 
 
 def _default_targets(model: nn.Module, config: LoraConfig) -> str | list[str]:
-    architecture = _model_type(model)
+    architecture = model_type(model)
     targets = DEFAULT_TARGETS.get(architecture or "")
     if targets is None:
         raise ValueError(
@@ -181,14 +193,14 @@ def _default_targets(model: nn.Module, config: LoraConfig) -> str | list[str]:
     return list(targets)
 
 
-def _model_type(model: nn.Module) -> str | None:
+def model_type(model: nn.Module) -> str | None:
     config = getattr(model, "config", None)
     if isinstance(config, Mapping):
         return config.get("model_type")
     return getattr(config, "model_type", None)
 
 
-def _all_linear(
+def all_linear(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     adapted: tuple[type[nn.Module], ...],
@@ -203,7 +215,11 @@ def _all_linear(
         and (
             isinstance(module, nn.Linear)
             or transformers_conv1d(module) is not None
-            or (isinstance(module, adapted) and "Linear" in type(module).__name__)
+            or (
+                isinstance(module, adapted)
+                and "Linear" in type(module).__name__
+                and not isinstance(module, AnyLayer)  # what target_parameters means
+            )
         )
         and _attention_around(name, modules) is None
     }
@@ -230,7 +246,7 @@ def _check_kinds(
 ) -> list[str]:
     """Those of the names that get a layer of their own, if all of them can be adapted."""
     targets = []
-    is_mamba = _model_type(model) in MAMBA
+    is_mamba = model_type(model) in MAMBA
     for name in names:
         attention = _attention_around(name, modules)
         if attention is not None:

@@ -310,7 +310,7 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
             )
             if A is not None:
                 weight = self._weight_matrix(prefix)
-                kind, scaling = settings.init_lora_weights, settings.scaling
+                kind, scaling = settings.init_lora_weights, self._settings(name, prefix).scaling
                 initialise(kind, A, B, weight, scaling, lora_bias=bias)
         self._reset_magnitude(name)
 
@@ -404,6 +404,14 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
             groups.setdefault(dropout_p, []).append(name)
         return [self._stack(names, dropout_p, prefix) for dropout_p, names in groups.items()]
 
+    def _settings(self, name: str, prefix: str) -> AdapterSettings:
+        """Those of an adapter's product of a prefix."""
+        return self.adapters[name]
+
+    def _scale_of(self, name: str, prefix: str) -> float:
+        """What multiplies an adapter's product of a prefix now."""
+        return self._scaling[name]
+
     def _stack(
         self,
         names: Sequence[str],
@@ -417,13 +425,13 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
         if len(names) == 1 and not factors:
             name = names[0]
             A, B, bias = self._part(a, name), self._part(b, name), self._part(c, name)
-            return LowRank(A, B, bias, self._scaling[name], dropout_p)
+            return LowRank(A, B, bias, self._scale_of(name, prefix), dropout_p)
         # The scalings go into lora_B, and with it into float32: there they cost no accuracy.
         A_parts = self._alike([self._part(a, name) for name in names])
         compute = torch.promote_types(A_parts[0].dtype, torch.float32)
 
         def scaled(part: str, name: str) -> Tensor:
-            tensor: Tensor = self._part(part, name).to(compute) * self._scaling[name]
+            tensor: Tensor = self._part(part, name).to(compute) * self._scale_of(name, prefix)
             if factors:
                 tensor = tensor * factors[name].view(-1, *[1] * (tensor.dim() - 1))
             return tensor

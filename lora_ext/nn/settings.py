@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 from lora_ext.nn.init import check_init
 
@@ -25,6 +27,7 @@ class AdapterSettings:
         autocast_adapter_dtype: keep the adapter in float32 on a bfloat16 or float16 base.
         ungrouped_lora_A: of a convolution with groups: lora_A reads all input channels, as PEFT's
             does. It cannot be merged. Loading a file that PEFT trained sets it where it has to.
+        weights: (r, lora_alpha) of single weights of an `AnyLayer` that need others, by name.
 
     Raises:
         ValueError: a value out of range, by name; lora_bias or ungrouped_lora_A with use_dora.
@@ -39,6 +42,7 @@ class AdapterSettings:
     use_dora: bool = False
     autocast_adapter_dtype: bool = True
     ungrouped_lora_A: bool = False
+    weights: Mapping[str, tuple[int, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
@@ -68,6 +72,15 @@ class AdapterSettings:
                 "divides by the norm of the weight plus the update, and an update that links "
                 "channels of different groups is none of the weight; PEFT takes another norm"
             )
+        for name in self.weights:
+            self.of(name)
+
+    def of(self, weight: str) -> Self:
+        """Those of one weight of the layer."""
+        if weight not in self.weights:
+            return self
+        r, lora_alpha = self.weights[weight]
+        return replace(self, r=r, lora_alpha=lora_alpha, weights={})
 
     @property
     def scaling(self) -> float:
