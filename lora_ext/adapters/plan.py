@@ -13,6 +13,7 @@ from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.config_checks import ALL_LINEAR
 from lora_ext.adapters.layers import adaptable, can_be_adapted
 from lora_ext.adapters.modules_to_save import ModulesToSave
+from lora_ext.adapters.patterns import CODE_SECONDS, time_limit
 from lora_ext.adapters.target_parameters import TargetedModule, find_parameters
 from lora_ext.adapters.targets import find_targets, has_targets, matches, saved_modules
 from lora_ext.adapters.ties import shared_parameters, tied_to_embedding
@@ -80,6 +81,11 @@ def make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool
             init_lora_weights would change a weight that several modules share.
         NotBuiltError: ensure_weight_tying of adapters.
     """
+    with time_limit(CODE_SECONDS, sum(1 for _ in model.modules())):
+        return _make_plan(model, config, autocast_adapter_dtype)
+
+
+def _make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool) -> Plan:
     config.validate()
     names = []
     if has_targets(model, config) or not config.target_parameters:
@@ -96,11 +102,8 @@ def make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool
         settings = _common_settings(config, one, autocast_adapter_dtype)
         layers[id(one.module)] = PlannedLayer(one.name, one.layer, settings)
     _check_initialisation(model, config, list(layers.values()))
-    saved = {
-        name: module
-        for name, module in modules.items()
-        if name and matches(name, saved_modules(config))
-    }
+    to_save = frozenset(saved_modules(config))
+    saved = {name: module for name, module in modules.items() if name and matches(name, to_save)}
     if config.modules_to_save and not saved:
         raise ValueError(
             f"LoraConfig: modules_to_save: {config.modules_to_save!r} matches no module"

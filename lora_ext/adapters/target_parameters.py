@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.modules_to_save import ModulesToSave
-from lora_ext.adapters.targets import near_misses
+from lora_ext.adapters.targets import matches, near_misses
 from lora_ext.nn import LoraLayer, ParamLayer
 
 
@@ -38,7 +38,7 @@ def find_parameters(
         TypeError: a parameter is quantized.
     """
     where = "LoraConfig: target_parameters"
-    wanted = config.target_parameters or []
+    wanted = frozenset(config.target_parameters or ())
     found: list[TargetedModule] = []
     inside = None
     for name, module in model.named_modules():
@@ -72,7 +72,8 @@ def find_parameters(
     if wanted and not found:
         names_there = [name for name, parameter in model.named_parameters() if parameter.dim() >= 2]
         raise ValueError(
-            f"{where}: {wanted!r} matches no parameter; {near_misses(wanted, names_there)}"
+            f"{where}: {config.target_parameters!r} matches no parameter; "
+            f"{near_misses(wanted, names_there)}"
         )
     return found
 
@@ -87,4 +88,4 @@ def _base_parameters(module: nn.Module) -> list[str]:
 
 def _is_wanted(module_name: str, parameter: str, wanted: Collection[str]) -> bool:
     key = f"{module_name}.{parameter}" if module_name else parameter
-    return any(key == name or key.endswith(f".{name}") for name in wanted)
+    return matches(key, wanted)

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from lora_ext.adapters.combining import Adapter, alpha_factor, subtract_mutated_init
 from lora_ext.adapters.config import LoraConfig
+from lora_ext.adapters.patterns import FILE_SECONDS, time_limit
 from lora_ext.adapters.targets import matches, saved_modules
 from lora_ext.errors import AdapterFileError
-from lora_ext.io.adapter_file import TensorSpec
+from lora_ext.io.adapter_file import FLOATS, TensorSpec
 from lora_ext.io.adapter_folder import AdapterFolder, open_adapter, save_adapter
+from lora_ext.io.files import typed_content
 from lora_ext.io.grouped_convolutions import grouped_where_possible, planned_as_in
 from lora_ext.io.plain_lora import plain_lora
 from lora_ext.nn import LoraLayer
@@ -140,18 +142,18 @@ def load_adapter(
     """
     check_adapter_name(adapter_name, model.peft_config, "LoraModel.load_adapter")
     with open_adapter(folder) as files, ExitStack() as stack:
+        stack.enter_context(typed_content(files.path))
+        stack.enter_context(time_limit(FILE_SECONDS, sum(1 for _ in model.modules())))
         config = read_config(files)
         config.inference_mode = not is_trainable
-        try:
-            stack.enter_context(model.replicated(config))
-            plan = model.plan(config, autocast_adapter_dtype)
-        except (TypeError, ValueError, NotImplementedError) as error:
-            raise AdapterFileError(f"{files.path}: does not fit the model: {error}") from error
+        stack.enter_context(model.replicated(config))
+        plan = model.plan(config, autocast_adapter_dtype)
         plan = planned_as_in(files, _tied_as_in_the_file(plan, config, files), PREFIX)
         bases = _optional_bases(model, config, plan, files)
         expected = dict(_expected(plan))
         for key, (module, part) in bases.items():
-            expected[key] = TensorSpec(tuple(module.state_dict()[part].shape))
+            tensor = module.state_dict()[part]
+            expected[key] = TensorSpec(tuple(tensor.shape), held_in=tensor.dtype)
         tensors = files.tensors(expected)
         plan = grouped_where_possible(plan, tensors, PREFIX)
         model.add_planned(adapter_name, config, plan)
@@ -205,15 +207,15 @@ def _tied_as_in_the_file(plan: Plan, config: LoraConfig, files: AdapterFolder) -
 
 def _expected(plan: Plan) -> Iterator[tuple[str, TensorSpec]]:
     for planned in plan.layers.values():
+        held_in = planned.layer.adapter_dtype(planned.settings)
         for key, shape in planned.layer.peft_shapes(planned.settings).items():
-            yield f"{PREFIX}{planned.name}.{key}", TensorSpec(shape)
+            yield f"{PREFIX}{planned.name}.{key}", TensorSpec(shape, held_in=held_in)
     for name, module in plan.saved.items():
         original = getattr(module, "original_module", module)
         for key, tensor in original.state_dict().items():
             shape = tuple(tensor.shape)
-            exact = frozenset({tensor.dtype})
-            spec = TensorSpec(shape) if tensor.is_floating_point() else TensorSpec(shape, exact)
-            yield f"{PREFIX}{name}.{key}", spec
+            dtypes = FLOATS if tensor.is_floating_point() else frozenset({tensor.dtype})
+            yield f"{PREFIX}{name}.{key}", TensorSpec(shape, dtypes, tensor.dtype)
 
 
 def _optional_bases(
@@ -273,9 +275,11 @@ def _subtract_initial(
     model: LoraModel, adapter_name: str, tensors: dict[str, Tensor], folder: Path
 ) -> dict[str, Tensor]:
     """The tensors with each adapter replaced by what it does beyond its initial state."""
+    known = adapter_state_dict(model, adapter_name, save_embedding_layers=True)
     with open_adapter(folder) as files:
-        header = files.header()
-        initial = files.tensors({key: TensorSpec(spec.shape) for key, spec in header.items()})
+        present = files.header().keys() & known.keys()
+        shapes = {k: tuple(v.shape) for k, v in known.items() if k in present or k in tensors}
+        initial = files.tensors({key: TensorSpec(shape) for key, shape in shapes.items()})
     result = dict(tensors)
     for name, layer in model.lora_layers():
         if adapter_name not in layer.adapters:

@@ -190,9 +190,7 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
                 "only a convolution with groups has the choice"
             )
         base = next(iter(self._merged_parameters(()).values()))
-        dtype = base.dtype
-        if chosen.autocast_adapter_dtype and dtype in (torch.bfloat16, torch.float16):
-            dtype = torch.float32
+        dtype = self.adapter_dtype(chosen)
         for part, shape in shapes.items():
             tensor = torch.empty(shape, device=base.device, dtype=dtype)
             self.register_parameter(part_name(part, adapter_name), nn.Parameter(tensor))
@@ -209,6 +207,12 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
             for parameter in self.adapter_parameters(adapter_name).values():
                 parameter.requires_grad_(False)
         self._choose_running()
+
+    def adapter_dtype(self, settings: AdapterSettings) -> torch.dtype:
+        """That of an adapter with these settings."""
+        dtype = next(iter(self._merged_parameters(()).values())).dtype
+        narrow = dtype in (torch.bfloat16, torch.float16)
+        return torch.float32 if narrow and settings.autocast_adapter_dtype else dtype
 
     def _with_adapter(
         self, adapter_name: str, r: int, lora_alpha: float, lora_dropout: float, **settings: Any
