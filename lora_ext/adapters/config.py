@@ -11,16 +11,16 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
-from lora_ext.adapters.config_checks import NOT_BUILT, check_fields, is_off
+from lora_ext.adapters.config_checks import ATOMS, NOT_BUILT, check_fields, is_off, plain_value
 from lora_ext.adapters.patterns import FILE_SECONDS, matching, time_limit
 from lora_ext.io.adapter_folder import CONFIG_NAME, read_config_file
 from lora_ext.io.atomic import save_files
 from lora_ext.io.files import json_text
+from lora_ext.nn.arguments import refuse
 
 Number = TypeVar("Number", int, float)
 Names = str | list[str] | set[str] | None
 
-_ATOMS = frozenset({str, int, float, bool, type(None)})
 # Not PEFT's, or not for the file.
 _UNSAVED = ("runtime_config", "unknown_fields", "absent_fields")
 
@@ -36,7 +36,8 @@ class LayerSettings(NamedTuple):
 class LoraConfig:
     """What to adapt and how, with the names, defaults and meanings of PEFT's LoraConfig.
 
-    Everything is checked when the object is made, and again by `validate()` after changes. A field
+    Everything is checked when the object is made, and again by `validate()` after changes. Numbers,
+    texts and lists of other libraries (numpy, OmegaConf) become Python's. A field
     that asks for something that is not built is refused with its name; values that mean "off" pass.
 
     Args:
@@ -127,8 +128,31 @@ class LoraConfig:
     def __post_init__(self) -> None:
         self.validate()
 
+    @classmethod
+    def of(cls, config: Any, where: str) -> LoraConfig:
+        """A config from what people have: one of these, one of PEFT's, or a dict of its fields.
+        `where` is for the message.
+
+        Raises:
+            TypeError: something else.
+            ValueError, NotBuiltError: see the class.
+        """
+        if isinstance(config, LoraConfig):
+            return config
+        values = config
+        if type(config).__module__.partition(".")[0] == "peft" and hasattr(config, "to_dict"):
+            values = config.to_dict()
+        if not isinstance(values, Mapping):
+            refuse(where, "config", config, "a LoraConfig, one of PEFT's, or a dict of its fields")
+        result = cls.from_dict(values)
+        result.absent_fields = frozenset()  # it is no file that is to be written back as it was
+        return result
+
     def validate(self) -> None:
         """Checks every field, as the constructor does; for objects that were changed since."""
+        for one in fields(self):
+            if one.name not in _UNSAVED:
+                setattr(self, one.name, plain_value(getattr(self, one.name)))
         own = {one.name: getattr(self, one.name) for one in fields(self)}
         twice = sorted(own.keys() & self.unknown_fields.keys())
         if twice:
@@ -245,17 +269,17 @@ def _check_savable(name: str, value: Any) -> None:
         json_text({name: value}).encode()
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"LoraConfig: {str(name)[:100]}: got {reprlib.repr(value)}, expected what JSON can hold "
-            f"({error})"
+            f"LoraConfig: {str(name)[:100]}: got {reprlib.repr(value)}, expected what JSON can "
+            f"hold ({error})"
         ) from None
 
 
 def _copied(value: Any) -> Any:
     """A deep copy; of ten thousands of names and numbers in a tenth of deepcopy's time."""
     if type(value) is dict:
-        return {k: v if type(v) in _ATOMS else _copied(v) for k, v in value.items()}
+        return {k: v if type(v) in ATOMS else _copied(v) for k, v in value.items()}
     if type(value) is list:
-        return [v if type(v) in _ATOMS else _copied(v) for v in value]
+        return [v if type(v) in ATOMS else _copied(v) for v in value]
     return copy.deepcopy(value)
 
 

@@ -22,6 +22,7 @@ from lora_ext.adapters.ties import untie_embeddings
 from lora_ext.adapters.weighted import add_weighted_adapter
 from lora_ext.io.peft import load_adapter, save_pretrained
 from lora_ext.nn import LoraLayer
+from lora_ext.nn.arguments import as_number, check_module, names_of
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.init import mutates_weight
 from lora_ext.nn.lora_layer import check_adapter_name
@@ -30,8 +31,7 @@ from lora_ext.nn.trainable import count_parameters, print_trainable_parameters
 
 def check_model(model: nn.Module) -> None:
     """TypeError unless adapters can be put into it."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"LoraModel: model: got {type(model).__qualname__}, expected a Module")
+    check_module("LoraModel", "model", model)
     if isinstance(model, LoraModel):
         raise TypeError(
             "LoraModel: model: got a LoraModel; call its add_adapter() for another adapter"
@@ -44,7 +44,7 @@ class LoraModel(nn.Module):
     Args:
         model: changed in place: the target modules become layers of `lora_ext.nn` with the same
             parameters, which are frozen.
-        config: what to adapt and how.
+        config: what to adapt and how: a LoraConfig, one of PEFT's, or a dict of its fields.
         adapter_name: of the first adapter, which becomes active.
         autocast_adapter_dtype: keep adapters in float32 on a bfloat16 or float16 base.
 
@@ -65,6 +65,7 @@ class LoraModel(nn.Module):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         check_model(model)
+        config = LoraConfig.of(config, "LoraModel")
         self._init_empty(model)
         self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
         model.requires_grad_(False)
@@ -125,7 +126,7 @@ class LoraModel(nn.Module):
         )
 
     def save_pretrained(
-        self, folder: str | Path, adapter_names: list[str] | None = None, **options: Any
+        self, folder: str | Path, adapter_names: str | list[str] | None = None, **options: Any
     ) -> None:
         """Writes adapters in PEFT's format; see `lora_ext.io.peft.save_pretrained`."""
         save_pretrained(self, folder, adapter_names, **options)
@@ -168,6 +169,7 @@ class LoraModel(nn.Module):
         Raises: as the class.
         """
         check_adapter_name(adapter_name, self.peft_config, "LoraModel.add_adapter")
+        config = LoraConfig.of(config, "LoraModel.add_adapter")
         with self.replicated(config):
             self.add_planned(adapter_name, config, self.plan(config, autocast_adapter_dtype))
 
@@ -290,7 +292,7 @@ class LoraModel(nn.Module):
             ValueError: an unknown name, or several adapters of which more than one has copies of
                 modules to save.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = names_of(adapter_names, "LoraModel.set_adapter")
         self._check_names(names)
         choices = {}
         for where, module in self.saved_modules():
@@ -359,6 +361,7 @@ class LoraModel(nn.Module):
         """Makes an adapter's scaling `scale` times that of its config, in every layer: 0 is the
         same as without it."""
         self._check_names([adapter_name])
+        scale = as_number(scale, "LoraModel.set_scale", "scale", "a finite number")
         for _, layer in self.lora_layers():
             if adapter_name in layer.adapters:
                 layer.set_scale(adapter_name, scale)
@@ -376,7 +379,7 @@ class LoraModel(nn.Module):
 
     # Merging
 
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None) -> None:
+    def merge_adapter(self, adapter_names: str | Sequence[str] | None = None) -> None:
         """Adds adapters (the active ones, if None) to the weights, in all layers or in none; see
         `lora_ext.nn.Linear`. `unmerge_adapter` gives back the base bit for bit.
 
@@ -384,6 +387,7 @@ class LoraModel(nn.Module):
         of their own meanwhile, which takes memory for each; a warning names them.
         """
         if adapter_names is not None:
+            adapter_names = names_of(adapter_names, "LoraModel.merge_adapter")
             self._check_names(adapter_names)
         untied = merge_layers(self.base_model, adapter_names)
         if untied:
@@ -397,7 +401,7 @@ class LoraModel(nn.Module):
         self,
         progressbar: bool = False,
         safe_merge: bool = True,
-        adapter_names: Sequence[str] | None = None,
+        adapter_names: str | Sequence[str] | None = None,
     ) -> nn.Module:
         """The base model with the adapters in its weights and plain layers.
 
@@ -412,6 +416,9 @@ class LoraModel(nn.Module):
                 model is as it was.
             adapter_names: the active ones, if None.
         """
+        if adapter_names is not None:
+            adapter_names = names_of(adapter_names, "LoraModel.merge_and_unload")
+            self._check_names(adapter_names)
         if any(layer.merged for _, layer in self.lora_layers()):
             self.unmerge_adapter()
         untied = merge_layers(self.base_model, adapter_names, progressbar=progressbar)
@@ -460,7 +467,7 @@ class LoraModel(nn.Module):
         return get_model_status(self)
 
     def _check_names(self, names: Iterable[str]) -> None:
-        unknown = [name for name in names if name not in self.peft_config]
+        unknown = [n for n in names if not isinstance(n, str) or n not in self.peft_config]
         if unknown:
             raise ValueError(
                 f"LoraModel: adapter_name: got {unknown[0]!r}, "

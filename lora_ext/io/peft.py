@@ -23,6 +23,7 @@ from lora_ext.io.files import typed_content
 from lora_ext.io.grouped_convolutions import grouped_where_possible, planned_as_in
 from lora_ext.io.plain_lora import plain_lora
 from lora_ext.nn import LoraLayer
+from lora_ext.nn.arguments import names_of
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.lora_layer import check_adapter_name
 
@@ -68,7 +69,7 @@ def adapter_state_dict(
 def save_pretrained(
     model: LoraModel,
     folder: str | Path,
-    adapter_names: list[str] | None = None,
+    adapter_names: str | list[str] | None = None,
     *,
     save_embedding_layers: bool | str = "auto",
     path_initial_model_for_weight_conversion: str | Path | None = None,
@@ -92,7 +93,9 @@ def save_pretrained(
             initialisation, or for an attention with kdim or vdim other than embed_dim.
         AdapterFileError: the initial adapter's files are damaged or do not fit.
     """
-    names = list(model.peft_config) if adapter_names is None else adapter_names
+    names = list(model.peft_config)
+    if adapter_names is not None:
+        names = names_of(adapter_names, "save_pretrained")
     for name in names:
         if name not in model.peft_config:
             raise ValueError(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lora_ext.nn.arguments import as_number, names_of
 from lora_ext.nn.default_adapter import DEFAULT, DefaultAdapter
 from lora_ext.nn.init import initialise, mutates_weight
 from lora_ext.nn.mergeable import MergeableLayer, base_name
@@ -266,7 +267,7 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
     def set_adapter(self, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
         """Makes exactly these adapters active, and trainable unless `inference_mode`; all others
         are frozen. Several active adapters add up. Unmerges what is merged."""
-        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        names = tuple(names_of(adapter_names, f"{type(self).__name__}.set_adapter"))
         self._check_names(names)
         if self.merged:
             self.unmerge()
@@ -371,15 +372,19 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
             ValueError: not a finite number, no such adapter, or it is merged.
         """
         self._check_names([adapter_name])
+        scale = as_number(scale, f"{type(self).__name__}.set_scale", "scale", "a finite number")
         self._set_scaling({adapter_name: scale * self.adapters[adapter_name].scaling})
 
     def scale_layer(self, scale: float) -> None:
         """Multiplies the scaling of the active adapters."""
+        scale = as_number(scale, f"{type(self).__name__}.scale_layer", "scale", "a finite number")
         self._set_scaling({n: scale * self._scaling[n] for n in self.active_adapters})
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divides the scaling of the active adapters; without `scale`, makes it that of their
         settings."""
+        if scale is not None:
+            scale = as_number(scale, f"{type(self).__name__}.unscale_layer", "scale")
         if scale == 0:
             raise ValueError(
                 f"{type(self).__name__}.unscale_layer: scale: got 0, expected another number; "
@@ -473,7 +478,7 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
     # Checks
 
     def _check_names(self, names: Iterable[str]) -> None:
-        unknown = [name for name in names if name not in self.adapters]
+        unknown = [n for n in names if not isinstance(n, str) or n not in self.adapters]
         if unknown:
             raise ValueError(
                 f"{type(self).__name__}: adapter_name: got {unknown[0]!r}, "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.errors import AlreadyMergedError, NotMergedError
+from lora_ext.nn.arguments import names_of
 from lora_ext.nn.settings import AdapterSettings
 
 if TYPE_CHECKING:
@@ -78,9 +79,9 @@ class MergeableLayer(nn.Module):
                 changed then.
         """
         where = f"{type(self).__name__}.merge"
-        if adapter_names is not None and isinstance(adapter_names, str):
-            adapter_names = [adapter_names]
-        names = self.active_adapters if adapter_names is None else tuple(adapter_names)
+        names = self.active_adapters
+        if adapter_names is not None:
+            names = tuple(names_of(adapter_names, where))
         self._check_names(names)
         if self.merged and set(names) <= set(self.merged_adapters):
             raise AlreadyMergedError(f"{where}: already merged; call unmerge() first")
