@@ -10,6 +10,7 @@ from torch import nn
 from lora_ext._extension import _C, build_info
 from lora_ext.adapters.names import named_modules
 from lora_ext.nn import Embedding, Linear, LoraLayer
+from lora_ext.nn.arguments import check_module, check_sizes
 from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.lora_layer import LowRank
 
@@ -37,6 +38,8 @@ class Explanation(list[LayerPath]):
 def explain(model: nn.Module, tokens: int = 2048) -> Explanation:
     """The path of every `lora_ext.nn` layer of `model` for inputs of `tokens` rows, as it would run
     now (device, dtype, training mode, merged or not)."""
+    check_module("explain", "model", model)
+    check_sizes("explain", tokens=tokens)
     return Explanation(
         LayerPath(name, *_explain_layer(module, tokens))
         for name, module in named_modules(model)

@@ -24,6 +24,7 @@ from lora_ext.adapters.weighted import add_weighted_adapter
 from lora_ext.errors import NotMergedError
 from lora_ext.io.peft import load_adapter, save_pretrained
 from lora_ext.nn import LoraLayer
+from lora_ext.nn.arguments import as_number, check_module, names_of
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.lora_layer import check_adapter_name
 from lora_ext.nn.trainable import count_parameters, print_trainable_parameters
@@ -32,8 +33,7 @@ from lora_ext.nn.transaction import Transaction
 
 def check_model(model: nn.Module) -> None:
     """TypeError unless adapters can be put into it."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"LoraModel: model: got {type(model).__qualname__}, expected a Module")
+    check_module("LoraModel", "model", model)
     if isinstance(model, LoraModel):
         raise TypeError(
             "LoraModel: model: got a LoraModel; call its add_adapter() for another adapter"
@@ -53,7 +53,7 @@ class LoraModel(nn.Module):
     Args:
         model: changed in place: the target modules become layers of `lora_ext.nn` with the same
             parameters, which are frozen.
-        config: what to adapt and how.
+        config: what to adapt and how: a LoraConfig, one of PEFT's, or a dict of its fields.
         adapter_name: of the first adapter, which becomes active.
         autocast_adapter_dtype: keep adapters in float32 on a bfloat16 or float16 base.
 
@@ -74,6 +74,7 @@ class LoraModel(nn.Module):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         check_model(model)
+        config = LoraConfig.of(config, "LoraModel")
         self._init_empty(model)
         with Transaction() as transaction:
             self._add(adapter_name, config, autocast_adapter_dtype, transaction)
@@ -145,7 +146,7 @@ class LoraModel(nn.Module):
         )
 
     def save_pretrained(
-        self, folder: str | Path, adapter_names: list[str] | None = None, **options: Any
+        self, folder: str | Path, adapter_names: str | list[str] | None = None, **options: Any
     ) -> None:
         """Writes adapters in PEFT's format; see `lora_ext.io.peft.save_pretrained`."""
         save_pretrained(self, folder, adapter_names, **options)
@@ -207,6 +208,7 @@ class LoraModel(nn.Module):
 
         Raises: as the class.
         """
+        config = LoraConfig.of(config, "LoraModel.add_adapter")
         with Transaction() as transaction:
             self._add(adapter_name, config, autocast_adapter_dtype, transaction)
 
@@ -367,7 +369,7 @@ class LoraModel(nn.Module):
             ValueError: an unknown name, or several adapters of which more than one has copies of
                 modules to save.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = names_of(adapter_names, "LoraModel.set_adapter")
         self._check_names(names)
         transaction = Transaction()
         activate(self, names, inference_mode, transaction)
@@ -413,6 +415,7 @@ class LoraModel(nn.Module):
         """Makes an adapter's scaling `scale` times that of its config, in every layer: 0 is the
         same as without it."""
         self._check_names([adapter_name])
+        scale = as_number(scale, "LoraModel.set_scale", "scale", "a finite number")
         transaction = Transaction()
         for _, layer in self.lora_layers():
             if adapter_name in layer.adapters:
@@ -432,7 +435,7 @@ class LoraModel(nn.Module):
 
     # Merging
 
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None) -> None:
+    def merge_adapter(self, adapter_names: str | Sequence[str] | None = None) -> None:
         """Adds adapters (the active ones, if None) to the weights, in all layers or in none; see
         `lora_ext.nn.Linear`. `unmerge_adapter` gives back the base bit for bit.
 
@@ -440,6 +443,7 @@ class LoraModel(nn.Module):
         of their own meanwhile, which takes memory for each; a warning names them.
         """
         if adapter_names is not None:
+            adapter_names = names_of(adapter_names, "LoraModel.merge_adapter")
             self._check_names(adapter_names)
         transaction = Transaction()
         layers = list(self.lora_layers())
@@ -463,7 +467,7 @@ class LoraModel(nn.Module):
         self,
         progressbar: bool = False,
         safe_merge: bool = True,
-        adapter_names: Sequence[str] | None = None,
+        adapter_names: str | Sequence[str] | None = None,
     ) -> nn.Module:
         """The base model with the adapters in its weights and plain layers.
 
@@ -478,6 +482,9 @@ class LoraModel(nn.Module):
                 model is as it was.
             adapter_names: the active ones, if None.
         """
+        if adapter_names is not None:
+            adapter_names = names_of(adapter_names, "LoraModel.merge_and_unload")
+            self._check_names(adapter_names)
         with Transaction() as transaction:
             untied = merge_layers(
                 self.base_model,
@@ -536,7 +543,7 @@ class LoraModel(nn.Module):
         return get_model_status(self)
 
     def _check_names(self, names: Iterable[str]) -> None:
-        unknown = [name for name in names if name not in self.peft_config]
+        unknown = [n for n in names if not isinstance(n, str) or n not in self.peft_config]
         if unknown:
             raise ValueError(
                 f"LoraModel: adapter_name: got {unknown[0]!r}, "

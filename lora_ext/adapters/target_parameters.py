@@ -11,7 +11,7 @@ from torch import nn
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.modules_to_save import ModulesToSave
 from lora_ext.adapters.names import named_modules, plain_name
-from lora_ext.adapters.targets import near_misses
+from lora_ext.adapters.targets import matches, near_misses
 from lora_ext.nn import LoraLayer, ParamLayer
 
 
@@ -41,7 +41,7 @@ def find_parameters(
         TypeError: a parameter is quantized.
     """
     where = "LoraConfig: target_parameters"
-    wanted = config.target_parameters or []
+    wanted = frozenset(config.target_parameters or ())
     found: list[TargetedModule] = []
     inside = None
     for name, module in named_modules(model):
@@ -74,7 +74,10 @@ def find_parameters(
         found.append(TargetedModule(name, module, names, layer))
     if wanted and not found:
         names_there = [plain_name(name) for name, p in model.named_parameters() if p.dim() >= 2]
-        text = f"{where}: {wanted!r} matches no parameter; {near_misses(wanted, names_there)}"
+        text = (
+            f"{where}: {config.target_parameters!r} matches no parameter; "
+            f"{near_misses(wanted, names_there)}"
+        )
         if not targets:
             raise ValueError(text)
         warnings.warn(text, stacklevel=3)
@@ -91,4 +94,4 @@ def _base_parameters(module: nn.Module) -> list[str]:
 
 def _is_wanted(module_name: str, parameter: str, wanted: Collection[str]) -> bool:
     key = f"{module_name}.{parameter}" if module_name else parameter
-    return any(key == name or key.endswith(f".{name}") for name in wanted)
+    return matches(key, wanted)

@@ -19,7 +19,7 @@ from lora_ext.adapters.architectures import (
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.config_checks import ALL_LINEAR
 from lora_ext.adapters.names import ends, named_modules, unwrapped
-from lora_ext.adapters.patterns import compiled
+from lora_ext.adapters.patterns import compiled, matching
 from lora_ext.nn.any_layer import AnyLayer
 from lora_ext.nn.linear import transformers_conv1d
 
@@ -35,13 +35,15 @@ ADAPTABLE = (
 _LAYER = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
 
 
-def matches(name: str, modules: str | Collection[str] | None) -> bool:
+def matches(
+    name: str, modules: str | Collection[str] | None, field: str = "target_modules"
+) -> bool:
     """Whether a module's dotted name is meant, as in PEFT: a string is a regular expression for the
-    whole name, a collection holds names or their last parts."""
+    whole name, a collection holds names or their last parts. `field` is for messages."""
     if modules is None:
         return False
     if isinstance(modules, str):
-        return re.fullmatch(modules, name) is not None
+        return compiled(field, modules).fullmatch(name) is not None
     return any(end in modules for end in ends(name))
 
 
@@ -104,11 +106,12 @@ def find_targets(
         return []
 
     excluded = _collection(config.exclude_modules)
-    saved = [compiled("modules_to_save", pattern) for pattern in saved_modules(config)]
+    saved = saved_modules(config)
     kept = [
         name
         for name in matched
-        if not matches(name, excluded) and not any(pattern.match(name) for pattern in saved)
+        if not matches(name, excluded, "exclude_modules")
+        and not any(True for _ in matching("modules_to_save", saved, name))
     ]
     if not kept and not required:
         return []
@@ -119,7 +122,7 @@ def find_targets(
             f"modules_to_save={saved_modules(config)!r}"
         )
     targets = _check_kinds(model, modules, kept, config, adaptable)
-    if excluded and not any(matches(name, excluded) for name in modules):
+    if excluded and not any(matches(name, excluded, "exclude_modules") for name in modules):
         _warn(f"exclude_modules: {config.exclude_modules!r} matches no module")
     return targets
 
@@ -127,13 +130,12 @@ def find_targets(
 def warn_of_unused_patterns(config: LoraConfig, names: Collection[str]) -> None:
     """Warns of keys of rank_pattern and alpha_pattern that match none of the names adapted."""
     for field in ("rank_pattern", "alpha_pattern"):
-        unused = [
-            pattern
-            for pattern in getattr(config, field) or ()
-            if not any(compiled(field, pattern).match(name) for name in names)
-        ]
+        patterns = getattr(config, field) or {}
+        used = {one for name in names for one in matching(field, patterns, name)}
+        unused = [pattern for pattern in patterns if pattern not in used]
         if unused:
-            _warn(f"{field}: {unused} match no module that is adapted")
+            more = f" and {len(unused) - 20} more" if unused[20:] else ""
+            _warn(f"{field}: {unused[:20]}{more} match no module that is adapted")
 
 
 def outside(
@@ -162,7 +164,7 @@ def _selection(
         linear = all_linear(model, modules, adapted)
         return linear.__contains__
     if isinstance(targets, str):
-        expression = re.compile(targets)
+        expression = compiled("target_modules", targets)
         return lambda name: expression.fullmatch(name) is not None
     names = frozenset(targets)
     layers = config.layers_to_transform
@@ -232,8 +234,8 @@ def _layer(name: str, patterns: str | list[str] | None) -> int | None:
         return int(found["index"]) if found else None
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         found = compiled("layers_pattern", pattern).match(name)
-        if found:
-            return int(found["index"])
+        if found:  # an alternative outside of brackets matches without a number, as in PEFT
+            return None if found["index"] is None else int(found["index"])
     return None
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from lora_ext.adapters.combining import Adapter, alpha_factor, subtract_mutated_init
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.names import plain_name
+from lora_ext.adapters.patterns import FILE_SECONDS, time_limit
 from lora_ext.adapters.targets import matches, saved_modules
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_file import TensorSpec
@@ -26,10 +28,12 @@ from lora_ext.io.base_tensors import (
     targets_embeddings,
     was_resized,
 )
+from lora_ext.io.files import typed_content
 from lora_ext.io.grouped_convolutions import grouped_where_possible, planned_as_in
 from lora_ext.io.plain_lora import plain_lora
 from lora_ext.io.reading import BaseTensors, FileTensors, check_loadable, spec_of
 from lora_ext.io.savable import check_adapter, check_tensors
+from lora_ext.nn.arguments import names_of
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.lora_layer import check_adapter_name
 from lora_ext.nn.transaction import Transaction
@@ -94,7 +98,7 @@ def _base_tensors(
 def save_pretrained(
     model: LoraModel,
     folder: str | Path,
-    adapter_names: list[str] | None = None,
+    adapter_names: str | list[str] | None = None,
     *,
     save_embedding_layers: bool | str = "auto",
     path_initial_model_for_weight_conversion: str | Path | None = None,
@@ -120,7 +124,9 @@ def save_pretrained(
             kdim or vdim other than embed_dim. Nothing is written then.
         AdapterFileError: NaN or Inf; the initial adapter's files are damaged or do not fit.
     """
-    names = list(model.peft_config) if adapter_names is None else adapter_names
+    names = list(model.peft_config)
+    if adapter_names is not None:
+        names = names_of(adapter_names, "save_pretrained")
     for name in names:
         if name not in model.peft_config:
             raise ValueError(
@@ -177,15 +183,14 @@ def load_adapter(
     """
     check_adapter_name(adapter_name, model.peft_config, "LoraModel.load_adapter")
     own = Transaction() if transaction is None else transaction
-    with open_adapter(folder) as files, own:
+    with open_adapter(folder) as files, own, ExitStack() as stack:
+        stack.enter_context(typed_content(files.path))
+        stack.enter_context(time_limit(FILE_SECONDS, sum(1 for _ in model.modules())))
         config = read_config(files)
         config.inference_mode = not is_trainable
-        try:
-            model.replicate(config, own)
-            plan = model.plan(config, autocast_adapter_dtype)
-            check_loadable(model, plan)
-        except (TypeError, ValueError, NotImplementedError) as error:
-            raise AdapterFileError(f"{files.path}: does not fit the model: {error}") from error
+        model.replicate(config, own)
+        plan = model.plan(config, autocast_adapter_dtype)
+        check_loadable(model, plan)
         file = FileTensors(files, _possible_keys(model, plan))
         plan = planned_as_in(file, _tied_as_in_the_file(plan, config, file), PREFIX)
         bases = BaseTensors(model, config, plan, file, PREFIX)
@@ -251,8 +256,9 @@ def _tied_as_in_the_file(plan: Plan, config: LoraConfig, file: FileTensors) -> P
 
 def _expected(plan: Plan) -> Iterator[tuple[str, TensorSpec]]:
     for planned in plan.layers.values():
+        held_in = planned.layer.adapter_dtype(planned.settings)
         for key, shape in planned.layer.peft_shapes(planned.settings).items():
-            yield f"{PREFIX}{planned.name}.{key}", TensorSpec(shape)
+            yield f"{PREFIX}{planned.name}.{key}", TensorSpec(shape, held_in=held_in)
     for name, module in plan.saved.items():
         original = getattr(module, "original_module", module)
         for key, tensor in original.state_dict().items():
@@ -263,9 +269,11 @@ def _subtract_initial(
     model: LoraModel, adapter_name: str, tensors: dict[str, Tensor], folder: Path
 ) -> dict[str, Tensor]:
     """The tensors with each adapter replaced by what it does beyond its initial state."""
+    known = adapter_state_dict(model, adapter_name, save_embedding_layers=True)
     with open_adapter(folder) as files:
-        header = files.header()
-        initial = files.tensors({key: TensorSpec(spec.shape) for key, spec in header.items()})
+        present = files.header().keys() & known.keys()
+        shapes = {k: tuple(v.shape) for k, v in known.items() if k in present or k in tensors}
+        initial = files.tensors({key: TensorSpec(shape) for key, shape in shapes.items()})
     result = dict(tensors)
     for name, layer in model.lora_layers():
         if adapter_name not in layer.adapters:

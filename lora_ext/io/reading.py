@@ -145,7 +145,7 @@ def _check_target(file: FileTensors, key: str, tensor: Tensor) -> None:
 
 def spec_of(tensor: Tensor) -> TensorSpec:
     """What a file has to hold for it: exactly its dtype, if that is not floating-point."""
-    shape = tuple(tensor.shape)
+    shape, dtype = tuple(tensor.shape), tensor.dtype
     if tensor.is_floating_point():
-        return TensorSpec(shape)
-    return TensorSpec(shape, frozenset({tensor.dtype}))
+        return TensorSpec(shape, held_in=dtype)
+    return TensorSpec(shape, frozenset({dtype}), dtype)

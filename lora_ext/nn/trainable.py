@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from lora_ext.nn.arguments import check_module
 from lora_ext.nn.lora_layer import LoraLayer
 
 _BIAS = ("none", "all", "lora_only")
@@ -11,6 +12,7 @@ _BIAS = ("none", "all", "lora_only")
 
 def _adapter_names(model: nn.Module, bias: str, operation: str) -> set[str]:
     """Names of the adapters' parameters, with those of the base biases that `bias` adds."""
+    check_module(operation, "model", model)
     if bias not in _BIAS:
         raise ValueError(f"{operation}: bias: got {bias!r}, expected one of {_BIAS}")
     names: set[str] = set()
@@ -56,6 +58,7 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters of a model, each counted once."""
+    check_module("print_trainable_parameters", "model", model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return trainable, sum(p.numel() for p in model.parameters())
 
