@@ -369,6 +369,14 @@ def test_a_wrong_bias_changes_nothing() -> None:
     assert [p.requires_grad for p in net.parameters()] == before
 
 
+def test_lora_ext_s_own_functions_know_them() -> None:
+    net = Net()
+    lora_ext.mark_only_lora_as_trainable(net, bias="lora_only")
+    trains = {name for name, p in net.named_parameters() if p.requires_grad}
+    assert trains == lora_ext.lora_state_dict(net, bias="lora_only").keys()
+    assert trains == {"qkv.bias", "project.bias"} | lora.lora_state_dict(net).keys()
+
+
 def test_explain_knows_them() -> None:
     net = Net()
     rows = {row.name: (row.path, row.reason) for row in lora_ext.explain(net)}

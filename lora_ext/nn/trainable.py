@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from lora_ext.loralib.merging import MergingLayer
 from lora_ext.nn.lora_layer import LoraLayer
 
 _BIAS = ("none", "all", "lora_only")
@@ -20,6 +21,9 @@ def _adapter_names(model: nn.Module, bias: str, operation: str) -> set[str]:
         if isinstance(module, LoraLayer):
             for adapter in module.adapters:
                 names |= {prefix + name for name in module.adapter_parameters(adapter)}
+        elif isinstance(module, MergingLayer):  # of lora_ext.loralib
+            adapted = True
+            names |= {prefix + name for name in module._parameters if name.startswith("lora_")}
         if "bias" in module._parameters and (bias == "all" or (bias == "lora_only" and adapted)):
             names.add(f"{prefix}bias")
     return names
