@@ -293,6 +293,20 @@ def test_a_weight_that_is_computed_stays_unmerged() -> None:
     close(layer(x), expected)
 
 
+def test_a_convolution_whose_weight_is_computed() -> None:
+    layer, x = trained("Conv2d")
+    expected = layer(x)
+    nn.utils.parametrizations.weight_norm(layer.conv)
+    close(layer(x), expected)
+    close(layer.eval()(x), expected)
+    transposed, x = trained("ConvTranspose2d")
+    nn.utils.parametrizations.weight_norm(transposed.conv)
+    before = {name: value.clone() for name, value in transposed.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"ConvLoRA: conv: the weight of this .* is computed"):
+        transposed(x)
+    assert all(torch.equal(transposed.state_dict()[name], before[name]) for name in before)
+
+
 def test_a_lost_training_does_not_stop_eval() -> None:
     layer, x = trained("Linear")
     bits = layer.weight.clone()
@@ -352,11 +366,18 @@ def test_dropout_of_a_convolution_is_not_silent() -> None:
             "MergedLinear: enable_lora: got 2 slices for 7 out_features",
         ),
         (lambda: lora.MergedLinear(4, 7, enable_lora=[]), "enable_lora: got 0 slices"),
+        (lambda: lora.Linear(4, 7, r="2"), "Linear: r: got '2', expected an integer"),
+        (lambda: lora.Embedding(4, 7, 2, None), "Embedding: lora_alpha: got None, expected a num"),
+        (lambda: lora.Linear(4, 7, 2, 1, -0.1), r"Linear: lora_dropout: got -0\.1, expected a pro"),
+        (
+            lambda: lora.ConvLoRA(nn.Conv2d(4, 4, 3), 4, 4, 3, r=2),
+            "ConvLoRA: conv_module: got a Conv2d, expected the class of a conv",
+        ),
     ],
-    ids=["kernel", "slices", "no slices"],
+    ids=["kernel", "slices", "no slices", "r", "lora_alpha", "lora_dropout", "conv_module"],
 )
 def test_wrong_arguments(make: Callable[[], object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         make()
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
 
 from lora_ext.functional import lora_embedding, lora_linear, lora_update
 from lora_ext.loralib.merging import LoRALayer, MergingLayer, add_product, no_dropout
@@ -288,6 +289,7 @@ class ConvLoRA(MergingLayer):
         kwargs: further ones of conv_module.
 
     Raises:
+        TypeError: conv_module is a module, not a class.
         ValueError: kernel_size is no int, or the weight is of another size.
     """
 
@@ -308,6 +310,11 @@ class ConvLoRA(MergingLayer):
     ) -> None:
         super().__init__()
         where = type(self).__name__
+        if isinstance(conv_module, nn.Module):
+            raise TypeError(
+                f"{where}: conv_module: got a {type(conv_module).__name__}, expected the class of "
+                "a convolution, nn.Conv2d say, which is made here"
+            )
         if not isinstance(kernel_size, int):
             raise ValueError(
                 f"{where}: kernel_size: got {kernel_size!r}, expected one int; "
@@ -350,8 +357,16 @@ class ConvLoRA(MergingLayer):
         """x, and what else `conv` takes → what `conv` returns."""
         if self.r == 0 or self.merged:
             return self.conv(x, *args)  # type: ignore[no-any-return]
-        adapted = {"weight": self._adapted_weight()}
-        return functional_call(self.conv, adapted, (x, *args))  # type: ignore[no-any-return]
+        weight = self._adapted_weight()
+        if hasattr(self.conv, "_conv_forward"):
+            return self.conv._conv_forward(x, weight, self.conv.bias, *args)  # type: ignore[no-any-return]
+        if self.conv._forward_pre_hooks or is_parametrized(self.conv, "weight"):
+            raise RuntimeError(
+                f"{type(self).__name__}: conv: the weight of this {type(self.conv).__name__} is "
+                "computed in each call (weight_norm, pruning), expected a parameter; undo that, or "
+                "run it merged, in eval()"
+            )
+        return functional_call(self.conv, {"weight": weight}, (x, *args))  # type: ignore[no-any-return]
 
     def _adapted_weight(self) -> Tensor:
         weight: Tensor = self.conv.weight

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
 import torch
@@ -27,9 +28,26 @@ class LoRALayer:
         lora_alpha: the update is scaled by `lora_alpha / r`.
         lora_dropout: probability that an input element is dropped before lora_A.
         merge_weights: `eval()` merges and `train()` unmerges.
+
+    Raises:
+        TypeError: r is no integer, lora_alpha or lora_dropout no number.
+        ValueError: lora_dropout is no probability.
     """
 
     def __init__(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool) -> None:
+        where = type(self).__name__
+        given: tuple[tuple[str, object, type, str], ...] = (
+            ("r", r, Integral, "an integer"),
+            ("lora_alpha", lora_alpha, Real, "a number"),
+            ("lora_dropout", lora_dropout, Real, "a probability from 0 to 1"),
+        )
+        for name, value, kind, expected in given:
+            if not isinstance(value, kind):
+                raise TypeError(f"{where}: {name}: got {value!r}, expected {expected}")
+        if not 0.0 <= lora_dropout <= 1.0:
+            raise ValueError(
+                f"{where}: lora_dropout: got {lora_dropout}, expected a probability from 0 to 1"
+            )
         self.r = r
         self.lora_alpha = lora_alpha
         self.lora_dropout: Callable[[Tensor], Tensor] = (
@@ -199,7 +217,7 @@ class MergingLayer(nn.Module, LoRALayer):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if metadata is not None and hasattr(self, "lora_A"):
-            metadata["lora_merged"] = self._merge is not None
+            metadata["lora_merged"] = self.merged
 
     @torch.no_grad()
     def _load_from_state_dict(
