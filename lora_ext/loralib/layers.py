@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from lora_ext.functional import lora_embedding, lora_linear, lora_update
@@ -358,7 +359,8 @@ class ConvLoRA(MergingLayer):
         if self.r == 0 or self.merged:
             return self.conv(x, *args)  # type: ignore[no-any-return]
         weight = self._adapted_weight()
-        if hasattr(self.conv, "_conv_forward"):
+        transposed = isinstance(self.conv, _ConvTransposeNd)  # whose _conv_forward is empty
+        if hasattr(self.conv, "_conv_forward") and not transposed:
             return self.conv._conv_forward(x, weight, self.conv.bias, *args)  # type: ignore[no-any-return]
         if self.conv._forward_pre_hooks or is_parametrized(self.conv, "weight"):
             raise RuntimeError(
