@@ -19,8 +19,10 @@ import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).parent.resolve()
 
@@ -40,6 +42,16 @@ def fail(sentence: str) -> NoReturn:
     raise SystemExit(f"lora_ext: {sentence}")
 
 
+def setting(name: str, default: str) -> str:
+    """Of an environment variable; templates of build systems leave those they do not use blank."""
+    return os.environ.get(name, "").strip() or default
+
+
+def check_system() -> None:
+    if sys.platform != "linux":
+        fail(f"this is {sys.platform}; lora_ext runs on Linux only.")
+
+
 def find_torch() -> dict[str, Any]:
     result = subprocess.run(
         [sys.executable, "-I", "-c", FIND_TORCH], capture_output=True, text=True
@@ -48,7 +60,8 @@ def find_torch() -> dict[str, Any]:
         reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
         fail(
             f"no usable torch for {sys.executable} ({reason}); "
-            "install torch 2.11 or newer into this environment first, then lora_ext again."
+            "install torch 2.11 or newer into this environment first, then lora_ext again. (If it "
+            "is there, the builder made an environment of its own: use --no-build-isolation.)"
         )
     found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     major, minor = (int(part) for part in str(found["version"]).split(".")[:2])
@@ -58,7 +71,7 @@ def find_torch() -> dict[str, Any]:
 
 
 def check_tools() -> None:
-    compiler = os.environ.get("CXX", "c++")
+    compiler = setting("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None and shutil.which("g++") is None:
         fail(f"no C++ compiler: '{compiler}' is not on PATH; install g++ 11 or newer, or set CXX.")
     header = Path(sysconfig.get_path("include")) / "Python.h"
@@ -74,7 +87,7 @@ def find_nvcc() -> Path | None:
 
 def cuda_architectures() -> str:
     """TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX") in CMake's terms ("80-real;90a")."""
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a").replace(" ", ";")
+    wanted = setting("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a").replace(" ", ";")
     names = []
     for name in filter(None, wanted.split(";")):
         number = name.removesuffix("+PTX").replace(".", "")
@@ -86,7 +99,7 @@ def cuda_architectures() -> str:
 
 def cuda_settings(torch: dict[str, Any]) -> dict[str, str]:
     """CMake's settings of a CUDA build; none for a CPU build."""
-    wish = os.environ.get("LORA_EXT_CUDA", "auto")
+    wish = setting("LORA_EXT_CUDA", "auto")
     if wish not in ("auto", "0", "1"):
         fail(f"LORA_EXT_CUDA is '{wish}'; expected auto, 0 or 1.")
     nvcc = find_nvcc()
@@ -121,17 +134,28 @@ def cuda_settings(torch: dict[str, Any]) -> dict[str, str]:
     }
 
 
+class CheckedMetadata(dist_info):
+    """The metadata, if there is a torch to build for: installers ask for it before they fetch what
+    it names, and would fetch gigabytes of another torch first."""
+
+    def run(self) -> None:
+        check_system()
+        find_torch()
+        super().run()
+
+
 class CMakeBuild(build_ext):
     """build_ext that hands the one extension to CMake and Ninja."""
 
     def build_extension(self, ext: Extension) -> None:
+        check_system()
         check_tools()
         torch = find_torch()
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         settings = {
-            "CMAKE_BUILD_TYPE": os.environ.get("CMAKE_BUILD_TYPE", "Release"),
+            "CMAKE_BUILD_TYPE": setting("CMAKE_BUILD_TYPE", "Release"),
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(target.parent),
             "TORCH_INCLUDE_DIRS": ";".join(torch["include"]),
             "TORCH_LIBRARY_DIR": torch["lib"],
@@ -154,21 +178,24 @@ class CMakeBuild(build_ext):
         # A fresh folder each time: a kept CMakeCache would name the ninja of a deleted build
         # environment.
         with contextlib.ExitStack() as stack:
-            folder = os.environ.get("LORA_EXT_BUILD_DIR") or stack.enter_context(
+            folder = setting("LORA_EXT_BUILD_DIR", "") or stack.enter_context(
                 tempfile.TemporaryDirectory(prefix="lora_ext_build_")
             )
             configure = ["cmake", "-S", str(ROOT), "-B", folder, "-G", "Ninja"]
             configure += [f"-D{name}={value}" for name, value in settings.items()]
             build = ["cmake", "--build", folder]
-            if jobs := os.environ.get("MAX_JOBS"):
+            if jobs := setting("MAX_JOBS", ""):
                 build += ["--parallel", jobs]
+            environment = {k: v for k, v in os.environ.items() if k != "CXX" or v.strip()}
             for command in (configure, build):
-                if subprocess.run(command).returncode != 0:
+                if subprocess.run(command, env=environment).returncode != 0:
                     fail(f"'{' '.join(command[:4])} ...' failed; its messages are above.")
 
 
 if __name__ == "__main__":
+    if int(setuptools.__version__.split(".")[0]) < 77:
+        fail(f"setuptools {setuptools.__version__} is installed; 77 or newer is needed.")
     setup(
         ext_modules=[Extension("lora_ext._C", sources=[])],
-        cmdclass={"build_ext": CMakeBuild},
+        cmdclass={"build_ext": CMakeBuild, "dist_info": CheckedMetadata},
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from lora_ext.loralib.merging import MergingLayer
 from lora_ext.nn.arguments import check_module
 from lora_ext.nn.lora_layer import LoraLayer
 
@@ -22,6 +23,9 @@ def _adapter_names(model: nn.Module, bias: str, operation: str) -> set[str]:
         if isinstance(module, LoraLayer):
             for adapter in module.adapters:
                 names |= {prefix + name for name in module.adapter_state_names(adapter)}
+        elif isinstance(module, MergingLayer):  # of lora_ext.loralib
+            adapted = True
+            names |= {prefix + name for name in module._parameters if name.startswith("lora_")}
         own = f"{module.BASE_PATH}bias" if isinstance(module, LoraLayer) else "bias"
         has_bias = isinstance(getattr(module, "bias", None), nn.Parameter)
         if has_bias and (bias == "all" or (bias == "lora_only" and adapted)):
