@@ -6,6 +6,9 @@
 
 namespace lora_ext::sm80 {
 
+// That every GPU from sm_80 on gives a block which asks for them: sm_86, sm_89 and sm_120 no more.
+constexpr int kLeastSharedBytes = 99 * 1024;
+
 // Of a multiprocessor, for __launch_bounds__: without a number ptxas spills registers to fit more
 // blocks than shared memory lets in.
 constexpr int kLeastBlocks = 1;
