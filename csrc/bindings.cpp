@@ -94,7 +94,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<lora_ext::CudaCall>(m, "CudaCall", "What autotune tells calls on CUDA apart by.")
       .def(py::init(&lora_ext::make_cuda_call), py::kw_only(), py::arg("backward"),
            py::arg("device"), py::arg("tokens"), py::arg("out_features"), py::arg("in_features"),
-           py::arg("r"), py::arg("base"), py::arg("adapter"), py::arg("dropout"));
+           py::arg("r"), py::arg("base"), py::arg("adapter"), py::arg("dropout"),
+           py::arg("weight") = py::none());
   m.def("explain_lora_linear_cuda",
         torch::wrap_pybind_function(&lora_ext::explain_lora_linear_cuda), py::arg("call"),
         py::arg("compute_capability"), "The path of a call on a GPU of this kind, and why.");

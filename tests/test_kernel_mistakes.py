@@ -254,7 +254,7 @@ LAUNCHES = {
         "lora_down_sm80.h", "arch::cp_async_wait<Shape::kRing - 2>();", "",
     ),
     "down: splits that overlap": (
-        "lora_down_sm80.h", "const int64_t first = steps * blockIdx.x / params.splits;",
+        "lora_down_sm80.h", "const int64_t first = steps * blockIdx.y / params.splits;",
         "const int64_t first = 0;",
     ),
     "up_grad: no barrier after the wait": (
@@ -306,7 +306,7 @@ Result = subprocess.CompletedProcess[str]
 def plant(mistake: str, folder: Path) -> Path:
     """A copy of csrc with the mistake."""
     csrc = folder / "csrc"
-    for part in ("common", "kernels"):
+    for part in ("common", "cuda", "kernels"):
         shutil.copytree(ROOT / "csrc" / part, csrc / part)
     if mistake != NONE:
         name, right, wrong = MISTAKES[mistake]
