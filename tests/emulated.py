@@ -149,7 +149,9 @@ class EmulatedKernels:
     def take_launches(self) -> list[Launch]:
         """Of each launch since the last call."""
         counts = ((ctypes.c_int64 * 4) * MOST_LAUNCHES)()
-        return [Launch(*counts[i]) for i in range(self.library.take_launches(MOST_LAUNCHES, counts))]
+        return [
+            Launch(*counts[i]) for i in range(self.library.take_launches(MOST_LAUNCHES, counts))
+        ]
 
     def forward(
         self,

@@ -28,12 +28,17 @@ extern "C" ChosenPath dropped_path(int64_t M, double dropout_p, bool bf16, bool 
 
 // fastest: none if negative
 extern "C" ChosenPath cuda_path(int64_t M, int64_t N, int64_t K, int64_t r, bool half, int rows,
-                                int compute_capability, bool sm90, int wish, int fastest) {
+                                int compute_capability, bool built, bool sm90, int wish,
+                                int fastest) {
   const CudaCall call{false, 0, M, N, K, r, 0, 0, half, false, static_cast<Rows>(rows)};
   const auto measured = fastest < 0 ? std::nullopt : std::optional(static_cast<CudaWish>(fastest));
-  const CudaPath path =
-      choose_cuda_path({call, compute_capability, sm90, static_cast<CudaWish>(wish), measured});
+  const CudaPath path = choose_cuda_path(
+      {call, compute_capability, built, sm90, static_cast<CudaWish>(wish), measured});
   return {static_cast<int>(path.kernels), cuda_path_name(path), path.reason, 0, 0};
+}
+
+extern "C" bool is_built_for(const char* targets, int compute_capability) {
+  return built_for(targets, compute_capability);
 }
 
 // Of a matrix at this address, and of x, y and the weight by their sizes.

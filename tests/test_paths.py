@@ -14,8 +14,8 @@ CPU_FACTS = {
     for name in "M N K r dropout bf16 bf16_dot mixed fast_blas compute_bytes threads".split()
 }
 CUDA_FACTS = {"M": None, "N": None, "K": None, "r": None, "half": ctypes.c_bool}
-CUDA_FACTS |= {"rows": ctypes.c_int, "compute_capability": ctypes.c_int, "sm90": ctypes.c_bool}
-CUDA_FACTS |= {"wish": ctypes.c_int, "fastest": ctypes.c_int}
+CUDA_FACTS |= {"rows": ctypes.c_int, "compute_capability": ctypes.c_int, "built": ctypes.c_bool}
+CUDA_FACTS |= {"sm90": ctypes.c_bool, "wish": ctypes.c_int, "fastest": ctypes.c_int}
 CPU_KERNELS = ("blas", "vector", "bf16 dot")
 ANY, ALIGNED, TMA = range(3)  # Rows of csrc/cuda/path.h
 
@@ -40,6 +40,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         function.restype = ChosenPath
     loaded.dropped_path.argtypes = [ctypes.c_int64, ctypes.c_double, ctypes.c_bool, ctypes.c_bool]
     loaded.dropped_path.restype = ChosenPath
+    loaded.is_built_for.restype = ctypes.c_bool
     loaded.rows_of_matrix.argtypes = [ctypes.c_int64] * 4
     loaded.rows_of_a_call.argtypes = [ctypes.c_int64] * 2
     return loaded
@@ -134,8 +135,8 @@ def test_dropped_path(
     assert reason in path.reason.decode()
 
 
-CUDA = dict(M=2048, N=1024, K=1024, r=16, half=True, rows=TMA, compute_capability=80, sm90=True)
-CUDA |= dict(wish="auto", fastest=None)
+CUDA = dict(M=2048, N=1024, K=1024, r=16, half=True, rows=TMA, compute_capability=80)
+CUDA |= dict(built=True, sm90=True, wish="auto", fastest=None)
 FUSED, HYBRID, CUBLAS = "cuda fused sm_80", "cuda hybrid sm_80", "cuda cublas"
 FUSED_90, HYBRID_90 = "cuda fused sm_90a", "cuda hybrid sm_90a"
 RANKS, EMPTY, LARGE = "the kernels take ranks 1 to 256", "no empty matrices", "in 32 bits"
@@ -154,6 +155,8 @@ CUDA_CASES = {
     "sm_120": ({"compute_capability": 120}, HYBRID, UNMEASURED),
     "sm_75": ({"compute_capability": 75}, CUBLAS, "need a GPU from sm_80 on"),
     "sm_70": ({"compute_capability": 70}, CUBLAS, "need a GPU from sm_80 on"),
+    "no code for the GPU": ({"built": False}, CUBLAS, "no kernels for this GPU: add its number"),
+    "no code for the GPU, wish": ({"built": False, "wish": "fused"}, CUBLAS, "no kernels for"),
     "fp32 or fp64": ({"half": False}, CUBLAS, "float32 and float64 products are cuBLAS's"),
     "rank 0": ({"r": 0}, CUBLAS, RANKS),
     "rank 256": (SM90 | {"r": 256}, FUSED_90, ONE_PASS),
@@ -204,6 +207,27 @@ def test_cuda_path(
     path = library.cuda_path(*values.values())
     assert path.name.decode() == name
     assert reason in path.reason.decode()
+
+
+# Targets of a build: the GPUs that run it
+BUILDS = {
+    "80 90a-real": {80, 86, 87, 89, 90, 100, 103, 110, 120},
+    "80-real 90a-real": {80, 86, 87, 89, 90},
+    "80-real": {80, 86, 87, 89},
+    "86-real": {86, 87, 89},
+    "90a-real": {90},
+    "90a": {90},
+    "90": {90, 100, 103, 110, 120},
+    "80-real 100f-real": {80, 86, 87, 89, 100, 103},
+    "80-real 120-real": {80, 86, 87, 89, 120},
+    "": set(),
+}
+
+
+@pytest.mark.parametrize(("targets", "gpus"), BUILDS.items(), ids=BUILDS.keys())
+def test_gpus_that_run_a_build(library: ctypes.CDLL, targets: str, gpus: set[int]) -> None:
+    every = (70, 75, 80, 86, 87, 89, 90, 100, 103, 110, 120)
+    assert {gpu for gpu in every if library.is_built_for(targets.encode(), gpu)} == gpus
 
 
 # (address, rows, stride, columns)

@@ -27,6 +27,9 @@ CudaCall make_cuda_call(bool backward, int device, int64_t tokens, int64_t out_f
 
 CudaPath cuda_path(const CudaCall& call, int compute_capability);
 
+// Whether a GPU of this kind has more than cuBLAS's products for such calls.
+bool has_cuda_kernels(const CudaCall& call, int compute_capability);
+
 // (path, reason) of a call, forward and backward, on a GPU of this compute capability (80 for
 // sm_80).
 std::pair<std::string, std::string> explain_lora_linear_cuda(CudaCall call, int compute_capability);

@@ -74,7 +74,14 @@ CudaPath cuda_path(const CudaCall& call, int compute_capability) {
 #else
   constexpr bool sm90 = false;
 #endif
-  return choose_cuda_path({call, compute_capability, sm90, cuda_wish(), tuned_paths().find(call)});
+  const bool built = built_for(LORA_EXT_CUDA_TARGETS, compute_capability);
+  return choose_cuda_path(
+      {call, compute_capability, built, sm90, cuda_wish(), tuned_paths().find(call)});
+}
+
+bool has_cuda_kernels(const CudaCall& call, int compute_capability) {
+  const bool built = built_for(LORA_EXT_CUDA_TARGETS, compute_capability);
+  return why_no_kernels(call, compute_capability, built) == nullptr;
 }
 
 std::pair<std::string, std::string> explain_lora_linear_cuda(CudaCall call,

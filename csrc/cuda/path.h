@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <string_view>
 
 #include "kernels/lora_linear.h"
 
@@ -46,9 +47,31 @@ struct CudaCall {
   Rows rows;  // of the worst among x, dy, the weight and the results
 };
 
+// Whether code for these targets of a build ("80 90a-real", as CMake names them) runs on a GPU:
+// machine code for later GPUs of the same generation, PTX (without -real) for all later ones; with
+// a letter for one GPU, or one generation, alone.
+inline bool built_for(std::string_view targets, int compute_capability) {
+  while (!targets.empty()) {
+    const std::string_view target = targets.substr(0, targets.find(' '));
+    targets.remove_prefix(std::min(targets.size(), target.size() + 1));
+    int number = 0;
+    size_t end = 0;
+    while (end < target.size() && target[end] >= '0' && target[end] <= '9') {
+      number = 10 * number + (target[end++] - '0');
+    }
+    if (number == 0 || number > compute_capability) continue;
+    const char letter = end < target.size() ? target[end] : '\0';
+    const bool machine_code = number / 10 == compute_capability / 10;
+    const bool ptx = letter != 'a' && letter != 'f' && target.find("-real") == target.npos;
+    if (letter == 'a' ? number == compute_capability : machine_code || ptx) return true;
+  }
+  return false;
+}
+
 struct CudaProblem {
   CudaCall call;
   int compute_capability;           // 80 for sm_80
+  bool built;                       // this build has kernels for such a GPU
   bool sm90;                        // this build has the kernels of sm_90a
   CudaWish wish;                    // of the environment
   std::optional<CudaWish> fastest;  // of those that autotune measured for this call
@@ -64,11 +87,15 @@ struct CudaPath {
 };
 
 // Why the kernels of csrc/kernels cannot run a call; null where they can.
-inline const char* why_no_kernels(const CudaCall& call, int compute_capability) {
+inline const char* why_no_kernels(const CudaCall& call, int compute_capability, bool built) {
   constexpr int64_t kMaxRank = 256;  // beyond, the low-rank products are worth a BLAS
   constexpr int64_t kMostRows = (int64_t{1} << 31) - 1;
   if (!call.half) return "float32 and float64 products are cuBLAS's";
   if (compute_capability < 80) return "the kernels need a GPU from sm_80 on";
+  if (!built) {
+    return "this build has no kernels for this GPU: add its number to TORCH_CUDA_ARCH_LIST and "
+           "install lora_ext again";
+  }
   if (call.r == 0 || call.r > kMaxRank) return "the kernels take ranks 1 to 256";
   if (call.N == 0 || call.K == 0) return "the kernels take no empty matrices";
   if (std::max({call.M, call.N, call.K}) > kMostRows) {
@@ -88,7 +115,7 @@ inline CudaPath choose_cuda_path(const CudaProblem& problem) {
                                     "LORA_EXT_CUDA_PATH=composed"};
   const CudaCall& call = problem.call;
   const int capability = problem.compute_capability;
-  if (const char* reason = why_no_kernels(call, capability)) {
+  if (const char* reason = why_no_kernels(call, capability, problem.built)) {
     return {Kernels::Composed, KernelFamily::Sm80, reason};
   }
   // The kernels for sm_90a read by TMA alone, and store 16 bytes at a time.

@@ -101,7 +101,7 @@ bool choose(const Arguments& a, bool backward) {
   read(a.x, a.M, a.ldx, a.K);
   read(a.weight, a.transposed ? a.K : a.N, a.ldw, a.transposed ? a.N : a.K);
   const CudaCall call{backward, 0, a.M, a.N, a.K, a.r, 0, 0, true, a.dropout != 0, rows};
-  path() = choose_cuda_path({call, simt::options().compute_capability, kSm90, wish(), {}});
+  path() = choose_cuda_path({call, simt::options().compute_capability, true, kSm90, wish(), {}});
   return path().kernels != CudaPath::Kernels::Composed;
 }
 
