@@ -43,8 +43,7 @@ PRODUCTS = {
             "gemm_sm80.h", "params.threshold, m + warp_row,", "params.threshold, m,",
         ),
         "rows read beyond the matrix": (
-            "tile_sm80.h", "row + r < matrix.rows ? matrix.columns",
-            "row + r <= matrix.rows ? matrix.columns",
+            "tile_sm80.h", "bool inside = r < rows;", "bool inside = r <= rows;",
         ),
         "chunks not permuted for one operand": (
             "tile_sm80.h", "Tile::offset(row + lane % 16, column / 8 + lane / 16)",
