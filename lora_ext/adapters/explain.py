@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_ext._extension import _C, build_info
 from lora_ext.adapters.names import named_modules
@@ -148,6 +148,7 @@ def _explain_call(layer: nn.Linear, adapter: LowRank, tokens: int) -> tuple[str,
         base=dtype,
         adapter=adapter.lora_A.dtype,
         dropout=adapter.dropout_p > 0.0,
+        weight=layer._weight_matrix() if type(layer.weight) in (nn.Parameter, Tensor) else None,
     )
     return _C.explain_lora_linear_cuda(call, 10 * major + minor)
 
