@@ -152,8 +152,11 @@ def test_merging_does_not_write_into_the_base() -> None:
 
 def test_what_trains_while_merged_trains_after_it() -> None:
     layer = layer_of()
+    layer.add_adapter("other", r=2)
     layer.merge()
     layer.weight.requires_grad_(False)
+    layer.merge(["other"])
+    assert not layer.weight.requires_grad
     layer.unmerge()
     assert not layer.weight.requires_grad
 

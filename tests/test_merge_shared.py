@@ -319,6 +319,14 @@ def test_tying_again_while_merged(targets: list[str], how: str) -> None:
     assert net.head.weight is base and net.embed.weight is base
 
 
+def test_another_module_can_be_given_a_merged_weight() -> None:
+    model = model_of(["first"])
+    merge(model)
+    layer, plain = model.base_model.first, nn.Linear(6, 6)
+    plain.weight = layer.weight
+    assert plain.weight is layer.weight
+
+
 def test_a_weight_given_to_a_merged_layer_is_its_base() -> None:
     model = model_of(["first"])
     merge(model)

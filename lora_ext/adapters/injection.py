@@ -14,6 +14,8 @@ from lora_ext.adapters.swap import swap_modules
 from lora_ext.adapters.targets import matches, near_misses
 from lora_ext.nn import Linear
 from lora_ext.nn.arguments import check_module, names_of
+from lora_ext.nn.default_adapter import DEFAULT
+from lora_ext.nn.transaction import Transaction
 
 
 def replace_linear(
@@ -57,11 +59,19 @@ def replace_linear(
     chosen = _choose(model, modules, target_modules, exclude_modules)
     if not chosen:
         raise ValueError(_no_match(modules, target_modules))
-    replacements: dict[int, nn.Module] = {
-        id(module): Linear.from_linear(module, r, lora_alpha, lora_dropout, **options)
-        for module in chosen.values()
-    }
-    return swap_modules(model, replacements)
+    name = options.pop("adapter_name", DEFAULT)
+    options |= {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
+    transaction = Transaction()
+    replacements: dict[int, nn.Module] = {}
+    for module in chosen.values():
+        if id(module) not in replacements:
+            layer = Linear.from_linear(module, r=0)
+            if r != 0:
+                transaction.draft(layer).add_adapter(name, **options)
+            replacements[id(module)] = layer
+    names = swap_modules(model, replacements, transaction)
+    transaction.commit()
+    return names
 
 
 def _checked(argument: str, names: str | Iterable[str]) -> str | list[str]:

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 from torch import nn
 
-from lora_ext.nn import LoraLayer
 from lora_ext.nn.lora_layer import check_adapter_name
 from lora_ext.nn.transaction import Transaction
 
@@ -19,25 +18,22 @@ class Copies(nn.ModuleDict):
     def __setitem__(self, key: str, module: nn.Module) -> None:
         self._modules[key] = module
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in vars(self):  # "training", say, also where a copy is called so
+            vars(self)[name] = value
+        else:
+            super().__setattr__(name, value)
+
 
 class ModulesToSave(nn.Module):
     """A module and its copies: the active adapter's runs, the original where none is active.
 
     What an attribute, an index or a loop finds in it is the running module's, so that a list of
     modules can stand in it, too.
-
-    Raises:
-        TypeError: the module has adapters of its own.
     """
 
     def __init__(self, original_module: nn.Module) -> None:
         super().__init__()
-        if any(isinstance(module, LoraLayer) for module in original_module.modules()):
-            raise TypeError(
-                f"modules_to_save: got a {type(original_module).__qualname__} with adapters in it, "
-                "expected a module without; name it in modules_to_save or in target_modules, not "
-                "in both"
-            )
         self.original_module = original_module
         self.modules_to_save = Copies()
         self.active_adapter: str | None = None

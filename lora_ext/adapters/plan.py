@@ -91,7 +91,7 @@ def make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool
     """Finds what a config adapts.
 
     Raises:
-        TypeError: a target module is of a kind that has no adapters.
+        TypeError: a target module is of a kind that has no adapters, or a module to save has some.
         ValueError: nothing matches target_modules or modules_to_save, a setting is out of range, or
             init_lora_weights would change a weight that several modules share.
         NotBuiltError: ensure_weight_tying of adapters.
@@ -129,6 +129,12 @@ def _make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: boo
         raise ValueError(
             f"LoraConfig: modules_to_save: {config.modules_to_save!r} matches no module"
         )
+    for name, module in saved.items():
+        if any(isinstance(part, LoraLayer) for part in module.modules()):
+            raise TypeError(
+                f"LoraConfig: modules_to_save: '{name}' has adapters, expected a module without: "
+                "its copy would be trained beside them"
+            )
     tied = _tied(model, names, saved) if config.ensure_weight_tying else {}
     for name in (*tied.values(), *tied):
         saved.setdefault(name, modules[name])

@@ -103,11 +103,11 @@ class Linear(LinearBase):
         merge_weights: eval() merges and train() unmerges, as loralib does.
         bias: whether the base has a bias.
 
-    `merge()` writes the update into `weight` in place; `unmerge()` gives back the base weight bit
-    for bit, whatever happened to the adapter between. For that a merged layer keeps a copy of its
-    base weight until unmerged: out_features * in_features more elements in memory. `state_dict`
-    holds the base weight also while merged. Layers that share one weight must be unmerged in the
-    reverse order of merging.
+    `merge()` makes `weight` another parameter, that of the base with the update in it; `unmerge()`
+    puts the base's own back, into which nothing was written, whatever happened to the adapter
+    between. Until then a merged layer holds both: out_features * in_features more elements in
+    memory. `state_dict` holds the base weight also while merged. Layers that share one weight can
+    be merged and unmerged in any order.
 
     Raises:
         ValueError: r, lora_alpha, lora_dropout or init_lora_weights out of range, by name.

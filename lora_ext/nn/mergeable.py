@@ -52,7 +52,7 @@ class MergeableLayer(nn.Module):
         raise NotImplementedError
 
     def _write_merged(self, names: Sequence[str]) -> None:
-        """Adds these adapters to the base's parameters, in place; ValueError for NaN or Inf."""
+        """Adds these adapters to a draft's parameters, in place; ValueError for NaN or Inf."""
         raise NotImplementedError
 
     def _choose_running(self) -> None:
@@ -109,6 +109,7 @@ class MergeableLayer(nn.Module):
         """Makes exactly these adapters the merged ones."""
         where = f"{type(self).__name__}.merge"
         self._check_not_computed(where)
+        train = {name: attrgetter(name)(self).requires_grad for name in self._aside}
         self._put_back()
         parameters = self._merged_parameters(names)
         for name, parameter in parameters.items():
@@ -120,6 +121,8 @@ class MergeableLayer(nn.Module):
                     "the model"
                 )
         self._aside = self._put_own(parameters)
+        for name in train.keys() & self._aside.keys():
+            attrgetter(name)(self).requires_grad_(train[name])
         self._write_merged(names)
         self.merged_adapters = names
         self._choose_running()
@@ -203,14 +206,13 @@ class MergeableLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What moves or casts the layer also does so to the base's parameters while merged."""
-        self._parameters.update({base_name(name): p for name, p in self._aside.items()})
         try:
+            self._parameters.update({base_name(name): p for name, p in self._aside.items()})
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
         finally:
             for name in self._aside:
-                moved = self._parameters.pop(base_name(name))
-                assert moved is not None
-                self._aside[name] = moved
+                if (moved := self._parameters.pop(base_name(name), None)) is not None:
+                    self._aside[name] = moved
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -305,16 +307,19 @@ _BASES: MutableMapping[Tensor, nn.Parameter] = WeakTensorKeyDictionary()
 def _share_the_base(
     module: nn.Module, name: str, parameter: nn.Parameter | None
 ) -> nn.Parameter | None:
-    """What becomes a module's parameter instead of `parameter`, if anything. Who shares the weight
-    of a merged layer (`head.weight = embedding.weight`, as in tie_weights of transformers) shares
-    the base's; and a weight that is given to a merged layer is its base's."""
-    if parameter is None or not _BASES or module._parameters.get(name) is parameter:
+    """What becomes a module's parameter instead of `parameter`, if anything. Who shares its weight
+    with the base of a merged layer goes on with that if told to share the layer's
+    (`head.weight = embedding.weight`, as in tie_weights of transformers); and a weight that is
+    given to a merged layer is its base's."""
+    if parameter is None or not _BASES:
         return None
-    base = _BASES.get(parameter, parameter)
+    now, base = module._parameters.get(name), _BASES.get(parameter, parameter)
+    if now is parameter:
+        return None
     if isinstance(module, MergeableLayer) and name in vars(module).get("_aside", ()):
         module._take_base(name, base)
         return module._parameters[name]
-    return None if base is parameter else base
+    return base if now is base else None
 
 
 register_module_parameter_registration_hook(_share_the_base)  # type: ignore[arg-type]
