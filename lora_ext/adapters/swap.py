@@ -21,6 +21,9 @@ def swap_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> lis
     for name in swapped:
         parent, _, child = name.rpartition(".")
         setattr(modules[parent], child, replacements[id(modules[name])])
+        other = replacements.get(id(modules[parent]))  # which may have the child, too
+        if other is not None and other._modules.get(child) is modules[name]:
+            setattr(other, child, replacements[id(modules[name])])
         if is_wrapper(modules[parent]):  # it calls what it was made of, until it is made anew
             modules[parent].__setstate__(modules[parent].__getstate__())
     _leave_fast_paths(model)

@@ -21,6 +21,7 @@ from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.config_checks import ALL_LINEAR
 from lora_ext.adapters.names import ends, named_modules, unwrapped
 from lora_ext.adapters.patterns import compiled
+from lora_ext.nn.any_layer import AnyLayer
 
 ADAPTABLE = (
     nn.Linear,
@@ -138,7 +139,8 @@ def _outside(
     for name, module in named_modules(model):
         if not name or (inside is not None and name.startswith(inside)):
             continue
-        inside = f"{name}." if isinstance(module, adapted) else None
+        hides = isinstance(module, adapted) and not isinstance(module, AnyLayer)
+        inside = f"{name}." if hides else None
         yield name, module
 
 
