@@ -1,4 +1,4 @@
-"""A model with adapters, saved and loaded into a fresh base, is the same bit for bit; also by PEFT."""
+"""A model with adapters, saved and loaded into a fresh base, is the same bit for bit."""
 
 from __future__ import annotations
 

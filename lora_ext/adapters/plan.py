@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -101,11 +101,7 @@ def make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool
         settings = _common_settings(config, one, autocast_adapter_dtype)
         layers[id(one.module)] = PlannedLayer(one.name, one.layer, settings)
     _check_initialisation(model, config, list(layers.values()))
-    saved = {
-        name: module
-        for name, module in modules.items()
-        if name and matches(name, saved_modules(config))
-    }
+    saved = _find_saved(modules, config)
     if config.modules_to_save and not saved:
         raise ValueError(
             f"LoraConfig: modules_to_save: {config.modules_to_save!r} matches no module"
@@ -115,6 +111,20 @@ def make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool
         saved.setdefault(name, modules[name])
     parameters = [f"{one.name}.{part}" for one in targeted for part in one.parameters]
     return Plan(names, parameters, layers, saved, tied)
+
+
+def _find_saved(modules: Mapping[str, nn.Module], config: LoraConfig) -> dict[str, nn.Module]:
+    """The modules to save; what is inside one is saved with it."""
+    named, inside = saved_modules(config), None
+    found: dict[str, nn.Module] = {}
+    for name, module in modules.items():
+        if not name or (inside is not None and name.startswith(inside)):
+            continue
+        if matches(name, named):
+            found[name] = module
+        if name in found or isinstance(module, ModulesToSave):
+            inside = f"{name}."
+    return found
 
 
 def _check_initialisation(
