@@ -224,7 +224,7 @@ class LoraConfig:
     def from_pretrained(cls, folder_or_file: str | os.PathLike[str]) -> Self:
         """A config from a folder's adapter_config.json, or from the file itself.
 
-        The file may come from anyone: it is read up to 512 KiB, as strict JSON, and nothing is
+        The file may come from anyone: it is read up to 1 MiB, as strict JSON, and nothing is
         allocated or executed for its values. (Matching a regular expression from it against the
         names of a model can still take long, as always in Python.)
 

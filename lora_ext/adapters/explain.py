@@ -93,7 +93,7 @@ def _explain_loralib(layer: loralib.MergingLayer, tokens: int) -> tuple[str, str
     if dropout_p is None:
         return "composed", "lora_dropout was replaced, so the update is added in plain PyTorch"
     adapter = LowRank(layer.lora_A, layer.lora_B, None, layer.scaling, dropout_p)
-    return _explain_call(layer, adapter, tokens)
+    return _explain_call(layer, layer._turned(layer.weight), adapter, tokens)
 
 
 def _dora_adds(layer: Linear, tokens: int) -> str:
@@ -118,13 +118,15 @@ def _dora_adds(layer: Linear, tokens: int) -> str:
 
 def _explain_linear(layer: Linear, tokens: int) -> tuple[str, str]:
     first, *others = layer.low_rank()
-    path, reason = _explain_call(layer, first, tokens)
+    path, reason = _explain_call(layer, layer._weight_matrix(), first, tokens)
     if others:
         reason += f"; {len(others)} more for other dropout probabilities, composed"
     return path, reason
 
 
-def _explain_call(layer: nn.Linear, adapter: LowRank, tokens: int) -> tuple[str, str]:
+def _explain_call(
+    layer: nn.Linear, weight: Tensor, adapter: LowRank, tokens: int
+) -> tuple[str, str]:
     device, dtype = layer.weight.device, layer.weight.dtype
     if device.type == "cpu":
         return _C.explain_lora_linear_cpu(
@@ -148,7 +150,7 @@ def _explain_call(layer: nn.Linear, adapter: LowRank, tokens: int) -> tuple[str,
         base=dtype,
         adapter=adapter.lora_A.dtype,
         dropout=adapter.dropout_p > 0.0,
-        weight=layer._weight_matrix() if type(layer.weight) in (nn.Parameter, Tensor) else None,
+        weight=weight if type(weight) in (nn.Parameter, Tensor) else None,
     )
     return _C.explain_lora_linear_cuda(call, 10 * major + minor)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -119,12 +119,7 @@ def _make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: boo
         settings = _settings_of_parameters(config, one, autocast_adapter_dtype)
         layers[id(one.module)] = PlannedLayer(one.name, one.layer, settings)
     _check_initialisation(model, config, list(layers.values()))
-    saved = {
-        name: module
-        for name, module in modules.items()
-        if name
-        and name.endswith(tuple(saved_modules(config)))  # "norm": all "..._norm", as in PEFT
-    }
+    saved = _find_saved(modules, config)
     if config.modules_to_save and not saved:
         raise ValueError(
             f"LoraConfig: modules_to_save: {config.modules_to_save!r} matches no module"
@@ -142,6 +137,20 @@ def _make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: boo
     warn_of_unused_patterns(config, [*names, *parameters])
     warn_of_unreached(model, given, names, parameters)
     return Plan(config, names, parameters, layers, saved, tied)
+
+
+def _find_saved(modules: Mapping[str, nn.Module], config: LoraConfig) -> dict[str, nn.Module]:
+    """The modules to save; what is inside one is saved with it."""
+    named, inside = tuple(saved_modules(config)), None
+    found: dict[str, nn.Module] = {}
+    for name, module in modules.items():
+        if not name or (inside is not None and name.startswith(inside)):
+            continue
+        if name.endswith(named):  # "norm": all "..._norm", as in PEFT
+            found[name] = module
+        if name in found or isinstance(module, ModulesToSave):
+            inside = f"{name}."
+    return found
 
 
 def _check_initialisation(

@@ -30,6 +30,9 @@ def swap_modules(
             own.set(parent_module, **vars(_made_anew(parent_module, new)))
         else:
             own.put(parent_module._modules, child, new)
+        other = replacements.get(id(parent_module))  # which may have the child, too
+        if other is not None and other._modules.get(child) is modules[name]:
+            own.put(other._modules, child, new)
     _leave_fast_paths(model, replacements, own)
     if transaction is None:
         own.commit()

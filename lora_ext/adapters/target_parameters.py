@@ -11,8 +11,9 @@ from torch import nn
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.modules_to_save import ModulesToSave
 from lora_ext.adapters.names import named_modules, plain_name
-from lora_ext.adapters.targets import matches, near_misses
-from lora_ext.nn import LoraLayer, ParamLayer
+from lora_ext.adapters.patterns import compiled
+from lora_ext.adapters.targets import matches, near_misses, saved_modules
+from lora_ext.nn import AnyLayer, LoraLayer, ParamLayer
 
 
 class TargetedModule(NamedTuple):
@@ -42,12 +43,16 @@ def find_parameters(
     """
     where = "LoraConfig: target_parameters"
     wanted = frozenset(config.target_parameters or ())
+    saved = [compiled("modules_to_save", pattern) for pattern in saved_modules(config)]
     found: list[TargetedModule] = []
     inside = None
     for name, module in named_modules(model):
         if inside is not None and name.startswith(inside):
             continue
-        inside = f"{name}." if isinstance(module, LoraLayer | ModulesToSave) else None
+        hides = isinstance(module, LoraLayer | ModulesToSave) and not isinstance(module, AnyLayer)
+        if any(pattern.match(name) for pattern in saved):  # whole
+            continue
+        inside = f"{name}." if hides else None
         names = tuple(part for part in _base_parameters(module) if _is_wanted(name, part, wanted))
         if not names:
             continue

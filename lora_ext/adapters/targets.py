@@ -146,7 +146,8 @@ def outside(
     for name, module in named_modules(model):
         if not name or (inside is not None and name.startswith(inside)):
             continue
-        inside = f"{name}." if isinstance(module, adapted) else None
+        hides = isinstance(module, adapted) and not isinstance(module, AnyLayer)
+        inside = f"{name}." if hides else None
         yield name, module
 
 

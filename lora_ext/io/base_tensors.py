@@ -6,9 +6,9 @@ a module. It is the same before and after the adapters are put in, with or witho
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -17,6 +17,9 @@ from lora_ext.adapters.modules_to_save import ModulesToSave
 from lora_ext.adapters.names import named_modules, unwrapped
 from lora_ext.adapters.patterns import compiled
 from lora_ext.nn import AnyLayer, LoraLayer, MultiheadAttention
+
+if TYPE_CHECKING:
+    from lora_ext.adapters.plan import Plan
 
 # The names of embeddings that PEFT saves with an adapter that targets them.
 EMBEDDINGS = ("embed_tokens", "lm_head")
@@ -28,7 +31,7 @@ class Place(NamedTuple):
     key: str  # "" for the model itself
     module: nn.Module  # as it is in the model: the layer that adapts it, if one does
     owner: nn.Module  # that holds the base's parameters
-    layer: LoraLayer | None  # that adapts it, or is to
+    layer: LoraLayer | None  # that adapts it, or is to; an attention its out_proj, too
 
     def key_of(self, part: str) -> str:
         return _join(self.key, part)
@@ -86,19 +89,43 @@ def _places(
         seen.add(id(module))
     layer = adapted.get(id(module))
     if layer is not None:
-        # PEFT wraps once, or once for each weight of a layer that is adapted by its weights.
-        depth = len(layer.WEIGHTS) if isinstance(layer, AnyLayer) else 1
-        key = _join(key, *["base_layer"] * depth)
+        key = _join(key, *["base_layer"] * _depth(layer))
     owner = module
     if isinstance(module, LoraLayer):
         owner = module._modules.get("base_layer") or module
     yield Place(key, module, owner, layer)
     for name, child in owner._modules.items():
-        if child is not None:
-            below = _join(key, name)
-            if isinstance(layer, MultiheadAttention) and name == "out_proj":
-                below = _join(below, "base_layer")
-            yield from _places(child, adapted, whole, seen, below)
+        if isinstance(layer, MultiheadAttention) and name == "out_proj":
+            yield Place(_join(key, name, "base_layer"), layer.out_proj, layer.out_proj, layer)
+        elif child is not None:
+            yield from _places(child, adapted, whole, seen, _join(key, name))
+
+
+def _depth(layer: LoraLayer) -> int:
+    """How often PEFT wraps: once, or once for each weight of a layer adapted by its weights."""
+    return len(layer.WEIGHTS) if isinstance(layer, AnyLayer) else 1
+
+
+def around_others(layers: Iterable[tuple[str, LoraLayer]]) -> dict[str, LoraLayer]:
+    """Those of an adapter's layers, by name, that may have further ones in them."""
+    return {name: layer for name, layer in layers if isinstance(layer, AnyLayer)}
+
+
+def around_planned(plan: Plan) -> dict[str, LoraLayer]:
+    """The same of those that a plan gives an adapter."""
+    return around_others((planned.name, planned.layer) for planned in plan.layers.values())
+
+
+def name_in_file(name: str, around: Mapping[str, LoraLayer]) -> str:
+    """The key of a module, with `base_layer` for what PEFT wraps around those that it is in."""
+    if not around:
+        return name
+    parts = name.split(".")
+    found = list(parts[:1])
+    for i in range(1, len(parts)):
+        layer = around.get(".".join(parts[:i]))
+        found += ["base_layer"] * (0 if layer is None else _depth(layer)) + [parts[i]]
+    return ".".join(found)
 
 
 def biases(found: Iterator[Place], choice: str) -> Iterator[BasePart]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lora_ext.errors import AdapterFileError
+from lora_ext.io.base_tensors import around_planned, name_in_file
 from lora_ext.nn import Conv1d, Conv2d, Conv3d
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def planned_as_in(file: FileTensors, plan: Plan, prefix: str) -> Plan:
     """
     header, layers = file.specs, dict(plan.layers)
     for place, planned, layer in _grouped(plan):
-        key = _key(planned, prefix)
+        key = _key(plan, planned, prefix)
         found = header[key].shape if key in header else None
         own = planned.layer.peft_shapes(planned.settings)["lora_A.weight"]
         pefts = (own[0], layer.in_channels, *own[2:])
@@ -52,9 +53,9 @@ def grouped_where_possible(plan: Plan, tensors: dict[str, Tensor], prefix: str) 
     for place, planned, layer in _grouped(plan):
         if not planned.settings.ungrouped_lora_A:
             continue
-        grouped = layer.grouped(tensors[_key(planned, prefix)])
+        grouped = layer.grouped(tensors[_key(plan, planned, prefix)])
         if grouped is not None:
-            tensors[_key(planned, prefix)] = grouped
+            tensors[_key(plan, planned, prefix)] = grouped
             settings = replace(planned.settings, ungrouped_lora_A=False)
             layers[place] = planned._replace(settings=settings)
     return plan._replace(layers=layers)
@@ -67,5 +68,5 @@ def _grouped(plan: Plan) -> Iterator[tuple[int, PlannedLayer, Conv]]:
             yield place, planned, layer
 
 
-def _key(planned: PlannedLayer, prefix: str) -> str:
-    return f"{prefix}{planned.name}.lora_A.weight"
+def _key(plan: Plan, planned: PlannedLayer, prefix: str) -> str:
+    return f"{prefix}{name_in_file(planned.name, around_planned(plan))}.lora_A.weight"

@@ -22,8 +22,11 @@ from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_file import TensorSpec
 from lora_ext.io.adapter_folder import AdapterFolder, open_adapter, save_adapter
 from lora_ext.io.base_tensors import (
+    around_others,
+    around_planned,
     biases,
     embeddings,
+    name_in_file,
     places,
     targets_embeddings,
     was_resized,
@@ -33,6 +36,7 @@ from lora_ext.io.grouped_convolutions import grouped_where_possible, planned_as_
 from lora_ext.io.plain_lora import plain_lora
 from lora_ext.io.reading import BaseTensors, FileTensors, check_loadable, spec_of
 from lora_ext.io.savable import check_adapter, check_tensors
+from lora_ext.nn import LoraLayer
 from lora_ext.nn.arguments import names_of
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.lora_layer import check_adapter_name
@@ -61,10 +65,9 @@ def adapter_state_dict(
     """
     config = model.peft_config[adapter_name]
     tensors: dict[str, Tensor] = {}
-    for name, layer in model.lora_layers():
-        if adapter_name in layer.adapters:
-            for key, tensor in layer.peft_tensors(adapter_name).items():
-                tensors[f"{PREFIX}{name}.{key}"] = tensor
+    for name, layer in _layers(model, adapter_name):
+        for key, tensor in layer.peft_tensors(adapter_name).items():
+            tensors[f"{PREFIX}{name}.{key}"] = tensor
     tensors.update(_saved_modules(model, adapter_name))
     bases = dict(_base_tensors(model, adapter_name, config, save_embedding_layers))
     check_tensors(bases, f"save_pretrained: '{adapter_name}'")
@@ -215,15 +218,26 @@ def _possible_keys(model: LoraModel, plan: Plan) -> Iterator[str]:
 
 def _own_tensors(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
     """What an adapter holds itself, by PEFT's keys."""
-    for name, layer in model.lora_layers():
-        if adapter_name in layer.adapters:
-            for key, parameter in layer.peft_parameters(adapter_name).items():
-                yield f"{PREFIX}{name}.{key}", parameter
+    for name, layer in _layers(model, adapter_name):
+        for key, parameter in layer.peft_parameters(adapter_name).items():
+            yield f"{PREFIX}{name}.{key}", parameter
     yield from _saved_modules(model, adapter_name)
 
 
+def _layers(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
+    """The adapter's layers, by their names in files."""
+    mine = [(name, layer) for name, layer in model.lora_layers() if adapter_name in layer.adapters]
+    around = around_others(mine)
+    for name, layer in mine:
+        yield name_in_file(name, around), layer
+
+
 def _saved_modules(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
+    around = around_others(
+        (name, layer) for name, layer in model.lora_layers() if adapter_name in layer.adapters
+    )
     for name, saved in model.saved_modules():
+        name = name_in_file(name, around)
         if adapter_name in saved.modules_to_save:
             for key, tensor in saved.modules_to_save[adapter_name].state_dict().items():
                 yield f"{PREFIX}{name}.{plain_name(key)}", tensor
@@ -255,11 +269,14 @@ def _tied_as_in_the_file(plan: Plan, config: LoraConfig, file: FileTensors) -> P
 
 
 def _expected(plan: Plan) -> Iterator[tuple[str, TensorSpec]]:
+    around = around_planned(plan)
     for planned in plan.layers.values():
         held_in = planned.layer.adapter_dtype(planned.settings)
+        name = name_in_file(planned.name, around)
         for key, shape in planned.layer.peft_shapes(planned.settings).items():
-            yield f"{PREFIX}{planned.name}.{key}", TensorSpec(shape, held_in=held_in)
+            yield f"{PREFIX}{name}.{key}", TensorSpec(shape, held_in=held_in)
     for name, module in plan.saved.items():
+        name = name_in_file(name, around)
         original = getattr(module, "original_module", module)
         for key, tensor in original.state_dict().items():
             yield f"{PREFIX}{name}.{plain_name(key)}", spec_of(tensor)
@@ -275,9 +292,7 @@ def _subtract_initial(
         shapes = {k: tuple(v.shape) for k, v in known.items() if k in present or k in tensors}
         initial = files.tensors({key: TensorSpec(shape) for key, shape in shapes.items()})
     result = dict(tensors)
-    for name, layer in model.lora_layers():
-        if adapter_name not in layer.adapters:
-            continue
+    for name, layer in _layers(model, adapter_name):
         scaling = layer.adapters[adapter_name].scaling
         for prefix in layer.PREFIXES:
             if f"{prefix}lora_A" not in layer.parts(adapter_name):

@@ -13,7 +13,7 @@ from lora_ext.adapters.names import plain_name, unwrapped
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_file import MAX_HEADER_BYTES, TensorSpec, header_limit
 from lora_ext.io.adapter_folder import WEIGHTS_NAME, AdapterFolder
-from lora_ext.io.base_tensors import biases, embeddings, places
+from lora_ext.io.base_tensors import around_planned, biases, embeddings, name_in_file, places
 from lora_ext.io.files import short
 from lora_ext.nn.adoption import adapter_device
 
@@ -66,8 +66,9 @@ class BaseTensors:
             if (key := prefix + place.key_of(part)) in file.specs:
                 self.targets[key] = place.own(part)
         self._unused: dict[str, TensorSpec] = {}  # PEFT's second keys of what a copy holds
+        around = around_planned(plan)
         for name, module in plan.saved.items():
-            self._find_of_saved(file, f"{prefix}{name}.", module)
+            self._find_of_saved(file, f"{prefix}{name_in_file(name, around)}.", module)
         self._path = file.path
         for key, tensor in self.targets.items():
             _check_target(file, key, tensor)
