@@ -14,6 +14,7 @@ from lora_ext.adapters.activation import activate
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.merging import merge_layers, unmerge_layers, untied_text
 from lora_ext.adapters.modules_to_save import ModulesToSave
+from lora_ext.adapters.names import named_modules, unwrapped
 from lora_ext.adapters.plan import Plan, make_plan, resolved
 from lora_ext.adapters.replication import replicate_layers
 from lora_ext.adapters.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
@@ -23,6 +24,7 @@ from lora_ext.adapters.weighted import add_weighted_adapter
 from lora_ext.errors import NotMergedError
 from lora_ext.io.peft import load_adapter, save_pretrained
 from lora_ext.nn import LoraLayer
+from lora_ext.nn.arguments import as_number, check_module, names_of
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.lora_layer import check_adapter_name
 from lora_ext.nn.trainable import count_parameters, print_trainable_parameters
@@ -31,8 +33,7 @@ from lora_ext.nn.transaction import Transaction
 
 def check_model(model: nn.Module) -> None:
     """TypeError unless adapters can be put into it."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"LoraModel: model: got {type(model).__qualname__}, expected a Module")
+    check_module("LoraModel", "model", model)
     if isinstance(model, LoraModel):
         raise TypeError(
             "LoraModel: model: got a LoraModel; call its add_adapter() for another adapter"
@@ -52,7 +53,7 @@ class LoraModel(nn.Module):
     Args:
         model: changed in place: the target modules become layers of `lora_ext.nn` with the same
             parameters, which are frozen.
-        config: what to adapt and how.
+        config: what to adapt and how: a LoraConfig, one of PEFT's, or a dict of its fields.
         adapter_name: of the first adapter, which becomes active.
         autocast_adapter_dtype: keep adapters in float32 on a bfloat16 or float16 base.
 
@@ -73,6 +74,7 @@ class LoraModel(nn.Module):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         check_model(model)
+        config = LoraConfig.of(config, "LoraModel")
         self._init_empty(model)
         with Transaction() as transaction:
             self._add(adapter_name, config, autocast_adapter_dtype, transaction)
@@ -144,7 +146,7 @@ class LoraModel(nn.Module):
         )
 
     def save_pretrained(
-        self, folder: str | Path, adapter_names: list[str] | None = None, **options: Any
+        self, folder: str | Path, adapter_names: str | list[str] | None = None, **options: Any
     ) -> None:
         """Writes adapters in PEFT's format; see `lora_ext.io.peft.save_pretrained`."""
         save_pretrained(self, folder, adapter_names, **options)
@@ -160,19 +162,39 @@ class LoraModel(nn.Module):
                 raise
             return getattr(self.base_model, name)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """As of a model of transformers, which has the method.
+
+        Raises:
+            TypeError: an embedding has adapters, or copies of modules to save: these would keep
+                the old vocabulary, or be gone. The model is as it was.
+        """
+        resize = self.__getattr__("resize_token_embeddings")
+        held = {id(m): name for ms in (self.lora_layers(), self.saved_modules()) for name, m in ms}
+        for getter in ("get_input_embeddings", "get_output_embeddings"):
+            embedding = getattr(self.base_model, getter, lambda: None)()
+            name = isinstance(embedding, nn.Module) and held.get(id(unwrapped(embedding)))
+            if name:
+                raise TypeError(
+                    f"LoraModel.resize_token_embeddings: '{name}' has adapters or copies (modules_"
+                    "to_save) of the old size, expected a base without; resize it before it gets "
+                    "adapters, or exclude the embeddings"
+                )
+        return resize(*args, **kwargs)
+
     def get_base_model(self) -> nn.Module:
         """The model itself, with the adapters in it; `unload()` takes them out."""
         return self.base_model
 
     def lora_layers(self) -> Iterator[tuple[str, LoraLayer]]:
         """The layers in which this model has adapters, by their names in the base model."""
-        for name, module in self.base_model.named_modules():
+        for name, module in named_modules(self.base_model):
             if isinstance(module, LoraLayer) and module in self._own:
                 yield name, module
 
     def saved_modules(self) -> Iterator[tuple[str, ModulesToSave]]:
         """The modules of which this model has copies, by their names in the base model."""
-        for name, module in self.base_model.named_modules():
+        for name, module in named_modules(self.base_model):
             if isinstance(module, ModulesToSave) and module in self._own:
                 yield name, module
 
@@ -186,6 +208,7 @@ class LoraModel(nn.Module):
 
         Raises: as the class.
         """
+        config = LoraConfig.of(config, "LoraModel.add_adapter")
         with Transaction() as transaction:
             self._add(adapter_name, config, autocast_adapter_dtype, transaction)
 
@@ -267,7 +290,7 @@ class LoraModel(nn.Module):
         transaction.set(
             self,
             _own=self._own | own,
-            peft_config={**self.peft_config, adapter_name: resolved(config, plan)},
+            peft_config={**self.peft_config, adapter_name: resolved(self.base_model, plan)},
             targeted_module_names=plan.names,
             targeted_parameter_names=plan.parameters,
         )
@@ -346,7 +369,7 @@ class LoraModel(nn.Module):
             ValueError: an unknown name, or several adapters of which more than one has copies of
                 modules to save.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = names_of(adapter_names, "LoraModel.set_adapter")
         self._check_names(names)
         transaction = Transaction()
         activate(self, names, inference_mode, transaction)
@@ -392,6 +415,7 @@ class LoraModel(nn.Module):
         """Makes an adapter's scaling `scale` times that of its config, in every layer: 0 is the
         same as without it."""
         self._check_names([adapter_name])
+        scale = as_number(scale, "LoraModel.set_scale", "scale", "a finite number")
         transaction = Transaction()
         for _, layer in self.lora_layers():
             if adapter_name in layer.adapters:
@@ -411,7 +435,7 @@ class LoraModel(nn.Module):
 
     # Merging
 
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None) -> None:
+    def merge_adapter(self, adapter_names: str | Sequence[str] | None = None) -> None:
         """Adds adapters (the active ones, if None) to the weights, in all layers or in none; see
         `lora_ext.nn.Linear`. `unmerge_adapter` gives back the base bit for bit.
 
@@ -419,6 +443,7 @@ class LoraModel(nn.Module):
         of their own meanwhile, which takes memory for each; a warning names them.
         """
         if adapter_names is not None:
+            adapter_names = names_of(adapter_names, "LoraModel.merge_adapter")
             self._check_names(adapter_names)
         transaction = Transaction()
         layers = list(self.lora_layers())
@@ -442,7 +467,7 @@ class LoraModel(nn.Module):
         self,
         progressbar: bool = False,
         safe_merge: bool = True,
-        adapter_names: Sequence[str] | None = None,
+        adapter_names: str | Sequence[str] | None = None,
     ) -> nn.Module:
         """The base model with the adapters in its weights and plain layers.
 
@@ -457,6 +482,9 @@ class LoraModel(nn.Module):
                 model is as it was.
             adapter_names: the active ones, if None.
         """
+        if adapter_names is not None:
+            adapter_names = names_of(adapter_names, "LoraModel.merge_and_unload")
+            self._check_names(adapter_names)
         with Transaction() as transaction:
             untied = merge_layers(
                 self.base_model,
@@ -515,7 +543,7 @@ class LoraModel(nn.Module):
         return get_model_status(self)
 
     def _check_names(self, names: Iterable[str]) -> None:
-        unknown = [name for name in names if name not in self.peft_config]
+        unknown = [n for n in names if not isinstance(n, str) or n not in self.peft_config]
         if unknown:
             raise ValueError(
                 f"LoraModel: adapter_name: got {unknown[0]!r}, "

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from lora_ext.adapters.names import is_wrapper, plain_name
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.transaction import Transaction
 
@@ -24,11 +25,27 @@ def swap_modules(
     swapped = [name for name, module in modules.items() if id(module) in replacements]
     for name in swapped:
         parent, _, child = name.rpartition(".")
-        own.put(modules[parent]._modules, child, replacements[id(modules[name])])
+        parent_module, new = modules[parent], replacements[id(modules[name])]
+        if is_wrapper(parent_module):  # it calls what it was made of, until it is made anew
+            own.set(parent_module, **vars(_made_anew(parent_module, new)))
+        else:
+            own.put(parent_module._modules, child, new)
+        other = replacements.get(id(parent_module))  # which may have the child, too
+        if other is not None and other._modules.get(child) is modules[name]:
+            own.put(other._modules, child, new)
     _leave_fast_paths(model, replacements, own)
     if transaction is None:
         own.commit()
-    return swapped
+    return [plain_name(name) for name in swapped]
+
+
+def _made_anew(wrapper: nn.Module, module: nn.Module) -> nn.Module:
+    """A wrapper of torch.compile like this one, of another module."""
+    made = object.__new__(type(wrapper))
+    state = wrapper.__getstate__()  # type: ignore[no-untyped-call]
+    state["_modules"] = {**wrapper._modules, "_orig_mod": module}
+    made.__setstate__(state)  # type: ignore[no-untyped-call]
+    return made
 
 
 def _leave_fast_paths(

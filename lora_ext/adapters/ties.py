@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_ext.adapters.names import named_modules, unwrapped
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.transaction import Transaction
 
@@ -65,13 +66,15 @@ def tied_to_embedding(model: nn.Module) -> dict[str, str]:
     embedding: Any = None
     with suppress(AttributeError, NotImplementedError):  # transformers' answer for a model without
         embedding = model.get_input_embeddings()  # type: ignore[operator]
+    if isinstance(embedding, nn.Module):
+        embedding = unwrapped(embedding)
     embedding = getattr(embedding, "original_module", embedding)
     weight = getattr(embedding, "_parameters", {}).get("weight")
     if weight is None:
         return {}
     holders = [
         (name.removesuffix(".original_module"), module)
-        for name, module in model.named_modules()
+        for name, module in named_modules(model)
         if module._parameters.get("weight") is weight
     ]
     source = next(name for name, module in holders if module is embedding)

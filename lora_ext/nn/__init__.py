@@ -1,5 +1,5 @@
-"""Drop-in modules, under loralib's names: `import lora_ext.nn as lora` stands for
-`import loralib as lora`. Merging in eval() is then an option, `merge_weights=True`."""
+"""Drop-in modules. Names and arguments are like loralib's; what stands for loralib itself is
+`lora_ext.loralib`."""
 
 from lora_ext.nn.any_layer import AnyLayer
 from lora_ext.nn.attention import MultiheadAttention

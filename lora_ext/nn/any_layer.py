@@ -118,9 +118,19 @@ class AnyLayer(LoraLayer):
         shapes: dict[str, tuple[int, ...]] = {}
         for name in self.WEIGHTS:
             out_features, in_features = getattr(self, name).flatten(1).shape
-            shapes[f"{name}_lora_A"] = (settings.r, in_features)
-            shapes[f"{name}_lora_B"] = (out_features, settings.r)
+            r = settings.of(name).r
+            shapes[f"{name}_lora_A"] = (r, in_features)
+            shapes[f"{name}_lora_B"] = (out_features, r)
         return shapes
+
+    def _settings(self, name: str, prefix: str) -> AdapterSettings:
+        return self.adapters[name].of(prefix.removesuffix("_"))
+
+    def _scale_of(self, name: str, prefix: str) -> float:
+        own, common, now = self._settings(name, prefix), self.adapters[name], self._scaling[name]
+        if now == common.scaling:
+            return own.scaling
+        return now * (own.scaling / common.scaling)  # set_scale; it is not called for 0 times 0
 
     def _weight_matrix(self, prefix: str = "") -> Tensor:
         weight: Tensor = getattr(self, prefix.removesuffix("_"))

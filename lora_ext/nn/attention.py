@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from lora_ext.nn.arguments import check_sizes
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.linear import adapted_linear
 from lora_ext.nn.lora_layer import LoraLayer, LowRank
@@ -76,6 +77,7 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
         autocast_adapter_dtype: bool = True,
         **kw: Any,
     ) -> None:
+        check_sizes(type(self).__name__, embed_dim=embed_dim, num_heads=num_heads)
         nn.MultiheadAttention.__init__(self, embed_dim, num_heads, **kw)
         self._init_adapters(nn.MultiheadAttention, merge_weights)
         self._init_projections(enable_lora)

@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from lora_ext.functional import weight_norm
 from lora_ext.nn import dora
 from lora_ext.nn.adoption import belongs_to_its_class
+from lora_ext.nn.arguments import check_sizes
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.lora_layer import LoraLayer, LowRank
@@ -74,6 +75,7 @@ class _LoraConv(LoraLayer, _ConvNd):
         **base_options: Any,
     ) -> None:
         kind: Any = self._KIND
+        check_sizes(type(self).__name__, in_channels=in_channels, out_channels=out_channels)
         kind.__init__(self, in_channels, out_channels, kernel_size, **base_options)
         self._init_adapters(kind, merge_weights)
         self._with_adapter(

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from lora_ext.functional import lora_embedding, weight_norm
 from lora_ext.nn import dora
 from lora_ext.nn.adoption import belongs_to_its_class
+from lora_ext.nn.arguments import check_sizes
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.init import initialise_embedding
 from lora_ext.nn.kept_base import KeptBase
@@ -75,6 +76,7 @@ class Embedding(LoraLayer, nn.Embedding):
         autocast_adapter_dtype: bool = True,
         **base_options: Any,
     ) -> None:
+        check_sizes(type(self).__name__, num_embeddings=num_embeddings, embedding_dim=embedding_dim)
         nn.Embedding.__init__(self, num_embeddings, embedding_dim, **base_options)
         self._init_adapters(nn.Embedding, merge_weights)
         self._with_adapter(

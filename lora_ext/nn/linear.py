@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lora_ext.functional import lora_linear, lora_update, weight_norm
 from lora_ext.nn import dora
 from lora_ext.nn.adoption import belongs_to_its_class
+from lora_ext.nn.arguments import check_sizes
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.lora_layer import LoraLayer, LowRank
@@ -33,6 +34,7 @@ class LinearBase(LoraLayer, nn.Linear):
         merge_weights: bool,
         **options: Any,
     ) -> None:
+        check_sizes(type(self).__name__, in_features=in_features, out_features=out_features)
         nn.Linear.__init__(self, in_features, out_features, **options)
         if fan_in_fan_out:
             self.weight = nn.Parameter(self.weight.detach().t().contiguous())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.nn.adoption import AdoptingLayer, adapter_device, offload_with, part_name
+from lora_ext.nn.arguments import as_number, names_of
 from lora_ext.nn.default_adapter import DEFAULT, DefaultAdapter
 from lora_ext.nn.init import initialise, mutates_weight
 from lora_ext.nn.settings import AdapterSettings
@@ -134,7 +135,7 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
                 "only a convolution with groups has the choice"
             )
         base = self._adapted_weight()
-        device, dtype = adapter_device(self, base), base.dtype
+        device, dtype = adapter_device(self, base), self.adapter_dtype(chosen)
         needs_weight = mutates_weight(chosen.init_lora_weights) or chosen.use_dora
         if needs_weight and base.device.type == "meta" and device.type != "meta":
             raise ValueError(
@@ -143,8 +144,6 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
                 "but a hook offloads it; take the hooks off first "
                 "(accelerate.hooks.remove_hook_from_module(model, recurse=True))"
             )
-        if chosen.autocast_adapter_dtype and dtype in (torch.bfloat16, torch.float16):
-            dtype = torch.float32
         for part, shape in shapes.items():
             tensor = torch.empty(shape, device=device, dtype=dtype)
             self.register_parameter(part_name(part, adapter_name), nn.Parameter(tensor))
@@ -161,6 +160,12 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
             for parameter in self.adapter_parameters(adapter_name).values():
                 parameter.requires_grad_(False)
         self._choose_running()
+
+    def adapter_dtype(self, settings: AdapterSettings) -> torch.dtype:
+        """That of an adapter with these settings."""
+        dtype = self._adapted_weight().dtype
+        narrow = dtype in (torch.bfloat16, torch.float16)
+        return torch.float32 if narrow and settings.autocast_adapter_dtype else dtype
 
     def _with_adapter(
         self, adapter_name: str, r: int, lora_alpha: float, lora_dropout: float, **settings: Any
@@ -219,7 +224,7 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
     def set_adapter(self, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
         """Makes exactly these adapters active, and trainable unless `inference_mode`; all others
         are frozen. Several active adapters add up. Unmerges what is merged."""
-        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        names = tuple(names_of(adapter_names, f"{type(self).__name__}.set_adapter"))
         self._check_names(names)
         if self.merged:
             self.unmerge()
@@ -310,7 +315,7 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
             )
             if A is not None:
                 weight = self._weight_matrix(prefix)
-                kind, scaling = settings.init_lora_weights, settings.scaling
+                kind, scaling = settings.init_lora_weights, self._settings(name, prefix).scaling
                 initialise(kind, A, B, weight, scaling, lora_bias=bias)
         self._reset_magnitude(name)
 
@@ -335,15 +340,19 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
             ValueError: not a finite number, no such adapter, or it is merged.
         """
         self._check_names([adapter_name])
+        scale = as_number(scale, f"{type(self).__name__}.set_scale", "scale", "a finite number")
         self._set_scaling({adapter_name: scale * self.adapters[adapter_name].scaling})
 
     def scale_layer(self, scale: float) -> None:
         """Multiplies the scaling of the active adapters."""
+        scale = as_number(scale, f"{type(self).__name__}.scale_layer", "scale", "a finite number")
         self._set_scaling({n: scale * self._scaling[n] for n in self.active_adapters})
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divides the scaling of the active adapters; without `scale`, makes it that of their
         settings."""
+        if scale is not None:
+            scale = as_number(scale, f"{type(self).__name__}.unscale_layer", "scale")
         if scale == 0:
             raise ValueError(
                 f"{type(self).__name__}.unscale_layer: scale: got 0, expected another number; "
@@ -404,6 +413,14 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
             groups.setdefault(dropout_p, []).append(name)
         return [self._stack(names, dropout_p, prefix) for dropout_p, names in groups.items()]
 
+    def _settings(self, name: str, prefix: str) -> AdapterSettings:
+        """Those of an adapter's product of a prefix."""
+        return self.adapters[name]
+
+    def _scale_of(self, name: str, prefix: str) -> float:
+        """What multiplies an adapter's product of a prefix now."""
+        return self._scaling[name]
+
     def _stack(
         self,
         names: Sequence[str],
@@ -417,13 +434,13 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
         if len(names) == 1 and not factors:
             name = names[0]
             A, B, bias = self._part(a, name), self._part(b, name), self._part(c, name)
-            return LowRank(A, B, bias, self._scaling[name], dropout_p)
+            return LowRank(A, B, bias, self._scale_of(name, prefix), dropout_p)
         # The scalings go into lora_B, and with it into float32: there they cost no accuracy.
         A_parts = self._alike([self._part(a, name) for name in names])
         compute = torch.promote_types(A_parts[0].dtype, torch.float32)
 
         def scaled(part: str, name: str) -> Tensor:
-            tensor: Tensor = self._part(part, name).to(compute) * self._scaling[name]
+            tensor: Tensor = self._part(part, name).to(compute) * self._scale_of(name, prefix)
             if factors:
                 tensor = tensor * factors[name].view(-1, *[1] * (tensor.dim() - 1))
             return tensor
@@ -445,7 +462,7 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
     # Checks
 
     def _check_names(self, names: Iterable[str]) -> None:
-        unknown = [name for name in names if name not in self.adapters]
+        unknown = [n for n in names if not isinstance(n, str) or n not in self.adapters]
         if unknown:
             raise ValueError(
                 f"{type(self).__name__}: adapter_name: got {unknown[0]!r}, "

@@ -12,6 +12,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lora_ext.errors import AlreadyMergedError, NotMergedError
+from lora_ext.nn.arguments import names_of
 from lora_ext.nn.settings import AdapterSettings
 from lora_ext.nn.transaction import Transaction, all_or_nothing, put_parameter
 
@@ -87,9 +88,9 @@ class MergeableLayer(nn.Module):
                 or infinite. Nothing is changed then.
         """
         where = f"{type(self).__name__}.merge"
-        if adapter_names is not None and isinstance(adapter_names, str):
-            adapter_names = [adapter_names]
-        names = self.active_adapters if adapter_names is None else tuple(adapter_names)
+        names = self.active_adapters
+        if adapter_names is not None:
+            names = tuple(names_of(adapter_names, where))
         self._check_names(names)
         if self.merged and set(names) <= set(self.merged_adapters):
             raise AlreadyMergedError(f"{where}: already merged; call unmerge() first")
