@@ -9,6 +9,8 @@ from torch import nn
 
 # Where torch.compile(module) keeps the module.
 _WRAPPED = "_orig_mod"
+# Where a module to save, of which adapters have copies, keeps what it stands for.
+ORIGINAL = ".original_module"
 
 
 def plain_name(name: str) -> str:
@@ -54,7 +56,8 @@ def exact_targets(
     """target_modules that mean exactly these modules of `model`: a list, of their names or of the
     shortest ends of these; where a name is also the end of another's, a regular expression."""
     meant = set(names)
-    taken = {end for name, _ in named_modules(model) if name not in meant for end in ends(name)}
+    others = (name.replace(ORIGINAL, "") for name, _ in named_modules(model))
+    taken = {end for name in others if name not in meant for end in ends(name)}
     targets: dict[str, None] = {}
     for name in names:
         free = [end for end in ends(name) if end not in taken]
