@@ -82,6 +82,8 @@ def resolved(model: nn.Module, config: LoraConfig, plan: Plan) -> LoraConfig:
     if targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
         many = len(plan.names) >= _MANY_NAMES
         config.target_modules = exact_targets(model, plan.names, shortest=many)
+        if isinstance(config.target_modules, str):  # which these cannot go with, and includes them
+            config.layers_to_transform = config.layers_pattern = None
     elif _means_what_others_save(model, config):
         config = only_on(model, config, plan.names)
     saved = saved_modules(config)
