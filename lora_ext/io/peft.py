@@ -85,8 +85,6 @@ def _base_tensors(
     parts = list(biases(iter(found), config.bias))
     if save_embedding_layers is True:
         parts += embeddings(base, iter(found))
-    elif save_embedding_layers == "auto" and targets_embeddings(base, config):
-        parts += [one for one in embeddings(base, iter(found)) if one[0].layer is not None]
     elif save_embedding_layers == "auto" and was_resized(base, config):
         warnings.warn(
             "save_pretrained: the vocabulary is not that of the files the model was loaded from, "
@@ -94,6 +92,8 @@ def _base_tensors(
             stacklevel=2,
         )
         parts += embeddings(base, iter(found))
+    elif save_embedding_layers == "auto" and targets_embeddings(base, config):
+        parts += [one for one in embeddings(base, iter(found)) if one[0].layer is not None]
     for place, part in parts:
         yield PREFIX + place.key_of(part), place.unmerged(part)
 
