@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import lora_ext
 import lora_ext.loralib as lora
+from lora_ext.loralib.merging import fingerprint
 
 MAKERS: dict[str, tuple[Callable[[], Any], Tensor]] = {
     "Linear": (lambda: lora.Linear(6, 8, r=2), torch.randn(4, 6)),
@@ -144,6 +145,26 @@ def test_what_is_saved_in_one_mode_computes_the_same_in_every_other(kind: str) -
                     close(other.train(mode)(x), expected)
                 if saved_in:
                     assert torch.equal(weight_of(other.train()), weight_of(layer.train()))
+
+
+@pytest.mark.parametrize("columns", [8, 7])
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES.values(), torch.float8_e5m2], ids=str)
+def test_a_fingerprint_tells_what_was_changed(dtype: torch.dtype, columns: int) -> None:
+    weight = torch.randn(6, columns).to(dtype)
+    own = fingerprint(weight)
+    assert fingerprint(weight.clone()) == own
+    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[weight.itemsize]
+    for index in ((0, 0), (5, columns - 1), (3, 2)):
+        other = weight.clone()
+        other.view(bits)[index] ^= 1
+        assert fingerprint(other) != own
+    for turned in (weight.view(bits).flip(0), weight.view(bits).flip(1)):
+        assert fingerprint(turned.view(dtype)) != own
+    stored_as_columns = weight.t().contiguous().t()
+    assert fingerprint(stored_as_columns.clone()) == fingerprint(stored_as_columns)
+    at_an_odd_place = torch.cat([weight.new_zeros(1), weight.flatten()])[1:].view(6, columns)
+    assert fingerprint(at_an_odd_place) == fingerprint(at_an_odd_place)
+    assert fingerprint(torch.empty(0, columns, dtype=dtype)) == (0, 0)
 
 
 @each_kind

@@ -251,7 +251,7 @@ class MergingLayer(nn.Module, LoRALayer):
         key, merge = prefix + self._WEIGHT, self._merge
         given = state_dict.get(key)
         if isinstance(given, Tensor) and given.shape == weight.shape:
-            given = given.detach().to(weight.device, weight.dtype)
+            given = torch.empty_like(weight).copy_(given)
         else:
             given = None
         factors = self.lora_A.detach(), self.lora_B.detach()
@@ -297,7 +297,11 @@ def fingerprint(weight: Tensor) -> tuple[int, int]:
     """Of the bits of a weight: the same on every device, another one after any usual change."""
     if weight.is_meta:
         return 0, 0
-    rows = weight.detach().view(_BITS[weight.itemsize]).flatten(1)
+    rows = weight.detach()
+    rows = (rows if rows.is_contiguous() else rows.transpose(0, 1).contiguous()).flatten(1)
+    # Sums of int64 are several times as fast as those that widen.
+    whole = all(n * rows.itemsize % 8 == 0 for n in (rows.shape[1], rows.storage_offset()))
+    rows = rows.view(torch.int64 if whole else _BITS[rows.itemsize])
 
     def place(sums: Tensor) -> int:
         return int((sums * torch.arange(1, len(sums) + 1, device=sums.device)).sum())
