@@ -246,6 +246,36 @@ def test_tying_while_merged() -> None:
     assert net.plain.weight.count_nonzero() == 0 == net.head.weight.count_nonzero()
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("saved_in", [True, False], ids=["saved in train", "saved in eval"])
+@each_kind
+def test_a_layer_made_on_meta_loads(kind: str, saved_in: bool, assign: bool) -> None:
+    layer, x = trained(kind)
+    expected, state = layer(x), layer.train(saved_in).state_dict()
+    for mode in (True, False):
+        with torch.device("meta"):
+            other = MAKERS[kind][0]().train(mode)
+        if not assign:
+            other.to_empty(device="cpu")
+        other.load_state_dict(state, assign=assign)
+        for _ in range(2):
+            mode = not mode
+            close(other(x), expected)
+            close(other.train(mode)(x), expected)
+
+
+def test_eval_in_inference_mode_leaves_no_inference_tensors() -> None:
+    layer, x = trained("Linear")
+    expected = layer(x)
+    with torch.inference_mode():
+        layer.eval()(x)
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    y.sum().backward()
+    close(y, expected)
+    assert x.grad is not None and torch.equal(layer.train()(x), expected)
+
+
 @each_kind
 def test_copies_and_moves_while_merged(kind: str) -> None:
     layer, x = trained(kind)
