@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -85,16 +86,25 @@ def find_nvcc() -> Path | None:
     return Path(found).resolve() if found and Path(found).exists() else None
 
 
-def cuda_architectures() -> str:
-    """TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX") in CMake's terms ("80-real;90a")."""
+def cuda_architectures(nvcc_release: str) -> dict[str, str]:
+    """TORCH_CUDA_ARCH_LIST ("7.5;8.0;9.0a+PTX") in CMake's terms ("80-real;90a"): for the kernels
+    that use tensor cores, from sm_80 on; and for the small ones, which every GPU needs."""
     wanted = setting("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a").replace(" ", ";")
     names = []
     for name in filter(None, wanted.split(";")):
         number = name.removesuffix("+PTX").replace(".", "")
-        if not number.rstrip("a").isdigit():
+        if re.fullmatch(r"[0-9]{2,3}[af]?", number) is None:
             fail(f"TORCH_CUDA_ARCH_LIST has '{name}'; expected numbers such as 8.0 or 9.0a+PTX.")
         names.append(number if name.endswith("+PTX") else f"{number}-real")
-    return ";".join(names)
+    new = [name for name in names if int(re.match("[0-9]+", name)[0]) >= 80]  # type: ignore[index]
+    # With its PTX, for GPUs that the list does not name.
+    oldest = "70" if int(nvcc_release.partition(".")[0]) < 13 else "75"
+    everywhere = [name for name in names if name.partition("-")[0] != oldest]
+    return {
+        # The host's code refers to them even if no GPU of the list runs them.
+        "CMAKE_CUDA_ARCHITECTURES": ";".join(new or ["80-real"]),
+        "LORA_EXT_ANY_GPU_ARCHITECTURES": ";".join([oldest, *everywhere]),
+    }
 
 
 def cuda_settings(torch: dict[str, Any]) -> dict[str, str]:
@@ -127,11 +137,10 @@ def cuda_settings(torch: dict[str, Any]) -> dict[str, str]:
     return {
         "LORA_EXT_CUDA": "ON",
         "CMAKE_CUDA_COMPILER": str(nvcc),
-        "CMAKE_CUDA_ARCHITECTURES": cuda_architectures(),
         "CUDA_INCLUDE_DIRS": ";".join(map(str, include)),
         "CUDA_RUNTIME": str(runtimes[0]),
         "TORCH_CUDA_VERSION": torch["cuda"],
-    }
+    } | cuda_architectures(version)
 
 
 class CheckedMetadata(dist_info):

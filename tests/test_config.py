@@ -351,7 +351,7 @@ HOSTILE: dict[str, tuple[str | bytes, type[Exception], str]] = {
     "list": ("[]", ValueError, "is list in JSON, expected an object"),
     "number": ("8", ValueError, "is int in JSON, expected an object"),
     "null": ("null", ValueError, "is NoneType in JSON"),
-    "too large": (b" " * (1 << 19) + b"{}", ValueError, "expected at most 524288"),
+    "too large": (b" " * (1 << 20) + b"{}", ValueError, "expected at most 1048576"),
     "deep list": ("[" * 500_000, ValueError, "nothing but brackets"),
     "deep object": ('{"a":' * 100_000, ValueError, "nothing but brackets"),
     "deep value": (
@@ -382,6 +382,16 @@ HOSTILE: dict[str, tuple[str | bytes, type[Exception], str]] = {
         json.dumps(good(rank_pattern={str(i): 0 for i in range(40_000)})),
         ValueError,
         "rank_pattern: got",
+    ),
+    "many tiny values": (
+        json.dumps(good(rank_pattern={str(i): 1 for i in range(80_000)})),
+        ValueError,
+        "a list of tiny values",
+    ),
+    "many names": (
+        json.dumps(good(rank_pattern={f"layers.{i}": 1 for i in range(48_000)}, lora_bias=1)),
+        TypeError,
+        "lora_bias: got 1",
     ),
     "many regexes": (
         json.dumps(good(rank_pattern={f"{i}.*": 1 for i in range(34_000)})),

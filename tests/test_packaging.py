@@ -206,20 +206,39 @@ def test_cuda_is_refused_not_ignored(
         setup_py.cuda_settings(CPU_TORCH | {"cuda": cuda})
 
 
+# TORCH_CUDA_ARCH_LIST: targets of the kernels on tensor cores, of the small ones, with nvcc 13.0
+ARCHITECTURES = {
+    "the default": (None, "80;90a-real", "75;80;90a-real"),
+    "PTX of the last": ("8.0;9.0a+PTX", "80-real;90a", "75;80-real;90a"),
+    "blanks": ("8.0 9.0", "80-real;90-real", "75;80-real;90-real"),
+    "before sm_80": ("7.5;8.0;9.0a", "80-real;90a-real", "75;80-real;90a-real"),
+    "before sm_80 alone": ("7.5", "80-real", "75"),
+    "after sm_90": ("10.0f;12.0", "100f-real;120-real", "75;100f-real;120-real"),
+}
+
+
 @pytest.mark.parametrize(
-    ("wanted", "architectures"),
-    [(None, "80;90a-real"), ("8.0;9.0a+PTX", "80-real;90a"), ("8.0 9.0", "80-real;90-real")],
+    ("wanted", "tensor_cores", "every_gpu"), ARCHITECTURES.values(), ids=ARCHITECTURES.keys()
 )
 def test_cuda_architectures(
-    setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch, wanted: str | None, architectures: str
+    setup_py: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    wanted: str | None,
+    tensor_cores: str,
+    every_gpu: str,
 ) -> None:
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     if wanted is not None:
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
-    assert setup_py.cuda_architectures() == architectures
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
-    with pytest.raises(SystemExit, match="Hopper"):
-        setup_py.cuda_architectures()
+    found = setup_py.cuda_architectures("13.0")
+    assert list(found.values()) == [tensor_cores, every_gpu]
+    # The oldest that nvcc 12 compiles for, V100's
+    older = setup_py.cuda_architectures("12.8")["LORA_EXT_ANY_GPU_ARCHITECTURES"].split(";")
+    assert older[0] == "70" and ("75-real" in older) == ("7.5" in (wanted or ""))
+    for wrong in ("Hopper", "9.0b", "8"):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wrong)
+        with pytest.raises(SystemExit, match=wrong):
+            setup_py.cuda_architectures("13.0")
 
 
 def test_build_info() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,11 @@ from torch import Tensor
 from lora_ext.adapters.combination import Combination, plan_combination
 from lora_ext.adapters.combining import Adapter, combine
 from lora_ext.adapters.config import LoraConfig
-from lora_ext.nn import LoraLayer
+from lora_ext.adapters.names import exact_targets
+from lora_ext.adapters.targets import saved_modules
+from lora_ext.nn import Embedding, LoraLayer
 from lora_ext.nn.lora_layer import check_adapter_name
+from lora_ext.nn.transaction import Transaction
 
 if TYPE_CHECKING:
     from lora_ext.adapters.lora_model import LoraModel
@@ -40,7 +44,7 @@ def add_weighted_adapter(
 
     Raises:
         ValueError: an argument out of range, by name; adapters with copies of modules to save, with
-            a magnitude (DoRA), or more than one with base biases. Nothing is changed then.
+            a magnitude (DoRA), or with biases of the base. Nothing is changed then.
     """
     check_adapter_name(adapter_name, model.peft_config, "LoraModel.add_weighted_adapter")
     ranks = {
@@ -49,14 +53,18 @@ def add_weighted_adapter(
     }
     combination = plan_combination(ranks, adapters, weights, combination_type, **options)
     _check_combinable(model, combination.adapters)
-    config = _combined_config(model, combination.adapters, combination.rank)
-
     combined = [
-        (layer, parts)
-        for _, layer in model.lora_layers()
+        (name, layer, parts)
+        for name, layer in model.lora_layers()
         if (parts := _combine_layer(layer, combination, generator))
     ]
-    for layer, parts in combined:
+    where = [name for name, _, _ in combined]
+    config = _combined_config(model, combination.adapters, combination.rank, where)
+    if config.lora_bias:
+        for name, layer, parts in combined:
+            _fill_up_biases(name, layer, parts)
+    transaction = Transaction()
+    for _, layer, parts in combined:
         present = next(
             layer.adapters[name] for name in combination.adapters if name in layer.adapters
         )
@@ -64,15 +72,25 @@ def add_weighted_adapter(
             present,
             r=combination.rank,
             lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
             use_rslora=False,
-            lora_bias="lora_bias" in parts,
+            lora_bias=config.lora_bias,
             init_lora_weights=True,
         )
-        layer.add_adapter(adapter_name, **vars(settings))  # not the layer's first: not active
+        draft = transaction.draft(layer)
+        draft.add_adapter(adapter_name, **vars(settings))  # not the layer's first: not active
         with torch.no_grad():
-            for part, parameter in layer.parts(adapter_name).items():
+            for part, parameter in draft.parts(adapter_name).items():
                 parameter.copy_(parts[part])
-    model.peft_config[adapter_name] = config
+    transaction.set(model, peft_config={**model.peft_config, adapter_name: config})
+    transaction.commit()
+    whole = [p for p, m in model.saved_modules() if m.modules_to_save.keys() & set(adapters)]
+    if whole:
+        warnings.warn(
+            f"add_weighted_adapter: '{adapter_name}' has no copy of {whole}, which the adapters "
+            "save whole: the base's runs with it",
+            stacklevel=3,
+        )
 
 
 def _combine_layer(
@@ -118,28 +136,42 @@ def _check_combinable(model: LoraModel, names: Sequence[str]) -> None:
         if model.peft_config[name].target_parameters:
             raise ValueError(f"{where}: '{name}' has target_parameters, which cannot be combined")
     biased = [n for n in dict.fromkeys(names) if model.peft_config[n].bias != "none"]
-    if len(biased) > 1:
-        raise ValueError(f"{where}: {biased} have biases of the base, expected at most one of them")
+    if biased:
+        raise ValueError(
+            f"{where}: '{biased[0]}' has biases of the base (bias="
+            f"{model.peft_config[biased[0]].bias!r}), which a combined adapter would have to share "
+            "with it, expected bias='none'"
+        )
 
 
-def _combined_config(model: LoraModel, names: Sequence[str], rank: int) -> LoraConfig:
-    """The first one's, with scaling 1 and all target modules."""
+def _combined_config(
+    model: LoraModel, names: Sequence[str], rank: int, where: Sequence[str]
+) -> LoraConfig:
+    """The first one's, but for what the new adapter has of the others or of its own: its layers,
+    rank and scaling, biases, and no copies of modules."""
     configs = [model.peft_config[name] for name in dict.fromkeys(names)]
     config = copy.deepcopy(configs[0])
     config.r, config.lora_alpha, config.use_rslora = rank, rank, False
     config.rank_pattern, config.alpha_pattern = {}, {}
     config.init_lora_weights = True
+    config.target_modules = exact_targets(model.base_model, where, shortest=True)
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    config.modules_to_save, config.ensure_weight_tying = None, False
+    if not all(one.task_type == config.task_type for one in configs) or saved_modules(config):
+        config.task_type = None  # it would save the task's heads
+    config.bias = next((one.bias for one in configs if one.bias != "none"), "none")
     config.lora_bias = any(one.lora_bias for one in configs)
-    targets = [one.target_modules for one in configs]
-    if all(isinstance(target, str) for target in targets):
-        config.target_modules = "|".join(
-            f"({target})" for target in dict.fromkeys(map(str, targets))
-        )
-    elif any(isinstance(target, str) for target in targets):
-        raise ValueError(
-            "add_weighted_adapter: adapters: some name their target_modules by an expression and "
-            "some by a list, expected one kind"
-        )
-    else:
-        config.target_modules = sorted({name for target in targets for name in target or ()})
+    config.inference_mode = False
     return config
+
+
+def _fill_up_biases(name: str, layer: LoraLayer, parts: dict[str, Tensor]) -> None:
+    """Zeros where none of the layer's adapters has a lora_bias but the new one's config says so."""
+    if "lora_bias" not in layer.PARTS or isinstance(layer, Embedding):
+        raise ValueError(
+            f"add_weighted_adapter: adapters: one has a lora_bias, and '{name}', which cannot have "
+            "one, is another's: no config describes both; combine them without lora_bias"
+        )
+    if "lora_bias" not in parts:
+        B = parts["lora_B"]
+        parts["lora_bias"] = B.new_zeros(B.shape[0])

@@ -25,12 +25,15 @@ from lora_ext.io.adapter_file import (
     read_header,
 )
 from lora_ext.io.atomic import open_files, save_files
-from lora_ext.io.files import StrPath, json_text, parse_json, read_all, typed_errors
+from lora_ext.io.files import StrPath, as_path, json_text, parse_json, read_all, typed_errors
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-# That of a large model with all module names has some 100 KiB.
-MAX_CONFIG_BYTES = 1 << 19
+# 20,000 names of modules, one by one.
+MAX_CONFIG_BYTES = 1 << 20
+# One larger than this, with more values than one in so many bytes, is no config: Python spends up
+# to 250 bytes on a value.
+MAX_DENSE_BYTES, BYTES_PER_VALUE = 1 << 19, 16
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def open_adapter(folder: StrPath) -> Iterator[AdapterFolder]:
         AdapterFileError: a file is missing, is no regular file inside the folder, or cannot be
             read; the configuration is no JSON object; there are only pickled weights.
     """
-    folder = Path(folder)
+    folder = as_path(folder, "open_adapter")
     with ExitStack() as stack:
         with typed_errors(folder):
             try:
@@ -93,10 +96,16 @@ def save_adapter(
 
     Raises:
         AdapterFileError: NaN or Inf in a tensor.
-        TypeError, ValueError: the configuration holds what JSON has not.
+        TypeError, ValueError: the configuration holds what JSON has not, or more than is read.
         TimeoutError, OSError: see `save_files`.
     """
-    files = {CONFIG_NAME: json_text(config).encode(), WEIGHTS_NAME: adapter_bytes(tensors)}
+    text = json_text(config).encode()
+    if len(text) > MAX_CONFIG_BYTES or _is_too_dense(text):
+        raise ValueError(
+            f"{folder}: the config has {len(text)} bytes with {text.count(b',')} values, more than "
+            "would be read again; name modules by the last parts of their names"
+        )
+    files = {CONFIG_NAME: text, WEIGHTS_NAME: adapter_bytes(tensors)}
     save_files(folder, files, lock_timeout=lock_timeout)
 
 
@@ -116,7 +125,15 @@ def read_config_file(path: StrPath) -> dict[str, Any]:
 
 
 def _parse_config(file: io.FileIO) -> dict[str, Any]:
-    return parse_json(read_all(file, MAX_CONFIG_BYTES), str(file.name))
+    content = read_all(file, MAX_CONFIG_BYTES)
+    if _is_too_dense(content):
+        raise AdapterFileError(f"{file.name}: is a list of tiny values, no config; it is damaged")
+    return parse_json(content, str(file.name))
+
+
+def _is_too_dense(content: bytes) -> bool:
+    dense = content.count(b",") > len(content) // BYTES_PER_VALUE
+    return dense and len(content) > MAX_DENSE_BYTES
 
 
 def _what_is_missing(folder: Path) -> str:

@@ -22,6 +22,11 @@ system's caches may show another machine something else):
 - The next `save_files`, or `recover`, finishes or removes what a killed save has left.
 - Savers exclude each other with a lock file, which is removed after the save.
 
+Where the file system has no flock (some network and FUSE mounts), savers of one folder do not
+exclude each other: give each a folder of its own. Where it cannot sync a folder or a file, a loss
+of power may undo a save, or leave its journal beside older files, which loaders then refuse by
+name. The rest holds there, too.
+
 Not guaranteed: a program that opens the files by their names, as PEFT does, can meet one new and
 one old file between the renames of step 3, or after a kill just there, until the next save or
 `recover`. A program that writes the files without this module is not excluded.
@@ -29,6 +34,7 @@ one old file between the renames of step 3, or after a kill just there, until th
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import io
@@ -41,13 +47,16 @@ from pathlib import Path
 from typing import Any
 
 from lora_ext.errors import AdapterFileError
-from lora_ext.io.files import StrPath, open_inside, parse_json, read_all
+from lora_ext.io.files import StrPath, as_path, open_inside, parse_json, read_all
 
 JOURNAL = ".lora_ext-save.json"
 LOCK = ".lora_ext-save.lock"
 STAGED_SUFFIX = ".lora_ext-new"
 JOURNAL_LIMIT = 1 << 20  # bytes
 ATTEMPTS = 1000  # each failed one needs a whole save in between
+
+# What a file system answers that has no such call.
+NOT_THERE = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS})
 
 Journal = dict[str, dict[str, Any]]  # name -> {"size": bytes, "sha256": hex digits}
 
@@ -64,9 +73,10 @@ def save_files(folder: StrPath, files: Mapping[str, bytes], *, lock_timeout: flo
     Raises:
         AdapterFileError: a name that is not a plain one.
         TimeoutError: another process kept saving for `lock_timeout` seconds; nothing was changed.
-        OSError: a full disk, or any other error of the system.
+        NotADirectoryError: the folder, or one above it, is a file.
+        OSError: a full disk, a folder that cannot be written, or any other error of the system.
     """
-    folder = Path(folder)
+    folder = as_path(folder, "save_files")
     for name in files:
         if not _is_plain(name):
             raise AdapterFileError(
@@ -277,8 +287,14 @@ def _make_folder(folder: Path) -> None:
     """mkdir -p, durably."""
     if folder.is_dir():
         return
+    if folder.exists() or folder.is_symlink():
+        raise NotADirectoryError(
+            errno.ENOTDIR,
+            "is there and is no folder, expected one, or a name that is free",
+            str(folder),
+        )
     _make_folder(folder.parent)
-    with suppress(FileExistsError):  # made by another saver meanwhile, or a file: the lock says so
+    with suppress(FileExistsError):  # made by another saver meanwhile
         os.mkdir(folder)
     _sync_folder(folder.parent)
 
@@ -288,9 +304,15 @@ def _locked(folder: Path, timeout: float) -> Iterator[None]:
     """Excludes other savers of the folder. A killed one's lock ends with its process."""
     path, deadline = folder / LOCK, time.monotonic() + timeout
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                text = f"{error.strerror}: nothing was changed; save into a folder you can write to"
+                raise type(error)(error.errno, text, str(folder)) from error
+            raise
+        try:
+            _lock(descriptor)
             # The last holder may have removed the file that was opened here.
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 break
@@ -314,6 +336,23 @@ def _locked(folder: Path, timeout: float) -> Iterator[None]:
         os.close(descriptor)
 
 
+def _lock(descriptor: int) -> None:
+    """BlockingIOError if another process has the lock."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NOT_THERE:
+            raise
+
+
+def _sync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_THERE:
+            raise
+
+
 def _write_new(path: Path, content: bytes) -> None:
     """A new file, synced. The kernel applies the umask."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -322,7 +361,7 @@ def _write_new(path: Path, content: bytes) -> None:
         rest = memoryview(content)
         while rest:
             rest = rest[os.write(descriptor, rest) :]
-        os.fsync(descriptor)
+        _sync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -330,6 +369,6 @@ def _write_new(path: Path, content: bytes) -> None:
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(descriptor)
+        _sync(descriptor)
     finally:
         os.close(descriptor)

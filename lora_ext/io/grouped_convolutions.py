@@ -13,25 +13,26 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lora_ext.errors import AdapterFileError
-from lora_ext.io.adapter_folder import WEIGHTS_NAME, AdapterFolder
+from lora_ext.io.base_tensors import around_planned, name_in_file
 from lora_ext.nn import Conv1d, Conv2d, Conv3d
 
 if TYPE_CHECKING:
     from lora_ext.adapters.plan import Plan, PlannedLayer
+    from lora_ext.io.reading import FileTensors
 
     Conv = Conv1d | Conv2d | Conv3d
 
 
-def planned_as_in(files: AdapterFolder, plan: Plan, prefix: str) -> Plan:
+def planned_as_in(file: FileTensors, plan: Plan, prefix: str) -> Plan:
     """The plan with PEFT's shape of lora_A, but where the file has the layer's own, which is
     what DoRA has in files.
 
     Raises:
         AdapterFileError: PEFT's shape with DoRA.
     """
-    header, layers = files.header(), dict(plan.layers)
+    header, layers = file.specs, dict(plan.layers)
     for place, planned, layer in _grouped(plan):
-        key = _key(planned, prefix)
+        key = _key(plan, planned, prefix)
         found = header[key].shape if key in header else None
         own = planned.layer.peft_shapes(planned.settings)["lora_A.weight"]
         pefts = (own[0], layer.in_channels, *own[2:])
@@ -40,7 +41,7 @@ def planned_as_in(files: AdapterFolder, plan: Plan, prefix: str) -> Plan:
         try:
             settings = replace(planned.settings, ungrouped_lora_A=True)
         except ValueError as error:
-            raise AdapterFileError(f"{files.path / WEIGHTS_NAME}: '{key}': {error}") from error
+            raise AdapterFileError(f"{file.path}: '{key}': {error}") from error
         layers[place] = planned._replace(settings=settings)
     return plan._replace(layers=layers)
 
@@ -52,9 +53,9 @@ def grouped_where_possible(plan: Plan, tensors: dict[str, Tensor], prefix: str) 
     for place, planned, layer in _grouped(plan):
         if not planned.settings.ungrouped_lora_A:
             continue
-        grouped = layer.grouped(tensors[_key(planned, prefix)])
+        grouped = layer.grouped(tensors[_key(plan, planned, prefix)])
         if grouped is not None:
-            tensors[_key(planned, prefix)] = grouped
+            tensors[_key(plan, planned, prefix)] = grouped
             settings = replace(planned.settings, ungrouped_lora_A=False)
             layers[place] = planned._replace(settings=settings)
     return plan._replace(layers=layers)
@@ -67,5 +68,5 @@ def _grouped(plan: Plan) -> Iterator[tuple[int, PlannedLayer, Conv]]:
             yield place, planned, layer
 
 
-def _key(planned: PlannedLayer, prefix: str) -> str:
-    return f"{prefix}{planned.name}.lora_A.weight"
+def _key(plan: Plan, planned: PlannedLayer, prefix: str) -> str:
+    return f"{prefix}{name_in_file(planned.name, around_planned(plan))}.lora_A.weight"

@@ -4,33 +4,49 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_ext.adapters.combining import Adapter, alpha_factor, subtract_mutated_init
 from lora_ext.adapters.config import LoraConfig
+from lora_ext.adapters.names import plain_name
+from lora_ext.adapters.patterns import FILE_SECONDS, time_limit
 from lora_ext.adapters.targets import matches, saved_modules
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_file import TensorSpec
 from lora_ext.io.adapter_folder import AdapterFolder, open_adapter, save_adapter
+from lora_ext.io.base_tensors import (
+    around_others,
+    around_planned,
+    biases,
+    embeddings,
+    name_in_file,
+    places,
+    targets_embeddings,
+    was_resized,
+)
+from lora_ext.io.files import typed_content
 from lora_ext.io.grouped_convolutions import grouped_where_possible, planned_as_in
 from lora_ext.io.plain_lora import plain_lora
+from lora_ext.io.reading import BaseTensors, FileTensors, check_loadable, spec_of
+from lora_ext.io.savable import check_adapter, check_tensors
 from lora_ext.nn import LoraLayer
+from lora_ext.nn.arguments import names_of
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.lora_layer import check_adapter_name
+from lora_ext.nn.transaction import Transaction
 
 if TYPE_CHECKING:
     from lora_ext.adapters.lora_model import LoraModel
     from lora_ext.adapters.plan import Plan
 
 PREFIX = "base_model.model."
-# The names of embeddings that PEFT saves with an adapter that targets them.
-_EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
 def adapter_state_dict(
@@ -44,29 +60,48 @@ def adapter_state_dict(
 
     Args:
         save_embedding_layers: whether to add the base's input and output embeddings; "auto" adds
-            those that the adapter targets.
+            those that the adapter targets as "embed_tokens" or "lm_head", and both where the
+            vocabulary is not that of the files that the model was loaded from, as PEFT does.
     """
     config = model.peft_config[adapter_name]
     tensors: dict[str, Tensor] = {}
-    for name, layer in model.lora_layers():
-        if adapter_name in layer.adapters:
-            for key, tensor in layer.peft_tensors(adapter_name).items():
-                tensors[f"{PREFIX}{name}.{key}"] = tensor
+    for name, layer in _layers(model, adapter_name):
+        for key, tensor in layer.peft_tensors(adapter_name).items():
+            tensors[f"{PREFIX}{name}.{key}"] = tensor
     tensors.update(_saved_modules(model, adapter_name))
-    adapted = {id(layer) for _, layer in model.lora_layers() if adapter_name in layer.adapters}
-    bases = [
-        *_biases(model.base_model, config.bias, adapted),
-        *_embeddings(model.base_model, save_embedding_layers, adapted),
-    ]
-    for key, module, part in bases:
-        tensors[key] = module.state_dict()[part]
+    bases = dict(_base_tensors(model, adapter_name, config, save_embedding_layers))
+    check_tensors(bases, f"save_pretrained: '{adapter_name}'")
+    tensors.update({key: tensor.detach() for key, tensor in bases.items()})
     return tensors
+
+
+def _base_tensors(
+    model: LoraModel, adapter_name: str, config: LoraConfig, save_embedding_layers: bool | str
+) -> Iterator[tuple[str, Tensor]]:
+    base = model.base_model
+    adapted = {id(la): la for _, la in model.lora_layers() if adapter_name in la.adapters}
+    whole = {id(m) for _, m in model.saved_modules() if adapter_name in m.modules_to_save}
+    found = list(places(base, adapted, whole))
+    parts = list(biases(iter(found), config.bias))
+    if save_embedding_layers is True:
+        parts += embeddings(base, iter(found))
+    elif save_embedding_layers == "auto" and targets_embeddings(base, config):
+        parts += [one for one in embeddings(base, iter(found)) if one[0].layer is not None]
+    elif save_embedding_layers == "auto" and was_resized(base, config):
+        warnings.warn(
+            "save_pretrained: the vocabulary is not that of the files the model was loaded from, "
+            "so its embeddings are saved too; save_embedding_layers=False leaves them out",
+            stacklevel=2,
+        )
+        parts += embeddings(base, iter(found))
+    for place, part in parts:
+        yield PREFIX + place.key_of(part), place.unmerged(part)
 
 
 def save_pretrained(
     model: LoraModel,
     folder: str | Path,
-    adapter_names: list[str] | None = None,
+    adapter_names: str | list[str] | None = None,
     *,
     save_embedding_layers: bool | str = "auto",
     path_initial_model_for_weight_conversion: str | Path | None = None,
@@ -86,11 +121,15 @@ def save_pretrained(
             be loaded into a model with plain layers, here or in PEFT.
 
     Raises:
-        ValueError: no such adapter, or it holds NaN or Inf; as_plain_lora with a conversion of the
-            initialisation, or for an attention with kdim or vdim other than embed_dim.
-        AdapterFileError: the initial adapter's files are damaged or do not fit.
+        ValueError: no such adapter, or the model does not hold all of it (after `unload()`, under
+            ZeRO-3, on "meta", in layers that were replaced since), or its config does not fit the
+            model; as_plain_lora with a conversion of the initialisation, or for an attention with
+            kdim or vdim other than embed_dim. Nothing is written then.
+        AdapterFileError: NaN or Inf; the initial adapter's files are damaged or do not fit.
     """
-    names = list(model.peft_config) if adapter_names is None else adapter_names
+    names = list(model.peft_config)
+    if adapter_names is not None:
+        names = names_of(adapter_names, "save_pretrained")
     for name in names:
         if name not in model.peft_config:
             raise ValueError(
@@ -102,8 +141,10 @@ def save_pretrained(
             "save_pretrained: as_plain_lora: got True with path_initial_model_for_weight_conversion"
             ", expected one of both: each changes all ranks"
         )
+    ready = []  # all of them, before the first is written
     for name in names:
         config = copy.deepcopy(model.peft_config[name])
+        check_adapter(model, name, config)
         tensors = adapter_state_dict(model, name, save_embedding_layers=save_embedding_layers)
         if path_initial_model_for_weight_conversion is not None:
             initial = Path(path_initial_model_for_weight_conversion)
@@ -115,7 +156,10 @@ def save_pretrained(
         name_or_path = getattr(model.base_model, "name_or_path", None)
         if name_or_path and fields.get("base_model_name_or_path") is None:
             fields["base_model_name_or_path"] = name_or_path
-        save_adapter(Path(folder) if name == DEFAULT else Path(folder) / name, fields, tensors)
+        place = Path(folder) if name == DEFAULT else Path(folder) / name
+        ready.append((place, fields, tensors))
+    for place, fields, tensors in ready:
+        save_adapter(place, fields, tensors)
 
 
 def load_adapter(
@@ -125,6 +169,7 @@ def load_adapter(
     *,
     is_trainable: bool = False,
     autocast_adapter_dtype: bool = True,
+    transaction: Transaction | None = None,
 ) -> None:
     """Adds an adapter from a folder that PEFT or `save_pretrained` wrote. Config and header are
     checked against the model before anything of the adapter's size is allocated, and nothing is
@@ -132,6 +177,7 @@ def load_adapter(
 
     Args:
         is_trainable: whether it trains when it is active.
+        transaction: of what else is to be done or undone with it.
 
     Raises:
         AdapterFileError: a file is missing, damaged, or does not fit the model; names the file and
@@ -139,43 +185,62 @@ def load_adapter(
         ValueError: the name is taken, or the model is merged and the file holds biases of the base.
     """
     check_adapter_name(adapter_name, model.peft_config, "LoraModel.load_adapter")
-    with open_adapter(folder) as files, ExitStack() as stack:
+    own = Transaction() if transaction is None else transaction
+    with open_adapter(folder) as files, own, ExitStack() as stack:
+        stack.enter_context(typed_content(files.path))
+        stack.enter_context(time_limit(FILE_SECONDS, sum(1 for _ in model.modules())))
         config = read_config(files)
         config.inference_mode = not is_trainable
-        try:
-            stack.enter_context(model.replicated(config))
-            plan = model.plan(config, autocast_adapter_dtype)
-        except (TypeError, ValueError, NotImplementedError) as error:
-            raise AdapterFileError(f"{files.path}: does not fit the model: {error}") from error
-        plan = planned_as_in(files, _tied_as_in_the_file(plan, config, files), PREFIX)
-        bases = _optional_bases(model, config, plan, files)
-        expected = dict(_expected(plan))
-        for key, (module, part) in bases.items():
-            expected[key] = TensorSpec(tuple(module.state_dict()[part].shape))
-        tensors = files.tensors(expected)
+        model.replicate(config, own)
+        plan = model.plan(config, autocast_adapter_dtype)
+        check_loadable(model, plan)
+        file = FileTensors(files, _possible_keys(model, plan))
+        plan = planned_as_in(file, _tied_as_in_the_file(plan, config, file), PREFIX)
+        bases = BaseTensors(model, config, plan, file, PREFIX)
+        tensors = file.read(dict(_expected(plan)) | bases.expected())
+        bases.check(tensors)
         plan = grouped_where_possible(plan, tensors, PREFIX)
-        model.add_planned(adapter_name, config, plan)
-    with torch.no_grad():
-        for key, tensor in _own_tensors(model, adapter_name):
-            tensor.copy_(tensors[key])
-        for key, (module, part) in bases.items():
-            module._parameters[part].copy_(tensors[key])  # type: ignore[union-attr]
+        model.add_planned(adapter_name, config, plan, own)
+        with torch.no_grad():
+            for key, tensor in _own_tensors(model, adapter_name):
+                tensor.copy_(tensors[key])
+        for key, tensor in bases.targets.items():
+            own.write(tensor, tensors[key])
+        own.commit()
+
+
+def _possible_keys(model: LoraModel, plan: Plan) -> Iterator[str]:
+    """Keys as many and as long as a file for the model can have."""
+    yield from (key for key, _ in _expected(plan))
+    for name, _ in model.base_model.named_parameters(remove_duplicate=False):
+        yield f"{PREFIX}{name}.base_layer.original_module"
 
 
 def _own_tensors(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
     """What an adapter holds itself, by PEFT's keys."""
-    for name, layer in model.lora_layers():
-        if adapter_name in layer.adapters:
-            for key, parameter in layer.peft_parameters(adapter_name).items():
-                yield f"{PREFIX}{name}.{key}", parameter
+    for name, layer in _layers(model, adapter_name):
+        for key, parameter in layer.peft_parameters(adapter_name).items():
+            yield f"{PREFIX}{name}.{key}", parameter
     yield from _saved_modules(model, adapter_name)
 
 
+def _layers(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
+    """The adapter's layers, by their names in files."""
+    mine = [(name, layer) for name, layer in model.lora_layers() if adapter_name in layer.adapters]
+    around = around_others(mine)
+    for name, layer in mine:
+        yield name_in_file(name, around), layer
+
+
 def _saved_modules(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
+    around = around_others(
+        (name, layer) for name, layer in model.lora_layers() if adapter_name in layer.adapters
+    )
     for name, saved in model.saved_modules():
+        name = name_in_file(name, around)
         if adapter_name in saved.modules_to_save:
             for key, tensor in saved.modules_to_save[adapter_name].state_dict().items():
-                yield f"{PREFIX}{name}.{key}", tensor
+                yield f"{PREFIX}{name}.{plain_name(key)}", tensor
 
 
 def read_config(files: AdapterFolder) -> LoraConfig:
@@ -186,16 +251,16 @@ def read_config(files: AdapterFolder) -> LoraConfig:
         raise AdapterFileError(f"{files.path / 'adapter_config.json'}: {error}") from error
 
 
-def _tied_as_in_the_file(plan: Plan, config: LoraConfig, files: AdapterFolder) -> Plan:
+def _tied_as_in_the_file(plan: Plan, config: LoraConfig, file: FileTensors) -> Plan:
     """The plan without tied copies that the file does not have: PEFT ties those of a head or an
     embedding only where it knows the name that modules_to_save gives it."""
     if not plan.tied:
         return plan
-    header, named = files.header(), saved_modules(config)
+    named = saved_modules(config)
     absent = {
         name
         for name in plan.tied
-        if f"{PREFIX}{name}.weight" not in header and not matches(name, named)
+        if f"{PREFIX}{name}.weight" not in file.specs and not matches(name, named)
     }
     return plan._replace(
         saved={name: module for name, module in plan.saved.items() if name not in absent},
@@ -204,82 +269,30 @@ def _tied_as_in_the_file(plan: Plan, config: LoraConfig, files: AdapterFolder) -
 
 
 def _expected(plan: Plan) -> Iterator[tuple[str, TensorSpec]]:
+    around = around_planned(plan)
     for planned in plan.layers.values():
+        held_in = planned.layer.adapter_dtype(planned.settings)
+        name = name_in_file(planned.name, around)
         for key, shape in planned.layer.peft_shapes(planned.settings).items():
-            yield f"{PREFIX}{planned.name}.{key}", TensorSpec(shape)
+            yield f"{PREFIX}{name}.{key}", TensorSpec(shape, held_in=held_in)
     for name, module in plan.saved.items():
+        name = name_in_file(name, around)
         original = getattr(module, "original_module", module)
         for key, tensor in original.state_dict().items():
-            shape = tuple(tensor.shape)
-            exact = frozenset({tensor.dtype})
-            spec = TensorSpec(shape) if tensor.is_floating_point() else TensorSpec(shape, exact)
-            yield f"{PREFIX}{name}.{key}", spec
-
-
-def _optional_bases(
-    model: LoraModel, config: LoraConfig, plan: Plan, files: AdapterFolder
-) -> dict[str, tuple[nn.Module, str]]:
-    """The base's tensors that the file is to hold (biases) or may hold (embeddings), by key."""
-    adapted = {place for place in plan.layers}
-    found = {
-        key: (module, part) for key, module, part in _biases(model.base_model, config.bias, adapted)
-    }
-    header = files.header()
-    whole = {id(module) for module in plan.saved.values()}  # the file's are those of their copies
-    for key, module, part in _embeddings(model.base_model, True, adapted):
-        if key in header and id(module) not in whole:
-            found[key] = (module, part)
-    if found and any(layer.merged for _, layer in model.lora_layers()):
-        raise ValueError(
-            "LoraModel.load_adapter: the file holds tensors of the base, which has merged "
-            "adapters; call unmerge_adapter() first"
-        )
-    return found
-
-
-def _biases(model: nn.Module, bias: str, adapted: set[int]) -> Iterator[tuple[str, nn.Module, str]]:
-    """(key, module, parameter) of the base biases that a config's `bias` saves."""
-    if bias == "none":
-        return
-    for name, module in model.named_modules():
-        if module._parameters.get("bias") is None or "modules_to_save" in name:
-            continue
-        if id(module) in adapted:
-            yield f"{PREFIX}{name}.base_layer.bias", module, "bias"
-        elif bias == "all":
-            yield f"{PREFIX}{name}.bias", module, "bias"
-
-
-def _embeddings(
-    model: nn.Module, choice: bool | str, adapted: set[int]
-) -> Iterator[tuple[str, nn.Module, str]]:
-    """(key, module, parameter) of the base's embeddings that are saved with an adapter."""
-    if choice is False:
-        return
-    chosen = set()
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        with suppress(NotImplementedError):  # transformers' answer for a model without
-            chosen.add(id(getattr(model, getter, lambda: None)()))
-    for name, module in model.named_modules():
-        if id(module) not in chosen or module._parameters.get("weight") is None:
-            continue
-        targeted = isinstance(module, LoraLayer) and id(module) in adapted
-        if choice == "auto" and not (targeted and name.rpartition(".")[2] in _EMBEDDINGS):
-            continue
-        yield f"{PREFIX}{name}{'.base_layer' if targeted else ''}.weight", module, "weight"
+            yield f"{PREFIX}{name}.{plain_name(key)}", spec_of(tensor)
 
 
 def _subtract_initial(
     model: LoraModel, adapter_name: str, tensors: dict[str, Tensor], folder: Path
 ) -> dict[str, Tensor]:
     """The tensors with each adapter replaced by what it does beyond its initial state."""
+    known = adapter_state_dict(model, adapter_name, save_embedding_layers=True)
     with open_adapter(folder) as files:
-        header = files.header()
-        initial = files.tensors({key: TensorSpec(spec.shape) for key, spec in header.items()})
+        present = files.header().keys() & known.keys()
+        shapes = {k: tuple(v.shape) for k, v in known.items() if k in present or k in tensors}
+        initial = files.tensors({key: TensorSpec(shape) for key, shape in shapes.items()})
     result = dict(tensors)
-    for name, layer in model.lora_layers():
-        if adapter_name not in layer.adapters:
-            continue
+    for name, layer in _layers(model, adapter_name):
         scaling = layer.adapters[adapter_name].scaling
         for prefix in layer.PREFIXES:
             if f"{prefix}lora_A" not in layer.parts(adapter_name):

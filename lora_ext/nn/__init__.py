@@ -5,6 +5,7 @@ from lora_ext.nn.any_layer import AnyLayer
 from lora_ext.nn.attention import MultiheadAttention
 from lora_ext.nn.conv import Conv1d, Conv2d, Conv3d
 from lora_ext.nn.embedding import Embedding
+from lora_ext.nn.fast_paths import watch_registrations as _watch_registrations
 from lora_ext.nn.linear import Linear
 from lora_ext.nn.lora_layer import LoraLayer
 from lora_ext.nn.merged_linear import MergedLinear
@@ -32,3 +33,5 @@ __all__ = [
     "mark_only_lora_as_trainable",
     "print_trainable_parameters",
 ]
+
+_watch_registrations()

@@ -1,0 +1,152 @@
+"""What loading finds in a file: the keys, and tensors of the base beside the adapter's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext.adapters.config import LoraConfig
+from lora_ext.adapters.names import plain_name, unwrapped
+from lora_ext.errors import AdapterFileError
+from lora_ext.io.adapter_file import MAX_HEADER_BYTES, TensorSpec, header_limit
+from lora_ext.io.adapter_folder import WEIGHTS_NAME, AdapterFolder
+from lora_ext.io.base_tensors import around_planned, biases, embeddings, name_in_file, places
+from lora_ext.io.files import short
+from lora_ext.nn.adoption import adapter_device
+
+if TYPE_CHECKING:
+    from lora_ext.adapters.lora_model import LoraModel
+    from lora_ext.adapters.plan import Plan
+
+
+class FileTensors:
+    """An open file's tensors, by keys without the levels of torch.compile.
+
+    Args:
+        keys: of what it may hold; a header longer than they justify is not read.
+    """
+
+    def __init__(self, files: AdapterFolder, keys: Iterable[str]) -> None:
+        specs = files.header(max_header_bytes=max(MAX_HEADER_BYTES, header_limit(keys)))
+        self._files = files
+        self._keys = {plain_name(key): key for key in specs}
+        self.specs = {plain: specs[key] for plain, key in self._keys.items()}
+        self.path = files.path / WEIGHTS_NAME
+
+    def read(self, expected: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
+        """As `AdapterFolder.tensors`."""
+        named = {self._keys.get(key, key): spec for key, spec in expected.items()}
+        return {plain_name(key): tensor for key, tensor in self._files.tensors(named).items()}
+
+
+class BaseTensors:
+    """The base's tensors that a file is to hold (biases) or may hold (embeddings, what PEFT adds
+    for modules to save).
+
+    Attributes:
+        targets: the parameters and buffers that get their values, by key.
+    """
+
+    def __init__(
+        self, model: LoraModel, config: LoraConfig, plan: Plan, file: FileTensors, prefix: str
+    ) -> None:
+        base = model.base_model
+        adapted = {place: planned.layer for place, planned in plan.layers.items()}
+        whole = {
+            id(module) for module in plan.saved.values()
+        }  # the file's are those of their copies
+        every = list(places(base, adapted, whole, aliases=True))
+        needed = biases(places(base, adapted, whole), config.bias)
+        optional = [*biases(iter(every), config.bias), *embeddings(base, iter(every))]
+        self.targets = {prefix + place.key_of(part): place.own(part) for place, part in needed}
+        for place, part in optional:
+            if (key := prefix + place.key_of(part)) in file.specs:
+                self.targets[key] = place.own(part)
+        self._unused: dict[str, TensorSpec] = {}  # PEFT's second keys of what a copy holds
+        around = around_planned(plan)
+        for name, module in plan.saved.items():
+            self._find_of_saved(file, f"{prefix}{name_in_file(name, around)}.", module)
+        self._path = file.path
+        for key, tensor in self.targets.items():
+            _check_target(file, key, tensor)
+        if self.targets and any(layer.merged for _, layer in model.lora_layers()):
+            raise ValueError(
+                "LoraModel.load_adapter: the file holds tensors of the base, which has merged "
+                "adapters; call unmerge_adapter() first"
+            )
+
+    def _find_of_saved(self, file: FileTensors, prefix: str, module: nn.Module) -> None:
+        """What PEFT writes of a module to save beside its copy: the original, and its own keys."""
+        original = unwrapped(getattr(module, "original_module", module))
+        state = {plain_name(k): t for k, t in original.state_dict(keep_vars=True).items()}
+        for key in [key for key in file.specs if key.startswith(prefix)]:
+            where, _, part = key.removeprefix(prefix).partition(".")
+            if where == "original_module" and part in state:
+                self.targets[key] = state[part]
+            elif where == "modules_to_save":
+                # Where its name stands elsewhere than usual, PEFT leaves the adapter's name in.
+                found = state.get(part, state.get(part.partition(".")[2]))
+                if found is not None:
+                    self._unused[key] = spec_of(found)
+
+    def expected(self) -> dict[str, TensorSpec]:
+        """What the file holds of them."""
+        return {key: spec_of(tensor) for key, tensor in self.targets.items()} | self._unused
+
+    def check(self, tensors: Mapping[str, Tensor]) -> None:
+        """AdapterFileError if the file says two things of one tensor of the base."""
+        first: dict[int, str] = {}
+        for key, target in self.targets.items():
+            other = first.setdefault(id(target), key)
+            if not torch.equal(tensors[other], tensors[key]):
+                raise AdapterFileError(
+                    f"{self._path}: {short(key)}: differs from {short(other)}, which is the same "
+                    "tensor in this model (tied embeddings?); untie them in the base first"
+                )
+
+
+def check_loadable(model: LoraModel, plan: Plan) -> None:
+    """ValueError where the model could not hold the values of an adapter: on "meta"."""
+    for name, tensor in _beside_adapter(plan):
+        if tensor.is_meta:
+            raise ValueError(
+                f"'{name}' of the base model is on the device meta, and the adapter would be too, "
+                "without its values; load the base's weights first"
+            )
+
+
+def _beside_adapter(plan: Plan) -> Iterator[tuple[str, Tensor]]:
+    for planned in plan.layers.values():
+        for part, tensor in planned.layer.merged_parameters(()).items():
+            if adapter_device(planned.layer, tensor) == tensor.device:  # else a hook fetches it
+                yield f"{planned.name}.{part}", tensor
+    for name, module in plan.saved.items():
+        for part, tensor in module.state_dict().items():
+            yield f"{name}.{part}", tensor
+
+
+def _check_target(file: FileTensors, key: str, tensor: Tensor) -> None:
+    if key not in file.specs:
+        return  # said with the other missing keys
+    if tensor.is_meta:
+        raise AdapterFileError(
+            f"{file.path}: {short(key)}: the base's is on the device meta, which holds no values; "
+            "load the base's weights first"
+        )
+    shape, own = file.specs[key].shape, tuple(tensor.shape)
+    if shape != own and shape[1:] == own[1:]:
+        raise AdapterFileError(
+            f"{file.path}: {short(key)}: got shape {list(shape)}, the base's is {list(own)}; if "
+            f"its vocabulary grew, call resize_token_embeddings({shape[0]}) of the base first"
+        )
+
+
+def spec_of(tensor: Tensor) -> TensorSpec:
+    """What a file has to hold for it: exactly its dtype, if that is not floating-point."""
+    shape, dtype = tuple(tensor.shape), tensor.dtype
+    if tensor.is_floating_point():
+        return TensorSpec(shape, held_in=dtype)
+    return TensorSpec(shape, frozenset({dtype}), dtype)

@@ -1,0 +1,104 @@
+"""Whether what would be written of an adapter could be read again; said before anything is."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from lora_ext.adapters.plan import make_plan
+from lora_ext.io.files import short
+from lora_ext.nn import LoraLayer
+
+if TYPE_CHECKING:
+    from lora_ext.adapters.config import LoraConfig
+    from lora_ext.adapters.lora_model import LoraModel
+
+NOTHING = "nothing is written"
+
+
+def check_adapter(model: LoraModel, adapter_name: str, config: LoraConfig) -> None:
+    """ValueError unless the model holds the whole adapter, where its config says it is."""
+    where = f"save_pretrained: '{adapter_name}'"
+    layers = {id(layer): name for name, layer in _layers(model, adapter_name)}
+    copies = {
+        name: module.modules_to_save[adapter_name]
+        for name, module in model.saved_modules()
+        if adapter_name in module.modules_to_save
+    }
+    if not layers and not copies:
+        raise ValueError(
+            f"{where}: no layer of the model has this adapter (any more): after unload() and "
+            f"merge_and_unload() there is none to save, so {NOTHING}; save before"
+        )
+    for name, layer in _layers(model, adapter_name):
+        parameters = layer.parts(adapter_name)
+        check_tensors({f"{name}.{part}": tensor for part, tensor in parameters.items()}, where)
+        shapes = layer.part_shapes(layer.adapters[adapter_name])
+        for part, tensor in parameters.items():
+            if tuple(tensor.shape) != shapes[part]:
+                raise ValueError(
+                    f"{where}: {name}.{part} has shape {list(tensor.shape)}, expected "
+                    f"{list(shapes[part])}: the layer was resized, or its parameters are split "
+                    "between processes (gather them first: deepspeed.zero.GatheredParameters, "
+                    f"FullyShardedDataParallel.summon_full_params); {NOTHING}"
+                )
+    for name, copied in copies.items():
+        state = copied.state_dict(keep_vars=True)
+        check_tensors({f"{name}.{part}": tensor for part, tensor in state.items()}, where)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            plan = make_plan(model.base_model, config, autocast_adapter_dtype=True)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ValueError(
+            f"{where}: its config could not be loaded into this model again: {error}; {NOTHING}"
+        ) from error
+    planned = {id(one.layer): one.name for one in plan.layers.values()}
+    for lost in (planned.keys() - layers.keys(), layers.keys() - planned.keys()):
+        names = sorted((planned | layers)[place] for place in lost)
+        if names:
+            raise ValueError(
+                f"{where}: its config {'means' if lost <= planned.keys() else 'does not mean'} "
+                f"'{names[0]}', which {'has it no longer' if lost <= planned.keys() else 'has it'} "
+                f"(replaced since, as resize_token_embeddings does?); {NOTHING}"
+            )
+    for name, module in plan.saved.items():
+        if adapter_name not in getattr(module, "modules_to_save", ()):
+            raise ValueError(
+                f"{where}: its config saves '{name}' whole, which has no copy for it (any more); "
+                f"{NOTHING}"
+            )
+
+
+def check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:
+    """ValueError for tensors whose values are not, or not all, in this process."""
+    for name, tensor in tensors.items():
+        reason = _why_incomplete(tensor)
+        if reason:
+            raise ValueError(f"{where}: {short(name)} {reason}; {NOTHING}")
+
+
+def _why_incomplete(tensor: Tensor) -> str:
+    if tensor.is_meta:
+        return "is on the device meta, where there are no values; load or initialise it first"
+    if hasattr(tensor, "placements") and hasattr(tensor, "full_tensor"):
+        return (
+            "is a DTensor, of which this process has a part (FSDP2, tensor parallel); expected "
+            "whole tensors: save in a process that holds the model unsharded"
+        )
+    whole = getattr(tensor, "ds_shape", None)
+    if whole is not None and tuple(whole) != tuple(tensor.shape):
+        return (
+            f"has shape {list(tensor.shape)} here and {list(whole)} in all: DeepSpeed ZeRO-3 "
+            "splits it; save in deepspeed.zero.GatheredParameters(list(model.parameters()))"
+        )
+    return ""
+
+
+def _layers(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
+    for name, layer in model.lora_layers():
+        if adapter_name in layer.adapters:
+            yield name, layer

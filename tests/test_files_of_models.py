@@ -1,0 +1,484 @@
+"""What files hold of whole models: embeddings, biases, compiled and resized models, combined
+adapters; and what is refused before anything is written."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from adapter_zoo import tokens, zoo
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lora_ext import LoraConfig, LoraModel, get_lora_model
+from lora_ext.errors import AdapterFileError
+
+FILE, PREFIX = "adapter_model.safetensors", "base_model.model."
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def llama(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=37,
+        **options,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def phi() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.PhiConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=37,
+    )
+    return transformers.PhiForCausalLM(config).eval()  # its head has a bias
+
+
+INPUTS = {"input_ids": torch.tensor([[1, 2, 3, 4]])}
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(**INPUTS).logits
+
+
+def keys(folder: Path) -> set[str]:
+    return {key.removeprefix(PREFIX) for key in load_file(folder / FILE)}
+
+
+# Embeddings
+
+TRUE = {"save_embedding_layers": True}
+EMBEDDINGS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]]] = {
+    "input": (llama, {"target_modules": ["embed_tokens"]}, {}),
+    "head": (llama, {"target_modules": ["q_proj", "lm_head"]}, {}),
+    "both": (llama, {"target_modules": ["embed_tokens", "lm_head"]}, {}),
+    "whole name": (llama, {"target_modules": ["model.embed_tokens"]}, {}),
+    "expression": (llama, {"target_modules": ".*embed_tokens"}, {}),
+    "tied": (lambda: llama(tie_word_embeddings=True), {"target_modules": ["embed_tokens"]}, {}),
+    "asked for": (llama, {"target_modules": ["q_proj"]}, TRUE),
+    "asked for, tied": (
+        lambda: llama(tie_word_embeddings=True), {"target_modules": ["q_proj"]}, TRUE
+    ),
+    "saved whole": (
+        llama, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}, TRUE
+    ),
+    "one saved whole": (
+        llama, {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"]}, TRUE
+    ),
+    "head with bias": (phi, {"target_modules": ["lm_head"]}, {}),
+    "head with bias, all": (phi, {"target_modules": ["lm_head"], "bias": "all"}, {}),
+    "head with bias, asked for": (phi, {"target_modules": ["q_proj"]}, TRUE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", EMBEDDINGS)
+def test_embeddings_in_files(case: str, tmp_path: Path) -> None:
+    build, fields, options = EMBEDDINGS[case]
+    fields = {"r": 2, "init_lora_weights": False} | fields
+    trained = "get_input_embeddings" if options or "head" not in case else "get_output_embeddings"
+    theirs = peft.get_peft_model(build(), peft.LoraConfig(**fields)).eval()
+    with torch.no_grad():
+        getattr(theirs, trained)().weight.mul_(1.5)
+    theirs.save_pretrained(tmp_path / "theirs", **options)
+    read = LoraModel.from_pretrained(build(), tmp_path / "theirs")
+    expected = logits(peft.PeftModel.from_pretrained(build(), tmp_path / "theirs").eval())
+    torch.testing.assert_close(logits(read), expected, rtol=1e-4, atol=1e-5)
+
+    ours = get_lora_model(build(), LoraConfig(**fields)).eval()
+    with torch.no_grad():
+        getattr(ours, trained)().weight.mul_(1.5)
+    ours.save_pretrained(tmp_path / "ours", **options)
+    again = LoraModel.from_pretrained(build(), tmp_path / "ours")
+    other = peft.PeftModel.from_pretrained(build(), tmp_path / "ours").eval()
+    if case not in ("whole name",):  # PEFT does not know it there: the change of the base is lost
+        assert torch.equal(logits(again), logits(ours))
+    torch.testing.assert_close(logits(other), logits(again), rtol=1e-4, atol=1e-5)
+    if not fields.get("modules_to_save"):
+        assert keys(tmp_path / "theirs") <= keys(tmp_path / "ours")
+
+
+def test_two_values_for_a_tied_embedding_are_refused(tmp_path: Path) -> None:
+    model = get_lora_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    base = llama(tie_word_embeddings=True)
+    before = {key: tensor.clone() for key, tensor in base.state_dict().items()}
+    with pytest.raises(AdapterFileError, match=r"embed_tokens\.weight.*same tensor"):
+        LoraModel.from_pretrained(base, tmp_path)
+    assert all(torch.equal(before[key], tensor) for key, tensor in base.state_dict().items())
+
+
+def test_resized_embeddings_are_saved(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+
+    def base(size: int = 70) -> nn.Module:
+        model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        model.resize_token_embeddings(size, mean_resizing=False)
+        return model.eval()
+
+    model = get_lora_model(base(), LoraConfig(r=2, target_modules=["q_proj"]))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[64:] = 0.5
+    with pytest.warns(UserWarning, match="its embeddings are saved"):
+        model.save_pretrained(tmp_path / "auto")
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= keys(tmp_path / "auto")
+    read = LoraModel.from_pretrained(base(), tmp_path / "auto")
+    assert torch.equal(logits(read), logits(model))
+    with pytest.raises(AdapterFileError, match=r"resize_token_embeddings\(70\)"):
+        LoraModel.from_pretrained(base(64), tmp_path / "auto")
+    model.save_pretrained(tmp_path / "without", save_embedding_layers=False)
+    assert not any("weight" in key and "lora" not in key for key in keys(tmp_path / "without"))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"target_modules": ["lm_head"]}, {"target_modules": ["embed_tokens"]},
+     {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}],
+    ids=["head", "input", "saved whole"],
+)  # fmt: skip
+def test_embeddings_with_adapters_are_not_resized(fields: dict[str, Any]) -> None:
+    model = get_lora_model(llama(), LoraConfig(r=2, **fields))
+    before = logits(model)
+    with pytest.raises(TypeError, match=r"resize_token_embeddings: .* has adapters"):
+        model.resize_token_embeddings(70)
+    assert torch.equal(logits(model), before)
+
+
+def test_other_embeddings_are_resized() -> None:
+    model = get_lora_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.resize_token_embeddings(70)
+    assert logits(model).shape[-1] == 70
+    with pytest.raises(AttributeError):
+        get_lora_model(zoo(), LoraConfig(target_modules=["lin"])).resize_token_embeddings(7)
+
+
+# torch.compile
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.lin = nn.Embedding(11, 4), nn.Linear(4, 4)
+        self.deep = nn.ModuleDict({"lin": nn.Linear(4, 4)})
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.deep["lin"](torch.tanh(self.lin(self.words(x)))))
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return Small().eval()
+
+
+def with_compiled_parts(model: nn.Module) -> nn.Module:
+    model.head, model.deep["lin"] = compiled(model.head), compiled(model.deep["lin"])
+    return model
+
+
+COMPILED = {"whole": compiled, "parts": with_compiled_parts}
+FIELDS = {
+    "r": 2,
+    "target_modules": ["words", "lin", "deep.lin"],
+    "modules_to_save": ["head"],
+    "bias": "all",
+    "init_lora_weights": False,
+}
+
+
+@pytest.mark.parametrize("how", COMPILED)
+def test_compiled_models_have_the_plain_names(how: str, tmp_path: Path) -> None:
+    plain, model = (
+        get_lora_model(b, LoraConfig(**FIELDS)) for b in (small(), COMPILED[how](small()))
+    )
+    plain.save_pretrained(tmp_path / "plain")
+    assert model.targeted_module_names == plain.targeted_module_names
+    model.save_pretrained(tmp_path / "compiled")
+    assert keys(tmp_path / "compiled") == keys(tmp_path / "plain")
+    read = LoraModel.from_pretrained(COMPILED[how](small()), tmp_path / "plain")
+    with torch.no_grad():
+        y = plain.eval()(tokens())
+        torch.testing.assert_close(read(tokens()), y)
+        assert not torch.allclose(small()(tokens()), y)
+        read.save_pretrained(tmp_path / "again")
+        again = LoraModel.from_pretrained(small(), tmp_path / "again")
+        assert torch.equal(again(tokens()), y)
+        torch.testing.assert_close(read.merge_and_unload()(tokens()), y)
+
+
+def test_a_compiled_layer_runs_what_took_its_place() -> None:
+    net = with_compiled_parts(small())
+    with torch.no_grad():
+        plain = net(tokens())
+        model = get_lora_model(net, LoraConfig(**FIELDS))
+        assert not torch.allclose(model.eval()(tokens()), plain)
+        model.set_scale("default", 0.0)
+        torch.testing.assert_close(model(tokens()), plain)
+        torch.testing.assert_close(model.unload()(tokens()), plain)
+
+
+def test_a_file_with_the_names_of_a_compiled_model_is_read(tmp_path: Path) -> None:
+    model = get_lora_model(
+        small(), LoraConfig(r=2, target_modules=["lin"], init_lora_weights=False)
+    )
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / FILE)
+    old = {k.replace(PREFIX, f"{PREFIX}_orig_mod."): tensor for k, tensor in tensors.items()}
+    save_file(old, tmp_path / FILE)
+    read = LoraModel.from_pretrained(small(), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(read(tokens()), model(tokens()))
+
+
+# Names and configs
+
+
+def test_names_that_are_ends_of_others(tmp_path: Path) -> None:
+    """ "0" and "1.1" are linear; a list with "0" would also mean "1.0"."""
+
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        inner = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4))
+        return nn.Sequential(nn.Linear(4, 4), inner)
+
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    model, x = get_lora_model(net(), config), torch.randn(3, 4)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(LoraModel.from_pretrained(net(), tmp_path)(x), model(x))
+
+
+def test_order_of_patterns_is_kept(tmp_path: Path) -> None:
+    fields = {
+        "rank_pattern": {r"layers\.1\.lin": 4, "lin": 3},
+        "alpha_pattern": {"lin": 40, "layers.0.lin": 5, "a": 1},
+    }
+    config = LoraConfig(r=2, target_modules=["lin"], init_lora_weights=False, **fields)
+    model = get_lora_model(zoo(), config).eval()
+    model.save_pretrained(tmp_path)
+    read = LoraModel.from_pretrained(zoo(), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(read(tokens()), model(tokens()))
+    theirs = peft.PeftModel.from_pretrained(zoo(), tmp_path).eval()
+    torch.testing.assert_close(theirs(tokens()), model(tokens()), rtol=1e-4, atol=1e-5)
+
+
+def test_many_tensors(tmp_path: Path) -> None:
+    """More than some 3,500, with usual names, fill a header of 512 KiB."""
+
+    def net() -> nn.Module:
+        names = [f"{name}_" + "projection_" * 20 for name in ("gate", "up", "down")]
+        experts = ({name: nn.Linear(1, 1, bias=False) for name in names} for _ in range(270))
+        return nn.ModuleDict({"experts": nn.ModuleList(nn.ModuleDict(e) for e in experts)})
+
+    model = get_lora_model(net(), LoraConfig(r=1, target_modules="all-linear"))
+    model.save_pretrained(tmp_path)
+    assert int.from_bytes((tmp_path / FILE).read_bytes()[:8], "little") > 512 << 10
+    assert (tmp_path / "adapter_config.json").stat().st_size < 4096  # the names' ends
+    assert len(list(LoraModel.from_pretrained(net(), tmp_path).lora_layers())) == 810
+
+
+def test_config_that_would_not_be_read_again_is_not_written(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["lin"])
+    model = get_lora_model(zoo(), config)
+    model.peft_config["default"].auto_mapping = {"note": "x" * (1 << 20)}
+    with pytest.raises(ValueError, match="more than would be read again"):
+        model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+COMBINED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "other targets": ({"target_modules": ["words", "mix"]}, {"target_modules": ["lin"]}),
+    "expression and list": ({"target_modules": r".*\.lin"}, {"target_modules": ["conv1", "attn"]}),
+    "excluded": ({"exclude_modules": ["layers.1.lin"]}, {}),
+    "excluded in both": ({"exclude_modules": ["layers.1.lin"]}, {"exclude_modules": "lin|.*0.lin"}),
+    "layers": ({"layers_to_transform": [0]}, {"layers_to_transform": 1}),
+    "layers, pattern": (
+        {"layers_to_transform": [0], "layers_pattern": "layers"}, {"target_modules": ["head"]}
+    ),
+    "bias of B": ({"lora_bias": True}, {"target_modules": ["mix"]}),
+    "ranks": ({"rank_pattern": {"layers.1.lin": 5}, "use_rslora": True}, {"r": 3}),
+    "copies": ({"modules_to_save": ["head"]}, {}),
+    "copies in the second": ({}, {"modules_to_save": ["head", "norm"]}),
+    "dropout": ({"lora_dropout": 0.1}, {"target_modules": ["mix"]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", COMBINED)
+def test_combined_adapters(case: str, tmp_path: Path) -> None:
+    fields = {"r": 2, "target_modules": ["lin", "free"], "init_lora_weights": False}
+    one, two = (LoraConfig(**(fields | own)) for own in COMBINED[case])
+    model = get_lora_model(zoo(), one, "one")
+    model.add_adapter("two", two)
+    model.add_weighted_adapter(["one", "two"], [1.0, -0.5], "new", "cat")
+    model.set_adapter("new")
+    model.save_pretrained(tmp_path, ["new"])
+    read = LoraModel.from_pretrained(zoo(), tmp_path / "new", "new")
+    with torch.no_grad():
+        assert torch.equal(read(tokens()), model.eval()(tokens()))
+    where = [name for name, layer in model.lora_layers() if "new" in layer.adapters]
+    assert [name for name, _ in read.lora_layers()] == where
+    if "lora_bias" not in COMBINED[case][0]:  # PEFT has none in the layers that lacked it
+        theirs = peft.PeftModel.from_pretrained(zoo(), tmp_path / "new").eval()
+        if "attn" not in str(COMBINED[case]):  # PEFT adds that of out_proj twice
+            close = {"rtol": 1e-4, "atol": 1e-5}
+            torch.testing.assert_close(theirs(tokens()), model(tokens()), **close)
+
+
+def test_what_no_config_describes_is_not_combined() -> None:
+    fields = {"r": 2, "init_lora_weights": False}
+    model = get_lora_model(zoo(), LoraConfig(target_modules=["lin"], lora_bias=True, **fields))
+    model.add_adapter("two", LoraConfig(target_modules=["words"], **fields))
+    with pytest.raises(ValueError, match="'words', which cannot have one"):
+        model.add_weighted_adapter(["default", "two"], [1.0, 1.0], "new", "cat")
+    assert list(model.peft_config) == ["default", "two"]
+    assert not any("new" in layer.adapters for _, layer in model.lora_layers())
+
+
+def test_layers_inside_a_module_with_adapted_parameters(tmp_path: Path) -> None:
+    fields = {"r": 2, "target_modules": ["gate"], "target_parameters": ["experts.up"]}
+    theirs = peft.get_peft_model(zoo(), peft.LoraConfig(init_lora_weights=False, **fields)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = LoraModel.from_pretrained(zoo(), tmp_path)
+    torch.testing.assert_close(ours(tokens()), theirs(tokens()), rtol=1e-4, atol=1e-5)
+    ours.add_adapter("two", LoraConfig(init_lora_weights=False, **fields))
+    with torch.no_grad():
+        assert not torch.allclose(ours(tokens()), zoo()(tokens()))
+        torch.testing.assert_close(ours.unload()(tokens()), zoo()(tokens()))
+
+
+# What is refused
+
+
+def test_after_unload_nothing_is_written(tmp_path: Path) -> None:
+    for out in (LoraModel.unload, LoraModel.merge_and_unload):
+        model = get_lora_model(zoo(), LoraConfig(r=2, target_modules=["lin"]))
+        model.save_pretrained(tmp_path)
+        before = (tmp_path / FILE).read_bytes()
+        out(model)
+        with pytest.raises(ValueError, match="no layer of the model has this adapter"):
+            model.save_pretrained(tmp_path)
+        assert (tmp_path / FILE).read_bytes() == before
+
+
+def replace_a_layer(model: LoraModel) -> None:
+    model.base_model.lin = nn.Linear(8, 8)
+
+
+def replace_a_copy(model: LoraModel) -> None:
+    model.base_model.head = nn.Linear(8, 5)
+
+
+def resize_in_place(model: LoraModel) -> None:
+    words = model.base_model.words
+    words.weight, words.num_embeddings = nn.Parameter(torch.zeros(13, 8)), 13
+
+
+def split(part: str) -> Callable[[LoraModel], None]:
+    """As DeepSpeed ZeRO-3 leaves parameters between calls."""
+
+    def change(model: LoraModel) -> None:
+        parameter = model.base_model.get_parameter(part)
+        parameter.ds_id, parameter.ds_shape = 1, parameter.shape
+        parameter.data = torch.empty(0)
+
+    return change
+
+
+def empty(model: LoraModel) -> None:
+    model.base_model.lin.lora_A.data = torch.empty(0)
+
+
+class Sharded(Tensor):
+    """What a DTensor shows of itself."""
+
+    placements, full_tensor = (), None
+
+
+def shard(model: LoraModel) -> None:
+    layer = model.base_model.lin
+    layer._parameters["lora_B"] = layer.lora_B.detach().as_subclass(Sharded)
+
+
+REFUSED: dict[str, tuple[Callable[[LoraModel], object], str]] = {
+    "a layer was replaced": (replace_a_layer, "'lin', which has it no longer"),
+    "a copy was replaced": (replace_a_copy, "'head' whole, which has no copy"),
+    "the embedding grew": (resize_in_place, r"words.lora_A has shape \[2, 11\], expected \[2, 13"),
+    "on meta": (lambda m: m.to("meta"), "on the device meta"),
+    "ZeRO-3": (split("lin.lora_A"), "DeepSpeed ZeRO-3"),
+    "ZeRO-3, a bias": (split("norm.bias"), "DeepSpeed ZeRO-3"),
+    "ZeRO-3, a copy": (split("head.modules_to_save.default.weight"), "DeepSpeed ZeRO-3"),
+    "empty": (empty, "split between processes"),
+    "DTensor": (shard, "a DTensor"),
+    "another config": (
+        lambda m: m.peft_config["default"].target_modules.append("conv1"), "'conv1', which has it"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_all_there_is_not_written(case: str, tmp_path: Path) -> None:
+    change, says = REFUSED[case]
+    net = zoo()
+    net.norm = nn.LayerNorm(8)
+    fields = {"target_modules": ["lin", "words"], "modules_to_save": ["head"], "bias": "all"}
+    model = get_lora_model(net, LoraConfig(r=2, **fields))
+    model.save_pretrained(tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
+    change(model)
+    with pytest.raises(ValueError, match=says):
+        model.save_pretrained(tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
+
+
+@pytest.mark.parametrize("fields", [{}, {"modules_to_save": ["head"]}], ids=["layers", "copies"])
+def test_a_base_on_meta_is_refused(fields: dict[str, Any], tmp_path: Path) -> None:
+    get_lora_model(zoo(), LoraConfig(r=2, target_modules=["lin"], **fields)).save_pretrained(
+        tmp_path
+    )
+    base = zoo().to("meta")
+    modules = [type(module) for module in base.modules()]
+    with pytest.raises(AdapterFileError, match="on the device meta"):
+        LoraModel.from_pretrained(base, tmp_path)
+    assert [type(module) for module in base.modules()] == modules
+
+
+def test_the_default_device_is_not_asked(tmp_path: Path) -> None:
+    fields = FIELDS | {"target_parameters": ["experts.up"]}
+    fields["target_modules"] = ["words", "lin", "mix", "attn", "conv1", "conv2", "conv3"]
+    model = get_lora_model(zoo(), LoraConfig(**fields)).eval()
+    base = zoo()
+    torch.set_default_device("meta")
+    try:
+        model.save_pretrained(tmp_path)
+        read = LoraModel.from_pretrained(base, tmp_path)
+    finally:
+        torch.set_default_device(None)
+    with torch.no_grad():
+        assert torch.equal(read(tokens()), model(tokens()))
