@@ -14,6 +14,7 @@ from lora_ext.adapters.combination import Combination, plan_combination
 from lora_ext.adapters.combining import Adapter, combine
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.nn import LoraLayer
+from lora_ext.nn.arguments import names_of
 from lora_ext.nn.lora_layer import check_adapter_name
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def add_weighted_adapter(
             a magnitude (DoRA), or more than one with base biases. Nothing is changed then.
     """
     check_adapter_name(adapter_name, model.peft_config, "LoraModel.add_weighted_adapter")
+    adapters = names_of(adapters, "add_weighted_adapter", "adapters")
     ranks = {
         name: max(config.r, *(config.rank_pattern or {}).values(), 0)
         for name, config in model.peft_config.items()

@@ -23,7 +23,7 @@ from lora_ext.io.files import typed_content
 from lora_ext.io.grouped_convolutions import grouped_where_possible, planned_as_in
 from lora_ext.io.plain_lora import plain_lora
 from lora_ext.nn import LoraLayer
-from lora_ext.nn.arguments import names_of
+from lora_ext.nn.arguments import as_path, names_of
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.lora_layer import check_adapter_name
 
@@ -93,6 +93,13 @@ def save_pretrained(
             initialisation, or for an attention with kdim or vdim other than embed_dim.
         AdapterFileError: the initial adapter's files are damaged or do not fit.
     """
+    folder = as_path(folder, "save_pretrained")
+    if path_initial_model_for_weight_conversion is not None:
+        path_initial_model_for_weight_conversion = as_path(
+            path_initial_model_for_weight_conversion,
+            "save_pretrained",
+            "path_initial_model_for_weight_conversion",
+        )
     names = list(model.peft_config)
     if adapter_names is not None:
         names = names_of(adapter_names, "save_pretrained")

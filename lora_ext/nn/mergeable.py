@@ -50,7 +50,7 @@ class MergeableLayer(nn.Module):
     def _choose_running(self) -> None:
         raise NotImplementedError
 
-    def _check_names(self, names: Iterable[str]) -> None:
+    def _check_names(self, names: Iterable[str], argument: str = "adapter_name") -> None:
         raise NotImplementedError
 
     # Merging
