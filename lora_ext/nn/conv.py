@@ -76,6 +76,9 @@ class _LoraConv(LoraLayer, _ConvNd):
     ) -> None:
         kind: Any = self._KIND
         check_sizes(type(self).__name__, in_channels=in_channels, out_channels=out_channels)
+        sizes = kernel_size if isinstance(kernel_size, list | tuple) else (kernel_size,)
+        for size in sizes:
+            check_sizes(type(self).__name__, kernel_size=size)
         kind.__init__(self, in_channels, out_channels, kernel_size, **base_options)
         self._init_adapters(kind, merge_weights)
         self._with_adapter(
