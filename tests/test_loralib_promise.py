@@ -289,6 +289,18 @@ def test_copies_and_moves_while_merged(kind: str) -> None:
         assert torch.equal(weight_of(twin.train()), bits.double())
 
 
+@pytest.mark.parametrize("merge_weights", [True, False])
+def test_a_transformer_s_fast_path_does_not_skip_the_update(merge_weights: bool) -> None:
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    block.linear1 = lora.Linear(8, 16, r=2, merge_weights=merge_weights)
+    nn.init.normal_(block.linear1.lora_B)
+    x = torch.randn(2, 3, 8)
+    expected = block(x)
+    with torch.no_grad():
+        close(block.eval()(x), expected)
+
+
 def test_freezing_while_merged_lasts() -> None:
     layer, _ = trained("Linear")
     layer.weight.requires_grad_(True)

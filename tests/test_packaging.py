@@ -168,7 +168,8 @@ def test_blank_variables_are_unset_ones(
         monkeypatch.setenv(name, blank)
     setup_py.check_tools()
     assert setup_py.cuda_settings(CPU_TORCH) == {}
-    assert setup_py.cuda_architectures() == "80;90a-real"
+    settings = setup_py.cuda_architectures("13.0")
+    assert settings["CMAKE_CUDA_ARCHITECTURES"] == "80;90a-real"
 
 
 CPU_TORCH = {"version": "2.13.0+cpu", "lib": "/nowhere/torch/lib", "cuda": None}
