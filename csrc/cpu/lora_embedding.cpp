@@ -88,7 +88,7 @@ AdapterGradients lora_embedding_bwd_cpu(const Tensor& dy, const Tensor& indices,
                                         const Tensor& lora_A, const Tensor& lora_B, double scaling,
                                         int64_t padding_idx, bool scale_grad_by_freq,
                                         std::array<bool, 2> mask) {
-  check_lora_embedding_bwd(dy, indices, lora_A, lora_B);
+  check_lora_embedding_bwd(dy, indices, lora_A, lora_B, padding_idx);
   const int64_t M = indices.numel(), V = lora_A.size(1), D = lora_B.size(0), r = lora_A.size(0);
   const auto gradient = [](bool wanted, const Tensor& like) {
     return at::empty(wanted ? like.sizes() : at::IntArrayRef{0}, like.options());

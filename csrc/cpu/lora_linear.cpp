@@ -88,13 +88,13 @@ void low_rank_backward(const LowRankBackward& problem) {
   }
 }
 
-DroppedPath dropped_path(int64_t M, at::ScalarType base, double dropout_p) {
-  return choose_dropped_path(M, dropout_p, base == at::kBFloat16, has_fast_blas(base));
+DroppedPath dropped_path(int64_t M, int64_t K, at::ScalarType base, double dropout_p) {
+  return choose_dropped_path(M, K, dropout_p, base == at::kBFloat16, has_fast_blas(base));
 }
 
 std::pair<bool, std::string> explain_dora_linear_cpu(int64_t tokens, at::ScalarType base,
                                                      double dropout_p) {
-  const DroppedPath path = dropped_path(tokens, base, dropout_p);
+  const DroppedPath path = dropped_path(tokens, /*K=*/kDropoutBlock, base, dropout_p);
   return {path.skips, path.reason};
 }
 

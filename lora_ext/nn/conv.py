@@ -222,7 +222,10 @@ class _LoraConv(LoraLayer, _ConvNd):
     def _weight_norm(self, adapter_name: str) -> Tensor:
         stack = self._stack([adapter_name])
         groups = self._by_group(self.unmerged_weight(), stack)
-        norms = [weight_norm(*group, stack.scaling) for group in groups]
+        norms = [
+            weight_norm(weight.detach(), A.detach(), B.detach(), stack.scaling)
+            for weight, A, B in groups
+        ]
         return torch.cat(norms).view(1, -1, *[1] * len(self.kernel_size))
 
     def _by_group(self, weight: Tensor, stack: LowRank) -> list[tuple[Tensor, Tensor, Tensor]]:
