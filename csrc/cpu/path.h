@@ -21,6 +21,14 @@ struct CpuProblem {
   int64_t threads;
 };
 
+// Ranges of rows for so many threads, each with sums of its own over its rows. Sums of very many
+// rows are made of several, so that none adds up too many in sequence.
+inline int64_t parts_for_sums(int64_t M, int64_t threads) {
+  constexpr int64_t kMaxRows = 4096;
+  const int64_t parts = std::max<int64_t>(1, threads), rows = parts * kMaxRows;
+  return parts * std::max<int64_t>(1, (M + rows - 1) / rows);
+}
+
 struct CpuPath {
   // BLAS calls for the low-rank products, vector kernels, or those on bf16 dot products.
   enum class Kernels { Blas, Vector, Bf16Dot };
@@ -78,8 +86,8 @@ inline CpuPath choose_cpu_path(const CpuProblem& problem) {
   const int64_t sum_bytes =
       std::max<int64_t>(1, (problem.N + problem.K) * problem.r * problem.compute_bytes);
   path.fwd_parts = parts(kMinRowsPerFwdPart);
-  path.bwd_parts =
-      std::min(parts(kMinRowsPerBwdPart), std::max<int64_t>(1, kMaxPartialSumBytes / sum_bytes));
+  path.bwd_parts = std::min(parts_for_sums(problem.M, parts(kMinRowsPerBwdPart)),
+                            std::max<int64_t>(1, kMaxPartialSumBytes / sum_bytes));
   return path;
 }
 
