@@ -8,6 +8,7 @@
 
 #include "ops/column_scale.h"
 #include "ops/dropout.h"
+#include "ops/tensors.h"
 
 namespace lora_ext {
 namespace {
@@ -63,13 +64,18 @@ std::tuple<Tensor, Tensor> dora_linear_fwd_composed(const Tensor& x, const Tenso
                                                     double dropout_p, const Tensor& rng_state) {
   const LoraScale lora_scale{scaling, std::nullopt, dropout_p, rng_state};
   check_dora_linear(x, weight, bias, lora_A, lora_B, scale, lora_scale);
+  const Tensor d = dropout(x, rng_state, dropout_p), factor = minus_one(scale, x);
+  const Tensor v = at::matmul(d, weight.t());
+  if (factor.scalar_type() == x.scalar_type()) {
+    // The low-rank product is the largest where most is dropped: it comes last, rounded once.
+    const int64_t M = count_rows(x).expect_int(), N = weight.size(0);
+    Tensor y = at::linear(x, weight, bias).contiguous().addcmul_(v, factor);
+    y.view({M, N}).addmm_(at::mm(d.view({M, x.size(-1)}), lora_A.t()), lora_B.t(), 1, scaling);
+    return {y, v};
+  }
   Tensor y = std::get<0>(
       lora_linear_fwd(x, weight, bias, lora_A, lora_B, std::nullopt, lora_scale, false));
-  Tensor v = at::matmul(dropout(x, rng_state, dropout_p), weight.t());
-  const Tensor factor = minus_one(scale, x);
-  // Rounded once, where ATen multiplies and adds in the dtype of y.
-  const bool same = factor.scalar_type() == y.scalar_type();
-  return {same ? y.addcmul_(v, factor) : y.add_(column_scale(v, factor, std::nullopt)), v};
+  return {y.add_(column_scale(v, factor, std::nullopt)), v};
 }
 
 DoraGradients dora_linear_bwd_composed(const Tensor& dy, const OptionalTensor& x,
