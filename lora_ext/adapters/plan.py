@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -108,12 +108,7 @@ def make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool
         settings = _settings_of_parameters(config, one, autocast_adapter_dtype)
         layers[id(one.module)] = PlannedLayer(one.name, one.layer, settings)
     _check_initialisation(model, config, list(layers.values()))
-    saved = {
-        name: module
-        for name, module in modules.items()
-        if name
-        and name.endswith(tuple(saved_modules(config)))  # "norm": all "..._norm", as in PEFT
-    }
+    saved = _saved(modules, tuple(saved_modules(config)))
     if config.modules_to_save and not saved:
         raise ValueError(
             f"LoraConfig: modules_to_save: {config.modules_to_save!r} matches no module"
@@ -125,6 +120,20 @@ def make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool
     warn_of_unused_patterns(config, [*names, *parameters])
     warn_of_unreached(model, given, names, parameters)
     return Plan(config, names, parameters, layers, saved, tied)
+
+
+def _saved(modules: Mapping[str, nn.Module], ends: tuple[str, ...]) -> dict[str, nn.Module]:
+    """Those whose names end so, "norm" also in "layer_norm", as in PEFT; but what is inside of a
+    module to save is saved with it."""
+    saved: dict[str, nn.Module] = {}
+    around = None
+    for name, module in modules.items():
+        if around is not None and name.startswith(around):
+            continue
+        if name and name.endswith(ends):
+            saved[name] = module
+        around = f"{name}." if name in saved or isinstance(module, ModulesToSave) else around
+    return saved
 
 
 def _check_initialisation(
