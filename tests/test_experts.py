@@ -278,6 +278,17 @@ def test_ranks_and_scales_of_single_parameters() -> None:
     assert torch.equal(outputs(doubled), outputs(both))
 
 
+def test_settings_of_a_weight_that_is_not_there() -> None:
+    layer = ParamLayer.from_module(nn.Bilinear(2, 3, 4), ["weight"], 2)
+    with pytest.raises(
+        ValueError, match=r"got settings of 'wieght', expected some of \['weight'\]"
+    ):
+        layer.add_adapter("other", weights={"wieght": (3, 1)})
+    assert list(layer.adapters) == ["default"]
+    layer.add_adapter("other", weights={"weight": (3, 1)})
+    assert layer.weight_lora_A_other.shape == (4 * 3, 3)
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "half": ({"target_modules": ["q_proj", "up_proj"]}, r"without 'gate_proj'"),
     "half, expression": ({"target_modules": r".*\.(q_proj|gate_proj)"}, r"without 'up_proj'"),

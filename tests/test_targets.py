@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Callable
@@ -423,3 +424,23 @@ def test_many_names_take_no_longer() -> None:
     Count.compared = 0
     assert len(find_targets(model, config)) == 14
     assert Count.compared < len(names)
+
+
+def test_modules_to_save_are_those_whose_names_end_so() -> None:
+    """As in PEFT; what is inside of one is saved with it."""
+    net = nn.ModuleDict(
+        {"norm": nn.LayerNorm(4), "layer_norm": nn.LayerNorm(4), "q": nn.Linear(4, 4)}
+    )
+    model = nn.ModuleDict({"one": net, "two": copy.deepcopy(net)})
+    fields: Values = {"target_modules": ["q"], "modules_to_save": ["norm"]}
+    plan = make_plan(model, LoraConfig(**fields), True)
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**fields))
+    wrappers = [n for n, m in theirs.named_modules() if type(m).__name__ == "ModulesToSaveWrapper"]
+    assert [f"base_model.model.{name}" for name in plan.saved] == wrappers
+
+    fields = {"target_modules": ["one.q"], "modules_to_save": ["norm", "two"]}
+    assert list(make_plan(model, LoraConfig(**fields), True).saved) == [
+        "one.norm",
+        "one.layer_norm",
+        "two",
+    ]

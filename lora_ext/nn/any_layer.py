@@ -115,6 +115,12 @@ class AnyLayer(LoraLayer):
                     f"{type(self).__name__}: {option}: got {getattr(settings, option)}, expected "
                     "none: the update is one of the weight"
                 )
+        unknown = sorted(settings.weights.keys() - set(self.WEIGHTS))
+        if unknown:
+            raise ValueError(
+                f"{type(self).__name__}: weights: got settings of {unknown[0]!r}, expected some of "
+                f"{list(self.WEIGHTS)}, which have adapters"
+            )
         shapes: dict[str, tuple[int, ...]] = {}
         for name in self.WEIGHTS:
             out_features, in_features = getattr(self, name).flatten(1).shape
