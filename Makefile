@@ -34,16 +34,17 @@ demo: setup
 test: setup
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
-# The CUDA extension compiled, linked and imported, without a GPU: in an environment of its own, with
-# gigabytes of torch's CUDA libraries. ptxas tells what registers each kernel spills.
+# The CUDA extension compiled from the source distribution, linked and imported, without a GPU: in an
+# environment of its own, with gigabytes of torch's CUDA libraries. ptxas tells what registers each kernel spills.
 CUDA_TORCH ?= torch==2.11.0
 cuda-check:
 	$(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/pip install --quiet $(CUDA_TORCH)
-	.venv-cuda/bin/pip install --quiet safetensors rich numpy
-	mkdir -p build
+	.venv-cuda/bin/pip install --quiet safetensors rich numpy 'setuptools>=77'
+	rm -rf build/sdist
+	.venv-cuda/bin/python setup.py -q sdist -d build/sdist
 	LORA_EXT_CUDA=1 NVCC_APPEND_FLAGS="-Xptxas -v" \
-		.venv-cuda/bin/pip install -v --force-reinstall --no-deps . >build/cuda-check.log 2>&1 \
+		.venv-cuda/bin/pip install -v --force-reinstall --no-deps build/sdist/*.tar.gz >build/cuda-check.log 2>&1 \
 		|| { tail -n 50 build/cuda-check.log; exit 1; }
 	cd tests && ../.venv-cuda/bin/python cuda_check.py ../build/cuda-check.log
 

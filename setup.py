@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,8 +20,10 @@ import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).parent.resolve()
 
@@ -40,6 +43,16 @@ def fail(sentence: str) -> NoReturn:
     raise SystemExit(f"lora_ext: {sentence}")
 
 
+def setting(name: str, default: str) -> str:
+    """Of an environment variable; templates of build systems leave those they do not use blank."""
+    return os.environ.get(name, "").strip() or default
+
+
+def check_system() -> None:
+    if sys.platform != "linux":
+        fail(f"this is {sys.platform}; lora_ext runs on Linux only.")
+
+
 def find_torch() -> dict[str, Any]:
     result = subprocess.run(
         [sys.executable, "-I", "-c", FIND_TORCH], capture_output=True, text=True
@@ -48,7 +61,8 @@ def find_torch() -> dict[str, Any]:
         reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
         fail(
             f"no usable torch for {sys.executable} ({reason}); "
-            "install torch 2.11 or newer into this environment first, then lora_ext again."
+            "install torch 2.11 or newer into this environment first, then lora_ext again. (If it "
+            "is there, the builder made an environment of its own: use --no-build-isolation.)"
         )
     found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     major, minor = (int(part) for part in str(found["version"]).split(".")[:2])
@@ -58,7 +72,7 @@ def find_torch() -> dict[str, Any]:
 
 
 def check_tools() -> None:
-    compiler = os.environ.get("CXX", "c++")
+    compiler = setting("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None and shutil.which("g++") is None:
         fail(f"no C++ compiler: '{compiler}' is not on PATH; install g++ 11 or newer, or set CXX.")
     header = Path(sysconfig.get_path("include")) / "Python.h"
@@ -72,21 +86,30 @@ def find_nvcc() -> Path | None:
     return Path(found).resolve() if found and Path(found).exists() else None
 
 
-def cuda_architectures() -> str:
-    """TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX") in CMake's terms ("80-real;90a")."""
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a").replace(" ", ";")
+def cuda_architectures(nvcc_release: str) -> dict[str, str]:
+    """TORCH_CUDA_ARCH_LIST ("7.5;8.0;9.0a+PTX") in CMake's terms ("80-real;90a"): for the kernels
+    that use tensor cores, from sm_80 on; and for the small ones, which every GPU needs."""
+    wanted = setting("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a").replace(" ", ";")
     names = []
     for name in filter(None, wanted.split(";")):
         number = name.removesuffix("+PTX").replace(".", "")
-        if not number.rstrip("a").isdigit():
+        if re.fullmatch(r"[0-9]{2,3}[af]?", number) is None:
             fail(f"TORCH_CUDA_ARCH_LIST has '{name}'; expected numbers such as 8.0 or 9.0a+PTX.")
         names.append(number if name.endswith("+PTX") else f"{number}-real")
-    return ";".join(names)
+    new = [name for name in names if int(re.match("[0-9]+", name)[0]) >= 80]  # type: ignore[index]
+    # With its PTX, for GPUs that the list does not name.
+    oldest = "70" if int(nvcc_release.partition(".")[0]) < 13 else "75"
+    everywhere = [name for name in names if name.partition("-")[0] != oldest]
+    return {
+        # The host's code refers to them even if no GPU of the list runs them.
+        "CMAKE_CUDA_ARCHITECTURES": ";".join(new or ["80-real"]),
+        "LORA_EXT_ANY_GPU_ARCHITECTURES": ";".join([oldest, *everywhere]),
+    }
 
 
 def cuda_settings(torch: dict[str, Any]) -> dict[str, str]:
     """CMake's settings of a CUDA build; none for a CPU build."""
-    wish = os.environ.get("LORA_EXT_CUDA", "auto")
+    wish = setting("LORA_EXT_CUDA", "auto")
     if wish not in ("auto", "0", "1"):
         fail(f"LORA_EXT_CUDA is '{wish}'; expected auto, 0 or 1.")
     nvcc = find_nvcc()
@@ -114,24 +137,34 @@ def cuda_settings(torch: dict[str, Any]) -> dict[str, str]:
     return {
         "LORA_EXT_CUDA": "ON",
         "CMAKE_CUDA_COMPILER": str(nvcc),
-        "CMAKE_CUDA_ARCHITECTURES": cuda_architectures(),
         "CUDA_INCLUDE_DIRS": ";".join(map(str, include)),
         "CUDA_RUNTIME": str(runtimes[0]),
         "TORCH_CUDA_VERSION": torch["cuda"],
-    }
+    } | cuda_architectures(version)
+
+
+class CheckedMetadata(dist_info):
+    """The metadata, if there is a torch to build for: installers ask for it before they fetch what
+    it names, and would fetch gigabytes of another torch first."""
+
+    def run(self) -> None:
+        check_system()
+        find_torch()
+        super().run()
 
 
 class CMakeBuild(build_ext):
     """build_ext that hands the one extension to CMake and Ninja."""
 
     def build_extension(self, ext: Extension) -> None:
+        check_system()
         check_tools()
         torch = find_torch()
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         settings = {
-            "CMAKE_BUILD_TYPE": os.environ.get("CMAKE_BUILD_TYPE", "Release"),
+            "CMAKE_BUILD_TYPE": setting("CMAKE_BUILD_TYPE", "Release"),
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(target.parent),
             "TORCH_INCLUDE_DIRS": ";".join(torch["include"]),
             "TORCH_LIBRARY_DIR": torch["lib"],
@@ -154,21 +187,24 @@ class CMakeBuild(build_ext):
         # A fresh folder each time: a kept CMakeCache would name the ninja of a deleted build
         # environment.
         with contextlib.ExitStack() as stack:
-            folder = os.environ.get("LORA_EXT_BUILD_DIR") or stack.enter_context(
+            folder = setting("LORA_EXT_BUILD_DIR", "") or stack.enter_context(
                 tempfile.TemporaryDirectory(prefix="lora_ext_build_")
             )
             configure = ["cmake", "-S", str(ROOT), "-B", folder, "-G", "Ninja"]
             configure += [f"-D{name}={value}" for name, value in settings.items()]
             build = ["cmake", "--build", folder]
-            if jobs := os.environ.get("MAX_JOBS"):
+            if jobs := setting("MAX_JOBS", ""):
                 build += ["--parallel", jobs]
+            environment = {k: v for k, v in os.environ.items() if k != "CXX" or v.strip()}
             for command in (configure, build):
-                if subprocess.run(command).returncode != 0:
+                if subprocess.run(command, env=environment).returncode != 0:
                     fail(f"'{' '.join(command[:4])} ...' failed; its messages are above.")
 
 
 if __name__ == "__main__":
+    if int(setuptools.__version__.split(".")[0]) < 77:
+        fail(f"setuptools {setuptools.__version__} is installed; 77 or newer is needed.")
     setup(
         ext_modules=[Extension("lora_ext._C", sources=[])],
-        cmdclass={"build_ext": CMakeBuild},
+        cmdclass={"build_ext": CMakeBuild, "dist_info": CheckedMetadata},
     )

@@ -94,17 +94,14 @@ PYBIND11_MODULE(_C, m) {
   py::class_<lora_ext::CudaCall>(m, "CudaCall", "What autotune tells calls on CUDA apart by.")
       .def(py::init(&lora_ext::make_cuda_call), py::kw_only(), py::arg("backward"),
            py::arg("device"), py::arg("tokens"), py::arg("out_features"), py::arg("in_features"),
-           py::arg("r"), py::arg("base"), py::arg("adapter"), py::arg("dropout"));
+           py::arg("r"), py::arg("base"), py::arg("adapter"), py::arg("dropout"),
+           py::arg("weight") = py::none());
   m.def("explain_lora_linear_cuda",
         torch::wrap_pybind_function(&lora_ext::explain_lora_linear_cuda), py::arg("call"),
         py::arg("compute_capability"), "The path of a call on a GPU of this kind, and why.");
-  m.def(
-      "has_cuda_kernels",
-      [](const lora_ext::CudaCall& call, int compute_capability) {
-        return lora_ext::why_no_kernels(call, compute_capability) == nullptr;
-      },
-      py::arg("call"), py::arg("compute_capability"),
-      "Whether a GPU of this kind has more than cuBLAS's products for such calls.");
+  m.def("has_cuda_kernels", torch::wrap_pybind_function(&lora_ext::has_cuda_kernels),
+        py::arg("call"), py::arg("compute_capability"),
+        "Whether a GPU of this kind has more than cuBLAS's products for such calls.");
   m.def("set_tuned_cuda_path", torch::wrap_pybind_function(&lora_ext::set_tuned_cuda_path),
         py::arg("call"), py::arg("path"), "What autotune measured for such calls.");
 #endif

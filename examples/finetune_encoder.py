@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from docstring_data import build_dataset
@@ -47,6 +48,8 @@ from torch import Tensor, nn
 
 import lora_ext
 from lora_ext.bench.cli import main as bench
+from lora_ext.bench.environment import describe
+from lora_ext.bench.load import OtherLoad
 
 # All linears of BERT's attention and feed-forward blocks; the unused pooler is left alone.
 BERT_LINEARS = (
@@ -151,18 +154,20 @@ def report(
     args: argparse.Namespace,
     groups: dict[str, list[Measurement]],
     models: dict[str, EncoderClassifier],
+    environment: dict[str, Any],
     console: Console,
 ) -> None:
     """Tables on the terminal and files in the output folder; `models` are lora_ext's."""
     console.print(loss_table(next(iter(groups.values()))))
     for name, runs in groups.items():
-        console.print(cost_table(f"Cost with LoRA {name}, {len(runs[0].losses)} steps", runs))
+        title = f"Cost with LoRA {name}, {len(runs[0].losses)} steps"
+        console.print(cost_table(title, runs, environment))
     tokens = args.batch_size * args.max_length
     explained = {name: lora_ext.explain(model, tokens=tokens) for name, model in models.items()}
     console.print(kernel_table(explained))
     args.out.mkdir(parents=True, exist_ok=True)
-    save_plot(args.out / "finetune_encoder.png", groups)
-    save_json(args.out / "finetune_encoder.json", vars(args), groups)
+    save_plot(args.out / "finetune_encoder.png", groups, environment)
+    save_json(args.out / "finetune_encoder.json", vars(args), groups, environment)
     model = next(iter(models.values()))
     # Only what was trained; the frozen encoder can be had from where it came.
     trained = {
@@ -176,6 +181,7 @@ def main() -> int:
     args = parse_args()
     console = Console()
     started = time.perf_counter()
+    environment = describe(torch.device("cpu"), sys.argv[1:], "examples/finetune_encoder.py")
     model = args.model or packaged_model()
     if Path(model).is_dir():  # before transformers is imported, because that reads it once
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -197,6 +203,7 @@ def main() -> int:
         f"{len(data.train)} training and {len(data.held_out)} held-out docstrings of "
         f"{len(data.labels)} modules, {args.batch_size} x {args.max_length} tokens per step"
     )
+    others = OtherLoad()
     trained = variants(args.dropout)
     # lora_B is zero at first, so all three variants are the same function here.
     before = accuracy(trained[0].model, held_out, args.batch_size)
@@ -212,7 +219,8 @@ def main() -> int:
         name = f"dropout {TIMED_DROPOUT:g}"
         groups[name] = train(timed, train_set, batches[: args.dropout_steps])
         models[name] = timed[0].model
-    report(args, groups, models, console)
+    environment["other_load"] = others.cpus()
+    report(args, groups, models, environment, console)
     console.print(f"wrote {args.out}/ after {time.perf_counter() - started:.0f} s")
     return verdict(runs, comparable=args.dropout == 0 and args.dtype == "float32", console=console)
 

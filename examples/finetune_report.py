@@ -17,6 +17,10 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from rich.table import Table
 
+from lora_ext.bench.environment import summary
+from lora_ext.bench.load import busy_warning
+
+Environment = Mapping[str, Any]  # of lora_ext.bench.environment.describe
 REFERENCE = "naive"  # the implementation that the others are compared with
 MIB = 2**20
 
@@ -47,6 +51,12 @@ def max_differences(runs: Sequence[Measurement]) -> dict[str, float]:
     return result
 
 
+def captions(environment: Environment) -> list[str]:
+    """Device, versions and load of a run, and a warning if that makes its times worthless."""
+    warning = busy_warning(environment)
+    return [summary(environment)] + ([warning] if warning else [])
+
+
 def loss_table(runs: Sequence[Measurement], rows: int = 9) -> Table:
     table = Table(title="Training loss, same batches and initial weights")
     table.add_column("step", justify="right")
@@ -65,8 +75,8 @@ def loss_table(runs: Sequence[Measurement], rows: int = 9) -> Table:
     return table
 
 
-def cost_table(title: str, runs: Sequence[Measurement]) -> Table:
-    table = Table(title=title)
+def cost_table(title: str, runs: Sequence[Measurement], environment: Environment) -> Table:
+    table = Table(title=title, caption="\n".join(captions(environment)))
     headers = ["ms/step", "p20", "p80", f"vs {REFERENCE}", "saved MiB"]
     headers += ["accuracy"] if runs[0].accuracy is not None else []
     table.add_column("")
@@ -94,7 +104,9 @@ def kernel_table(explained: Mapping[str, Iterable[Any]]) -> Table:
     return table
 
 
-def save_plot(path: Path, groups: Mapping[str, Sequence[Measurement]]) -> None:
+def save_plot(
+    path: Path, groups: Mapping[str, Sequence[Measurement]], environment: Environment
+) -> None:
     """Loss curves of the first group; time per step and saved memory of every group as bars."""
     figure, (loss_axis, time_axis, memory_axis) = plt.subplots(1, 3, figsize=(13, 4))
     runs = next(iter(groups.values()))
@@ -109,16 +121,22 @@ def save_plot(path: Path, groups: Mapping[str, Sequence[Measurement]]) -> None:
     time_axis.set(title="Time per training step", ylabel="median ms")
     _bars(memory_axis, groups, lambda run: run.saved_bytes / MIB)
     memory_axis.set(title="Saved for the backward pass", ylabel="MiB")
+    color = "red" if busy_warning(environment) else "gray"
+    figure.supxlabel("\n".join(captions(environment)), fontsize=7, color=color)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def save_json(
-    path: Path, settings: Mapping[str, Any], groups: Mapping[str, Sequence[Measurement]]
+    path: Path,
+    settings: Mapping[str, Any],
+    groups: Mapping[str, Sequence[Measurement]],
+    environment: Environment,
 ) -> None:
     runs = {group: [asdict(run) for run in members] for group, members in groups.items()}
-    content = {"settings": dict(settings), "runs": runs}
+    told = {**environment, "busy": busy_warning(environment)}
+    content = {"environment": told, "settings": dict(settings), "runs": runs}
     path.write_text(json.dumps(content, indent=1, default=str) + "\n")  # str: Path settings
 
 

@@ -37,6 +37,7 @@ class CudaCall:
         base: torch.dtype,
         adapter: torch.dtype,
         dropout: bool,
+        weight: Tensor | None = None,
     ) -> None: ...
 
 def explain_lora_linear_cuda(call: CudaCall, compute_capability: int) -> tuple[str, str]: ...

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib.util
+import sys
+from pathlib import Path
 from typing import Any
 
-import torch
+from lora_ext._missing import why_missing
 
-__version__ = importlib.metadata.version("lora-ext")
+if sys.platform != "linux":
+    raise ImportError(f"lora_ext runs on Linux only; this is {sys.platform}")
+if importlib.util.find_spec("lora_ext._C") is None:
+    raise ImportError(why_missing(Path(__file__).parent))
+
+import torch
 
 try:
     # Importing registers the operators under torch.ops.lora_ext.
@@ -25,6 +32,8 @@ def build_info() -> dict[str, Any]:
     what LORA_EXT_CUDA_PATH asks for (auto, fused or composed; None on a CPU build)."""
     return _C.build_info()
 
+
+__version__: str = build_info()["version"]
 
 _built_for = build_info()["torch"].split("+")[0].split(".")[:2]
 if _built_for != torch.__version__.split("+")[0].split(".")[:2]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_ext._extension import _C
+from lora_ext.nn.arguments import check_kinds
 
 
 def draw_rng_state(x: Tensor) -> Tensor:
@@ -14,7 +15,11 @@ def draw_rng_state(x: Tensor) -> Tensor:
     Drawn from that device's torch generator, so `torch.manual_seed` and activation checkpointing
     govern it.
     """
-    return torch.ops.lora_ext.draw_rng_state(x)  # type: ignore[no-any-return]
+    try:
+        return torch.ops.lora_ext.draw_rng_state(x)  # type: ignore[no-any-return]
+    except (TypeError, RuntimeError):
+        check_kinds("draw_rng_state", x=x)
+        raise
 
 
 def dropout_mask(rng_state: Tensor, rows: int, columns: int, dropout_p: float) -> Tensor:
@@ -23,9 +28,15 @@ def dropout_mask(rng_state: Tensor, rows: int, columns: int, dropout_p: float) -
     The fused operators never build it; it is for tests and inspection. Kept with probability
     `1 - dropout_p`, rounded to a multiple of 2^-16.
     """
-    return torch.ops.lora_ext.dropout_mask(  # type: ignore[no-any-return]
-        rng_state, rows, columns, dropout_p
-    )
+    try:
+        return torch.ops.lora_ext.dropout_mask(  # type: ignore[no-any-return]
+            rng_state, rows, columns, dropout_p
+        )
+    except (TypeError, RuntimeError):
+        check_kinds(
+            "dropout_mask", rng_state=rng_state, rows=rows, columns=columns, dropout_p=dropout_p
+        )
+        raise
 
 
 def lora_linear(
@@ -66,9 +77,16 @@ def lora_linear(
         RuntimeError: tensors on different devices.
     """
     if not torch.compiler.is_compiling():
-        return _C.lora_linear(
-            x, weight, bias, lora_A, lora_B, lora_bias, scaling, dropout_p, rng_state
-        )
+        try:
+            return _C.lora_linear(
+                x, weight, bias, lora_A, lora_B, lora_bias, scaling, dropout_p, rng_state
+            )
+        except (TypeError, RuntimeError):
+            optional = {"bias": bias, "lora_bias": lora_bias, "rng_state": rng_state}
+            given = {name: value for name, value in optional.items() if value is not None}
+            required = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
+            check_kinds("lora_linear", **required, **given, scaling=scaling, dropout_p=dropout_p)
+            raise
     if dropout_p > 0.0 and rng_state is None:
         rng_state = draw_rng_state(x)
     factor, factor_tensor = (1.0, scaling) if isinstance(scaling, Tensor) else (scaling, None)
@@ -113,9 +131,15 @@ def lora_embedding(
         RuntimeError: tensors on different devices.
     """
     padding = -1 if padding_idx is None else padding_idx
-    return torch.ops.lora_ext.lora_embedding(  # type: ignore[no-any-return]
-        indices, weight, lora_A, lora_B, scaling, padding, scale_grad_by_freq
-    )
+    try:
+        return torch.ops.lora_ext.lora_embedding(  # type: ignore[no-any-return]
+            indices, weight, lora_A, lora_B, scaling, padding, scale_grad_by_freq
+        )
+    except (TypeError, RuntimeError):
+        check_kinds("lora_embedding", indices=indices, weight=weight, lora_A=lora_A, lora_B=lora_B)
+        flags = {"padding_idx": padding, "scale_grad_by_freq": scale_grad_by_freq}
+        check_kinds("lora_embedding", scaling=scaling, **flags)
+        raise
 
 
 def lora_update(
@@ -159,7 +183,11 @@ def column_scale(z: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor
         ValueError, TypeError: an argument of the wrong shape or dtype.
         RuntimeError: tensors on different devices.
     """
-    return torch.ops.lora_ext.column_scale(z, scale, bias)  # type: ignore[no-any-return]
+    try:
+        return torch.ops.lora_ext.column_scale(z, scale, bias)  # type: ignore[no-any-return]
+    except (TypeError, RuntimeError):
+        check_kinds("column_scale", z=z, scale=scale, **({} if bias is None else {"bias": bias}))
+        raise
 
 
 def dora_linear(
@@ -201,15 +229,25 @@ def dora_linear(
         ValueError, TypeError: an argument of the wrong shape or range, or dtype.
         RuntimeError: tensors on different devices.
     """
-    return torch.ops.lora_ext.dora_linear(  # type: ignore[no-any-return]
-        x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p, rng_state
-    )
+    try:
+        return torch.ops.lora_ext.dora_linear(  # type: ignore[no-any-return]
+            x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p, rng_state
+        )
+    except (TypeError, RuntimeError):
+        check_kinds("dora_linear", x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, scale=scale)
+        check_kinds("dora_linear", scaling=scaling, dropout_p=dropout_p, rng_state=rng_state)
+        check_kinds("dora_linear", **({} if bias is None else {"bias": bias}))
+        raise
 
 
 def dropout(x: Tensor, rng_state: Tensor, dropout_p: float) -> Tensor:
     """x [..., K] as `lora_linear` drops it out for this `rng_state` (see `draw_rng_state`): divided
     by `1 - dropout_p` where kept, else 0. Differentiable; keeps `rng_state` alone."""
-    return torch.ops.lora_ext.dropout(x, rng_state, dropout_p)  # type: ignore[no-any-return]
+    try:
+        return torch.ops.lora_ext.dropout(x, rng_state, dropout_p)  # type: ignore[no-any-return]
+    except (TypeError, RuntimeError):
+        check_kinds("dropout", x=x, rng_state=rng_state, dropout_p=dropout_p)
+        raise
 
 
 @torch.no_grad()
@@ -228,6 +266,10 @@ def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float =
         ValueError, TypeError: an argument of the wrong shape or dtype.
         RuntimeError: tensors on different devices.
     """
-    return torch.ops.lora_ext.weight_norm(  # type: ignore[no-any-return]
-        weight, lora_A, lora_B, scaling
-    )
+    try:
+        return torch.ops.lora_ext.weight_norm(  # type: ignore[no-any-return]
+            weight, lora_A, lora_B, scaling
+        )
+    except (TypeError, RuntimeError):
+        check_kinds("weight_norm", weight=weight, lora_A=lora_A, lora_B=lora_B, scaling=scaling)
+        raise

@@ -19,6 +19,7 @@ from torch import nn
 
 from lora_ext._extension import _C, __version__, build_info
 from lora_ext.nn import Linear
+from lora_ext.nn.arguments import check_module, refuse
 
 # In the order in which they are preferred where the clock sees no difference.
 PATHS = ("fused", "hybrid", "composed")
@@ -79,6 +80,15 @@ def autotune(
         ValueError: no such layer, or tokens or rounds below 1.
         RuntimeError: LORA_EXT_CUDA_PATH asks for one path, which all calls take.
     """
+    check_module("autotune", "model", model)
+    if isinstance(tokens, int):
+        tokens = (tokens,)
+    if not isinstance(tokens, Iterable) or isinstance(tokens, str):
+        refuse("autotune", "tokens", tokens, "a list of numbers of rows")
+    tokens = tuple(tokens)
+    for count in (*tokens, rounds):
+        if type(count) is not int:
+            refuse("autotune", "tokens, rounds", count, "integers of at least 1")
     wanted = sorted({1 << (count.bit_length() - 1) for count in tokens if count >= 1})
     if not wanted or rounds < 1:
         raise ValueError("autotune: tokens and rounds: expected at least 1 of each")

@@ -57,20 +57,37 @@ model = nn.Sequential(
     lora_ext.nn.Linear(64, 32, 8),
 )
 assert [row.path.split()[0] for row in lora_ext.explain(model)] == ["none", "none", "cpu"]
-FUSED = {"auto": "cuda fused sm_80", "fused": "cuda fused sm_80"}
-FUSED |= {"hybrid": "cuda hybrid", "composed": "cuda cublas"}
-assert gpu_paths(model, 80) == [FUSED[info["cuda_path"]], "cuda cublas", "cuda cublas"]
+SM80 = {"auto": "cuda hybrid sm_80", "fused": "cuda fused sm_80"}
+SM80 |= {"hybrid": "cuda hybrid sm_80", "composed": "cuda cublas"}
+on_80 = _C.has_cuda_kernels(call(model[0]), 80)  # `make gpu` builds for one GPU alone
+if not on_80:
+    SM80 = dict.fromkeys(SM80, "cuda cublas")
+    assert "no kernels for this GPU" in _C.explain_lora_linear_cuda(call(model[0]), 80)[1]
+assert gpu_paths(model, 80) == [SM80[info["cuda_path"]], "cuda cublas", "cuda cublas"]
 assert gpu_paths(model, 75) == ["cuda cublas"] * 3
-for capability, kernels in ((80, [True, False, False]), (75, [False] * 3)):
+for capability, kernels in ((80, [on_80, False, False]), (75, [False] * 3)):
     assert [_C.has_cuda_kernels(call(layer), capability) for layer in model] == kernels
+
+# How the weight lies: by columns as well as by rows, but not at an odd address
+if on_80 and info["cuda_path"] == "auto":
+    flat = torch.empty(32 * 64 + 1, dtype=torch.bfloat16)
+    for weight, path in (
+        (flat[:-1].view(32, 64), "cuda hybrid sm_80"),
+        (flat[:-1].view(64, 32).t(), "cuda hybrid sm_80"),
+        (flat[1:].view(32, 64), "cuda cublas"),
+    ):
+        told, reason = _C.explain_lora_linear_cuda(call(model[0], weight=weight), 80)
+        assert told == path, (told, reason)
+    told, reason = _C.explain_lora_linear_cuda(call(model[0], out_features=50257), 80)
+    assert told == "cuda cublas" and "no multiple of 8" in reason, (told, reason)
 
 # What autotune measured, unless the environment says otherwise
 _C.set_tuned_cuda_path(call(model[0], backward=True), "composed")
 told = _C.explain_lora_linear_cuda(call(model[0]), 80)[0]
-if info["cuda_path"] == "auto":
-    assert told == "cuda fused sm_80, backward cuda cublas", told
+if on_80 and info["cuda_path"] == "auto":
+    assert told == "cuda hybrid sm_80, backward cuda cublas", told
 _C.set_tuned_cuda_path(call(model[0], backward=True), None)
-assert gpu_paths(model, 80)[0] == FUSED[info["cuda_path"]]
+assert gpu_paths(model, 80)[0] == SM80[info["cuda_path"]]
 try:
     _C.set_tuned_cuda_path(call(model[0]), "auto")
 except ValueError as error:

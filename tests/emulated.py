@@ -24,14 +24,20 @@ TYPES = {
 }
 POINTERS = ("rng_state", "scaling_factor", "bias", "saved_h")
 POINTERS += ("x", "weight", "lora_A", "lora_B", "dy")
+LIE = ("x", "weight", "dy")  # whose rows may lie anyhow
 RESULTS = ("y", "dx", "dA", "dB", "h")
+MOST_LAUNCHES = 4096  # that take_launches tells of
 COMPLETIONS = ("eager", "deferred", "random")
+WISHES = ("auto", "fused", "hybrid", "composed")
+# A GPU that runs the kernels of a family, of sm_80's one with the least shared memory.
+GPUS = {"sm80": 86, "sm90": 90}
 
 
 class Arguments(ctypes.Structure):
     _fields_ = (
-        [(name, ctypes.c_int64) for name in ("M", "N", "K", "ldx", "ldy")]
-        + [("r", ctypes.c_int), ("scaling", ctypes.c_float), ("dropout", ctypes.c_int)]
+        [(name, ctypes.c_int64) for name in ("M", "N", "K", "ldx", "ldy", "ldw")]
+        + [("r", ctypes.c_int), ("transposed", ctypes.c_int)]
+        + [("scaling", ctypes.c_float), ("dropout", ctypes.c_int)]
         + [("threshold", ctypes.c_uint32), ("survivor", ctypes.c_float)]
         + [(name, ctypes.c_void_p) for name in POINTERS + RESULTS]
     )
@@ -61,17 +67,28 @@ MARGIN = 16384  # elements: more than a tile, and what follows stays aligned
 
 
 class Guarded:
-    """A tensor between NaN (bytes: 255), so that reading or writing beside it shows."""
+    """A tensor between NaN (bytes: 255), so that reading or writing beside it shows; `as_it_lies`:
+    with its rows as far apart, and as far from multiples of 16 bytes."""
 
-    def __init__(self, values: Tensor, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, values: Tensor, dtype: torch.dtype | None = None, as_it_lies: bool = False
+    ) -> None:
         dtype = dtype or values.dtype
         fill = torch.nan if dtype.is_floating_point else 255
-        self.whole = torch.full((values.numel() + 2 * MARGIN,), fill, dtype=dtype)
-        self.tensor = self.whole[MARGIN : MARGIN + values.numel()].view(values.shape)
-        self.tensor.copy_(values)
+        strides, offset = torch.empty(values.shape, device="meta").stride(), 0
+        if as_it_lies:
+            strides, offset = values.stride(), values.storage_offset() % 8
+        reach = sum(max(size - 1, 0) * s for size, s in zip(values.shape, strides, strict=True))
+        self.first, self.end = MARGIN + offset, MARGIN + offset + reach + 1
+        self.whole = torch.full((self.end + MARGIN,), fill, dtype=dtype)
+        self.tensor = self.whole.as_strided(values.shape, strides, self.first)
+        if strides[:1] == (0,):  # one row that is all rows
+            self.tensor[0].copy_(values[0])
+        else:
+            self.tensor.copy_(values)
 
     def check(self, name: str) -> None:
-        for margin in (self.whole[:MARGIN], self.whole[-MARGIN:]):
+        for margin in (self.whole[: self.first], self.whole[self.end :]):
             intact = margin.isnan() if margin.is_floating_point() else margin == 255
             assert intact.all(), f"a kernel wrote outside of {name}"
 
@@ -92,23 +109,49 @@ class EmulatedKernels:
         target = folder / "liblora_linear.so"
         compile_source(SOURCE, target, "-O2", "-fPIC", "-shared", *options, csrc=csrc)
         library = ctypes.CDLL(str(target))
-        library.last_error.restype = ctypes.c_char_p
+        library.last_error.restype = library.last_path.restype = ctypes.c_char_p
         return cls(library)
 
     def schedule(self, completion: str, seed: int) -> None:
         self.library.set_schedule(COMPLETIONS.index(completion), ctypes.c_uint64(seed))
 
-    def family(self, name: str) -> None:
-        self.library.set_compute_capability({"sm80": 80, "sm90": 90}[name])
+    def gpu(self, compute_capability: int, multiprocessors: int = 3) -> None:
+        """Whose limits hold. Few multiprocessors make blocks of many tiles, many make many
+        blocks."""
+        self.library.set_gpu(compute_capability, multiprocessors)
 
-    def multiprocessors(self, count: int) -> None:
-        """Of the GPU: few make blocks of many tiles, many make many blocks."""
-        self.library.set_multiprocessors(count)
+    def wish(self, name: str) -> None:
+        """What LORA_EXT_CUDA_PATH asks for: by default "fused", kernels for everything."""
+        self.library.set_wish(WISHES.index(name))
+
+    @property
+    def path(self) -> str:
+        """Of the last call, as `explain` tells it. Without kernels for the base product y and dx
+        are the low-rank part; without any, NaN."""
+        return str(self.library.last_path().decode())
+
+    def check_limits(self, M: int, N: int, K: int, r: int, types: str, dropout_p: float) -> None:
+        """Raises RuntimeError if the GPU refuses a launch of a call; no kernel runs."""
+        memory = torch.zeros(64)
+        somewhere = memory.data_ptr() // 16 * 16 + 16
+        arguments = Arguments(
+            M=M, N=N, K=K, ldx=K, ldy=N, ldw=K, r=r, scaling=1, dropout=dropout_p > 0,
+            **dict.fromkeys(POINTERS + RESULTS, somewhere),
+        )  # fmt: skip
+        self.library.set_limits_only(True)
+        try:
+            for function in (self.library.lora_forward, self.library.lora_backward):
+                if function(types.encode(), ctypes.byref(arguments)):
+                    raise RuntimeError(self.library.last_error().decode())
+        finally:
+            self.library.set_limits_only(False)
 
     def take_launches(self) -> list[Launch]:
         """Of each launch since the last call."""
-        counts = ((ctypes.c_int64 * 4) * 64)()
-        return [Launch(*counts[i]) for i in range(self.library.take_launches(64, counts))]
+        counts = ((ctypes.c_int64 * 4) * MOST_LAUNCHES)()
+        return [
+            Launch(*counts[i]) for i in range(self.library.take_launches(MOST_LAUNCHES, counts))
+        ]
 
     def forward(
         self,
@@ -165,16 +208,25 @@ class EmulatedKernels:
         rng_state: Tensor | None,
         **tensors: Tensor | None,
     ) -> None:
-        guarded = {name: Guarded(t) for name, t in tensors.items() if t is not None}
+        weight = tensors["weight"]
+        transposed = weight is not None and weight.stride(1) != 1 and weight.stride(0) == 1
+        if weight is not None and transposed:
+            tensors["weight"] = weight.t()
+        guarded = {
+            name: Guarded(t, as_it_lies=name in LIE) for name, t in tensors.items() if t is not None
+        }
+        stride = {name: guard.tensor.stride(0) for name, guard in guarded.items() if name in LIE}
         M, K = guarded["x"].tensor.shape
         N, r = guarded["lora_B"].tensor.shape
         arguments = Arguments(
             M=M,
             N=N,
             K=K,
-            ldx=K,
-            ldy=N,
+            ldx=stride["x"],
+            ldy=stride.get("dy", N),
+            ldw=stride.get("weight", K),
             r=r,
+            transposed=transposed,
             scaling=scaling,
             dropout=dropout_p > 0,
             threshold=round((1 - dropout_p) * 65536),

@@ -27,17 +27,30 @@ extern "C" ChosenPath dropped_path(int64_t M, double dropout_p, bool bf16, bool 
 }
 
 // fastest: none if negative
-extern "C" ChosenPath cuda_path(int64_t N, int64_t K, int64_t r, bool half, int compute_capability,
-                                bool sm90, int wish, int fastest) {
-  const CudaCall call{false, 0, 2048, N, K, r, 0, 0, half, false};
+extern "C" ChosenPath cuda_path(int64_t M, int64_t N, int64_t K, int64_t r, bool half, int rows,
+                                int compute_capability, bool built, bool sm90, int wish,
+                                int fastest) {
+  const CudaCall call{false, 0, M, N, K, r, 0, 0, half, false, static_cast<Rows>(rows)};
   const auto measured = fastest < 0 ? std::nullopt : std::optional(static_cast<CudaWish>(fastest));
-  const CudaPath path =
-      choose_cuda_path({call, compute_capability, sm90, static_cast<CudaWish>(wish), measured});
-  return {static_cast<int>(path.kernels), cuda_path_name(path.kernels), path.reason, 0, 0};
+  const CudaPath path = choose_cuda_path(
+      {call, compute_capability, built, sm90, static_cast<CudaWish>(wish), measured});
+  return {static_cast<int>(path.kernels), cuda_path_name(path), path.reason, 0, 0};
 }
 
-// What was measured, by calls of nine facts; negative: nothing.
-using Facts = const int64_t (&)[9];
+extern "C" bool is_built_for(const char* targets, int compute_capability) {
+  return built_for(targets, compute_capability);
+}
+
+// Of a matrix at this address, and of x, y and the weight by their sizes.
+extern "C" int rows_of_matrix(int64_t address, int64_t rows, int64_t stride, int64_t columns) {
+  return static_cast<int>(rows_of(reinterpret_cast<const void*>(address), rows, stride, columns));
+}
+extern "C" int rows_of_a_call(int64_t N, int64_t K) {
+  return static_cast<int>(rows_of_sizes(N, K));
+}
+
+// What was measured, by calls of ten facts; negative: nothing.
+using Facts = const int64_t (&)[10];
 static CudaCall cuda_call(Facts facts) {
   return {facts[0] != 0,
           static_cast<int>(facts[1]),
@@ -48,7 +61,8 @@ static CudaCall cuda_call(Facts facts) {
           static_cast<int>(facts[6]),
           static_cast<int>(facts[7]),
           true,
-          facts[8] != 0};
+          facts[8] != 0,
+          static_cast<Rows>(facts[9])};
 }
 static TunedPaths tuned;
 

@@ -235,7 +235,7 @@ def test_a_recurrent_base_reads_weights_of_its_own() -> None:
     layer = AnyLayer.from_module(nn.GRU(5, 4), ["weight_ih_l0"], 2, init_lora_weights=False)
     base, x = layer.get_base_layer(), normal(6, 3, 5, dtype=torch.float32)
     y, adapted = base(x)[0], layer(x)[0]
-    layer.merge(separate=["weight_ih_l0"])  # as where another module shares it
+    layer.merge()
     torch.testing.assert_close(layer(x)[0], adapted)
     assert torch.equal(base(x)[0], y) and not torch.allclose(adapted, y)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("rich")
 
+from lora_ext.bench import load
 from lora_ext.bench.__main__ import run
 from lora_ext.bench.cli import main
 from lora_ext.bench.grid import FWD, FWD_BWD, MODES, Case
@@ -71,7 +73,8 @@ def test_json_says_where_the_numbers_come_from(quick_run: Path) -> None:
     assert environment["device"] and environment["date"]
     assert environment["threads"] == 1
     assert environment["command"].startswith("python -m lora_ext.bench --quick")
-    assert {"commit", "dirty", "lora_ext_build", "load_average"} <= environment.keys()
+    facts = {"commit", "dirty", "lora_ext_build", "load_average", "other_load"}
+    assert facts <= environment.keys()
 
 
 def test_every_row_is_timed_or_says_why_not(quick_run: Path) -> None:
@@ -251,11 +254,23 @@ def write_report(path: Path, ratio: float, spread: float = 0.01, status: str = O
     [
         ({"ratio": 1.20}, 1, "REGRESSION"),
         ({"ratio": 1.14}, 0, "same"),  # outside the spread, but within 5 %
-        ({"ratio": 1.30, "spread": 0.25}, 0, "same"),  # over 5 %, but within the spread
+        ({"ratio": 1.30, "spread": 0.25}, 0, "not distinguishable"),  # within the spread
+        ({"ratio": 1.10, "spread": 0.25}, 0, "not distinguishable"),  # it may be anything
+        ({"ratio": 1.10}, 0, "same"),
+        ({"ratio": 41 * 1.10, "spread": 44.1}, 0, "not distinguishable"),
         ({"ratio": 1.00}, 0, "improvement"),
         ({"ratio": 1.10, "status": WRONG}, 1, "REGRESSION"),
     ],
-    ids=["regression", "small", "noise", "improvement", "wrong"],
+    ids=[
+        "regression",
+        "small",
+        "noise",
+        "noise around the same",
+        "equal",
+        "41-fold in noise",
+        "improvement",
+        "wrong",
+    ],
 )
 def test_compare(
     tmp_path: Path,
@@ -268,6 +283,65 @@ def test_compare(
     new_path = write_report(tmp_path / "new.json", **new)
     assert main(["--compare", old_path, new_path]) == expected
     assert word in capsys.readouterr().out
+
+
+def with_environment(path: str, **changes: Any) -> str:
+    report = Report.load(Path(path))
+    Report({**report.environment, **changes}, report.rows).save(Path(path))
+    return path
+
+
+def test_compare_says_where_both_come_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"threads": 2, "cpus": 4, "versions": {"python": "3", "torch": "2.99"}}
+    old = with_environment(write_report(tmp_path / "old.json", 1.0), device="a toaster")
+    new = with_environment(write_report(tmp_path / "new.json", 1.0), **changes, other_load=3.25)
+    main(["--compare", old, new])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "old: a toaster, CPU threads: 1, load 0 on 1 CPUs before; python 3" in text
+    assert "others used 3.25 of 4 CPUs (BUSY); python 3, torch 2.99" in text
+    assert "Different devices: a toaster and a machine" in text
+    assert "Different threads: 1 and 2" in text
+
+
+@pytest.mark.parametrize(
+    ("measured", "busy"),
+    [
+        ({"other_load": 0.9}, False),
+        ({"other_load": 1.1}, True),
+        ({"other_load": 0.0, "load_average": 9.0}, False),  # it ended before the run
+        ({"load_average": 1.9}, False),
+        ({"load_average": 2.1}, True),
+    ],
+    ids=str,
+)
+def test_every_output_says_how_busy_the_machine_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], measured: dict[str, float], busy: bool
+) -> None:
+    file = with_environment(write_report(tmp_path / "run.json", 1.0), cpus=4, **measured)
+    markdown = tmp_path / "run.md"
+    assert main(["--compare", file, file, "--markdown", str(markdown)]) == 0
+    table = markdown.read_text(encoding="utf-8")
+    words = "others used" if "other_load" in measured else "on 4 CPUs before"
+    for text in (table, " ".join(capsys.readouterr().out.split())):
+        assert words in text and "a machine" in text
+        assert ("these times say little" in text) == busy == ("BUSY" in text)
+    pytest.importorskip("matplotlib")
+    from lora_ext.bench import plots
+
+    text, color = plots.caption(Report.load(Path(file)))
+    assert words in text and ("BUSY" in text) == busy == (color == "red")
+
+
+def test_others_are_counted_without_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock_all_own = iter([(100.0, 5000.0, 10.0), (102.0, 5003.5, 11.5)])
+    monkeypatch.setattr(load, "_seconds", lambda: next(clock_all_own))
+    assert load.OtherLoad().cpus() == 1.0  # in 2 s the CPUs were busy 3.5 s, 1.5 s of them here
+    monkeypatch.undo()
+    here = load.OtherLoad()
+    time.sleep(0.05)
+    assert (others := here.cpus()) is not None and others >= 0.0
 
 
 def test_compare_with_a_new_run(quick_run: Path) -> None:
@@ -306,8 +380,8 @@ def test_markdown_replaces_only_what_is_between_the_markers(quick_run: Path) -> 
     run = str(quick_run / "run.json")
     assert main(["--compare", run, run, "--markdown", str(readme)]) == 0
     text = readme.read_text(encoding="utf-8")
-    assert text.startswith(f"# Title\n{BEGIN}\n| K→N |") and text.endswith(f"{END}\nrest\n")
-    assert "old" not in text and "geomean" in text
+    assert text.startswith(f"# Title\n{BEGIN}\n") and text.endswith(f"{END}\nrest\n")
+    assert "\nold\n" not in text and "| K→N |" in text and "geomean" in text
 
 
 def test_a_missing_package_is_named(
@@ -332,9 +406,34 @@ def test_a_missing_package_is_named(
         ["--compare", "missing.json"],
         ["--compare", "a", "b", "c"],
         ["--markdown", __file__],
+        ["--markdown", "/nowhere/table.md"],
+        ["--json", "/tmp"],
+        ["--budget", "nan"],
+        ["--budget", "-1"],
+        ["--deadline", "0"],
     ],
     ids=" ".join,
 )
 def test_unusable_command_lines_exit_with_2(options: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_exits_with_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.json"
+    with pytest.raises(SystemExit, match="2"):
+        main(["--quick", "--device", "cuda", "--json", str(file)])
+    assert "error: --device cuda: torch " in capsys.readouterr().err
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("missing", ["device", "cpus", "load_average", "versions"])
+def test_a_report_without_an_environment_is_no_report(tmp_path: Path, missing: str) -> None:
+    path = tmp_path / "run.json"
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != missing}
+    Report(environment, []).save(path)
+    with pytest.raises(ValueError, match=f"run.json is not a .*: its environment has no {missing}"):
+        Report.load(path)

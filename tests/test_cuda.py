@@ -203,6 +203,32 @@ def test_a_layer_moves_between_devices() -> None:
     assert torch.equal(layer(x), on_cpu)
 
 
+def test_a_transposed_weight_is_not_copied() -> None:
+    """As GPT-2's Conv1D keeps it, in forward and backward."""
+    p = make_problem((1024,), 2048, 2048, 8, dtype=BF16)
+    x, weight, bias, A, B, _ = (t if t is None else t.detach().cuda() for t in p.operands)
+    transposed, dy = weight.t().contiguous().t(), p.dy.cuda()
+    forward, backward = torch.ops.lora_ext.lora_linear_fwd, torch.ops.lora_ext.lora_linear_bwd
+
+    def run(weight: Tensor) -> list[Tensor]:
+        y, h = forward(x, weight, bias, A, B, None, 0.5, None, 0.0, None, True)
+        wanted = [True, False, False, True, True, False]
+        gradients = backward(dy, x, h, weight, A, B, 0.5, None, 0.0, None, wanted)
+        return [y, *(gradients[i] for i in (0, 3, 4))]
+
+    want = run(weight)
+    run(transposed)  # cuBLAS has its memory from now on
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    got = run(transposed)
+    results_bytes = sum(t.numel() * t.element_size() for t in got)
+    used = torch.cuda.max_memory_allocated() - before - results_bytes
+    assert used < weight.numel() * weight.element_size()
+    for a, b in zip(got, want, strict=True):
+        assert_same(a, b)
+
+
 def test_autotune_measures_once_and_is_heeded(tmp_path: Path) -> None:
     model = lora_ext.nn.Linear(264, 136, 8, dtype=BF16, device="cuda")
     if lora_ext.build_info()["cuda_path"] != "auto":

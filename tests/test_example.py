@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 for library in ("transformers", "peft", "rich", "matplotlib"):
     pytest.importorskip(library)
@@ -79,7 +80,13 @@ def test_the_three_implementations_train_alike(tiny_bert: Path, tmp_path: Path) 
     assert (out / "finetune_encoder.png").stat().st_size > 10_000
     assert (out / "lora_adapter.pt").exists()
 
-    runs = json.loads((out / "finetune_encoder.json").read_text())["runs"]
+    content = json.loads((out / "finetune_encoder.json").read_text())
+    environment, runs = content["environment"], content["runs"]
+    assert environment["device"] and environment["versions"]["torch"] == torch.__version__
+    assert environment["other_load"] >= 0.0 and environment["command"].startswith("python examples")
+    told = " ".join(result.stdout.split())
+    assert told.count("others used") >= 2  # below each cost table
+    assert ("these times say little" in told) == (environment["busy"] is not None)
     assert set(runs) == {"dropout 0", "dropout 0.1"}
     losses = {run["name"]: run["losses"] for run in runs["dropout 0"]}
     assert set(losses) == {"lora_ext", "naive", "peft"}
@@ -89,6 +96,31 @@ def test_the_three_implementations_train_alike(tiny_bert: Path, tmp_path: Path) 
         assert losses[name] == pytest.approx(losses["naive"], rel=1e-5)
     for group in runs.values():
         assert all(run["saved_bytes"] > 0 for run in group)
+
+
+@pytest.mark.parametrize(("other_load", "busy"), [(0.1, False), (3.0, True)])
+def test_table_and_files_say_how_busy_the_machine_was(
+    finetune_encoder: ModuleType, tmp_path: Path, other_load: float, busy: bool
+) -> None:
+    import finetune_report
+    from rich.console import Console
+
+    environment = finetune_encoder.describe(torch.device("cpu"), [], "program")
+    environment |= {"cpus": 4, "other_load": other_load}
+    runs = [
+        finetune_encoder.Measurement(name, [2.0, 1.0], [1.0, 1.0], saved_bytes=1)
+        for name in ("naive", "peft", "lora_ext")
+    ]
+    console = Console(record=True, width=200)
+    console.print(finetune_report.cost_table("Cost", runs, environment))
+    finetune_report.save_json(tmp_path / "run.json", {}, {"p": runs}, environment)
+    saved = json.loads((tmp_path / "run.json").read_text())["environment"]
+    for shown in (console.export_text(), "\n".join(finetune_report.captions(environment))):
+        text = " ".join(shown.split())
+        assert f"others used {other_load:g} of 4 CPUs" in text and torch.__version__ in text
+        assert ("these times say little" in text) == busy
+    assert (saved["busy"] is not None) == busy
+    finetune_report.save_plot(tmp_path / "run.png", {"p": runs}, environment)
 
 
 @pytest.mark.parametrize("second_loss", [1.001, math.nan], ids=["off by 1e-3", "nan"])

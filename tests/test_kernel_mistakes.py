@@ -43,8 +43,7 @@ PRODUCTS = {
             "gemm_sm80.h", "params.threshold, m + warp_row,", "params.threshold, m,",
         ),
         "rows read beyond the matrix": (
-            "tile_sm80.h", "row + r < matrix.rows ? matrix.columns",
-            "row + r <= matrix.rows ? matrix.columns",
+            "tile_sm80.h", "bool inside = r < rows;", "bool inside = r <= rows;",
         ),
         "chunks not permuted for one operand": (
             "tile_sm80.h", "Tile::offset(row + lane % 16, column / 8 + lane / 16)",
@@ -254,7 +253,7 @@ LAUNCHES = {
         "lora_down_sm80.h", "arch::cp_async_wait<Shape::kRing - 2>();", "",
     ),
     "down: splits that overlap": (
-        "lora_down_sm80.h", "const int64_t first = steps * blockIdx.x / params.splits;",
+        "lora_down_sm80.h", "const int64_t first = steps * blockIdx.y / params.splits;",
         "const int64_t first = 0;",
     ),
     "up_grad: no barrier after the wait": (
@@ -306,7 +305,7 @@ Result = subprocess.CompletedProcess[str]
 def plant(mistake: str, folder: Path) -> Path:
     """A copy of csrc with the mistake."""
     csrc = folder / "csrc"
-    for part in ("common", "kernels"):
+    for part in ("common", "cuda", "kernels"):
         shutil.copytree(ROOT / "csrc" / part, csrc / part)
     if mistake != NONE:
         name, right, wrong = MISTAKES[mistake]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
-from emulated import COMPLETIONS, TYPES, EmulatedKernels, Launch
+from emulated import COMPLETIONS, GPUS, TYPES, EmulatedKernels, Launch
 from problems import exact_results, expected_sizes, kernel_bound, make_problem, plain_results, rms
 
 import lora_ext
@@ -66,12 +67,13 @@ def check(
     schedule: tuple[str, int],
     family: str = "sm80",
     base: bool = True,
+    transposed: bool = False,
 ) -> None:
-    """Forward and backward of one problem under one schedule; `base`: with the base product."""
+    """Forward and backward of one problem under one schedule; `base`: with the base product;
+    `transposed`: the weight lies as [K, N]."""
     M, K, N, r = size
     dtype, adapter = (DTYPES[name] for name in (types.split("-") * 2)[:2])
-    kernels.family(family)
-    kernels.multiprocessors((1, 3, 132)[(M + r) % 3])
+    kernels.gpu(GPUS[family], (1, 3, 132)[(M + r) % 3])
     p = make_problem(
         (M,), K, N, r, dtype=dtype, adapter_dtype=adapter, dropout_p=dropout_p, bias=M != 37
     )
@@ -84,19 +86,21 @@ def check(
     options |= {"dropout_p": dropout_p, "rng_state": p.rng_state}
     x, weight, bias, A, B, _ = (t if t is None else t.detach() for t in p.operands)
     bias = bias if bias is None else bias.float()
+    weight = weight.t().contiguous().t() if transposed else weight
     weight = weight if base else None
     kernels.take_launches()
     y, h = kernels.forward(x, weight, bias, A, B, **options)
     forward = kernels.take_launches()
     dx, dA, dB = kernels.backward(p.dy, x, h if M % 2 else None, weight, A, B, **options)
     backward = kernels.take_launches()
-    # TMA reads x, dy and weight where their rows begin at multiples of 16 bytes.
-    x_tma, dy_tma = family == "sm90" and K % 8 == 0, family == "sm90" and N % 8 == 0
-    groups, product = -(-r // 64), [x_tma and dy_tma]
-    down = [x_tma] * -(-r // (128 if x_tma else 64))  # h; computed anew if it is not given
-    passes = [dy_tma] * groups + [x_tma] * groups
-    check_instructions(forward, down + product)
-    check_instructions(backward, down * (M % 2 == 0) + passes + product)
+    # TMA reads x, dy and weight where all their rows begin at multiples of 16 bytes.
+    tma = family == "sm90" and K % 8 == 0 and N % 8 == 0
+    assert kernels.path == f"cuda fused {'sm_90a' if tma else 'sm_80'}"
+    down = [tma] * -(-r // (128 if tma else 64))  # h; computed anew if it is not given
+    up_ranks = 32 if GPUS[family] == 86 and N > 64 else 64
+    passes = [tma] * (-(-r // up_ranks) + -(-r // 64))
+    check_instructions(forward, [*down, tma])
+    check_instructions(backward, [*down * (M % 2 == 0), *passes, tma])
     want, sizes, plain = exact_results(p), expected_sizes(p), plain_results(p)
     for name, got in (("y", y), ("x", dx), ("lora_A", dA), ("lora_B", dB)):
         bound = kernel_bound(p, got.dtype)
@@ -184,9 +188,155 @@ def test_low_rank_part_alone(
     check(kernels, size, "bf16", dropout_p, ("random", 1), family, base=False)
 
 
+@pytest.mark.parametrize("types", ["bf16", "fp16-fp32"])
+@pytest.mark.parametrize("size", [(37, 72, 136, 8), (65, 131, 70, 17), (130, 264, 264, 80)])
+@pytest.mark.parametrize("family", SIZES)
+def test_transposed_weight(
+    kernels: EmulatedKernels, family: str, size: tuple[int, int, int, int], types: str
+) -> None:
+    """As GPT-2's Conv1D keeps it: read as it lies, without a copy."""
+    check(kernels, size, types, 0.1, ("random", 3), family, transposed=True)
+
+
+@pytest.mark.parametrize("N", [64, 136])
+@pytest.mark.parametrize("r", [33, 64, 100])
+def test_ranks_of_a_pass_follow_the_shared_memory(kernels: EmulatedKernels, r: int, N: int) -> None:
+    """99, 163 and 227 KiB: the same sums, in as many passes over dy as fit."""
+    p = make_problem((70,), 72, N, r, dtype=torch.bfloat16)
+    x, weight, _, A, B, _ = (t if t is None else t.detach() for t in p.operands)
+    results, passes = [], []
+    for capability in (86, 80, 100):
+        kernels.gpu(capability)
+        _, h = kernels.forward(x, weight, None, A, B)
+        kernels.take_launches()
+        results.append(kernels.backward(p.dy, x, h, weight, A, B))
+        passes.append(len(kernels.take_launches()))
+        assert kernels.path == "cuda fused sm_80"
+    for got in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(got, results[0], strict=True))
+    more = -(-r // 32) - -(-r // 64) if N > 64 else 0
+    assert passes == [passes[1] + more, passes[1], passes[1]]
+
+
+def padded(matrix: torch.Tensor, columns: int = 0, offset: int = 0) -> torch.Tensor:
+    """The same numbers, rows `columns` further apart, the first `offset` elements later."""
+    wider = torch.full((matrix.shape[0], matrix.shape[1] + columns + offset), torch.nan)
+    wider = wider.to(matrix.dtype)
+    wider[:, offset : offset + matrix.shape[1]] = matrix
+    return wider[:, offset : offset + matrix.shape[1]]
+
+
+# How x, dy and the weight lie, and what reads them on sm_90
+LIE = {
+    "further apart": (lambda m: padded(m, 8), "sm_90a"),
+    "odd distance": (lambda m: padded(m, 3), "sm_80"),
+    "odd address": (lambda m: padded(m, 7, 1), "sm_80"),
+    "the same row": (lambda m: m[:1].expand_as(m), "sm_80"),
+}
+
+
+@pytest.mark.parametrize(("lie", "family"), LIE.values(), ids=LIE.keys())
+@pytest.mark.parametrize("which", ["x", "dy", "weight"])
+def test_rows_that_lie_anyhow(
+    kernels: EmulatedKernels, which: str, lie: Callable[[torch.Tensor], torch.Tensor], family: str
+) -> None:
+    """Read as they lie, by the kernels that can."""
+    p = make_problem((37,), 72, 136, 8, dtype=torch.bfloat16)
+    x, weight, _, A, B, _ = (t if t is None else t.detach() for t in p.operands)
+    given = {"x": x, "dy": p.dy, "weight": weight}
+    given[which] = lie(given[which])
+    kernels.gpu(90)
+
+    def run(
+        x: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor
+    ) -> tuple[list[torch.Tensor], str]:
+        y, h = kernels.forward(x, weight, None, A, B)
+        return [y, h, *kernels.backward(dy, x, h, weight, A, B)], kernels.path
+
+    want, path = run(**{name: matrix.contiguous() for name, matrix in given.items()})
+    assert path == "cuda fused sm_90a"
+    got, path = run(**given)
+    assert path == f"cuda fused {family}"
+    for a, b in zip(got, want, strict=True):
+        if family == "sm_90a":
+            assert torch.equal(a, b)
+        else:  # sums in another order, then the same rounding, whose unit is 2^-8
+            assert rms(a.double() - b.double()) <= 2**-8 * rms(b.double())
+
+
+@pytest.mark.parametrize("which", ["x", "dy"])
+def test_a_single_row_lies_anyhow(kernels: EmulatedKernels, which: str) -> None:
+    """Its distance to the next row, which is not there, makes no difference."""
+    p = make_problem((1,), 72, 136, 8, dtype=torch.bfloat16)
+    x, weight, _, A, B, _ = (t if t is None else t.detach() for t in p.operands)
+    kernels.gpu(90)
+    results = []
+    for lie in (lambda m: m, lambda m: padded(m, 3)):
+        given = {"x": x, "dy": p.dy}
+        given[which] = lie(given[which])
+        kernels.take_launches()
+        y, h = kernels.forward(given["x"], weight, None, A, B)
+        results.append([y, h, *kernels.backward(given["dy"], given["x"], h, weight, A, B)])
+        assert kernels.path == "cuda fused sm_90a"
+        assert all(launch.copied_bytes == 0 for launch in kernels.take_launches())
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+TOLD = [
+    (capability, wish, M, K, N)
+    for capability in (75, 80, 86, 90, 100, 120)
+    for wish in ("auto", "hybrid", "composed")
+    for M, K, N in ((33, 64, 72), (33, 66, 72), (33, 64, 65))
+]
+TOLD.append((90, "auto", 513, 64, 72))
+
+
+@pytest.mark.parametrize(("capability", "wish", "M", "K", "N"), TOLD)
+def test_what_is_told_is_launched(
+    kernels: EmulatedKernels, capability: int, wish: str, M: int, K: int, N: int
+) -> None:
+    """The name of the path, and what its launches did."""
+    p = make_problem((M,), K, N, 8, dtype=torch.bfloat16, bias=False)
+    x, weight, _, A, B, _ = (t if t is None else t.detach() for t in p.operands)
+    kernels.gpu(capability)
+    kernels.wish(wish)
+    try:
+        kernels.take_launches()
+        y, h = kernels.forward(x, weight, None, A, B)
+        told, forward = kernels.path, kernels.take_launches()
+        dx, _, _ = kernels.backward(p.dy, x, torch.zeros(M, 8), weight, A, B)
+        assert kernels.path == told
+    finally:
+        kernels.wish("fused")
+    launches = forward + kernels.take_launches()
+    if told == "cuda cublas":
+        assert launches == [] and y.isnan().all() and dx.isnan().all()
+        return
+    assert any(launch.wgmma for launch in launches) == told.endswith("sm_90a")
+    assert any(launch.mma for launch in launches) == told.endswith("sm_80")
+    # The low-rank part, and the base product only where it is the kernels'
+    want = h.double() @ B.double().t()
+    if "fused" in told:
+        want += x.double() @ weight.double().t()
+    assert rms(y.double() - want) <= 2**-7 * rms(want)
+
+
+def test_every_launch_is_within_the_limits(kernels: EmulatedKernels) -> None:
+    """Of shared memory and of grids, however many rows or columns there are; no kernel runs."""
+    many = (1 << 31) - 1
+    sizes = [(M, N, K) for M in (1, 4_194_241, 8_388_481, many) for N, K in ((64, 64), (65, 4096))]
+    sizes += [(1, many // 8 * 8, 64), (1, 64, many // 8 * 8)]
+    gpus = itertools.product((80, 86, 90, 100, 120), (1, 132))
+    for gpu, (M, N, K), r in itertools.product(gpus, sizes, (8, 40, 256)):
+        kernels.gpu(*gpu)
+        kernels.check_limits(M, N, K, r, "bf16-fp32", 0.1)
+        family = "sm_90a" if gpu[0] == 90 and N % 8 == 0 else "sm_80"
+        assert kernels.path == f"cuda fused {family}"
+
+
 @pytest.mark.parametrize("family", SIZES)
 def test_bias_is_added_before_the_only_rounding(kernels: EmulatedKernels, family: str) -> None:
-    kernels.family(family)
+    kernels.gpu(GPUS[family])
     M, N, K, r = 3, 136, 64, 8
     p = make_problem((M,), K, N, r, dtype=torch.bfloat16)
     bias = torch.randn(N, generator=torch.Generator().manual_seed(1))
@@ -209,8 +359,7 @@ def test_traffic_and_operations(kernels: EmulatedKernels, r: int) -> None:
     padded = 16 * rank_steps
     mma = 4 * 8  # of a tile of 64 x 64, for 16 of k
 
-    kernels.family("sm80")
-    kernels.multiprocessors(132)
+    kernels.gpu(80, 132)
     kernels.take_launches()
     _, h = kernels.forward(x, weight, None, A, B)
     down, finish, product = kernels.take_launches()
@@ -246,8 +395,7 @@ def test_sm90_traffic_and_operations(
     costs ceil(r / 16) steps of wgmma."""
     p = make_problem((M,), K, N, r, dtype=torch.bfloat16, bias=False)
     x, weight, _, A, B, _ = (t if t is None else t.detach() for t in p.operands)
-    kernels.family("sm90")
-    kernels.multiprocessors(3)
+    kernels.gpu(90, 3)
     kernels.take_launches()
     _, h = kernels.forward(x, weight, None, A, B)
     product = kernels.take_launches()[-1]
@@ -277,8 +425,7 @@ def test_sm90_low_rank_traffic(
     them left, once for each block of columns."""
     p = make_problem((M,), K, N, r, dtype=torch.bfloat16, bias=False)
     x, weight, _, A, B, _ = (t if t is None else t.detach() for t in p.operands)
-    kernels.family("sm90")
-    kernels.multiprocessors(4)
+    kernels.gpu(90, 4)
     kernels.take_launches()
     _, h = kernels.forward(x, weight, None, A, B)
     down, *_ = kernels.take_launches()
@@ -304,7 +451,7 @@ def test_sm90_low_rank_traffic(
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5, 1.0])
 def test_masks_are_the_cpus(kernels: EmulatedKernels, dropout_p: float, family: str) -> None:
     """Read off results in which every kept element is nonzero, in each kernel that drops out."""
-    kernels.family(family)
+    kernels.gpu(GPUS[family])
     M, K, r = 64, 264, 64
     rng_state = torch.tensor([12345678901, 44])
     keep = lora_ext.dropout_mask(rng_state, M, K, dropout_p)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_ext import LoraConfig, LoraModel, get_lora_model
 from lora_ext.adapters.ties import shared_parameters
-from lora_ext.nn import LoraLayer
+from lora_ext.nn import Embedding, Linear, LoraLayer
 
 TIED = r"shared a weight with another module"
 NAMES = ["embed", "first", "twin", "head"]
@@ -119,12 +119,11 @@ def test_one_module_under_two_names_is_merged_once() -> None:
     net = Tied()
     net.twin = net.first
     model = get_lora_model(net, LoraConfig(r=2, target_modules=["first"], init_lora_weights=False))
-    weight, values = net.first.weight, net.first.weight.detach().clone()
+    values = net.first.weight.detach().clone()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.merge_adapter()
-    assert net.twin is net.first and net.first.weight is weight
-    assert near(weight, formula(net.first, values))
+    assert net.twin is net.first and near(net.first.weight, formula(net.first, values))
 
 
 def test_more_adapters_are_merged_on_top() -> None:
@@ -186,18 +185,23 @@ def test_moving_and_casting_while_merged(targets: list[str]) -> None:
     assert as_before(net, {name: (p, values.half()) for name, (p, values) in before.items()})
 
 
+def copied(model: LoraModel, how: str) -> LoraModel:
+    if how == "deepcopy":
+        return copy.deepcopy(model)
+    if how == "pickle":
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        return torch.load(file, weights_only=False)
+    return model
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies_of_a_merged_model(how: str) -> None:
     model = model_of()
     before = parameters(model.base_model)
     merge(model)
-    if how == "deepcopy":
-        other = copy.deepcopy(model)
-    else:
-        file = io.BytesIO()
-        torch.save(model, file)
-        file.seek(0)
-        other = torch.load(file, weights_only=False)
+    other = copied(model, how)
     assert torch.equal(other(TOKENS), model(TOKENS))
     other.unmerge_adapter()
     net = other.base_model
@@ -247,7 +251,7 @@ def test_an_interrupted_merge_leaves_all_tied(
 
     def interrupted(layer: LoraLayer, names: Any) -> None:
         write(layer, names)
-        if layer is net.twin and "other" in names:
+        if layer.adapters == net.twin.adapters and "other" in names:  # a draft of it
             raise KeyboardInterrupt
 
     monkeypatch.setattr(type(net.twin), "_write_merged", interrupted)
@@ -262,14 +266,104 @@ def test_an_interrupted_merge_leaves_all_tied(
     assert as_before(net, before)
 
 
-def test_a_layer_merged_by_itself_into_a_shared_weight_is_refused() -> None:
+def test_layers_that_share_a_weight_merge_by_themselves_in_any_order() -> None:
     model = model_of()
-    before = parameters(model.base_model)
-    model.base_model.first.merge()
-    with pytest.raises(ValueError, match="'first' was merged by itself into a weight"):
-        model.merge_adapter()
-    model.base_model.first.unmerge()
-    assert as_before(model.base_model, before)
+    net, before, y = model.base_model, parameters(model.base_model), model(TOKENS)
+    for order in (NAMES, NAMES[::-1]):
+        for name in order:
+            getattr(net, name).merge()
+        for name in NAMES:
+            assert near(getattr(net, name).weight, formula(getattr(net, name), base_of(net, name)))
+        torch.testing.assert_close(model(TOKENS), y)
+        for name in (*order[2:], *order[:2]):
+            getattr(net, name).unmerge()
+        assert as_before(net, before)
+
+
+def base_of(net: Any, name: str) -> Tensor:
+    return getattr(net, name).base_parameters["weight"].detach()
+
+
+@pytest.mark.parametrize("cycles", [1, 3])
+def test_tied_layers_follow_the_mode(cycles: int) -> None:
+    """loralib's way, in which each layer merges by itself."""
+    torch.manual_seed(0)
+    net: Any = nn.Module()
+    net.embed = Embedding(9, 6, r=2, init_lora_weights=False, merge_weights=True)
+    net.head = Linear(6, 9, r=2, bias=False, init_lora_weights=False, merge_weights=True)
+    net.head.weight = net.embed.weight
+    tokens, base = torch.arange(9), net.embed.weight.detach().clone()
+    y = net.head(net.embed(tokens))
+    for _ in range(cycles):
+        net.eval()
+        torch.testing.assert_close(net.head(net.embed(tokens)), y)
+        assert torch.equal(net.state_dict()["head.weight"], base)
+        net.train()
+        assert net.head.weight is net.embed.weight and torch.equal(net.head.weight, base)
+    assert torch.equal(net.head(net.embed(tokens)), y)
+
+
+class Own(nn.Linear):
+    """A base that is kept as it is and called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Own])
+@pytest.mark.parametrize("targets", [["embed"], ["head"], ["embed", "head"]], ids=str)
+@pytest.mark.parametrize("how", ["", "deepcopy", "pickle"])
+def test_tying_again_while_merged(targets: list[str], how: str, kind: type[nn.Linear]) -> None:
+    """As tie_weights() of transformers does: the layers stay merged, the others get the base's."""
+    net = Tied()
+    net.head = kind(6, 11, bias=False)
+    net.head.weight = net.embed.weight
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    model = get_lora_model(net, config)
+    names, y = list(model.state_dict()), model(TOKENS)
+    net.head.weight = net.embed.weight
+    assert torch.equal(model(TOKENS), y) and list(model.state_dict()) == names
+    merge(model)
+    model = copied(model, how)
+    net, y = model.base_model, model(TOKENS)
+    (base,) = getattr(net, targets[0]).base_parameters.values()
+    for name, source in (("head", "embed"), ("embed", "head")):
+        getattr(net, name).weight = getattr(net, source).weight
+        assert torch.equal(model(TOKENS), y)
+    model.unmerge_adapter()
+    assert net.head.weight is base and net.embed.weight is base
+
+
+def test_another_module_can_be_given_a_merged_weight() -> None:
+    model = model_of(["first"])
+    merge(model)
+    layer, plain = model.base_model.first, nn.Linear(6, 6)
+    plain.weight = layer.weight
+    assert plain.weight is layer.weight
+
+
+def test_a_weight_given_to_a_merged_layer_is_its_base() -> None:
+    model = model_of(["first"])
+    merge(model)
+    layer, values = model.base_model.first, torch.randn(6, 6)
+    given = nn.Parameter(values.clone())
+    layer.weight = given
+    assert layer.merged and near(layer.weight, formula(layer, values))
+    layer.unmerge()
+    assert layer.weight is given and torch.equal(given, values)
+
+
+@pytest.mark.parametrize("target", ["wte", "lm_head"])
+def test_tie_weights_of_transformers_while_merged(target: str) -> None:
+    base, inputs = BUILDERS["gpt2"]()
+    config = LoraConfig(r=2, target_modules=[target], init_lora_weights=False)
+    model = get_lora_model(base, config)
+    merge(model)
+    loss = model(**inputs).loss
+    base.tie_weights()
+    assert torch.equal(model(**inputs).loss, loss)
+    model.unmerge_adapter()
+    assert base.lm_head.weight is base.transformer.wte.weight
 
 
 def test_unloading_gives_untied_modules() -> None:

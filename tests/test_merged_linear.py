@@ -282,10 +282,13 @@ def test_compiles_into_one_graph(way: None) -> None:
     torch.testing.assert_close(compiled(x), layer(x))
 
 
-def test_a_subclass_with_a_forward_of_its_own_is_refused() -> None:
+def test_a_subclass_with_a_forward_of_its_own_is_called() -> None:
     class Doubled(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
 
-    with pytest.raises(TypeError, match="keeps its forward"):
-        MergedLinear.from_linear(Doubled(4, 6), [True, False])
+    base, x = Doubled(4, 6), torch.randn(3, 4)
+    layer = MergedLinear.from_linear(base, [True, False], r=2, init_lora_weights=False)
+    update = layer.scaling * (x @ layer.lora_A.t() @ layer.lora_B.t())
+    want = base(x) + torch.cat([update, torch.zeros(3, 3)], 1)
+    torch.testing.assert_close(layer(x), want)

@@ -7,17 +7,17 @@ import ctypes
 from pathlib import Path
 
 import pytest
-from emulated import compile_source
+from emulated import WISHES, compile_source
 
 CPU_FACTS = {
     name: ctypes.c_bool if name in ("dropout", "bf16", "bf16_dot", "mixed", "fast_blas") else None
     for name in "M N K r dropout bf16 bf16_dot mixed fast_blas compute_bytes threads".split()
 }
-CUDA_FACTS = {"N": None, "K": None, "r": None, "half": ctypes.c_bool}
-CUDA_FACTS |= {"compute_capability": ctypes.c_int, "sm90": ctypes.c_bool, "wish": ctypes.c_int}
-CUDA_FACTS |= {"fastest": ctypes.c_int}
+CUDA_FACTS = {"M": None, "N": None, "K": None, "r": None, "half": ctypes.c_bool}
+CUDA_FACTS |= {"rows": ctypes.c_int, "compute_capability": ctypes.c_int, "built": ctypes.c_bool}
+CUDA_FACTS |= {"sm90": ctypes.c_bool, "wish": ctypes.c_int, "fastest": ctypes.c_int}
 CPU_KERNELS = ("blas", "vector", "bf16 dot")
-CUDA_WISHES = ("auto", "fused", "hybrid", "composed")
+ANY, ALIGNED, TMA = range(3)  # Rows of csrc/cuda/path.h
 
 
 class ChosenPath(ctypes.Structure):
@@ -40,6 +40,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         function.restype = ChosenPath
     loaded.dropped_path.argtypes = [ctypes.c_int64, ctypes.c_double, ctypes.c_bool, ctypes.c_bool]
     loaded.dropped_path.restype = ChosenPath
+    loaded.is_built_for.restype = ctypes.c_bool
+    loaded.rows_of_matrix.argtypes = [ctypes.c_int64] * 4
+    loaded.rows_of_a_call.argtypes = [ctypes.c_int64] * 2
     return loaded
 
 
@@ -132,37 +135,64 @@ def test_dropped_path(
     assert reason in path.reason.decode()
 
 
-CUDA = dict(N=1024, K=1024, r=16, half=True, compute_capability=80, sm90=True)
-CUDA |= dict(wish="auto", fastest=None)
-FUSED, HYBRID, CUBLAS = "cuda fused sm_80", "cuda hybrid", "cuda cublas"
-RANKS, EMPTY = "the kernels take ranks 1 to 256", "no empty matrices"
-ASKED, MEASURED = "LORA_EXT_CUDA_PATH says so", "that autotune measured"
+CUDA = dict(M=2048, N=1024, K=1024, r=16, half=True, rows=TMA, compute_capability=80)
+CUDA |= dict(built=True, sm90=True, wish="auto", fastest=None)
+FUSED, HYBRID, CUBLAS = "cuda fused sm_80", "cuda hybrid sm_80", "cuda cublas"
+FUSED_90, HYBRID_90 = "cuda fused sm_90a", "cuda hybrid sm_90a"
+RANKS, EMPTY, LARGE = "the kernels take ranks 1 to 256", "no empty matrices", "in 32 bits"
+MEASURED, UNMEASURED, MMA = "that autotune measured", "is not measured yet", "mma.sync is slow"
+UNALIGNED, FEW_ROWS = "rows that begin at no multiple of 16 bytes", "few rows: cuBLAS"
+SM90, NOT_BUILT = {"compute_capability": 90}, {"compute_capability": 90, "sm90": False}
 
 CUDA_CASES = {
-    "bf16 or fp16": ({}, FUSED, ONE_PASS),
-    "sm_90": ({"compute_capability": 90}, "cuda fused sm_90a", ONE_PASS),
-    "sm_90, not built": ({"compute_capability": 90, "sm90": False}, HYBRID, "mma.sync is slow"),
-    "sm_100": ({"compute_capability": 100}, HYBRID, "mma.sync is slow"),
-    "sm_120": ({"compute_capability": 120}, FUSED, ONE_PASS),
+    "sm_80": ({}, HYBRID, UNMEASURED),
+    "sm_86": ({"compute_capability": 86}, HYBRID, UNMEASURED),
+    "sm_89": ({"compute_capability": 89}, HYBRID, UNMEASURED),
+    "sm_90": (SM90, FUSED_90, ONE_PASS),
+    "sm_90, not built": (NOT_BUILT, HYBRID, MMA),
+    "sm_100": ({"compute_capability": 100}, HYBRID, MMA),
+    "sm_110": ({"compute_capability": 110}, HYBRID, MMA),
+    "sm_120": ({"compute_capability": 120}, HYBRID, UNMEASURED),
     "sm_75": ({"compute_capability": 75}, CUBLAS, "need a GPU from sm_80 on"),
+    "sm_70": ({"compute_capability": 70}, CUBLAS, "need a GPU from sm_80 on"),
+    "no code for the GPU": ({"built": False}, CUBLAS, "no kernels for this GPU: add its number"),
+    "no code for the GPU, wish": ({"built": False, "wish": "fused"}, CUBLAS, "no kernels for"),
     "fp32 or fp64": ({"half": False}, CUBLAS, "float32 and float64 products are cuBLAS's"),
     "rank 0": ({"r": 0}, CUBLAS, RANKS),
-    "rank 256": ({"r": 256}, FUSED, ONE_PASS),
-    "rank 257": ({"r": 257}, CUBLAS, RANKS),
+    "rank 256": (SM90 | {"r": 256}, FUSED_90, ONE_PASS),
+    "rank 257": (SM90 | {"r": 257}, CUBLAS, RANKS),
     "no outputs": ({"N": 0}, CUBLAS, EMPTY),
     "no inputs": ({"K": 0}, CUBLAS, EMPTY),
-    "wish composed": ({"wish": "composed"}, CUBLAS, ASKED),
-    "wish hybrid": ({"wish": "hybrid"}, HYBRID, ASKED),
-    "wish fused": ({"wish": "fused"}, FUSED, ASKED),
-    "wish fused, sm_100": ({"wish": "fused", "compute_capability": 100}, FUSED, ASKED),
+    "2^31 rows": (SM90 | {"M": 1 << 31}, CUBLAS, LARGE),
+    "2^31 outputs": (SM90 | {"N": 1 << 31, "wish": "fused"}, CUBLAS, LARGE),
+    "2^31 inputs": (SM90 | {"K": 1 << 31}, CUBLAS, LARGE),
+    "few rows": (SM90 | {"M": 512}, HYBRID_90, FEW_ROWS),
+    "more rows": (SM90 | {"M": 513}, FUSED_90, ONE_PASS),
+    "few rows, sm_80": ({"M": 1}, HYBRID, UNMEASURED),
+    "few rows, wish fused": (SM90 | {"M": 1, "wish": "fused"}, FUSED_90, "PATH=fused"),
+    "not aligned": ({"rows": ANY}, CUBLAS, UNALIGNED),
+    "not aligned, sm_90": (SM90 | {"rows": ANY}, CUBLAS, UNALIGNED),
+    "not aligned, few rows": (SM90 | {"rows": ANY, "M": 1}, CUBLAS, UNALIGNED),
+    "not aligned, sm_100": ({"rows": ANY, "compute_capability": 100}, CUBLAS, UNALIGNED),
+    "not aligned, wish fused": (SM90 | {"rows": ANY, "wish": "fused"}, FUSED, "PATH=fused"),
+    "not aligned, wish hybrid": (SM90 | {"rows": ANY, "wish": "hybrid"}, HYBRID, "PATH=hybrid"),
+    "not aligned, measured": (SM90 | {"rows": ANY, "fastest": "fused"}, FUSED, MEASURED),
+    "rows that overlap": (SM90 | {"rows": ALIGNED}, HYBRID, MMA),
+    "rows that overlap, wish fused": (SM90 | {"rows": ALIGNED, "wish": "fused"}, FUSED, "=fused"),
+    "rows that overlap, sm_80": ({"rows": ALIGNED}, HYBRID, UNMEASURED),
+    "wish composed": ({"wish": "composed"}, CUBLAS, "LORA_EXT_CUDA_PATH=composed"),
+    "wish hybrid": ({"wish": "hybrid"}, HYBRID, "LORA_EXT_CUDA_PATH=hybrid"),
+    "wish hybrid, sm_90": (SM90 | {"wish": "hybrid"}, HYBRID_90, "LORA_EXT_CUDA_PATH=hybrid"),
+    "wish fused": ({"wish": "fused"}, FUSED, "LORA_EXT_CUDA_PATH=fused"),
+    "wish fused, not built": (NOT_BUILT | {"wish": "fused"}, FUSED, "LORA_EXT_CUDA_PATH=fused"),
+    "wish fused, sm_100": ({"wish": "fused", "compute_capability": 100}, FUSED, "PATH=fused"),
     "wish fused, fp32": ({"wish": "fused", "half": False}, CUBLAS, "float32 and float64"),
     "wish fused, sm_75": ({"wish": "fused", "compute_capability": 75}, CUBLAS, "from sm_80 on"),
     "wish hybrid, rank 257": ({"wish": "hybrid", "r": 257}, CUBLAS, RANKS),
-    "measured": ({"fastest": "hybrid"}, HYBRID, MEASURED),
-    "measured, sm_90": (
-        {"fastest": "fused", "compute_capability": 90}, "cuda fused sm_90a", MEASURED
-    ),
-    "measured, with a wish": ({"fastest": "hybrid", "wish": "composed"}, CUBLAS, ASKED),
+    "measured": ({"fastest": "composed"}, CUBLAS, MEASURED),
+    "measured, sm_90": (SM90 | {"fastest": "hybrid"}, HYBRID_90, MEASURED),
+    "measured, few rows": (SM90 | {"fastest": "fused", "M": 1}, FUSED_90, MEASURED),
+    "measured, with a wish": ({"fastest": "hybrid", "wish": "composed"}, CUBLAS, "PATH=composed"),
     "measured, rank 0": ({"fastest": "fused", "r": 0}, CUBLAS, RANKS),
 }  # fmt: skip
 
@@ -173,19 +203,80 @@ def test_cuda_path(
 ) -> None:
     values = CUDA | facts
     for key in ("wish", "fastest"):
-        values[key] = -1 if values[key] is None else CUDA_WISHES.index(str(values[key]))
+        values[key] = -1 if values[key] is None else WISHES.index(str(values[key]))
     path = library.cuda_path(*values.values())
     assert path.name.decode() == name
     assert reason in path.reason.decode()
 
 
+# Targets of a build: the GPUs that run it
+BUILDS = {
+    "80 90a-real": {80, 86, 87, 89, 90, 100, 103, 110, 120},
+    "80-real 90a-real": {80, 86, 87, 89, 90},
+    "80-real": {80, 86, 87, 89},
+    "86-real": {86, 87, 89},
+    "90a-real": {90},
+    "90a": {90},
+    "90": {90, 100, 103, 110, 120},
+    "80-real 100f-real": {80, 86, 87, 89, 100, 103},
+    "80-real 120-real": {80, 86, 87, 89, 120},
+    "": set(),
+}
+
+
+@pytest.mark.parametrize(("targets", "gpus"), BUILDS.items(), ids=BUILDS.keys())
+def test_gpus_that_run_a_build(library: ctypes.CDLL, targets: str, gpus: set[int]) -> None:
+    every = (70, 75, 80, 86, 87, 89, 90, 100, 103, 110, 120)
+    assert {gpu for gpu in every if library.is_built_for(targets.encode(), gpu)} == gpus
+
+
+# (address, rows, stride, columns)
+MATRICES = {
+    "contiguous": ((4096, 64, 72, 72), TMA),
+    "slice of columns": ((4096 + 16, 64, 80, 72), TMA),
+    "odd address": ((4096 + 2, 64, 72, 72), ANY),
+    "half of 16 bytes": ((4096 + 8, 64, 72, 72), ANY),
+    "odd rows": ((4096, 64, 73, 73), ANY),
+    "rows of 8 bytes more": ((4096, 64, 76, 72), ANY),
+    "one row twice": ((4096, 64, 0, 72), ALIGNED),
+    "rows that overlap": ((4096, 64, 64, 72), ALIGNED),
+    "rows too far apart": ((4096, 64, 1 << 39, 72), ALIGNED),
+    "one row": ((4096, 1, 73, 72), TMA),
+    "one row, odd address": ((4098, 1, 72, 72), ANY),
+    "no row": ((0, 0, 73, 72), TMA),
+}
+
+
+@pytest.mark.parametrize(("matrix", "rows"), MATRICES.values(), ids=MATRICES.keys())
+def test_how_rows_lie(library: ctypes.CDLL, matrix: tuple[int, ...], rows: int) -> None:
+    assert library.rows_of_matrix(*matrix) == rows
+
+
+@pytest.mark.parametrize(
+    ("N", "K", "rows"),
+    [
+        (72, 64, TMA),
+        (50257, 768, ANY),
+        (32001, 4096, ANY),
+        (64, 12, ANY),
+        (4, 64, ANY),
+        (9, 9, ANY),
+    ],
+)
+def test_how_rows_of_contiguous_matrices_lie(
+    library: ctypes.CDLL, N: int, K: int, rows: int
+) -> None:
+    assert library.rows_of_a_call(N, K) == rows
+
+
 def test_measured_paths_are_found_by_every_fact(library: ctypes.CDLL) -> None:
     def facts(**changed: int) -> ctypes.Array[ctypes.c_int64]:
         call = dict(backward=0, device=0, M=2048, N=1024, K=768, r=16, base=15, adapter=6, drop=0)
+        call |= dict(rows=TMA)
         assert call.keys() >= changed.keys()
-        return (ctypes.c_int64 * 9)(*(call | changed).values())
+        return (ctypes.c_int64 * 10)(*(call | changed).values())
 
-    fused, hybrid = CUDA_WISHES.index("fused"), CUDA_WISHES.index("hybrid")
+    fused, hybrid = WISHES.index("fused"), WISHES.index("hybrid")
     assert library.find_tuned(facts()) == -1
     library.set_tuned(facts(), hybrid)
     library.set_tuned(facts(backward=1), fused)
@@ -194,6 +285,7 @@ def test_measured_paths_are_found_by_every_fact(library: ctypes.CDLL) -> None:
     # Rows by their power of two
     assert library.find_tuned(facts(M=4095)) == hybrid
     others = dict(device=1, M=4096, N=1023, K=769, r=8, base=5, adapter=15, drop=1)
+    others |= dict(rows=ANY)
     for name, value in others.items():
         assert library.find_tuned(facts(**{name: value})) == -1, name
     assert library.find_tuned(facts(M=2047)) == -1

@@ -82,6 +82,12 @@ CASES: dict[str, dict[str, Any]] = {
         "rank_pattern": {r"layers.0.(up|down)": 5},
         "alpha_pattern": {r"layers.1.(up|down)": 3},
     },
+    "ranks of one layer": {
+        "target_parameters": ["up", "down", "mix"],
+        "rank_pattern": {"up": 5, r".*0\.mix": 1},
+        "alpha_pattern": {"down": 0, r"layers.1.up": 7},
+        "use_rslora": True,
+    },
 }
 
 
@@ -277,12 +283,6 @@ WRONG: dict[str, tuple[Callable[[LoraModel], Any], str]] = {
     "init": (
         lambda m: added(m, target_parameters=["layers.0.up"], init_lora_weights="pissa"),
         "stack of matrices 'up'",
-    ),
-    "ranks": (
-        lambda m: added(
-            m, target_parameters=["layers.1.up", "layers.1.mix"], rank_pattern={"mix": 1}
-        ),
-        "same for all parameters",
     ),
     "dropout": (lambda m: added(m, target_parameters=["up"], lora_dropout=0.1), "lora_dropout"),
     "dora": (lambda m: added(m, target_parameters=["up"], use_dora=True), "use_dora"),

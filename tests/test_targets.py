@@ -16,6 +16,7 @@ from torch import nn
 
 from lora_ext import LoraConfig
 from lora_ext.adapters.architectures import DEFAULT_TARGETS
+from lora_ext.adapters.plan import make_plan
 from lora_ext.adapters.targets import find_targets, is_adaptable, matches, saved_modules
 
 Values = dict[str, Any]
@@ -385,15 +386,16 @@ def test_message(values: Values, message: str) -> None:
 )
 def test_what_has_no_effect_is_said(values: Values, message: str) -> None:
     with pytest.warns(UserWarning, match=rf"^LoraConfig: {message}"):
-        find_targets(Experts(), LoraConfig(target_modules=["up"], **values))
+        make_plan(Experts(), LoraConfig(target_modules=["up"], **values), True)
 
 
 def test_what_has_effect_is_not_warned_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        find_targets(
+        make_plan(
             Experts(),
             LoraConfig(target_modules=["up"], exclude_modules=["down"], rank_pattern={"up": 2}),
+            True,
         )
 
 

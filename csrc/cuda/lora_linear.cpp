@@ -10,7 +10,6 @@
 #include "../common/dropout.h"
 #include "kernels/lora_linear.h"
 #include "ops/checks.h"
-#include "ops/composed.h"
 #include "ops/lora_linear.h"
 #include "ops/prepare.h"
 
@@ -68,6 +67,18 @@ Matrix<T> matrix(const Tensor& rows, int64_t count, int64_t columns) {
   return rows.defined() ? matrix<T>(rows) : Matrix<T>{nullptr, count, columns, columns};
 }
 
+// Whether the weight [N, K] lies as [K, N], as GPT-2's Conv1D keeps it.
+bool lies_transposed(const Tensor& weight) {
+  return weight.stride(1) != 1 && weight.stride(0) == 1;
+}
+
+// The weight [N, K] as it lies, copied only if it lies neither way; without data if there is none.
+template <class T>
+Weight<T> weight_of(const Tensor& weight, int64_t N, int64_t K) {
+  if (weight.defined() && lies_transposed(weight)) return {matrix<T>(weight.t()), true};
+  return {matrix<T>(weight, N, K), false};
+}
+
 // f(T{}, TA{}) with the storage types of base and adapter.
 template <class F>
 void with_types(at::ScalarType base, at::ScalarType adapter, const F& f) {
@@ -76,8 +87,12 @@ void with_types(at::ScalarType base, at::ScalarType adapter, const F& f) {
   mixed ? f(Fp16{}, float{}) : f(Fp16{}, Fp16{});
 }
 
+// What the kernels are given as the weight: itself, or a copy where neither rows nor columns lie
+// together.
+Tensor readable(const Tensor& weight) { return lies_transposed(weight) ? weight : as_rows(weight); }
+
 // The low-rank part into y; the base product too if there is a weight [N, K].
-void run_kernels(const LowRankForward& problem, const Tensor& weight) {
+void run_kernels(const LowRankForward& problem, const Tensor& weight, KernelFamily family) {
   const KernelScale kernel_scale(problem.scale);
   Scratch scratch{problem.x.options(), {}};
   const auto& [x, lora_A, lora_B] = std::tie(problem.x, problem.lora_A, problem.lora_B);
@@ -85,7 +100,7 @@ void run_kernels(const LowRankForward& problem, const Tensor& weight) {
     using T = decltype(base);
     using TA = decltype(adapter);
     const ForwardCall<T, TA> call{.x = matrix<T>(x),
-                                  .weight = matrix<T>(weight, lora_B.size(0), x.size(1)),
+                                  .weight = weight_of<T>(weight, lora_B.size(0), x.size(1)),
                                   .bias = data_or_null<float>(problem.bias),
                                   .lora_A = data_or_null<TA>(problem.lora_A),
                                   .lora_B = data_or_null<TA>(problem.lora_B),
@@ -95,12 +110,12 @@ void run_kernels(const LowRankForward& problem, const Tensor& weight) {
                                   .dropout = kernel_scale.dropout,
                                   .y = out_or_null<T>(problem.y),
                                   .h = out_or_null<float>(problem.h)};
-    run_forward(call, scratch.allocator(), at::cuda::getCurrentCUDAStream(), current_capability());
+    run_forward(call, scratch.allocator(), at::cuda::getCurrentCUDAStream(), family);
   });
 }
 
 // The low-rank part into dx, dA and dB; the base product too, into dx, if there is a weight.
-void run_kernels(const LowRankBackward& problem, const Tensor& weight) {
+void run_kernels(const LowRankBackward& problem, const Tensor& weight, KernelFamily family) {
   const KernelScale kernel_scale(problem.scale);
   Scratch scratch{problem.dy.options(), {}};
   const auto& [dy, lora_A, lora_B] = std::tie(problem.dy, problem.lora_A, problem.lora_B);
@@ -110,7 +125,7 @@ void run_kernels(const LowRankBackward& problem, const Tensor& weight) {
     const int64_t M = dy.size(0), N = dy.size(1), K = lora_A.size(1);
     const BackwardCall<T, TA> call{.dy = matrix<T>(dy),
                                    .x = matrix<T>(problem.x, M, K),
-                                   .weight = matrix<T>(weight, N, K),
+                                   .weight = weight_of<T>(weight, N, K),
                                    .h = data_or_null<float>(problem.h),
                                    .lora_A = data_or_null<TA>(lora_A),
                                    .lora_B = data_or_null<TA>(lora_B),
@@ -121,17 +136,20 @@ void run_kernels(const LowRankBackward& problem, const Tensor& weight) {
                                    .dx = out_or_null<T>(problem.dx),
                                    .dA = out_or_null<TA>(problem.dA),
                                    .dB = out_or_null<TA>(problem.dB)};
-    run_backward(call, scratch.allocator(), at::cuda::getCurrentCUDAStream(), current_capability());
+    run_backward(call, scratch.allocator(), at::cuda::getCurrentCUDAStream(), family);
   });
 }
 
-CudaPath path_for(bool backward, const Tensor& rows, const Tensor& lora_A, const Tensor& lora_B,
+// `rows` [M, K] or [M, N] is x or dy, `other` the x of a backward pass that reads it.
+CudaPath path_for(bool backward, const Tensor& rows, const Tensor& other,
+                  const OptionalTensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                   const LoraScale& scale) {
-  const int64_t width = rows.size(-1);
-  const int64_t tokens = width > 0 ? rows.numel() / width : 0;
-  const CudaCall call = make_cuda_call(backward, rows.get_device(), tokens, lora_B.size(0),
-                                       lora_A.size(1), lora_A.size(0), rows.scalar_type(),
-                                       lora_A.scalar_type(), scale.dropout_p > 0.0);
+  CudaCall call = make_cuda_call(backward, rows.get_device(), rows.size(0), lora_B.size(0),
+                                 lora_A.size(1), lora_A.size(0), rows.scalar_type(),
+                                 lora_A.scalar_type(), scale.dropout_p > 0.0, weight);
+  for (const Tensor& matrix : {rows, other}) {
+    if (matrix.defined()) call.rows = std::min(call.rows, rows_of(matrix));
+  }
   return cuda_path(call, current_capability());
 }
 
@@ -145,19 +163,18 @@ std::tuple<Tensor, Tensor> fwd_cuda(const Tensor& x, const Tensor& weight,
   const LoraScale scale{scaling, scaling_tensor, dropout_p, rng_state};
   check_lora_linear(x, weight, bias, lora_A, lora_B, lora_bias, scale);
   const c10::cuda::CUDAGuard guard(x.device());
-  const Kernels kernels = path_for(false, x, lora_A, lora_B, scale).kernels;
-  if (kernels == Kernels::Composed) {
-    return composed_fwd(x, weight, bias, lora_A, lora_B, lora_bias, scale, return_h);
-  }
   const auto [y, h, low_rank] =
       prepare_forward(x, bias, lora_A, lora_B, lora_bias, scale, return_h);
   if (y.numel() == 0) return {y, h.zero_()};
-  if (kernels == Kernels::Hybrid) {
-    run_kernels(low_rank, Tensor());
-    low_rank.y.addmm_(low_rank.x, weight.t());
+  const CudaPath path =
+      path_for(false, low_rank.x, Tensor(), weight, low_rank.lora_A, low_rank.lora_B, scale);
+  const bool fused = path.kernels == Kernels::Fused;
+  if (path.kernels == Kernels::Composed) {
+    low_rank_forward_blas(low_rank);
   } else {
-    run_kernels(low_rank, as_rows(weight));
+    run_kernels(low_rank, fused ? readable(weight) : Tensor(), path.family);
   }
+  if (!fused) low_rank.y.addmm_(low_rank.x, weight.t());
   return {y, h};
 }
 
@@ -169,18 +186,17 @@ Gradients bwd_cuda(const Tensor& dy, const OptionalTensor& x, const OptionalTens
   const LoraScale scale{scaling, scaling_tensor, dropout_p, rng_state};
   check_lora_linear_bwd(dy, x, h, weight, lora_A, lora_B, scale, mask);
   const c10::cuda::CUDAGuard guard(dy.device());
-  const Kernels kernels = path_for(true, dy, lora_A, lora_B, scale).kernels;
-  if (kernels == Kernels::Composed) {
-    return composed_bwd(dy, x, h, weight, lora_A, lora_B, scale, mask);
-  }
   const auto [gradients, low_rank, done] = prepare_backward(dy, x, h, lora_A, lora_B, scale, mask);
   if (done) return gradients;
-  if (kernels == Kernels::Hybrid || !mask[kGradX]) {
-    run_kernels(low_rank, Tensor());
-    if (mask[kGradX]) low_rank.dx.addmm_(low_rank.dy, *weight);
+  const CudaPath path =
+      path_for(true, low_rank.dy, low_rank.x, weight, low_rank.lora_A, low_rank.lora_B, scale);
+  const bool fused = path.kernels == Kernels::Fused;
+  if (path.kernels == Kernels::Composed) {
+    low_rank_backward_blas(low_rank);
   } else {
-    run_kernels(low_rank, as_rows(*weight));
+    run_kernels(low_rank, fused && mask[kGradX] ? readable(*weight) : Tensor(), path.family);
   }
+  if (!fused && mask[kGradX]) low_rank.dx.addmm_(low_rank.dy, *weight);
   return gradients;
 }
 

@@ -2,6 +2,7 @@
 
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <string_view>
 
@@ -38,10 +39,22 @@ TunedPaths& tuned_paths() {
   return paths;
 }
 
+Rows rows_of(const at::Tensor& matrix) {
+  return rows_of(matrix.const_data_ptr(), matrix.size(0), matrix.stride(0), matrix.size(1));
+}
+
 CudaCall make_cuda_call(bool backward, int device, int64_t tokens, int64_t out_features,
                         int64_t in_features, int64_t r, at::ScalarType base, at::ScalarType adapter,
-                        bool dropout) {
+                        bool dropout, const std::optional<at::Tensor>& weight) {
   const bool half = base == at::kHalf || base == at::kBFloat16;
+  Rows rows = rows_of_sizes(out_features, in_features);
+  if (weight && weight->dim() == 2) {
+    // As it lies, by rows or by columns; otherwise it is copied.
+    if (weight->stride(1) == 1)
+      rows = std::min(rows, rows_of(*weight));
+    else if (weight->stride(0) == 1)
+      rows = std::min(rows, rows_of(weight->t()));
+  }
   return {backward,
           device,
           tokens,
@@ -51,7 +64,8 @@ CudaCall make_cuda_call(bool backward, int device, int64_t tokens, int64_t out_f
           static_cast<int>(base),
           static_cast<int>(adapter),
           half,
-          dropout};
+          dropout,
+          rows};
 }
 
 CudaPath cuda_path(const CudaCall& call, int compute_capability) {
@@ -60,7 +74,14 @@ CudaPath cuda_path(const CudaCall& call, int compute_capability) {
 #else
   constexpr bool sm90 = false;
 #endif
-  return choose_cuda_path({call, compute_capability, sm90, cuda_wish(), tuned_paths().find(call)});
+  const bool built = built_for(LORA_EXT_CUDA_TARGETS, compute_capability);
+  return choose_cuda_path(
+      {call, compute_capability, built, sm90, cuda_wish(), tuned_paths().find(call)});
+}
+
+bool has_cuda_kernels(const CudaCall& call, int compute_capability) {
+  const bool built = built_for(LORA_EXT_CUDA_TARGETS, compute_capability);
+  return why_no_kernels(call, compute_capability, built) == nullptr;
 }
 
 std::pair<std::string, std::string> explain_lora_linear_cuda(CudaCall call,
@@ -69,9 +90,9 @@ std::pair<std::string, std::string> explain_lora_linear_cuda(CudaCall call,
   const CudaPath forward = cuda_path(call, compute_capability);
   call.backward = true;
   const CudaPath backward = cuda_path(call, compute_capability);
-  std::string name = cuda_path_name(forward.kernels);
-  if (backward.kernels == forward.kernels) return {name, forward.reason};
-  return {name + ", backward " + cuda_path_name(backward.kernels), forward.reason};
+  const std::string name = cuda_path_name(forward), other = cuda_path_name(backward);
+  if (name == other) return {name, forward.reason};
+  return {name + ", backward " + other, forward.reason};
 }
 
 void set_tuned_cuda_path(const CudaCall& call, const std::optional<std::string>& path) {

@@ -2,8 +2,12 @@
 // told.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <string_view>
+
+#include "kernels/lora_linear.h"
 
 namespace lora_ext {
 
@@ -12,6 +16,27 @@ namespace lora_ext {
 enum class CudaWish { Auto, Fused, Hybrid, Composed };
 constexpr const char* kCudaWishNames[] = {"auto", "fused", "hybrid", "composed"};
 
+// How the rows of 16-bit matrices lie: what may read them. Each allows what those before it allow.
+enum class Rows {
+  Any,      // element by element
+  Aligned,  // 16 bytes at a time: rows begin at multiples of 16 bytes
+  Tma       // and do not overlap
+};
+
+// Of one matrix, whose rows are `stride` elements apart; a single row is as far as it likes.
+inline Rows rows_of(const void* data, int64_t rows, int64_t stride, int64_t columns) {
+  constexpr int64_t kMostTmaStride = (int64_t{1} << 39) - 1;  // it counts bytes in 40 bits
+  if (reinterpret_cast<uintptr_t>(data) % 16 != 0) return Rows::Any;
+  if (rows <= 1) return Rows::Tma;
+  if (stride % 8 != 0) return Rows::Any;
+  return stride >= columns && stride <= kMostTmaStride ? Rows::Tma : Rows::Aligned;
+}
+
+// Of all matrices of a call, if they are contiguous: y has rows of N, x of K elements.
+inline Rows rows_of_sizes(int64_t N, int64_t K) {
+  return N % 8 == 0 && K % 8 == 0 ? Rows::Tma : Rows::Any;
+}
+
 struct CudaCall {
   bool backward;
   int device;
@@ -19,11 +44,34 @@ struct CudaCall {
   int base, adapter;  // at::ScalarType
   bool half;          // base is bf16 or fp16
   bool dropout;
+  Rows rows;  // of the worst among x, dy, the weight and the results
 };
+
+// Whether code for these targets of a build ("80 90a-real", as CMake names them) runs on a GPU:
+// machine code for later GPUs of the same generation, PTX (without -real) for all later ones; with
+// a letter for one GPU, or one generation, alone.
+inline bool built_for(std::string_view targets, int compute_capability) {
+  while (!targets.empty()) {
+    const std::string_view target = targets.substr(0, targets.find(' '));
+    targets.remove_prefix(std::min(targets.size(), target.size() + 1));
+    int number = 0;
+    size_t end = 0;
+    while (end < target.size() && target[end] >= '0' && target[end] <= '9') {
+      number = 10 * number + (target[end++] - '0');
+    }
+    if (number == 0 || number > compute_capability) continue;
+    const char letter = end < target.size() ? target[end] : '\0';
+    const bool machine_code = number / 10 == compute_capability / 10;
+    const bool ptx = letter != 'a' && letter != 'f' && target.find("-real") == target.npos;
+    if (letter == 'a' ? number == compute_capability : machine_code || ptx) return true;
+  }
+  return false;
+}
 
 struct CudaProblem {
   CudaCall call;
   int compute_capability;           // 80 for sm_80
+  bool built;                       // this build has kernels for such a GPU
   bool sm90;                        // this build has the kernels of sm_90a
   CudaWish wish;                    // of the environment
   std::optional<CudaWish> fastest;  // of those that autotune measured for this call
@@ -31,56 +79,94 @@ struct CudaProblem {
 
 struct CudaPath {
   // ATen's products (cuBLAS) for everything; for the base product alone, added to what the kernels
-  // made; or the kernels for sm_80 and later, or those for sm_90a, for everything.
-  enum class Kernels { Composed, Hybrid, Sm80, Sm90 };
+  // made; or the kernels for everything.
+  enum class Kernels { Composed, Hybrid, Fused };
   Kernels kernels;
-  const char* reason;  // for that choice
+  KernelFamily family;  // of the kernels, if any run
+  const char* reason;   // for that choice
 };
 
 // Why the kernels of csrc/kernels cannot run a call; null where they can.
-inline const char* why_no_kernels(const CudaCall& call, int compute_capability) {
+inline const char* why_no_kernels(const CudaCall& call, int compute_capability, bool built) {
   constexpr int64_t kMaxRank = 256;  // beyond, the low-rank products are worth a BLAS
+  constexpr int64_t kMostRows = (int64_t{1} << 31) - 1;
   if (!call.half) return "float32 and float64 products are cuBLAS's";
   if (compute_capability < 80) return "the kernels need a GPU from sm_80 on";
+  if (!built) {
+    return "this build has no kernels for this GPU: add its number to TORCH_CUDA_ARCH_LIST and "
+           "install lora_ext again";
+  }
   if (call.r == 0 || call.r > kMaxRank) return "the kernels take ranks 1 to 256";
   if (call.N == 0 || call.K == 0) return "the kernels take no empty matrices";
+  if (std::max({call.M, call.N, call.K}) > kMostRows) {
+    return "the kernels count rows and columns in 32 bits";
+  }
   return nullptr;
 }
 
+// Up to as many rows cuBLAS makes the base product. A tile of the kernel for sm_90a has 128 rows
+// and no part of K alone: few rows leave multiprocessors idle and do not hide the latency of their
+// reads, where cuBLAS splits K. A prediction, until it is measured.
+constexpr int64_t kFewRows = 512;
+
 inline CudaPath choose_cuda_path(const CudaProblem& problem) {
   using Kernels = CudaPath::Kernels;
+  constexpr const char* kAsked[] = {"", "LORA_EXT_CUDA_PATH=fused", "LORA_EXT_CUDA_PATH=hybrid",
+                                    "LORA_EXT_CUDA_PATH=composed"};
+  const CudaCall& call = problem.call;
   const int capability = problem.compute_capability;
-  if (const char* reason = why_no_kernels(problem.call, capability)) {
-    return {Kernels::Composed, reason};
+  if (const char* reason = why_no_kernels(call, capability, problem.built)) {
+    return {Kernels::Composed, KernelFamily::Sm80, reason};
   }
-  const auto fused = problem.sm90 && capability == 90 ? Kernels::Sm90 : Kernels::Sm80;
-  const auto kernels = [&](CudaWish wish) {
-    if (wish == CudaWish::Composed) return Kernels::Composed;
-    return wish == CudaWish::Hybrid ? Kernels::Hybrid : fused;
+  // The kernels for sm_90a read by TMA alone, and store 16 bytes at a time.
+  const bool sm90 = problem.sm90 && capability == 90 && call.rows == Rows::Tma;
+  const auto family = sm90 ? KernelFamily::Sm90 : KernelFamily::Sm80;
+  const auto path = [&](CudaWish wish, const char* reason) -> CudaPath {
+    if (wish == CudaWish::Composed) return {Kernels::Composed, family, reason};
+    return {wish == CudaWish::Hybrid ? Kernels::Hybrid : Kernels::Fused, family, reason};
   };
   if (problem.wish != CudaWish::Auto) {
-    return {kernels(problem.wish), "LORA_EXT_CUDA_PATH says so"};
+    return path(problem.wish, kAsked[static_cast<int>(problem.wish)]);
   }
   if (problem.fastest) {
-    return {kernels(*problem.fastest), "the fastest that autotune measured on this GPU"};
+    return path(*problem.fastest, "the fastest that autotune measured on this GPU");
+  }
+  // Vocabularies are often of such sizes. The kernels would read element by element, each read
+  // waiting for the one before.
+  if (call.rows == Rows::Any) {
+    return path(CudaWish::Composed,
+                "rows that begin at no multiple of 16 bytes, as where N or K is no multiple of 8, "
+                "are cuBLAS's");
   }
   // Tensor cores of sm_90 and of sm_100 to sm_110 run at their rate for instructions of their own.
-  if (fused == Kernels::Sm80 && capability >= 90 && capability < 120) {
-    return {Kernels::Hybrid,
-            "mma.sync is slow on this GPU: cuBLAS makes the base product, kernels the rest"};
+  if (!sm90 && capability >= 90 && capability < 120) {
+    return path(CudaWish::Hybrid,
+                "mma.sync is slow on this GPU: cuBLAS makes the base product, kernels the rest");
   }
-  return {fused,
-          "one pass over x and one over dy, low-rank products inside the base product's kernel"};
+  // Its main loop has about eight address instructions for each that multiplies: predicted at 55 to
+  // 62 % of cuBLAS on an A100, so that it needs a measurement before it is anyone's default.
+  if (!sm90) {
+    return path(CudaWish::Hybrid,
+                "the base product of the kernels for sm_80 is not measured yet: cuBLAS makes it, "
+                "kernels the rest");
+  }
+  if (call.M <= kFewRows) {
+    return path(CudaWish::Hybrid,
+                "few rows: cuBLAS makes the base product, which it can split along K, kernels the "
+                "rest");
+  }
+  return path(
+      CudaWish::Fused,
+      "one pass over x and one over dy, low-rank products inside the base product's kernel");
 }
 
-inline const char* cuda_path_name(CudaPath::Kernels kernels) {
-  switch (kernels) {
-    case CudaPath::Kernels::Sm90:
-      return "cuda fused sm_90a";
-    case CudaPath::Kernels::Sm80:
-      return "cuda fused sm_80";
+inline const char* cuda_path_name(const CudaPath& path) {
+  const bool sm90 = path.family == KernelFamily::Sm90;
+  switch (path.kernels) {
+    case CudaPath::Kernels::Fused:
+      return sm90 ? "cuda fused sm_90a" : "cuda fused sm_80";
     case CudaPath::Kernels::Hybrid:
-      return "cuda hybrid";
+      return sm90 ? "cuda hybrid sm_90a" : "cuda hybrid sm_80";
     default:
       return "cuda cublas";
   }

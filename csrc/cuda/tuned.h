@@ -34,13 +34,13 @@ class TunedPaths {
   }
 
  private:
-  using Key = std::array<int64_t, 9>;
+  using Key = std::array<int64_t, 10>;
 
   static Key key(const CudaCall& call) {
     int64_t bits = 0;
     while (call.M >> bits > 1) ++bits;
-    return {call.backward, call.device, bits,         call.N,      call.K,
-            call.r,        call.base,   call.adapter, call.dropout};
+    return {call.backward, call.device, bits,         call.N,       call.K,
+            call.r,        call.base,   call.adapter, call.dropout, static_cast<int>(call.rows)};
   }
 
   std::map<Key, CudaWish> wishes_;

@@ -92,8 +92,8 @@ __global__ void __launch_bounds__(kElementThreads)
 // A matrix as a Split, filled up with zero columns so that 16-byte copies may read it.
 template <class T, class TA>
 struct PackParams {
-  const TA* in;  // [rows, columns]
-  int64_t rows, columns, padded;
+  const TA* in;  // [rows, columns], their elements `row_step` and `column_step` apart
+  int64_t rows, columns, row_step, column_step, padded;
   T* value;      // [rows, padded]
   T* remainder;  // [rows, padded] or null
 };
@@ -105,7 +105,8 @@ __global__ void __launch_bounds__(kElementThreads)
   if (i >= params.rows * params.padded) return;
   const int64_t row = i / params.padded, column = i % params.padded;
   const bool inside = column < params.columns;
-  const float full = inside ? to_float(params.in[row * params.columns + column]) : 0.0f;
+  const int64_t at = row * params.row_step + column * params.column_step;
+  const float full = inside ? to_float(params.in[at]) : 0.0f;
   store_split(full, params.value, params.remainder, i);
 }
 

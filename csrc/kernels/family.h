@@ -16,7 +16,7 @@ namespace lora_ext {
 constexpr int kMaxSegments = 3;
 
 // B is read as it lies: kColumns rows are columns of B (a weight [N, K] in forward), kRows rows are
-// rows of B (the same weight in backward).
+// rows of B (the same weight in backward). Of a weight that lies transposed the other way round.
 enum class BLayout { kColumns, kRows };
 
 template <class T>
@@ -118,7 +118,8 @@ constexpr Family<T> kFamily{&down<T>, &up_grad<T>, &down_grad<T>, &product<T>};
 
 }  // namespace sm80
 
-// What TMA cannot read is left to sm_80.
+// For matrices whose rows TMA can read, and whose numbers of columns are multiples of 8:
+// cuda/path.h takes this family for no others.
 namespace sm90 {
 
 template <class T>

@@ -12,6 +12,25 @@ constexpr bool kSame = false;
 template <class A>
 constexpr bool kSame<A, A> = true;
 
+// A copy of in [rows, columns], of elements `row_step` and `column_step` apart, as tensor cores
+// read it.
+template <class T, class TA>
+Split<T> packed(const TA* in, int64_t rows, int64_t columns, int64_t row_step, int64_t column_step,
+                const Allocator& scratch, Stream stream) {
+  const int64_t padded = round_up(columns, 8);
+  PackParams<T, TA> pack{.in = in,
+                         .rows = rows,
+                         .columns = columns,
+                         .row_step = row_step,
+                         .column_step = column_step,
+                         .padded = padded,
+                         .value = scratch.get<T>(rows * padded),
+                         .remainder = nullptr};
+  if constexpr (!kSame<T, TA>) pack.remainder = scratch.get<T>(rows * padded);
+  launch_elements(pack_kernel<T, TA>, rows * padded, stream, pack);
+  return {{pack.value, rows, columns, padded}, pack.remainder};
+}
+
 // Of in [rows, columns], contiguous: as it is where tensor cores can read that, else a packed copy.
 template <class T, class TA>
 Split<T> split(const TA* in, int64_t rows, int64_t columns, const Allocator& scratch,
@@ -20,11 +39,15 @@ Split<T> split(const TA* in, int64_t rows, int64_t columns, const Allocator& scr
     const Matrix<T> as_it_is{in, rows, columns, columns};
     if (as_it_is.aligned()) return {as_it_is, nullptr};
   }
-  const int64_t padded = round_up(columns, 8);
-  PackParams<T, TA> pack{in, rows, columns, padded, scratch.get<T>(rows * padded), nullptr};
-  if constexpr (!kSame<T, TA>) pack.remainder = scratch.get<T>(rows * padded);
-  launch_elements(pack_kernel<T, TA>, rows * padded, stream, pack);
-  return {{pack.value, rows, columns, padded}, pack.remainder};
+  return packed<T>(in, rows, columns, columns, 1, scratch, stream);
+}
+
+// Of its transpose [columns, rows], a packed copy: the adapter beside a weight that lies
+// transposed.
+template <class T, class TA>
+Split<T> split_transposed(const TA* in, int64_t rows, int64_t columns, const Allocator& scratch,
+                          Stream stream) {
+  return packed<T>(in, columns, rows, 1, columns, scratch, stream);
 }
 
 // The parts of h or dh [M, r], added: times `survivor` into `sums` in float if that is not null;
@@ -74,31 +97,34 @@ inline float survivor(const Dropout& dropout) { return dropout.enabled ? dropout
 template <class T, class TA>
 void forward(const Family<T>& family, const ForwardCall<T, TA>& call, const Allocator& scratch,
              Stream stream) {
-  const int64_t M = call.x.rows, K = call.x.columns, N = call.weight.rows;
+  const int64_t M = call.x.rows, K = call.x.columns, N = call.weight.N();
+  const bool by_columns = call.weight.transposed;
   const Split<T> A = split<T>(call.lora_A, call.r, K, scratch, stream);
-  const Split<T> B = split<T>(call.lora_B, N, call.r, scratch, stream);
+  const Split<T> B = by_columns ? split_transposed<T>(call.lora_B, N, call.r, scratch, stream)
+                                : split<T>(call.lora_B, N, call.r, scratch, stream);
   const Parts parts = family.down(call.x, A, call.dropout, scratch, stream);
   const Split<T> h = finish<T>(parts, M, call.r, survivor(call.dropout),
                                {call.scaling, call.scaling_factor}, call.h, false, scratch, stream);
   Product<T> y{};
-  if (call.weight.data) y.segments[y.count++] = {call.x, call.weight};
+  if (call.weight.stored.data) y.segments[y.count++] = {call.x, call.weight.stored};
   add_segments(y, h.value, B);
   y.bias = call.bias;
   y.out = call.y, y.M = M, y.N = N;
-  launch(family, y, BLayout::kColumns, stream);
+  launch(family, y, by_columns ? BLayout::kRows : BLayout::kColumns, stream);
 }
 
 template <class T, class TA>
 void backward(const Family<T>& family, const BackwardCall<T, TA>& call, const Allocator& scratch,
               Stream stream) {
-  const int64_t M = call.dy.rows, N = call.dy.columns, K = call.weight.columns, r = call.r;
+  const int64_t M = call.dy.rows, N = call.dy.columns, K = call.weight.K(), r = call.r;
   const Scale scaling{call.scaling, call.scaling_factor};
-  const Split<T> A = split<T>(call.lora_A, r, K, scratch, stream);
+  const bool by_columns = call.weight.transposed, makes_h = call.dB && !call.h;
+  Split<T> A{}, h{};
+  if (makes_h || (call.dx && !by_columns)) A = split<T>(call.lora_A, r, K, scratch, stream);
   const Split<T> B = split<T>(call.lora_B, N, r, scratch, stream);
-  Split<T> h{};
   if (call.dB && call.h) {
     h = split<T>(call.h, M, r, scratch, stream);
-  } else if (call.dB) {
+  } else if (makes_h) {
     const Parts parts = family.down(call.x, A, call.dropout, scratch, stream);
     h = finish<T>(parts, M, r, survivor(call.dropout), {1.0f, nullptr}, nullptr, true, scratch,
                   stream);
@@ -115,35 +141,36 @@ void backward(const Family<T>& family, const BackwardCall<T, TA>& call, const Al
   }
   if (call.dx) {
     Product<T> dx{};
-    add_segments(dx, dh.value, A);
+    add_segments(dx, dh.value,
+                 by_columns ? split_transposed<T>(call.lora_A, r, K, scratch, stream) : A);
     dx.masked = call.dropout.enabled ? dx.count : 0;
     dx.threshold = call.dropout.threshold, dx.rng_state = call.dropout.rng_state;
-    if (call.weight.data) dx.segments[dx.count++] = {call.dy, call.weight};
+    if (call.weight.stored.data) dx.segments[dx.count++] = {call.dy, call.weight.stored};
     dx.out = call.dx, dx.M = M, dx.N = K;
-    launch(family, dx, BLayout::kRows, stream);
+    launch(family, dx, by_columns ? BLayout::kColumns : BLayout::kRows, stream);
   }
 }
 
-// The family for a GPU of this compute capability, 90 for sm_90.
+// choose_cuda_path asks for sm_90a's only where they are built.
 template <class T>
-const Family<T>& family_for(int compute_capability) {
+const Family<T>& passes_of(KernelFamily family) {
 #if defined(LORA_EXT_SM90)
-  if (compute_capability == 90) return sm90::kFamily<T>;
+  if (family == KernelFamily::Sm90) return sm90::kFamily<T>;
 #endif
-  static_cast<void>(compute_capability);
+  static_cast<void>(family);
   return sm80::kFamily<T>;
 }
 
 template <class T, class TA>
 void run_forward(const ForwardCall<T, TA>& call, const Allocator& scratch, Stream stream,
-                 int compute_capability) {
-  forward(family_for<T>(compute_capability), call, scratch, stream);
+                 KernelFamily family) {
+  forward(passes_of<T>(family), call, scratch, stream);
 }
 
 template <class T, class TA>
 void run_backward(const BackwardCall<T, TA>& call, const Allocator& scratch, Stream stream,
-                  int compute_capability) {
-  backward(family_for<T>(compute_capability), call, scratch, stream);
+                  KernelFamily family) {
+  backward(passes_of<T>(family), call, scratch, stream);
 }
 
 }  // namespace lora_ext

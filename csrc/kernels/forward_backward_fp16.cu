@@ -3,9 +3,10 @@
 
 namespace lora_ext {
 
-template void run_forward(const ForwardCall<Fp16, Fp16>&, const Allocator&, Stream, int);
-template void run_forward(const ForwardCall<Fp16, float>&, const Allocator&, Stream, int);
-template void run_backward(const BackwardCall<Fp16, Fp16>&, const Allocator&, Stream, int);
-template void run_backward(const BackwardCall<Fp16, float>&, const Allocator&, Stream, int);
+template void run_forward(const ForwardCall<Fp16, Fp16>&, const Allocator&, Stream, KernelFamily);
+template void run_forward(const ForwardCall<Fp16, float>&, const Allocator&, Stream, KernelFamily);
+template void run_backward(const BackwardCall<Fp16, Fp16>&, const Allocator&, Stream, KernelFamily);
+template void run_backward(const BackwardCall<Fp16, float>&, const Allocator&, Stream,
+                           KernelFamily);
 
 }  // namespace lora_ext

@@ -178,7 +178,11 @@ __global__ void __launch_bounds__(Shape::kThreads, kLeastBlocks)
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int warp_row = warp / Shape::kWarpsN * Shape::kWarpRows;
   const int warp_column = warp % Shape::kWarpsN * Shape::kWarpColumns;
-  const int64_t m = int64_t{blockIdx.y} * Shape::kM, n = int64_t{blockIdx.x} * Shape::kN;
+  // Tiles along the columns first: blocks that run together share rows of A. The grid has one
+  // dimension, since the others end at 65,535.
+  const auto column_tiles = static_cast<unsigned>((params.N + Shape::kN - 1) / Shape::kN);
+  const int64_t m = int64_t{blockIdx.x / column_tiles} * Shape::kM;
+  const int64_t n = int64_t{blockIdx.x % column_tiles} * Shape::kN;
   const auto stage = [&](int64_t step) {
     return shared + step % Shape::kRing * Shape::kStageBytes;
   };

@@ -9,20 +9,6 @@
 
 namespace lora_ext::sm90 {
 
-struct LowRankPath {
-  bool tma;            // the kernel of low_rank_sm90.h, else those of sm_80
-  const char* reason;  // for that choice
-};
-
-// For the matrix that a pass reads. The others are as TMA wants them: see Split.
-template <class T>
-LowRankPath choose_low_rank(const Matrix<T>& X) {
-  if (!X.aligned()) return {false, "TMA reads rows that begin at multiples of 16 bytes"};
-  if (!small(X)) return {false, "TMA counts rows and columns in 32 bits"};
-  if (X.stride < X.columns) return {false, "TMA reads rows that do not overlap"};
-  return {true, "TMA, wgmma, one block a multiprocessor"};
-}
-
 // What a cut is chosen by: how many tiles there are, and how many bytes a block moves for each.
 struct LowRankSize {
   int64_t row_tiles, column_tiles;
@@ -180,14 +166,12 @@ LowRankParts launch_low_rank(const LowRankPass<T>& pass, const Allocator& scratc
 template <class T>
 Parts down(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout, const Allocator& scratch,
            Stream stream) {
-  if (!choose_low_rank(x).tma) return sm80::down(x, A, dropout, scratch, stream);
   const LowRankPass<T> pass{x, A, {}, A.value.rows, dropout, false};
   return launch_low_rank<T, false, Major::kK>(pass, scratch, stream).P;
 }
 
 template <class T>
 UpGradParts up_grad(const UpGrad<T>& call, const Allocator& scratch, Stream stream) {
-  if (!choose_low_rank(call.dy).tma) return sm80::up_grad(call, scratch, stream);
   const LowRankPass<T> pass{
       call.dy, call.wants_dh ? call.B : Split<T>{}, call.h, call.B.value.columns, {}, false};
   const auto [dh, dB] = launch_low_rank<T, true, Major::kMN>(pass, scratch, stream);
@@ -197,7 +181,6 @@ UpGradParts up_grad(const UpGrad<T>& call, const Allocator& scratch, Stream stre
 template <class T>
 Parts down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
                 const Allocator& scratch, Stream stream) {
-  if (!choose_low_rank(x).tma) return sm80::down_grad(x, dh, dropout, scratch, stream);
   const LowRankPass<T> pass{x, {}, dh, dh.value.columns, dropout, true};
   return launch_low_rank<T, true, Major::kMN>(pass, scratch, stream).Q;
 }

@@ -21,6 +21,7 @@ Parts down(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout, const 
   for_each_group<64>(r, [&](int64_t first, int64_t count, auto width) {
     constexpr int kColumns = decltype(width)::value;
     using Shape = DownShape<kColumns>;
+    static_assert(Shape::kSharedBytes <= kLeastSharedBytes);
     const DownParams<T> params{.x = x,
                                .A = A.rows(first, count),
                                .aligned = x.aligned(),
@@ -31,25 +32,26 @@ Parts down(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout, const 
                                .rank = static_cast<int>(count),
                                .stride = static_cast<int>(r),
                                .partial = parts + first};
-    const dim3 grid(static_cast<unsigned>(splits), static_cast<unsigned>(row_blocks));
+    const dim3 grid(static_cast<unsigned>(row_blocks), static_cast<unsigned>(splits));
     arch::launch(lora_down_kernel<T, kColumns>, grid, Shape::kThreads, Shape::kSharedBytes, stream,
                  params);
   });
   return {parts, splits};
 }
 
-template <class T>
-UpGradParts up_grad(const UpGrad<T>& call, const Allocator& scratch, Stream stream) {
+// By groups of up to kMost ranks.
+template <int kMost, class T>
+UpGradParts up_grad_in_groups(const UpGrad<T>& call, const Allocator& scratch, Stream stream) {
   const int64_t M = call.dy.rows, N = call.dy.columns, r = call.B.value.columns;
   const bool wants_dB = call.h.value.data;
-  const int64_t columns_per_block = smaller(round_up(N, 64), 256);
+  const int64_t columns_per_block = smaller(round_up(N, 64), kMostUpGradColumns);
   const int64_t column_blocks = ceil_div(N, columns_per_block);
   const int64_t wanted = larger(1, smaller(ceil_div(M, 64), wanted_blocks() / column_blocks));
   const int64_t rows_per_block = round_up(ceil_div(M, wanted), 64);
   const int64_t row_blocks = ceil_div(M, rows_per_block);
   float* const dh = call.wants_dh ? scratch.get<float>(column_blocks * M * r) : nullptr;
   float* const dB = wants_dB ? scratch.get<float>(row_blocks * N * r) : nullptr;
-  for_each_group<64>(r, [&](int64_t first, int64_t count, auto width) {
+  for_each_group<kMost>(r, [&](int64_t first, int64_t count, auto width) {
     constexpr int kRank = decltype(width)::value;
     const UpGradParams<T> params{.dy = call.dy,
                                  .B = call.B.columns(first, count),
@@ -68,6 +70,18 @@ UpGradParts up_grad(const UpGrad<T>& call, const Allocator& scratch, Stream stre
   return {{dh, static_cast<int>(column_blocks)}, {dB, static_cast<int>(row_blocks)}};
 }
 
+// 64 ranks in one pass over dy where their sums fit beside them, else 32. Narrower blocks would
+// also fit, but make so many more parts of dh that these outweigh the second pass: for r = 64 and
+// columns of 256 or 64 bytes moved are 6 or 10 for each element of dy.
+template <class T>
+UpGradParts up_grad(const UpGrad<T>& call, const Allocator& scratch, Stream stream) {
+  const int columns = static_cast<int>(smaller(round_up(call.dy.columns, 64), kMostUpGradColumns));
+  if (UpGradShape<64>::shared_bytes(columns) <= arch::most_shared_bytes()) {
+    return up_grad_in_groups<64>(call, scratch, stream);
+  }
+  return up_grad_in_groups<32>(call, scratch, stream);
+}
+
 template <class T>
 Parts down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
                 const Allocator& scratch, Stream stream) {
@@ -79,6 +93,7 @@ Parts down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
   float* const parts = scratch.get<float>(row_blocks * r * K);
   for_each_group<64>(r, [&](int64_t first, int64_t count, auto width) {
     constexpr int kRank = decltype(width)::value;
+    static_assert(DownGradShape<kRank>::kSharedBytes <= kLeastSharedBytes);
     const DownGradParams<T> params{.x = x,
                                    .dh = dh.columns(first, count),
                                    .rank = static_cast<int>(count),
@@ -100,8 +115,9 @@ template <class T, BLayout kLayout>
 void launch_gemm(const Product<T>& params, Stream stream) {
   const auto run = [&](auto shape) {
     using Shape = decltype(shape);
-    const dim3 grid(static_cast<unsigned>(ceil_div(params.N, Shape::kN)),
-                    static_cast<unsigned>(ceil_div(params.M, Shape::kM)));
+    const int64_t tiles = ceil_div(params.M, Shape::kM) * ceil_div(params.N, Shape::kN);
+    const dim3 grid(static_cast<unsigned>(tiles));
+    static_assert(Shape::kSharedBytes <= kLeastSharedBytes);
     arch::launch(gemm_kernel<T, Shape, kLayout>, grid, Shape::kThreads, Shape::kSharedBytes, stream,
                  params);
   };

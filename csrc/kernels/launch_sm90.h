@@ -6,29 +6,6 @@
 
 namespace lora_ext::sm90 {
 
-struct ProductPath {
-  bool tma;            // the kernel of gemm_sm90.h, else that of sm_80
-  const char* reason;  // for that choice
-};
-
-template <class T>
-ProductPath choose_product(const Product<T>& product) {
-  if (!product.aligned) return {false, "TMA reads rows that begin at multiples of 16 bytes"};
-  if (product.N % 8 != 0 || reinterpret_cast<uintptr_t>(product.out) % 16 != 0) {
-    return {false, "results are stored 16 bytes at a time"};
-  }
-  for (int s = 0; s < product.count; ++s) {
-    const auto& [a, b] = product.segments[s];
-    if (!small(a) || !small(b)) {
-      return {false, "TMA counts rows and columns in 32 bits"};
-    }
-    if (a.stride < a.columns || b.stride < b.columns) {
-      return {false, "TMA reads rows that do not overlap"};
-    }
-  }
-  return {true, "TMA, wgmma, one block a multiprocessor"};
-}
-
 template <class T, class Shape, Major kMajorB>
 void launch(const Product<T>& product, int multiprocessors, Stream stream) {
   GemmParams<T> params{};
@@ -72,9 +49,7 @@ void launch(const Product<T>& product, Stream stream) {
 
 template <class T>
 void product(const Product<T>& product, BLayout layout, Stream stream) {
-  if (!choose_product(product).tma) {
-    sm80::product(product, layout, stream);
-  } else if (layout == BLayout::kColumns) {
+  if (layout == BLayout::kColumns) {
     launch<T, Major::kK>(product, stream);
   } else {
     launch<T, Major::kMN>(product, stream);

@@ -72,10 +72,10 @@ __global__ void __launch_bounds__(DownShape<kColumns>::kThreads, kLeastBlocks)
   using TileA = Tile<Shape::kN, Shape::kK>;
   LORA_EXT_DYNAMIC_SHARED(shared);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  const int64_t m = int64_t{blockIdx.y} * Shape::kM;
+  const int64_t m = int64_t{blockIdx.x} * Shape::kM;
   const int64_t steps = (params.x.columns + Shape::kK - 1) / Shape::kK;
-  const int64_t first = steps * blockIdx.x / params.splits;
-  const int64_t last = steps * (blockIdx.x + 1) / params.splits;
+  const int64_t first = steps * blockIdx.y / params.splits;
+  const int64_t last = steps * (blockIdx.y + 1) / params.splits;
 
   const auto load = [&](int64_t step) {
     uint8_t* const x = shared + step % Shape::kRing * Shape::kStageBytes;
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(DownShape<kColumns>::kThreads, kLeastBlocks)
     }
   }
 
-  float* out = params.partial + int64_t{blockIdx.x} * params.x.rows * params.stride;
+  float* out = params.partial + int64_t{blockIdx.y} * params.x.rows * params.stride;
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
     const int64_t row = m + warp * 16 + e / 2 * 8 + lane / 4;

@@ -18,8 +18,24 @@ struct Matrix {
   int64_t rows, columns, stride;
 
   // Whether 16-byte copies may begin at every eighth column.
-  bool aligned() const { return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0; }
+  bool aligned() const {
+    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && (rows <= 1 || stride % 8 == 0);
+  }
 };
+
+// A weight [N, K] as it lies in memory: its rows, or its columns, as GPT-2's Conv1D keeps it.
+template <class T>
+struct Weight {
+  Matrix<T> stored;  // [N, K] or, transposed, [K, N]; data null: without the base product
+  bool transposed = false;
+
+  int64_t N() const { return transposed ? stored.columns : stored.rows; }
+  int64_t K() const { return transposed ? stored.rows : stored.columns; }
+};
+
+// For GPUs from sm_80 on; and with TMA and wgmma for sm_90a, which read what Rows::Tma of
+// cuda/path.h says.
+enum class KernelFamily { Sm80, Sm90 };
 
 // Scratch that lives until the kernels launched so far have run.
 struct Allocator {
@@ -42,7 +58,7 @@ struct Dropout {
 template <class T, class TA>
 struct ForwardCall {
   Matrix<T> x;        // [M, K]
-  Matrix<T> weight;   // [N, K]; data null: y is without the base product
+  Weight<T> weight;   // [N, K]
   const float* bias;  // [N] or null; added before y is rounded
   const TA* lora_A;   // [r, K]
   const TA* lora_B;   // [N, r]
@@ -58,7 +74,7 @@ template <class T, class TA>
 struct BackwardCall {
   Matrix<T> dy;      // [M, N]
   Matrix<T> x;       // [M, K]; data null if neither dA is wanted nor h missing
-  Matrix<T> weight;  // [N, K]; data null: dx is without the base product
+  Weight<T> weight;  // [N, K]
   const float* h;    // [M, r] or null: then made from x
   const TA* lora_A;  // [r, K]
   const TA* lora_B;  // [N, r]
@@ -71,14 +87,13 @@ struct BackwardCall {
   TA* dB;  // [N, r] or null
 };
 
-// By the kernels for a GPU of this compute capability, 90 for sm_90. They throw std::runtime_error
-// if a kernel cannot be launched.
+// By the kernels of this family. They throw std::runtime_error if one cannot be launched.
 template <class T, class TA>
 void run_forward(const ForwardCall<T, TA>& call, const Allocator& scratch, Stream stream,
-                 int compute_capability);
+                 KernelFamily family);
 template <class T, class TA>
 void run_backward(const BackwardCall<T, TA>& call, const Allocator& scratch, Stream stream,
-                  int compute_capability);
+                  KernelFamily family);
 
 // state[0], state[1] = seed, offset, as torch's Philox generator holds them: on the device while a
 // CUDA graph is captured (then seed and offset are added up there), else as numbers.

@@ -22,6 +22,9 @@ struct UpGradParams {
   float* dB;              // [row blocks, N, rank]: parts; or null
 };
 
+// Columns of dy for a block, at most: wide blocks make few parts of dh.
+constexpr int kMostUpGradColumns = 256;
+
 template <int kRank>
 struct UpGradShape {
   static constexpr int kM = 64, kN = 64, kThreads = 128, kRing = 2;
@@ -35,6 +38,8 @@ struct UpGradShape {
     return kSumsOffset + columns_per_block * kRank * 4;
   }
 };
+// Which up_grad relies on: 32 ranks fit on every GPU from sm_80 on.
+static_assert(UpGradShape<32>::shared_bytes(kMostUpGradColumns) <= kLeastSharedBytes);
 
 template <class T, int kRank>
 __global__ void __launch_bounds__(128, kLeastBlocks)

@@ -6,19 +6,14 @@
 
 namespace lora_ext::sm90 {
 
-// Whether rows and columns can be counted in 32 bits.
-template <class T>
-bool small(const Matrix<T>& matrix) {
-  constexpr int64_t kMost = (int64_t{1} << 31) - 1;
-  return matrix.rows <= kMost && matrix.columns <= kMost;
-}
-
 template <class T>
 arch::TensorMap tensor_map(const Matrix<T>& matrix, int box_rows, int box_columns,
                            arch::Swizzle swizzle) {
+  // To the next row, which a single row does not have: but the driver checks it.
+  const int64_t stride = matrix.rows == 1 ? (matrix.columns + 7) / 8 * 8 : matrix.stride;
   arch::TensorMap map;
-  const int error = arch::encode_tensor_map(map, matrix.data, matrix.rows, matrix.columns,
-                                            matrix.stride, box_rows, box_columns, swizzle);
+  const int error = arch::encode_tensor_map(map, matrix.data, matrix.rows, matrix.columns, stride,
+                                            box_rows, box_columns, swizzle);
   if (error != 0) {
     throw std::runtime_error("lora_ext: the CUDA driver made no tensor map: error " +
                              std::to_string(error));

@@ -6,6 +6,9 @@
 
 namespace lora_ext::sm80 {
 
+// That every GPU from sm_80 on gives a block which asks for them: sm_86, sm_89 and sm_120 no more.
+constexpr int kLeastSharedBytes = 99 * 1024;
+
 // Of a multiprocessor, for __launch_bounds__: without a number ptxas spills registers to fit more
 // blocks than shared memory lets in.
 constexpr int kLeastBlocks = 1;
@@ -27,18 +30,26 @@ struct Tile {
   }
 
   // Starts to copy the tile at (row, column) of the matrix; zero outside of it. `thread` of
-  // kThreads.
+  // kThreads. A thread keeps its chunk of a row, so that only rows are counted in the loop, whose
+  // length is a constant: it is unrolled.
   template <int kThreads, class T>
   LORA_EXT_DEVICE static void load(uint32_t shared, const Matrix<T>& matrix, int64_t row,
                                    int64_t column, int thread) {
+    static_assert(kThreads % kChunks == 0);
+    constexpr int kStep = kThreads / kChunks;  // rows at a time
+    const int first = thread / kChunks, chunk = thread % kChunks;
+    const int64_t left = matrix.columns - column - chunk * 8;
+    const int bytes = left >= 8 ? 16 : left > 0 ? static_cast<int>(left) * 2 : 0;
+    const int64_t rows = bytes > 0 ? matrix.rows - row : 0;
+    const T* source = matrix.data + (row + first) * matrix.stride + column + chunk * 8;
 #pragma unroll
-    for (int i = thread; i < kRows * kChunks; i += kThreads) {
-      const int r = i / kChunks, chunk = i % kChunks;
-      const int64_t left = row + r < matrix.rows ? matrix.columns - column - chunk * 8 : 0;
-      const int bytes = left >= 8 ? 16 : left > 0 ? static_cast<int>(left) * 2 : 0;
-      const T* source =
-          bytes > 0 ? matrix.data + (row + r) * matrix.stride + column + chunk * 8 : matrix.data;
-      arch::cp_async_16(shared + offset(r, chunk), source, bytes);
+    for (int i = 0; i < (kRows + kStep - 1) / kStep; ++i) {
+      const int r = first + i * kStep;
+      if (kRows % kStep != 0 && r >= kRows) break;
+      const bool inside = r < rows;
+      arch::cp_async_16(shared + offset(r, chunk), inside ? source : matrix.data,
+                        inside ? bytes : 0);
+      source += kStep * matrix.stride;
     }
   }
 

@@ -104,11 +104,24 @@ inline void check_weight(const char* op, const Tensor& x, const Tensor& weight,
                    "; convert one of them with .to(), or use torch.autocast");
 }
 
+// Where weight and lora_A agree, it is x that does not fit, and not the weight.
+inline void check_input(const char* op, const Tensor& x, const Tensor& weight,
+                        const Tensor& lora_A) {
+  TORCH_CHECK_VALUE(x.dim() >= 1, op, ": x: got a 0-d tensor, expected [..., in_features]");
+  TORCH_CHECK_TYPE(is_lora_base_dtype(x.scalar_type()), op, ": x: got dtype ", x.scalar_type(),
+                   ", expected float64, float32, bfloat16 or float16; convert with .to()");
+  const bool others_agree =
+      weight.dim() == 2 && lora_A.dim() == 2 && weight.sym_size(1) == lora_A.sym_size(1);
+  TORCH_CHECK_VALUE(!others_agree || x.sym_size(-1) == weight.sym_size(1), op, ": x: got shape ",
+                    x.sym_sizes(), ", expected [..., ", weight.sym_size(1),
+                    "], in_features being the second dimension of weight and lora_A");
+}
+
 inline void check_lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                               const Tensor& lora_A, const Tensor& lora_B,
                               const OptionalTensor& lora_bias, const LoraScale& scale,
                               const char* op = "lora_linear") {
-  TORCH_CHECK_VALUE(x.dim() >= 1, op, ": x: got a 0-d tensor, expected [..., in_features]");
+  check_input(op, x, weight, lora_A);
   check_weight(op, x, weight, x.sym_size(-1));
   const c10::SymInt N = weight.sym_size(0);
   check_adapters(op, "x", x, N, x.sym_size(-1), lora_A, lora_B);

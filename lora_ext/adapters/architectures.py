@@ -39,3 +39,22 @@ TASK_HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
+
+# The parameter that holds two projections of each expert.
+FUSED = "gate_up_proj"
+# Where transformers 5 stacks the experts of a model into parameters, PEFT lets the names that their
+# projections had as modules mean these. By model_type: the old names and the parameter of each.
+_STACKED = {
+    ("w1", "w3", "w2"): "minimax minimax_m2 mixtral",
+    ("gate_proj", "up_proj", "down_proj"): "afmoe beam cohere2_moe deepseek_v2 deepseek_v3 "
+    "deepseek_v32 dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe glm4_moe_lite glm4v_moe "
+    "glm_moe_dsa hunyuan_v1_moe longcat_flash mellum olmoe qwen3_moe qwen3_next qwen3_omni_moe "
+    "qwen3_omni_moe_text qwen3_omni_moe_thinker sarvam_mla solar_open",
+}
+STACKED_EXPERTS: dict[str, dict[str, str]] = {
+    architecture: {"gate": "gate.weight", gate: FUSED, up: FUSED, down: "down_proj"}
+    for (gate, up, down), architectures in _STACKED.items()
+    for architecture in architectures.split()
+}
+# Linear layers of a model_type whose weight the router reads without calling them.
+ROUTERS_NOT_CALLED = {"longcat_flash": ("classifier",)}

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_ext.adapters.task_arithmetic import MAJORITY_SIGN_METHODS, MIXING
+from lora_ext.nn.arguments import as_number, names_of, refuse
 
 SVD = ("svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
 COMBINATION_TYPES = ("cat", *MIXING, *SVD)
@@ -61,7 +62,11 @@ def plan_combination(
     Raises:
         ValueError: an argument out of range, by name.
     """
-    adapters, weights = tuple(adapters), tuple(float(weight) for weight in weights)
+    where = "add_weighted_adapter"
+    adapters = tuple(names_of(adapters, where, "adapters"))
+    if not isinstance(weights, Iterable) or isinstance(weights, str | bytes):
+        refuse(where, "weights", weights, "a list of numbers, one for each adapter")
+    weights = tuple(as_number(weight, where, "weights", "numbers") for weight in weights)
     _one_of("combination_type", combination_type, COMBINATION_TYPES)
     _one_of("majority_sign_method", majority_sign_method, MAJORITY_SIGN_METHODS)
     _one_of("svd_driver", svd_driver, SVD_DRIVERS)
@@ -79,6 +84,10 @@ def plan_combination(
         combination_type = "linear"
     if svd_rank is not None and (type(svd_rank) is not int or svd_rank < 1):
         raise wrong_argument("svd_rank", svd_rank, "None or an integer of at least 1")
+    if svd_clamp is not None:
+        svd_clamp = as_number(svd_clamp, where, "svd_clamp")
+    if density is not None:
+        density = as_number(density, where, "density")
     if svd_clamp is not None and not 0.5 < svd_clamp <= 1.0:
         raise wrong_argument("svd_clamp", svd_clamp, "None or a quantile above 0.5, up to 1")
     _check_density(combination_type, density)

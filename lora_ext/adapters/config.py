@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import os
+import reprlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
-from lora_ext.adapters.config_checks import NOT_BUILT, check_fields, is_off
-from lora_ext.adapters.patterns import compiled
+from lora_ext.adapters.config_checks import ATOMS, NOT_BUILT, check_fields, is_off, plain_value
+from lora_ext.adapters.patterns import FILE_SECONDS, matching, time_limit
 from lora_ext.io.adapter_folder import CONFIG_NAME, read_config_file
 from lora_ext.io.atomic import save_files
 from lora_ext.io.files import json_text
+from lora_ext.nn.arguments import refuse
 
 Number = TypeVar("Number", int, float)
 Names = str | list[str] | set[str] | None
@@ -34,7 +36,8 @@ class LayerSettings(NamedTuple):
 class LoraConfig:
     """What to adapt and how, with the names, defaults and meanings of PEFT's LoraConfig.
 
-    Everything is checked when the object is made, and again by `validate()` after changes. A field
+    Everything is checked when the object is made, and again by `validate()` after changes. Numbers,
+    texts and lists of other libraries (numpy, OmegaConf) become Python's. A field
     that asks for something that is not built is refused with its name; values that mean "off" pass.
 
     Args:
@@ -125,8 +128,31 @@ class LoraConfig:
     def __post_init__(self) -> None:
         self.validate()
 
+    @classmethod
+    def of(cls, config: Any, where: str) -> LoraConfig:
+        """A config from what people have: one of these, one of PEFT's, or a dict of its fields.
+        `where` is for the message.
+
+        Raises:
+            TypeError: something else.
+            ValueError, NotBuiltError: see the class.
+        """
+        if isinstance(config, LoraConfig):
+            return config
+        values = config
+        if type(config).__module__.partition(".")[0] == "peft" and hasattr(config, "to_dict"):
+            values = config.to_dict()
+        if not isinstance(values, Mapping):
+            refuse(where, "config", config, "a LoraConfig, one of PEFT's, or a dict of its fields")
+        result = cls.from_dict(values)
+        result.absent_fields = frozenset()  # it is no file that is to be written back as it was
+        return result
+
     def validate(self) -> None:
         """Checks every field, as the constructor does; for objects that were changed since."""
+        for one in fields(self):
+            if one.name not in _UNSAVED:
+                setattr(self, one.name, plain_value(getattr(self, one.name)))
         own = {one.name: getattr(self, one.name) for one in fields(self)}
         twice = sorted(own.keys() & self.unknown_fields.keys())
         if twice:
@@ -140,10 +166,16 @@ class LoraConfig:
             _first_match("alpha_pattern", self.alpha_pattern, name, self.lora_alpha),
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        result = copy.copy(self)
+        for one in fields(self):
+            setattr(result, one.name, _copied(getattr(self, one.name)))
+        return result
+
     def to_dict(self) -> dict[str, Any]:
         """All fields and values that belong into a file, as PEFT's `to_dict`; a deep copy."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _UNSAVED}
-        return copy.deepcopy(own | self.unknown_fields)
+        return _copied(own | self.unknown_fields)  # type: ignore[no-any-return]
 
     def to_file(self) -> dict[str, Any]:
         """What adapter_config.json is to hold: fields that the file this was read from did not
@@ -185,7 +217,8 @@ class LoraConfig:
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"LoraConfig.from_dict: values: got {type(values)}, expected a mapping")
-        return cls._from_values(copy.deepcopy(dict(values)))
+        with time_limit(FILE_SECONDS):
+            return cls._from_values(_copied(dict(values)))
 
     @classmethod
     def from_pretrained(cls, folder_or_file: str | os.PathLike[str]) -> Self:
@@ -206,7 +239,8 @@ class LoraConfig:
         if "peft_type" not in values:
             raise ValueError(f"{path}: LoraConfig: peft_type: is missing, expected 'LORA'")
         try:
-            return cls._from_values(values)
+            with time_limit(FILE_SECONDS):
+                return cls._from_values(values)
         except (TypeError, ValueError, NotImplementedError) as error:
             raise type(error)(f"{path}: {error}") from None
 
@@ -216,6 +250,8 @@ class LoraConfig:
         unknown = {name: values.pop(name) for name in values.keys() - known}
         absent = frozenset(known - values.keys())
         config = cls(**values, unknown_fields=unknown, absent_fields=absent)
+        for name, value in {**unknown, "auto_mapping": config.auto_mapping}.items():
+            _check_savable(name, value)
         without_effect = sorted(
             str(name) for name in unknown if name not in NOT_BUILT and not is_off(unknown[name])
         )
@@ -227,12 +263,31 @@ class LoraConfig:
         return config
 
 
+def _check_savable(name: str, value: Any) -> None:
+    """ValueError for what could be kept, but not written back: a file may say 1e999."""
+    try:
+        json_text({name: value}).encode()
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"LoraConfig: {str(name)[:100]}: got {reprlib.repr(value)}, expected what JSON can "
+            f"hold ({error})"
+        ) from None
+
+
+def _copied(value: Any) -> Any:
+    """A deep copy; of ten thousands of names and numbers in a tenth of deepcopy's time."""
+    if type(value) is dict:
+        return {k: v if type(v) in ATOMS else _copied(v) for k, v in value.items()}
+    if type(value) is list:
+        return [v if type(v) in ATOMS else _copied(v) for v in value]
+    return copy.deepcopy(value)
+
+
 def _first_match(
     pattern_field: str, patterns: Mapping[str, Number] | None, name: str, default: Number
 ) -> Number:
     patterns = patterns or {}
-    for pattern, value in patterns.items():
-        if compiled(pattern_field, pattern).match(name):
-            return value
+    for pattern in matching(pattern_field, patterns, name):
+        return patterns[pattern]
     # A name that is no expression for itself, as in PEFT.
     return patterns.get(name, default)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import re
+import enum
+import numbers
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any
 
-from lora_ext.adapters.patterns import compiled, is_plain
+from lora_ext.adapters.patterns import SlowPatternError, compiled, is_plain, size
 from lora_ext.errors import NotBuiltError
+from lora_ext.nn.init import check_init
 
+ATOMS = frozenset({str, int, float, bool, NoneType})
 ALL_LINEAR = "all-linear"
 
 # Far above any use (a rank beyond min(in_features, out_features) adds nothing) and far below what
@@ -19,9 +22,7 @@ ALL_LINEAR = "all-linear"
 MAX_RANK = 1 << 16
 # The scale is applied in float32.
 MAX_ALPHA = 3.4028234663852886e38
-# A count beyond this is a mistake: 16 is what the paper calls enough.
-MAX_PISSA_ITERATIONS = 1000
-# Compiling takes 5 us a character, so this keeps a hostile file below 0.1 s.
+# As often as they are repeated: what compiling takes is bounded by it.
 MAX_PATTERN_CHARACTERS = 8192
 
 TASK_TYPES = (
@@ -32,8 +33,6 @@ TASK_TYPES = (
     "QUESTION_ANS",
     "FEATURE_EXTRACTION",
 )
-INITS = ("gaussian", "orthogonal", "pissa", "olora")
-NOT_BUILT_INITS = ("eva", "corda", "loftq", "mica", "lora_ga")
 
 # Fields that ask for something by not being empty, and what they ask for.
 NOT_BUILT = {
@@ -83,13 +82,6 @@ def _are_texts(values: Any) -> bool:
     return isinstance(values, str | NoneType) or all(isinstance(value, str) for value in values)
 
 
-def _is_init(value: Any) -> bool:
-    if isinstance(value, bool) or value in INITS:
-        return True
-    iterations = re.fullmatch(r"pissa_niter_([0-9]{1,4})", value)
-    return iterations is not None and int(iterations[1]) <= MAX_PISSA_ITERATIONS
-
-
 def _are_layer_ranges(ranges: Any) -> bool:
     return all(
         isinstance(pair, list | tuple)
@@ -102,11 +94,20 @@ def _are_layer_ranges(ranges: Any) -> bool:
 
 def _pattern(is_setting: Callable[[Any], bool], what: str) -> _Check:
     def accepts(pattern: Any) -> bool:
-        return pattern is None or all(
-            isinstance(key, str) and is_setting(value) for key, value in pattern.items()
+        # There may be ten thousands of names, with few values.
+        return pattern is None or (
+            set(map(type, pattern)) <= {str} and all(map(is_setting, _distinct(pattern.values())))
         )
 
     return _Check((dict, NoneType), accepts, f"None or a dict from names to {what}")
+
+
+def _distinct(values: Iterable[Any]) -> Iterable[Any]:
+    """By type, too: True is 1."""
+    try:
+        return [value for _, value in {(type(value), value) for value in values}]
+    except TypeError:  # a list, say, which no setting is
+        return values
 
 
 _RANK = f"an integer from 1 to {MAX_RANK}"
@@ -142,11 +143,6 @@ _CHECKS = {
     "modules_to_save": _Check(
         (list, tuple, set, frozenset, NoneType), _are_texts, "None or a list of strings"
     ),
-    "init_lora_weights": _Check(
-        (bool, str),
-        _is_init,
-        f"True, False, one of {INITS}, or 'pissa_niter_N' with N of at most {MAX_PISSA_ITERATIONS}",
-    ),
     "layers_to_transform": _Check(
         (int, list, tuple, NoneType),
         lambda v: v is None or all(map(_is_index, [v] if isinstance(v, int) else v)),
@@ -173,6 +169,33 @@ _CHECKS = {
 }
 
 
+def plain_value(value: Any) -> Any:
+    """The same of Python's own types, as far as there is such; what is of them stays itself."""
+    if type(value) in ATOMS:
+        return value
+    if isinstance(value, enum.Enum):
+        return plain_value(value.value)
+    if isinstance(value, str):
+        return str(value)
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        return plain_value(value.tolist())
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    if isinstance(value, Mapping):
+        if type(value) is dict and set(map(type, value.values())) <= ATOMS:
+            return value
+        return {plain_value(key): plain_value(one) for key, one in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        if type(value) in (list, tuple, set, frozenset) and set(map(type, value)) <= ATOMS:
+            return value
+        return (list if isinstance(value, list | tuple) else set)(map(plain_value, value))
+    if isinstance(value, Sequence | Set) and not isinstance(value, bytes | bytearray | memoryview):
+        return list(map(plain_value, value))
+    return value
+
+
 def check_fields(values: Mapping[str, Any]) -> None:
     """Checks every field of a config, then what they may not be together.
 
@@ -183,9 +206,10 @@ def check_fields(values: Mapping[str, Any]) -> None:
     peft_type = values["peft_type"]
     if peft_type != "LORA":
         raise NotBuiltError(_message("peft_type", peft_type, "'LORA': nothing else is built"))
-    init = values["init_lora_weights"]
-    if isinstance(init, str) and init in NOT_BUILT_INITS:
-        raise _not_built("init_lora_weights", init, f"the initialisation {init!r}")
+    try:
+        check_init(values["init_lora_weights"])
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise type(error)(f"LoraConfig: {error}") from None
     for field, what in NOT_BUILT.items():
         if not is_off(values.get(field)):
             raise _not_built(field, values[field], what)
@@ -225,14 +249,19 @@ def _patterns(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _check_patterns(values: Mapping[str, Any]) -> None:
     expressions = [(field, text) for field, text in _patterns(values) if not is_plain(text)]
-    if sum(len(text) for _, text in expressions) > MAX_PATTERN_CHARACTERS:
-        field, text = max(expressions, key=lambda expression: len(expression[1]))
-        expected = f"regular expressions of together at most {MAX_PATTERN_CHARACTERS} characters"
+    if sum(size(text) for _, text in expressions) > MAX_PATTERN_CHARACTERS:
+        field, text = max(expressions, key=lambda expression: size(expression[1]))
+        expected = (
+            f"regular expressions of together at most {MAX_PATTERN_CHARACTERS} characters, each "
+            "counted as often as its counts repeat it"
+        )
         raise ValueError(_message(field, text, expected))
     for field, text in expressions:
         try:
             compiled(field, text)
-        except (re.error, OverflowError, RecursionError) as error:
+        except SlowPatternError:
+            raise
+        except Exception as error:  # regex.error, and others for what is too deep or too large
             raise ValueError(_message(field, text, f"a regular expression ({error})")) from None
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_ext._extension import _C, build_info
 from lora_ext.adapters.names import named_modules
+from lora_ext.loralib import layers as loralib
 from lora_ext.nn import Embedding, Linear, LoraLayer
+from lora_ext.nn.arguments import check_module, check_sizes
+from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.lora_layer import LowRank
 
 
@@ -26,6 +29,11 @@ class Explanation(list[LayerPath]):
     """Rows of `explain`, printed as a table."""
 
     def __str__(self) -> str:
+        if not self:
+            return (
+                "no layer of lora_ext is in this model, so no adapter runs; see get_lora_model and "
+                "replace_linear"
+            )
         width = max((len(row.name) for row in self), default=0)
         path_width = max((len(row.path) for row in self), default=0)
         return "\n".join(
@@ -34,13 +42,17 @@ class Explanation(list[LayerPath]):
 
 
 def explain(model: nn.Module, tokens: int = 2048) -> Explanation:
-    """The path of every `lora_ext.nn` layer of `model` for inputs of `tokens` rows, as it would run
-    now (device, dtype, training mode, merged or not)."""
-    return Explanation(
-        LayerPath(name, *_explain_layer(module, tokens))
-        for name, module in named_modules(model)
-        if isinstance(module, LoraLayer)
-    )
+    """The path of every layer of `lora_ext.nn` or `lora_ext.loralib` of `model` for inputs of
+    `tokens` rows, as it would run now (device, dtype, training mode, merged or not)."""
+    check_module("explain", "model", model)
+    check_sizes("explain", tokens=tokens)
+    rows = Explanation()
+    for name, module in named_modules(model):
+        if isinstance(module, LoraLayer):
+            rows.append(LayerPath(name, *_explain_layer(module, tokens)))
+        elif isinstance(module, loralib.MergingLayer):
+            rows.append(LayerPath(name, *_explain_loralib(module, tokens)))
+    return rows
 
 
 def _explain_layer(layer: LoraLayer, tokens: int) -> tuple[str, str]:
@@ -49,16 +61,39 @@ def _explain_layer(layer: LoraLayer, tokens: int) -> tuple[str, str]:
     base = f"torch.nn.functional.{kind.lower()}" if kind in functional else f"torch.nn.{kind}"
     if not layer.adapters:
         return base, "there is no adapter"
-    if layer.merged:
+    if layer.merged and not layer.running_adapters:
         return base, "merged: the adapter is in the weight"
     if not layer.running_adapters:
         return base, "no adapter runs: disabled, not active, or of scale 0"
+    if isinstance(layer, KeptBase) and layer.reason_to_call:
+        beside = "; merged beside the weight, of which the result is no product"
+        reason = f"{layer.reason_to_call}: it is called, and the update added to its result"
+        return "composed", reason + (beside if layer.merged else "")
     if isinstance(layer, Linear):
         path, reason = _explain_linear(layer, tokens)
         return path, reason + _dora_adds(layer, tokens)
     if isinstance(layer, Embedding):
         return _explain_embedding(layer)
     return layer.PATH
+
+
+def _explain_loralib(layer: loralib.MergingLayer, tokens: int) -> tuple[str, str]:
+    if not hasattr(layer, "lora_A"):
+        return "composed", "there is no adapter"
+    if layer.merged:
+        return "composed", "merged: the adapter is in the weight"
+    if isinstance(layer, loralib.ConvLoRA):
+        return "composed", "each call adds the adapter to the weight and convolves once"
+    if isinstance(layer, loralib.Embedding):
+        return _explain_embedding(layer)
+    if isinstance(layer, loralib.MergedLinear):
+        return "lora_linear", "one call with a block-diagonal lora_B"
+    assert isinstance(layer, loralib.Linear)
+    dropout_p = layer.dropout_p()
+    if dropout_p is None:
+        return "composed", "lora_dropout was replaced, so the update is added in plain PyTorch"
+    adapter = LowRank(layer.lora_A, layer.lora_B, None, layer.scaling, dropout_p)
+    return _explain_call(layer, layer._turned(layer.weight), adapter, tokens)
 
 
 def _dora_adds(layer: Linear, tokens: int) -> str:
@@ -82,17 +117,16 @@ def _dora_adds(layer: Linear, tokens: int) -> str:
 
 
 def _explain_linear(layer: Linear, tokens: int) -> tuple[str, str]:
-    if layer._base_forward is not None:
-        kind = layer._base_class.__qualname__
-        return "composed", f"{kind} has a forward of its own, to whose result the update is added"
     first, *others = layer.low_rank()
-    path, reason = _explain_call(layer, first, tokens)
+    path, reason = _explain_call(layer, layer._weight_matrix(), first, tokens)
     if others:
         reason += f"; {len(others)} more for other dropout probabilities, composed"
     return path, reason
 
 
-def _explain_call(layer: Linear, adapter: LowRank, tokens: int) -> tuple[str, str]:
+def _explain_call(
+    layer: nn.Linear, weight: Tensor, adapter: LowRank, tokens: int
+) -> tuple[str, str]:
     device, dtype = layer.weight.device, layer.weight.dtype
     if device.type == "cpu":
         return _C.explain_lora_linear_cpu(
@@ -116,11 +150,12 @@ def _explain_call(layer: Linear, adapter: LowRank, tokens: int) -> tuple[str, st
         base=dtype,
         adapter=adapter.lora_A.dtype,
         dropout=adapter.dropout_p > 0.0,
+        weight=weight if type(weight) in (nn.Parameter, Tensor) else None,
     )
     return _C.explain_lora_linear_cuda(call, 10 * major + minor)
 
 
-def _explain_embedding(layer: Embedding) -> tuple[str, str]:
+def _explain_embedding(layer: nn.Embedding) -> tuple[str, str]:
     if layer.max_norm is not None:
         return "aten embedding", "max_norm changes the tables before each lookup"
     if layer.sparse and layer.weight.requires_grad:

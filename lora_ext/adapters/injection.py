@@ -9,9 +9,13 @@ from torch import nn
 
 from lora_ext.adapters.config_checks import ALL_LINEAR
 from lora_ext.adapters.names import named_modules, unwrapped
+from lora_ext.adapters.patterns import compiled
 from lora_ext.adapters.swap import swap_modules
 from lora_ext.adapters.targets import matches, near_misses
 from lora_ext.nn import Linear
+from lora_ext.nn.arguments import check_module, names_of
+from lora_ext.nn.default_adapter import DEFAULT
+from lora_ext.nn.transaction import Transaction
 
 
 def replace_linear(
@@ -46,22 +50,42 @@ def replace_linear(
         ValueError: nothing matched, or a match is not exactly an nn.Linear.
         TypeError: model is not a module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"replace_linear: model: got {type(model).__qualname__}, expected a Module")
-    if not isinstance(target_modules, str):
-        target_modules = list(target_modules)
-    if exclude_modules is not None and not isinstance(exclude_modules, str):
-        exclude_modules = list(exclude_modules)
+    check_module("replace_linear", "model", model)
+    target_modules = _checked("target_modules", target_modules)
+    if exclude_modules is not None:
+        exclude_modules = _checked("exclude_modules", exclude_modules)
 
     modules = dict(named_modules(model, remove_duplicate=False))
     chosen = _choose(model, modules, target_modules, exclude_modules)
     if not chosen:
         raise ValueError(_no_match(modules, target_modules))
-    replacements: dict[int, nn.Module] = {
-        id(module): Linear.from_linear(module, r, lora_alpha, lora_dropout, **options)
-        for module in chosen.values()
-    }
-    return swap_modules(model, replacements)
+    name = options.pop("adapter_name", DEFAULT)
+    options |= {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
+    transaction = Transaction()
+    replacements: dict[int, nn.Module] = {}
+    for module in chosen.values():
+        if id(module) not in replacements:
+            layer = Linear.from_linear(module, r=0)
+            if r != 0:
+                transaction.draft(layer).add_adapter(name, **options)
+            replacements[id(module)] = layer
+    names = swap_modules(model, replacements, transaction)
+    transaction.commit()
+    return names
+
+
+def _checked(argument: str, names: str | Iterable[str]) -> str | list[str]:
+    if not isinstance(names, str):
+        return names_of(names, "replace_linear", argument)
+    if names != ALL_LINEAR:
+        try:
+            compiled(argument, names)
+        except Exception as error:
+            raise ValueError(
+                f"replace_linear: {argument}: got {names!r}, expected a list of names or a regular "
+                f"expression ({error})"
+            ) from None
+    return names
 
 
 def _choose(
@@ -78,7 +102,7 @@ def _choose(
         }
     else:
         named = {n: m for n, m in modules.items() if matches(n, target_modules)}
-    named = {n: m for n, m in named.items() if not matches(n, exclude_modules)}
+    named = {n: m for n, m in named.items() if not matches(n, exclude_modules, "exclude_modules")}
     chosen: dict[str, nn.Linear] = {}
     for name, module in named.items():
         if name == "":

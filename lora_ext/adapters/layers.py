@@ -16,7 +16,7 @@ from lora_ext.nn import (
     MultiheadAttention,
 )
 from lora_ext.nn.embedding import is_scaled_word_embedding
-from lora_ext.nn.linear import is_transformers_conv1d
+from lora_ext.nn.linear import transformers_conv1d
 
 # A layer takes the place of a module of this class, and of a subclass that keeps its forward (of
 # nn.Linear's, any).
@@ -31,7 +31,7 @@ _FACTORIES: dict[type[nn.Module], Callable[..., LoraLayer]] = {
 
 
 def _factory(module: nn.Module) -> Callable[..., LoraLayer] | None:
-    if is_transformers_conv1d(module):
+    if transformers_conv1d(module):
         return Linear.from_conv1d
     if is_scaled_word_embedding(module):
         return Embedding.from_embedding

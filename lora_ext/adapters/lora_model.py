@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from lora_ext.adapters.activation import activate
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.merging import merge_layers, unmerge_layers, untied_text
 from lora_ext.adapters.modules_to_save import ModulesToSave
@@ -21,22 +21,30 @@ from lora_ext.adapters.status import LayerStatus, ModelStatus, get_layer_status,
 from lora_ext.adapters.swap import swap_modules
 from lora_ext.adapters.ties import untie_embeddings
 from lora_ext.adapters.weighted import add_weighted_adapter
+from lora_ext.errors import NotMergedError
 from lora_ext.io.peft import load_adapter, save_pretrained
 from lora_ext.nn import LoraLayer
+from lora_ext.nn.arguments import as_number, check_module, names_of
 from lora_ext.nn.default_adapter import DEFAULT
-from lora_ext.nn.init import mutates_weight
 from lora_ext.nn.lora_layer import check_adapter_name
 from lora_ext.nn.trainable import count_parameters, print_trainable_parameters
+from lora_ext.nn.transaction import Transaction
 
 
 def check_model(model: nn.Module) -> None:
     """TypeError unless adapters can be put into it."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"LoraModel: model: got {type(model).__qualname__}, expected a Module")
+    check_module("LoraModel", "model", model)
     if isinstance(model, LoraModel):
         raise TypeError(
             "LoraModel: model: got a LoraModel; call its add_adapter() for another adapter"
         )
+    for name, module in model.named_modules():
+        if any(kind.__module__.startswith("peft.tuners.") for kind in type(module).__mro__):
+            raise TypeError(
+                f"LoraModel: model: got one with PEFT's layers ('{name}'), expected one without: "
+                "they would be frozen and adapted once more; take PEFT's adapters out with "
+                "unload(), and load them from their folder with LoraModel.from_pretrained"
+            )
 
 
 class LoraModel(nn.Module):
@@ -45,7 +53,7 @@ class LoraModel(nn.Module):
     Args:
         model: changed in place: the target modules become layers of `lora_ext.nn` with the same
             parameters, which are frozen.
-        config: what to adapt and how.
+        config: what to adapt and how: a LoraConfig, one of PEFT's, or a dict of its fields.
         adapter_name: of the first adapter, which becomes active.
         autocast_adapter_dtype: keep adapters in float32 on a bfloat16 or float16 base.
 
@@ -66,16 +74,24 @@ class LoraModel(nn.Module):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         check_model(model)
+        config = LoraConfig.of(config, "LoraModel")
         self._init_empty(model)
-        self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
-        model.requires_grad_(False)
-        self.set_adapter(adapter_name, inference_mode=config.inference_mode)
+        with Transaction() as transaction:
+            self._add(adapter_name, config, autocast_adapter_dtype, transaction)
+            self._freeze_base(transaction)
+            activate(self, [adapter_name], config.inference_mode, transaction)
+            transaction.commit()
 
     def _init_empty(self, model: nn.Module) -> None:
         super().__init__()
         self.base_model = model
         self.peft_config: dict[str, LoraConfig] = {}
         self.active_adapters: tuple[str, ...] = ()
+        self.targeted_module_names: list[str] = []
+        self.targeted_parameter_names: list[str] = []
+        # What this model put there: layers and modules to save. The base may have others, which
+        # stay as they are: of a LoraModel inside it, or put there by hand.
+        self._own: frozenset[nn.Module] = frozenset()
         self.training = model.training
 
     @classmethod
@@ -98,14 +114,18 @@ class LoraModel(nn.Module):
         check_model(model)
         self = cls.__new__(cls)
         self._init_empty(model)
-        self.load_adapter(
-            folder,
-            adapter_name,
-            is_trainable=is_trainable,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-        )
-        model.requires_grad_(False)
-        self.set_adapter(adapter_name, inference_mode=not is_trainable)
+        with Transaction() as transaction:
+            load_adapter(
+                self,
+                folder,
+                adapter_name,
+                is_trainable=is_trainable,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                transaction=transaction,
+            )
+            self._freeze_base(transaction)
+            activate(self, [adapter_name], not is_trainable, transaction)
+            transaction.commit()
         return self if is_trainable else self.eval()
 
     def load_adapter(
@@ -126,7 +146,7 @@ class LoraModel(nn.Module):
         )
 
     def save_pretrained(
-        self, folder: str | Path, adapter_names: list[str] | None = None, **options: Any
+        self, folder: str | Path, adapter_names: str | list[str] | None = None, **options: Any
     ) -> None:
         """Writes adapters in PEFT's format; see `lora_ext.io.peft.save_pretrained`."""
         save_pretrained(self, folder, adapter_names, **options)
@@ -167,15 +187,15 @@ class LoraModel(nn.Module):
         return self.base_model
 
     def lora_layers(self) -> Iterator[tuple[str, LoraLayer]]:
-        """The layers with adapters, by their names in the base model."""
+        """The layers in which this model has adapters, by their names in the base model."""
         for name, module in named_modules(self.base_model):
-            if isinstance(module, LoraLayer):
+            if isinstance(module, LoraLayer) and module in self._own:
                 yield name, module
 
     def saved_modules(self) -> Iterator[tuple[str, ModulesToSave]]:
-        """The modules that are saved whole, by their names in the base model."""
+        """The modules of which this model has copies, by their names in the base model."""
         for name, module in named_modules(self.base_model):
-            if isinstance(module, ModulesToSave):
+            if isinstance(module, ModulesToSave) and module in self._own:
                 yield name, module
 
     # Adapters
@@ -188,75 +208,107 @@ class LoraModel(nn.Module):
 
         Raises: as the class.
         """
-        check_adapter_name(adapter_name, self.peft_config, "LoraModel.add_adapter")
-        with self.replicated(config):
-            self.add_planned(adapter_name, config, self.plan(config, autocast_adapter_dtype))
+        config = LoraConfig.of(config, "LoraModel.add_adapter")
+        with Transaction() as transaction:
+            self._add(adapter_name, config, autocast_adapter_dtype, transaction)
 
-    @contextmanager
-    def replicated(self, config: LoraConfig) -> Iterator[None]:
-        """Repeats the layers as `layer_replication` says, and undoes that if what follows fails.
+    def _add(
+        self,
+        adapter_name: str,
+        config: LoraConfig,
+        autocast_adapter_dtype: bool,
+        transaction: Transaction,
+    ) -> None:
+        check_adapter_name(adapter_name, self.peft_config, "LoraModel.add_adapter")
+        self.replicate(config, transaction)
+        plan = self.plan(config, autocast_adapter_dtype)
+        self.add_planned(adapter_name, config, plan, transaction)
+
+    def replicate(self, config: LoraConfig, transaction: Transaction) -> None:
+        """Repeats the layers as `layer_replication` says.
 
         Raises:
             ValueError: there are adapters already, which sit in the layers as they are.
         """
-        if not config.layer_replication:
-            yield
-            return
-        if self.peft_config:
-            raise ValueError(
-                "LoraConfig: layer_replication: expected only in the config of a model's first "
-                "adapter"
-            )
-        undo = replicate_layers(self.base_model, config.layer_replication)
-        try:
-            yield
-        except BaseException:
-            undo()
-            raise
+        if config.layer_replication:
+            if self.peft_config:
+                raise ValueError(
+                    "LoraConfig: layer_replication: expected only in the config of a model's first "
+                    "adapter"
+                )
+            replicate_layers(self.base_model, config.layer_replication, transaction)
 
     def plan(self, config: LoraConfig, autocast_adapter_dtype: bool = True) -> Plan:
-        """What a config adapts here: nothing is changed, nothing of an adapter's size allocated."""
-        return make_plan(self.base_model, config, autocast_adapter_dtype)
+        """What a config adapts here: nothing is changed, nothing of an adapter's size allocated.
 
-    def add_planned(self, adapter_name: str, config: LoraConfig, plan: Plan) -> None:
+        Raises: as the class; ValueError also for a second adapter with biases of the base.
+        """
+        biased = [name for name, other in self.peft_config.items() if other.bias != "none"]
+        if config.bias != "none" and biased:
+            raise ValueError(
+                f"LoraConfig: bias: got {config.bias!r} beside '{biased[0]}' with "
+                f"{self.peft_config[biased[0]].bias!r}, expected 'none': the biases are the "
+                "base's, of which there is one set; give one adapter only biases, or use lora_bias"
+            )
+        plan = make_plan(self.base_model, config, autocast_adapter_dtype)
+        for name, layer, _ in plan.layers.values():
+            if layer.adapters and layer not in self._own:
+                raise ValueError(
+                    f"LoraConfig: target_modules: '{name}' has adapters that are not this model's "
+                    f"({list(layer.adapters)}), expected layers without; add this one by the "
+                    "add_adapter() of the LoraModel that has them, or leave the layer out with "
+                    "exclude_modules"
+                )
+        return plan
+
+    def add_planned(
+        self, adapter_name: str, config: LoraConfig, plan: Plan, transaction: Transaction
+    ) -> None:
         """Adds an adapter as `plan` says, which was made for this config and the present model."""
-        done: list[LoraLayer | ModulesToSave] = []
-        before: list[tuple[Tensor, Tensor]] = []  # weights that an initialisation changes
+        active = tuple(name for name in self.active_adapters if name in self.peft_config)
         replacements: dict[int, nn.Module] = {}
-        try:
-            for place, planned in plan.layers.items():
-                if mutates_weight(planned.settings.init_lora_weights):
-                    for parameter in planned.layer.merged_parameters().values():
-                        before.append((parameter, parameter.detach().clone()))
-                planned.layer.add_adapter(adapter_name, **vars(planned.settings))
-                done.append(planned.layer)
-                if place != id(planned.layer):
-                    replacements[place] = planned.layer
-            for module in {id(module): module for module in plan.saved.values()}.values():
-                wrapper = module if isinstance(module, ModulesToSave) else ModulesToSave(module)
-                wrapper.add_adapter(adapter_name)
-                done.append(wrapper)
-                if wrapper is not module:
-                    replacements[id(module)] = wrapper
-        except BaseException:
-            for changed in done:
-                changed.delete_adapter(adapter_name)
-            with torch.no_grad():
-                for parameter, values in before:
-                    parameter.copy_(values)
-            raise
-        swap_modules(self.base_model, replacements)
-        wrappers = dict(self.saved_modules())
+        own: set[nn.Module] = {planned.layer for planned in plan.layers.values()}
+        for place, planned in plan.layers.items():
+            layer = transaction.draft(planned.layer)
+            layer.add_adapter(adapter_name, **vars(planned.settings))
+            mine = tuple(name for name in active if name in layer.adapters)
+            if layer.active_adapters != mine:  # a layer's first adapter is active there
+                layer.set_adapter(mine)
+            if place != id(planned.layer):
+                replacements[place] = planned.layer
+        copies: dict[int, nn.Module] = {}
+        for module in {id(module): module for module in plan.saved.values()}.values():
+            wrapper = module if isinstance(module, ModulesToSave) else ModulesToSave(module)
+            own.add(wrapper)
+            copies[id(module)] = wrapper.add_adapter(adapter_name, transaction)
+            if wrapper is not module:
+                replacements[id(module)] = wrapper
         for names in plan.tied.items():
-            copy_, source = (wrappers[name].modules_to_save[adapter_name] for name in names)
+            copy_, source = (copies[id(plan.saved[name])] for name in names)
             copy_.weight = source.weight
-        self.peft_config[adapter_name] = resolved(self.base_model, config, plan)
-        self.targeted_module_names = plan.names
-        self.targeted_parameter_names = plan.parameters
-        for planned in plan.layers.values():  # a layer's first adapter is active there
-            active = tuple(n for n in self.active_adapters if n in planned.layer.adapters)
-            if planned.layer.active_adapters != active:
-                planned.layer.set_adapter(active)
+        swap_modules(self.base_model, replacements, transaction)
+        transaction.set(
+            self,
+            _own=self._own | own,
+            peft_config={**self.peft_config, adapter_name: resolved(self.base_model, plan)},
+            targeted_module_names=plan.names,
+            targeted_parameter_names=plan.parameters,
+        )
+        transaction.commit()
+
+    def _freeze_base(self, transaction: Transaction) -> None:
+        """Freezes all but the adapters that are not this model's."""
+        others: list[nn.Parameter] = []
+        for module in self.base_model.modules():
+            if isinstance(module, LoraLayer) and module not in self._own:
+                for name in module.adapters:
+                    others += module.adapter_parameters(name).values()
+            elif isinstance(module, ModulesToSave) and module not in self._own:
+                others += module.modules_to_save.parameters()
+        keep = {id(parameter) for parameter in others}
+        for parameter in self.base_model.parameters():
+            if id(parameter) not in keep:
+                transaction.require_grad(parameter, False)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forgets an adapter in every layer. If no active one is left, the first of the others
@@ -274,31 +326,39 @@ class LoraModel(nn.Module):
                 )
         active = [name for name in self.active_adapters if name != adapter_name]
         trained = False
-        for _, layer in self.lora_layers():
-            if adapter_name in layer.adapters:
-                parameters = layer.adapter_parameters(adapter_name).values()
-                trained = trained or any(p.requires_grad for p in parameters)
-                layer.delete_adapter(adapter_name)
-        for _, module in self.saved_modules():
-            if adapter_name in module.modules_to_save:
-                module.delete_adapter(adapter_name)
-        del self.peft_config[adapter_name]
-        self.active_adapters = tuple(active)
-        if not active:
-            self.set_adapter(list(self.peft_config)[:1], inference_mode=not trained)
+        with Transaction() as transaction:
+            for _, layer in self.lora_layers():
+                if adapter_name in layer.adapters:
+                    parameters = layer.adapter_parameters(adapter_name).values()
+                    trained = trained or any(p.requires_grad for p in parameters)
+                    transaction.draft(layer).delete_adapter(adapter_name)
+            for _, module in self.saved_modules():
+                if adapter_name in module.modules_to_save:
+                    module.delete_adapter(adapter_name, transaction)
+            others = {name: c for name, c in self.peft_config.items() if name != adapter_name}
+            transaction.set(self, peft_config=others, active_adapters=tuple(active))
+            transaction.commit()
+            if not active:
+                activate(self, list(others)[:1], not trained, transaction)
+                transaction.commit()
 
     def rename_adapter(self, old: str, new: str) -> None:
         """Gives an adapter another name in every layer."""
         self._check_names([old])
         check_adapter_name(new, self.peft_config, "LoraModel.rename_adapter")
+        transaction = Transaction()
         for _, layer in self.lora_layers():
             if old in layer.adapters:
-                layer.rename_adapter(old, new)
+                transaction.draft(layer).rename_adapter(old, new)
         for _, module in self.saved_modules():
             if old in module.modules_to_save:
-                module.rename_adapter(old, new)
-        self.peft_config = {new if n == old else n: c for n, c in self.peft_config.items()}
-        self.active_adapters = tuple(new if n == old else n for n in self.active_adapters)
+                module.rename_adapter(old, new, transaction)
+        transaction.set(
+            self,
+            peft_config={new if n == old else n: c for n, c in self.peft_config.items()},
+            active_adapters=tuple(new if n == old else n for n in self.active_adapters),
+        )
+        transaction.commit()
 
     def set_adapter(self, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
         """Makes exactly these adapters run, and train unless `inference_mode`; several add up.
@@ -309,38 +369,11 @@ class LoraModel(nn.Module):
             ValueError: an unknown name, or several adapters of which more than one has copies of
                 modules to save.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = names_of(adapter_names, "LoraModel.set_adapter")
         self._check_names(names)
-        choices = {}
-        for where, module in self.saved_modules():
-            mine = [name for name in names if name in module.modules_to_save]
-            if len(mine) > 1:
-                raise ValueError(
-                    f"LoraModel.set_adapter: adapter_names: {mine} have a copy of '{where}' each "
-                    "(modules_to_save), expected at most one of them"
-                )
-            choices[where] = (module, mine[0] if mine else None)
-        for _, layer in self.lora_layers():
-            mine = [name for name in names if name in layer.adapters]
-            layer.set_adapter(mine, inference_mode)
-        for module, choice in choices.values():
-            module.set_adapter(choice, inference_mode)
-        wanted = (
-            [] if inference_mode else [id(bias) for name in names for bias in self._biases(name)]
-        )
-        for bias in [bias for name in self.peft_config for bias in self._biases(name)]:
-            bias.requires_grad_(id(bias) in wanted)
-        self.active_adapters = tuple(dict.fromkeys(names))
-
-    def _biases(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        """The base's biases that train with an adapter."""
-        choice = self.peft_config[adapter_name].bias
-        whole = {id(part) for _, module in self.saved_modules() for part in module.modules()}
-        for module in self.base_model.modules():
-            bias = None if id(module) in whole else module._parameters.get("bias")
-            adapted = isinstance(module, LoraLayer) and adapter_name in module.adapters
-            if bias is not None and (choice == "all" or (choice == "lora_only" and adapted)):
-                yield bias
+        transaction = Transaction()
+        activate(self, names, inference_mode, transaction)
+        transaction.commit()
 
     @property
     def active_adapter(self) -> str:
@@ -351,10 +384,12 @@ class LoraModel(nn.Module):
         """Switches all adapters, and the copies of modules to save, on or off. Off is the base
         model exactly, but for biases of its own that were trained (the config's `bias`); merged
         layers are unmerged for it."""
+        transaction = Transaction()
         for _, layer in self.lora_layers():
-            layer.enable_adapters(enabled)
+            transaction.draft(layer).enable_adapters(enabled)
         for _, module in self.saved_modules():
-            module.enabled = enabled
+            transaction.set(module, enabled=enabled)
+        transaction.commit()
 
     def disable_adapters(self) -> None:
         """`enable_adapters(False)`."""
@@ -365,22 +400,27 @@ class LoraModel(nn.Module):
         """Within this context the model is its base."""
         states = [(layer, layer.disable_adapters) for _, layer in self.lora_layers()]
         saved = [(module, module.enabled) for _, module in self.saved_modules()]
-        self.enable_adapters(False)
         try:
+            self.enable_adapters(False)
             yield
         finally:
+            transaction = Transaction()
             for layer, disabled in states:
-                layer.enable_adapters(not disabled)
+                transaction.draft(layer).enable_adapters(not disabled)
             for module, enabled in saved:
-                module.enabled = enabled
+                transaction.set(module, enabled=enabled)
+            transaction.commit()
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Makes an adapter's scaling `scale` times that of its config, in every layer: 0 is the
         same as without it."""
         self._check_names([adapter_name])
+        scale = as_number(scale, "LoraModel.set_scale", "scale", "a finite number")
+        transaction = Transaction()
         for _, layer in self.lora_layers():
             if adapter_name in layer.adapters:
-                layer.set_scale(adapter_name, scale)
+                transaction.draft(layer).set_scale(adapter_name, scale)
+        transaction.commit()
 
     def add_weighted_adapter(
         self,
@@ -395,7 +435,7 @@ class LoraModel(nn.Module):
 
     # Merging
 
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None) -> None:
+    def merge_adapter(self, adapter_names: str | Sequence[str] | None = None) -> None:
         """Adds adapters (the active ones, if None) to the weights, in all layers or in none; see
         `lora_ext.nn.Linear`. `unmerge_adapter` gives back the base bit for bit.
 
@@ -403,20 +443,31 @@ class LoraModel(nn.Module):
         of their own meanwhile, which takes memory for each; a warning names them.
         """
         if adapter_names is not None:
+            adapter_names = names_of(adapter_names, "LoraModel.merge_adapter")
             self._check_names(adapter_names)
-        untied = merge_layers(self.base_model, adapter_names)
+        transaction = Transaction()
+        layers = list(self.lora_layers())
+        untied = merge_layers(self.base_model, layers, transaction, adapter_names)
+        transaction.commit()
         if untied:
             warnings.warn(untied_text(untied, "until unmerge_adapter()"), stacklevel=2)
 
     def unmerge_adapter(self) -> None:
-        """Gives all merged layers their base's bits, and weights that were shared their places."""
-        unmerge_layers(self.base_model)
+        """Gives the base's weights their places in all merged layers again.
+
+        Raises:
+            NotMergedError: no layer is merged.
+        """
+        transaction = Transaction()
+        if not unmerge_layers(list(self.lora_layers()), transaction):
+            raise NotMergedError("unmerge: no layer is merged; call merge_adapter() first")
+        transaction.commit()
 
     def merge_and_unload(
         self,
         progressbar: bool = False,
         safe_merge: bool = True,
-        adapter_names: Sequence[str] | None = None,
+        adapter_names: str | Sequence[str] | None = None,
     ) -> nn.Module:
         """The base model with the adapters in its weights and plain layers.
 
@@ -431,11 +482,21 @@ class LoraModel(nn.Module):
                 model is as it was.
             adapter_names: the active ones, if None.
         """
-        if any(layer.merged for _, layer in self.lora_layers()):
-            self.unmerge_adapter()
-        untied = merge_layers(self.base_model, adapter_names, progressbar=progressbar)
-        texts = [untied_text(untied, "for good")] if untied else []
-        texts += self._unload()
+        if adapter_names is not None:
+            adapter_names = names_of(adapter_names, "LoraModel.merge_and_unload")
+            self._check_names(adapter_names)
+        with Transaction() as transaction:
+            untied = merge_layers(
+                self.base_model,
+                list(self.lora_layers()),
+                transaction,
+                adapter_names,
+                alone=True,
+                progressbar=progressbar,
+            )
+            transaction.commit()
+            texts = [untied_text(untied, "for good")] if untied else []
+            texts += self._unload(transaction)
         if texts:
             warnings.warn("; ".join(texts), stacklevel=2)
         return self.base_model
@@ -444,19 +505,22 @@ class LoraModel(nn.Module):
         """The base model with plain layers: without the adapters, or with what is merged. Modules
         to save are the active adapter's. As for `merge_and_unload`, the config of a model of
         transformers says so, and a warning does, if its embeddings are no longer tied."""
-        for text in self._unload():
+        with Transaction() as transaction:
+            texts = self._unload(transaction)
+        for text in texts:
             warnings.warn(text, stacklevel=2)
         return self.base_model
 
-    def _unload(self) -> list[str]:
+    def _unload(self, transaction: Transaction) -> list[str]:
         """Makes layers and config plain; what to warn of, if anything."""
         plain: dict[int, nn.Module] = {}
         for _, layer in self.lora_layers():
             plain[id(layer)] = layer.get_base_layer()
         for _, module in self.saved_modules():
             plain[id(module)] = module.active_module
-        swap_modules(self.base_model, plain)
-        if untie_embeddings(self.base_model):
+        swap_modules(self.base_model, plain, transaction)
+        transaction.commit()
+        if untie_embeddings(self.base_model, transaction):
             return ["the config's tie_word_embeddings is False now, as the weights differ"]
         return []
 
@@ -479,7 +543,7 @@ class LoraModel(nn.Module):
         return get_model_status(self)
 
     def _check_names(self, names: Iterable[str]) -> None:
-        unknown = [name for name in names if name not in self.peft_config]
+        unknown = [n for n in names if not isinstance(n, str) or n not in self.peft_config]
         if unknown:
             raise ValueError(
                 f"LoraModel: adapter_name: got {unknown[0]!r}, "

@@ -7,76 +7,66 @@ from typing import TypeVar
 
 from torch import nn
 
-from lora_ext.adapters.names import named_modules
 from lora_ext.adapters.ties import shared_parameters
-from lora_ext.errors import NotMergedError
 from lora_ext.nn import LoraLayer
+from lora_ext.nn.transaction import Transaction
 
 Item = TypeVar("Item")
 
 
 def merge_layers(
-    model: nn.Module, adapter_names: Sequence[str] | None = None, *, progressbar: bool = False
+    model: nn.Module,
+    layers: Sequence[tuple[str, LoraLayer]],
+    transaction: Transaction,
+    adapter_names: Sequence[str] | None = None,
+    *,
+    alone: bool = False,
+    progressbar: bool = False,
 ) -> list[str]:
-    """Merges adapters (the active ones, if None) in every layer of `model` that has them. If one
-    layer refuses, all are as they were, bit for bit. A layer whose weight is also another module's
-    gets one of its own until it is unmerged.
+    """Merges adapters (the active ones, if None) in every one of these layers of `model` that has
+    them, beside those that are merged, or instead of them (`alone`; disabled ones are merged then,
+    too). The layers change when `transaction` is committed.
 
     Returns:
-        The names of the layers that got one.
+        The names of the layers whose weight other modules share: theirs is their own then.
 
     Raises:
         AlreadyMergedError: a layer has them merged.
-        ValueError: a merged value would be NaN or infinite, no layer has such adapters, or a layer
-            was merged by itself into a weight that others share.
+        ValueError: a merged value would be NaN or infinite, the adapters are disabled, or no layer
+            has such adapters.
     """
-    wanted = [
-        (name, layer, _names(layer, adapter_names))
-        for name, layer in named_modules(model)
-        if isinstance(layer, LoraLayer)
-    ]
+    wanted = [(name, layer, _names(layer, adapter_names)) for name, layer in layers]
     chosen = [(name, layer, names) for name, layer, names in wanted if names]
     if not chosen:
         raise ValueError(
             f"merge: adapter_names: got {adapter_names}, expected adapters that a layer has"
         )
+    if alone:
+        unmerge_layers(layers, transaction)
     shared = shared_parameters(model)
-    _check_shared_as_they_were(wanted, shared)
     separated: list[str] = []
-    done: list[tuple[LoraLayer, tuple[str, ...], tuple[str, ...]]] = []
-    try:
-        for name, layer, names in _tracked(chosen) if progressbar else chosen:
-            before, apart = layer.merged_adapters, tuple(layer.shared_parameters)
-            try:
-                changed = layer.merged_parameters(names)
-                separate = [part for part, p in changed.items() if id(p) in shared]
-                layer.merge(names, separate=separate)
-            except (ValueError, RuntimeError) as error:
-                error.add_note(f"in layer '{name}'; no layer of the model was changed")
-                raise
-            done.append((layer, before, apart))
-            if separate:
-                separated.append(name)
-    except BaseException:
-        for layer, before, apart in reversed(done):
-            layer.unmerge()
-            if before:
-                layer.merge(before, separate=apart)
-        raise
+    for name, layer, names in _tracked(chosen) if progressbar else chosen:
+        try:
+            draft: LoraLayer = transaction.draft(layer)
+            if alone:
+                draft._merge(names)
+            else:
+                draft.merge(names)
+        except (ValueError, RuntimeError) as error:
+            error.add_note(f"in layer '{name}'; no layer of the model was changed")
+            raise
+        if any(id(parameter) in shared for parameter in draft.base_parameters.values()):
+            separated.append(name)
     return separated
 
 
-def unmerge_layers(model: nn.Module) -> None:
-    """Gives every merged layer of `model` back the bits of its base.
-
-    Raises:
-        NotMergedError: no layer is merged.
-    """
-    merged = [m for m in model.modules() if isinstance(m, LoraLayer) and m.merged]
-    if not merged:
-        raise NotMergedError("unmerge: no layer is merged; call merge_adapter() first")
-    for layer in reversed(merged):
-        layer.unmerge()
+def unmerge_layers(layers: Sequence[tuple[str, LoraLayer]], transaction: Transaction) -> bool:
+    """Gives every merged one of these layers its base's parameters back when `transaction` is
+    committed; returns whether one is merged."""
+    merged = [layer for _, layer in layers if layer.merged]
+    for layer in merged:
+        transaction.draft(layer).unmerge()
+    return bool(merged)
 
 
 def _tracked(items: Sequence[Item]) -> Iterable[Item]:
@@ -89,20 +79,6 @@ def _tracked(items: Sequence[Item]) -> Iterable[Item]:
 def _names(layer: LoraLayer, adapter_names: Iterable[str] | None) -> tuple[str, ...]:
     names = layer.active_adapters if adapter_names is None else adapter_names
     return tuple(name for name in names if name in layer.adapters)
-
-
-def _check_shared_as_they_were(
-    layers: Iterable[tuple[str, LoraLayer, object]], shared: set[int]
-) -> None:
-    """What other layers share has to be the base's own: their updates start from it."""
-    for name, layer, _ in layers:
-        merged = layer.merged_parameters(layer.merged_adapters) if layer.merged else {}
-        for part, parameter in merged.items():
-            if id(parameter) in shared and part not in layer.shared_parameters:
-                raise ValueError(
-                    f"merge: '{name}' was merged by itself into a {part} that it shares with "
-                    "another module; call its unmerge() first"
-                )
 
 
 def untied_text(names: Sequence[str], how_long: str) -> str:

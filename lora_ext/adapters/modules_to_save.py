@@ -3,46 +3,90 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 from torch import nn
 
 from lora_ext.nn.lora_layer import check_adapter_name
+from lora_ext.nn.transaction import Transaction
+
+
+class Copies(nn.ModuleDict):
+    """The copies by adapter name, which may also be that of an attribute ("type", "items")."""
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        self._modules[key] = module
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in vars(self):  # "training", say, also where a copy is called so
+            vars(self)[name] = value
+        else:
+            super().__setattr__(name, value)
 
 
 class ModulesToSave(nn.Module):
-    """A module and its copies: the active adapter's runs, the original where none is active."""
+    """A module and its copies: the active adapter's runs, the original where none is active.
+
+    What an attribute, an index or a loop finds in it is the running module's, so that a list of
+    modules can stand in it, too.
+    """
 
     def __init__(self, original_module: nn.Module) -> None:
         super().__init__()
         self.original_module = original_module
-        self.modules_to_save = nn.ModuleDict()
+        self.modules_to_save = Copies()
         self.active_adapter: str | None = None
         self.enabled = True
         self.training = original_module.training
 
-    def add_adapter(self, adapter_name: str) -> None:
-        """Adds a copy of the original module."""
+    # Each change is one of `transaction`, or of its own if that is None.
+
+    def add_adapter(self, adapter_name: str, transaction: Transaction | None = None) -> nn.Module:
+        """Adds a copy of the original module, which is returned."""
         check_adapter_name(adapter_name, list(self.modules_to_save), "modules_to_save")
-        self.modules_to_save[adapter_name] = copy.deepcopy(self.original_module)
+        added = copy.deepcopy(self.original_module)
+        self._change(transaction, {**self.modules_to_save._modules, adapter_name: added})
+        return added
 
-    def delete_adapter(self, adapter_name: str) -> None:
+    def delete_adapter(self, adapter_name: str, transaction: Transaction | None = None) -> None:
         """Forgets a copy."""
-        del self.modules_to_save[adapter_name]
-        if self.active_adapter == adapter_name:
-            self.active_adapter = None
+        others = {n: m for n, m in self.modules_to_save._modules.items() if n != adapter_name}
+        active = None if self.active_adapter == adapter_name else self.active_adapter
+        self._change(transaction, others, active_adapter=active)
 
-    def rename_adapter(self, old: str, new: str) -> None:
+    def rename_adapter(self, old: str, new: str, transaction: Transaction | None = None) -> None:
         """Gives a copy another name."""
-        self.modules_to_save[new] = self.modules_to_save.pop(old)
-        if self.active_adapter == old:
-            self.active_adapter = new
+        copies = {new if n == old else n: m for n, m in self.modules_to_save._modules.items()}
+        active = new if self.active_adapter == old else self.active_adapter
+        self._change(transaction, copies, active_adapter=active)
 
-    def set_adapter(self, adapter_name: str | None, inference_mode: bool = False) -> None:
+    def set_adapter(
+        self,
+        adapter_name: str | None,
+        inference_mode: bool = False,
+        transaction: Transaction | None = None,
+    ) -> None:
         """Makes one copy run and train; None the original."""
-        self.active_adapter = adapter_name
+        own = Transaction() if transaction is None else transaction
         for name, module in self.modules_to_save.items():
-            module.requires_grad_(name == adapter_name and not inference_mode)
+            for parameter in module.parameters():
+                own.require_grad(parameter, name == adapter_name and not inference_mode)
+        own.set(self, active_adapter=adapter_name)
+        if transaction is None:
+            own.commit()
+
+    def _change(
+        self,
+        transaction: Transaction | None,
+        copies: Mapping[str, nn.Module | None],
+        **attributes: Any,
+    ) -> None:
+        own = Transaction() if transaction is None else transaction
+        own.set(self.modules_to_save, _modules=copies)
+        own.set(self, **attributes)
+        if transaction is None:
+            own.commit()
 
     @property
     def active_module(self) -> nn.Module:
@@ -61,3 +105,20 @@ class ModulesToSave(nn.Module):
             if name in ("original_module", "modules_to_save"):
                 raise
             return getattr(self.active_module, name)  # such as an embedding's weight
+
+    # Of containers; others say that they are none.
+
+    def __getitem__(self, key: Any) -> Any:
+        return cast(Any, self.active_module)[key]
+
+    def __len__(self) -> int:
+        return len(cast(Any, self.active_module))
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(cast(Any, self.active_module))
+
+    def __contains__(self, key: object) -> bool:
+        return key in cast(Any, self.active_module)
+
+    def __bool__(self) -> bool:
+        return bool(self.active_module)

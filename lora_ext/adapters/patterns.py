@@ -1,9 +1,21 @@
-"""The regular expressions of a LoraConfig: what surrounds them when they meet a module's name."""
+"""What the names and regular expressions of a LoraConfig mean, in bounded time: a config may come
+from anyone, and an expression can take for ever on one name.
+
+Names are looked up. Expressions are matched by `regex`, which agrees with `re` on what both take,
+knows what a linear-time engine cannot (lookahead, backreferences: common in PEFT's configs), and
+stops when it is told to.
+"""
 
 from __future__ import annotations
 
+import itertools
 import re
-from functools import lru_cache
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cached_property, lru_cache
+from typing import Any, NoReturn
 
 # PEFT's. `%s` is the pattern from the config; it is not escaped there either, so a dot in a plain
 # name stands for any character.
@@ -14,20 +26,220 @@ _AROUND = {
     "layers_pattern": r"(?:^|.*?\.)%s\.(?P<index>\d+)\.",
 }
 
-# Names and their parts, perhaps anchored: nothing in them can fail to compile.
-_PLAIN = re.compile(r"\^?[\w.-]*\$?")
+# Names and their parts, perhaps anchored or escaped: nothing in them can fail to compile.
+_PLAIN = re.compile(r"(\^?)((?:[\w.-]|\\[.-])*)(\$?)")
+_FLAGS = re.compile(r"\(\?[aiLmsux]+\)")
+_ANY = "\0"  # in a plain name, what stands for any character
+
+# Of the processor's time for all expressions of one config together: far more than those that
+# people write take, and an end for the others. What a file says is to be refused within 0.1 s.
+FILE_SECONDS, CODE_SECONDS = 0.05, 1.0
+# Added for each module of the model; adapting one takes longer.
+_SECONDS_PER_NAME = 50e-6
+
+
+class SlowPatternError(ValueError):
+    """An expression that is not matched, or compiled, in the time that there is."""
+
+
+class _Limit:
+    """The time that is left, and tables that were made meanwhile."""
+
+    def __init__(self, seconds: float) -> None:
+        self.left = seconds
+        self.tables: dict[tuple[str, int], tuple[object, NameTable]] = {}
+
+    def spend(self, since: float, field: str, what: str) -> None:
+        """Takes off the time since `since`; SlowPatternError where none is left."""
+        self.left -= time.thread_time() - since
+        if self.left <= 0.0:
+            _refuse(field, what)
+
+
+_limit: ContextVar[_Limit | None] = ContextVar("lora_ext_pattern_limit", default=None)
+
+
+@contextmanager
+def time_limit(seconds: float, names: int = 0) -> Iterator[None]:
+    """Within the block all expressions together may take this long, and a little for each of so
+    many names; within an outer limit, what that says.
+
+    Raises:
+        SlowPatternError: they took longer; names the field.
+    """
+    if _limit.get() is not None:
+        yield
+        return
+    token = _limit.set(_Limit(seconds + names * _SECONDS_PER_NAME))
+    try:
+        yield
+    finally:
+        _limit.reset(token)
+
+
+def _refuse(field: str, what: str) -> NoReturn:
+    raise SlowPatternError(
+        f"LoraConfig: {field}: got {what}, which takes too long to match, expected fewer names, or "
+        "expressions without repetitions inside repetitions"
+    ) from None
+
+
+def _quoted(pattern: str) -> str:
+    return repr(pattern[:100]) + ("..." if pattern[100:] else "")
+
+
+class Expression:
+    """A compiled regular expression, matched within the limit that holds."""
+
+    def __init__(self, field: str, pattern: str) -> None:
+        import regex  # as late as possible: most configs have names only
+
+        self._field, self._what = field, _quoted(pattern)
+        start = time.thread_time()
+        text = _AROUND.get(field, "%s") % pattern
+        if _FLAGS.search(text, 1):  # `regex` takes them anywhere, `re` and so PEFT do not
+            raise ValueError("global flags not at the start of the expression")
+        self._compiled = regex.compile(text)
+        _present_limit().spend(start, field, self._what)
+
+    def match(self, name: str) -> Any:
+        """The match from the start of the name, or None."""
+        return self._run(self._compiled.match, name)
+
+    def fullmatch(self, name: str) -> Any:
+        """The match of the whole name, or None."""
+        return self._run(self._compiled.fullmatch, name)
+
+    def _run(self, method: Any, name: str) -> Any:
+        limit, start = _present_limit(), time.thread_time()
+        try:
+            return method(name, timeout=limit.left, concurrent=False)
+        except TimeoutError:
+            _refuse(self._field, self._what)
+        finally:
+            limit.spend(start, self._field, self._what)
+
+
+def _present_limit() -> _Limit:
+    return _limit.get() or _Limit(CODE_SECONDS)
+
+
+@lru_cache(maxsize=4096)
+def compiled(field: str, pattern: str) -> Expression:
+    """The expression that is matched from the start of a module's name for `pattern` in `field`.
+
+    Raises:
+        SlowPatternError: compiling it takes longer than the limit that holds.
+        ValueError, regex.error: it is none.
+    """
+    return Expression(field, pattern)
 
 
 def is_plain(pattern: str) -> bool:
     """Whether the pattern is a name rather than an expression."""
-    return _PLAIN.fullmatch(pattern) is not None
+    return pattern.isalnum() or _PLAIN.fullmatch(pattern) is not None
 
 
-@lru_cache(maxsize=4096)
-def compiled(field: str, pattern: str) -> re.Pattern[str]:
-    """The expression that is matched from the start of a module's name for `pattern` in `field`.
+def size(pattern: str) -> int:
+    """Its characters, as often as its counts ({100}) repeat them: what compiling it costs."""
+    if "{" not in pattern:
+        return len(pattern)
+    times = 1
+    # In verbose expressions a comment may stand inside a count.
+    counts = [pattern] if "#" in pattern else re.findall(r"\{([^{}]*)\}", pattern)
+    for count in counts:
+        least, _, most = count.partition(",")
+        whole = (least + most).strip().isdigit() or not most
+        digits = re.sub(r"\D", "", least if whole else count)
+        times = min(times * max(1, int(digits[:9] or 1)), 1 << 30)
+    return len(pattern) * times
 
-    Kept, because a rank_pattern may have a key per layer of a large model and meets every name:
-    the cache of `re` is too small for that.
-    """
-    return re.compile(_AROUND.get(field, "%s") % pattern)
+
+def matching(field: str, patterns: Iterable[str], name: str) -> Iterator[str]:
+    """Those of the patterns that match a module's name, in their order."""
+    limit = _limit.get()
+    if limit is None:
+        return NameTable(field, patterns).matching(name)
+    key = (field, id(patterns))
+    if key not in limit.tables:  # which keeps the patterns, so that their id stays theirs
+        limit.tables[key] = patterns, NameTable(field, patterns)
+    return limit.tables[key][1].matching(name)
+
+
+class NameTable:
+    """Patterns of one field, of which plain names are looked up: a rank_pattern may have a key for
+    each layer of a large model, and meets each of their names."""
+
+    def __init__(self, field: str, patterns: Iterable[str]) -> None:
+        self._field, self._patterns = field, tuple(patterns)
+        self._what = f"{len(self._patterns)} names"
+
+    @cached_property
+    def _sorted(self) -> tuple[dict[str, list[int]], dict[int, set[tuple[int, ...]]], list[int]]:
+        """Places of plain patterns by their text, with _ANY where any character is meant; where
+        those are, by the length of the text; places of the expressions."""
+        plain: dict[str, list[int]] = {}
+        wild: dict[int, set[tuple[int, ...]]] = {}
+        expressions = []
+        for place, pattern in enumerate(self._patterns):
+            if pattern.isalnum():  # most are, and there may be many
+                plain.setdefault(pattern, []).append(place)
+                continue
+            found = _PLAIN.fullmatch(pattern)
+            if found is None:
+                expressions.append(place)
+                continue
+            text = found[2]
+            if "\\" in text or "." in text:
+                text = re.sub(r"\\?[.]", lambda dot: "." if dot[0] != "." else _ANY, text)
+                text = text.replace("\\-", "-")
+            dots = tuple(at for at, character in enumerate(text) if character == _ANY)
+            if dots:
+                wild.setdefault(len(text), set()).add(dots)
+            plain.setdefault(text, []).append(place)
+        return plain, wild, expressions
+
+    def matching(self, name: str) -> Iterator[str]:
+        """See the function of this name."""
+        if "\n" in name:  # before which $ matches as well
+            found, places = set(), list(range(len(self._patterns)))
+        else:
+            found = set(self._look_up(name))
+            places = sorted({*found, *self._sorted[2]})
+        for place in places:
+            pattern = self._patterns[place]
+            if place in found or compiled(self._field, pattern).match(name):
+                yield pattern
+
+    def _look_up(self, name: str) -> Iterator[int]:
+        """The places of the plain patterns that match."""
+        limit, start_time = _present_limit(), time.thread_time()
+        plain, wild, _ = self._sorted
+        starts = [0, *(at + 1 for at, character in enumerate(name) if character == ".")]
+        ends = [len(name)]
+        if self._field == "modules_to_save":  # or what is inside
+            ends += [at for at, character in enumerate(name) if character == "."]
+        for start, end in itertools.product(starts, ends):
+            if start > end:
+                continue
+            part = name[start:end]
+            for count, text in enumerate(_masked(part, wild.get(len(part), ()))):
+                for place in plain.get(text, ()):
+                    pattern = self._patterns[place]
+                    whole = end == len(name) or pattern[-1:] != "$"
+                    if whole and (start == 0 or pattern[:1] != "^"):
+                        yield place
+                if count % 256 == 255:
+                    now = time.thread_time()
+                    limit.spend(start_time, self._field, self._what)
+                    start_time = now
+        limit.spend(start_time, self._field, self._what)
+
+
+def _masked(part: str, shapes: Iterable[tuple[int, ...]]) -> Iterator[str]:
+    yield part
+    for dots in shapes:
+        characters = list(part)
+        for at in dots:
+            characters[at] = _ANY
+        yield "".join(characters)

@@ -12,12 +12,19 @@ from torch import nn
 
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.config_checks import ALL_LINEAR
+from lora_ext.adapters.experts import warn_of_unreached, with_experts
 from lora_ext.adapters.layers import adaptable, can_be_adapted
 from lora_ext.adapters.modules_to_save import ModulesToSave
 from lora_ext.adapters.names import ORIGINAL, exact_targets, named_modules, plain_name
-from lora_ext.adapters.patterns import compiled
+from lora_ext.adapters.patterns import CODE_SECONDS, compiled, time_limit
 from lora_ext.adapters.target_parameters import TargetedModule, find_parameters
-from lora_ext.adapters.targets import find_targets, has_targets, matches, saved_modules
+from lora_ext.adapters.targets import (
+    find_targets,
+    has_targets,
+    matches,
+    saved_modules,
+    warn_of_unused_patterns,
+)
 from lora_ext.adapters.ties import shared_parameters, tied_to_embedding
 from lora_ext.errors import NotBuiltError
 from lora_ext.nn import AdapterSettings, Embedding, LoraLayer
@@ -38,6 +45,7 @@ class PlannedLayer(NamedTuple):
 class Plan(NamedTuple):
     """What a config means for a model."""
 
+    config: LoraConfig  # with target_parameters where the model has experts stacked
     names: list[str]  # of the target modules
     parameters: list[str]  # names of the target parameters
     layers: dict[int, PlannedLayer]  # by the id of the module that the layer stands for
@@ -75,9 +83,10 @@ def with_plain_names(config: LoraConfig) -> LoraConfig:
     return replace(config, **plain) if plain else config
 
 
-def resolved(model: nn.Module, config: LoraConfig, plan: Plan) -> LoraConfig:
-    """A copy that names what it stands for, so that a file of it does not depend on the model."""
-    config = copy.deepcopy(with_plain_names(config))
+def resolved(model: nn.Module, plan: Plan) -> LoraConfig:
+    """The plan's config with what it stands for by name, so that a file of it does not depend on
+    the model."""
+    config = copy.deepcopy(plan.config)
     targets = config.target_modules
     if targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
         many = len(plan.names) >= _MANY_NAMES
@@ -109,26 +118,32 @@ def _means_what_others_save(model: nn.Module, config: LoraConfig) -> bool:
     own = [compiled("modules_to_save", pattern) for pattern in saved_modules(config)]
     inside = (name for name, _ in named_modules(model) if f"{ORIGINAL}." in f"{name}.")
     names = (name.replace(ORIGINAL, "") for name in inside)
-    return any(
-        matches(name, config.target_modules) and not any(one.match(name) for one in own)
-        for name in names
-    )
+    targets = config.target_modules
+    meant = targets if isinstance(targets, str) else frozenset(targets or ())
+    return any(matches(name, meant) and not any(one.match(name) for one in own) for name in names)
 
 
 def make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool) -> Plan:
     """Finds what a config adapts.
 
     Raises:
-        TypeError: a target module is of a kind that has no adapters.
+        TypeError: a target module is of a kind that has no adapters, or a module to save has some.
         ValueError: nothing matches target_modules or modules_to_save, a setting is out of range, or
             init_lora_weights would change a weight that several modules share.
         NotBuiltError: ensure_weight_tying of adapters.
     """
+    with time_limit(CODE_SECONDS, sum(1 for _ in model.modules())):
+        return _make_plan(model, config, autocast_adapter_dtype)
+
+
+def _make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool) -> Plan:
     config.validate()
     config = with_plain_names(config)
+    given, config = config, with_experts(model, config)
     names = []
     if has_targets(model, config) or not config.target_parameters:
-        names = find_targets(model, config, can_be_adapted, (LoraLayer, ModulesToSave))
+        kinds, required = (LoraLayer, ModulesToSave), not config.target_parameters
+        names = find_targets(model, config, can_be_adapted, kinds, required)
     modules = dict(named_modules(model, remove_duplicate=False))
     layers: dict[int, PlannedLayer] = {}
     for name in names:
@@ -138,7 +153,7 @@ def make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool
             layers[id(module)] = PlannedLayer(name, adaptable(name, module), settings)
     targeted = find_parameters(model, config, names) if config.target_parameters else []
     for one in targeted:
-        settings = _common_settings(config, one, autocast_adapter_dtype)
+        settings = _settings_of_parameters(config, one, autocast_adapter_dtype)
         layers[id(one.module)] = PlannedLayer(one.name, one.layer, settings)
     _check_initialisation(model, config, list(layers.values()))
     saved = _find_saved(modules, config)
@@ -146,21 +161,29 @@ def make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool
         raise ValueError(
             f"LoraConfig: modules_to_save: {config.modules_to_save!r} matches no module"
         )
+    for name, module in saved.items():
+        if any(isinstance(part, LoraLayer) for part in module.modules()):
+            raise TypeError(
+                f"LoraConfig: modules_to_save: '{name}' has adapters, expected a module without: "
+                "its copy would be trained beside them"
+            )
     tied = _tied(model, names, saved) if config.ensure_weight_tying else {}
     for name in (*tied.values(), *tied):
         saved.setdefault(name, modules[name])
     parameters = [f"{one.name}.{part}" for one in targeted for part in one.parameters]
-    return Plan(names, parameters, layers, saved, tied)
+    warn_of_unused_patterns(config, [*names, *parameters])
+    warn_of_unreached(model, given, names, parameters)
+    return Plan(config, names, parameters, layers, saved, tied)
 
 
 def _find_saved(modules: Mapping[str, nn.Module], config: LoraConfig) -> dict[str, nn.Module]:
     """The modules to save; what is inside one is saved with it."""
-    named, inside = saved_modules(config), None
+    named, inside = tuple(saved_modules(config)), None
     found: dict[str, nn.Module] = {}
     for name, module in modules.items():
         if not name or (inside is not None and name.startswith(inside)):
             continue
-        if matches(name, named):
+        if name.endswith(named):  # "norm": all "..._norm", as in PEFT
             found[name] = module
         if name in found or isinstance(module, ModulesToSave):
             inside = f"{name}."
@@ -191,20 +214,18 @@ def _check_initialisation(
         )
 
 
-def _common_settings(
+def _settings_of_parameters(
     config: LoraConfig, one: TargetedModule, autocast_adapter_dtype: bool
 ) -> AdapterSettings:
-    """What a config says of the parameters of one module: the same of each."""
-    names = [f"{one.name}.{part}" for part in one.parameters]
-    settings = [adapter_settings(config, name, autocast_adapter_dtype) for name in names]
-    for name, other in zip(names, settings, strict=True):
-        if other != settings[0]:
-            raise ValueError(
-                f"LoraConfig: rank_pattern, alpha_pattern: '{name}' has r={other.r} and lora_alpha="
-                f"{other.lora_alpha}, '{names[0]}' has r={settings[0].r} and lora_alpha="
-                f"{settings[0].lora_alpha}, expected the same for all parameters of one module"
-            )
-    return settings[0]
+    """What a config says of the parameters of one module, each by itself."""
+    settings = {
+        part: adapter_settings(config, f"{one.name}.{part}", autocast_adapter_dtype)
+        for part in one.parameters
+    }
+    # The layer's own are what `set_scale` multiplies, and zero would make all of it zero.
+    first = next((own for own in settings.values() if own.scaling), settings[one.parameters[0]])
+    others = {part: (own.r, own.lora_alpha) for part, own in settings.items() if own != first}
+    return replace(first, weights=others)
 
 
 def _tied(model: nn.Module, names: list[str], saved: dict[str, nn.Module]) -> dict[str, str]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
+from lora_ext.nn.adoption import without_bound_calls
+from lora_ext.nn.transaction import Transaction
 
-def replicate_layers(model: nn.Module, layer_map: Sequence[Sequence[int]]) -> Callable[[], None]:
+
+def replicate_layers(
+    model: nn.Module, layer_map: Sequence[Sequence[int]], transaction: Transaction
+) -> None:
     """Replaces the list of layers by ranges of itself: [[0, 4], [2, 5]] of five layers makes the
     layers 0, 1, 2, 3, 2, 3, 4. Copies share the parameters and buffers of their original.
-
-    Returns:
-        A function that puts the old list back.
 
     Raises:
         ValueError: there is no such list, or a range is outside of it.
@@ -26,6 +29,21 @@ def replicate_layers(model: nn.Module, layer_map: Sequence[Sequence[int]]) -> Ca
                 f"LoraConfig: layer_replication: got [{start}, {end}], expected a range within the "
                 f"{len(layers)} layers"
             )
+    compiled = [m for layer in layers for m in layer.modules() if m._compiled_call_impl is not None]
+    replaced = [m for layer in layers for m in layer.modules() if "forward" in m.__dict__]
+    if replaced:
+        raise ValueError(
+            f"LoraConfig: layer_replication: the forward of a {type(replaced[0]).__qualname__} in "
+            "the layers is replaced on the instance (as accelerate's hooks do), expected the "
+            "class's own, which copies can share; take the hooks off first and put them on again "
+            "after"
+        )
+    if compiled:
+        warnings.warn(
+            f"LoraConfig: layer_replication: a {type(compiled[0]).__qualname__} in the layers is "
+            "compiled in place, the copies are not; compile them again",
+            stacklevel=2,
+        )
     copies = nn.ModuleList(
         _shared_copy(layers[i]) for start, end in layer_map for i in range(start, end)
     )
@@ -35,16 +53,10 @@ def replicate_layers(model: nn.Module, layer_map: Sequence[Sequence[int]]) -> Ca
                 module.layer_idx = index  # type: ignore[assignment]
     config: Any = getattr(parent, "config", None)
     count = getattr(config, "num_hidden_layers", None)
-    setattr(parent, name, copies)
+    transaction.put(parent._modules, name, copies)
     if count is not None:
-        config.num_hidden_layers = len(copies)
-
-    def undo() -> None:
-        setattr(parent, name, layers)
-        if count is not None:
-            config.num_hidden_layers = count
-
-    return undo
+        transaction.set_attribute(config, "num_hidden_layers", len(copies))
+    transaction.commit()
 
 
 def _layer_list(model: nn.Module) -> tuple[nn.Module, str]:
@@ -67,7 +79,7 @@ def _layer_list(model: nn.Module) -> tuple[nn.Module, str]:
 def _shared_copy(module: nn.Module) -> nn.Module:
     """A module of its own with the same parameters and buffers."""
     copied = module.__class__.__new__(module.__class__)
-    copied.__dict__.update(module.__dict__)
+    copied.__dict__.update(without_bound_calls(module))
     for registry in ("_parameters", "_buffers"):
         copied.__dict__[registry] = dict(module.__dict__[registry])
     copied.__dict__["_modules"] = {

@@ -8,34 +8,57 @@ from torch import nn
 
 from lora_ext.adapters.names import is_wrapper, plain_name
 from lora_ext.nn import LoraLayer
+from lora_ext.nn.transaction import Transaction
 
 
-def swap_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> list[str]:
-    """Puts `replacements[id(old)]` where `old` is, under every name that it has in `model`.
+def swap_modules(
+    model: nn.Module, replacements: Mapping[int, nn.Module], transaction: Transaction | None = None
+) -> list[str]:
+    """Puts `replacements[id(old)]` where `old` is, under every name that it has in `model`; with
+    what else `transaction` holds, when that is committed.
 
     Returns:
         The names that were swapped, in the order of `model.named_modules()`.
     """
+    own = Transaction() if transaction is None else transaction
     modules = dict(model.named_modules(remove_duplicate=False))
     swapped = [name for name, module in modules.items() if id(module) in replacements]
     for name in swapped:
         parent, _, child = name.rpartition(".")
-        setattr(modules[parent], child, replacements[id(modules[name])])
-        other = replacements.get(id(modules[parent]))  # which may have the child, too
+        parent_module, new = modules[parent], replacements[id(modules[name])]
+        if is_wrapper(parent_module):  # it calls what it was made of, until it is made anew
+            own.set(parent_module, **vars(_made_anew(parent_module, new)))
+        else:
+            own.put(parent_module._modules, child, new)
+        other = replacements.get(id(parent_module))  # which may have the child, too
         if other is not None and other._modules.get(child) is modules[name]:
-            setattr(other, child, replacements[id(modules[name])])
-        if is_wrapper(modules[parent]):  # it calls what it was made of, until it is made anew
-            modules[parent].__setstate__(modules[parent].__getstate__())
-    _leave_fast_paths(model)
+            own.put(other._modules, child, new)
+    _leave_fast_paths(model, replacements, own)
+    if transaction is None:
+        own.commit()
     return [plain_name(name) for name in swapped]
 
 
-def _leave_fast_paths(model: nn.Module) -> None:
+def _made_anew(wrapper: nn.Module, module: nn.Module) -> nn.Module:
+    """A wrapper of torch.compile like this one, of another module."""
+    made = object.__new__(type(wrapper))
+    state = wrapper.__getstate__()  # type: ignore[no-untyped-call]
+    state["_modules"] = {**wrapper._modules, "_orig_mod": module}
+    made.__setstate__(state)  # type: ignore[no-untyped-call]
+    return made
+
+
+def _leave_fast_paths(
+    model: nn.Module, replacements: Mapping[int, nn.Module], transaction: Transaction
+) -> None:
     """Makes PyTorch's fused inference paths step aside where they would read a swapped layer's
     weight without calling the layer, and so leave out its adapter."""
     for module in model.modules():
-        adapted = any(isinstance(child, LoraLayer) for child in module.modules())
-        if isinstance(module, nn.TransformerEncoderLayer) and adapted:
-            module.activation_relu_or_gelu = 0
-        if isinstance(module, nn.TransformerEncoder) and adapted:
-            module.use_nested_tensor = False
+        children = (replacements.get(id(child), child) for child in module.modules())
+        if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder) and any(
+            isinstance(child, LoraLayer) for child in children
+        ):
+            if isinstance(module, nn.TransformerEncoderLayer):
+                transaction.set(module, activation_relu_or_gelu=0)
+            else:
+                transaction.set(module, use_nested_tensor=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.modules_to_save import ModulesToSave
 from lora_ext.adapters.names import named_modules, plain_name
 from lora_ext.adapters.patterns import compiled
-from lora_ext.adapters.targets import near_misses, saved_modules
+from lora_ext.adapters.targets import matches, near_misses, saved_modules
 from lora_ext.nn import AnyLayer, LoraLayer, ParamLayer
 
 
@@ -34,13 +35,14 @@ def find_parameters(
         targets: the names of the modules that target_modules means.
 
     Raises:
-        ValueError: nothing matched; a match is the model's own parameter, or that of a module which
-            target_modules means too, or has an adapter already; another adapter has other
-            parameters of the same module; a parameter cannot be adapted.
+        ValueError: nothing matched, and there are no `targets`; a match is the model's own
+            parameter, or that of a module which target_modules means too, or has an adapter
+            already; another adapter has other parameters of the same module; a parameter cannot be
+            adapted.
         TypeError: a parameter is quantized.
     """
     where = "LoraConfig: target_parameters"
-    wanted = config.target_parameters or []
+    wanted = frozenset(config.target_parameters or ())
     saved = [compiled("modules_to_save", pattern) for pattern in saved_modules(config)]
     found: list[TargetedModule] = []
     inside = None
@@ -77,9 +79,13 @@ def find_parameters(
         found.append(TargetedModule(name, module, names, layer))
     if wanted and not found:
         names_there = [plain_name(name) for name, p in model.named_parameters() if p.dim() >= 2]
-        raise ValueError(
-            f"{where}: {wanted!r} matches no parameter; {near_misses(wanted, names_there)}"
+        text = (
+            f"{where}: {config.target_parameters!r} matches no parameter; "
+            f"{near_misses(wanted, names_there)}"
         )
+        if not targets:
+            raise ValueError(text)
+        warnings.warn(text, stacklevel=3)
     return found
 
 
@@ -93,4 +99,4 @@ def _base_parameters(module: nn.Module) -> list[str]:
 
 def _is_wanted(module_name: str, parameter: str, wanted: Collection[str]) -> bool:
     key = f"{module_name}.{parameter}" if module_name else parameter
-    return any(key == name or key.endswith(f".{name}") for name in wanted)
+    return matches(key, wanted)

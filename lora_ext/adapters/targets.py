@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import NoReturn
@@ -20,8 +19,9 @@ from lora_ext.adapters.architectures import (
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.config_checks import ALL_LINEAR
 from lora_ext.adapters.names import ends, named_modules, unwrapped
-from lora_ext.adapters.patterns import compiled
+from lora_ext.adapters.patterns import compiled, matching
 from lora_ext.nn.any_layer import AnyLayer
+from lora_ext.nn.linear import transformers_conv1d
 
 ADAPTABLE = (
     nn.Linear,
@@ -35,25 +35,21 @@ ADAPTABLE = (
 _LAYER = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
 
 
-def matches(name: str, modules: str | Collection[str] | None) -> bool:
+def matches(
+    name: str, modules: str | Collection[str] | None, field: str = "target_modules"
+) -> bool:
     """Whether a module's dotted name is meant, as in PEFT: a string is a regular expression for the
-    whole name, a collection holds names or their last parts."""
+    whole name, a collection holds names or their last parts. `field` is for messages."""
     if modules is None:
         return False
     if isinstance(modules, str):
-        return re.fullmatch(modules, name) is not None
+        return compiled(field, modules).fullmatch(name) is not None
     return any(end in modules for end in ends(name))
-
-
-def is_transformers_conv1d(module: nn.Module) -> bool:
-    """Whether it is the transposed linear layer of GPT-2; does not import transformers."""
-    library = sys.modules.get("transformers.pytorch_utils")
-    return library is not None and isinstance(module, library.Conv1D)
 
 
 def is_adaptable(module: nn.Module) -> bool:
     """Whether PEFT has a LoRA layer for this kind of module."""
-    return isinstance(module, ADAPTABLE) or is_transformers_conv1d(module)
+    return isinstance(module, ADAPTABLE) or transformers_conv1d(module) is not None
 
 
 def saved_modules(config: LoraConfig) -> list[str]:
@@ -66,7 +62,7 @@ def saved_modules(config: LoraConfig) -> list[str]:
 def has_targets(model: nn.Module, config: LoraConfig) -> bool:
     """Whether target_modules names modules, itself or by the architecture's default."""
     if config.target_modules is None:
-        return (_model_type(model) or "") in DEFAULT_TARGETS
+        return (model_type(model) or "") in DEFAULT_TARGETS
     return bool(config.target_modules)
 
 
@@ -75,6 +71,7 @@ def find_targets(
     config: LoraConfig,
     adaptable: Callable[[nn.Module], bool] = is_adaptable,
     adapted: tuple[type[nn.Module], ...] = (),
+    required: bool = True,
 ) -> list[str]:
     """The names of the modules that get an adapter: those that PEFT's LoRA would swap.
 
@@ -84,33 +81,40 @@ def find_targets(
 
     Args:
         model: searched through; not changed.
-        config: all fields on targeting, with rank_pattern and alpha_pattern for their warnings.
+        config: all fields on targeting.
         adaptable: whether a module can get an adapter.
         adapted: types of layers that have adapters already. They can be targets again if
             `adaptable` says so; what is inside them cannot.
+        required: whether there has to be one.
 
     Returns:
-        Names in the order of `model.named_modules()`; at least one.
+        Names in the order of `model.named_modules()`; at least one, if required.
 
     Raises:
         ValueError: nothing matched (with near misses), everything that matched is excluded, a match
             cannot be adapted, or target_modules is None and the architecture has no default.
 
-    Warns of exclude_modules, rank_pattern and alpha_pattern that match nothing.
+    Warns of exclude_modules that match nothing.
     """
-    modules = dict(_outside(model, adapted))
+    modules = dict(outside(model, adapted))
     is_target = _selection(model, modules, config, adapted)
     matched = [name for name in modules if is_target(name)]
-    if not matched:
+    if not matched and required:
         _raise_no_match(model, modules, config, adaptable)
+    if not matched:
+        _warn(f"target_modules: {config.target_modules!r} matches no module")
+        return []
 
     excluded = _collection(config.exclude_modules)
-    saved = [compiled("modules_to_save", pattern) for pattern in saved_modules(config)]
+    saved = saved_modules(config)
     kept = [
         name
         for name in matched
-        if not matches(name, excluded) and not any(pattern.match(name) for pattern in saved)
+        if not matches(name, excluded, "exclude_modules")
+        and not any(True for _ in matching("modules_to_save", saved, name))
     ]
+    if not kept and not required:
+        return []
     if not kept:
         raise ValueError(
             f"LoraConfig: target_modules: all of its {len(matched)} matches ({matched[0]!r}, ...) "
@@ -118,20 +122,23 @@ def find_targets(
             f"modules_to_save={saved_modules(config)!r}"
         )
     targets = _check_kinds(model, modules, kept, config, adaptable)
-    if excluded and not any(matches(name, excluded) for name in modules):
+    if excluded and not any(matches(name, excluded, "exclude_modules") for name in modules):
         _warn(f"exclude_modules: {config.exclude_modules!r} matches no module")
-    for field in ("rank_pattern", "alpha_pattern"):
-        unused = [
-            pattern
-            for pattern in getattr(config, field) or ()
-            if not any(compiled(field, pattern).match(name) for name in targets)
-        ]
-        if unused:
-            _warn(f"{field}: {unused} match no module that is adapted")
     return targets
 
 
-def _outside(
+def warn_of_unused_patterns(config: LoraConfig, names: Collection[str]) -> None:
+    """Warns of keys of rank_pattern and alpha_pattern that match none of the names adapted."""
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, field) or {}
+        used = {one for name in names for one in matching(field, patterns, name)}
+        unused = [pattern for pattern in patterns if pattern not in used]
+        if unused:
+            more = f" and {len(unused) - 20} more" if unused[20:] else ""
+            _warn(f"{field}: {unused[:20]}{more} match no module that is adapted")
+
+
+def outside(
     model: nn.Module, adapted: tuple[type[nn.Module], ...]
 ) -> Iterator[tuple[str, nn.Module]]:
     """Everything below the model but the insides of layers with adapters."""
@@ -155,10 +162,10 @@ def _selection(
     if targets is None:
         targets = _default_targets(model, config)
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        linear = _all_linear(model, modules, adapted)
+        linear = all_linear(model, modules, adapted)
         return linear.__contains__
     if isinstance(targets, str):
-        expression = re.compile(targets)
+        expression = compiled("target_modules", targets)
         return lambda name: expression.fullmatch(name) is not None
     names = frozenset(targets)
     layers = config.layers_to_transform
@@ -172,7 +179,7 @@ def _selection(
 
 
 def _default_targets(model: nn.Module, config: LoraConfig) -> str | list[str]:
-    architecture = _model_type(model)
+    architecture = model_type(model)
     targets = DEFAULT_TARGETS.get(architecture or "")
     if targets is None:
         raise ValueError(
@@ -189,14 +196,14 @@ def _default_targets(model: nn.Module, config: LoraConfig) -> str | list[str]:
     return list(targets)
 
 
-def _model_type(model: nn.Module) -> str | None:
+def model_type(model: nn.Module) -> str | None:
     config = getattr(model, "config", None)
     if isinstance(config, Mapping):
         return config.get("model_type")
     return getattr(config, "model_type", None)
 
 
-def _all_linear(
+def all_linear(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     adapted: tuple[type[nn.Module], ...],
@@ -210,8 +217,12 @@ def _all_linear(
         if module is not head
         and (
             isinstance(module, nn.Linear)
-            or is_transformers_conv1d(module)
-            or (isinstance(module, adapted) and "Linear" in type(module).__name__)
+            or transformers_conv1d(module) is not None
+            or (
+                isinstance(module, adapted)
+                and "Linear" in type(module).__name__
+                and not isinstance(module, AnyLayer)  # what target_parameters means
+            )
         )
         and _attention_around(name, modules) is None
     }
@@ -224,8 +235,8 @@ def _layer(name: str, patterns: str | list[str] | None) -> int | None:
         return int(found["index"]) if found else None
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         found = compiled("layers_pattern", pattern).match(name)
-        if found:
-            return int(found["index"])
+        if found:  # an alternative outside of brackets matches without a number, as in PEFT
+            return None if found["index"] is None else int(found["index"])
     return None
 
 
@@ -238,7 +249,7 @@ def _check_kinds(
 ) -> list[str]:
     """Those of the names that get a layer of their own, if all of them can be adapted."""
     targets = []
-    is_mamba = _model_type(model) in MAMBA
+    is_mamba = model_type(model) in MAMBA
     for name in names:
         attention = _attention_around(name, modules)
         if attention is not None:

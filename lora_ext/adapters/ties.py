@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_ext.adapters.names import named_modules, unwrapped
 from lora_ext.nn import LoraLayer
+from lora_ext.nn.transaction import Transaction
 
 # Families of transformers in which tie_word_embeddings is also a factor of the outputs, or cannot
 # be False: transformers 5 reads both weights from a file of theirs all the same.
@@ -19,7 +20,7 @@ _TIED_FOR_GOOD = {"t5", "mt5", "umt5", "longt5", "switch_transformers", "udop", 
 
 def shared_parameters(model: nn.Module) -> set[int]:
     """The ids of all parameters that lie, in part at least, in memory that is also another
-    parameter's or buffer's; those that merged layers have put aside count."""
+    parameter's or buffer's; the base's own of merged layers count."""
     groups: defaultdict[int, list[tuple[int, int, int]]] = defaultdict(list)
     for module in model.modules():
         for tensor in _tensors(module):
@@ -42,7 +43,7 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
             if tensor is not None:
                 yield tensor
     if isinstance(module, LoraLayer):
-        yield from module.shared_parameters.values()
+        yield from module.base_parameters.values()
 
 
 def _extent(tensor: Tensor) -> tuple[int, int, int]:
@@ -80,7 +81,7 @@ def tied_to_embedding(model: nn.Module) -> dict[str, str]:
     return {name: source for name, module in holders if module is not embedding}
 
 
-def untie_embeddings(model: nn.Module) -> bool:
+def untie_embeddings(model: nn.Module, transaction: Transaction) -> bool:
     """Makes the configs of a transformers model say so where weights that it ties, its embeddings,
     are no longer the same: else loading what it saves would tie them again. The others that the
     same entry ties get weights of their own, since a file without the entry has to hold them.
@@ -102,9 +103,10 @@ def untie_embeddings(model: nn.Module) -> bool:
             if one is other:
                 owner, _, attribute = name.rpartition(".")
                 own = nn.Parameter(one.detach().clone(), one.requires_grad)
-                setattr(module.get_submodule(owner), attribute, own)
-        config.tie_word_embeddings = False
+                transaction.put(module.get_submodule(owner)._parameters, attribute, own)
+        transaction.set_attribute(config, "tie_word_embeddings", False)
         changed = True
+    transaction.commit()
     return changed
 
 

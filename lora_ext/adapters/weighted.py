@@ -17,6 +17,7 @@ from lora_ext.adapters.plan import only_on
 from lora_ext.adapters.targets import saved_modules
 from lora_ext.nn import Embedding, LoraLayer
 from lora_ext.nn.lora_layer import check_adapter_name
+from lora_ext.nn.transaction import Transaction
 
 if TYPE_CHECKING:
     from lora_ext.adapters.lora_model import LoraModel
@@ -42,7 +43,7 @@ def add_weighted_adapter(
 
     Raises:
         ValueError: an argument out of range, by name; adapters with copies of modules to save, with
-            a magnitude (DoRA), or more than one with base biases. Nothing is changed then.
+            a magnitude (DoRA), or with biases of the base. Nothing is changed then.
     """
     check_adapter_name(adapter_name, model.peft_config, "LoraModel.add_weighted_adapter")
     ranks = {
@@ -61,6 +62,7 @@ def add_weighted_adapter(
     if config.lora_bias:
         for name, layer, parts in combined:
             _fill_up_biases(name, layer, parts)
+    transaction = Transaction()
     for _, layer, parts in combined:
         present = next(
             layer.adapters[name] for name in combination.adapters if name in layer.adapters
@@ -74,11 +76,13 @@ def add_weighted_adapter(
             lora_bias=config.lora_bias,
             init_lora_weights=True,
         )
-        layer.add_adapter(adapter_name, **vars(settings))  # not the layer's first: not active
+        draft = transaction.draft(layer)
+        draft.add_adapter(adapter_name, **vars(settings))  # not the layer's first: not active
         with torch.no_grad():
-            for part, parameter in layer.parts(adapter_name).items():
+            for part, parameter in draft.parts(adapter_name).items():
                 parameter.copy_(parts[part])
-    model.peft_config[adapter_name] = config
+    transaction.set(model, peft_config={**model.peft_config, adapter_name: config})
+    transaction.commit()
     whole = [p for p, m in model.saved_modules() if m.modules_to_save.keys() & set(adapters)]
     if whole:
         warnings.warn(
@@ -131,8 +135,12 @@ def _check_combinable(model: LoraModel, names: Sequence[str]) -> None:
         if model.peft_config[name].target_parameters:
             raise ValueError(f"{where}: '{name}' has target_parameters, which cannot be combined")
     biased = [n for n in dict.fromkeys(names) if model.peft_config[n].bias != "none"]
-    if len(biased) > 1:
-        raise ValueError(f"{where}: {biased} have biases of the base, expected at most one of them")
+    if biased:
+        raise ValueError(
+            f"{where}: '{biased[0]}' has biases of the base (bias="
+            f"{model.peft_config[biased[0]].bias!r}), which a combined adapter would have to share "
+            "with it, expected bias='none'"
+        )
 
 
 def _combined_config(

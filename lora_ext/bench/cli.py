@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lora_ext.bench import grid
 from lora_ext.bench.compare import match, print_changes
 from lora_ext.bench.environment import describe, gpu_state
+from lora_ext.bench.load import OtherLoad
 from lora_ext.bench.measure import Budget
 from lora_ext.bench.report import MarkdownFile, print_report
 from lora_ext.bench.results import BAD, Report, Row
@@ -69,6 +70,16 @@ def _probability(item: str) -> float:
     return p
 
 
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise ValueError
+    return seconds
+
+
+_seconds.__name__ = "positive number of seconds"  # what argparse calls it
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m lora_ext.bench", None, _DESCRIPTION, _EPILOG)
     size = parser.add_mutually_exclusive_group()
@@ -90,9 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     how = parser.add_argument_group("how to measure")
     how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     how.add_argument("--threads", type=_size, help="CPU threads; default: torch's choice")
-    how.add_argument("--budget", type=float, metavar="SECONDS", help="per row; default: 2")
+    how.add_argument("--budget", type=_seconds, metavar="SECONDS", help="per row; default: 2")
     how.add_argument(
-        "--deadline", type=float, metavar="SECONDS", help="begin no case after this time"
+        "--deadline", type=_seconds, metavar="SECONDS", help="begin no case after this time"
     )
 
     output = parser.add_argument_group("output")
@@ -133,6 +144,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
         budget = replace(budget, seconds=options.budget)
 
     environment = describe(device, arguments)  # before the run, which is a load of its own
+    others = OtherLoad()
     cases = _grid(options, device).cases()
     rows: list[Row] = []
     left_out: list[str] = []
@@ -149,6 +161,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
             for mode_rows in run_case(case, rivals, modes, budget, device):
                 rows += mode_rows
                 progress.advance(task)
+            environment["other_load"] = others.cpus()
             if options.json:  # what is measured stays, whatever ends the run
                 Report(environment, rows).save(options.json)
     if (gpu := gpu_state(device)) is not None:
@@ -162,7 +175,7 @@ def _writers(options: argparse.Namespace) -> list[Callable[[Report], object]]:
     """Prepare the outputs before a long run, so that what cannot work fails now."""
     writers: list[Callable[[Report], object]] = []
     if options.json:
-        options.json.touch()
+        options.json.open("a").close()
         writers.append(lambda report: report.save(options.json))
     if options.markdown:
         writers.append(MarkdownFile(options.markdown).write)
@@ -182,6 +195,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     files: list[Path] = options.compare or []
     if len(files) > 2:
         parser.error("--compare takes one or two files")
+    needs_cuda = options.device == "cuda" and len(files) < 2
+    if needs_cuda and not torch.cuda.is_available():
+        parser.error(f"--device cuda: torch {torch.__version__} finds no CUDA device here; use cpu")
     try:
         old, new = [Report.load(path) for path in files] + [None] * (2 - len(files))
         writers = _writers(options)

@@ -1,4 +1,7 @@
-"""Comparison of two reports: has lora_ext become slower, beyond the noise?"""
+"""Comparison of two reports: has lora_ext become slower, beyond the noise?
+
+A change is told only where it is larger than the tolerance and the quartiles of the two do not
+overlap; that there is none only where they leave no room for a larger one."""
 
 from __future__ import annotations
 
@@ -7,10 +10,14 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from lora_ext.bench.environment import summary
+from lora_ext.bench.load import is_busy
 from lora_ext.bench.results import BAD, OK, Report, Row
 
 TOLERANCE = 0.05
+UNCLEAR = "not distinguishable"
 _OURS = "lora_ext"
+_STYLES = {"REGRESSION": "red", "improvement": "green", UNCLEAR: "yellow"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,15 @@ class Change:
         return self.old.timing.ratio.overlaps(self.new.timing.ratio)
 
     @property
+    def is_certain(self) -> bool:
+        """Whether the quartiles leave room only for changes of twice the tolerance."""
+        if self.old.timing is None or self.new.timing is None:
+            return False
+        old, new = self.old.timing.ratio, self.new.timing.ratio
+        low, high = new.q1 / old.q3, new.q3 / old.q1
+        return 1 - 2 * TOLERANCE <= low and high <= 1 + 2 * TOLERANCE
+
+    @property
     def is_regression(self) -> bool:
         if self.old.status == OK and self.new.status in BAD:
             return True  # it was timed, and now it is wrong or fails
@@ -47,7 +63,7 @@ class Change:
             return self.new.status
         if self.factor < 1 - TOLERANCE and not self.within_spread:
             return "improvement"
-        return "same"
+        return "same" if self.is_certain else UNCLEAR
 
 
 def match(old: Report, new: Report) -> list[Change]:
@@ -61,10 +77,16 @@ def match(old: Report, new: Report) -> list[Change]:
 
 
 def print_changes(changes: list[Change], old: Report, new: Report, console: Console) -> None:
-    """Print every change, and a warning where the reports are of two devices."""
-    devices = [report.environment["device"] for report in (old, new)]
-    if devices[0] != devices[1]:
-        console.print(f"Different devices: {devices[0]} and {devices[1]}", style="yellow")
+    """Print where both come from, with a warning where that is no ground for a comparison, and
+    every change."""
+    for name, report in (("old", old), ("new", new)):
+        style = "yellow" if is_busy(report.environment) else "dim"
+        console.print(f"{name}: {summary(report.environment)}", style=style, markup=False)
+    for fact, plural in (("device", "devices"), ("threads", "threads")):
+        values = [report.environment[fact] for report in (old, new)]
+        if values[0] != values[1]:
+            text = f"Different {plural}: {values[0]} and {values[1]}"
+            console.print(text, style="yellow", markup=False)
     table = Table("case", "mode", "rival", title="Ratios to the frozen layer")
     for column in ("old", "new", "new/old"):
         table.add_column(column, justify="right")
@@ -72,9 +94,14 @@ def print_changes(changes: list[Change], old: Report, new: Report, console: Cons
     for change in changes:
         row = change.new
         cells = _number(change.old.ratio), _number(row.ratio), _number(change.factor)
-        style = {"REGRESSION": "red", "improvement": "green"}.get(change.verdict)
-        table.add_row(str(row.case), row.mode, row.rival, *cells, change.verdict, style=style)
+        verdict = change.verdict
+        names = str(row.case), row.mode, row.rival
+        table.add_row(*names, *cells, verdict, style=_STYLES.get(verdict))
     console.print(table)
+    unclear = sum(change.verdict == UNCLEAR for change in changes)
+    if unclear:
+        text = f"{unclear} of {len(changes)} are not distinguishable: measure longer (--budget)"
+        console.print(f"{text} on a quiet machine", style="yellow")
 
 
 def _number(value: float | None) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import lora_ext
+from lora_ext.bench.load import describe_load
 
 _PACKAGES = ("lora_ext", "torch", "peft")
 _GPU_FIELDS = (
@@ -23,7 +24,15 @@ _GPU_FIELDS = (
 )  # fmt: skip
 
 
-def describe(device: torch.device, arguments: Sequence[str]) -> dict[str, Any]:
+# Of every report; a reader needs them, and so do tables and captions.
+REQUIRED = (
+    "device", "threads", "cpus", "load_average", "versions", "commit", "dirty", "date", "command"
+)  # fmt: skip
+
+
+def describe(
+    device: torch.device, arguments: Sequence[str], program: str = "-m lora_ext.bench"
+) -> dict[str, Any]:
     """Collect what a reader needs to judge or repeat a run."""
     return {
         "device": _device_name(device),
@@ -40,7 +49,7 @@ def describe(device: torch.device, arguments: Sequence[str]) -> dict[str, Any]:
         "lora_ext_build": {name: str(value) for name, value in lora_ext.build_info().items()},
         **_git_state(Path(__file__)),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "lora_ext.bench", *arguments]),
+        "command": f"python {program} {shlex.join(arguments)}".rstrip(),
     }
 
 
@@ -53,7 +62,7 @@ def summary(environment: dict[str, Any]) -> str:
     threads = f"CPU threads: {environment['threads']}"
     gpu = environment.get("gpu")
     driver = f", driver {gpu['driver_version']}, {gpu['clocks.sm']}" if gpu else ""
-    device = f"{environment['device']}{driver}, {threads}"
+    device = f"{environment['device']}{driver}, {threads}, {describe_load(environment)}"
     return f"{device}; {versions}; {source}; {environment['date'][:10]}"
 
 

@@ -12,6 +12,7 @@ from matplotlib.patches import Patch
 
 from lora_ext.bench.environment import summary
 from lora_ext.bench.grid import FWD_BWD
+from lora_ext.bench.load import is_busy
 from lora_ext.bench.results import Report, Row, geomean_ratio, unique
 from lora_ext.bench.rivals import FROZEN, RIVALS
 
@@ -85,6 +86,12 @@ def _saved_per_token(rows: list[Row]) -> float:
     return statistics.mean((row.saved_bytes or 0) / row.case.tokens for row in rows)
 
 
+def caption(report: Report) -> tuple[str, str]:
+    """What stands under every plot, and its colour."""
+    environment = report.environment
+    return summary(environment), "red" if is_busy(environment) else "gray"
+
+
 def write_plots(report: Report, folder: Path) -> list[Path]:
     """Write the plots into an existing folder; what is not on an axis is averaged."""
     ratio = "time / frozen layer"
@@ -103,7 +110,8 @@ def write_plots(report: Report, folder: Path) -> list[Path]:
         if not rows:
             continue  # nothing was timed, or not in this mode
         figure = plot.figure(rows)
-        figure.supxlabel(summary(report.environment), fontsize=6, color="gray")
+        text, color = caption(report)
+        figure.supxlabel(text, fontsize=6, color=color)
         paths.append(folder / f"{name}.png")
         figure.savefig(paths[-1], dpi=120)
     return paths

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from lora_ext.bench.environment import summary
 from lora_ext.bench.grid import Case
+from lora_ext.bench.load import busy_warning
 from lora_ext.bench.results import BAD, OK, SKIPPED, Report, Row, geomean_ratio, unique
 from lora_ext.bench.rivals import FROZEN
 
@@ -45,9 +47,8 @@ def print_report(report: Report, console: Console) -> None:
         means = (_geomean_cell(report.rows, mode, name) for name in rivals)
         table.add_row("geomean", "", "", "", "", mode, *means, style="bold")
     console.print(table)
-    load = report.environment["load_average"]
-    if load > report.environment["cpus"] / 2:
-        console.print(f"The machine was busy (load {load}): these times say little", style="yellow")
+    if warning := busy_warning(report.environment):
+        console.print(warning, style="yellow", markup=False)
     if left_out := report.environment.get("left_out"):
         console.print(f"Left out at the deadline: {'; '.join(left_out)}", style="yellow")
     for line in unique(f"{row.rival}: {row.note}" for row in report.rows if row.status == SKIPPED):
@@ -104,6 +105,8 @@ def markdown_table(report: Report) -> str:
         means = (_geomean_cell(report.rows, mode, name) for name in rivals)
         lines.append(["**geomean**", "", "", "", "", mode, "", *means])
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    if warning := busy_warning(report.environment):
+        table = f"**{warning}.**\n\n{table}"
     return f"{table}\n\nTimes over the frozen layer; median of paired rounds. {_source(report)}\n"
 
 
@@ -123,6 +126,8 @@ class MarkdownFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._before, self._after = "", "\n"
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise OSError(f"{path} cannot be written")
         if path.exists():
             self._before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
             _, end, self._after = rest.partition(END)

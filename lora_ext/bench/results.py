@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_ext.bench.environment import REQUIRED
 from lora_ext.bench.grid import Case
 
 SCHEMA = 1
@@ -99,6 +100,9 @@ class Report:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data["schema"] != SCHEMA:
                 raise ValueError(f"schema {data['schema']}, expected {SCHEMA}")
+            missing = [name for name in REQUIRED if name not in data["environment"]]
+            if missing:
+                raise ValueError(f"its environment has no {missing[0]}")
             return cls(data["environment"], [Row.from_json(row) for row in data["rows"]])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a benchmark report: {error}") from error

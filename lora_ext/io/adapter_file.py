@@ -80,10 +80,12 @@ class TensorSpec:
     Attributes:
         shape: the exact sizes.
         dtypes: those allowed; exactly one where it describes a file.
+        held_in: that of the parameter which gets the values, if it may be a narrower one.
     """
 
     shape: tuple[int, ...]
     dtypes: frozenset[torch.dtype] = FLOATS
+    held_in: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -137,12 +139,13 @@ def read_adapter_tensors(
 
     Raises:
         AdapterFileError: no whole and well-formed safetensors file; an unknown or missing key;
-            another shape or dtype than expected; NaN or Inf in a floating-point tensor.
+            another shape or dtype than expected; NaN or Inf in a floating-point tensor, or a value
+            that would be one in the dtype that is to hold it.
     """
     with _opened(source) as file:
         header = _read_header(file, header_limit(expected))
         _compare(file.name, header.entries, expected)
-        return {key: _read_tensor(file, header, key) for key in expected}
+        return {key: _read_tensor(file, header, key, spec) for key, spec in expected.items()}
 
 
 def adapter_bytes(tensors: Mapping[str, Tensor]) -> bytes:
@@ -295,7 +298,7 @@ def _compare(path: str, entries: Mapping[str, _Entry], expected: Mapping[str, Te
             )
 
 
-def _read_tensor(file: io.FileIO, header: _Header, key: str) -> Tensor:
+def _read_tensor(file: io.FileIO, header: _Header, key: str, spec: TensorSpec) -> Tensor:
     entry = header.entries[key]
     tensor = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")  # not the default device
     file.seek(header.data_start + entry.begin)
@@ -305,16 +308,26 @@ def _read_tensor(file: io.FileIO, header: _Header, key: str) -> Tensor:
             f"{file.name}: {short(key)} has NaN or Inf; its training went wrong, "
             "or the file is damaged"
         )
+    narrower = spec.held_in is not None and _largest(spec.held_in) < _largest(tensor.dtype)
+    if narrower and not _is_finite(tensor, spec.held_in):
+        raise AdapterFileError(
+            f"{file.name}: {short(key)} has values that are too large for {spec.held_in}, in which "
+            "the model holds them; load with autocast_adapter_dtype=True, or into a wider model"
+        )
     return tensor
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """Without temporaries of the tensor's size."""
+def _largest(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).max if dtype.is_floating_point else 0.0
+
+
+def _is_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether it is, or would be in another dtype; without temporaries of the tensor's size."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     for part in torch.split(tensor.reshape(-1), 1 << 20):
         part = part.float() if part.itemsize == 1 else part  # torch computes little in 8 bits
-        low, high = torch.aminmax(part)  # both NaN if there is one
-        if not bool(torch.isfinite(torch.stack((low, high))).all()):
+        ends = torch.stack(torch.aminmax(part))  # both NaN if there is one
+        if not bool(torch.isfinite(ends.to(dtype or ends.dtype)).all()):
             return False
     return True

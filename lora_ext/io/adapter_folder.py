@@ -25,7 +25,7 @@ from lora_ext.io.adapter_file import (
     read_header,
 )
 from lora_ext.io.atomic import open_files, save_files
-from lora_ext.io.files import StrPath, json_text, parse_json, read_all, typed_errors
+from lora_ext.io.files import StrPath, as_path, json_text, parse_json, read_all, typed_errors
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -66,7 +66,7 @@ def open_adapter(folder: StrPath) -> Iterator[AdapterFolder]:
         AdapterFileError: a file is missing, is no regular file inside the folder, or cannot be
             read; the configuration is no JSON object; there are only pickled weights.
     """
-    folder = Path(folder)
+    folder = as_path(folder, "open_adapter")
     with ExitStack() as stack:
         with typed_errors(folder):
             try:

@@ -47,7 +47,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_ext.errors import AdapterFileError
-from lora_ext.io.files import StrPath, open_inside, parse_json, read_all
+from lora_ext.io.files import StrPath, as_path, open_inside, parse_json, read_all
 
 JOURNAL = ".lora_ext-save.json"
 LOCK = ".lora_ext-save.lock"
@@ -76,7 +76,7 @@ def save_files(folder: StrPath, files: Mapping[str, bytes], *, lock_timeout: flo
         NotADirectoryError: the folder, or one above it, is a file.
         OSError: a full disk, a folder that cannot be written, or any other error of the system.
     """
-    folder = Path(folder)
+    folder = as_path(folder, "save_files")
     for name in files:
         if not _is_plain(name):
             raise AdapterFileError(

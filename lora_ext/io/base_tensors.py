@@ -6,7 +6,6 @@ a module. It is the same before and after the adapters are put in, with or witho
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.modules_to_save import ModulesToSave
 from lora_ext.adapters.names import named_modules, unwrapped
+from lora_ext.adapters.patterns import compiled
 from lora_ext.nn import AnyLayer, LoraLayer, MultiheadAttention
 
 if TYPE_CHECKING:
@@ -160,7 +160,8 @@ def targets_embeddings(model: nn.Module, config: LoraConfig) -> bool:
     if isinstance(targets, str):
         names = (name for name, _ in named_modules(model))
         ends = (name for name in names if name.rpartition(".")[2] in EMBEDDINGS)
-        return any(re.fullmatch(targets, name) for name in ends)
+        expression = compiled("target_modules", targets)
+        return any(expression.fullmatch(name) is not None for name in ends)
     return any(name in EMBEDDINGS for name in targets or ())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import stat
@@ -12,9 +13,17 @@ from pathlib import Path, PurePath
 from typing import Any, NoReturn
 
 from lora_ext.errors import AdapterFileError
+from lora_ext.nn.arguments import refuse
 
 StrPath = str | os.PathLike[str]
 MAX_DEPTH = 32  # of brackets in JSON
+
+
+def as_path(path: StrPath, where: str) -> Path:
+    """TypeError for what is none."""
+    if not isinstance(path, str | os.PathLike):
+        refuse(where, "folder", path, "a path")
+    return Path(path)
 
 
 def inside(folder: StrPath, name: str) -> Path:
@@ -22,7 +31,8 @@ def inside(folder: StrPath, name: str) -> Path:
 
     Raises:
         AdapterFileError: the name is empty or absolute, has `..` in it, or is a link that leaves
-            the folder.
+            the folder, other than to the files of the same repository in the cache of the Hugging
+            Face hub.
     """
     pure = PurePath(name)
     if not pure.parts or pure.is_absolute() or ".." in pure.parts or "\0" in name:
@@ -31,12 +41,22 @@ def inside(folder: StrPath, name: str) -> Path:
         )
     root = Path(os.path.realpath(folder))
     path = Path(os.path.realpath(root / name))
-    if not path.is_relative_to(root):
+    if not path.is_relative_to(root) and path.parent not in _blobs(root):
         raise AdapterFileError(
             f"{Path(folder, name)}: is a link to {path}, outside its folder; "
             "put a copy of the file into the folder"
         )
     return path
+
+
+def _blobs(folder: Path) -> list[Path]:
+    """Where the Hugging Face cache keeps the files that it links from a folder: `blobs` beside the
+    `snapshots` that the folder is in."""
+    return [
+        snapshots.parent / "blobs"
+        for revision, snapshots in itertools.pairwise((folder, *folder.parents))
+        if snapshots.name == "snapshots"
+    ]
 
 
 def open_inside(folder: StrPath, name: str) -> io.FileIO:
@@ -67,6 +87,20 @@ def typed_errors(path: StrPath) -> Iterator[None]:
         raise AdapterFileError(
             f"{path}: cannot be read: {error.strerror or error}; check the path and its permissions"
         ) from error
+
+
+@contextmanager
+def typed_content(path: StrPath) -> Iterator[None]:
+    """Turns errors of what a file asks for into `AdapterFileError`."""
+    try:
+        yield
+    except AdapterFileError:
+        raise
+    except (
+        *(TypeError, ValueError, NotImplementedError, LookupError, AttributeError),
+        *(ArithmeticError, RecursionError),
+    ) as error:
+        raise AdapterFileError(f"{path}: does not fit the model: {error}") from error
 
 
 def read_all(file: io.FileIO, limit: int) -> bytes:

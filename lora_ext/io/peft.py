@@ -16,6 +16,7 @@ from torch import Tensor
 from lora_ext.adapters.combining import Adapter, alpha_factor, subtract_mutated_init
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.names import plain_name
+from lora_ext.adapters.patterns import FILE_SECONDS, time_limit
 from lora_ext.adapters.targets import matches, saved_modules
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_file import TensorSpec
@@ -30,13 +31,16 @@ from lora_ext.io.base_tensors import (
     targets_embeddings,
     was_resized,
 )
+from lora_ext.io.files import typed_content
 from lora_ext.io.grouped_convolutions import grouped_where_possible, planned_as_in
 from lora_ext.io.plain_lora import plain_lora
 from lora_ext.io.reading import BaseTensors, FileTensors, check_loadable, spec_of
 from lora_ext.io.savable import check_adapter, check_tensors
 from lora_ext.nn import LoraLayer
+from lora_ext.nn.arguments import names_of
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.lora_layer import check_adapter_name
+from lora_ext.nn.transaction import Transaction
 
 if TYPE_CHECKING:
     from lora_ext.adapters.lora_model import LoraModel
@@ -97,7 +101,7 @@ def _base_tensors(
 def save_pretrained(
     model: LoraModel,
     folder: str | Path,
-    adapter_names: list[str] | None = None,
+    adapter_names: str | list[str] | None = None,
     *,
     save_embedding_layers: bool | str = "auto",
     path_initial_model_for_weight_conversion: str | Path | None = None,
@@ -123,7 +127,9 @@ def save_pretrained(
             kdim or vdim other than embed_dim. Nothing is written then.
         AdapterFileError: NaN or Inf; the initial adapter's files are damaged or do not fit.
     """
-    names = list(model.peft_config) if adapter_names is None else adapter_names
+    names = list(model.peft_config)
+    if adapter_names is not None:
+        names = names_of(adapter_names, "save_pretrained")
     for name in names:
         if name not in model.peft_config:
             raise ValueError(
@@ -163,6 +169,7 @@ def load_adapter(
     *,
     is_trainable: bool = False,
     autocast_adapter_dtype: bool = True,
+    transaction: Transaction | None = None,
 ) -> None:
     """Adds an adapter from a folder that PEFT or `save_pretrained` wrote. Config and header are
     checked against the model before anything of the adapter's size is allocated, and nothing is
@@ -170,6 +177,7 @@ def load_adapter(
 
     Args:
         is_trainable: whether it trains when it is active.
+        transaction: of what else is to be done or undone with it.
 
     Raises:
         AdapterFileError: a file is missing, damaged, or does not fit the model; names the file and
@@ -177,27 +185,28 @@ def load_adapter(
         ValueError: the name is taken, or the model is merged and the file holds biases of the base.
     """
     check_adapter_name(adapter_name, model.peft_config, "LoraModel.load_adapter")
-    with open_adapter(folder) as files, ExitStack() as stack:
+    own = Transaction() if transaction is None else transaction
+    with open_adapter(folder) as files, own, ExitStack() as stack:
+        stack.enter_context(typed_content(files.path))
+        stack.enter_context(time_limit(FILE_SECONDS, sum(1 for _ in model.modules())))
         config = read_config(files)
         config.inference_mode = not is_trainable
-        try:
-            stack.enter_context(model.replicated(config))
-            plan = model.plan(config, autocast_adapter_dtype)
-            check_loadable(model, plan)
-        except (TypeError, ValueError, NotImplementedError) as error:
-            raise AdapterFileError(f"{files.path}: does not fit the model: {error}") from error
+        model.replicate(config, own)
+        plan = model.plan(config, autocast_adapter_dtype)
+        check_loadable(model, plan)
         file = FileTensors(files, _possible_keys(model, plan))
         plan = planned_as_in(file, _tied_as_in_the_file(plan, config, file), PREFIX)
         bases = BaseTensors(model, config, plan, file, PREFIX)
         tensors = file.read(dict(_expected(plan)) | bases.expected())
         bases.check(tensors)
         plan = grouped_where_possible(plan, tensors, PREFIX)
-        model.add_planned(adapter_name, config, plan)
-    with torch.no_grad():
-        for key, tensor in _own_tensors(model, adapter_name):
-            tensor.copy_(tensors[key])
+        model.add_planned(adapter_name, config, plan, own)
+        with torch.no_grad():
+            for key, tensor in _own_tensors(model, adapter_name):
+                tensor.copy_(tensors[key])
         for key, tensor in bases.targets.items():
-            tensor.copy_(tensors[key])
+            own.write(tensor, tensors[key])
+        own.commit()
 
 
 def _possible_keys(model: LoraModel, plan: Plan) -> Iterator[str]:
@@ -262,9 +271,10 @@ def _tied_as_in_the_file(plan: Plan, config: LoraConfig, file: FileTensors) -> P
 def _expected(plan: Plan) -> Iterator[tuple[str, TensorSpec]]:
     around = around_planned(plan)
     for planned in plan.layers.values():
+        held_in = planned.layer.adapter_dtype(planned.settings)
         name = name_in_file(planned.name, around)
         for key, shape in planned.layer.peft_shapes(planned.settings).items():
-            yield f"{PREFIX}{name}.{key}", TensorSpec(shape)
+            yield f"{PREFIX}{name}.{key}", TensorSpec(shape, held_in=held_in)
     for name, module in plan.saved.items():
         name = name_in_file(name, around)
         original = getattr(module, "original_module", module)
@@ -276,9 +286,11 @@ def _subtract_initial(
     model: LoraModel, adapter_name: str, tensors: dict[str, Tensor], folder: Path
 ) -> dict[str, Tensor]:
     """The tensors with each adapter replaced by what it does beyond its initial state."""
+    known = adapter_state_dict(model, adapter_name, save_embedding_layers=True)
     with open_adapter(folder) as files:
-        header = files.header()
-        initial = files.tensors({key: TensorSpec(spec.shape) for key, spec in header.items()})
+        present = files.header().keys() & known.keys()
+        shapes = {k: tuple(v.shape) for k, v in known.items() if k in present or k in tensors}
+        initial = files.tensors({key: TensorSpec(shape) for key, shape in shapes.items()})
     result = dict(tensors)
     for name, layer in _layers(model, adapter_name):
         scaling = layer.adapters[adapter_name].scaling

@@ -15,6 +15,7 @@ from lora_ext.io.adapter_file import MAX_HEADER_BYTES, TensorSpec, header_limit
 from lora_ext.io.adapter_folder import WEIGHTS_NAME, AdapterFolder
 from lora_ext.io.base_tensors import around_planned, biases, embeddings, name_in_file, places
 from lora_ext.io.files import short
+from lora_ext.nn.adoption import adapter_device
 
 if TYPE_CHECKING:
     from lora_ext.adapters.lora_model import LoraModel
@@ -119,8 +120,8 @@ def check_loadable(model: LoraModel, plan: Plan) -> None:
 
 def _beside_adapter(plan: Plan) -> Iterator[tuple[str, Tensor]]:
     for planned in plan.layers.values():
-        if getattr(planned.layer, "_hf_hook", None) is None:  # which fetches the weight for a call
-            for part, tensor in planned.layer.merged_parameters(()).items():
+        for part, tensor in planned.layer.merged_parameters(()).items():
+            if adapter_device(planned.layer, tensor) == tensor.device:  # else a hook fetches it
                 yield f"{planned.name}.{part}", tensor
     for name, module in plan.saved.items():
         for part, tensor in module.state_dict().items():
@@ -145,7 +146,7 @@ def _check_target(file: FileTensors, key: str, tensor: Tensor) -> None:
 
 def spec_of(tensor: Tensor) -> TensorSpec:
     """What a file has to hold for it: exactly its dtype, if that is not floating-point."""
-    shape = tuple(tensor.shape)
+    shape, dtype = tuple(tensor.shape), tensor.dtype
     if tensor.is_floating_point():
-        return TensorSpec(shape)
-    return TensorSpec(shape, frozenset({tensor.dtype}))
+        return TensorSpec(shape, held_in=dtype)
+    return TensorSpec(shape, frozenset({dtype}), dtype)

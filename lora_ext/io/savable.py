@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lora_ext.adapters.plan import make_plan
 from lora_ext.io.files import short
 from lora_ext.nn import LoraLayer
 
@@ -50,7 +51,7 @@ def check_adapter(model: LoraModel, adapter_name: str, config: LoraConfig) -> No
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            plan = model.plan(config)
+            plan = make_plan(model.base_model, config, autocast_adapter_dtype=True)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(
             f"{where}: its config could not be loaded into this model again: {error}; {NOTHING}"

@@ -1,10 +1,11 @@
-"""Drop-in modules, under loralib's names: `import lora_ext.nn as lora` stands for
-`import loralib as lora`. Merging in eval() is then an option, `merge_weights=True`."""
+"""Drop-in modules. Names and arguments are like loralib's; what stands for loralib itself is
+`lora_ext.loralib`."""
 
 from lora_ext.nn.any_layer import AnyLayer
 from lora_ext.nn.attention import MultiheadAttention
 from lora_ext.nn.conv import Conv1d, Conv2d, Conv3d
 from lora_ext.nn.embedding import Embedding
+from lora_ext.nn.fast_paths import watch_registrations as _watch_registrations
 from lora_ext.nn.linear import Linear
 from lora_ext.nn.lora_layer import LoraLayer
 from lora_ext.nn.merged_linear import MergedLinear
@@ -32,3 +33,5 @@ __all__ = [
     "mark_only_lora_as_trainable",
     "print_trainable_parameters",
 ]
+
+_watch_registrations()

@@ -79,16 +79,17 @@ class AnyLayer(LoraLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base's."""
-        base = self.get_base_layer()
+        base = self._plain_base()
         for name in self.WEIGHTS if self._running else ():
+            base.__dict__.pop(name, None)  # of a replica (nn.DataParallel), or pruned
             base._parameters[name] = self._adapted(name)  # type: ignore[assignment]
         if self._running and isinstance(base, nn.RNNBase):
             _list_weights(base)
             base._flat_weight_refs = [None] * len(base._flat_weights)  # not to be moved together
         return base.forward(*args, **kwargs)
 
-    def get_base_layer(self) -> nn.Module:
-        base = super().get_base_layer()
+    def _plain_base(self) -> nn.Module:
+        base = super()._plain_base()
         if isinstance(base, nn.RNNBase):
             _list_weights(base)
         return base
@@ -117,9 +118,19 @@ class AnyLayer(LoraLayer):
         shapes: dict[str, tuple[int, ...]] = {}
         for name in self.WEIGHTS:
             out_features, in_features = getattr(self, name).flatten(1).shape
-            shapes[f"{name}_lora_A"] = (settings.r, in_features)
-            shapes[f"{name}_lora_B"] = (out_features, settings.r)
+            r = settings.of(name).r
+            shapes[f"{name}_lora_A"] = (r, in_features)
+            shapes[f"{name}_lora_B"] = (out_features, r)
         return shapes
+
+    def _settings(self, name: str, prefix: str) -> AdapterSettings:
+        return self.adapters[name].of(prefix.removesuffix("_"))
+
+    def _scale_of(self, name: str, prefix: str) -> float:
+        own, common, now = self._settings(name, prefix), self.adapters[name], self._scaling[name]
+        if now == common.scaling:
+            return own.scaling
+        return now * (own.scaling / common.scaling)  # set_scale; it is not called for 0 times 0
 
     def _weight_matrix(self, prefix: str = "") -> Tensor:
         weight: Tensor = getattr(self, prefix.removesuffix("_"))

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from lora_ext.nn.arguments import check_sizes
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.linear import adapted_linear
 from lora_ext.nn.lora_layer import LoraLayer, LowRank
@@ -76,6 +77,7 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
         autocast_adapter_dtype: bool = True,
         **kw: Any,
     ) -> None:
+        check_sizes(type(self).__name__, embed_dim=embed_dim, num_heads=num_heads)
         nn.MultiheadAttention.__init__(self, embed_dim, num_heads, **kw)
         self._init_adapters(nn.MultiheadAttention, merge_weights)
         self._init_projections(enable_lora)
@@ -137,8 +139,8 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
         # What nn.TransformerEncoderLayer asks before it takes the weights instead of calling this.
         self._qkv_same_embed_dim = False
 
-    def get_base_layer(self) -> nn.Module:
-        base = super().get_base_layer()
+    def _plain_base(self) -> nn.Module:
+        base = super()._plain_base()
         base._qkv_same_embed_dim = self.in_proj_weight is not None  # type: ignore[assignment]
         return base
 
@@ -181,6 +183,11 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
     def _merged_parameters(self, names: Sequence[str]) -> dict[str, Tensor]:
         weights = [name for name, _ in self._targets().values()] or ["out_proj.weight"]
         return {name: attrgetter(name)(self) for name in weights}
+
+    def trained_biases(self) -> list[nn.Parameter]:
+        """That of the output, as in PEFT."""
+        bias = self.out_proj.bias
+        return [] if bias is None else [bias]
 
     def _write_merged(self, names: Sequence[str]) -> None:
         for prefix in self._targets():
@@ -236,7 +243,7 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
             TypeError: a mask that is neither bool nor floating.
         """
         if not self._running:
-            base = self.get_base_layer()
+            base = self._plain_base()
             options = (need_weights, attn_mask, average_attn_weights, is_causal)
             return base.forward(query, key, value, key_padding_mask, *options)  # type: ignore[no-any-return]
         batched = self._is_batched(query, key, value)

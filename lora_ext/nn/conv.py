@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -12,7 +12,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from lora_ext.functional import weight_norm
 from lora_ext.nn import dora
+from lora_ext.nn.adoption import belongs_to_its_class
+from lora_ext.nn.arguments import check_sizes
 from lora_ext.nn.default_adapter import DEFAULT
+from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.lora_layer import LoraLayer, LowRank
 from lora_ext.nn.settings import AdapterSettings
 
@@ -52,6 +55,7 @@ class _LoraConv(LoraLayer, _ConvNd):
     )
     _KIND: ClassVar[type[_ConvNd]]
     _CONVOLVE: ClassVar[Callable[..., Tensor]]
+    _KEPT: ClassVar[Any]  # this class over a base that is called
 
     def __init__(
         self,
@@ -71,6 +75,7 @@ class _LoraConv(LoraLayer, _ConvNd):
         **base_options: Any,
     ) -> None:
         kind: Any = self._KIND
+        check_sizes(type(self).__name__, in_channels=in_channels, out_channels=out_channels)
         kind.__init__(self, in_channels, out_channels, kernel_size, **base_options)
         self._init_adapters(kind, merge_weights)
         self._with_adapter(
@@ -103,9 +108,8 @@ class _LoraConv(LoraLayer, _ConvNd):
 
         Raises:
             TypeError: conv is not of the torch.nn class, or computes something else.
-            ValueError: its weight or bias is computed (pruning, weight_norm), its forward is
-                replaced on the instance, r is no multiple of its groups, or a setting is out of
-                range.
+            ValueError: its weight or bias is computed (pruning, weight_norm), r is no multiple of
+                its groups, or a setting is out of range.
         """
         kind: Any = cls._KIND
         if isinstance(conv, kind) and type(conv)._conv_forward is not kind._conv_forward:
@@ -113,7 +117,10 @@ class _LoraConv(LoraLayer, _ConvNd):
                 f"{cls.__name__}: base: got {type(conv).__qualname__}, expected a torch.nn."
                 f"{kind.__name__} that keeps its _conv_forward"
             )
-        self = cls._adopt(conv, kind)
+        if isinstance(conv, kind) and not belongs_to_its_class(conv, kind):
+            self: Self = cls._KEPT._over(conv, kind)
+        else:
+            self = cls._adopt(conv, kind)
         return self._with_adapter(adapter_name, r, lora_alpha, lora_dropout, **options)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -293,3 +300,34 @@ class Conv3d(_LoraConv, nn.Conv3d):
     __doc__ = f"`nn.Conv3d` plus low-rank updates.\n\n{_LoraConv.__doc__}"
     _KIND = nn.Conv3d
     _CONVOLVE = staticmethod(F.conv3d)
+
+
+class KeptConv(KeptBase, _LoraConv):
+    """A convolution over a base that is its child `base_layer`; see `lora_ext.nn.kept_base`."""
+
+    @property
+    def _kind(self) -> type[nn.Module]:
+        return self._KIND
+
+    def _updates(self, x: Tensor) -> Iterator[Tensor]:
+        for stack in self.low_rank():
+            update = self._update(x, stack)
+            if stack.lora_bias is not None:
+                shape = (-1, *[1] * len(self.kernel_size))
+                update = update + (stack.lora_bias * stack.scaling).view(shape)
+            yield update.to(self.weight.dtype)
+
+
+class KeptConv1d(KeptConv, Conv1d):  # type: ignore[misc]  # its forward takes more
+    """`Conv1d` over a base that is its child `base_layer`."""
+
+
+class KeptConv2d(KeptConv, Conv2d):  # type: ignore[misc]  # its forward takes more
+    """`Conv2d` over a base that is its child `base_layer`."""
+
+
+class KeptConv3d(KeptConv, Conv3d):  # type: ignore[misc]  # its forward takes more
+    """`Conv3d` over a base that is its child `base_layer`."""
+
+
+Conv1d._KEPT, Conv2d._KEPT, Conv3d._KEPT = KeptConv1d, KeptConv2d, KeptConv3d

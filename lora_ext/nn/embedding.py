@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -12,10 +12,14 @@ from torch.nn import functional as F
 
 from lora_ext.functional import lora_embedding, weight_norm
 from lora_ext.nn import dora
+from lora_ext.nn.adoption import belongs_to_its_class
+from lora_ext.nn.arguments import check_sizes
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.init import initialise_embedding
+from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.lora_layer import LoraLayer
 from lora_ext.nn.settings import AdapterSettings
+from lora_ext.nn.transaction import all_or_nothing
 
 
 class Embedding(LoraLayer, nn.Embedding):
@@ -72,6 +76,7 @@ class Embedding(LoraLayer, nn.Embedding):
         autocast_adapter_dtype: bool = True,
         **base_options: Any,
     ) -> None:
+        check_sizes(type(self).__name__, num_embeddings=num_embeddings, embedding_dim=embedding_dim)
         nn.Embedding.__init__(self, num_embeddings, embedding_dim, **base_options)
         self._init_adapters(nn.Embedding, merge_weights)
         self._with_adapter(
@@ -105,26 +110,31 @@ class Embedding(LoraLayer, nn.Embedding):
 
         Raises:
             TypeError: embedding is not an nn.Embedding, or computes something else.
-            ValueError: its weight is computed (pruning, weight_norm), its forward is replaced on
-                the instance, lora_bias, or a setting is out of range.
+            ValueError: its weight is computed (pruning, weight_norm), lora_bias, or a setting is
+                out of range.
         """
         scaled = is_scaled_word_embedding(embedding)
-        self = cls._adopt(embedding, type(embedding) if scaled else nn.Embedding)
+        kind = type(embedding) if scaled else nn.Embedding
+        if isinstance(embedding, nn.Embedding) and not belongs_to_its_class(embedding, kind):
+            self: Self = KeptEmbedding._over(embedding, kind)  # type: ignore[assignment]
+        else:
+            self = cls._adopt(embedding, kind)
         return self._with_adapter(adapter_name, r, lora_alpha, lora_dropout, **options)
 
-    def get_base_layer(self) -> nn.Module:
-        base: Any = super().get_base_layer()
+    def _plain_base(self) -> nn.Module:
+        base: Any = super()._plain_base()
         if self.merged:
             base.max_norm = None  # already applied, to the summands
         return base  # type: ignore[no-any-return]
 
+    @all_or_nothing
     def add_adapter(self, adapter_name: str, **settings: Any) -> None:
         super().add_adapter(adapter_name, **settings)
         if self.adapters[adapter_name].lora_dropout > 0.0:
             warnings.warn(
                 f"Embedding: lora_dropout: got {self.adapters[adapter_name].lora_dropout}, which "
                 "is kept but not applied: token numbers have no elements to drop",
-                stacklevel=2,
+                stacklevel=3,
             )
 
     def _initialise(self, name: str) -> None:
@@ -212,7 +222,7 @@ class Embedding(LoraLayer, nn.Embedding):
         return weight_norm(self.unmerged_weight().t(), stack.lora_A, stack.lora_B, stack.scaling)
 
     def _merged_parameters(self, names: Sequence[str]) -> dict[str, Tensor]:
-        return {"weight": self.weight}
+        return self._weight_and_bias(names)
 
     def _write_merged(self, names: Sequence[str]) -> None:
         factors, weight_scale = dora.merge_factors(self, names)
@@ -230,6 +240,27 @@ class Embedding(LoraLayer, nn.Embedding):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + self.adapters_repr()
+
+
+class KeptEmbedding(KeptBase, Embedding):  # type: ignore[misc]  # its forward takes more
+    """`Embedding` over a base that is its child `base_layer`; see `lora_ext.nn.kept_base`."""
+
+    @property
+    def _kind(self) -> type[nn.Module]:
+        return self._base_class if is_scaled_word_embedding(self.base_layer) else nn.Embedding
+
+    def _updates(self, x: Tensor) -> Iterator[Tensor]:
+        scale: Any = getattr(self, "embed_scale", 1.0)
+        for name in self._running:
+            yield (self._update(x, name) * scale).to(self.weight.dtype)
+
+    def _write_merged(self, names: Sequence[str]) -> None:
+        if self.max_norm is not None:
+            raise ValueError(
+                f"{type(self).__name__}.merge: max_norm: got {self.max_norm}, expected None: the "
+                "base, which is called, would renormalise the merged rows; run it unmerged"
+            )
+        super()._write_merged(names)
 
 
 def is_scaled_word_embedding(module: nn.Module) -> bool:

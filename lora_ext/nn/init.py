@@ -15,6 +15,8 @@ import re
 import torch
 from torch import Tensor, nn
 
+from lora_ext.errors import NotBuiltError
+
 KINDS = ("gaussian", "orthogonal", "pissa", "pissa_niter_<iterations>", "olora")
 NOT_BUILT = ("eva", "corda", "loftq", "mica", "lora_ga")
 
@@ -22,26 +24,40 @@ NOT_BUILT = ("eva", "corda", "loftq", "mica", "lora_ga")
 # "pissa_niter_<iterations>" is one of them too (see `mutates_weight`).
 MUTATING = frozenset({"pissa", "olora"})
 
-_PISSA_NITER = re.compile(r"pissa_niter_(\d+)")
+_PISSA_NITER = re.compile(r"pissa_niter_([0-9]+)")
+# A count beyond this is a mistake, or a trap in a file: 16 is what the paper calls enough.
+MAX_PISSA_ITERATIONS = 1000
 
 
 def check_init(kind: bool | str) -> bool | str:
-    """`kind` in its canonical form (lower case), if it is an initialisation that is built.
+    """`kind` in its canonical form (lower case), if it is an initialisation that is built. What a
+    config, a layer and a file may say: the one place that knows.
 
     Raises:
-        ValueError: it is not one, or one of PEFT's that is not built.
+        ValueError: it is not one.
+        TypeError: it is neither a name nor a bool.
+        NotBuiltError: it is one of PEFT's that is not built.
     """
     if isinstance(kind, bool):
         return kind
-    name = kind.lower() if isinstance(kind, str) else None
-    if name in ("gaussian", "orthogonal") or (name is not None and mutates_weight(name)):
-        return name
     expected = f"expected True, False or one of {KINDS}"
-    if name in NOT_BUILT:
+    if not isinstance(kind, str):
+        raise TypeError(f"init_lora_weights: got {kind!r}, {expected}")
+    name = kind.lower()
+    iterations = _PISSA_NITER.fullmatch(name)
+    if iterations is not None and int(iterations[1][:9]) > MAX_PISSA_ITERATIONS:
         raise ValueError(
-            f"init_lora_weights: got {kind!r}, which lora_ext does not have yet, {expected}"
+            f"init_lora_weights: got {kind[:30]!r}, expected at most {MAX_PISSA_ITERATIONS} "
+            "iterations"
         )
-    near = difflib.get_close_matches(name, KINDS) if name is not None else []
+    if name in ("gaussian", "orthogonal") or mutates_weight(name):
+        return name
+    if name in NOT_BUILT:
+        raise NotBuiltError(
+            f"init_lora_weights: got {kind!r}: the initialisation {name!r} is not built, {expected}"
+        )
+    kind = kind[:100]
+    near = difflib.get_close_matches(kind.lower(), KINDS)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"init_lora_weights: got {kind!r}, {expected}{hint}")
 
@@ -87,7 +103,7 @@ def initialise(
         lora_bias: [N], set to zero (except by False).
 
     Raises:
-        ValueError: kind is not built; an odd r for "orthogonal"; where the weight is changed: r
+        ValueError: kind is unknown; an odd r for "orthogonal"; where the weight is changed: r
             above min(N, K), shapes that do not fit, a meta adapter, NaN or Inf, or a scaling that
             is not above 0.
         TypeError: lora_A and lora_B have a dtype that the weight's cannot be merged with.
@@ -133,7 +149,8 @@ def initialise_embedding(kind: bool | str, lora_A: Tensor, lora_B: Tensor) -> No
         lora_B: [embedding_dim, r].
 
     Raises:
-        ValueError: kind is not built.
+        ValueError: kind is unknown.
+        NotBuiltError: kind is not built.
     """
     kind = check_init(kind)
     if lora_A.is_meta:

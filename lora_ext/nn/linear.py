@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Self
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from lora_ext.functional import lora_linear, lora_update, weight_norm
 from lora_ext.nn import dora
+from lora_ext.nn.adoption import belongs_to_its_class
+from lora_ext.nn.arguments import check_sizes
 from lora_ext.nn.default_adapter import DEFAULT
+from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.lora_layer import LoraLayer, LowRank
 from lora_ext.nn.settings import AdapterSettings
 
@@ -20,8 +24,7 @@ class LinearBase(LoraLayer, nn.Linear):
 
     weight: nn.Parameter
     fan_in_fan_out: bool
-    # Of a subclass of nn.Linear that computes something of its own.
-    _base_forward: Callable[..., Tensor] | None = None
+    _KEPT: ClassVar[Any]  # this class over a base that is called
 
     def _init_base(
         self,
@@ -31,6 +34,7 @@ class LinearBase(LoraLayer, nn.Linear):
         merge_weights: bool,
         **options: Any,
     ) -> None:
+        check_sizes(type(self).__name__, in_features=in_features, out_features=out_features)
         nn.Linear.__init__(self, in_features, out_features, **options)
         if fan_in_fan_out:
             self.weight = nn.Parameter(self.weight.detach().t().contiguous())
@@ -38,29 +42,37 @@ class LinearBase(LoraLayer, nn.Linear):
         self._init_adapters(nn.Linear, merge_weights)
 
     @classmethod
-    def _adopt_linear(cls, linear: nn.Linear, *, any_forward: bool = False) -> Self:
-        kind = type(linear)
-        twin = _full_name(kind) in _TWINS
-        self = cls._adopt(linear, nn.Linear, any_forward=any_forward or twin)
+    def _from_linear(cls, linear: nn.Linear) -> Self:
+        """A layer, without adapters, in the place of a linear one or over it."""
+        twin = _full_name(type(linear)) in _TWINS
+        if isinstance(linear, nn.Linear) and not belongs_to_its_class(
+            linear, type(linear) if twin else nn.Linear
+        ):
+            self: Self = cls._KEPT._over(linear, nn.Linear, any_forward=True)
+        else:
+            self = cls._adopt(linear, nn.Linear, any_forward=twin)
         self.fan_in_fan_out = False
-        if kind.forward is not nn.Linear.forward and not twin:
-            self._base_forward = kind.forward
         return self
 
     @classmethod
-    def _adopt_conv1d(cls, conv1d: nn.Module) -> Self:
-        if not is_transformers_conv1d(conv1d):
+    def _from_conv1d(cls, conv1d: nn.Module) -> Self:
+        """The same for a Conv1D of transformers."""
+        kind = transformers_conv1d(conv1d)
+        if kind is None:
             raise TypeError(
                 f"{cls.__name__}.from_conv1d: conv1d: got {type(conv1d).__qualname__}, expected "
-                "exactly transformers.pytorch_utils.Conv1D"
+                "a transformers.pytorch_utils.Conv1D"
             )
-        self = cls._adopt(conv1d, type(conv1d))
+        if belongs_to_its_class(conv1d, kind):
+            self: Self = cls._adopt(conv1d, kind)
+        else:
+            self = cls._KEPT._over(conv1d, kind, any_forward=True)
         self.in_features, self.out_features = self.weight.shape
         self.fan_in_fan_out = True
         return self
 
-    def get_base_layer(self) -> nn.Module:
-        base = super().get_base_layer()
+    def _plain_base(self) -> nn.Module:
+        base = super()._plain_base()
         if self.fan_in_fan_out and self._base_class is nn.Linear:
             base.weight = nn.Parameter(
                 self.weight.detach().t().contiguous(), requires_grad=self.weight.requires_grad
@@ -91,11 +103,11 @@ class Linear(LinearBase):
         merge_weights: eval() merges and train() unmerges, as loralib does.
         bias: whether the base has a bias.
 
-    `merge()` writes the update into `weight` in place; `unmerge()` gives back the base weight bit
-    for bit, whatever happened to the adapter between. For that a merged layer keeps a copy of its
-    base weight until unmerged: out_features * in_features more elements in memory. `state_dict`
-    holds the base weight also while merged. Layers that share one weight must be unmerged in the
-    reverse order of merging.
+    `merge()` makes `weight` another parameter, that of the base with the update in it; `unmerge()`
+    puts the base's own back, into which nothing was written, whatever happened to the adapter
+    between. Until then a merged layer holds both: out_features * in_features more elements in
+    memory. `state_dict` holds the base weight also while merged. Layers that share one weight can
+    be merged and unmerged in any order.
 
     Raises:
         ValueError: r, lora_alpha, lora_dropout or init_lora_weights out of range, by name.
@@ -150,15 +162,16 @@ class Linear(LinearBase):
         """The same layer with an adapter; shares `weight` and `bias` with `linear`.
 
         Keeps training mode, hooks, device, dtype and requires_grad. `options` are further fields
-        of `AdapterSettings`. With r = 0 there is no adapter yet. A subclass with a forward of its
-        own keeps it; its update is then added in plain PyTorch, as `explain` says.
+        of `AdapterSettings`. With r = 0 there is no adapter yet. An instance of a subclass, or one
+        whose call is its own (compiled in place, a forward set on it), becomes the child
+        `base_layer` of the result, which calls it and adds the update, as `explain` says.
 
         Raises:
             TypeError: linear is not an nn.Linear, or is quantized.
-            ValueError: its weight or bias is computed (pruning, weight_norm), its forward is
-                replaced on the instance, or a setting is out of range.
+            ValueError: its weight or bias is computed (pruning, weight_norm), or a setting is out
+                of range.
         """
-        self = cls._adopt_linear(linear, any_forward=True)
+        self = cls._from_linear(linear)
         return self._with_adapter(adapter_name, r, lora_alpha, lora_dropout, **options)
 
     @classmethod
@@ -178,19 +191,14 @@ class Linear(LinearBase):
         Raises:
             TypeError: conv1d is not such a Conv1D.
         """
-        self = cls._adopt_conv1d(conv1d)
+        self = cls._from_conv1d(conv1d)
         return self._with_adapter(adapter_name, r, lora_alpha, lora_dropout, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] → [..., out_features]."""
         if self._runs_dora:
             return dora.linear_forward(self, x, self._weight_matrix())
-        if self._base_forward is None:
-            return adapted_linear(x, self._weight_matrix(), self.bias, self.low_rank())
-        y: Tensor = self._base_forward(self, x)
-        for update in self.low_rank():
-            y = y + lora_update(x, *update)
-        return y
+        return adapted_linear(x, self._weight_matrix(), self.bias, self.low_rank())
 
     def part_shapes(self, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {
@@ -200,11 +208,6 @@ class Linear(LinearBase):
         if settings.lora_bias:
             shapes["lora_bias"] = (self.out_features,)
         if settings.use_dora:
-            if self._base_forward is not None:
-                raise ValueError(
-                    f"Linear: use_dora: got True, expected False: {self._base_class.__qualname__} "
-                    "has a forward of its own, whose result need not be a product with its weight"
-                )
             shapes["lora_magnitude_vector"] = (self.out_features,)
         return shapes
 
@@ -260,6 +263,31 @@ def _full_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def is_transformers_conv1d(module: nn.Module) -> bool:
-    """Whether module is exactly transformers' Conv1D, without importing transformers."""
-    return _full_name(type(module)) == "transformers.pytorch_utils.Conv1D"
+def transformers_conv1d(module: nn.Module) -> type[nn.Module] | None:
+    """transformers' Conv1D, the transposed linear layer of GPT-2, if module is one; does not import
+    transformers."""
+    library = sys.modules.get("transformers.pytorch_utils")
+    if library is None or not isinstance(module, library.Conv1D):
+        return None
+    kind: type[nn.Module] = library.Conv1D
+    return kind
+
+
+class _KeptLinearBase(KeptBase, LinearBase):  # type: ignore[misc]  # its forward takes more
+    """A linear layer over a base that is called."""
+
+    @property
+    def _kind(self) -> type[nn.Module]:
+        twin = _full_name(self._base_class) in _TWINS
+        plain = self._base_class if twin else nn.Linear
+        return transformers_conv1d(self.base_layer) or plain
+
+
+class KeptLinear(_KeptLinearBase, Linear):  # type: ignore[misc]  # its forward takes more
+    """`Linear` over a base that is its child `base_layer`; see `lora_ext.nn.kept_base`."""
+
+    def _updates(self, x: Tensor) -> Iterator[Tensor]:
+        return (lora_update(x, *low_rank) for low_rank in self.low_rank())
+
+
+Linear._KEPT = KeptLinear

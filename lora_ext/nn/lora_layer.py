@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lora_ext.nn.adoption import AdoptingLayer, adapter_device, offload_with, part_name
+from lora_ext.nn.arguments import as_number, names_of
 from lora_ext.nn.default_adapter import DEFAULT, DefaultAdapter
 from lora_ext.nn.init import initialise, mutates_weight
-from lora_ext.nn.mergeable import MergeableLayer, base_name
 from lora_ext.nn.settings import AdapterSettings
-
-
-def part_name(part: str, adapter_name: str) -> str:
-    """The attribute that holds a part of an adapter: "lora_A" of "default" is `lora_A`, as in
-    loralib; of "french" it is `lora_A_french`."""
-    return part if adapter_name == DEFAULT else f"{part}_{adapter_name}"
+from lora_ext.nn.transaction import all_or_nothing
 
 
 class LowRank(NamedTuple):
@@ -32,7 +28,7 @@ class LowRank(NamedTuple):
     dropout_p: float
 
 
-class LoraLayer(DefaultAdapter, MergeableLayer):
+class LoraLayer(DefaultAdapter, AdoptingLayer):
     """A layer of PyTorch that holds any number of named adapters beside its own parameters.
 
     A kind of layer derives from this and from the PyTorch class that it extends, and says how large
@@ -58,7 +54,12 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
     # What `_adopt` and the constructors add to the base's attributes.
     _STATE: ClassVar[frozenset[str]] = frozenset(
         "adapters active_adapters merged_adapters merge_weights "
-        "_base_class _base_forward _scaling _enabled _running _runs_dora _aside".split()
+        "_base_class _scaling _enabled _running _runs_dora _aside".split()
+    )
+    # What changes with adapters: that of a draft becomes the layer's (see `transaction`).
+    DRAFTED: ClassVar[tuple[str, ...]] = (
+        *("_parameters", "adapters", "active_adapters", "merged_adapters", "_aside"),
+        *("_scaling", "_enabled", "_running", "_runs_dora"),
     )
 
     adapters: dict[str, AdapterSettings]
@@ -83,6 +84,10 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
         shape of lora_B times lora_A; a view."""
         raise NotImplementedError
 
+    def _adapted_weight(self) -> Tensor:
+        """One whose device and dtype an adapter takes after."""
+        return next(iter(self._merged_parameters(()).values()))
+
     def _weight_norm(self, adapter_name: str) -> Tensor:
         """For DoRA, in the shape of the magnitude: the norm of every row of the base's weight plus
         the adapter's scaled product, in float32 (float64 for float64)."""
@@ -103,69 +108,9 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
         for part in self.PARTS:
             self.register_parameter(part, None)
 
-    @classmethod
-    def _adopt(cls, base: nn.Module, kind: type[nn.Module], *, any_forward: bool = False) -> Self:
-        """A layer of this class with all that `base` is: its parameters, attributes, hooks and
-        mode, shared with it. `any_forward`: `base` need not compute what a `kind` does.
-
-        Raises:
-            TypeError: base does not compute what a `kind` does.
-            ValueError: base computes a parameter (pruning, weight_norm), or its forward is replaced
-                on the instance.
-        """
-        where = f"{cls.__name__}: base"
-        keeps_forward = any_forward or type(base).forward is kind.forward
-        if isinstance(base, LoraLayer) or not isinstance(base, kind) or not keeps_forward:
-            raise TypeError(
-                f"{where}: got {type(base).__qualname__}, expected a {kind.__module__}."
-                f"{kind.__qualname__} that keeps its forward"
-            )
-        if isinstance(base, NonDynamicallyQuantizableLinear):
-            raise TypeError(
-                f"{where}: MultiheadAttention reads the weight of its out_proj without calling it, "
-                "so an adapter there would do nothing; adapt the MultiheadAttention itself"
-            )
-        for name in ("weight", "bias"):
-            if isinstance(getattr(base, name, None), Tensor) and name not in base._parameters:
-                raise ValueError(
-                    f"{where}: computes its {name} (pruning, weight_norm), expected a plain "
-                    "parameter; make that permanent first"
-                )
-        for name, parameter in base._parameters.items():
-            if parameter is not None and (
-                type(parameter) is not nn.Parameter or not parameter.is_floating_point()
-            ):
-                raise TypeError(
-                    f"{where}: its {name} is a {type(parameter).__qualname__} of "
-                    f"{parameter.dtype}, expected a plain floating-point parameter; quantized "
-                    "layers are not supported"
-                )
-        if "forward" in base.__dict__:
-            raise ValueError(
-                f"{where}: its forward is replaced on the instance (as accelerate's hooks do), "
-                "expected the class's own; take the hook off first and put it on again after"
-            )
-        self: Self = cls.__new__(cls)
-        self.__dict__.update(base.__dict__)
-        for registry in ("_parameters", "_buffers", "_modules"):  # what is added is not the base's
-            self.__dict__[registry] = dict(base.__dict__[registry])
-        self._init_adapters(type(base))
-        return self
-
-    def get_base_layer(self) -> nn.Module:
-        """A layer of the class that this one extends, without adapters, sharing its parameters:
-        with what is merged, if anything is."""
-        base = self._base_class.__new__(self._base_class)
-        base.__dict__.update({k: v for k, v in self.__dict__.items() if k not in self._STATE})
-        lora = {part_name(part, name) for part in self.PARTS for name in (DEFAULT, *self.adapters)}
-        copies = {base_name(name) for name in self._base_copies()}
-        for registry, drop in (("_parameters", lora), ("_buffers", copies)):
-            kept = {k: v for k, v in self.__dict__[registry].items() if k not in drop}
-            base.__dict__[registry] = kept
-        return base
-
     # Adapters
 
+    @all_or_nothing
     def add_adapter(self, adapter_name: str, **settings: Any) -> None:
         """Adds an adapter; the first one becomes active.
 
@@ -189,26 +134,38 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
                 f"{type(self).__name__}.add_adapter: ungrouped_lora_A: got True, expected False: "
                 "only a convolution with groups has the choice"
             )
-        base = next(iter(self._merged_parameters(()).values()))
-        dtype = base.dtype
-        if chosen.autocast_adapter_dtype and dtype in (torch.bfloat16, torch.float16):
-            dtype = torch.float32
+        base = self._adapted_weight()
+        device, dtype = adapter_device(self, base), self.adapter_dtype(chosen)
+        needs_weight = mutates_weight(chosen.init_lora_weights) or chosen.use_dora
+        if needs_weight and base.device.type == "meta" and device.type != "meta":
+            raise ValueError(
+                f"{type(self).__name__}.add_adapter: got use_dora={chosen.use_dora} and "
+                f"init_lora_weights={chosen.init_lora_weights!r}, which read the layer's weight, "
+                "but a hook offloads it; take the hooks off first "
+                "(accelerate.hooks.remove_hook_from_module(model, recurse=True))"
+            )
         for part, shape in shapes.items():
-            tensor = torch.empty(shape, device=base.device, dtype=dtype)
+            tensor = torch.empty(shape, device=device, dtype=dtype)
             self.register_parameter(part_name(part, adapter_name), nn.Parameter(tensor))
         self.adapters[adapter_name] = chosen
         self._scaling[adapter_name] = chosen.scaling
-        try:
+        if mutates_weight(chosen.init_lora_weights):
+            self._initialise_from_base(adapter_name)
+        else:
             self._initialise(adapter_name)
-        except BaseException:
-            self.delete_adapter(adapter_name)
-            raise
+        offload_with(self, self.adapter_parameters(adapter_name))
         if len(self.adapters) == 1:
             self.active_adapters = (adapter_name,)
         elif adapter_name not in self.active_adapters:
             for parameter in self.adapter_parameters(adapter_name).values():
                 parameter.requires_grad_(False)
         self._choose_running()
+
+    def adapter_dtype(self, settings: AdapterSettings) -> torch.dtype:
+        """That of an adapter with these settings."""
+        dtype = self._adapted_weight().dtype
+        narrow = dtype in (torch.bfloat16, torch.float16)
+        return torch.float32 if narrow and settings.autocast_adapter_dtype else dtype
 
     def _with_adapter(
         self, adapter_name: str, r: int, lora_alpha: float, lora_dropout: float, **settings: Any
@@ -219,6 +176,7 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
             self.add_adapter(adapter_name, **settings)
         return self
 
+    @all_or_nothing
     def delete_adapter(self, adapter_name: str) -> None:
         """Forgets an adapter; if it is active, the others that are stay so.
 
@@ -231,6 +189,7 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
                 f"{type(self).__name__}.delete_adapter: adapter_name: '{adapter_name}' is merged; "
                 "call unmerge() first"
             )
+        self._check_not_computed(f"{type(self).__name__}.delete_adapter", adapter_name)
         self.active_adapters = tuple(n for n in self.active_adapters if n != adapter_name)
         for name in self.adapter_parameters(adapter_name):
             del self._parameters[name]
@@ -240,10 +199,12 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
         del self.adapters[adapter_name], self._scaling[adapter_name]
         self._choose_running()
 
+    @all_or_nothing
     def rename_adapter(self, old: str, new: str) -> None:
         """Gives an adapter another name; the parameters themselves stay."""
         self._check_names([old])
         check_adapter_name(new, self.adapters, type(self).__name__)
+        self._check_not_computed(f"{type(self).__name__}.rename_adapter", old)
         for part in self.PARTS:
             parameter = self._parameters.get(part_name(part, old))
             if parameter is not None:
@@ -259,25 +220,30 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
         self.merged_adapters = tuple(new if n == old else n for n in self.merged_adapters)
         self._choose_running()
 
+    @all_or_nothing
     def set_adapter(self, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
         """Makes exactly these adapters active, and trainable unless `inference_mode`; all others
         are frozen. Several active adapters add up. Unmerges what is merged."""
-        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        names = tuple(names_of(adapter_names, f"{type(self).__name__}.set_adapter"))
         self._check_names(names)
         if self.merged:
             self.unmerge()
         self.active_adapters = tuple(dict.fromkeys(names))
         for name in self.adapters:
-            for parameter in self.adapter_parameters(name).values():
-                parameter.requires_grad_(name in names and not inference_mode)
+            for key in self.adapter_state_names(name):
+                tensor = attrgetter(key)(self)
+                if isinstance(tensor, nn.Parameter):
+                    self._transaction.require_grad(tensor, name in names and not inference_mode)
         self._choose_running()
 
+    @all_or_nothing
     def enable_adapters(self, enabled: bool) -> None:
         """Whether the active adapters run; disabling also unmerges, so that the base is exact."""
         if not enabled and self.merged:
             self.unmerge()
         self._enabled = enabled
         self._choose_running()
+        self._follow_mode()
 
     @property
     def disable_adapters(self) -> bool:
@@ -294,6 +260,11 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
         parts = self.parts(adapter_name)
         return {part_name(part, adapter_name): value for part, value in parts.items()}
 
+    def trained_biases(self) -> list[nn.Parameter]:
+        """The base's biases that train with an adapter whose config says "lora_only"."""
+        bias = self._aside.get(f"{self.BASE_PATH}bias", getattr(self, "bias", None))
+        return [bias] if isinstance(bias, nn.Parameter) else []
+
     def peft_parameters(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """The parameters of one adapter, by their names in PEFT's checkpoints."""
         return {self.PEFT_NAMES[part]: value for part, value in self.parts(adapter_name).items()}
@@ -305,6 +276,7 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
 
     def peft_tensors(self, adapter_name: str) -> dict[str, Tensor]:
         """What a checkpoint holds of one adapter: `peft_parameters`, in PEFT's shapes."""
+        self._check_not_computed(f"{type(self).__name__}.peft_tensors", adapter_name)
         return {key: p.detach() for key, p in self.peft_parameters(adapter_name).items()}
 
     def plain_parts(self, adapter_name: str) -> dict[str, Tensor] | None:
@@ -327,6 +299,7 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
                 f"{type(self).__name__}.reset_lora_parameters: init_lora_weights: got {kind!r}, "
                 "which changes the base weight, expected another kind; add a new adapter instead"
             )
+        self._check_not_computed(f"{type(self).__name__}.reset_lora_parameters", adapter_name)
         self._initialise(adapter_name)
 
     def _initialise(self, name: str) -> None:
@@ -342,7 +315,7 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
             )
             if A is not None:
                 weight = self._weight_matrix(prefix)
-                kind, scaling = settings.init_lora_weights, settings.scaling
+                kind, scaling = settings.init_lora_weights, self._settings(name, prefix).scaling
                 initialise(kind, A, B, weight, scaling, lora_bias=bias)
         self._reset_magnitude(name)
 
@@ -367,15 +340,19 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
             ValueError: not a finite number, no such adapter, or it is merged.
         """
         self._check_names([adapter_name])
+        scale = as_number(scale, f"{type(self).__name__}.set_scale", "scale", "a finite number")
         self._set_scaling({adapter_name: scale * self.adapters[adapter_name].scaling})
 
     def scale_layer(self, scale: float) -> None:
         """Multiplies the scaling of the active adapters."""
+        scale = as_number(scale, f"{type(self).__name__}.scale_layer", "scale", "a finite number")
         self._set_scaling({n: scale * self._scaling[n] for n in self.active_adapters})
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divides the scaling of the active adapters; without `scale`, makes it that of their
         settings."""
+        if scale is not None:
+            scale = as_number(scale, f"{type(self).__name__}.unscale_layer", "scale")
         if scale == 0:
             raise ValueError(
                 f"{type(self).__name__}.unscale_layer: scale: got 0, expected another number; "
@@ -388,6 +365,7 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
             }
         )
 
+    @all_or_nothing
     def _set_scaling(self, scaling: dict[str, float]) -> None:
         for name, value in scaling.items():
             if not math.isfinite(value):
@@ -415,7 +393,14 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
         return self._running
 
     def _part(self, part: str, name: str) -> Any:
-        return self._parameters.get(part_name(part, name))
+        key = part_name(part, name)
+        found = self._parameters.get(key)
+        if found is None and key not in self._parameters:
+            # Computed from others (pruning, parametrization), or of a replica (nn.DataParallel).
+            found = self.__dict__.get(key)
+            if found is None and "parametrizations" in self._modules:
+                return getattr(self, key, None)
+        return found
 
     def low_rank(self, prefix: str = "") -> list[LowRank]:
         """The adapters that run now, stacked where they share a dropout probability."""
@@ -427,6 +412,14 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
             dropout_p = self.adapters[name].lora_dropout if self.training else 0.0
             groups.setdefault(dropout_p, []).append(name)
         return [self._stack(names, dropout_p, prefix) for dropout_p, names in groups.items()]
+
+    def _settings(self, name: str, prefix: str) -> AdapterSettings:
+        """Those of an adapter's product of a prefix."""
+        return self.adapters[name]
+
+    def _scale_of(self, name: str, prefix: str) -> float:
+        """What multiplies an adapter's product of a prefix now."""
+        return self._scaling[name]
 
     def _stack(
         self,
@@ -441,13 +434,13 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
         if len(names) == 1 and not factors:
             name = names[0]
             A, B, bias = self._part(a, name), self._part(b, name), self._part(c, name)
-            return LowRank(A, B, bias, self._scaling[name], dropout_p)
+            return LowRank(A, B, bias, self._scale_of(name, prefix), dropout_p)
         # The scalings go into lora_B, and with it into float32: there they cost no accuracy.
         A_parts = self._alike([self._part(a, name) for name in names])
         compute = torch.promote_types(A_parts[0].dtype, torch.float32)
 
         def scaled(part: str, name: str) -> Tensor:
-            tensor: Tensor = self._part(part, name).to(compute) * self._scaling[name]
+            tensor: Tensor = self._part(part, name).to(compute) * self._scale_of(name, prefix)
             if factors:
                 tensor = tensor * factors[name].view(-1, *[1] * (tensor.dim() - 1))
             return tensor
@@ -469,7 +462,7 @@ class LoraLayer(DefaultAdapter, MergeableLayer):
     # Checks
 
     def _check_names(self, names: Iterable[str]) -> None:
-        unknown = [name for name in names if name not in self.adapters]
+        unknown = [n for n in names if not isinstance(n, str) or n not in self.adapters]
         if unknown:
             raise ValueError(
                 f"{type(self).__name__}: adapter_name: got {unknown[0]!r}, "

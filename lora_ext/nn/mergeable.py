@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lora_ext.errors import AlreadyMergedError, NotMergedError
+from lora_ext.nn.arguments import names_of
 from lora_ext.nn.settings import AdapterSettings
+from lora_ext.nn.transaction import Transaction, all_or_nothing, put_parameter
 
 if TYPE_CHECKING:
     from lora_ext.nn.lora_layer import LowRank
 
 
 class MergeableLayer(nn.Module):
-    """The part of a `LoraLayer` that merges: a merged layer keeps a copy of what it changed, or, of
-    what other modules share, the shared parameter itself, and has one of its own meanwhile."""
+    """The part of a `LoraLayer` that merges: a merged layer keeps the base's parameters, and has
+    others in their places meanwhile."""
 
     adapters: dict[str, AdapterSettings]
     active_adapters: tuple[str, ...]
     merged_adapters: tuple[str, ...]
     merge_weights: bool
+    weight: Any
     bias: Any
-    # Parameters shared with other modules that are replaced while merged, by name. Not registered:
-    # they are the other modules' to report.
+    # What stands before the names of the base's parameters, if they are a child's.
+    BASE_PATH: ClassVar[str] = ""
+    _enabled: bool
+    # The base's parameters while merged, by name. Not registered: they are no part of a forward.
     _aside: dict[str, nn.Parameter]
+    _transaction: Transaction  # of a draft
 
     # What a kind of layer says of itself
 
@@ -43,13 +52,19 @@ class MergeableLayer(nn.Module):
         raise NotImplementedError
 
     def _write_merged(self, names: Sequence[str]) -> None:
-        """Adds these adapters to the base's parameters, in place; ValueError for NaN or Inf."""
+        """Adds these adapters to a draft's parameters, in place; ValueError for NaN or Inf."""
         raise NotImplementedError
 
     def _choose_running(self) -> None:
         raise NotImplementedError
 
+    def _initialise(self, name: str) -> None:
+        raise NotImplementedError
+
     def _check_names(self, names: Iterable[str]) -> None:
+        raise NotImplementedError
+
+    def _check_not_computed(self, where: str) -> None:
         raise NotImplementedError
 
     # Merging
@@ -59,140 +74,163 @@ class MergeableLayer(nn.Module):
         """Whether adapters are in the base's parameters."""
         return bool(self.merged_adapters)
 
-    @torch.no_grad()
-    def merge(
-        self, adapter_names: Iterable[str] | None = None, *, separate: Collection[str] = ()
-    ) -> None:
-        """Adds adapters (the active ones, if None) to the base's parameters in place: in float32
-        with one rounding, in float64 for float64. A copy of those parameters is kept until
-        `unmerge()`. Adapters that are merged already are merged again with the new ones, from the
-        base's own values.
-
-        Args:
-            separate: names of `merged_parameters` that are not changed in place, since other
-                modules share them: until `unmerge()` this layer has a parameter of its own instead.
+    @all_or_nothing
+    def merge(self, adapter_names: Iterable[str] | None = None) -> None:
+        """Adds adapters (the active ones, if None) to the base's parameters: in float32 with one
+        rounding, in float64 for float64. Nothing is written into those: until `unmerge()` the
+        layer has parameters of its own in their places, also where other modules share them.
+        Adapters that are merged already are merged again with the new ones, from the base's own
+        values.
 
         Raises:
             AlreadyMergedError: all of them are merged.
-            ValueError: no such adapter, or a merged value would be NaN or infinite. Nothing is
-                changed then.
+            ValueError: no such adapter, the adapters are disabled, or a merged value would be NaN
+                or infinite. Nothing is changed then.
         """
         where = f"{type(self).__name__}.merge"
-        if adapter_names is not None and isinstance(adapter_names, str):
-            adapter_names = [adapter_names]
-        names = self.active_adapters if adapter_names is None else tuple(adapter_names)
+        names = self.active_adapters
+        if adapter_names is not None:
+            names = tuple(names_of(adapter_names, where))
         self._check_names(names)
         if self.merged and set(names) <= set(self.merged_adapters):
             raise AlreadyMergedError(f"{where}: already merged; call unmerge() first")
         if not names:
             raise ValueError(f"{where}: there is no active adapter, expected at least one")
-        before = self.merged_adapters
-        together = tuple(dict.fromkeys((*before, *names)))
-        parameters = self._merged_parameters(together)
-        copies = self._base_copies()
-        replaced = {
-            name: parameter
-            for name, parameter in parameters.items()
-            if name in separate and name not in copies and isinstance(parameter, nn.Parameter)
-        }
-        now = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        try:
-            for name, parameter in parameters.items():
-                if name in replaced:
-                    self._put(name, nn.Parameter(now[name], parameter.requires_grad))
-                elif name in copies:
-                    parameter.copy_(copies[name])
-            self._write_merged(together)
-        except BaseException:
-            for name, parameter in parameters.items():
-                if name in replaced:
-                    self._put(name, replaced[name])
-                else:
-                    parameter.copy_(now[name])
-            raise
-        self._aside |= replaced
-        for name, values in now.items():
-            if name not in replaced and name not in copies:
-                self.register_buffer(base_name(name), values, persistent=False)
-        self.merged_adapters = together
+        if not self._enabled:
+            raise ValueError(
+                f"{where}: the adapters are disabled, expected enabled ones, or the layer would do "
+                "what they do; call enable_adapters first"
+            )
+        self._merge(tuple(dict.fromkeys((*self.merged_adapters, *names))))
+
+    @all_or_nothing
+    @torch.no_grad()
+    def _merge(self, names: tuple[str, ...]) -> None:
+        """Makes exactly these adapters the merged ones."""
+        where = f"{type(self).__name__}.merge"
+        self._check_not_computed(where)
+        train = {name: attrgetter(name)(self).requires_grad for name in self._aside}
+        self._put_back()
+        parameters = self._merged_parameters(names)
+        for name, parameter in parameters.items():
+            if parameter.device.type == "meta":
+                raise ValueError(
+                    f"{where}: the layer's {name} is on 'meta', where it has no values, expected "
+                    "it on a device; take off the hooks that offload it "
+                    "(accelerate.hooks.remove_hook_from_module(model, recurse=True)), or move "
+                    "the model"
+                )
+        self._aside = self._put_own(parameters)
+        for name in train.keys() & self._aside.keys():
+            attrgetter(name)(self).requires_grad_(train[name])
+        self._write_merged(names)
+        self.merged_adapters = names
         self._choose_running()
 
-    @torch.no_grad()
+    @all_or_nothing
     def unmerge(self) -> None:
-        """Gives the base's parameters the bits they had before `merge()`, and those that are shared
-        their places.
+        """Gives the base's parameters their places again, which were never changed.
 
         Raises:
             NotMergedError: nothing is merged.
         """
         if not self.merged:
             raise NotMergedError(f"{type(self).__name__}.unmerge: not merged; call merge() first")
-        parameters = self._merged_parameters(self.merged_adapters)
-        for name, base in self._base_copies().items():
-            if name in self._aside:
-                self._put(name, self._aside.pop(name))
-            else:
-                parameters[name].copy_(base)
-                del self._buffers[base_name(name)]
+        self._put_back()
         self.merged_adapters = ()
         self._choose_running()
 
-    def _put(self, name: str, parameter: nn.Parameter) -> None:
-        """Sets a parameter, of a child for a dotted name."""
-        owner, _, attribute = name.rpartition(".")
-        setattr(self.get_submodule(owner), attribute, parameter)
+    def _put_own(self, parameters: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+        """Gives a draft copies of these parameters, which are returned, in their places."""
+        base: dict[str, nn.Parameter] = {}
+        for name, parameter in parameters.items():
+            if not isinstance(parameter, nn.Parameter):
+                raise ValueError(
+                    f"{type(self).__name__}: its {name} is computed (pruning, weight_norm), "
+                    "expected a plain parameter; make that permanent first"
+                )
+            own = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            _BASES[own] = parameter
+            put_parameter(self, name, own)
+            base[name] = parameter
+        return base
+
+    def _initialise_from_base(self, adapter_name: str) -> None:
+        """Initialises an adapter that is taken out of the base's parameters: out of copies, in a
+        draft."""
+        parameters = self._put_own(self._merged_parameters([adapter_name]))
+        self._initialise(adapter_name)
+        for name, parameter in parameters.items():
+            self._transaction.write(parameter, attrgetter(name)(self).detach())
+            put_parameter(self, name, parameter)
+
+    def _put_back(self) -> None:
+        """Gives a draft the base's parameters in their places; they train if those did that were
+        there meanwhile."""
+        for name, base in self._aside.items():
+            self._transaction.require_grad(base, attrgetter(name)(self).requires_grad)
+            put_parameter(self, name, base)
+        self._aside = {}
+
+    @all_or_nothing
+    def _take_base(self, name: str, parameter: nn.Parameter) -> None:
+        """Makes another parameter the base's; what is merged stays so."""
+        if parameter is not self._aside[name]:
+            merged = self.merged_adapters
+            self.unmerge()
+            put_parameter(self, name, parameter)
+            self._merge(merged)
 
     @property
-    def shared_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters of other modules that have their places here again after `unmerge()`."""
+    def base_parameters(self) -> dict[str, nn.Parameter]:
+        """The base's own parameters that `unmerge()` puts back, by name; none unless merged."""
         return dict(self._aside)
 
     def unmerged_weight(self) -> Tensor:
         """The base's own weight, also while merged."""
-        weight = self._base_copies().get("weight", self._parameters["weight"])
-        assert weight is not None
+        weight: Tensor = self._aside.get(f"{self.BASE_PATH}weight", self.weight)
         return weight.detach()
-
-    def _base_copies(self) -> dict[str, Tensor]:
-        """The base's values while merged, by the parameter's name."""
-        if not self.merged:
-            return {}
-        names = self._merged_parameters(self.merged_adapters)
-        kept = {name: self._aside.get(name, self._buffers.get(base_name(name))) for name in names}
-        return {name: tensor for name, tensor in kept.items() if tensor is not None}
 
     def train(self, mode: bool = True) -> Self:
         """With `merge_weights`, as in loralib: eval() merges, train() unmerges."""
         super().train(mode)
-        if self.merge_weights and self.active_adapters and self.merged == mode:
-            self.unmerge() if mode else self.merge()
+        self._follow_mode()
         return self
 
+    def _follow_mode(self) -> None:
+        if self.merge_weights and self.active_adapters and self.merged == self.training:
+            if self.training:
+                self.unmerge()
+            elif self._enabled:
+                self.merge()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What moves or casts the layer also does so to shared parameters that it has replaced."""
-        self._parameters.update({base_name(name): p for name, p in self._aside.items()})
+        """What moves or casts the layer also does so to the base's parameters while merged."""
         try:
+            self._parameters.update({base_name(name): p for name, p in self._aside.items()})
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
         finally:
             for name in self._aside:
-                moved = self._parameters.pop(base_name(name))
-                assert moved is not None
-                self._aside[name] = moved
+                if (moved := self._parameters.pop(base_name(name), None)) is not None:
+                    self._aside[name] = moved
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for name, base in self._aside.items():
+            _BASES[attrgetter(name)(self)] = base
 
     # Merging a bias, for the kinds that have one
 
     def _weight_and_bias(self, names: Sequence[str]) -> dict[str, Tensor]:
         """The base's weight, and its bias where one of these adapters has a lora_bias."""
-        weight = self._parameters["weight"]
-        assert weight is not None
-        parameters: dict[str, Tensor] = {"weight": weight}
+        parameters: dict[str, Tensor] = {f"{self.BASE_PATH}weight": self.weight}
         if any(self.adapters[name].lora_bias for name in names):
             if self.bias is None:
                 raise ValueError(
                     f"{type(self).__name__}.merge: lora_bias cannot be merged into a base without "
                     "bias; construct the base with bias=True"
                 )
-            parameters["bias"] = self.bias
+            parameters[f"{self.BASE_PATH}bias"] = self.bias
         return parameters
 
     def _merged_bias(self, stack: LowRank) -> Tensor | None:
@@ -219,7 +257,7 @@ class MergeableLayer(nn.Module):
         state = super().state_dict(*args, **kwargs)
         prefix = args[1] if len(args) > 1 else kwargs.get("prefix", "")
         keep_vars = args[2] if len(args) > 2 else kwargs.get("keep_vars", False)
-        for name, base in self._base_copies().items():
+        for name, base in self._aside.items():
             state[prefix + name] = base if keep_vars else base.detach()
         return state
 
@@ -234,7 +272,7 @@ class MergeableLayer(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """A merged layer stays merged, with what was loaded."""
-        merged, separate = self.merged_adapters, tuple(self._aside)
+        merged = self.merged_adapters
         if merged:
             self.unmerge()
         super()._load_from_state_dict(
@@ -253,18 +291,48 @@ class MergeableLayer(nn.Module):
             with torch.no_grad():
                 for name in below:
                     parameters[name].copy_(state_dict[prefix + name])
-            self.merge(merged, separate=separate)
+            self.merge(merged)
         except ValueError as error:
             error_msgs.append(f"{prefix}merge after loading, now unmerged: {error}")
         else:
-            parameters = self._merged_parameters(merged)  # not those above, where they are shared
+            parameters = self._merged_parameters(merged)  # not those above
             for name in below:
                 state_dict[prefix + name] = parameters[name].detach().clone()
 
 
+# The base's parameter that a merged one stands in for.
+_BASES: MutableMapping[Tensor, nn.Parameter] = WeakTensorKeyDictionary()
+
+
+def base_of(parameter: nn.Parameter) -> nn.Parameter:
+    """The base's parameter that a merged one stands in for, or itself."""
+    return _BASES.get(parameter, parameter)
+
+
+def _share_the_base(
+    module: nn.Module, name: str, parameter: nn.Parameter | None
+) -> nn.Parameter | None:
+    """What becomes a module's parameter instead of `parameter`, if anything. Who shares its weight
+    with the base of a merged layer goes on with that if told to share the layer's
+    (`head.weight = embedding.weight`, as in tie_weights of transformers); and a weight that is
+    given to a merged layer is its base's."""
+    if parameter is None or not _BASES:
+        return None
+    now, base = module._parameters.get(name), base_of(parameter)
+    if now is parameter:
+        return None
+    if isinstance(module, MergeableLayer) and name in vars(module).get("_aside", ()):
+        module._take_base(name, base)
+        return module._parameters[name]
+    return base if now is base else None
+
+
+register_module_parameter_registration_hook(_share_the_base)  # type: ignore[arg-type]
+
+
 def base_name(parameter_name: str) -> str:
-    """The buffer that keeps a parameter's own values while it is merged."""
-    return f"_base_{parameter_name.replace('.', '__')}"  # a buffer's name has no dots
+    """What a parameter of the base is registered as while a merged layer is moved."""
+    return f"_base_{parameter_name.replace('.', '__')}"  # such a name has no dots
 
 
 def _shape(value: object) -> torch.Size | None:

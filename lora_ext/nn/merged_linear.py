@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from lora_ext.functional import lora_update
 from lora_ext.nn.default_adapter import DEFAULT
-from lora_ext.nn.linear import LinearBase, adapted_linear
+from lora_ext.nn.linear import LinearBase, _KeptLinearBase, adapted_linear
 from lora_ext.nn.lora_layer import LowRank
 from lora_ext.nn.settings import AdapterSettings
 
@@ -101,7 +102,7 @@ class MergedLinear(LinearBase):
     ) -> Self:
         """The same layer with an adapter on the enabled slices; shares its parameters with
         `linear`. The other arguments and errors are those of `Linear.from_linear`."""
-        self = cls._adopt_linear(linear)
+        self = cls._from_linear(linear)
         self._init_slices(enable_lora, slice_sizes)
         return self._with_adapter(adapter_name, r, lora_alpha, lora_dropout, **options)
 
@@ -119,7 +120,7 @@ class MergedLinear(LinearBase):
         **options: Any,
     ) -> Self:
         """As `from_linear`, for a Conv1D of transformers."""
-        self = cls._adopt_conv1d(conv1d)
+        self = cls._from_conv1d(conv1d)
         self._init_slices(enable_lora, slice_sizes)
         return self._with_adapter(adapter_name, r, lora_alpha, lora_dropout, **options)
 
@@ -234,7 +235,7 @@ class MergedLinear(LinearBase):
     # Merging
 
     def _merged_parameters(self, names: Sequence[str]) -> dict[str, Tensor]:
-        return {"weight": self.weight}
+        return self._weight_and_bias(names)
 
     def _write_merged(self, names: Sequence[str]) -> None:
         weight, stack = self._weight_matrix(), self._stack(names)
@@ -245,3 +246,14 @@ class MergedLinear(LinearBase):
     def extra_repr(self) -> str:
         sizes = "" if len(set(self.slice_sizes)) == 1 else f", slice_sizes={list(self.slice_sizes)}"
         return f"{super().extra_repr()}, enable_lora={list(self.enable_lora)}{sizes}"
+
+
+class KeptMergedLinear(_KeptLinearBase, MergedLinear):  # type: ignore[misc]  # as KeptLinear
+    """`MergedLinear` over a base that is its child; see `lora_ext.nn.kept_base`."""
+
+    def _updates(self, x: Tensor) -> Iterator[Tensor]:
+        for adapter in self.low_rank():
+            yield lora_update(x, *adapter._replace(lora_B=self._block_diagonal(adapter)))
+
+
+MergedLinear._KEPT = KeptMergedLinear

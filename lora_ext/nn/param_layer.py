@@ -115,8 +115,9 @@ class ParamLayer(AnyLayer):
                     f"{type(self).__name__}: init_lora_weights: got {kind!r}, expected True, False "
                     f"or 'gaussian' for the stack of matrices '{name}'"
                 )
-            shapes[f"{name}_lora_A"] = (E * settings.r, in_features)
-            shapes[f"{name}_lora_B"] = (out_features, settings.r * E)
+            r = settings.of(name).r
+            shapes[f"{name}_lora_A"] = (E * r, in_features)
+            shapes[f"{name}_lora_B"] = (out_features, r * E)
         return shapes
 
     @torch.no_grad()

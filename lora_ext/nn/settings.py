@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import numbers
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Self
 
+from lora_ext.nn.arguments import as_flag, as_number
 from lora_ext.nn.init import check_init
+
+_FLAGS = ("use_rslora", "lora_bias", "use_dora", "autocast_adapter_dtype", "ungrouped_lora_A")
 
 
 @dataclass(frozen=True)
@@ -25,8 +31,10 @@ class AdapterSettings:
         autocast_adapter_dtype: keep the adapter in float32 on a bfloat16 or float16 base.
         ungrouped_lora_A: of a convolution with groups: lora_A reads all input channels, as PEFT's
             does. It cannot be merged. Loading a file that PEFT trained sets it where it has to.
+        weights: (r, lora_alpha) of single weights of an `AnyLayer` that need others, by name.
 
     Raises:
+        TypeError: a value of another kind, by name.
         ValueError: a value out of range, by name; lora_bias or ungrouped_lora_A with use_dora.
     """
 
@@ -39,24 +47,27 @@ class AdapterSettings:
     use_dora: bool = False
     autocast_adapter_dtype: bool = True
     ungrouped_lora_A: bool = False
+    weights: Mapping[str, tuple[int, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
+        if not isinstance(self.r, numbers.Integral) or isinstance(self.r, bool) or self.r < 1:
             raise ValueError(f"adapter: r: got {self.r!r}, expected an integer of at least 1")
-        if not math.isfinite(self.lora_alpha):
-            raise ValueError(
-                f"adapter: lora_alpha: got {self.lora_alpha}, expected a finite number"
-            )
-        if not 0.0 <= self.lora_dropout <= 1.0:
-            raise ValueError(
-                f"adapter: lora_dropout: got {self.lora_dropout}, "
-                "expected a probability from 0 to 1"
-            )
+        lora_alpha = as_number(self.lora_alpha, "adapter", "lora_alpha", "a finite number")
+        if not math.isfinite(lora_alpha):
+            raise ValueError(f"adapter: lora_alpha: got {lora_alpha}, expected a finite number")
+        probability = "a probability from 0 to 1"
+        lora_dropout = as_number(self.lora_dropout, "adapter", "lora_dropout", probability)
+        if not 0.0 <= lora_dropout <= 1.0:
+            raise ValueError(f"adapter: lora_dropout: got {lora_dropout}, expected {probability}")
         try:
             check_init(self.init_lora_weights)
-        except ValueError as error:
-            raise ValueError(f"adapter: {error}") from None
-
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise type(error)(f"adapter: {error}") from None
+        values = {"r": int(self.r), "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
+        for name in _FLAGS:
+            values[name] = as_flag(getattr(self, name), "adapter", name)
+        for name, value in values.items():  # of Python, whatever they were
+            object.__setattr__(self, name, value)
         if self.use_dora and self.lora_bias:
             raise ValueError(
                 "adapter: lora_bias: got True with use_dora=True, expected False: DoRA scales a "
@@ -68,6 +79,15 @@ class AdapterSettings:
                 "divides by the norm of the weight plus the update, and an update that links "
                 "channels of different groups is none of the weight; PEFT takes another norm"
             )
+        for name in self.weights:
+            self.of(name)
+
+    def of(self, weight: str) -> Self:
+        """Those of one weight of the layer."""
+        if weight not in self.weights:
+            return self
+        r, lora_alpha = self.weights[weight]
+        return replace(self, r=r, lora_alpha=lora_alpha, weights={})
 
     @property
     def scaling(self) -> float:

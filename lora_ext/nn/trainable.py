@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from lora_ext.loralib.merging import MergingLayer
+from lora_ext.nn.arguments import check_module
 from lora_ext.nn.lora_layer import LoraLayer
 
 _BIAS = ("none", "all", "lora_only")
@@ -11,6 +13,7 @@ _BIAS = ("none", "all", "lora_only")
 
 def _adapter_names(model: nn.Module, bias: str, operation: str) -> set[str]:
     """Names of the adapters' parameters, with those of the base biases that `bias` adds."""
+    check_module(operation, "model", model)
     if bias not in _BIAS:
         raise ValueError(f"{operation}: bias: got {bias!r}, expected one of {_BIAS}")
     names: set[str] = set()
@@ -19,9 +22,14 @@ def _adapter_names(model: nn.Module, bias: str, operation: str) -> set[str]:
         adapted = isinstance(module, LoraLayer)
         if isinstance(module, LoraLayer):
             for adapter in module.adapters:
-                names |= {prefix + name for name in module.adapter_parameters(adapter)}
-        if "bias" in module._parameters and (bias == "all" or (bias == "lora_only" and adapted)):
-            names.add(f"{prefix}bias")
+                names |= {prefix + name for name in module.adapter_state_names(adapter)}
+        elif isinstance(module, MergingLayer):  # of lora_ext.loralib
+            adapted = True
+            names |= {prefix + name for name in module._parameters if name.startswith("lora_")}
+        own = f"{module.BASE_PATH}bias" if isinstance(module, LoraLayer) else "bias"
+        has_bias = isinstance(getattr(module, "bias", None), nn.Parameter)
+        if has_bias and (bias == "all" or (bias == "lora_only" and adapted)):
+            names.add(f"{prefix}{own}")
     return names
 
 
@@ -54,6 +62,7 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters of a model, each counted once."""
+    check_module("print_trainable_parameters", "model", model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return trainable, sum(p.numel() for p in model.parameters())
 

@@ -5,6 +5,7 @@
 //   kernels_on_gpu memcheck | racecheck | initcheck | synccheck   the mistake for this tool
 //
 // `make gpu-sanitize` builds and runs it (tests/gpu/test_sanitizer.py).
+#include "cuda/path.h"
 #include "problem.h"
 
 using namespace lora_ext;
@@ -33,20 +34,24 @@ void run_lora_linear(const Size& size, double dropout_p, int capability) {
   const Dropout dropout{dropout_p > 0, threshold, static_cast<float>(dropout_scale(dropout_p)),
                         memory.copy(std::vector<int64_t>{int64_t(rng.seed), int64_t(rng.offset)})};
   const float* scaling_factor = memory.copy(std::vector<float>{factor});
-  const Matrix<T> x_on_gpu{memory.copy(x), M, K, K}, weight_on_gpu{memory.copy(weight), N, K, K};
-  const Matrix<T> dy_on_gpu{memory.copy(dy), M, N, N};
+  const Matrix<T> x_on_gpu{memory.copy(x), M, K, K}, dy_on_gpu{memory.copy(dy), M, N, N};
+  const Weight<T> weight_on_gpu{{memory.copy(weight), N, K, K}};
   const TA *A_on_gpu = memory.copy(lora_A), *B_on_gpu = memory.copy(lora_B);
   T *y = memory.fresh<T>(count(M, N)), *dx = memory.fresh<T>(count(M, K));
   float* h = memory.fresh<float>(count(M, r));
   TA *dA = memory.fresh<TA>(count(r, K)), *dB = memory.fresh<TA>(count(N, r));
+  const bool sm90 = capability == 90;
+  const CudaCall call{false, 0, M, N, K, r, 0, 0, true, dropout.enabled, rows_of_sizes(N, K)};
+  const KernelFamily family =
+      choose_cuda_path({call, capability, true, sm90, CudaWish::Fused, {}}).family;
   run_forward(ForwardCall<T, TA>{x_on_gpu, weight_on_gpu, memory.copy(bias), A_on_gpu, B_on_gpu, r,
                                  scaling, scaling_factor, dropout, y, h},
-              memory.allocator(), nullptr, capability);
+              memory.allocator(), nullptr, family);
   // h is saved, or made again from x
   run_backward(
       BackwardCall<T, TA>{dy_on_gpu, x_on_gpu, weight_on_gpu, M % 2 ? h : nullptr, A_on_gpu,
                           B_on_gpu, r, scaling, scaling_factor, dropout, dx, dA, dB},
-      memory.allocator(), nullptr, capability);
+      memory.allocator(), nullptr, family);
   check(cudaDeviceSynchronize());
 
   const Doubles X = widened(x), W = widened(weight), DY = widened(dy);

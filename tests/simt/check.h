@@ -57,7 +57,9 @@ struct Registration {
 inline std::string error_of(const std::function<void()>& function) {
   try {
     function();
-  } catch (const simt::Error& error) {
+  } catch (const Failure&) {
+    throw;
+  } catch (const std::runtime_error& error) {
     return error.what();
   }
   return "no error";

@@ -10,6 +10,7 @@
 #include "kernels/launch_low_rank_sm90.h"
 #include "kernels/launch_sm90.h"
 #endif
+#include "cuda/path.h"
 #include "kernels/forward_backward.h"
 #include "kernels/launch_sm80.h"
 
@@ -22,6 +23,7 @@ struct Scratch {
   std::vector<void*> blocks;
 
   static void* allocate(void* context, int64_t bytes) {
+    if (simt::options().limits_only) bytes = 0;  // nobody reads it, and it may be huge
     void* block = std::aligned_alloc(256, static_cast<size_t>((bytes + 255) / 256 * 256 + 256));
     memset(block, 0xFF, static_cast<size_t>(bytes));
     static_cast<Scratch*>(context)->blocks.push_back(block);
@@ -48,15 +50,28 @@ int guarded(const F& f) {
   }
 }
 
-int& compute_capability() {
-  static int value = 80;
+#if defined(LORA_EXT_SM90)
+constexpr bool kSm90 = true;
+#else
+constexpr bool kSm90 = false;
+#endif
+
+CudaWish& wish() {
+  static CudaWish value = CudaWish::Fused;
+  return value;
+}
+
+// Of the last call.
+CudaPath& path() {
+  static CudaPath value{};
   return value;
 }
 
 struct Arguments {
   int64_t M, N, K;
-  int64_t ldx, ldy;  // of x and dy
+  int64_t ldx, ldy, ldw;  // of x, dy and the weight
   int r;
+  int transposed;  // the weight lies as [K, N]
   float scaling;
   int dropout;
   uint32_t threshold;
@@ -68,11 +83,34 @@ struct Arguments {
   float* h;
 };
 
+template <class T>
+Weight<T> weight_of(const Arguments& a) {
+  const bool wanted = path().kernels == CudaPath::Kernels::Fused;
+  const auto* data = wanted ? static_cast<const T*>(a.weight) : nullptr;
+  if (a.transposed) return {{data, a.K, a.N, a.ldw}, true};
+  return {{data, a.N, a.K, a.ldw}, false};
+}
+
+// As csrc/cuda/lora_linear.cpp chooses on the GPU of simt::options(); false: no kernel runs.
+bool choose(const Arguments& a, bool backward) {
+  Rows rows = rows_of_sizes(a.N, a.K);
+  const auto read = [&](const void* data, int64_t count, int64_t stride, int64_t columns) {
+    if (data) rows = std::min(rows, rows_of(data, count, stride, columns));
+  };
+  if (backward) read(a.dy, a.M, a.ldy, a.N);
+  read(a.x, a.M, a.ldx, a.K);
+  read(a.weight, a.transposed ? a.K : a.N, a.ldw, a.transposed ? a.N : a.K);
+  const CudaCall call{backward, 0, a.M, a.N, a.K, a.r, 0, 0, true, a.dropout != 0, rows};
+  path() = choose_cuda_path({call, simt::options().compute_capability, true, kSm90, wish(), {}});
+  return path().kernels != CudaPath::Kernels::Composed;
+}
+
 template <class T, class TA>
 void forward(const Arguments& a) {
+  if (!choose(a, false)) return;
   Scratch scratch;
   const ForwardCall<T, TA> call{{static_cast<const T*>(a.x), a.M, a.K, a.ldx},
-                                {static_cast<const T*>(a.weight), a.N, a.K, a.K},
+                                weight_of<T>(a),
                                 a.bias,
                                 static_cast<const TA*>(a.lora_A),
                                 static_cast<const TA*>(a.lora_B),
@@ -82,15 +120,16 @@ void forward(const Arguments& a) {
                                 {a.dropout != 0, a.threshold, a.survivor, a.rng_state},
                                 static_cast<T*>(a.y),
                                 a.h};
-  lora_ext::run_forward(call, {Scratch::allocate, &scratch}, nullptr, compute_capability());
+  lora_ext::run_forward(call, {Scratch::allocate, &scratch}, nullptr, path().family);
 }
 
 template <class T, class TA>
 void backward(const Arguments& a) {
+  if (!choose(a, true)) return;
   Scratch scratch;
   const BackwardCall<T, TA> call{{static_cast<const T*>(a.dy), a.M, a.N, a.ldy},
                                  {static_cast<const T*>(a.x), a.M, a.K, a.ldx},
-                                 {static_cast<const T*>(a.weight), a.N, a.K, a.K},
+                                 weight_of<T>(a),
                                  a.saved_h,
                                  static_cast<const TA*>(a.lora_A),
                                  static_cast<const TA*>(a.lora_B),
@@ -101,7 +140,7 @@ void backward(const Arguments& a) {
                                  static_cast<T*>(a.dx),
                                  static_cast<TA*>(a.dA),
                                  static_cast<TA*>(a.dB)};
-  lora_ext::run_backward(call, {Scratch::allocate, &scratch}, nullptr, compute_capability());
+  lora_ext::run_backward(call, {Scratch::allocate, &scratch}, nullptr, path().family);
 }
 
 // f with the types named "bf16", "bf16-fp32", "fp16" or "fp16-fp32"
@@ -164,7 +203,18 @@ void set_schedule(int completion, uint64_t seed) {
   simt::options().seed = seed;
 }
 
-void set_compute_capability(int value) { compute_capability() = value; }
+// The GPU, by its compute capability and multiprocessors.
+void set_gpu(int capability, int multiprocessors) {
+  simt::options().compute_capability = capability;
+  simt::options().multiprocessors = multiprocessors;
+}
 
-void set_multiprocessors(int value) { simt::options().multiprocessors = value; }
+// Launches are checked against the GPU's limits, and no kernel runs.
+void set_limits_only(bool value) { simt::options().limits_only = value; }
+
+// What LORA_EXT_CUDA_PATH asks for, by its number in CudaWish.
+void set_wish(int value) { wish() = static_cast<CudaWish>(value); }
+
+// As `explain` tells the path of the last call.
+const char* last_path() { return cuda_path_name(path()); }
 }

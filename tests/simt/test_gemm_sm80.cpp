@@ -11,8 +11,8 @@ template <class T, BLayout kLayout>
 void check_gemm(Sizes size, double unit) {
   using Shape = sm80::GemmShape<64, 64, 32, 32, 3>;
   ProductCheck<T, kLayout> problem(size);
-  const dim3 grid(static_cast<unsigned>((size.N + Shape::kN - 1) / Shape::kN),
-                  static_cast<unsigned>((size.M + Shape::kM - 1) / Shape::kM));
+  const auto tiles = [](int64_t length, int64_t step) { return (length + step - 1) / step; };
+  const dim3 grid(static_cast<unsigned>(tiles(size.M, Shape::kM) * tiles(size.N, Shape::kN)));
   for_each_schedule([&] {
     arch::launch(sm80::gemm_kernel<T, Shape, kLayout>, grid, Shape::kThreads, Shape::kSharedBytes,
                  nullptr, problem.product());

@@ -1,20 +1,9 @@
-// csrc/kernels/gemm_sm90.h against float64, with what it reads and multiplies; and the choices of
-// launch_sm90.h.
+// csrc/kernels/gemm_sm90.h against float64, with what it reads and multiplies.
 
 #include <set>
 
 #include "gemm_check.h"
 #include "kernels/launch_sm90.h"
-
-namespace lora_ext::sm80 {
-
-// In this program every product is one for sm_90a.
-template <class T>
-void product(const Product<T>&, BLayout, Stream) {
-  throw simt_test::Failure("the product was left to the kernels for sm_80");
-}
-
-}  // namespace lora_ext::sm80
 
 namespace {
 
@@ -88,33 +77,11 @@ CASE(fp16_and_other_tiles) {
   check_gemm<Fp16, Narrow, BLayout::kRows>({129, 200, 72, 8}, kFp16Unit);
 }
 
-// ---- Choices -----------------------------------------------------------------------------------
-
-CASE(what_tma_cannot_read_is_left_to_sm80) {
-  const auto reason = [](const std::function<void(Product<Bf16>&)>& change) {
-    ProductCheck<Bf16, BLayout::kColumns> problem({8, 16, 64, 8});
-    Product<Bf16> product = problem.product();
-    change(product);
-    const auto [tma, text] = sm90::choose_product(product);
-    EXPECT(tma == (std::string(text).find("wgmma") != std::string::npos));
-    return std::string(text);
-  };
-  const auto has = [](const std::string& text, const char* part) {
-    return text.find(part) != std::string::npos;
-  };
-  EXPECT(has(reason([](Product<Bf16>&) {}), "wgmma"));
-  EXPECT(has(reason([](Product<Bf16>& p) { p.aligned = false; }), "multiples of 16 bytes"));
-  EXPECT(has(reason([](Product<Bf16>& p) { p.N = 15; }), "stored 16 bytes"));
-  EXPECT(has(reason([](Product<Bf16>& p) { p.out += 1; }), "stored 16 bytes"));
-  EXPECT(has(reason([](Product<Bf16>& p) { p.segments[0].a.rows = int64_t{1} << 31; }), "32 bits"));
-  EXPECT(has(reason([](Product<Bf16>& p) { p.segments[1].a.stride = 0; }), "overlap"));
-}
-
 CASE(tensor_map_that_the_driver_refuses) {
   const std::vector<Bf16> data(64);
   bool refused = false;
   try {
-    sm90::tensor_map(Matrix<Bf16>{data.data() + 1, 1, 8, 8}, 64, 64, arch::Swizzle::k128);
+    sm90::tensor_map(Matrix<Bf16>{data.data() + 1, 2, 8, 8}, 64, 64, arch::Swizzle::k128);
   } catch (const std::runtime_error& error) {
     refused = std::string(error.what()).find("tensor map") != std::string::npos;
   }

@@ -9,24 +9,6 @@
 #include "common/dropout.h"
 #include "kernels/launch_low_rank_sm90.h"
 
-namespace lora_ext::sm80 {
-
-// In this program every pass is one for sm_90a.
-template <class T>
-Parts down(const Matrix<T>&, const Split<T>&, const Dropout&, const Allocator&, Stream) {
-  throw simt_test::Failure("down was left to the kernels for sm_80");
-}
-template <class T>
-UpGradParts up_grad(const UpGrad<T>&, const Allocator&, Stream) {
-  throw simt_test::Failure("up_grad was left to the kernels for sm_80");
-}
-template <class T>
-Parts down_grad(const Matrix<T>&, const Split<T>&, const Dropout&, const Allocator&, Stream) {
-  throw simt_test::Failure("down_grad was left to the kernels for sm_80");
-}
-
-}  // namespace lora_ext::sm80
-
 namespace {
 
 using namespace lora_ext;
@@ -284,24 +266,6 @@ CASE(dropout_is_seen_by_wgmma) {
 }
 
 // ---- Choices -----------------------------------------------------------------------------------
-
-CASE(what_tma_cannot_read_is_left_to_sm80) {
-  const Integers<Bf16> x(8, 16, 1);
-  const auto has = [](const Matrix<Bf16>& matrix, const char* part) {
-    const auto [tma, reason] = sm90::choose_low_rank(matrix);
-    return tma == (part == std::string("wgmma")) && std::string(reason).find(part) != -1ul;
-  };
-  Matrix<Bf16> matrix = x.matrix();
-  EXPECT(has(matrix, "wgmma"));
-  matrix.data += 1;
-  EXPECT(has(matrix, "multiples of 16 bytes"));
-  matrix = x.matrix(), matrix.stride = 12;
-  EXPECT(has(matrix, "multiples of 16 bytes"));
-  matrix.stride = 0;
-  EXPECT(has(matrix, "overlap"));
-  matrix = x.matrix(), matrix.rows = int64_t{1} << 31;
-  EXPECT(has(matrix, "32 bits"));
-}
 
 // Tiles of 128 x 128; rank 64 in both terms.
 sm90::LowRankSize size_of(int64_t row_tiles, int64_t column_tiles, bool P, bool Q) {

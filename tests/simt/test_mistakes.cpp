@@ -274,10 +274,58 @@ CASE(dependent_launch_that_does_not_wait) {
   arch::launch(dependent_kernel<Dependence::kOneDoesNot>, 1, 64, 16, nullptr, Params{in, nullptr});
 }
 
+// ---- Limits of a launch ------------------------------------------------------------------------
+
+std::string refusal(dim3 grid, int threads, int shared_bytes) {
+  return error_of(
+      [&] { arch::launch(reverse_kernel<true>, grid, threads, shared_bytes, nullptr, Params{}); });
+}
+
 CASE(launches_that_no_gpu_takes) {
-  expect_error([] { arch::launch(reverse_kernel<true>, 1, 1025, 0, nullptr, Params{}); },
-               {"threads of a block"});
-  expect_error([] { run(reverse_kernel<true>, 228 * 1024); }, {"too much shared memory"});
+  simt::options().limits_only = true;
+  const std::string configuration = "invalid configuration argument";
+  for (const dim3 grid : {dim3(1u << 31), dim3(1, 65536), dim3(1, 1, 65536), dim3(0), dim3(1, 0)}) {
+    EXPECT(refusal(grid, 64, 0).find(configuration) != std::string::npos);
+  }
+  EXPECT(refusal(dim3((1u << 31) - 1, 65535, 65535), 64, 0) == "no error");
+  EXPECT(refusal(dim3(1), 1025, 0).find(configuration) != std::string::npos);
+  EXPECT(refusal(dim3(1), 1024, 0) == "no error");
+}
+
+CASE(shared_memory_of_each_gpu) {
+  simt::options().limits_only = true;
+  constexpr int kLimits[][2] = {{70, 96}, {75, 64},  {80, 163},  {86, 99},   {87, 163},
+                                {89, 99}, {90, 227}, {100, 227}, {110, 227}, {120, 99}};
+  for (const auto& [capability, most] : kLimits) {
+    simt::options().compute_capability = capability;
+    EXPECT(arch::most_shared_bytes() == most * 1024);
+    EXPECT(refusal(dim3(1), 64, most * 1024) == "no error");
+    EXPECT(refusal(dim3(1), 64, most * 1024 + 1) ==
+           "lora_ext: a CUDA kernel was not launched, of 1 x 1 x 1 blocks of 64 threads and " +
+               std::to_string(most * 1024 + 1) + " bytes of shared memory: invalid argument");
+  }
+}
+
+// More than 48 KiB only to a kernel that has asked for as much.
+CASE(shared_memory_that_is_not_asked_for) {
+  simt::options().limits_only = true;
+  cudaLaunchConfig_t config{dim3(1), dim3(32), 48 * 1024, nullptr, nullptr, 0};
+  const auto launch = [&] { return cudaLaunchKernelEx(&config, reverse_kernel<false>, Params{}); };
+  EXPECT(launch() == cudaSuccess);
+  config.dynamicSmemBytes += 16;
+  EXPECT(launch() == cudaErrorInvalidValue);
+  cudaFuncSetAttribute(reverse_kernel<false>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                       64 << 10);
+  EXPECT(launch() == cudaSuccess);
+  cudaGetLastError();
+}
+
+// Or the next kernel that anyone launches is told of it.
+CASE(a_refused_launch_leaves_no_error) {
+  EXPECT(refusal(dim3(1), 64, 228 * 1024) != "no error");
+  EXPECT(cudaGetLastError() == cudaSuccess);
+  EXPECT(refusal(dim3(1, 65536), 64, 0) != "no error");
+  EXPECT(cudaGetLastError() == cudaSuccess);
 }
 
 }  // namespace

@@ -128,6 +128,7 @@ inline auto tensor_map_encoder() {
   cudaDriverEntryPointQueryResult found;
   const cudaError_t error = cudaGetDriverEntryPointByVersion(
       "cuTensorMapEncodeTiled", &function, kCudaVersion, cudaEnableDefault, &found);
+  if (error != cudaSuccess) cudaGetLastError();  // or the next kernel is told of it
   const bool there = error == cudaSuccess && found == cudaDriverEntryPointSuccess;
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(there ? function : nullptr);
 }

@@ -15,8 +15,30 @@
 
 #define threadIdx (::simt::block().thread().index)
 #define blockIdx (::simt::block().index)
-#define blockDim (dim3(static_cast<unsigned>(::simt::block().thread_count)))
-#define gridDim (::simt::block().grid)
+
+namespace simt {
+
+struct BlockSize {
+  operator unsigned() const { return static_cast<unsigned>(block().thread_count); }
+};
+template <unsigned dim3::* kAxis>
+struct GridSize {
+  operator unsigned() const { return block().grid.*kAxis; }
+};
+struct BlockDim {
+  BlockSize x;
+};
+struct GridDim {
+  GridSize<&dim3::x> x;
+  GridSize<&dim3::y> y;
+  GridSize<&dim3::z> z;
+};
+
+}  // namespace simt
+
+// No macros: cudaLaunchConfig_t has members of these names.
+inline constexpr simt::BlockDim blockDim{};
+inline constexpr simt::GridDim gridDim{};
 
 inline void __syncthreads() {
   simt::block().barrier(0, simt::block().thread_count, "__syncthreads");

@@ -11,16 +11,10 @@
 
 namespace simt {
 
-// The most that any GPU gives a block.
-constexpr int kMostThreads = 1024;
-constexpr int kMostShared = 227 * 1024;
-
 // Calls body() as every thread of every block; `dependent`: before the kernel launched last is
 // over. Throws the first error.
 inline void run_grid(dim3 grid, int threads, int shared_bytes, bool dependent,
                      const std::function<void()>& body) {
-  if (threads < 1 || threads > kMostThreads) throw Error("launch: threads of a block: 1 to 1024");
-  if (shared_bytes < 0 || shared_bytes > kMostShared) throw Error("launch: too much shared memory");
   const Options chosen = options();
   const int64_t count = int64_t{grid.x} * grid.y * grid.z;
   std::vector<int64_t> order(static_cast<size_t>(count));

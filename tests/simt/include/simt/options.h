@@ -17,6 +17,31 @@ struct Error : std::runtime_error {
 // somewhere between.
 enum class Completion { kEager, kDeferred, kRandom };
 
+// Limits of a launch: of every GPU, and the shared memory that a block gets. From "Technical
+// Specifications per Compute Capability" in CUDA's programming guide.
+constexpr unsigned kMostThreads = 1024;
+constexpr unsigned kMostBlocksX = (1u << 31) - 1, kMostBlocksYZ = 65535;
+constexpr int kSharedWithoutAsking = 48 * 1024;
+
+constexpr int shared_bytes_of(int compute_capability) {
+  switch (compute_capability) {
+    case 70:
+      return 96 * 1024;
+    case 75:
+      return 64 * 1024;
+    case 80:
+    case 87:
+      return 163 * 1024;
+    case 86:
+    case 89:
+    case 120:
+    case 121:
+      return 99 * 1024;
+    default:
+      return 227 * 1024;  // 90, 100, 103, 110
+  }
+}
+
 struct Options {
   Completion copies = Completion::kDeferred;  // cp.async and TMA
   // wgmma. Apart from copies, because a slot that is released early shows where reads are late and
@@ -28,9 +53,11 @@ struct Options {
   // Which thread stored what is found after every step of a thread, so that each thread has to
   // fence its own stores. Slow. Otherwise one thread's fence.proxy.async serves all.
   bool watch_stores = false;
-  int workers = 2;          // blocks at the same time
-  int multiprocessors = 3;  // that kernels with a block for each are told of
-  size_t stack_bytes = 0;   // of a thread; 0 is enough for ordinary kernels
+  int workers = 2;              // blocks at the same time
+  int multiprocessors = 3;      // that kernels with a block for each are told of
+  int compute_capability = 90;  // of the GPU whose limits hold: 86 for sm_86
+  bool limits_only = false;     // launches are checked, and no kernel runs
+  size_t stack_bytes = 0;       // of a thread; 0 is enough for ordinary kernels
 };
 
 // Read by every launch.

@@ -1,0 +1,82 @@
+// How kernels are launched, by CUDA's runtime: under the emulator by its own, with the limits of
+// the GPU that a test chooses.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+namespace lora_ext::arch {
+
+using Stream = cudaStream_t;
+
+// The error is cleared before it is thrown: the next kernel that anyone launches must not be told
+// of it.
+inline void check(cudaError_t error, const std::string& what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  throw std::runtime_error("lora_ext: " + what + ": " + cudaGetErrorString(error));
+}
+
+// Of the current device.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device), "the current GPU is not known");
+  check(cudaDeviceGetAttribute(&value, attribute, device), "the GPU does not tell what it has");
+  return value;
+}
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+// That a block may have, where its kernel asks for them: 99 KiB to 227 KiB from sm_80 on.
+inline int most_shared_bytes() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+
+// Whether kernels of this build may overlap on the current device: there it has their code for
+// sm_90, in which wait_for_previous_kernel waits. The emulator lets all of them.
+inline bool kernels_overlap() {
+#if !defined(__CUDACC__)
+  return true;
+#elif defined(LORA_EXT_SM90)
+  return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
+         device_attribute(cudaDevAttrComputeCapabilityMinor) == 0;
+#else
+  return false;
+#endif
+}
+
+template <class Params>
+inline void launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, Stream stream,
+                   const Params& params, bool overlap) {
+  constexpr int kWithoutAsking = 48 * 1024;
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > kWithoutAsking) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes), config.stream = stream;
+  config.attrs = &attribute, config.numAttrs = overlap ? 1 : 0;
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, params);
+  if (error == cudaSuccess) return;
+  const auto number = [](auto value) { return std::to_string(value); };
+  check(error, "a CUDA kernel was not launched, of " + number(grid.x) + " x " + number(grid.y) +
+                   " x " + number(grid.z) + " blocks of " + number(threads) + " threads and " +
+                   number(shared_bytes) + " bytes of shared memory");
+}
+
+// Throws std::runtime_error if the kernel cannot be launched.
+template <class Params>
+inline void launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, Stream stream,
+                   const Params& params) {
+  launch(kernel, grid, threads, shared_bytes, stream, params, false);
+}
+
+// The same for a kernel whose threads all call wait_for_previous_kernel before they touch global
+// memory: it may begin while the kernel before it in the stream, whichever that is, still runs.
+template <class Params>
+inline void launch_dependent(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes,
+                             Stream stream, const Params& params) {
+  launch(kernel, grid, threads, shared_bytes, stream, params, kernels_overlap());
+}
+
+}  // namespace lora_ext::arch

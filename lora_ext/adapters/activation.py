@@ -1,0 +1,51 @@
+"""Which adapters of a model run and train, and which parameters of the base with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from lora_ext.nn import LoraLayer
+from lora_ext.nn.transaction import Transaction
+
+if TYPE_CHECKING:
+    from lora_ext.adapters.lora_model import LoraModel
+
+
+def activate(
+    model: LoraModel, names: Sequence[str], inference_mode: bool, transaction: Transaction
+) -> None:
+    """`LoraModel.set_adapter`, when `transaction` is committed."""
+    for where, module in model.saved_modules():
+        mine = [name for name in names if name in module.modules_to_save]
+        if len(mine) > 1:
+            raise ValueError(
+                f"LoraModel.set_adapter: adapter_names: {mine} have a copy of '{where}' each "
+                "(modules_to_save), expected at most one of them"
+            )
+        module.set_adapter(mine[0] if mine else None, inference_mode, transaction)
+    for _, layer in model.lora_layers():
+        mine = [name for name in names if name in layer.adapters]
+        transaction.draft(layer).set_adapter(mine, inference_mode)
+    active = [] if inference_mode else names
+    wanted = {id(bias) for name in active for bias in base_biases(model, name)}
+    for bias in [bias for name in model.peft_config for bias in base_biases(model, name)]:
+        transaction.require_grad(bias, id(bias) in wanted)
+    transaction.set(model, active_adapters=tuple(dict.fromkeys(names)))
+
+
+def base_biases(model: LoraModel, adapter_name: str) -> Iterator[nn.Parameter]:
+    """The base's biases that train with an adapter."""
+    choice = model.peft_config[adapter_name].bias
+    if choice == "none":
+        return
+    whole = {id(part) for _, module in model.saved_modules() for part in module.modules()}
+    for module in model.base_model.modules():
+        if id(module) in whole:
+            continue
+        if isinstance(module, LoraLayer) and (choice == "all" or adapter_name in module.adapters):
+            yield from module.trained_biases()
+        elif choice == "all" and (bias := module._parameters.get("bias")) is not None:
+            yield bias

@@ -1,0 +1,95 @@
+"""What calls take in several forms, in one; and what they cannot take, refused by name."""
+
+from __future__ import annotations
+
+import numbers
+import reprlib
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+
+def refuse(where: str, argument: str, got: object, expected: str) -> NoReturn:
+    """A TypeError in the words of all others."""
+    raise TypeError(f"{where}: {argument}: got {describe(got)}, expected {expected}")
+
+
+def describe(value: object) -> str:
+    """A value in a message: as it is written where that is short, else what it is."""
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
+    if value is None or isinstance(value, str | bytes | numbers.Number | list | tuple | dict | set):
+        return reprlib.repr(value)
+    kind = value if isinstance(value, type) else type(value)
+    return f"{'the class' if kind is value else 'a'} {kind.__module__}.{kind.__qualname__}"
+
+
+def names_of(names: Any, where: str, argument: str = "adapter_names") -> list[str]:
+    """A list of names; one string is one name."""
+    if isinstance(names, str):
+        return [names]
+    if isinstance(names, Iterable) and not isinstance(names, Mapping | Tensor | bytes):
+        found = list(names)
+        if all(isinstance(name, str) for name in found):
+            return found
+    refuse(where, argument, names, "a name or a list of names")
+
+
+def as_number(value: Any, where: str, argument: str, expected: str = "a number") -> float:
+    """A Python number of one of Python, numpy or a tensor."""
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        return float(value)
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        refuse(where, argument, value, expected)
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def as_flag(value: Any, where: str, argument: str) -> bool:
+    """True or False, also of numpy and as 1 or 0."""
+    kind = type(value)
+    if kind is bool or (kind.__module__ == "numpy" and kind.__name__.startswith("bool")):
+        return bool(value)
+    if isinstance(value, numbers.Integral) and value in (0, 1):
+        return bool(value)
+    refuse(where, argument, value, "True or False")
+
+
+# What a function's arguments of these names are; all others are tensors.
+_NUMBERS = frozenset({"scaling", "dropout_p"})
+_INTEGERS = frozenset({"rows", "columns", "padding_idx"})
+_FLAGS = frozenset({"scale_grad_by_freq"})
+
+
+def check_kinds(where: str, **arguments: Any) -> None:
+    """A TypeError for the first argument of a fused operator that is of another kind than it takes.
+    Asked only after a call failed: calls that are right pay nothing for it."""
+    for argument, value in arguments.items():
+        if argument in _NUMBERS:
+            if argument != "scaling" or not isinstance(value, Tensor):
+                as_number(value, where, argument)
+        elif argument in _INTEGERS:
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+                refuse(where, argument, value, "an integer")
+        elif argument in _FLAGS:
+            as_flag(value, where, argument)
+        elif not isinstance(value, Tensor):
+            what = " like the input of the call" if where == "draw_rng_state" else ""
+            refuse(where, argument, value, f"a torch.Tensor{what}")
+
+
+def check_sizes(where: str, **sizes: Any) -> None:
+    """Sizes of a layer: integers of at least 0."""
+    for argument, size in sizes.items():
+        if not isinstance(size, numbers.Integral) or isinstance(size, bool):
+            refuse(where, argument, size, "an integer")
+        if size < 0:
+            raise ValueError(f"{where}: {argument}: got {size}, expected at least 0")
+
+
+def check_module(where: str, argument: str, module: object) -> None:
+    """TypeError for what is no module."""
+    from torch import nn
+
+    if not isinstance(module, nn.Module):
+        refuse(where, argument, module, "an nn.Module")

@@ -1,0 +1,183 @@
+"""Layers that keep their base as a child and call it, where they cannot take its place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext.nn.adoption import (
+    BOUND_CALLS,
+    check_base,
+    computed_tensors,
+    is_offloaded,
+    reason_to_call,
+    without_bound_calls,
+)
+from lora_ext.nn.init import mutates_weight
+from lora_ext.nn.lora_layer import LoraLayer
+from lora_ext.nn.mergeable import base_of
+from lora_ext.nn.settings import AdapterSettings
+
+
+class KeptBase(LoraLayer):
+    """What makes a kind of layer one over a base that is its child `base_layer`, as in PEFT.
+
+    For bases that another module could not stand for: of a subclass, with its `super()`, methods
+    and properties; whose forward is replaced on the instance, as accelerate's hooks do; compiled in
+    place. Attributes that the layer lacks are the base's. Where the base computes what its torch
+    class does and nothing watches its calls, the layer runs as if it were the base, fused;
+    otherwise it calls the base, with all arguments, and adds the adapters' updates to its result.
+    """
+
+    BASE_PATH: ClassVar[str] = "base_layer."
+    _STATE: ClassVar[frozenset[str]] = LoraLayer._STATE | {"_is_product"}
+    # Whether the base's result is x W^T + b, once that was tried; drafts share the list.
+    _is_product: list[bool]
+    base_layer: nn.Module
+
+    @classmethod
+    def _over(cls, base: nn.Module, kind: type[nn.Module], *, any_forward: bool = False) -> Self:
+        """A layer over `base`, which stays as it is; raises as `adoption.check_base`."""
+        check_base(base, kind, cls.__name__, any_forward=any_forward)
+        self: Self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.base_layer = base
+        self.training = base.training
+        self._is_product = []
+        self._init_adapters(type(base))
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer" or name in BOUND_CALLS or "_modules" not in self.__dict__:
+                raise
+            return getattr(self._modules["base_layer"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """The base's parameters are the base's here, too (`head.weight = embedding.weight`)."""
+        base = self.__dict__.get("_modules", {}).get("base_layer")
+        if base is None or name not in base._parameters:
+            super().__setattr__(name, value)
+        elif f"{self.BASE_PATH}{name}" in self._aside:
+            self._take_base(f"{self.BASE_PATH}{name}", base_of(value))
+        else:
+            setattr(base, name, value)
+
+    def get_base_layer(self) -> nn.Module:
+        """The base itself, with what is merged, if anything is.
+
+        Raises:
+            ValueError: adapters are merged that cannot be in its weight.
+        """
+        if self.merged and not self._merged_parameters(self.merged_adapters):
+            raise ValueError(
+                f"{type(self).__name__}.get_base_layer: {self._base_class.__qualname__} computes "
+                f"something else than a product with its weight, so the weight cannot hold "
+                f"{list(self.merged_adapters)}; keep the layer, or call unmerge() first"
+            )
+        return self.base_layer
+
+    @property
+    def reason_to_call(self) -> str:
+        """Why a forward calls the base; "" if it runs fused."""
+        return reason_to_call(self.base_layer, self._kind)
+
+    @property
+    def _kind(self) -> type[nn.Module]:
+        """The torch class whose forward the layer can stand for."""
+        raise NotImplementedError
+
+    def _updates(self, x: Tensor) -> Iterable[Tensor]:
+        """What the adapters that run add to the base's result."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the base's: its arguments and result."""
+        if not args and not kwargs and not self.reason_to_call:
+            return super().forward(x)
+        y = self.base_layer(x, *args, **kwargs)
+        for update in self._updates(x):
+            y = y + update
+        return y
+
+    def extra_repr(self) -> str:
+        return self.adapters_repr().removeprefix(", ")
+
+    def part_shapes(self, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
+        reason = self.reason_to_call
+        if reason and settings.use_dora:
+            raise ValueError(
+                f"{type(self).__name__}: use_dora: got True, expected False: {reason}, and the "
+                "result of a call need not be a product with the weight"
+            )
+        if mutates_weight(settings.init_lora_weights) and (
+            not self._is_product_of_weight() or is_offloaded(self.base_layer, self.weight)
+        ):
+            raise ValueError(
+                f"{type(self).__name__}: init_lora_weights: got {settings.init_lora_weights!r}, "
+                f"which changes the base's weight, expected another kind: {reason}"
+            )
+        return super().part_shapes(settings)
+
+    def _adapted_weight(self) -> Tensor:
+        weight: Tensor = self.weight
+        return weight
+
+    # Merging: only where the base adds x W^T
+
+    def _merged_parameters(self, names: Any) -> dict[str, Tensor]:
+        return super()._merged_parameters(names) if self._is_product_of_weight() else {}
+
+    def _choose_running(self) -> None:
+        super()._choose_running()
+        if self.merged and self._enabled and not self._merged_parameters(self.merged_adapters):
+            self._running = tuple(n for n in self.merged_adapters if self._scaling[n] != 0.0)
+
+    def _write_merged(self, names: Any) -> None:
+        if self._is_product_of_weight():
+            super()._write_merged(names)
+
+    def _is_product_of_weight(self) -> bool:
+        """Whether a change D of the weight changes the base's result by x D^T, which a forward of
+        its own need not do: tried once, with random numbers."""
+        if type(self.base_layer).forward is self._kind.forward:
+            return True
+        if not self._is_product and self.weight.device.type != "meta":
+            is_product = _adds_product(
+                self.base_layer, self._weight_matrix(), bool(getattr(self, "fan_in_fan_out", False))
+            )
+            self._is_product[:] = [is_product]
+        return self._is_product == [True]
+
+    def _computed(self) -> list[str]:
+        return [*super()._computed(), *computed_tensors(self.base_layer)]
+
+
+@torch.no_grad()
+def _adds_product(base: nn.Module, weight: Tensor, transposed: bool) -> bool:
+    """Whether base, with D added to its weight [N, K], which it may hold transposed, adds x D^T to
+    its result."""
+    twin = type(base).__new__(type(base))
+    twin.__dict__.update(without_bound_calls(base))
+    twin.__dict__["_parameters"] = {
+        name: None if tensor is None else tensor.double()
+        for name, tensor in base._parameters.items()
+    }
+    generator = torch.Generator().manual_seed(0)
+    D = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight.device)
+    x = torch.randn(4, weight.shape[1], generator=generator, dtype=torch.float64).to(weight.device)
+    results: list[Any] = []
+    try:
+        with torch.random.fork_rng():
+            for changed in (weight.double(), weight.double() + D):
+                twin.__dict__["_parameters"]["weight"] = changed.t() if transposed else changed
+                torch.manual_seed(0)
+                results.append(type(base).forward(twin, x))
+        return torch.allclose(results[1] - results[0], x @ D.t(), rtol=1e-9, atol=1e-9)
+    except Exception:  # it wants other arguments, or other types
+        return False

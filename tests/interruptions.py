@@ -1,0 +1,97 @@
+"""Exceptions at chosen points of a call: lines of lora_ext, operators of torch, moments."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lora_ext
+
+PACKAGE = str(Path(lora_ext.__file__).parent)
+
+
+class Interruption(BaseException):
+    """What is raised."""
+
+
+class AtLine:
+    """Raises at the n-th line of lora_ext that runs; counts them (`seen`), also until the first
+    `Transaction.commit` (`prepared`)."""
+
+    def __init__(self, n: int | None = None) -> None:
+        self.n, self.seen, self.prepared = n, 0, 0
+
+    def __enter__(self) -> AtLine:
+        self._before = sys.gettrace()
+        sys.settrace(self._call)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._before)
+
+    def _call(self, frame: FrameType, event: str, _: Any) -> Any:
+        return self._line if frame.f_code.co_filename.startswith(PACKAGE) else None
+
+    def _line(self, frame: FrameType, event: str, _: Any) -> Any:
+        if event in ("line", "return"):
+            self.seen += 1
+            if frame.f_code.co_name == "commit" and not self.prepared:
+                self.prepared = self.seen
+            if self.seen == self.n:
+                sys.settrace(None)
+                raise Interruption(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+        return self._line
+
+
+class AtOperator(TorchDispatchMode):
+    """Raises instead of the n-th operator; counts them (`seen`)."""
+
+    def __init__(self, n: int | None = None) -> None:
+        super().__init__()
+        self.n, self.seen = n, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen += 1
+        if self.seen == self.n:
+            raise Interruption(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def handler() -> Iterator[None]:
+    """A signal handler that raises, as Python's for Ctrl-C."""
+
+    def raises(*_: object) -> None:
+        raise Interruption("signal")
+
+    before = signal.signal(signal.SIGALRM, raises)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def interrupted_after(seconds: float, call: Callable[[], object]) -> bool:
+    """Calls; whether the signal came before its end."""
+    try:
+        signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
+        call()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except Interruption:
+        return True
+    return False
+
+
+def duration(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

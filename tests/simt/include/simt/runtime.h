@@ -1,0 +1,132 @@
+// CUDA's runtime, as far as csrc/kernels/arch/launch.h calls it. It refuses what the GPU that a
+// test chose would refuse, with CUDA's errors; what a kernel does wrong is thrown as simt::Error.
+#pragma once
+
+#include <map>
+#include <mutex>
+
+#include "simt/launch.h"
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+};
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+
+struct CUstream_st;
+using cudaStream_t = CUstream_st*;
+
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+namespace simt {
+
+// Of the last call that failed, until it is asked for.
+inline cudaError_t& last_error() {
+  static thread_local cudaError_t error = cudaSuccess;
+  return error;
+}
+
+inline cudaError_t failed(cudaError_t error) {
+  if (error != cudaSuccess) last_error() = error;
+  return error;
+}
+
+// The shared memory that a kernel may have, by its address: what it asked for, or what all have.
+class AllowedShared {
+ public:
+  void set(const void* kernel, size_t bytes) {
+    const std::lock_guard lock(mutex_);
+    bytes_[kernel] = bytes;
+  }
+  size_t get(const void* kernel) const {
+    const std::lock_guard lock(mutex_);
+    const auto found = bytes_.find(kernel);
+    return found == bytes_.end() ? size_t{kSharedWithoutAsking} : found->second;
+  }
+
+ private:
+  std::map<const void*, size_t> bytes_;
+  mutable std::mutex mutex_;
+};
+
+inline AllowedShared& allowed_shared() {
+  static AllowedShared instance;
+  return instance;
+}
+
+inline cudaError_t check_limits(const cudaLaunchConfig_t& config, const void* kernel) {
+  const dim3 grid = config.gridDim;
+  const bool valid = grid.x >= 1 && grid.x <= kMostBlocksX && grid.y >= 1 &&
+                     grid.y <= kMostBlocksYZ && grid.z >= 1 && grid.z <= kMostBlocksYZ &&
+                     config.blockDim.x >= 1 && config.blockDim.x <= kMostThreads;
+  if (!valid) return cudaErrorInvalidConfiguration;
+  const size_t bytes = config.dynamicSmemBytes;
+  const auto most = static_cast<size_t>(shared_bytes_of(options().compute_capability));
+  return bytes <= most && bytes <= allowed_shared().get(kernel) ? cudaSuccess
+                                                                : cudaErrorInvalidValue;
+}
+
+}  // namespace simt
+
+inline const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    default:
+      return "invalid configuration argument";
+  }
+}
+
+inline cudaError_t cudaGetLastError() { return std::exchange(simt::last_error(), cudaSuccess); }
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const simt::Options& options = simt::options();
+  *value = attribute == cudaDevAttrMultiProcessorCount
+               ? options.multiprocessors
+               : simt::shared_bytes_of(options.compute_capability);
+  return cudaSuccess;
+}
+
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int bytes) {
+  const int most = simt::shared_bytes_of(simt::options().compute_capability);
+  if (bytes < 0 || bytes > most) return simt::failed(cudaErrorInvalidValue);
+  simt::allowed_shared().set(reinterpret_cast<const void*>(kernel), static_cast<size_t>(bytes));
+  return cudaSuccess;
+}
+
+template <class Params>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params),
+                               const Params& params) {
+  const auto error = simt::check_limits(*config, reinterpret_cast<const void*>(kernel));
+  if (error != cudaSuccess) return simt::failed(error);
+  if (simt::options().limits_only) return cudaSuccess;
+  const bool dependent =
+      config->numAttrs == 1 && config->attrs->val.programmaticStreamSerializationAllowed != 0;
+  simt::run_grid(config->gridDim, static_cast<int>(config->blockDim.x),
+                 static_cast<int>(config->dynamicSmemBytes), dependent, [&] { kernel(params); });
+  return cudaSuccess;
+}

@@ -1,0 +1,618 @@
+"""PEFT and lora_ext on the same seeded models and configs: what they accept, the names adapted,
+the tensors' names and shapes, files both ways, outputs, gradients, training, several adapters,
+merging. `LORA_EXT_FUZZ=1000` runs as many cases, `LORA_EXT_FUZZ_FROM=5000` others.
+
+Both are compared in float64, where equal formulas agree to rounding, whatever their order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft_fuzz import Case, case_of
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lora_ext import LoraConfig, LoraModel, get_lora_model
+from lora_ext.io.peft import adapter_state_dict
+
+COUNT = int(os.environ.get("LORA_EXT_FUZZ", "90"))
+FIRST = int(os.environ.get("LORA_EXT_FUZZ_FROM", "0"))
+CHUNK = 30
+
+# Sums of up to a thousand terms through up to some twenty layers.
+BOUND = 20 * 1000 * 2.0**-53
+
+
+class Differs(Exception):
+    """What one finds different from the other."""
+
+
+def test_seeds() -> None:
+    """One of a kind: the same case from the same seed."""
+    assert case_of(7) == case_of(7) and case_of(7) != case_of(8)
+
+
+@pytest.mark.parametrize("first", range(FIRST, FIRST + COUNT, CHUNK))
+def test_as_peft(first: int) -> None:
+    differences = {}
+    for seed in range(first, min(first + CHUNK, FIRST + COUNT)):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                compare(case_of(seed))
+        except Exception as error:
+            text = error if isinstance(error, Differs) else repr(error)
+            differences[seed] = f"{text}\n    {case_of(seed)}"
+    assert not differences, "\n".join(f"{seed}: {text}" for seed, text in differences.items())
+
+
+# What is different on purpose: (stage, reason, in which cases)
+
+Exempt = tuple[tuple[str, ...], str, Callable[[Case, str], bool]]
+
+
+def _any(case: Case, **wanted: Any) -> bool:
+    """Whether a config has one of these fields with such a value."""
+    return any(
+        value(config.get(name)) if callable(value) else config.get(name) == value
+        for config in case.configs.values()
+        for name, value in wanted.items()
+    )
+
+
+def _is_changed(value: Any) -> bool:
+    """By an initialisation that takes its product out of the weight."""
+    return str(value).startswith(("pissa", "olora"))
+
+
+def _fails(_: Case, text: str) -> bool:
+    return text.startswith(("PEFT: AttributeError", "PEFT: TypeError", "PEFT: KeyError"))
+
+
+_OUTPUTS = ("outputs", "gradients", "outputs after a step", "back")
+_GROUPS = "groups 4"
+
+DOCUMENTED: tuple[Exempt, ...] = (
+    (
+        ("accept", "accept another"),
+        "where PEFT fails with an error of Python's instead of saying no, lora_ext may do it",
+        _fails,
+    ),
+    (
+        ("accept", "accept another"),
+        "a rank beyond the matrix of an SVD or QR: PEFT's adapter then has another than it says",
+        lambda _, text: "give this layer a smaller rank" in text,
+    ),
+    (
+        ("accept", "accept another"),
+        "an attention has no lora_bias",
+        lambda case, text: case.kind == "attention" and "lora_bias: got True" in text,
+    ),
+    (
+        ("accept", "accept another"),
+        "an initialisation that takes its product out of a shared weight would do so twice",
+        lambda _, text: "but other modules share it" in text,
+    ),
+    (
+        ("accept another",),
+        "layers are repeated for the first adapter alone",
+        lambda _, text: "layer_replication: expected only in the config of a model's first" in text,
+    ),
+    (
+        ("accept another",),
+        "PEFT's all-linear takes its own modules for targets in a model with stacked experts",
+        lambda case, text: "PEFT: ValueError: Target module" in text and case.kind == "mixtral",
+    ),
+    (
+        ("names", "trainable", "keys"),
+        "all-linear leaves out the output of any model that names it, PEFT only transformers'",
+        lambda case, _: "words" in case.kind and _any(case, target_modules="all-linear"),
+    ),
+    (
+        ("trainable",),
+        "inference_mode: PEFT leaves biases and the adapters of embeddings to train",
+        lambda case, _: _any(case, inference_mode=True),
+    ),
+    (
+        ("trainable",),
+        "lora_A of a convolution with groups reads the channels of its group, PEFT's all",
+        lambda case, _: _GROUPS in case.kind,
+    ),
+    (
+        ("shapes", "PEFT's file", "back"),
+        "with DoRA a convolution with groups has no form common to both",
+        lambda case, _: _GROUPS in case.kind and _any(case, use_dora=True),
+    ),
+    (
+        ("inside",),
+        "PEFT cannot save modules to save in which another adapter has layers",
+        lambda case, _: len(case.configs) > 1,
+    ),
+    (
+        ("keys",),
+        "the heads of a task are saved with the adapters of that task, in PEFT with all",
+        lambda case, _: len({config.get("task_type") for config in case.configs.values()}) > 1,
+    ),
+    (
+        ("trainable", "keys"),
+        "modules to save inside of others are saved with these",
+        lambda case, _: _any(case, modules_to_save=lambda names: {"layers.1"} < set(names or ())),
+    ),
+    (
+        ("keys", "resaved file"),
+        "save_embedding_layers=True: PEFT leaves out an embedding if the other is adapted",
+        lambda case, text: (
+            case.save_embedding_layers is True
+            and ("PEFT only [], lora_ext only" in text or text.endswith("is added"))
+        ),
+    ),
+    (
+        ("accept", "accept another"),
+        "fan_in_fan_out beside target_parameters: PEFT switches it off at the first linear layer",
+        lambda _, text: "fan_in_fan_out: got True, expected none" in text,
+    ),
+    (
+        ("combine",),
+        "PEFT does not initialise this in float64, and fails for convolutions with groups",
+        lambda _, text: text.startswith(("PEFT: TypeError: Please init", "PEFT: RuntimeError")),
+    ),
+    (
+        ("combine",),
+        "a magnitude cannot be combined; PEFT leaves it out",
+        lambda _, text: "has a magnitude (use_dora), which cannot be combined" in text,
+    ),
+    (
+        ("combine",),
+        "one of the adapters may have biases of the base, which PEFT refuses",
+        lambda _, text: text.startswith("PEFT: ValueError: LoraModel supports only 1 adapter with"),
+    ),
+    (
+        ("merge",),
+        "what PEFT trained on a convolution with groups is no update of its weight",
+        lambda case, text: _GROUPS in case.kind and "its lora_A, trained by PEFT" in text,
+    ),
+    (
+        ("merge",),
+        "lora_bias has no place in a base without bias, in PEFT neither",
+        lambda _, text: "lora_bias cannot be merged into a base without bias" in text,
+    ),
+    (
+        ("shapes", "PEFT's file", "back"),
+        "PEFT's QR of a transposed layer is that of its transpose: a file of other shapes",
+        lambda case, _: (
+            case.kind in ("gpt2", "transposed") and _any(case, init_lora_weights="olora")
+        ),
+    ),
+    (
+        _OUTPUTS,
+        "PEFT adds the update of an attention's out_proj twice",
+        lambda case, _: case.kind == "attention",
+    ),
+    (
+        ("keys",),
+        "PEFT saves the bias of a module under each name of it",
+        lambda case, text: case.kind == "two names" and "lora_ext only []" in text,
+    ),
+    (
+        ("names", "trainable", "keys", "PEFT's file"),
+        "the out_proj of an attention is part of it, and none of its own",
+        lambda case, _: case.kind == "attention" and _any(case, target_modules="all-linear"),
+    ),
+    (
+        ("trains", "outputs after a step"),
+        "biases train with the adapter whose config names them, in PEFT with any",
+        lambda case, text: text.startswith("other") and case.fields.get("bias", "none") != "none",
+    ),
+    (
+        _OUTPUTS,
+        "PEFT swaps a module under its first name only; what calls it by another gets the base",
+        lambda case, _: case.kind == "two names",
+    ),
+    (
+        _OUTPUTS,
+        "a random SVD changes the weight another way each time",
+        lambda case, _: randomly_changed(case),
+    ),
+    (
+        ("combined",),
+        "PEFT leaves out lora_bias and the factor of rsLoRA, and keeps the first one's patterns",
+        lambda case, _: (
+            _any(case, lora_bias=True)
+            or _any(case, use_rslora=True)
+            or _any(case, rank_pattern=bool)
+            or _any(case, alpha_pattern=bool)
+        ),
+    ),
+)
+
+
+def exempt(stage: str, case: Case, text: str = "") -> bool:
+    return any(stage in stages and applies(case, text) for stages, _, applies in DOCUMENTED)
+
+
+def check(stage: str, case: Case, same: bool, text: str) -> None:
+    if not same and not exempt(stage, case, text):
+        raise Differs(f"{stage}: {text}")
+
+
+# The steps
+
+
+def compare(case: Case) -> None:
+    with temporary_folder() as folder:
+        base, inputs = case.model()
+        theirs, ours = both(
+            "accept",
+            case,
+            lambda: their_model(case, base),
+            lambda: our_model(case, base),
+        )
+        if theirs is None or ours is None:
+            return
+        same_names(case, theirs, ours)
+        names = ["default"]
+        if "other" in case.configs:
+            added = both(
+                "accept another",
+                case,
+                lambda: another(case, theirs),
+                lambda: (
+                    ours.add_adapter(
+                        "other",
+                        LoraConfig(**copy.deepcopy(case.configs["other"])),
+                        autocast_adapter_dtype=case.autocast_adapter_dtype,
+                    )
+                    or ours
+                ),
+            )
+            if None in added:
+                return
+            names.append("other")
+        for name in names:
+            same_tensors(case, theirs, ours, name)
+        for model in (theirs, ours):
+            disturb(model, case.seed)
+        options = {"save_embedding_layers": case.save_embedding_layers}
+        theirs.save_pretrained(folder / "theirs", **options)
+        ours.save_pretrained(folder / "ours", **options)
+        own_files_come_back(case, base, inputs, ours, names, folder)
+        their_files_load_here(case, base, inputs, names, folder)
+        our_files_load_there(case, base, inputs, ours, names, folder)
+
+
+def their_config(case: Case, name: str = "default") -> peft.LoraConfig:
+    return peft.LoraConfig(**copy.deepcopy(case.configs[name]))
+
+
+def their_model(case: Case, base: nn.Module) -> peft.PeftModel:
+    torch.manual_seed(case.seed)
+    return peft.get_peft_model(
+        copy.deepcopy(base),
+        their_config(case),
+        autocast_adapter_dtype=case.autocast_adapter_dtype,
+    ).eval()
+
+
+def another(case: Case, model: peft.PeftModel) -> peft.PeftModel:
+    config, autocast = their_config(case, "other"), case.autocast_adapter_dtype
+    model.add_adapter("other", config, autocast_adapter_dtype=autocast)
+    return model
+
+
+def our_model(case: Case, base: nn.Module) -> LoraModel:
+    torch.manual_seed(case.seed)
+    return get_lora_model(
+        copy.deepcopy(base),
+        LoraConfig(**copy.deepcopy(case.fields)),
+        autocast_adapter_dtype=case.autocast_adapter_dtype,
+    ).eval()
+
+
+def both(stage: str, case: Case, first: Callable[[], Any], second: Callable[[], Any]) -> Any:
+    """The results of PEFT and of lora_ext; None where one refuses, as the other has to."""
+    results: list[Any] = []
+    errors = []
+    for call in (first, second):
+        try:
+            results.append(call())
+            errors.append("")
+        except Exception as error:
+            results.append(None)
+            errors.append(f"{type(error).__name__}: {error}"[:300])
+    text = f"PEFT: {errors[0] or 'accepts'} | lora_ext: {errors[1] or 'accepts'}"
+    check(stage, case, bool(errors[0]) == bool(errors[1]), text)
+    return results
+
+
+def same_names(case: Case, theirs: peft.PeftModel, ours: LoraModel) -> None:
+    for what in ("targeted_module_names", "targeted_parameter_names"):
+        their, our = (sorted(set(getattr(model, what))) for model in (theirs, ours))
+        check("names", case, their == our, f"{what}: PEFT {their}, lora_ext {our}")
+    their, our = (
+        sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (theirs, ours)
+    )
+    check("trainable", case, their == our, f"PEFT {their}, lora_ext {our}")
+
+
+def their_tensors(case: Case, model: peft.PeftModel, name: str) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = peft.get_peft_model_state_dict(
+        model, adapter_name=name, save_embedding_layers=case.save_embedding_layers
+    )
+    return tensors
+
+
+def our_tensors(case: Case, model: LoraModel, name: str) -> dict[str, Tensor]:
+    return adapter_state_dict(model, name, save_embedding_layers=case.save_embedding_layers)
+
+
+def is_extra(key: str, case: Case) -> bool:
+    """What PEFT alone saves: the original, and the name inside the model, of a module to save that
+    is an embedding or has a bias; the base of layers that another adapter adapts."""
+    inside = ".original_module." in key or ".modules_to_save." in key
+    return inside or ("other" in case.configs and ".base_layer." in key)
+
+
+def same_tensors(case: Case, theirs: peft.PeftModel, ours: LoraModel, name: str) -> None:
+    try:
+        their = their_tensors(case, theirs, name)
+    except KeyError:  # adapters inside of modules to save
+        check("inside", case, False, f"{name}: PEFT cannot save it")
+        return
+    our = our_tensors(case, ours, name)
+    # A layer that the other adapter adapts is a plain one in the file.
+    plain = {key.replace(".base_layer.", "."): tensor for key, tensor in their.items()}
+    their = {key: t for key, t in their.items() if key in our or not is_extra(key, case)}
+    their |= {key: tensor for key, tensor in plain.items() if key in our}
+    text = f"{name}: PEFT only {sorted(their.keys() - our.keys())}, lora_ext only "
+    check("keys", case, their.keys() == our.keys(), text + f"{sorted(our.keys() - their.keys())}")
+    for key in sorted(their.keys() & our.keys()):
+        shapes = tuple(their[key].shape), tuple(our[key].shape)
+        check("shapes", case, shapes[0] == shapes[1], f"{key}: {shapes}")
+        types = their[key].dtype, our[key].dtype
+        check("dtypes", case, types[0] == types[1], f"{key}: {types}")
+
+
+def own_files_come_back(
+    case: Case, base: nn.Module, inputs: Any, ours: LoraModel, names: list[str], folder: Path
+) -> None:
+    again = our_loaded(case, base, folder / "ours", names)
+    again.save_pretrained(folder / "own", save_embedding_layers=case.save_embedding_layers)
+    same_files(case, "own", folder / "ours", folder / "own", names)
+    for name in names:
+        ours.set_adapter(name)
+        again.set_adapter(name)
+        if not randomly_changed(case):
+            same_bits = torch.equal(outputs(ours, inputs), outputs(again, inputs))
+            check("own outputs", case, same_bits, f"{name}: not bit for bit")
+
+
+def their_files_load_here(
+    case: Case, base: nn.Module, inputs: Any, names: list[str], folder: Path
+) -> None:
+    trained = their_loaded(case, base, folder / "theirs", names)
+    if trained is None:
+        return
+    try:
+        read = our_loaded(case, base, folder / "theirs", names)
+    except Exception as error:
+        check("PEFT's file", case, False, f"{type(error).__name__}: {error}")
+        return
+    read.save_pretrained(folder / "again", save_embedding_layers=case.save_embedding_layers)
+    same_files(case, "resaved", folder / "theirs", folder / "again", names)
+    for name in names:
+        their, our = exact(trained), exact(read)
+        their.set_adapter(name)
+        our.set_adapter(name)
+        same_outputs(case, "outputs", outputs(their, inputs), outputs(our, inputs), name)
+        same_training(case, their, our, inputs, name)
+    merges(case, read, inputs, names)
+    if case.combination is not None and len(names) > 1:
+        same_combination(case, trained, read, inputs)
+
+
+def our_files_load_there(
+    case: Case, base: nn.Module, inputs: Any, ours: LoraModel, names: list[str], folder: Path
+) -> None:
+    back = their_loaded(case, base, folder / "ours", names)
+    check("back", case, back is not None, "PEFT does not load our file")
+    if back is None:
+        return
+    for name in names:
+        their, our = exact(back), exact(ours)
+        their.set_adapter(name)
+        our.set_adapter(name)
+        same_outputs(case, "back", outputs(their, inputs), outputs(our, inputs), name)
+
+
+def same_outputs(case: Case, stage: str, their: Tensor, our: Tensor, name: str) -> None:
+    error = (their - our).abs().max().item() / max(their.abs().max().item(), 1e-3)
+    limit = bound(case, stage)
+    check(stage, case, error <= limit, f"{name}: relative error {error:.1e}")
+
+
+def bound(case: Case, stage: str) -> float:
+    """Where an initialisation changes the weight, each rounds what is left of it to its dtype. The
+    weights of a combination are numbers in float32 for PEFT."""
+    if stage == "combined":
+        return max(100 * 2.0**-24, BOUND)
+    if _any(case, init_lora_weights=_is_changed):
+        return 100 * torch.finfo(case.dtype).eps
+    return BOUND
+
+
+def randomly_changed(case: Case) -> bool:
+    """A random SVD changes the weight, another way each time it is loaded."""
+    return _any(case, init_lora_weights=lambda value: str(value).startswith("pissa_niter"))
+
+
+def same_training(
+    case: Case, theirs: peft.PeftModel, ours: LoraModel, inputs: Any, name: str
+) -> None:
+    """Gradients, and the outputs after a step along them; in evaluation mode, without dropout."""
+    gradients = []
+    for model, tensors in (
+        (theirs, their_tensors(case, theirs, name)),
+        (ours, our_tensors(case, ours, name)),
+    ):
+        y = outputs(model, inputs)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        if trainable:
+            y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape))
+        places = {p.data_ptr(): p for p in trainable}
+        found = {key: places.get(tensor.data_ptr()) for key, tensor in tensors.items()}
+        gradients.append(
+            {
+                key: torch.zeros_like(p) if p.grad is None else p.grad
+                for key, p in found.items()
+                if p is not None
+            }
+        )
+        if trainable:
+            torch.optim.SGD(trainable, lr=0.01).step()
+    their, our = gradients
+    their = {key: g for key, g in their.items() if key in our or not is_extra(key, case)}
+    text = f"{name}: trains PEFT only {sorted(their.keys() - our.keys())}, lora_ext only "
+    check("trains", case, their.keys() == our.keys(), text + f"{sorted(our.keys() - their.keys())}")
+    for key in their.keys() & our.keys():
+        if their[key].shape == our[key].shape:
+            same_outputs(case, "gradients", their[key], our[key], f"{name}, {key}")
+    their_y, our_y = outputs(theirs, inputs), outputs(ours, inputs)
+    same_outputs(case, "outputs after a step", their_y, our_y, name)
+
+
+def merges(case: Case, model: LoraModel, inputs: Any, names: list[str]) -> None:
+    for name in names:
+        model.set_adapter(name)
+        before = {n: p.detach().clone() for n, p in model.base_model.named_parameters()}
+        try:
+            model.merge_adapter()
+        except Exception as error:
+            check("merge", case, False, f"{type(error).__name__}: {error}")
+            return
+        model.unmerge_adapter()
+        same = all(torch.equal(p, before[n]) for n, p in model.base_model.named_parameters())
+        check("unmerge", case, same, f"{name}: not bit for bit")
+        precise = exact(model)
+        y = outputs(precise, inputs)
+        precise.merge_adapter()
+        same_outputs(case, "merged", y, outputs(precise, inputs), name)
+        unloaded = exact(model).merge_and_unload()
+        same_outputs(case, "unloaded", y, outputs(unloaded, inputs), name)
+
+
+def same_combination(case: Case, theirs: peft.PeftModel, ours: LoraModel, inputs: Any) -> None:
+    assert case.combination is not None
+    kind, weights = case.combination
+    options = {} if kind in ("linear", "cat", "svd") else {"density": 0.6}
+    arguments = (["default", "other"], weights, "both", kind)
+    theirs, ours = exact(theirs), exact(ours)
+    results = both(
+        "combine",
+        case,
+        lambda: theirs.add_weighted_adapter(*arguments, **options) or theirs,
+        lambda: ours.add_weighted_adapter(*arguments, **options) or ours,
+    )
+    if None in results:
+        return
+    for model in results:
+        model.set_adapter("both")
+    our = outputs(ours, inputs)
+    try:
+        their = outputs(theirs, inputs)
+    except RuntimeError:  # an SVD of fewer values than the rank makes a layer that cannot run
+        return
+    same_outputs(case, "combined", their, our, kind)
+
+
+# What these need
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp())
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    cast = {n: x.to(dtype) if x.is_floating_point() else x for n, x in inputs.items()}
+    result = model(**cast)
+    y: Tensor = result if isinstance(result, Tensor) else result.logits
+    return y
+
+
+def exact(model: Any) -> Any:
+    return copy.deepcopy(model).double()
+
+
+def disturb(model: nn.Module, seed: int) -> None:
+    """Makes what adapters hold, and biases and modules that are saved with them, others."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad or "lora_" in name:
+                p.add_((0.1 * torch.randn(p.shape, generator=generator)).to(p.dtype))
+
+
+def our_loaded(case: Case, base: nn.Module, folder: Path, names: list[str]) -> LoraModel:
+    torch.manual_seed(case.seed)
+    options = {"is_trainable": True, "autocast_adapter_dtype": case.autocast_adapter_dtype}
+    model = LoraModel.from_pretrained(copy.deepcopy(base), folder, **options)
+    if "other" in names:
+        model.load_adapter(folder / "other", "other", **options)
+    return model.eval()
+
+
+def their_loaded(
+    case: Case, base: nn.Module, folder: Path, names: list[str]
+) -> peft.PeftModel | None:
+    torch.manual_seed(case.seed)
+    options = {"is_trainable": True, "autocast_adapter_dtype": case.autocast_adapter_dtype}
+    try:
+        model = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(folder), **options)
+        if "other" in names:
+            model.load_adapter(str(folder / "other"), "other", **options)
+    except Exception:
+        return None
+    return model.eval()
+
+
+def same_files(case: Case, stage: str, one: Path, two: Path, names: list[str]) -> None:
+    for name in names:
+        place = "" if name == "default" else name
+        first, second = (load_file(f / place / "adapter_model.safetensors") for f in (one, two))
+        lost = sorted(k for k in first.keys() - second.keys() if not is_extra(k, case))
+        check(f"{stage} file", case, not lost, f"{name}: {lost} is lost")
+        more = sorted(second.keys() - first.keys())
+        check(f"{stage} file", case, not more, f"{name}: {more} is added")
+        for key in first.keys() & second.keys():
+            same = first[key].dtype == second[key].dtype and torch.equal(first[key], second[key])
+            check(f"{stage} file", case, same, f"{name}: {key} differs")
+        first, second = (comparable(folder / place) for folder in (one, two))
+        fields = sorted(k for k in first.keys() | second.keys() if first.get(k) != second.get(k))
+        text = [f"{field}: {first.get(field)!r} {second.get(field)!r}" for field in fields]
+        check(f"{stage} config", case, not fields, f"{name}: {text}")
+
+
+def comparable(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+    for field in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save"):
+        if isinstance(config.get(field), list):
+            config[field] = sorted(config[field])
+    return config
