@@ -146,8 +146,8 @@ def make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool
 
 def _make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool) -> Plan:
     config.validate()
-    config = with_plain_names(config)
-    given, config = config, with_experts(model, config)
+    given = config = with_plain_names(config)
+    config = with_experts(model, config)
     names = []
     if has_targets(model, config) or not config.target_parameters:
         kinds, required = (LoraLayer, ModulesToSave), not config.target_parameters

@@ -16,6 +16,7 @@ from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.plan import only_on
 from lora_ext.adapters.targets import saved_modules
 from lora_ext.nn import Embedding, LoraLayer
+from lora_ext.nn.arguments import names_of
 from lora_ext.nn.lora_layer import check_adapter_name
 from lora_ext.nn.transaction import Transaction
 
@@ -46,6 +47,7 @@ def add_weighted_adapter(
             a magnitude (DoRA), or with biases of the base. Nothing is changed then.
     """
     check_adapter_name(adapter_name, model.peft_config, "LoraModel.add_weighted_adapter")
+    adapters = names_of(adapters, "add_weighted_adapter", "adapters")
     ranks = {
         name: max(config.r, *(config.rank_pattern or {}).values(), 0)
         for name, config in model.peft_config.items()
