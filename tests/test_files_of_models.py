@@ -491,7 +491,9 @@ def test_an_adapter_beside_modules_that_another_saves_whole(tmp_path: Path) -> N
     model = get_lora_model(zoo(), first).eval()
     model.add_adapter("two", LoraConfig(target_modules=["gate", "words"], **fields))
     model.add_weighted_adapter(["default", "two"], [1.0, 1.0], "new", "cat")
-    for name in ("two", "new"):
+    stacked = {"target_modules": ["mix"], "target_parameters": ["experts.up"]}
+    model.add_adapter("three", LoraConfig(**stacked, **fields))
+    for name in ("two", "new", "three"):
         model.set_adapter(name)
         model.save_pretrained(tmp_path, [name])
         read = LoraModel.from_pretrained(zoo(), tmp_path / name)

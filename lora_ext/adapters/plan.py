@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -93,8 +93,10 @@ def resolved(model: nn.Module, plan: Plan) -> LoraConfig:
         config.target_modules = exact_targets(model, plan.names, shortest=many)
         if isinstance(config.target_modules, str):  # which these cannot go with, and includes them
             config.layers_to_transform = config.layers_pattern = None
-    elif _means_what_others_save(model, config):
+    elif _means_what_others_save(model, config, targets):
         config = only_on(model, config, plan.names)
+    if _means_what_others_save(model, config, config.target_parameters):
+        config.target_parameters = list(plan.parameters)
     saved = saved_modules(config)
     if plan.tied:  # as PEFT names them: the embedding stands for what is tied to it
         source = next(iter(plan.tied.values()))
@@ -112,16 +114,21 @@ def only_on(model: nn.Module, config: LoraConfig, names: Sequence[str]) -> LoraC
     return config
 
 
-def _means_what_others_save(model: nn.Module, config: LoraConfig) -> bool:
-    """Whether it also means modules that it does not adapt here only because they are in one that
-    another adapter saves whole."""
+def _means_what_others_save(
+    model: nn.Module, config: LoraConfig, targets: str | Collection[str] | None
+) -> bool:
+    """Whether these also mean modules, or parameters, that the config does not adapt here only
+    because they are in a module that another adapter saves whole."""
     own = [compiled("modules_to_save", pattern) for pattern in saved_modules(config)]
-    inside = (name for name, _ in named_modules(model) if f"{ORIGINAL}." in f"{name}.")
-    names = (name.replace(ORIGINAL, "") for name in inside)
-    return any(
-        matches(name, config.target_modules) and not any(one.match(name) for one in own)
-        for name in names
-    )
+    meant = targets if isinstance(targets, str) else frozenset(targets or ())
+    for name, module in named_modules(model) if meant else ():
+        if f"{ORIGINAL}." not in f"{name}.":
+            continue
+        name = name.replace(ORIGINAL, "")
+        names = (name, *(f"{name}.{part}" for part in module._parameters))
+        if any(matches(one, meant) for one in names) and not any(one.match(name) for one in own):
+            return True
+    return False
 
 
 def make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool) -> Plan:
