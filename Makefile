@@ -40,7 +40,7 @@ CUDA_TORCH ?= torch==2.11.0
 cuda-check:
 	$(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/pip install --quiet $(CUDA_TORCH)
-	.venv-cuda/bin/pip install --quiet safetensors rich numpy 'setuptools>=77'
+	.venv-cuda/bin/pip install --quiet safetensors rich numpy regex 'setuptools>=77'
 	rm -rf build/sdist
 	.venv-cuda/bin/python setup.py -q sdist -d build/sdist
 	LORA_EXT_CUDA=1 NVCC_APPEND_FLAGS="-Xptxas -v" \

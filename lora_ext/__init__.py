@@ -1,6 +1,7 @@
 """Fused LoRA layers for PyTorch. Start with `lora_ext.nn.Linear` or `lora_ext.replace_linear`."""
 
-from lora_ext import nn, reference
+from lora_ext import nn as nn
+from lora_ext import reference
 from lora_ext._extension import __version__, build_info
 from lora_ext.adapters import (
     LoraConfig,
@@ -16,6 +17,7 @@ from lora_ext.adapters import (
 from lora_ext.functional import draw_rng_state, dropout_mask, lora_embedding, lora_linear
 from lora_ext.tuning import autotune
 
+# Not `nn`: after `from lora_ext import *` that name would not be torch's any more.
 __all__ = [
     "LoraConfig",
     "LoraModel",
@@ -31,7 +33,6 @@ __all__ = [
     "lora_linear",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
-    "nn",
     "print_trainable_parameters",
     "reference",
     "replace_linear",

@@ -95,6 +95,16 @@ def lora_linear(
     )
 
 
+def _row(padding_idx: int, rows: int) -> int:
+    """As torch.nn.functional.embedding counts: negative ones from the end."""
+    if not -rows <= padding_idx < rows:
+        raise ValueError(
+            f"lora_embedding: padding_idx: got {padding_idx}, expected {-rows} to {rows - 1}, a "
+            "row of the weight, or None"
+        )
+    return padding_idx % rows
+
+
 def lora_embedding(
     indices: Tensor,
     weight: Tensor,
@@ -119,7 +129,8 @@ def lora_embedding(
         lora_A: [r, num_embeddings], dtype of weight, or float32 beside bfloat16 and float16.
         lora_B: [embedding_dim, r], dtype of lora_A.
         scaling: of the product.
-        padding_idx: a row of weight and column of lora_A that get no gradient.
+        padding_idx: a row of weight and column of lora_A that get no gradient; negative ones count
+            from the end.
         scale_grad_by_freq: divide the gradients of weight and lora_A by how often an index occurs.
 
     Returns:
@@ -130,14 +141,17 @@ def lora_embedding(
         IndexError: an index out of range (on the CPU).
         RuntimeError: tensors on different devices.
     """
-    padding = -1 if padding_idx is None else padding_idx
     try:
+        padding = -1 if padding_idx is None else _row(padding_idx, weight.shape[0])
         return torch.ops.lora_ext.lora_embedding(  # type: ignore[no-any-return]
             indices, weight, lora_A, lora_B, scaling, padding, scale_grad_by_freq
         )
-    except (TypeError, RuntimeError):
+    except (AttributeError, TypeError, RuntimeError):
         check_kinds("lora_embedding", indices=indices, weight=weight, lora_A=lora_A, lora_B=lora_B)
-        flags = {"padding_idx": padding, "scale_grad_by_freq": scale_grad_by_freq}
+        flags = {
+            "padding_idx": -1 if padding_idx is None else padding_idx,
+            "scale_grad_by_freq": scale_grad_by_freq,
+        }
         check_kinds("lora_embedding", scaling=scaling, **flags)
         raise
 

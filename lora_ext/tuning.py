@@ -91,7 +91,9 @@ def autotune(
             refuse("autotune", "tokens, rounds", count, "integers of at least 1")
     wanted = sorted({1 << (count.bit_length() - 1) for count in tokens if count >= 1})
     if not wanted or rounds < 1:
-        raise ValueError("autotune: tokens and rounds: expected at least 1 of each")
+        raise ValueError(
+            f"autotune: tokens, rounds: got {tokens} and {rounds}, expected at least 1 of each"
+        )
     calls = {
         (device.index or 0, call): None
         for device, call in calls_of(model, wanted)

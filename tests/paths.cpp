@@ -21,9 +21,14 @@ extern "C" ChosenPath cpu_path(int64_t M, int64_t N, int64_t K, int64_t r, bool 
   return {static_cast<int>(path.kernels), nullptr, path.reason, path.fwd_parts, path.bwd_parts};
 }
 
-extern "C" ChosenPath dropped_path(int64_t M, double dropout_p, bool bf16, bool fast_blas) {
-  const DroppedPath path = choose_dropped_path(M, dropout_p, bf16, fast_blas);
+extern "C" ChosenPath dropped_path(int64_t M, int64_t K, double dropout_p, bool bf16,
+                                   bool fast_blas) {
+  const DroppedPath path = choose_dropped_path(M, K, dropout_p, bf16, fast_blas);
   return {path.skips, nullptr, path.reason, 0, 0};
+}
+
+extern "C" int64_t chunk_of_rows(int64_t M, int64_t K, int64_t parts, int64_t threads) {
+  return rows_per_chunk(M, K, parts, threads);
 }
 
 // fastest: none if negative

@@ -299,7 +299,7 @@ def test_compare_says_where_both_come_from(
     new = with_environment(write_report(tmp_path / "new.json", 1.0), **changes, other_load=3.25)
     main(["--compare", old, new])
     text = " ".join(capsys.readouterr().out.split())
-    assert "old: a toaster, CPU threads: 1, load 0 on 1 CPUs before; python 3" in text
+    assert "old: a toaster, CPU threads: 1, load 0 before of 1 CPUs; python 3" in text
     assert "others used 3.25 of 4 CPUs (BUSY); python 3, torch 2.99" in text
     assert "Different devices: a toaster and a machine" in text
     assert "Different threads: 1 and 2" in text
@@ -310,7 +310,8 @@ def test_compare_says_where_both_come_from(
     [
         ({"other_load": 0.9}, False),
         ({"other_load": 1.1}, True),
-        ({"other_load": 0.0, "load_average": 9.0}, False),  # it ended before the run
+        ({"other_load": 0.0, "load_average": 7.0}, False),  # it ended before the run
+        ({"other_load": 0.0, "load_average": 9.0}, True),
         ({"load_average": 1.9}, False),
         ({"load_average": 2.1}, True),
     ],
@@ -323,7 +324,10 @@ def test_every_output_says_how_busy_the_machine_was(
     markdown = tmp_path / "run.md"
     assert main(["--compare", file, file, "--markdown", str(markdown)]) == 0
     table = markdown.read_text(encoding="utf-8")
-    words = "others used" if "other_load" in measured else "on 4 CPUs before"
+    words = f"load {measured.get('load_average', 0):g} before"
+    if "other_load" in measured:
+        words += f", others used {measured['other_load']:g}"
+    words += " of 4 CPUs"
     for text in (table, " ".join(capsys.readouterr().out.split())):
         assert words in text and "a machine" in text
         assert ("these times say little" in text) == busy == ("BUSY" in text)

@@ -92,6 +92,15 @@ def test_values_and_gradients(
         torch.testing.assert_close(actual, expected[name], rtol=1e-11, atol=1e-11, msg=name)
 
 
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
+def test_without_dropout(size: tuple[int, int, int]) -> None:
+    p = problem(*size, 0.1)
+    p.dropout_p, p.mask = 0.0, torch.ones_like(p.mask)
+    expected = p.results(exact=True, fused=False)
+    for name, actual in p.results(exact=False, fused=True).items():
+        torch.testing.assert_close(actual, expected[name], rtol=1e-11, atol=1e-11, msg=name)
+
+
 def test_values_and_gradients_of_strided_operands() -> None:
     p = problem(128, 140, 70, 0.2)
     expected = p.results(exact=False, fused=True)
@@ -132,6 +141,18 @@ def test_error_against_plain_pytorch(
     for name in exact:
         error, plain_error = (rms(r[name].double() - exact[name]) for r in (ours, plain))
         assert error <= plain_error, name
+
+
+@pytest.mark.parametrize("dropout_p", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES, ids=str)
+def test_error_where_most_is_dropped(
+    dtype: torch.dtype, adapter_dtype: torch.dtype, dropout_p: float
+) -> None:
+    """Of y: what is kept is large there, and must not come from a difference of rounded numbers."""
+    p = problem(300, 257, 136, dropout_p, dtype, adapter_dtype)
+    exact = p.results(exact=True, fused=False)["y"]
+    ours, plain = (p.results(exact=False, fused=fused)["y"] for fused in (True, False))
+    assert rms(ours.double() - exact) <= rms(plain.double() - exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -106,7 +106,7 @@ def test_table_and_files_say_how_busy_the_machine_was(
     from rich.console import Console
 
     environment = finetune_encoder.describe(torch.device("cpu"), [], "program")
-    environment |= {"cpus": 4, "other_load": other_load}
+    environment |= {"cpus": 4, "load_average": 0.5, "other_load": other_load}
     runs = [
         finetune_encoder.Measurement(name, [2.0, 1.0], [1.0, 1.0], saved_bytes=1)
         for name in ("naive", "peft", "lora_ext")
@@ -117,7 +117,10 @@ def test_table_and_files_say_how_busy_the_machine_was(
     saved = json.loads((tmp_path / "run.json").read_text())["environment"]
     for shown in (console.export_text(), "\n".join(finetune_report.captions(environment))):
         text = " ".join(shown.split())
-        assert f"others used {other_load:g} of 4 CPUs" in text and torch.__version__ in text
+        assert (
+            f"load 0.5 before, others used {other_load:g} of 4 CPUs" in text
+            and torch.__version__ in text
+        )
         assert ("these times say little" in text) == busy
     assert (saved["busy"] is not None) == busy
     finetune_report.save_plot(tmp_path / "run.png", {"p": runs}, environment)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lora_ext import LoraConfig, LoraModel, get_lora_model
 
 # More are tried with, say, LORA_EXT_ROUND_TRIPS=2000.
-COUNT = int(os.environ.get("LORA_EXT_ROUND_TRIPS", "60"))
+COUNT = int(os.environ.get("LORA_EXT_ROUND_TRIPS", "40"))
 FILE = "adapter_model.safetensors"
 
 
@@ -83,7 +83,7 @@ def test_drawn_configs(seed: int, tmp_path: Path) -> None:
 
 
 def test_most_drawn_configs_go_together() -> None:
-    assert sum(adapted(zoo(), drawn(seed)) is not None for seed in range(40)) >= 15
+    assert sum(adapted(zoo(), drawn(seed)) is not None for seed in range(20)) >= 8
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -100,12 +100,11 @@ def test_parity_cases(case: str, tmp_path: Path) -> None:
     check_round_trip(model, fresh.eval(), x, tmp_path)
 
 
-@pytest.mark.parametrize("bias", ["none", "all"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("family", BUILDERS)
-def test_families(family: str, variant: str, bias: str, tmp_path: Path) -> None:
-    fields = {"r": 4, "target_modules": FAMILY_TARGETS.get(family), "bias": bias}
-    fields |= VARIANTS[variant]
+def test_families(family: str, variant: str, tmp_path: Path) -> None:
+    fields = {"r": 4, "target_modules": FAMILY_TARGETS.get(family)} | VARIANTS[variant]
+    fields["bias"] = "all" if variant == "default" else "none"
     if family == "resnet" and variant == "all-linear":
         fields["target_modules"] = r".*convolution|classifier\.1"
     base, inputs = BUILDERS[family]()

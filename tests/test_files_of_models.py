@@ -482,3 +482,31 @@ def test_the_default_device_is_not_asked(tmp_path: Path) -> None:
         torch.set_default_device(None)
     with torch.no_grad():
         assert torch.equal(read(tokens()), model(tokens()))
+
+
+def test_an_adapter_beside_modules_that_another_saves_whole(tmp_path: Path) -> None:
+    """ "gate" means one inside `layers.0.experts` as well, of which the first has a copy."""
+    fields = {"r": 2, "init_lora_weights": False}
+    first = LoraConfig(target_modules=["lin"], modules_to_save=["layers.0.experts"], **fields)
+    model = get_lora_model(zoo(), first).eval()
+    model.add_adapter("two", LoraConfig(target_modules=["gate", "words"], **fields))
+    model.add_weighted_adapter(["default", "two"], [1.0, 1.0], "new", "cat")
+    for name in ("two", "new"):
+        model.set_adapter(name)
+        model.save_pretrained(tmp_path, [name])
+        read = LoraModel.from_pretrained(zoo(), tmp_path / name)
+        with torch.no_grad():
+            assert torch.equal(read(tokens()), model(tokens()))
+
+
+def test_names_read_off_a_compiled_model_are_plain(tmp_path: Path) -> None:
+    net = compiled(small())
+    targets = [name for name, _ in net.named_modules() if name.endswith("lin")]
+    assert targets[0] == "_orig_mod.lin"
+    fields = {"target_modules": targets, "modules_to_save": ["_orig_mod.head"]}
+    model = get_lora_model(net, LoraConfig(r=2, init_lora_weights=False, **fields))
+    model.save_pretrained(tmp_path)
+    assert "_orig_mod" not in (tmp_path / "adapter_config.json").read_text()
+    read = LoraModel.from_pretrained(small(), tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(read(tokens()), model(tokens()))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_ext
+from lora_ext.errors import NotBuiltError
 from lora_ext.nn import init
 
 PLAIN = [True, False, "gaussian", "orthogonal"]
@@ -236,13 +237,14 @@ UNKNOWN = [
     ("", "expected True, False or one of"),
     (None, "got None"),
     (1, "got 1"),
-    *[(name, f"got '{name}', which lora_ext does not have yet") for name in init.NOT_BUILT],
+    *[(name, f"got '{name}': the initialisation '{name}' is not built") for name in init.NOT_BUILT],
 ]
 
 
 @pytest.mark.parametrize(("kind", "message"), UNKNOWN, ids=[str(kind) for kind, _ in UNKNOWN])
 def test_other_kinds_are_refused_by_name(kind: Any, message: str) -> None:
-    with pytest.raises(ValueError, match="init_lora_weights") as error:
+    kinds = (ValueError, TypeError, NotBuiltError)
+    with pytest.raises(kinds, match="init_lora_weights") as error:
         init.check_init(kind)
     assert message in str(error.value)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import lora_ext
 import lora_ext.loralib as lora
+from lora_ext.loralib.merging import fingerprint
 
 MAKERS: dict[str, tuple[Callable[[], Any], Tensor]] = {
     "Linear": (lambda: lora.Linear(6, 8, r=2), torch.randn(4, 6)),
@@ -146,6 +147,26 @@ def test_what_is_saved_in_one_mode_computes_the_same_in_every_other(kind: str) -
                     assert torch.equal(weight_of(other.train()), weight_of(layer.train()))
 
 
+@pytest.mark.parametrize("columns", [8, 7])
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES.values(), torch.float8_e5m2], ids=str)
+def test_a_fingerprint_tells_what_was_changed(dtype: torch.dtype, columns: int) -> None:
+    weight = torch.randn(6, columns).to(dtype)
+    own = fingerprint(weight)
+    assert fingerprint(weight.clone()) == own
+    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[weight.itemsize]
+    for index in ((0, 0), (5, columns - 1), (3, 2)):
+        other = weight.clone()
+        other.view(bits)[index] ^= 1
+        assert fingerprint(other) != own
+    for turned in (weight.view(bits).flip(0), weight.view(bits).flip(1)):
+        assert fingerprint(turned.view(dtype)) != own
+    stored_as_columns = weight.t().contiguous().t()
+    assert fingerprint(stored_as_columns.clone()) == fingerprint(stored_as_columns)
+    at_an_odd_place = torch.cat([weight.new_zeros(1), weight.flatten()])[1:].view(6, columns)
+    assert fingerprint(at_an_odd_place) == fingerprint(at_an_odd_place)
+    assert fingerprint(torch.empty(0, columns, dtype=dtype)) == (0, 0)
+
+
 @each_kind
 def test_an_adapter_that_is_loaded_in_eval_runs(kind: str) -> None:
     layer, x = trained(kind)
@@ -225,6 +246,36 @@ def test_tying_while_merged() -> None:
     assert net.plain.weight.count_nonzero() == 0 == net.head.weight.count_nonzero()
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("saved_in", [True, False], ids=["saved in train", "saved in eval"])
+@each_kind
+def test_a_layer_made_on_meta_loads(kind: str, saved_in: bool, assign: bool) -> None:
+    layer, x = trained(kind)
+    expected, state = layer(x), layer.train(saved_in).state_dict()
+    for mode in (True, False):
+        with torch.device("meta"):
+            other = MAKERS[kind][0]().train(mode)
+        if not assign:
+            other.to_empty(device="cpu")
+        other.load_state_dict(state, assign=assign)
+        for _ in range(2):
+            mode = not mode
+            close(other(x), expected)
+            close(other.train(mode)(x), expected)
+
+
+def test_eval_in_inference_mode_leaves_no_inference_tensors() -> None:
+    layer, x = trained("Linear")
+    expected = layer(x)
+    with torch.inference_mode():
+        layer.eval()(x)
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    y.sum().backward()
+    close(y, expected)
+    assert x.grad is not None and torch.equal(layer.train()(x), expected)
+
+
 @each_kind
 def test_copies_and_moves_while_merged(kind: str) -> None:
     layer, x = trained(kind)
@@ -236,6 +287,18 @@ def test_copies_and_moves_while_merged(kind: str) -> None:
         assert torch.equal(twin(x), y)
         assert torch.equal(weight_of(twin.double()), weight_of(layer).double())
         assert torch.equal(weight_of(twin.train()), bits.double())
+
+
+@pytest.mark.parametrize("merge_weights", [True, False])
+def test_a_transformer_s_fast_path_does_not_skip_the_update(merge_weights: bool) -> None:
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    block.linear1 = lora.Linear(8, 16, r=2, merge_weights=merge_weights)
+    nn.init.normal_(block.linear1.lora_B)
+    x = torch.randn(2, 3, 8)
+    expected = block(x)
+    with torch.no_grad():
+        close(block.eval()(x), expected)
 
 
 def test_freezing_while_merged_lasts() -> None:

@@ -38,11 +38,13 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     for function, facts in ((loaded.cpu_path, CPU_FACTS), (loaded.cuda_path, CUDA_FACTS)):
         function.argtypes = [kind or ctypes.c_int64 for kind in facts.values()]
         function.restype = ChosenPath
-    loaded.dropped_path.argtypes = [ctypes.c_int64, ctypes.c_double, ctypes.c_bool, ctypes.c_bool]
+    loaded.dropped_path.argtypes = [ctypes.c_int64] * 2 + [ctypes.c_double] + [ctypes.c_bool] * 2
     loaded.dropped_path.restype = ChosenPath
     loaded.is_built_for.restype = ctypes.c_bool
     loaded.rows_of_matrix.argtypes = [ctypes.c_int64] * 4
     loaded.rows_of_a_call.argtypes = [ctypes.c_int64] * 2
+    loaded.chunk_of_rows.argtypes = [ctypes.c_int64] * 4
+    loaded.chunk_of_rows.restype = ctypes.c_int64
     return loaded
 
 
@@ -113,14 +115,18 @@ def test_cpu_parts(library: ctypes.CDLL, facts: dict[str, int], fwd: int, bwd: i
     assert (path.fwd_parts, path.bwd_parts) == (fwd, bwd)
 
 
-# (rows, dropout_p, bf16, fast BLAS), whether dora_linear multiplies the dropped elements alone, why
+# (rows, columns, dropout_p, bf16, fast BLAS), whether dora_linear multiplies the dropped elements
+# alone, why
 DROPPED_CASES = {
-    "fp32": ((64, 0.5, False, True), True, "one with the dropped elements alone"),
-    "fp32, few rows": ((63, 0.1, False, True), False, "few rows"),
-    "fp32, most dropped": ((64, 0.51, False, True), False, "so many elements are dropped"),
-    "bf16": ((64, 0.25, True, True), True, "one with the dropped elements alone"),
-    "bf16, many dropped": ((64, 0.26, True, True), False, "so many elements are dropped"),
-    "slow blas": ((64, 1.0, True, False), True, "one with the dropped elements alone"),
+    "fp32": ((64, 9, 0.5, False, True), True, "one with the dropped elements alone"),
+    "fp32, few rows": ((63, 9, 0.1, False, True), False, "few rows"),
+    "fp32, most dropped": ((64, 9, 0.51, False, True), False, "dropped that BLAS is faster"),
+    "bf16": ((64, 9, 0.25, True, True), True, "one with the dropped elements alone"),
+    "bf16, many dropped": ((64, 9, 0.26, True, True), False, "dropped that BLAS is faster"),
+    "slow blas": ((64, 9, 0.5, True, False), True, "one with the dropped elements alone"),
+    "slow blas, most dropped": ((64, 9, 0.51, True, False), False, "would lose digits"),
+    "no columns": ((64, 0, 0.1, False, True), False, "nothing to drop"),
+    "a row of 2^31": ((64, 2**31, 0.1, False, True), False, "too long for lists"),
 }
 
 
@@ -128,11 +134,23 @@ DROPPED_CASES = {
     ("facts", "skips", "reason"), DROPPED_CASES.values(), ids=DROPPED_CASES.keys()
 )
 def test_dropped_path(
-    library: ctypes.CDLL, facts: tuple[int, float, bool, bool], skips: bool, reason: str
+    library: ctypes.CDLL, facts: tuple[int, int, float, bool, bool], skips: bool, reason: str
 ) -> None:
     path = library.dropped_path(*facts)
     assert bool(path.kernels) == skips
     assert reason in path.reason.decode()
+
+
+@pytest.mark.parametrize("rows", [64, 200, 1024, 10**6])
+@pytest.mark.parametrize("columns", [1, 128, 2**21, 2**21 + 256, 2**28 + 1, 2**31 - 129])
+def test_chunks_of_rows_have_places_for_all_their_elements(
+    library: ctypes.CDLL, rows: int, columns: int
+) -> None:
+    for parts, threads in ((1, 1), (1, 64), (1000, 2)):
+        chunk = library.chunk_of_rows(rows, columns, parts, threads)
+        padded = -(-columns // 128) * 128  # a list of every block is filled up
+        assert 1 <= chunk <= 1024 and chunk * padded < 2**31
+        assert chunk >= 128 or columns >= 2**24
 
 
 CUDA = dict(M=2048, N=1024, K=1024, r=16, half=True, rows=TMA, compute_capability=80)

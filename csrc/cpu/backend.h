@@ -23,7 +23,7 @@ inline int dtype_pair(at::ScalarType base, at::ScalarType adapter) {
 }
 
 inline DropoutArgs dropout_args(const LoraScale& scale) {
-  if (scale.dropout_p == 0.0) return {};
+  if (scale.dropout_p == 0.0) return {false, dropout_threshold(0.0), 1.0, {}};
   const Tensor state = scale.rng_state->contiguous();
   const int64_t* words = state.const_data_ptr<int64_t>();
   return {true,

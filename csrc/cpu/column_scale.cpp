@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "cpu/backend.h"
+#include "cpu/path.h"
 #include "ops/checks.h"
 #include "ops/prepare.h"
 
@@ -53,8 +54,8 @@ std::tuple<Tensor, Tensor, Tensor> column_scale_bwd_cpu(const Tensor& dy, const 
   const Tensor rows = as_rows(dy), factors = as_vector(scale, compute);
   const Tensor z_rows = mask[kGradScale] ? as_rows(*z) : Tensor();
   const int64_t M = rows.size(0);
-  const int64_t parts = std::max<int64_t>(
-      1, std::min<int64_t>(at::get_num_threads(), M / std::max<int64_t>(64, rows_per_part(N))));
+  const int64_t parts = parts_for_sums(
+      M, std::min<int64_t>(at::get_num_threads(), M / std::max<int64_t>(64, rows_per_part(N))));
   const ColumnScaleBackwardArgs args{N,
                                      rows.const_data_ptr(),
                                      rows.stride(0),

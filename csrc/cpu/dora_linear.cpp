@@ -14,6 +14,7 @@
 #include "cpu/lora_linear.h"
 #include "ops/column_scale.h"
 #include "ops/prepare.h"
+#include "ops/tensors.h"
 
 namespace lora_ext {
 namespace {
@@ -30,14 +31,6 @@ DroppedWeight dropped_weight(const Tensor& weight) {
 // Rows or columns of adjacent elements, as DroppedWeight wants them.
 Tensor adjacent(const Tensor& weight) {
   return weight.stride(0) == 1 || weight.stride(1) == 1 ? weight : weight.contiguous();
-}
-
-// Rows are cut into chunks, so that sums of a chunk stay in the L2 cache; smaller ones where there
-// would be too few tasks, chunks times `parts`, for the threads.
-int64_t rows_per_chunk(int64_t M, int64_t parts) {
-  constexpr int64_t kMaxRows = 1024, kMinRows = 128, kTasksPerThread = 4;
-  const int64_t chunks = at::divup(kTasksPerThread * at::get_num_threads(), parts);
-  return std::clamp(at::divup(M, chunks), kMinRows, kMaxRows);
 }
 
 // What dropout drops, chunk by chunk.
@@ -98,7 +91,8 @@ std::tuple<Tensor, Tensor> dora_linear_fwd_cpu(const Tensor& x, const Tensor& we
   const LoraScale lora_scale{scaling, std::nullopt, dropout_p, rng_state};
   check_dora_linear(x, weight, bias, lora_A, lora_B, scale, lora_scale);
   const int64_t K = weight.size(1), N = weight.size(0);
-  if (!dropped_path(x.numel() / std::max<int64_t>(K, 1), x.scalar_type(), dropout_p).skips) {
+  const int64_t M = count_rows(x).expect_int();
+  if (!dropped_path(M, K, x.scalar_type(), dropout_p).skips) {
     return dora_linear_fwd_composed(x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p,
                                     rng_state);
   }
@@ -107,7 +101,6 @@ std::tuple<Tensor, Tensor> dora_linear_fwd_cpu(const Tensor& x, const Tensor& we
   Tensor v = at::empty(y.sizes(), y.options());
   if (y.numel() == 0) return {y, v};
   low_rank_forward(low_rank);
-  const int64_t M = low_rank.x.size(0);
   Tensor z = v.view({M, N});
   at::mm_out(z, low_rank.x, weight.t());
   const auto compute = at::toOpMathType(x.scalar_type());
@@ -116,7 +109,8 @@ std::tuple<Tensor, Tensor> dora_linear_fwd_cpu(const Tensor& x, const Tensor& we
   const DropoutArgs dropout = dropout_args(lora_scale);
   const DroppedForwardArgs args{dropped_weight(W), scale_minus_1.const_data_ptr(), dropout.scale,
                                 z.data_ptr(), low_rank.y.data_ptr()};
-  const int64_t panels = at::divup(N, kernels.panel_width), rows = rows_per_chunk(M, panels);
+  const int64_t panels = at::divup(N, kernels.panel_width),
+                rows = rows_per_chunk(M, K, panels, at::get_num_threads());
   const Dropped dropped = list_dropped(low_rank.x, M, K, dropout, kernels, compute, rows);
   for_each_part(dropped, panels, kernels.scratch_bytes(rows),
                 [&](const DroppedLists& lists, int64_t panel, void* scratch) {
@@ -133,8 +127,8 @@ DoraGradients dora_linear_bwd_cpu(const Tensor& dy, const OptionalTensor& x,
   const LoraScale lora_scale{scaling, std::nullopt, dropout_p, rng_state};
   check_dora_linear_bwd(dy, x, v, weight, lora_A, lora_B, scale, lora_scale, mask);
   const int64_t K = lora_A.size(1), N = lora_B.size(0);
-  if (K == 0 ||
-      !dropped_path(dy.numel() / std::max<int64_t>(N, 1), dy.scalar_type(), dropout_p).skips) {
+  const int64_t M = count_rows(dy).expect_int();
+  if (!dropped_path(M, K, dy.scalar_type(), dropout_p).skips) {
     return dora_linear_bwd_composed(dy, x, v, weight, lora_A, lora_B, scale, scaling, dropout_p,
                                     rng_state, mask);
   }
@@ -149,7 +143,6 @@ DoraGradients dora_linear_bwd_cpu(const Tensor& dy, const OptionalTensor& x,
   auto& [dx, dweight, no_bias, dA, dB, no_lora_bias] = gradients;
   if (!done) low_rank_backward(low_rank);
   if (!done && mask[kDoraX]) {
-    const int64_t M = low_rank.dy.size(0);
     const Tensor u_rows = u.view({M, N});
     low_rank.dx.addmm_(u_rows, *weight);
     const auto& kernels = dropped_kernels(dy);
@@ -160,7 +153,7 @@ DoraGradients dora_linear_bwd_cpu(const Tensor& dy, const OptionalTensor& x,
     // Several blocks of columns read the same rows of u - dy.
     constexpr int64_t kMaxBlocks = 4;
     const int64_t blocks = at::divup(K, kDropoutBlock), parts = at::divup(blocks, kMaxBlocks);
-    const int64_t rows = rows_per_chunk(M, parts);
+    const int64_t rows = rows_per_chunk(M, K, parts, at::get_num_threads());
     const Dropped dropped = list_dropped(Tensor(), M, K, dropout, kernels, compute, rows);
     for_each_part(dropped, parts, kernels.scratch_bytes(rows),
                   [&](const DroppedLists& lists, int64_t part, void* scratch) {

@@ -13,6 +13,7 @@ namespace lora_ext {
 enum class DtypePair { F64, F32, BF16, BF16_F32, F16, F16_F32 };
 constexpr int kDtypePairs = 6;
 
+// Without dropout the threshold keeps everything, the scale is 1, and nobody need look.
 struct DropoutArgs {
   bool enabled;
   uint32_t threshold;

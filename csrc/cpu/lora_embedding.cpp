@@ -7,6 +7,7 @@
 
 #include "cpu/backend.h"
 #include "cpu/parts.h"
+#include "cpu/path.h"
 #include "ops/checks.h"
 #include "ops/prepare.h"
 
@@ -88,7 +89,7 @@ AdapterGradients lora_embedding_bwd_cpu(const Tensor& dy, const Tensor& indices,
                                         const Tensor& lora_A, const Tensor& lora_B, double scaling,
                                         int64_t padding_idx, bool scale_grad_by_freq,
                                         std::array<bool, 2> mask) {
-  check_lora_embedding_bwd(dy, indices, lora_A, lora_B);
+  check_lora_embedding_bwd(dy, indices, lora_A, lora_B, padding_idx);
   const int64_t M = indices.numel(), V = lora_A.size(1), D = lora_B.size(0), r = lora_A.size(0);
   const auto gradient = [](bool wanted, const Tensor& like) {
     return at::empty(wanted ? like.sizes() : at::IntArrayRef{0}, like.options());
@@ -112,7 +113,7 @@ AdapterGradients lora_embedding_bwd_cpu(const Tensor& dy, const Tensor& indices,
                                    scaling,
                                    mask[0] ? dh.data_ptr() : nullptr};
   const auto& kernels = cpu_kernels().lora_embedding[pair];
-  const int64_t parts = parts_of(M, kMinTokensPerBwdPart);
+  const int64_t parts = parts_for_sums(M, parts_of(M, kMinTokensPerBwdPart));
   const PartialSums dB_sums(mask[1] ? dB : Tensor(), parts, compute, /*transposed=*/true);
   const Scratch scratch(kernels.scratch_bytes(r), parts);
   parallel_parts(M, parts, [&](int64_t part, int64_t begin, int64_t end) {

@@ -7,6 +7,8 @@
 #include <ATen/OpMathType.h>
 #include <torch/library.h>
 
+#include <utility>
+
 #include "cpu/backend.h"
 #include "cpu/lora_linear.h"
 #include "ops/checks.h"
@@ -14,6 +16,13 @@
 
 namespace lora_ext {
 namespace {
+
+// BLAS adds the product of a single row to what is there term by term, in memory. A low-rank part
+// that is much larger than the base would round every term to its own size, so that the product is
+// made apart, where it is not rounded by that.
+bool adds_base_apart(const Tensor& out) {
+  return out.size(0) == 1 && at::toOpMathType(out.scalar_type()) == out.scalar_type();
+}
 
 bool has_fast_blas(at::ScalarType dtype) {
   if (dtype == at::kFloat || dtype == at::kDouble) return true;
@@ -46,8 +55,16 @@ std::tuple<Tensor, Tensor> lora_linear_fwd_cpu(const Tensor& x, const Tensor& we
   auto [y, h, low_rank] =
       prepare_forward(x, bias, lora_A, lora_B, lora_bias, read_scaling(scale), return_h);
   if (y.numel() == 0) return {y, h.zero_()};
-  low_rank_forward(low_rank);
-  low_rank.y.addmm_(low_rank.x, weight.t());
+  if (adds_base_apart(low_rank.y)) {
+    const Tensor bias_of_base = std::exchange(low_rank.bias, Tensor());
+    const Tensor base = bias_of_base.defined() ? at::addmm(bias_of_base, low_rank.x, weight.t())
+                                               : at::mm(low_rank.x, weight.t());
+    low_rank_forward(low_rank);
+    low_rank.y.add_(base);
+  } else {
+    low_rank_forward(low_rank);
+    low_rank.y.addmm_(low_rank.x, weight.t());
+  }
   return {y, h};
 }
 
@@ -62,7 +79,11 @@ Gradients lora_linear_bwd_cpu(const Tensor& dy, const OptionalTensor& x, const O
       prepare_backward(dy, x, h, lora_A, lora_B, read_scaling(scale), mask);
   if (done) return gradients;
   low_rank_backward(low_rank);
-  if (mask[kGradX]) low_rank.dx.addmm_(low_rank.dy, *weight);
+  if (mask[kGradX] && adds_base_apart(low_rank.dx)) {
+    low_rank.dx.add_(at::mm(low_rank.dy, *weight));
+  } else if (mask[kGradX]) {
+    low_rank.dx.addmm_(low_rank.dy, *weight);
+  }
   return gradients;
 }
 
@@ -88,13 +109,13 @@ void low_rank_backward(const LowRankBackward& problem) {
   }
 }
 
-DroppedPath dropped_path(int64_t M, at::ScalarType base, double dropout_p) {
-  return choose_dropped_path(M, dropout_p, base == at::kBFloat16, has_fast_blas(base));
+DroppedPath dropped_path(int64_t M, int64_t K, at::ScalarType base, double dropout_p) {
+  return choose_dropped_path(M, K, dropout_p, base == at::kBFloat16, has_fast_blas(base));
 }
 
 std::pair<bool, std::string> explain_dora_linear_cpu(int64_t tokens, at::ScalarType base,
                                                      double dropout_p) {
-  const DroppedPath path = dropped_path(tokens, base, dropout_p);
+  const DroppedPath path = dropped_path(tokens, /*K=*/kDropoutBlock, base, dropout_p);
   return {path.skips, path.reason};
 }
 

@@ -20,7 +20,7 @@ void low_rank_backward_fused(const LowRankBackward& problem, const CpuPath& path
 void low_rank_forward(const LowRankForward& problem);
 void low_rank_backward(const LowRankBackward& problem);
 
-DroppedPath dropped_path(int64_t M, at::ScalarType base, double dropout_p);
+DroppedPath dropped_path(int64_t M, int64_t K, at::ScalarType base, double dropout_p);
 
 // (path, reason) of a layer for so many rows.
 std::pair<std::string, std::string> explain_lora_linear_cpu(int64_t tokens, int64_t out_features,

@@ -36,11 +36,11 @@ struct Scratch {
 
 // Sums over each range of rows of one adapter gradient, added up in a fixed order.
 struct PartialSums {
-  Tensor parts;   // [parts, rows * columns] compute type; undefined if the gradient is not wanted
-  Tensor result;  // [rows, columns] adapter type; or undefined
+  Tensor parts;   // [parts, rows, columns] compute type; undefined if there is nothing to sum
+  Tensor result;  // [rows, columns] adapter type; undefined if not wanted or without elements
 
   PartialSums(const Tensor& gradient, int64_t count, at::ScalarType compute, bool transposed)
-      : result(gradient) {
+      : result(gradient.defined() && gradient.numel() > 0 ? gradient : Tensor()) {
     if (!result.defined()) return;
     const bool in_place = count == 1 && compute == result.scalar_type() && !transposed;
     parts = in_place ? result.unsqueeze(0)

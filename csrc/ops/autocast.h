@@ -8,6 +8,11 @@
 
 namespace lora_ext {
 
+inline bool is_autocast_on(const Tensor& tensor) {
+  return (tensor.is_cpu() || tensor.is_cuda()) &&
+         at::autocast::is_autocast_enabled(tensor.device().type());
+}
+
 // Autocast is off while it lives.
 template <c10::DeviceType kDevice>
 struct AutocastScope {

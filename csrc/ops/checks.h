@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "ops/lora_linear.h"
+#include "ops/tensors.h"
 
 namespace lora_ext {
 
@@ -19,7 +20,14 @@ inline bool is_adapter_dtype(at::ScalarType adapter, at::ScalarType base) {
   return adapter == base || (adapter == at::kFloat && (base == at::kBFloat16 || base == at::kHalf));
 }
 
+// Kernels read memory by strides: no sparse or blocked layout.
+inline void check_dense(const char* op, const char* name, const Tensor& tensor) {
+  TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, op, ": ", name, ": got a tensor of layout ",
+                   tensor.layout(), ", expected a dense one; convert it with .to_dense()");
+}
+
 inline void check_device(const char* op, const char* name, const Tensor& tensor, const Tensor& x) {
+  check_dense(op, name, tensor);
   TORCH_CHECK(tensor.device() == x.device(), op, ": ", name, ": got device ", tensor.device(),
               ", expected ", x.device(), ", where the input is; move one of them with .to()");
 }
@@ -43,9 +51,15 @@ inline void check_factor(const char* op, const char* name, const OptionalTensor&
   check_vector(op, name, vector, x, N, vector->scalar_type());
 }
 
+// Before it is checked that a tensor has dimensions.
+inline c10::SymInt last_size(const Tensor& tensor) {
+  return tensor.dim() > 0 ? tensor.sym_size(-1) : c10::SymInt(0);
+}
+
 inline void check_adapters(const char* op, const char* name, const Tensor& x, const c10::SymInt& N,
                            const c10::SymInt& K, const Tensor& lora_A, const Tensor& lora_B) {
   const auto base = x.scalar_type();
+  check_dense(op, name, x);
   TORCH_CHECK_TYPE(is_lora_base_dtype(base), op, ": ", name, ": got dtype ", base,
                    ", expected float64, float32, bfloat16 or float16; convert with .to()");
   check_device(op, "lora_A", lora_A, x);
@@ -121,6 +135,7 @@ inline void check_lora_linear(const Tensor& x, const Tensor& weight, const Optio
                               const Tensor& lora_A, const Tensor& lora_B,
                               const OptionalTensor& lora_bias, const LoraScale& scale,
                               const char* op = "lora_linear") {
+  check_dense(op, "x", x);
   check_input(op, x, weight, lora_A);
   check_weight(op, x, weight, x.sym_size(-1));
   const c10::SymInt N = weight.sym_size(0);
@@ -135,8 +150,9 @@ inline void check_lora_linear_bwd(const Tensor& dy, const OptionalTensor& x,
                                   const Tensor& lora_A, const Tensor& lora_B,
                                   const LoraScale& scale, const GradientMask& mask,
                                   const char* op = "lora_linear_bwd") {
+  check_dense(op, "dy", dy);
   TORCH_CHECK_VALUE(dy.dim() >= 1, op, ": dy: got a 0-d tensor, expected [..., out_features]");
-  check_adapters(op, "dy", dy, dy.sym_size(-1), lora_A.sym_size(-1), lora_A, lora_B);
+  check_adapters(op, "dy", dy, dy.sym_size(-1), last_size(lora_A), lora_A, lora_B);
   check_scale(op, dy, scale);
   TORCH_CHECK_VALUE(!mask[kGradX] || weight.has_value(), op,
                     ": weight: got None, expected [out_features, in_features] for the gradient "
@@ -164,10 +180,10 @@ inline void check_lora_linear_bwd(const Tensor& dy, const OptionalTensor& x,
   }
   if (h.has_value()) {
     check_device(op, "h", *h, dy);
-    TORCH_CHECK_VALUE(h->dim() == 2 && h->sym_size(1) == lora_A.sym_size(0) &&
-                          h->sym_size(0) * dy.sym_size(-1) == dy.sym_numel(),
-                      op, ": h: got shape ", h->sym_sizes(), ", expected [M, ", lora_A.sym_size(0),
-                      "] with one row per row of dy");
+    TORCH_CHECK_VALUE(
+        h->dim() == 2 && h->sym_size(1) == lora_A.sym_size(0) && h->sym_size(0) == count_rows(dy),
+        op, ": h: got shape ", h->sym_sizes(), ", expected [M, ", lora_A.sym_size(0),
+        "] with one row per row of dy");
     const at::ScalarType compute = at::toOpMathType(lora_A.scalar_type());
     TORCH_CHECK_TYPE(h->scalar_type() == compute, op, ": h: got dtype ", h->scalar_type(),
                      ", expected ", compute, ", in which adapters of dtype ", lora_A.scalar_type(),
@@ -177,6 +193,7 @@ inline void check_lora_linear_bwd(const Tensor& dy, const OptionalTensor& x,
 
 inline void check_column_scale(const char* op, const char* name, const Tensor& z,
                                const Tensor& scale, const OptionalTensor& bias) {
+  check_dense(op, name, z);
   TORCH_CHECK_TYPE(is_lora_base_dtype(z.scalar_type()), op, ": ", name, ": got dtype ",
                    z.scalar_type(),
                    ", expected float64, float32, bfloat16 or float16; convert with .to()");
@@ -205,11 +222,11 @@ inline void check_column_scale_bwd(const Tensor& dy, const OptionalTensor& z, co
 
 inline void check_dropout(const Tensor& x, const Tensor& rng_state, double dropout_p) {
   constexpr const char* op = "dropout";
+  check_dense(op, "x", x);
   TORCH_CHECK_TYPE(is_lora_base_dtype(x.scalar_type()), op, ": x: got dtype ", x.scalar_type(),
                    ", expected float64, float32, bfloat16 or float16; convert with .to()");
   TORCH_CHECK_VALUE(x.dim() >= 1, op, ": x: got a 0-d tensor, expected [..., columns]");
-  TORCH_CHECK_VALUE(dropout_p >= 0.0 && dropout_p <= 1.0, op, ": dropout_p: got ", dropout_p,
-                    ", expected a probability from 0 to 1");
+  check_dropout_p(op, dropout_p);
   check_device(op, "rng_state", rng_state, x);
   check_rng_state(op, rng_state);
 }
@@ -218,6 +235,7 @@ inline void check_dropout_mask(const Tensor& rng_state, const c10::SymInt& rows,
                                const c10::SymInt& columns, double dropout_p,
                                const c10::SymInt& first_row) {
   constexpr const char* op = "dropout_mask";
+  check_dense(op, "rng_state", rng_state);
   check_rng_state(op, rng_state);
   TORCH_CHECK_VALUE(rows >= 0 && columns >= 0, op, ": rows, columns: got ", rows, ", ", columns,
                     ", expected sizes of at least 0");
@@ -232,9 +250,17 @@ inline void check_indices(const char* op, const Tensor& indices, const Tensor& t
                    ", expected int64 or int32; convert with .to()");
 }
 
+// -1 stands for none.
+inline void check_padding_idx(const char* op, int64_t padding_idx, const c10::SymInt& V) {
+  TORCH_CHECK_VALUE(padding_idx == -1 || (padding_idx >= 0 && padding_idx < V), op,
+                    ": padding_idx: got ", padding_idx, ", expected a row of the ", V,
+                    " of the weight, or -1 for none");
+}
+
 inline void check_lora_embedding(const Tensor& indices, const Tensor& weight, const Tensor& lora_A,
                                  const Tensor& lora_B) {
   constexpr const char* op = "lora_embedding";
+  check_dense(op, "weight", weight);
   TORCH_CHECK_VALUE(weight.dim() == 2, op, ": weight: got shape ", weight.sym_sizes(),
                     ", expected [num_embeddings, embedding_dim]");
   check_indices(op, indices, weight);
@@ -242,19 +268,24 @@ inline void check_lora_embedding(const Tensor& indices, const Tensor& weight, co
 }
 
 inline void check_lora_embedding_bwd(const Tensor& dy, const Tensor& indices, const Tensor& lora_A,
-                                     const Tensor& lora_B) {
+                                     const Tensor& lora_B, int64_t padding_idx) {
   constexpr const char* op = "lora_embedding_bwd";
+  check_dense(op, "dy", dy);
+  check_dense(op, "indices", indices);
   TORCH_CHECK_VALUE(dy.dim() == indices.dim() + 1 &&
                         dy.sym_sizes().slice(0, indices.dim()) == indices.sym_sizes(),
                     op, ": dy: got shape ", dy.sym_sizes(), ", expected that of indices, ",
                     indices.sym_sizes(), ", and embedding_dim last");
   check_indices(op, indices, dy);
-  check_adapters(op, "dy", dy, dy.sym_size(-1), lora_A.sym_size(-1), lora_A, lora_B);
+  const c10::SymInt V = last_size(lora_A);
+  check_adapters(op, "dy", dy, dy.sym_size(-1), V, lora_A, lora_B);
+  check_padding_idx(op, padding_idx, V);
 }
 
 // For merge_ and weight_norm.
 inline void check_merge(const char* op, const Tensor& weight, const Tensor& lora_A,
                         const Tensor& lora_B, const OptionalTensor& weight_scale) {
+  check_dense(op, "weight", weight);
   TORCH_CHECK_VALUE(weight.dim() == 2, op, ": weight: got shape ", weight.sym_sizes(),
                     ", expected [out_features, in_features]");
   check_adapters(op, "weight", weight, weight.sym_size(0), weight.sym_size(1), lora_A, lora_B);

@@ -10,6 +10,8 @@
 #include <torch/library.h>
 
 #include "ops/find_op.h"
+#include "ops/tensors.h"
+#include "ops/transforms.h"
 
 namespace lora_ext {
 namespace {
@@ -49,12 +51,7 @@ ColumnScaleGradients column_scale_bwd_composed(const Tensor& dy, const OptionalT
   check_column_scale_bwd(dy, z, scale, mask);
   const auto compute = at::toOpMathType(dy.scalar_type());
   const Tensor gradient = dy.to(compute);
-  const auto sum_rows = [&](const Tensor& t) {
-    return t
-        .reshape_symint(
-            {c10::multiply_integers(t.sym_sizes().slice(0, t.dim() - 1)), t.sym_size(-1)})
-        .sum(0);
-  };
+  const auto sum_rows = [](const Tensor& t) { return flattened(t).sum(0); };
   const Tensor none = at::empty({0}, gradient.options());
   return {mask[kGradZ] ? (gradient * scale.to(compute)).to(dy.scalar_type()).contiguous()
                        : at::empty({0}, dy.options()),
@@ -82,7 +79,7 @@ struct ColumnScale : torch::autograd::Function<ColumnScale> {
     const bool has_bias = ctx->saved_data["has_bias"].toBool();
     const ColumnScaleMask mask{ctx->needs_input_grad(0), ctx->needs_input_grad(1),
                                has_bias && ctx->needs_input_grad(2)};
-    auto [dz, dscale, dbias] = at::GradMode::is_enabled()
+    auto [dz, dscale, dbias] = needs_differentiable_backward(dy)
                                    ? column_scale_bwd_composed(dy, z, scale, mask)
                                    : column_scale_bwd(dy, z, scale, mask);
     variable_list grads(kColumnScaleGradients);
@@ -97,6 +94,7 @@ struct ColumnScale : torch::autograd::Function<ColumnScale> {
 };
 
 Tensor column_scale_autograd(const Tensor& z, const Tensor& scale, const OptionalTensor& bias) {
+  if (have_tangents(z, scale, bias)) return column_scale_composed(z, scale, bias);
   const bool differentiate =
       at::GradMode::is_enabled() &&
       (z.requires_grad() || scale.requires_grad() || (bias.has_value() && bias->requires_grad()));
@@ -137,6 +135,10 @@ TORCH_LIBRARY_IMPL(lora_ext, Meta, m) {
 TORCH_LIBRARY_IMPL(lora_ext, CompositeExplicitAutograd, m) {
   m.impl("column_scale", &column_scale_composed);
   m.impl("column_scale_bwd", &column_scale_bwd_composed);
+}
+
+TORCH_LIBRARY_IMPL(lora_ext, FuncTorchDynamicLayerFrontMode, m) {
+  m.impl("column_scale", &column_scale_composed);
 }
 
 TORCH_LIBRARY_IMPL(lora_ext, Autograd, m) {

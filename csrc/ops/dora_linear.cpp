@@ -66,7 +66,10 @@ std::tuple<Tensor, Tensor> dora_linear_fwd_composed(const Tensor& x, const Tenso
   Tensor y = std::get<0>(
       lora_linear_fwd(x, weight, bias, lora_A, lora_B, std::nullopt, lora_scale, false));
   Tensor v = at::matmul(dropout(x, rng_state, dropout_p), weight.t());
-  return {y.add_(column_scale(v, minus_one(scale, x), std::nullopt)), v};
+  const Tensor factor = minus_one(scale, x);
+  // Rounded once, where ATen multiplies and adds in the dtype of y.
+  const bool same = factor.scalar_type() == y.scalar_type();
+  return {same ? y.addcmul_(v, factor) : y.add_(column_scale(v, factor, std::nullopt)), v};
 }
 
 DoraGradients dora_linear_bwd_composed(const Tensor& dy, const OptionalTensor& x,

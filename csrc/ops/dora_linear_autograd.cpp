@@ -1,4 +1,5 @@
-// dora_linear as a torch::autograd::Function, and under torch.autocast.
+// dora_linear as a torch::autograd::Function, under torch.autocast, and under torch.func's
+// transforms.
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
 #include <ATen/core/grad_mode.h>
@@ -10,6 +11,8 @@
 #include "ops/dora_linear.h"
 #include "ops/dropout.h"
 #include "ops/find_op.h"
+#include "ops/tensors.h"
+#include "ops/transforms.h"
 
 namespace lora_ext {
 namespace {
@@ -26,29 +29,29 @@ std::tuple<Tensor, Tensor> dora_linear_fwd(const Tensor& x, const Tensor& weight
   return op.call(x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p, rng_state);
 }
 
-// The same gradients out of differentiable ATen operators: what backward() runs under
-// create_graph=True, so that second derivatives are right. It holds M x K temporaries.
+// The same gradients out of differentiable ATen operators: what backward() runs where they are
+// differentiated or transformed in turn. It holds M x K temporaries.
 variable_list differentiable_backward(const Tensor& dy, const OptionalTensor& x,
                                       const OptionalTensor& v, const OptionalTensor& weight,
                                       const Tensor& lora_A, const Tensor& lora_B,
                                       const Tensor& scale, const LoraScale& lora_scale,
                                       const DoraMask& mask) {
   const auto compute = at::toOpMathType(dy.scalar_type());
-  const int64_t K = lora_A.size(1), N = lora_B.size(0), M = dy.numel() / std::max<int64_t>(N, 1);
-  const Tensor dy_rows = dy.reshape({M, N}).to(compute);
+  const Tensor dy_rows = flattened(dy).to(compute);
+  const c10::SymInt M = dy_rows.sym_size(0), K = lora_A.sym_size(1);
   const Tensor A = lora_A.to(compute), B = lora_B.to(compute), g = scale.to(compute);
-  const Tensor ones = at::ones({M, K}, dy_rows.options());
+  const Tensor ones = at::ones_symint({M, K}, dy_rows.options());
   const Tensor keep = dropout(ones, *lora_scale.rng_state, lora_scale.dropout_p);
-  const Tensor d = x.has_value() ? x->reshape({M, K}).to(compute) * keep : Tensor();
+  const Tensor d = x.has_value() ? flattened(*x).to(compute) * keep : Tensor();
   const Tensor dh = at::mm(dy_rows, B) * lora_scale.scaling;
 
   variable_list grads(kDoraGradients);
   if (mask[kDoraX]) {
     const Tensor W = weight->to(compute);
     const Tensor dd = at::mm(dy_rows * (g - 1), W) + at::mm(dh, A);
-    auto sizes = dy.sizes().vec();
+    auto sizes = dy.sym_sizes().vec();
     sizes.back() = K;
-    grads[kDoraX] = (at::mm(dy_rows, W) + dd * keep).reshape(sizes).to(dy.scalar_type());
+    grads[kDoraX] = (at::mm(dy_rows, W) + dd * keep).reshape_symint(sizes).to(dy.scalar_type());
   }
   if (mask[kDoraBias]) grads[kDoraBias] = dy_rows.sum(0).to(dy.scalar_type());
   if (mask[kDoraA]) grads[kDoraA] = at::mm(dh.t(), d).to(lora_A.scalar_type());
@@ -59,7 +62,7 @@ variable_list differentiable_backward(const Tensor& dy, const OptionalTensor& x,
   if (mask[kDoraScale]) {
     // weight is kept where x requires grad: elsewhere v is a constant.
     const Tensor product =
-        weight.has_value() ? at::mm(d, weight->to(compute).t()) : v->reshape({M, N}).to(compute);
+        weight.has_value() ? at::mm(d, weight->to(compute).t()) : flattened(*v).to(compute);
     grads[kDoraScale] = (dy_rows * product).sum(0);
   }
   return grads;
@@ -105,7 +108,7 @@ struct DoraLinear : torch::autograd::Function<DoraLinear> {
     mask[kDoraScale] = ctx->needs_input_grad(4 + bias);
 
     variable_list grads;
-    if (at::GradMode::is_enabled()) {
+    if (needs_differentiable_backward(dy)) {
       const LoraScale lora_scale{scaling, std::nullopt, dropout_p, rng_state};
       grads = differentiable_backward(dy, x, v, weight, lora_A, lora_B, scale, lora_scale, mask);
     } else {
@@ -122,16 +125,25 @@ struct DoraLinear : torch::autograd::Function<DoraLinear> {
   }
 };
 
+// Out of operators that are differentiable in everything, in both modes.
+Tensor dora_linear_decomposed(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                              const Tensor& lora_A, const Tensor& lora_B, const Tensor& scale,
+                              double scaling, double dropout_p, const Tensor& rng_state) {
+  const LoraScale lora_scale{scaling, std::nullopt, dropout_p, rng_state};
+  check_dora_linear(x, weight, bias, lora_A, lora_B, scale, lora_scale);
+  const Tensor v = at::linear(dropout(x, rng_state, dropout_p), weight);
+  const Tensor g = scale.to(at::toOpMathType(x.scalar_type()));
+  return lora_linear(x, weight, bias, lora_A, lora_B, std::nullopt, lora_scale) +
+         column_scale(v, g - 1, std::nullopt);
+}
+
 Tensor dora_linear_autograd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                             const Tensor& lora_A, const Tensor& lora_B, const Tensor& scale,
                             double scaling, double dropout_p, const Tensor& rng_state) {
-  const LoraScale lora_scale{scaling, std::nullopt, dropout_p, rng_state};
-  if (at::GradMode::is_enabled() && weight.requires_grad()) {
-    check_dora_linear(x, weight, bias, lora_A, lora_B, scale, lora_scale);
-    const Tensor v = at::linear(dropout(x, rng_state, dropout_p), weight);
-    const Tensor g = scale.to(at::toOpMathType(x.scalar_type()));
-    return lora_linear(x, weight, bias, lora_A, lora_B, std::nullopt, lora_scale) +
-           column_scale(v, g - 1, std::nullopt);
+  if ((at::GradMode::is_enabled() && weight.requires_grad()) ||
+      have_tangents(x, weight, bias, lora_A, lora_B, scale)) {
+    return dora_linear_decomposed(x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p,
+                                  rng_state);
   }
   const bool differentiate =
       at::GradMode::is_enabled() &&
@@ -156,7 +168,21 @@ Tensor dora_linear_autocast(const Tensor& x, const Tensor& weight, const Optiona
                  cast.adapter(lora_B), scale, scaling, dropout_p, rng_state);
 }
 
+// torch.func's transforms come before autocast.
+Tensor dora_linear_functorch(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                             const Tensor& lora_A, const Tensor& lora_B, const Tensor& scale,
+                             double scaling, double dropout_p, const Tensor& rng_state) {
+  const auto op = !is_autocast_on(x) ? &dora_linear_decomposed
+                  : x.is_cuda()      ? &dora_linear_autocast<c10::DeviceType::CUDA>
+                                     : &dora_linear_autocast<c10::DeviceType::CPU>;
+  return op(x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p, rng_state);
+}
+
 }  // namespace
+
+TORCH_LIBRARY_IMPL(lora_ext, FuncTorchDynamicLayerFrontMode, m) {
+  m.impl("dora_linear", &dora_linear_functorch);
+}
 
 TORCH_LIBRARY_IMPL(lora_ext, Autograd, m) { m.impl("dora_linear", &dora_linear_autograd); }
 

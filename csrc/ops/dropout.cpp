@@ -2,11 +2,17 @@
 #include "ops/dropout.h"
 
 #include <ATen/ATen.h>
+#include <ATen/functorch/BatchedTensorImpl.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <limits>
+#include <vector>
+
 #include "ops/checks.h"
 #include "ops/find_op.h"
+#include "ops/tensors.h"
+#include "ops/transforms.h"
 
 namespace lora_ext {
 namespace {
@@ -28,10 +34,9 @@ Tensor dropout_meta(const Tensor& x, const Tensor& rng_state, double dropout_p) 
 
 Tensor dropout_composed(const Tensor& x, const Tensor& rng_state, double dropout_p) {
   check_dropout(x, rng_state, dropout_p);
-  const c10::SymInt K = x.sym_size(-1);
-  const c10::SymInt rows = K > 0 ? x.sym_numel() / K : c10::SymInt(0);
   const double survivor = dropout_p < 1.0 ? 1.0 / (1.0 - dropout_p) : 0.0;
-  const Tensor keep = dropout_mask(rng_state, rows, K, dropout_p).reshape_symint(x.sym_sizes());
+  const Tensor keep = dropout_mask(rng_state, count_rows(x), x.sym_size(-1), dropout_p)
+                          .reshape_symint(x.sym_sizes());
   return at::where(keep, x * survivor, at::zeros({}, x.options())).contiguous();
 }
 
@@ -55,7 +60,27 @@ struct DropoutFunction : torch::autograd::Function<DropoutFunction> {
 };
 
 Tensor dropout_autograd(const Tensor& x, const Tensor& rng_state, double dropout_p) {
+  if (has_tangent(x)) return dropout_composed(x, rng_state, dropout_p);
   return DropoutFunction::apply(x, rng_state, dropout_p);
+}
+
+// In vmap: by ATen's own draw, which obeys `randomness`: one state for all, one for each, or none.
+Tensor draw_rng_state_vmap(const Tensor& like) {
+  const auto options = like.options().dtype(at::kLong);
+  const Tensor seed = at::randint(std::numeric_limits<int64_t>::max(), {1}, options);
+  return at::cat({seed, at::zeros({1}, options)});
+}
+
+// In vmap: the mask of each state of a batch.
+Tensor dropout_mask_batched(const Tensor& rng_state, c10::SymInt rows, c10::SymInt columns,
+                            double dropout_p, c10::SymInt first_row) {
+  const c10::impl::ExcludeDispatchKeyGuard no_batches(c10::DispatchKey::FuncTorchBatched);
+  const auto* batch = at::functorch::maybeGetBatchedImpl(rng_state);
+  std::vector<Tensor> masks;
+  for (const Tensor& state : batch->value().unbind(batch->bdim())) {
+    masks.push_back(dropout_mask(state, rows, columns, dropout_p, first_row));
+  }
+  return at::functorch::makeBatched(at::stack(masks), 0, batch->level());
 }
 
 }  // namespace
@@ -96,6 +121,16 @@ TORCH_LIBRARY_IMPL(lora_ext, Meta, m) {
 }
 
 TORCH_LIBRARY_IMPL(lora_ext, CompositeExplicitAutograd, m) { m.impl("dropout", &dropout_composed); }
+
+TORCH_LIBRARY_IMPL(lora_ext, FuncTorchDynamicLayerFrontMode, m) {
+  m.impl("dropout", &dropout_composed);
+}
+
+TORCH_LIBRARY_IMPL(lora_ext, FuncTorchVmapMode, m) {
+  m.impl("draw_rng_state", &draw_rng_state_vmap);
+}
+
+TORCH_LIBRARY_IMPL(lora_ext, FuncTorchBatched, m) { m.impl("dropout_mask", &dropout_mask_batched); }
 
 TORCH_LIBRARY_IMPL(lora_ext, Autograd, m) { m.impl("dropout", &dropout_autograd); }
 

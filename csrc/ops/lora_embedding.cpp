@@ -8,6 +8,7 @@
 
 #include "ops/checks.h"
 #include "ops/find_op.h"
+#include "ops/tensors.h"
 
 namespace lora_ext {
 namespace {
@@ -24,8 +25,8 @@ Tensor lora_embedding_fwd_meta(const Tensor& indices, const Tensor& weight, cons
 
 AdapterGradients lora_embedding_bwd_meta(const Tensor& dy, const Tensor& indices,
                                          const Tensor& lora_A, const Tensor& lora_B, double,
-                                         int64_t, bool, Mask mask) {
-  check_lora_embedding_bwd(dy, indices, lora_A, lora_B);
+                                         int64_t padding_idx, bool, Mask mask) {
+  check_lora_embedding_bwd(dy, indices, lora_A, lora_B, padding_idx);
   const auto gradient = [](bool wanted, const Tensor& like) {
     return like.new_empty_symint(wanted ? like.sym_sizes().vec() : std::vector<c10::SymInt>{0});
   };
@@ -44,7 +45,7 @@ Tensor fwd_composed(const Tensor& indices, const Tensor& weight, const Tensor& l
 AdapterGradients bwd_composed(const Tensor& dy, const Tensor& indices, const Tensor& lora_A,
                               const Tensor& lora_B, double scaling, int64_t padding_idx,
                               bool scale_grad_by_freq, Mask mask) {
-  check_lora_embedding_bwd(dy, indices, lora_A, lora_B);
+  check_lora_embedding_bwd(dy, indices, lora_A, lora_B, padding_idx);
   auto [dA, dB] = lora_embedding_bwd_composed(dy, indices, lora_A, lora_B, scaling,
                                               {padding_idx, scale_grad_by_freq}, mask);
   return {mask[0] ? dA.contiguous() : lora_A.new_empty({0}),
@@ -84,9 +85,7 @@ AdapterGradients lora_embedding_bwd_composed(const Tensor& dy, const Tensor& ind
   if (mask[1]) {
     const Tensor h =
         at::embedding_symint(lora_A.t(), indices, lookup.padding_idx, lookup.scale_grad_by_freq);
-    const Tensor rows = scaled.reshape_symint({-1, dy.sym_size(-1)});
-    dB = at::mm(rows.t(), h.to(compute).reshape_symint({-1, lora_A.sym_size(0)}))
-             .to(lora_B.scalar_type());
+    dB = at::mm(flattened(scaled).t(), flattened(h.to(compute))).to(lora_B.scalar_type());
   }
   return {dA, dB};
 }

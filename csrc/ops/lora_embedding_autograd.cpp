@@ -1,10 +1,14 @@
 // lora_embedding as a torch::autograd::Function.
 #include <ATen/ATen.h>
+#include <ATen/OpMathType.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "ops/checks.h"
 #include "ops/lora_embedding.h"
+#include "ops/transforms.h"
 
 namespace lora_ext {
 namespace {
@@ -42,9 +46,8 @@ struct LoraEmbedding : torch::autograd::Function<LoraEmbedding> {
                                                      lookup.padding_idx, lookup.scale_grad_by_freq);
     }
     if (mask[0] || mask[1]) {
-      const auto gradients = at::GradMode::is_enabled()  // create_graph=True
-                                 ? lora_embedding_bwd_composed
-                                 : lora_embedding_bwd;
+      const auto gradients =
+          needs_differentiable_backward(dy) ? lora_embedding_bwd_composed : lora_embedding_bwd;
       auto [dA, dB] = gradients(dy, indices, lora_A, lora_B, scaling, lookup, mask);
       if (mask[0]) grads[2] = dA;
       if (mask[1]) grads[3] = dB;
@@ -53,12 +56,32 @@ struct LoraEmbedding : torch::autograd::Function<LoraEmbedding> {
   }
 };
 
+// Out of ATen's operators (see transforms.h), in the precision that the kernels sum in.
+Tensor lora_embedding_decomposed(const Tensor& indices, const Tensor& weight, const Tensor& lora_A,
+                                 const Tensor& lora_B, double scaling, int64_t padding_idx,
+                                 bool scale_grad_by_freq) {
+  check_lora_embedding(indices, weight, lora_A, lora_B);
+  check_padding_idx("lora_embedding", padding_idx, weight.sym_size(0));
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const auto compute = at::toOpMathType(lora_A.scalar_type());
+  const auto lookup = [&](const Tensor& table) {
+    return at::embedding(table, indices, padding_idx, scale_grad_by_freq);
+  };
+  const Tensor update = at::linear(lookup(lora_A.t()).to(compute), lora_B.to(compute));
+  return (lookup(weight) + update * scaling).to(weight.scalar_type());
+}
+
 Tensor lora_embedding_autograd(const Tensor& indices, const Tensor& weight, const Tensor& lora_A,
                                const Tensor& lora_B, double scaling, int64_t padding_idx,
                                bool scale_grad_by_freq) {
+  if (have_tangents(weight, lora_A, lora_B)) {
+    return lora_embedding_decomposed(indices, weight, lora_A, lora_B, scaling, padding_idx,
+                                     scale_grad_by_freq);
+  }
   const bool differentiate =
       at::GradMode::is_enabled() &&
       (weight.requires_grad() || lora_A.requires_grad() || lora_B.requires_grad());
+  check_padding_idx("lora_embedding", padding_idx, last_size(lora_A));
   if (!differentiate) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return lora_embedding_fwd(indices, weight, lora_A, lora_B, scaling);
@@ -68,6 +91,10 @@ Tensor lora_embedding_autograd(const Tensor& indices, const Tensor& weight, cons
 }
 
 }  // namespace
+
+TORCH_LIBRARY_IMPL(lora_ext, FuncTorchDynamicLayerFrontMode, m) {
+  m.impl("lora_embedding", &lora_embedding_decomposed);
+}
 
 TORCH_LIBRARY_IMPL(lora_ext, Autograd, m) { m.impl("lora_embedding", &lora_embedding_autograd); }
 

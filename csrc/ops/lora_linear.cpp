@@ -7,18 +7,13 @@
 #include <torch/library.h>
 
 #include "ops/checks.h"
+#include "ops/composed.h"
 #include "ops/find_op.h"
 #include "ops/lora_linear_registration.h"
+#include "ops/tensors.h"
 
 namespace lora_ext {
 namespace {
-
-// Rows of a tensor [..., width]: the product of the leading sizes, right also where width is 0.
-c10::SymInt count_rows(const Tensor& tensor) {
-  c10::SymInt rows = 1;
-  for (const auto& size : tensor.sym_sizes().slice(0, tensor.dim() - 1)) rows = rows * size;
-  return rows;
-}
 
 std::tuple<Tensor, Tensor> lora_linear_fwd_meta(const Tensor& x, const Tensor& weight,
                                                 const OptionalTensor& bias, const Tensor& lora_A,
@@ -56,6 +51,26 @@ Gradients lora_linear_bwd_meta(const Tensor& dy, const OptionalTensor& x, const 
           gradient(mask[kGradA], lora_A, lora_A.sym_sizes().vec()),
           gradient(mask[kGradB], lora_B, lora_B.sym_sizes().vec()),
           gradient(mask[kGradLoraBias], lora_B, {N})};
+}
+
+std::tuple<Tensor, Tensor> lora_linear_fwd_composed(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& lora_A,
+    const Tensor& lora_B, const OptionalTensor& lora_bias, double scaling,
+    const OptionalTensor& scaling_tensor, double dropout_p, const OptionalTensor& rng_state,
+    bool return_h) {
+  const LoraScale scale{scaling, scaling_tensor, dropout_p, rng_state};
+  check_lora_linear(x, weight, bias, lora_A, lora_B, lora_bias, scale);
+  return composed_fwd(x, weight, bias, lora_A, lora_B, lora_bias, scale, return_h);
+}
+
+Gradients lora_linear_bwd_composed(const Tensor& dy, const OptionalTensor& x,
+                                   const OptionalTensor& h, const OptionalTensor& weight,
+                                   const Tensor& lora_A, const Tensor& lora_B, double scaling,
+                                   const OptionalTensor& scaling_tensor, double dropout_p,
+                                   const OptionalTensor& rng_state, GradientMask mask) {
+  const LoraScale scale{scaling, scaling_tensor, dropout_p, rng_state};
+  check_lora_linear_bwd(dy, x, h, weight, lora_A, lora_B, scale, mask);
+  return composed_bwd(dy, x, h, weight, lora_A, lora_B, scale, mask);
 }
 
 }  // namespace
@@ -107,6 +122,12 @@ TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
 TORCH_LIBRARY_IMPL(lora_ext, Meta, m) {
   m.impl("lora_linear_fwd", &lora_linear_fwd_meta);
   m.impl("lora_linear_bwd", &lora_linear_bwd_meta);
+}
+
+// Backends without kernels of their own; sparse and quantized tensors are refused by the checks.
+TORCH_LIBRARY_IMPL(lora_ext, CompositeExplicitAutograd, m) {
+  m.impl("lora_linear_fwd", &lora_linear_fwd_composed);
+  m.impl("lora_linear_bwd", &lora_linear_bwd_composed);
 }
 
 // Called directly, these two have no derivative and say so in backward.

@@ -1,4 +1,4 @@
-// lora_linear under torch.autocast.
+// lora_linear under torch.autocast, and under torch.func's transforms.
 #include <torch/library.h>
 
 #include "ops/autocast.h"
@@ -20,7 +20,24 @@ Tensor lora_linear_autocast(const Tensor& x, const Tensor& weight, const Optiona
                      {scaling, scaling_tensor, dropout_p, rng_state});
 }
 
+// torch.func's transforms come before autocast.
+Tensor lora_linear_functorch(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                             const Tensor& lora_A, const Tensor& lora_B,
+                             const OptionalTensor& lora_bias, double scaling,
+                             const OptionalTensor& scaling_tensor, double dropout_p,
+                             const OptionalTensor& rng_state) {
+  const auto op = !is_autocast_on(x) ? &lora_linear_decomposed
+                  : x.is_cuda()      ? &lora_linear_autocast<c10::DeviceType::CUDA>
+                                     : &lora_linear_autocast<c10::DeviceType::CPU>;
+  return op(x, weight, bias, lora_A, lora_B, lora_bias, scaling, scaling_tensor, dropout_p,
+            rng_state);
+}
+
 }  // namespace
+
+TORCH_LIBRARY_IMPL(lora_ext, FuncTorchDynamicLayerFrontMode, m) {
+  m.impl("lora_linear", &lora_linear_functorch);
+}
 
 TORCH_LIBRARY_IMPL(lora_ext, AutocastCPU, m) {
   m.impl("lora_linear", &lora_linear_autocast<c10::DeviceType::CPU>);

@@ -5,9 +5,12 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "ops/checks.h"
 #include "ops/dropout.h"
 #include "ops/lora_linear.h"
 #include "ops/lora_linear_registration.h"
+#include "ops/tensors.h"
+#include "ops/transforms.h"
 
 namespace lora_ext {
 namespace {
@@ -19,34 +22,33 @@ bool wants_grad(const OptionalTensor& tensor) {
   return tensor.has_value() && tensor->requires_grad();
 }
 
-// The same gradients out of differentiable ATen operators: what backward() runs under
-// create_graph=True, so that second derivatives are right. It holds M x K temporaries.
+// The same gradients out of differentiable ATen operators: what backward() runs where they are
+// differentiated or transformed in turn. It holds M x K temporaries.
 variable_list differentiable_backward(const Tensor& dy, const OptionalTensor& x,
                                       const OptionalTensor& h, const OptionalTensor& weight,
                                       const Tensor& lora_A, const Tensor& lora_B,
                                       const LoraScale& scale, const GradientMask& mask) {
   const auto compute = at::toOpMathType(dy.scalar_type());
-  const int64_t K = lora_A.size(1), N = lora_B.size(0);
-  const Tensor dy_rows = dy.reshape({dy.numel() / std::max<int64_t>(N, 1), N}).to(compute);
+  const Tensor dy_rows = flattened(dy).to(compute);
   const Tensor A = lora_A.to(compute), B = lora_B.to(compute);
   Tensor s = at::scalar_tensor(scale.scaling, dy_rows.options());
   if (scale.scaling_tensor.has_value()) s = s * *scale.scaling_tensor;
 
-  const int64_t M = dy_rows.size(0);
+  const c10::SymInt M = dy_rows.sym_size(0), K = lora_A.sym_size(1);
   Tensor keep = at::ones({}, dy_rows.options());
   if (scale.dropout_p > 0.0) {
     const double survivor = scale.dropout_p < 1.0 ? 1.0 / (1.0 - scale.dropout_p) : 0.0;
     keep = dropout_mask(*scale.rng_state, M, K, scale.dropout_p).to(compute) * survivor;
   }
-  const Tensor x_rows = x.has_value() ? x->reshape({M, K}).to(compute) : Tensor();
+  const Tensor x_rows = x.has_value() ? flattened(*x).to(compute) : Tensor();
   const Tensor dh = at::mm(dy_rows, B) * s;
 
   variable_list grads(kGradients);
   if (mask[kGradX]) {
     const Tensor dx = at::mm(dy_rows, weight->to(compute)) + at::mm(dh, A) * keep;
-    auto sizes = dy.sizes().vec();
+    auto sizes = dy.sym_sizes().vec();
     sizes.back() = K;
-    grads[kGradX] = dx.reshape(sizes).to(dy.scalar_type());
+    grads[kGradX] = dx.reshape_symint(sizes).to(dy.scalar_type());
   }
   if (mask[kGradWeight]) grads[kGradWeight] = at::mm(dy_rows.t(), x_rows).to(dy.scalar_type());
   if (mask[kGradBias]) grads[kGradBias] = dy_rows.sum(0).to(dy.scalar_type());
@@ -107,11 +109,12 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
     mask[kGradLoraBias] = next(has_lora_bias);
 
     variable_list grads;
-    if (at::GradMode::is_enabled()) {
+    if (needs_differentiable_backward(dy)) {
       const bool x_requires_grad = weight.has_value();  // which is what weight was kept for
-      TORCH_CHECK(!(mask[kGradB] && x_requires_grad && !x.has_value()),
-                  "lora_linear: double backward: x was not kept, since lora_A and weight are "
-                  "frozen; let lora_A require grad to differentiate twice");
+      TORCH_CHECK(
+          !(at::GradMode::is_enabled() && mask[kGradB] && x_requires_grad && !x.has_value()),
+          "lora_linear: double backward: x was not kept, since lora_A and weight are "
+          "frozen; let lora_A require grad to differentiate twice");
       grads = differentiable_backward(dy, x, h, weight, lora_A, lora_B, scale, mask);
     } else {
       auto [dx, dweight, dbias, dA, dB, dlora_bias] =
@@ -131,6 +134,10 @@ Tensor lora_linear_autograd(const Tensor& x, const Tensor& weight, const Optiona
                             const OptionalTensor& lora_bias, double scaling,
                             const OptionalTensor& scaling_tensor, double dropout_p,
                             const OptionalTensor& rng_state) {
+  if (have_tangents(x, weight, bias, lora_A, lora_B, lora_bias, scaling_tensor)) {
+    return lora_linear_decomposed(x, weight, bias, lora_A, lora_B, lora_bias, scaling,
+                                  scaling_tensor, dropout_p, rng_state);
+  }
   const bool differentiate =
       at::GradMode::is_enabled() &&
       (x.requires_grad() || weight.requires_grad() || wants_grad(bias) || lora_A.requires_grad() ||
@@ -145,6 +152,20 @@ Tensor lora_linear_autograd(const Tensor& x, const Tensor& weight, const Optiona
 }
 
 }  // namespace
+
+Tensor lora_linear_decomposed(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                              const Tensor& lora_A, const Tensor& lora_B,
+                              const OptionalTensor& lora_bias, double scaling,
+                              const OptionalTensor& scaling_tensor, double dropout_p,
+                              const OptionalTensor& rng_state) {
+  check_lora_linear(x, weight, bias, lora_A, lora_B, lora_bias,
+                    {scaling, scaling_tensor, dropout_p, rng_state});
+  const Tensor d = dropout_p > 0.0 ? dropout(x, *rng_state, dropout_p) : x;
+  Tensor update =
+      at::linear(at::linear(d.to(lora_A.scalar_type()), lora_A), lora_B, lora_bias) * scaling;
+  if (scaling_tensor.has_value()) update = update * *scaling_tensor;
+  return at::linear(x, weight, bias) + update.to(x.scalar_type());
+}
 
 TORCH_LIBRARY_IMPL(lora_ext, Autograd, m) { m.impl("lora_linear", &lora_linear_autograd); }
 

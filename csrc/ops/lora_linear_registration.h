@@ -23,4 +23,7 @@ using LoraLinearBwdSignature = Gradients(const Tensor& dy, const OptionalTensor&
                                          const OptionalTensor& scaling_tensor, double dropout_p,
                                          const OptionalTensor& rng_state, GradientMask mask);
 
+// The operator out of ATen's operators, with their roundings (see transforms.h).
+LoraLinearSignature lora_linear_decomposed;
+
 }  // namespace lora_ext

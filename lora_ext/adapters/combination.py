@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_ext.adapters.task_arithmetic import MAJORITY_SIGN_METHODS, MIXING
-from lora_ext.nn.arguments import as_number, names_of, refuse
+from lora_ext.nn.arguments import as_number, refuse
 
 SVD = ("svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
 COMBINATION_TYPES = ("cat", *MIXING, *SVD)
@@ -63,7 +63,7 @@ def plan_combination(
         ValueError: an argument out of range, by name.
     """
     where = "add_weighted_adapter"
-    adapters = tuple(names_of(adapters, where, "adapters"))
+    adapters = tuple(adapters)
     if not isinstance(weights, Iterable) or isinstance(weights, str | bytes):
         refuse(where, "weights", weights, "a list of numbers, one for each adapter")
     weights = tuple(as_number(weight, where, "weights", "numbers") for weight in weights)
@@ -109,7 +109,7 @@ def wrong_argument(argument: str, got: object, expected: str) -> ValueError:
 
 def _one_of(argument: str, got: str | None, expected: Iterable[str | None]) -> None:
     expected = tuple(expected)
-    if got in expected:
+    if isinstance(got, str | None) and got in expected:
         return
     names = [name for name in expected if name is not None]
     near = difflib.get_close_matches(str(got), names)

@@ -8,7 +8,6 @@ import reprlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
 from lora_ext.adapters.config_checks import ATOMS, NOT_BUILT, check_fields, is_off, plain_value
@@ -16,7 +15,7 @@ from lora_ext.adapters.patterns import FILE_SECONDS, matching, time_limit
 from lora_ext.io.adapter_folder import CONFIG_NAME, read_config_file
 from lora_ext.io.atomic import save_files
 from lora_ext.io.files import json_text
-from lora_ext.nn.arguments import refuse
+from lora_ext.nn.arguments import as_path, refuse
 
 Number = TypeVar("Number", int, float)
 Names = str | list[str] | set[str] | None
@@ -153,6 +152,8 @@ class LoraConfig:
         for one in fields(self):
             if one.name not in _UNSAVED:
                 setattr(self, one.name, plain_value(getattr(self, one.name)))
+        if not isinstance(self.unknown_fields, Mapping):
+            refuse("LoraConfig", "unknown_fields", self.unknown_fields, "a dict")
         own = {one.name: getattr(self, one.name) for one in fields(self)}
         twice = sorted(own.keys() & self.unknown_fields.keys())
         if twice:
@@ -232,7 +233,7 @@ class LoraConfig:
             FileNotFoundError: there is no such file.
             TypeError, ValueError, NotBuiltError: see the class; the message starts with the path.
         """
-        path = Path(folder_or_file)
+        path = as_path(folder_or_file, "LoraConfig.from_pretrained", "folder_or_file")
         if path.is_dir():
             path = path / CONFIG_NAME
         values = read_config_file(path)

@@ -232,6 +232,8 @@ def is_off(value: Any) -> bool:
 
 def _check_runtime(value: Any) -> None:
     name = "ephemeral_gpu_offload"
+    if not (value is None or isinstance(value, Mapping) or hasattr(value, name)):
+        raise TypeError(_message("runtime_config", value, "None or a dict"))
     asked = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
     if not is_off(asked):
         raise _not_built(f"runtime_config.{name}", asked, "moving offloaded weights to the GPU")

@@ -93,7 +93,7 @@ def warn_of_unreached(
     missed = []
     for name, module in outside(model, (LoraLayer, ModulesToSave)):
         stacks = _stacks(name, module)
-        if not everything:
+        if stacks and not everything:
             old = [f"{name}.{part}" for part in (*_PROJECTIONS, *stacks)]
             spoken_of = any(matches(one, targets) for one in old)
             stacks = [] if _is_router(name, module) or not spoken_of else stacks

@@ -24,7 +24,7 @@ from lora_ext.adapters.weighted import add_weighted_adapter
 from lora_ext.errors import NotMergedError
 from lora_ext.io.peft import load_adapter, save_pretrained
 from lora_ext.nn import LoraLayer
-from lora_ext.nn.arguments import as_number, check_module, names_of
+from lora_ext.nn.arguments import as_number, check_module, describe, names_of
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.lora_layer import check_adapter_name
 from lora_ext.nn.trainable import count_parameters, print_trainable_parameters
@@ -344,8 +344,8 @@ class LoraModel(nn.Module):
 
     def rename_adapter(self, old: str, new: str) -> None:
         """Gives an adapter another name in every layer."""
-        self._check_names([old])
-        check_adapter_name(new, self.peft_config, "LoraModel.rename_adapter")
+        self._check_names([old], "old")
+        check_adapter_name(new, self.peft_config, "LoraModel.rename_adapter", "new")
         transaction = Transaction()
         for _, layer in self.lora_layers():
             if old in layer.adapters:
@@ -542,11 +542,11 @@ class LoraModel(nn.Module):
         """The state of the model, "irregular" where its layers differ."""
         return get_model_status(self)
 
-    def _check_names(self, names: Iterable[str]) -> None:
+    def _check_names(self, names: Iterable[str], argument: str = "adapter_name") -> None:
         unknown = [n for n in names if not isinstance(n, str) or n not in self.peft_config]
         if unknown:
             raise ValueError(
-                f"LoraModel: adapter_name: got {unknown[0]!r}, "
+                f"LoraModel: {argument}: got {describe(unknown[0])}, "
                 f"expected one of {list(self.peft_config)}"
             )
 

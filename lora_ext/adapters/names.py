@@ -7,8 +7,12 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from lora_ext.adapters.config_checks import MAX_PATTERN_CHARACTERS
+
 # Where torch.compile(module) keeps the module.
 _WRAPPED = "_orig_mod"
+# Where a module to save, of which adapters have copies, keeps what it stands for.
+ORIGINAL = ".original_module"
 
 
 def plain_name(name: str) -> str:
@@ -52,13 +56,16 @@ def exact_targets(
     model: nn.Module, names: Sequence[str], *, shortest: bool = False
 ) -> list[str] | str:
     """target_modules that mean exactly these modules of `model`: a list, of their names or of the
-    shortest ends of these; where a name is also the end of another's, a regular expression."""
+    shortest ends of these; where a name is also the end of another's, a regular expression (unless
+    that would be longer than a config's may be)."""
     meant = set(names)
-    taken = {end for name, _ in named_modules(model) if name not in meant for end in ends(name)}
+    others = (name.replace(ORIGINAL, "") for name, _ in named_modules(model))
+    taken = {end for name in others if name not in meant for end in ends(name)}
     targets: dict[str, None] = {}
     for name in names:
         free = [end for end in ends(name) if end not in taken]
         if not free:
-            return "|".join(re.escape(name) for name in names)
+            expression = "|".join(re.escape(name) for name in names)
+            return expression if len(expression) <= MAX_PATTERN_CHARACTERS else list(names)
         targets[free[-1] if shortest else name] = None
     return list(targets)

@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -15,8 +15,8 @@ from lora_ext.adapters.config_checks import ALL_LINEAR
 from lora_ext.adapters.experts import warn_of_unreached, with_experts
 from lora_ext.adapters.layers import adaptable, can_be_adapted
 from lora_ext.adapters.modules_to_save import ModulesToSave
-from lora_ext.adapters.names import exact_targets, named_modules
-from lora_ext.adapters.patterns import CODE_SECONDS, time_limit
+from lora_ext.adapters.names import ORIGINAL, exact_targets, named_modules, plain_name
+from lora_ext.adapters.patterns import CODE_SECONDS, compiled, time_limit
 from lora_ext.adapters.target_parameters import TargetedModule, find_parameters
 from lora_ext.adapters.targets import (
     find_targets,
@@ -70,6 +70,19 @@ def adapter_settings(
     )
 
 
+def with_plain_names(config: LoraConfig) -> LoraConfig:
+    """The config, its names without the levels of torch.compile: they may have been read off a
+    model that was compiled, by whoever wrote them."""
+    plain: dict[str, Any] = {}
+    for field in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save"):
+        names = getattr(config, field)
+        if names and not isinstance(names, str):
+            found = [plain_name(name) for name in names]
+            if found != list(names):
+                plain[field] = found
+    return replace(config, **plain) if plain else config
+
+
 def resolved(model: nn.Module, plan: Plan) -> LoraConfig:
     """The plan's config with what it stands for by name, so that a file of it does not depend on
     the model."""
@@ -78,6 +91,10 @@ def resolved(model: nn.Module, plan: Plan) -> LoraConfig:
     if targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
         many = len(plan.names) >= _MANY_NAMES
         config.target_modules = exact_targets(model, plan.names, shortest=many)
+        if isinstance(config.target_modules, str):  # which these cannot go with, and includes them
+            config.layers_to_transform = config.layers_pattern = None
+    elif _means_what_others_save(model, config):
+        config = only_on(model, config, plan.names)
     saved = saved_modules(config)
     if plan.tied:  # as PEFT names them: the embedding stands for what is tied to it
         source = next(iter(plan.tied.values()))
@@ -85,6 +102,26 @@ def resolved(model: nn.Module, plan: Plan) -> LoraConfig:
         saved += [source] if source not in saved else []
     config.modules_to_save = saved or None
     return config
+
+
+def only_on(model: nn.Module, config: LoraConfig, names: Sequence[str]) -> LoraConfig:
+    """The config with target_modules that mean these alone, and nothing to restrict them."""
+    config = copy.deepcopy(config)
+    config.target_modules = exact_targets(model, names, shortest=True)
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    return config
+
+
+def _means_what_others_save(model: nn.Module, config: LoraConfig) -> bool:
+    """Whether it also means modules that it does not adapt here only because they are in one that
+    another adapter saves whole."""
+    own = [compiled("modules_to_save", pattern) for pattern in saved_modules(config)]
+    inside = (name for name, _ in named_modules(model) if f"{ORIGINAL}." in f"{name}.")
+    names = (name.replace(ORIGINAL, "") for name in inside)
+    return any(
+        matches(name, config.target_modules) and not any(one.match(name) for one in own)
+        for name in names
+    )
 
 
 def make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool) -> Plan:
@@ -102,7 +139,8 @@ def make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool
 
 def _make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool) -> Plan:
     config.validate()
-    given, config = config, with_experts(model, config)
+    given = config = with_plain_names(config)
+    config = with_experts(model, config)
     names = []
     if has_targets(model, config) or not config.target_parameters:
         kinds, required = (LoraLayer, ModulesToSave), not config.target_parameters

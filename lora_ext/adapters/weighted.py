@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,9 +13,10 @@ from torch import Tensor
 from lora_ext.adapters.combination import Combination, plan_combination
 from lora_ext.adapters.combining import Adapter, combine
 from lora_ext.adapters.config import LoraConfig
-from lora_ext.adapters.names import exact_targets
+from lora_ext.adapters.plan import only_on
 from lora_ext.adapters.targets import saved_modules
 from lora_ext.nn import Embedding, LoraLayer
+from lora_ext.nn.arguments import names_of
 from lora_ext.nn.lora_layer import check_adapter_name
 from lora_ext.nn.transaction import Transaction
 
@@ -47,6 +47,7 @@ def add_weighted_adapter(
             a magnitude (DoRA), or with biases of the base. Nothing is changed then.
     """
     check_adapter_name(adapter_name, model.peft_config, "LoraModel.add_weighted_adapter")
+    adapters = names_of(adapters, "add_weighted_adapter", "adapters")
     ranks = {
         name: max(config.r, *(config.rank_pattern or {}).values(), 0)
         for name, config in model.peft_config.items()
@@ -150,12 +151,10 @@ def _combined_config(
     """The first one's, but for what the new adapter has of the others or of its own: its layers,
     rank and scaling, biases, and no copies of modules."""
     configs = [model.peft_config[name] for name in dict.fromkeys(names)]
-    config = copy.deepcopy(configs[0])
+    config = only_on(model.base_model, configs[0], where)
     config.r, config.lora_alpha, config.use_rslora = rank, rank, False
     config.rank_pattern, config.alpha_pattern = {}, {}
     config.init_lora_weights = True
-    config.target_modules = exact_targets(model.base_model, where, shortest=True)
-    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.modules_to_save, config.ensure_weight_tying = None, False
     if not all(one.task_type == config.task_type for one in configs) or saved_modules(config):
         config.task_type = None  # it would save the task's heads

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lora_ext.bench import grid
 from lora_ext.bench.compare import match, print_changes
 from lora_ext.bench.environment import describe, gpu_state
-from lora_ext.bench.load import OtherLoad
+from lora_ext.bench.load import OtherLoad, is_busy
 from lora_ext.bench.measure import Budget
 from lora_ext.bench.report import MarkdownFile, print_report
 from lora_ext.bench.results import BAD, Report, Row
@@ -162,6 +162,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
                 rows += mode_rows
                 progress.advance(task)
             environment["other_load"] = others.cpus()
+            environment["busy"] = is_busy(environment)
             if options.json:  # what is measured stays, whatever ends the run
                 Report(environment, rows).save(options.json)
     if (gpu := gpu_state(device)) is not None:

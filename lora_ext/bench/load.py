@@ -9,7 +9,9 @@ from typing import Any
 
 # Above this share of the CPUs for others, threads that are measured wait for theirs.
 _BUSY_SHARE = 0.25
-# The same before a run, where that is all there is: a load average counts what waits too.
+# The load average before a run counts what has ended since, such as a build of our own: alone it
+# tells where it is high, or where there is nothing else.
+_HIGH_LOAD = 2.0
 _BUSY_LOAD = 0.5
 
 
@@ -44,19 +46,19 @@ def _seconds() -> tuple[float, float, float] | None:
 
 def is_busy(environment: dict[str, Any]) -> bool:
     """Whether times that were measured in this environment say little."""
-    other, cpus = environment.get("other_load"), environment["cpus"]
-    if other is not None:
-        return bool(other > _BUSY_SHARE * cpus)
-    return bool(environment["load_average"] > _BUSY_LOAD * cpus)
+    load, other = environment["load_average"], environment.get("other_load")
+    cpus = environment["cpus"]
+    if other is None:
+        return bool(load > _BUSY_LOAD * cpus)
+    return bool(other > _BUSY_SHARE * cpus or load > _HIGH_LOAD * cpus)
 
 
 def describe_load(environment: dict[str, Any]) -> str:
     """In a few words, for captions."""
-    other, cpus = environment.get("other_load"), environment["cpus"]
-    if other is None:
-        text = f"load {environment['load_average']:g} on {cpus} CPUs before"
-    else:
-        text = f"others used {other:g} of {cpus} CPUs"
+    text = f"load {environment['load_average']:g} before"
+    if (other := environment.get("other_load")) is not None:
+        text += f", others used {other:g}"
+    text += f" of {environment['cpus']} CPUs"
     return f"{text} (BUSY)" if is_busy(environment) else text
 
 

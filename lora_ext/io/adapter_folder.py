@@ -25,7 +25,8 @@ from lora_ext.io.adapter_file import (
     read_header,
 )
 from lora_ext.io.atomic import open_files, save_files
-from lora_ext.io.files import StrPath, as_path, json_text, parse_json, read_all, typed_errors
+from lora_ext.io.files import StrPath, json_text, parse_json, read_all, typed_errors
+from lora_ext.nn.arguments import as_path
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -47,7 +47,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_ext.errors import AdapterFileError
-from lora_ext.io.files import StrPath, as_path, open_inside, parse_json, read_all
+from lora_ext.io.files import StrPath, open_inside, parse_json, read_all
+from lora_ext.nn.arguments import as_path
 
 JOURNAL = ".lora_ext-save.json"
 LOCK = ".lora_ext-save.lock"

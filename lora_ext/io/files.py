@@ -13,17 +13,9 @@ from pathlib import Path, PurePath
 from typing import Any, NoReturn
 
 from lora_ext.errors import AdapterFileError
-from lora_ext.nn.arguments import refuse
 
 StrPath = str | os.PathLike[str]
 MAX_DEPTH = 32  # of brackets in JSON
-
-
-def as_path(path: StrPath, where: str) -> Path:
-    """TypeError for what is none."""
-    if not isinstance(path, str | os.PathLike):
-        refuse(where, "folder", path, "a path")
-    return Path(path)
 
 
 def inside(folder: StrPath, name: str) -> Path:

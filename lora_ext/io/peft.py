@@ -37,7 +37,7 @@ from lora_ext.io.plain_lora import plain_lora
 from lora_ext.io.reading import BaseTensors, FileTensors, check_loadable, spec_of
 from lora_ext.io.savable import check_adapter, check_tensors
 from lora_ext.nn import LoraLayer
-from lora_ext.nn.arguments import names_of
+from lora_ext.nn.arguments import as_path, names_of
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.lora_layer import check_adapter_name
 from lora_ext.nn.transaction import Transaction
@@ -85,8 +85,6 @@ def _base_tensors(
     parts = list(biases(iter(found), config.bias))
     if save_embedding_layers is True:
         parts += embeddings(base, iter(found))
-    elif save_embedding_layers == "auto" and targets_embeddings(base, config):
-        parts += [one for one in embeddings(base, iter(found)) if one[0].layer is not None]
     elif save_embedding_layers == "auto" and was_resized(base, config):
         warnings.warn(
             "save_pretrained: the vocabulary is not that of the files the model was loaded from, "
@@ -94,6 +92,8 @@ def _base_tensors(
             stacklevel=2,
         )
         parts += embeddings(base, iter(found))
+    elif save_embedding_layers == "auto" and targets_embeddings(base, config):
+        parts += [one for one in embeddings(base, iter(found)) if one[0].layer is not None]
     for place, part in parts:
         yield PREFIX + place.key_of(part), place.unmerged(part)
 
@@ -127,6 +127,13 @@ def save_pretrained(
             kdim or vdim other than embed_dim. Nothing is written then.
         AdapterFileError: NaN or Inf; the initial adapter's files are damaged or do not fit.
     """
+    folder = as_path(folder, "save_pretrained")
+    if path_initial_model_for_weight_conversion is not None:
+        path_initial_model_for_weight_conversion = as_path(
+            path_initial_model_for_weight_conversion,
+            "save_pretrained",
+            "path_initial_model_for_weight_conversion",
+        )
     names = list(model.peft_config)
     if adapter_names is not None:
         names = names_of(adapter_names, "save_pretrained")

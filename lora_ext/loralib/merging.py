@@ -67,6 +67,12 @@ class Merge:
     scaling: float
     fingerprint: tuple[int, int]  # of the merged weight: whether somebody wrote into it
 
+    def has(self, lora_A: Tensor, lora_B: Tensor) -> bool:
+        """Whether that is what was added."""
+        pairs = ((lora_A, self.lora_A), (lora_B, self.lora_B))
+        known = all(a.device == b.device and not a.is_meta for a, b in pairs)
+        return known and all(torch.equal(a, b) for a, b in pairs)
+
 
 class MergingLayer(nn.Module, LoRALayer):
     """A layer that merges. While merged it has a weight of its own, and its base's is put aside:
@@ -251,7 +257,8 @@ class MergingLayer(nn.Module, LoRALayer):
         key, merge = prefix + self._WEIGHT, self._merge
         given = state_dict.get(key)
         if isinstance(given, Tensor) and given.shape == weight.shape:
-            given = given.detach().to(weight.device, weight.dtype)
+            assigned = local_metadata.get("assign_to_params_buffers", False)
+            given = given.detach() if assigned else torch.empty_like(weight).copy_(given)
         else:
             given = None
         factors = self.lora_A.detach(), self.lora_B.detach()
@@ -261,19 +268,18 @@ class MergingLayer(nn.Module, LoRALayer):
             if given is not None and saved_merged and has_update and not self.merged:
                 self._replace(state_dict, key, self._without_update(given, *factors, self.scaling))
             return
-        known = torch.equal(factors[0], merge.lora_A) and torch.equal(factors[1], merge.lora_B)
+        known = merge.has(*factors)
         if given is None or saved_merged is False:
-            if given is not None:
-                merge.base.data = given.clone()
-            elif known:
+            if given is None and known:
                 return
-            values = self._merged_values(merge.base)
+            base = merge.base if given is None else rewritten(merge.base, given.clone())
+            values = self._merged_values(base)
         elif known and fingerprint(given) == merge.fingerprint:
             return
         else:
-            merge.base.data = self._without_update(given, *factors, self.scaling)
-            values = given.clone()
-        self._put(merge.base, values)
+            plain = self._without_update(given, *factors, self.scaling)
+            base, values = rewritten(merge.base, plain), given.clone()
+        self._put(base, values)
         if given is not None:
             self._replace(state_dict, key, values)
 
@@ -293,11 +299,23 @@ def add_product(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) 
         weight += (lora_B @ lora_A * scaling).to(weight.dtype)
 
 
+def rewritten(base: nn.Parameter, values: Tensor) -> nn.Parameter:
+    """base with other values, as all who share it see; a new one if it has none yet (meta)."""
+    if base.device != values.device:
+        return nn.Parameter(values, base.requires_grad)
+    base.data = values
+    return base
+
+
 def fingerprint(weight: Tensor) -> tuple[int, int]:
     """Of the bits of a weight: the same on every device, another one after any usual change."""
     if weight.is_meta:
         return 0, 0
-    rows = weight.detach().view(_BITS[weight.itemsize]).flatten(1)
+    rows = weight.detach()
+    rows = (rows if rows.is_contiguous() else rows.transpose(0, 1).contiguous()).flatten(1)
+    # Sums of int64 are several times as fast as those that widen.
+    whole = all(n * rows.itemsize % 8 == 0 for n in (rows.shape[1], rows.storage_offset()))
+    rows = rows.view(torch.int64 if whole else _BITS[rows.itemsize])
 
     def place(sums: Tensor) -> int:
         return int((sums * torch.arange(1, len(sums) + 1, device=sums.device)).sum())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numbers
+import os
 import reprlib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -66,7 +68,8 @@ def check_kinds(where: str, **arguments: Any) -> None:
     Asked only after a call failed: calls that are right pay nothing for it."""
     for argument, value in arguments.items():
         if argument in _NUMBERS:
-            if argument != "scaling" or not isinstance(value, Tensor):
+            scalable = argument == "scaling" and where == "lora_linear"  # by a tensor, too
+            if not (scalable and isinstance(value, Tensor)):
                 as_number(value, where, argument)
         elif argument in _INTEGERS:
             if not isinstance(value, numbers.Integral) or isinstance(value, bool):
@@ -76,6 +79,13 @@ def check_kinds(where: str, **arguments: Any) -> None:
         elif not isinstance(value, Tensor):
             what = " like the input of the call" if where == "draw_rng_state" else ""
             refuse(where, argument, value, f"a torch.Tensor{what}")
+
+
+def as_path(path: Any, where: str, argument: str = "folder") -> Path:
+    """TypeError for what is none."""
+    if not isinstance(path, str | os.PathLike):
+        refuse(where, argument, path, "a path")
+    return Path(path)
 
 
 def check_sizes(where: str, **sizes: Any) -> None:
@@ -92,4 +102,4 @@ def check_module(where: str, argument: str, module: object) -> None:
     from torch import nn
 
     if not isinstance(module, nn.Module):
-        refuse(where, argument, module, "an nn.Module")
+        raise TypeError(f"{where}: {argument}: got {type(module).__qualname__}, expected a Module")

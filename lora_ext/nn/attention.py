@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lora_ext.nn.arguments import check_sizes
+from lora_ext.nn.arguments import check_sizes, names_of
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.linear import adapted_linear
 from lora_ext.nn.lora_layer import LoraLayer, LowRank
@@ -127,7 +127,7 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
     def _init_projections(self, enable_lora: Iterable[str] | None) -> None:
         where = f"{type(self).__name__}: enable_lora"
         if enable_lora is not None:
-            enable_lora = tuple(enable_lora)
+            enable_lora = tuple(names_of(enable_lora, type(self).__name__, "enable_lora"))
             if not set(enable_lora) <= set(PROJECTIONS):
                 raise ValueError(f"{where}: got {enable_lora}, expected some of {PROJECTIONS}")
         elif self.in_proj_weight is None:

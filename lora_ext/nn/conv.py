@@ -76,6 +76,9 @@ class _LoraConv(LoraLayer, _ConvNd):
     ) -> None:
         kind: Any = self._KIND
         check_sizes(type(self).__name__, in_channels=in_channels, out_channels=out_channels)
+        sizes = kernel_size if isinstance(kernel_size, list | tuple) else (kernel_size,)
+        for size in sizes:
+            check_sizes(type(self).__name__, kernel_size=size)
         kind.__init__(self, in_channels, out_channels, kernel_size, **base_options)
         self._init_adapters(kind, merge_weights)
         self._with_adapter(
@@ -219,7 +222,10 @@ class _LoraConv(LoraLayer, _ConvNd):
     def _weight_norm(self, adapter_name: str) -> Tensor:
         stack = self._stack([adapter_name])
         groups = self._by_group(self.unmerged_weight(), stack)
-        norms = [weight_norm(*group, stack.scaling) for group in groups]
+        norms = [
+            weight_norm(weight.detach(), A.detach(), B.detach(), stack.scaling)
+            for weight, A, B in groups
+        ]
         return torch.cat(norms).view(1, -1, *[1] * len(self.kernel_size))
 
     def _by_group(self, weight: Tensor, stack: LowRank) -> list[tuple[Tensor, Tensor, Tensor]]:

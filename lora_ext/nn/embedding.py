@@ -219,7 +219,8 @@ class Embedding(LoraLayer, nn.Embedding):
 
     def _weight_norm(self, adapter_name: str) -> Tensor:
         stack = self._stack([adapter_name])
-        return weight_norm(self.unmerged_weight().t(), stack.lora_A, stack.lora_B, stack.scaling)
+        weight = self.unmerged_weight().detach().t()
+        return weight_norm(weight, stack.lora_A.detach(), stack.lora_B.detach(), stack.scaling)
 
     def _merged_parameters(self, names: Sequence[str]) -> dict[str, Tensor]:
         return self._weight_and_bias(names)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.errors import NotBuiltError
+from lora_ext.nn.arguments import describe
 
 KINDS = ("gaussian", "orthogonal", "pissa", "pissa_niter_<iterations>", "olora")
 NOT_BUILT = ("eva", "corda", "loftq", "mica", "lora_ga")
@@ -42,7 +43,7 @@ def check_init(kind: bool | str) -> bool | str:
         return kind
     expected = f"expected True, False or one of {KINDS}"
     if not isinstance(kind, str):
-        raise TypeError(f"init_lora_weights: got {kind!r}, {expected}")
+        raise TypeError(f"init_lora_weights: got {describe(kind)}, {expected}")
     name = kind.lower()
     iterations = _PISSA_NITER.fullmatch(name)
     if iterations is not None and int(iterations[1][:9]) > MAX_PISSA_ITERATIONS:

@@ -214,7 +214,8 @@ class Linear(LinearBase):
     def _weight_norm(self, adapter_name: str) -> Tensor:
         weight = self.unmerged_weight()
         weight = weight.t() if self.fan_in_fan_out else weight
-        return weight_norm(weight, *self._stack([adapter_name])[:2], self._scaling[adapter_name])
+        A, B = self._stack([adapter_name])[:2]
+        return weight_norm(weight.detach(), A.detach(), B.detach(), self._scaling[adapter_name])
 
     def _merged_parameters(self, names: Sequence[str]) -> dict[str, Tensor]:
         return self._weight_and_bias(names)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.nn.adoption import AdoptingLayer, adapter_device, offload_with, part_name
-from lora_ext.nn.arguments import as_number, names_of
+from lora_ext.nn.arguments import as_number, describe, names_of
 from lora_ext.nn.default_adapter import DEFAULT, DefaultAdapter
 from lora_ext.nn.init import initialise, mutates_weight
 from lora_ext.nn.settings import AdapterSettings
@@ -171,7 +171,7 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
         self, adapter_name: str, r: int, lora_alpha: float, lora_dropout: float, **settings: Any
     ) -> Self:
         """This layer with its first adapter; r = 0 is none."""
-        if r != 0:
+        if not isinstance(r, int) or r != 0:
             settings |= {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
             self.add_adapter(adapter_name, **settings)
         return self
@@ -202,8 +202,8 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
     @all_or_nothing
     def rename_adapter(self, old: str, new: str) -> None:
         """Gives an adapter another name; the parameters themselves stay."""
-        self._check_names([old])
-        check_adapter_name(new, self.adapters, type(self).__name__)
+        self._check_names([old], "old")
+        check_adapter_name(new, self.adapters, f"{type(self).__name__}.rename_adapter", "new")
         self._check_not_computed(f"{type(self).__name__}.rename_adapter", old)
         for part in self.PARTS:
             parameter = self._parameters.get(part_name(part, old))
@@ -461,16 +461,18 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
 
     # Checks
 
-    def _check_names(self, names: Iterable[str]) -> None:
+    def _check_names(self, names: Iterable[str], argument: str = "adapter_name") -> None:
         unknown = [n for n in names if not isinstance(n, str) or n not in self.adapters]
         if unknown:
             raise ValueError(
-                f"{type(self).__name__}: adapter_name: got {unknown[0]!r}, "
+                f"{type(self).__name__}: {argument}: got {describe(unknown[0])}, "
                 f"expected one of {list(self.adapters)}"
             )
 
 
-def check_adapter_name(adapter_name: str, taken: Container[str], where: str) -> None:
+def check_adapter_name(
+    adapter_name: str, taken: Container[str], where: str, argument: str = "adapter_name"
+) -> None:
     """ValueError unless this can name a new adapter beside those that are there."""
     # It becomes part of parameters' names and, when saved, the name of a folder.
     if (
@@ -479,11 +481,11 @@ def check_adapter_name(adapter_name: str, taken: Container[str], where: str) -> 
         or any(character in adapter_name for character in "./\\\0")
     ):
         raise ValueError(
-            f"{where}: adapter_name: got {adapter_name!r}, expected a non-empty name without dots "
-            "and slashes"
+            f"{where}: {argument}: got {describe(adapter_name)}, expected a non-empty name without "
+            "dots and slashes"
         )
     if adapter_name in taken:
         raise ValueError(
-            f"{where}: adapter_name: there is an adapter '{adapter_name}' already; "
+            f"{where}: {argument}: there is an adapter '{adapter_name}' already; "
             "choose another name or delete it first"
         )

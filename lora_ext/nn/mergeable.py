@@ -61,7 +61,7 @@ class MergeableLayer(nn.Module):
     def _initialise(self, name: str) -> None:
         raise NotImplementedError
 
-    def _check_names(self, names: Iterable[str]) -> None:
+    def _check_names(self, names: Iterable[str], argument: str = "adapter_name") -> None:
         raise NotImplementedError
 
     def _check_not_computed(self, where: str) -> None:

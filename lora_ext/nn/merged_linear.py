@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.functional import lora_update
+from lora_ext.nn.arguments import refuse
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.linear import LinearBase, _KeptLinearBase, adapted_linear
 from lora_ext.nn.lora_layer import LowRank
@@ -125,7 +126,10 @@ class MergedLinear(LinearBase):
         return self._with_adapter(adapter_name, r, lora_alpha, lora_dropout, **options)
 
     def _init_slices(self, enable_lora: Sequence[bool], slice_sizes: Sequence[int] | None) -> None:
-        where, n = type(self).__name__, len(enable_lora)
+        where = type(self).__name__
+        if not isinstance(enable_lora, Sequence) or isinstance(enable_lora, str):
+            refuse(where, "enable_lora", enable_lora, "a list of one bool for each slice")
+        n = len(enable_lora)
         if n == 0:
             raise ValueError(f"{where}: enable_lora: got no slices, expected at least one bool")
         if slice_sizes is None:

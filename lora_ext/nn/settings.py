@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Self
 
-from lora_ext.nn.arguments import as_flag, as_number
+from lora_ext.nn.arguments import as_flag, as_number, describe
 from lora_ext.nn.init import check_init
 
 _FLAGS = ("use_rslora", "lora_bias", "use_dora", "autocast_adapter_dtype", "ungrouped_lora_A")
@@ -51,7 +51,9 @@ class AdapterSettings:
 
     def __post_init__(self) -> None:
         if not isinstance(self.r, numbers.Integral) or isinstance(self.r, bool) or self.r < 1:
-            raise ValueError(f"adapter: r: got {self.r!r}, expected an integer of at least 1")
+            raise ValueError(
+                f"adapter: r: got {describe(self.r)}, expected an integer of at least 1"
+            )
         lora_alpha = as_number(self.lora_alpha, "adapter", "lora_alpha", "a finite number")
         if not math.isfinite(lora_alpha):
             raise ValueError(f"adapter: lora_alpha: got {lora_alpha}, expected a finite number")

@@ -14,7 +14,7 @@ _BIAS = ("none", "all", "lora_only")
 def _adapter_names(model: nn.Module, bias: str, operation: str) -> set[str]:
     """Names of the adapters' parameters, with those of the base biases that `bias` adds."""
     check_module(operation, "model", model)
-    if bias not in _BIAS:
+    if not isinstance(bias, str) or bias not in _BIAS:
         raise ValueError(f"{operation}: bias: got {bias!r}, expected one of {_BIAS}")
     names: set[str] = set()
     for module_name, module in model.named_modules(remove_duplicate=False):

@@ -45,6 +45,8 @@ struct Bf16DotMath {
   static constexpr int64_t kPanelRows = 96;
   static constexpr int64_t kChunk = 1024;       // columns copied at a time
   static constexpr int64_t kSumTerms = kChunk;  // that one sum adds up in sequence
+  static constexpr int64_t kFewRows = 0;
+  static constexpr bool kSumsInDouble = false;  // results in bf16 would not show it
   static constexpr int64_t kStride = kChunk + kCacheLine / sizeof(Element);
   static constexpr bool kCopies = false;
 

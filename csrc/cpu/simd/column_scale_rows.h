@@ -36,17 +36,19 @@ inline void column_scale_tile(const ColumnScaleBackwardArgs& args, int64_t m, in
   const auto* z = static_cast<const T*>(args.z) + m * args.ldz + j;
   auto* dz = static_cast<T*>(args.dz) + m * args.N + j;
   const auto scale = load_lanes<S>(static_cast<const S*>(args.scale) + j, lanes);
-  auto scale_sum = dscale ? load_lanes<S>(dscale + j, lanes) : V::zero();
-  auto bias_sum = dbias ? load_lanes<S>(dbias + j, lanes) : V::zero();
-#pragma GCC unroll 4
+  auto scale_sum = V::zero(), bias_sum = V::zero();
+#pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
     const auto gradient = load_lanes<S>(dy + i * args.lddy, lanes);
     if (dscale) scale_sum = V::fma(gradient, load_lanes<S>(z + i * args.ldz, lanes), scale_sum);
     if (dbias) bias_sum = V::add(bias_sum, gradient);
     if (args.dz) store_lanes<S>(dz + i * args.N, V::mul(gradient, scale), lanes);
   }
-  if (dscale) store_lanes<S>(dscale + j, scale_sum, lanes);
-  if (dbias) store_lanes<S>(dbias + j, bias_sum, lanes);
+  const auto add = [&](S* sum, typename V::Reg of_tile) {
+    store_lanes<S>(sum + j, V::add(load_lanes<S>(sum + j, lanes), of_tile), lanes);
+  };
+  if (dscale) add(dscale, scale_sum);
+  if (dbias) add(dbias, bias_sum);
 }
 
 template <class T, int kRows>
@@ -76,7 +78,9 @@ template <class T>
 void column_scale_backward_rows(const ColumnScaleBackwardArgs& args, int64_t begin, int64_t end,
                                 void* dscale_sum, void* dbias_sum, void* scratch) {
   using S = compute_t<T>;
-  constexpr int64_t kSumRows = 64;  // that one sum adds up in sequence
+  // Sums of tiles of 8 rows are added up to sums of so many, and those to the result: few enough in
+  // sequence each time to err no more than ATen's sums.
+  constexpr int64_t kSumRows = 128;
   auto* dscale = static_cast<S*>(dscale_sum);
   auto* dbias = static_cast<S*>(dbias_sum);
   auto* parts = static_cast<S*>(scratch);
@@ -86,7 +90,7 @@ void column_scale_backward_rows(const ColumnScaleBackwardArgs& args, int64_t beg
   for (int64_t first = begin; first < end; first += kSumRows) {
     const int64_t last = first + at_most(end - first, kSumRows);
     int64_t m = first;
-    for (; m + 4 <= last; m += 4) column_scale_row_tile<T, 4>(args, m, dscale_part, dbias_part);
+    for (; m + 8 <= last; m += 8) column_scale_row_tile<T, 8>(args, m, dscale_part, dbias_part);
     for (; m < last; ++m) column_scale_row_tile<T, 1>(args, m, dscale_part, dbias_part);
     drain(dscale_part, dscale, args.N);
     drain(dbias_part, dbias, args.N);

@@ -3,6 +3,7 @@
 
 #include "gemm.h"
 #include "rows.h"
+#include "store.h"
 
 namespace lora_ext::LORA_EXT_ISA {
 
@@ -15,6 +16,10 @@ struct FloatMath {
   static constexpr int64_t kPanelRows = 48;  // a multiple of every tile
   static constexpr int64_t kChunk = 1024;    // columns copied at a time
   static constexpr int64_t kSumTerms = 128;  // that one sum adds up in sequence
+  // BLAS multiplies fewer rows than these by A's transpose, and any number of rows by one vector,
+  // in sums so short that ours have to be in double.
+  static constexpr int64_t kFewRows = 16;
+  static constexpr bool kSumsInDouble = true;
   static constexpr int64_t kStride = kChunk + kCacheLine / sizeof(Element);
   static constexpr bool kCopies = true;  // even rows that need no widening: as a stream from memory
 
@@ -50,6 +55,24 @@ struct FloatMath {
   static void copy(const T* in, int64_t stride, int64_t rows, int64_t columns, const uint16_t* keep,
                    int64_t keep_stride, Sum* out) {
     copy_kept(in, stride, rows, columns, keep, keep_stride, out, kStride);
+  }
+
+  // sums [rows, r] = a b of K terms, or += it
+  template <class B>
+  static void product_in_double(int64_t rows, int64_t r, int64_t K, const LeftRows<Sum>& a,
+                                const RightRows<B>& b, bool add, double* sums) {
+    if (r == 1) {
+      for (int64_t i = 0; i < rows; ++i) {
+        sums[i] = dot_in_double(K, a.at(i, 0), b.data) + (add ? sums[i] : 0.0);
+      }
+      return;
+    }
+    // In the compute type, before they go to double; of single rows in a quarter as long sums.
+    const int64_t terms = rows < 4 ? 32 : 16;
+    for (int64_t k = 0; k == 0 || k < K; k += terms) {
+      gemm(rows, r, at_most(K - k, terms), a.from(k), b.from(k),
+           StoreDouble<Sum>{sums, r, add || k > 0});
+    }
   }
 
   template <class Right, class Store>

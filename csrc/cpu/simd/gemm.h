@@ -38,13 +38,19 @@ template <class S, class T, int kRows, int kVectors, bool kPartial, class Store>
 inline void tile(int64_t row, int64_t column, int64_t K, const LeftRows<S>& a,
                  const RightRows<T>& b, int lanes, const Store& store) {
   using V = Vec<S>;
-  typename V::Reg sums[kRows][kVectors];
+  // The terms of a single row are dealt out to several sums: shorter ones err less, and one would
+  // wait for itself.
+  constexpr int kDealt = kRows == 1 ? 4 : 1;
+  typename V::Reg sums[kDealt][kRows][kVectors];
+#pragma GCC unroll 4
+  for (int d = 0; d < kDealt; ++d) {
 #pragma GCC unroll 32
-  for (int i = 0; i < kRows; ++i) {
+    for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) sums[i][v] = V::zero();
+      for (int v = 0; v < kVectors; ++v) sums[d][i][v] = V::zero();
+    }
   }
-  for (int64_t k = 0; k < K; ++k) {
+  const auto multiply = [&](int64_t k, auto& to) __attribute__((always_inline)) {
     typename V::Reg operand[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
@@ -59,14 +65,29 @@ inline void tile(int64_t row, int64_t column, int64_t K, const LeftRows<S>& a,
     for (int i = 0; i < kRows; ++i) {
       const auto factor = V::set1(*a.at(row + i, k));
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sums[i][v] = V::fma(factor, operand[v], sums[i][v]);
+      for (int v = 0; v < kVectors; ++v) to[i][v] = V::fma(factor, operand[v], to[i][v]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + kDealt <= K; k += kDealt) {
+#pragma GCC unroll 4
+    for (int d = 0; d < kDealt; ++d) multiply(k + d, sums[d]);
+  }
+  if constexpr (kDealt == 4) {
+    if (k < K) multiply(k, sums[0]);
+    if (k + 1 < K) multiply(k + 1, sums[1]);
+    if (k + 2 < K) multiply(k + 2, sums[2]);
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      sums[0][0][v] =
+          V::add(V::add(sums[0][0][v], sums[1][0][v]), V::add(sums[2][0][v], sums[3][0][v]));
     }
   }
 #pragma GCC unroll 32
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
-      store(row + i, column + v * V::kWidth, sums[i][v], kPartial ? lanes : V::kWidth);
+      store(row + i, column + v * V::kWidth, sums[0][i][v], kPartial ? lanes : V::kWidth);
     }
   }
 }
@@ -88,6 +109,26 @@ inline void row_tile(int64_t row, int64_t columns, int64_t K, const LeftRows<S>&
   if (j < columns) {
     tile<S, T, kRows, 1, true>(row, j, K, a, b, static_cast<int>(columns - j), store);
   }
+}
+
+// sum_k a[k] b[k]
+template <class S, class T>
+inline double dot_in_double(int64_t K, const S* a, const T* b) {
+  using V = Vec<double>;
+  constexpr int kSums = 4;
+  typename V::Reg sums[kSums] = {V::zero(), V::zero(), V::zero(), V::zero()};
+  int64_t k = 0;
+  for (; k + kSums * V::kWidth <= K; k += kSums * V::kWidth) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kSums; ++i) {
+      sums[i] = V::fma(V::load(a + k + i * V::kWidth), V::load(b + k + i * V::kWidth), sums[i]);
+    }
+  }
+  for (; k < K; k += V::kWidth) {
+    const int lanes = K - k < V::kWidth ? static_cast<int>(K - k) : V::kWidth;
+    sums[0] = V::fma(V::load_partial(a + k, lanes), V::load_partial(b + k, lanes), sums[0]);
+  }
+  return V::sum(V::add(V::add(sums[0], sums[1]), V::add(sums[2], sums[3])));
 }
 
 template <class S, class T, class Store>

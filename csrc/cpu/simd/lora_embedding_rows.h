@@ -79,7 +79,7 @@ void embedding_backward_rows(const EmbeddingBackwardArgs& args, int64_t begin, i
     // dh = dy B and dB += h^T dy, from one pass over dy
     const auto* dy = static_cast<const T*>(args.dy) + m * args.lddy;
     for_chunks(panel, dy, args.lddy, rows, D, nullptr, [&](int64_t n, const auto& chunk) {
-      if (dh) chunk.times(B.from(n), r, n > 0, panel.dh);
+      if (dh) chunk.times(B.from(n), r, n > 0, r == 1 ? panel.sums : nullptr, panel.dh);
       if (dB) chunk.left_times(LeftRows<S>{panel.h, 1, r}, r, later, dB + n, D);
     });
     for (int64_t i = 0; dh && i < rows * r; ++i) {

@@ -19,12 +19,14 @@ struct Panel {
   Element* in;     // [kRows, Math::kStride]: a chunk of x or dy, without dropped elements
   Sum* h;          // [kRows, r]
   Sum* dh;         // [kRows, r]
+  double* sums;    // [sums_in_double(r)], of h or dh
   void* operand;   // what Math makes of h or dh to multiply with
   uint16_t* keep;  // [kRows, keep_words(K)]
 
   Panel(void* scratch, int64_t r) {
     in = static_cast<Element*>(scratch);
-    h = reinterpret_cast<Sum*>(in + kRows * Math::kStride);
+    sums = reinterpret_cast<double*>(in + kRows * Math::kStride);
+    h = reinterpret_cast<Sum*>(sums + sums_in_double(r));
     dh = h + kRows * r;
     operand = dh + kRows * r;
     keep = reinterpret_cast<uint16_t*>(static_cast<char*>(operand) + Math::operand_bytes(r));
@@ -33,7 +35,14 @@ struct Panel {
   static int64_t bytes(int64_t K, int64_t r) {
     const int64_t row = Math::kStride * static_cast<int64_t>(sizeof(Element)) +
                         2 * r * static_cast<int64_t>(sizeof(Sum)) + 2 * keep_words(K);
-    return kRows * row + Math::operand_bytes(r);
+    return kRows * row + Math::operand_bytes(r) +
+           sums_in_double(r) * static_cast<int64_t>(sizeof(double));
+  }
+
+ private:
+  static int64_t sums_in_double(int64_t r) {
+    if (!Math::kSumsInDouble) return 0;
+    return r * Math::kFewRows > kRows ? r * Math::kFewRows : kRows;
   }
 };
 
@@ -44,10 +53,17 @@ struct Chunk {
   int64_t stride, rows, columns;
   bool cold;  // read from memory, not from a copy in cache
 
-  // out [rows, r] = this b, or += it
+  // out [rows, r] = this b, or += it; where sums [rows, r] are given, these, rounded to out.
   template <class Right>
-  void times(const Right& b, int64_t r, bool add, typename Math::Sum* out) const {
+  void times(const Right& b, int64_t r, bool add, double* sums, typename Math::Sum* out) const {
     const auto left = Math::left(data, stride, cold);
+    if constexpr (Math::kSumsInDouble) {
+      if (sums) {
+        Math::product_in_double(rows, r, columns, left, b, add, sums);
+        for (int64_t i = 0; i < rows * r; ++i) out[i] = static_cast<typename Math::Sum>(sums[i]);
+        return;
+      }
+    }
     for (int64_t k = 0; k == 0 || k < columns; k += Math::kSumTerms) {
       Math::product(rows, r, at_most(columns - k, Math::kSumTerms), left.from(k), b.from(k),
                     StoreSum<typename Math::Sum>{out, r, add || k > 0});
@@ -94,8 +110,10 @@ void down_project(const Panel<Math>& panel, const typename Math::Base* x, int64_
                   int64_t K, int64_t r, const uint16_t* keep, typename Math::Sum survivor,
                   const void* lora_A_t) {
   const auto A_t = Math::packed(lora_A_t, r);
-  for_chunks(panel, x, ldx, rows, K, keep,
-             [&](int64_t k, const auto& chunk) { chunk.times(A_t.from(k), r, k > 0, panel.h); });
+  double* sums = r == 1 || rows < Math::kFewRows ? panel.sums : nullptr;
+  for_chunks(panel, x, ldx, rows, K, keep, [&](int64_t k, const auto& chunk) {
+    chunk.times(A_t.from(k), r, k > 0, sums, panel.h);
+  });
   for (int64_t i = 0; keep && i < rows * r; ++i) panel.h[i] *= survivor;
 }
 
@@ -158,7 +176,7 @@ void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end, void* d
     const auto h_t = Math::columns(panel.operand, h, dB ? rows : 0, r, S{1}, few);
     const auto B = Math::adapter(args.lora_B, r);
     for_chunks(panel, dy, args.lddy, rows, N, nullptr, [&](int64_t n, const auto& chunk) {
-      if (dA || dx) chunk.times(B.from(n), r, n > 0, panel.dh);
+      if (dA || dx) chunk.times(B.from(n), r, n > 0, r == 1 ? panel.sums : nullptr, panel.dh);
       if (dB) chunk.left_times(h_t, r, later, dB + n, N);
     });
 

@@ -19,6 +19,27 @@ struct StoreSum {
   }
 };
 
+// The same with sums in double.
+template <class S>
+struct StoreDouble {
+  double* sums;
+  int64_t stride;
+  bool add;
+
+  void operator()(int64_t i, int64_t j, typename Vec<S>::Reg result, int lanes) const {
+    using D = Vec<double>;
+    S values[Vec<S>::kWidth];
+    Vec<S>::store(values, result);
+    for (int l = 0; l < lanes; l += D::kWidth) {
+      double* p = sums + i * stride + j + l;
+      const int left = lanes - l < D::kWidth ? lanes - l : D::kWidth;
+      auto sum = D::load(values + l);
+      if (add) sum = D::add(sum, load_lanes<double>(p, left));
+      store_lanes<double>(p, sum, left);
+    }
+  }
+};
+
 // out[i][j] = result + bias, or result where kept
 template <class S, class T>
 struct StoreRounded {

@@ -2,7 +2,8 @@
 // the compiler flags of the translation unit choose the implementation.
 //
 //   Vec<S>   kWidth lanes of S (float or double)
-//     load, store (T*)                T is S, or for float also BFloat16 and Half
+//     load, store (T*)                T is S, or for float also BFloat16 and Half; load for
+//                                     double any of them
 //     load_partial, store_partial     the first n lanes, nothing beyond them is touched
 //     keep(a, bits)                   lane i survives where bit i is set, else 0
 //     all_finite(a)                   no infinity, no NaN

@@ -107,10 +107,19 @@ struct Vec<double> {
   }
 
   static Reg load(const double* p) { return _mm256_loadu_pd(p); }
+  static Reg load(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+  static Reg load(const BFloat16* p) {
+    const __m128i bits = _mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(bits, 16)));
+  }
+  static Reg load(const Half* p) {
+    return _mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
   static void store(double* p, Reg a) { _mm256_storeu_pd(p, a); }
-  static Reg load_partial(const double* p, int n) {
-    double buffer[kWidth] = {};
-    memcpy(buffer, p, n * sizeof(double));
+  template <class T>
+  static Reg load_partial(const T* p, int n) {
+    T buffer[kWidth] = {};
+    memcpy(buffer, p, n * sizeof(T));
     return load(buffer);
   }
   static void store_partial(double* p, Reg a, int n) {

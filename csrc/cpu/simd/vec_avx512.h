@@ -94,12 +94,32 @@ struct Vec<double> {
   static bool all_finite(Reg a) { return _mm512_fpclass_pd_mask(a, 0x99) == 0; }
 
   static Reg load(const double* p) { return _mm512_loadu_pd(p); }
+  static Reg load(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+  static Reg load(const BFloat16* p) {
+    return widen_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static Reg load(const Half* p) {
+    return widen_half(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
   static Reg load_partial(const double* p, int n) { return _mm512_maskz_loadu_pd(first(n), p); }
+  static Reg load_partial(const float* p, int n) {
+    return _mm512_cvtps_pd(_mm256_maskz_loadu_ps(first(n), p));
+  }
+  static Reg load_partial(const BFloat16* p, int n) {
+    return widen_bf16(_mm_maskz_loadu_epi16(first(n), p));
+  }
+  static Reg load_partial(const Half* p, int n) {
+    return widen_half(_mm_maskz_loadu_epi16(first(n), p));
+  }
   static void store(double* p, Reg a) { _mm512_storeu_pd(p, a); }
   static void store_partial(double* p, Reg a, int n) { _mm512_mask_storeu_pd(p, first(n), a); }
 
  private:
   static __mmask8 first(int n) { return static_cast<__mmask8>((1u << n) - 1u); }
+  static Reg widen_bf16(__m128i bits) {
+    return _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16)));
+  }
+  static Reg widen_half(__m128i bits) { return _mm512_cvtps_pd(_mm256_cvtph_ps(bits)); }
 };
 
 struct U32 {
