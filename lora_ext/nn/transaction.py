@@ -192,6 +192,6 @@ def _inverse(step: Step) -> Step:
 
 
 def _at_once(steps: Iterable[Step]) -> None:
-    """Calls all steps without a bytecode between them, whatever modes of torch are on."""
-    with torch._C.DisableTorchFunction():
-        deque(starmap(call, steps), maxlen=0)
+    """Calls all steps without a bytecode between them. (No context around it: one that is left by
+    an exception on its last line stays entered.)"""
+    deque(starmap(call, steps), maxlen=0)
