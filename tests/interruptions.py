@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_ext
@@ -82,12 +83,16 @@ def handler() -> Iterator[None]:
 
 def interrupted_after(seconds: float, call: Callable[[], object]) -> bool:
     """Calls; whether the signal came before its end."""
+    grad = torch.is_grad_enabled()
     try:
         signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
         call()
         signal.setitimer(signal.ITIMER_REAL, 0)
     except Interruption:
         return True
+    finally:  # torch's own contexts can be interrupted where they end
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        torch._C._set_grad_enabled(grad)
     return False
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -272,3 +274,13 @@ def test_no_temporary_of_the_size_of_the_weight(transposed: bool) -> None:
         torch.set_num_threads(threads)
     allocated = sum(max(0, event.self_cpu_memory_usage) for event in profiler.events())
     assert 0 < allocated < weight.nbytes / 8  # 0: the profiler would have seen nothing
+
+
+def test_the_base_of_an_unloaded_layer_is_freed() -> None:
+    layer = layer_of()
+    base = weakref.ref(layer.weight)
+    layer.merge()
+    plain = layer.get_base_layer()
+    del layer
+    gc.collect()
+    assert base() is None and plain.weight is not None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from lora_ext.errors import AlreadyMergedError, NotMergedError
 from lora_ext.nn.arguments import names_of
@@ -150,7 +150,7 @@ class MergeableLayer(nn.Module):
                     "expected a plain parameter; make that permanent first"
                 )
             own = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-            _BASES[own] = parameter
+            _BASES[own] = TensorWeakRef(parameter)
             put_parameter(self, name, own)
             base[name] = parameter
         return base
@@ -217,7 +217,7 @@ class MergeableLayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         for name, base in self._aside.items():
-            _BASES[attrgetter(name)(self)] = base
+            _BASES[attrgetter(name)(self)] = TensorWeakRef(base)
 
     # Merging a bias, for the kinds that have one
 
@@ -300,13 +300,15 @@ class MergeableLayer(nn.Module):
                 state_dict[prefix + name] = parameters[name].detach().clone()
 
 
-# The base's parameter that a merged one stands in for.
-_BASES: MutableMapping[Tensor, nn.Parameter] = WeakTensorKeyDictionary()
+# The base's parameter that a merged one stands in for; kept alive by its layer alone.
+_BASES: MutableMapping[Tensor, TensorWeakRef] = WeakTensorKeyDictionary()
 
 
 def base_of(parameter: nn.Parameter) -> nn.Parameter:
     """The base's parameter that a merged one stands in for, or itself."""
-    return _BASES.get(parameter, parameter)
+    reference = _BASES.get(parameter)
+    base = None if reference is None else reference()
+    return base if isinstance(base, nn.Parameter) else parameter
 
 
 def _share_the_base(

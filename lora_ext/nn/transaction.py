@@ -109,6 +109,9 @@ class Transaction:
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """Inference tensors can only be written in inference mode."""
+        if not self._written:
+            yield
+            return
         with torch.inference_mode(any(t.is_inference() for t in self._written)), torch.no_grad():
             yield
 
@@ -128,12 +131,17 @@ def all_or_nothing(method: Method) -> Method:
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
                 return on_a_draft(layer, *args, **kwargs)
-        if "_transaction" in vars(layer):  # is a draft
-            return method(layer, *args, **kwargs)
-        transaction = Transaction()
-        result = method(transaction.draft(layer), *args, **kwargs)
-        transaction.commit()
-        return result
+        grad = torch.is_grad_enabled()
+        try:
+            if "_transaction" in vars(layer):  # is a draft
+                return method(layer, *args, **kwargs)
+            transaction = Transaction()
+            result = method(transaction.draft(layer), *args, **kwargs)
+            transaction.commit()
+            return result
+        except BaseException:
+            torch.set_grad_enabled(grad)  # Ctrl-C at the end of a no_grad() leaves it off
+            raise
 
     return cast(Method, on_a_draft)
 
@@ -184,6 +192,6 @@ def _inverse(step: Step) -> Step:
 
 
 def _at_once(steps: Iterable[Step]) -> None:
-    """Calls all steps without a bytecode between them, whatever modes of torch are on."""
-    with torch._C.DisableTorchFunction():
-        deque(starmap(call, steps), maxlen=0)
+    """Calls all steps without a bytecode between them. (No context around it: one that is left by
+    an exception on its last line stays entered.)"""
+    deque(starmap(call, steps), maxlen=0)
