@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import numbers
-import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import NoneType
@@ -12,6 +11,7 @@ from typing import Any
 
 from lora_ext.adapters.patterns import SlowPatternError, compiled, is_plain, size
 from lora_ext.errors import NotBuiltError
+from lora_ext.nn.arguments import short
 from lora_ext.nn.init import check_init
 
 ATOMS = frozenset({str, int, float, bool, NoneType})
@@ -232,7 +232,7 @@ def is_off(value: Any) -> bool:
 
 def _check_runtime(value: Any) -> None:
     name = "ephemeral_gpu_offload"
-    if not (value is None or isinstance(value, Mapping) or hasattr(value, name)):
+    if not (is_off(value) or isinstance(value, Mapping) or hasattr(value, name)):
         raise TypeError(_message("runtime_config", value, "None or a dict"))
     asked = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
     if not is_off(asked):
@@ -301,4 +301,4 @@ def _message(field: str, value: Any, expected: str) -> str:
 def _short(value: Any) -> str:
     if isinstance(value, int) and value.bit_length() > 128:
         return f"an integer of {value.bit_length()} bits"
-    return reprlib.repr(value)
+    return short(value)

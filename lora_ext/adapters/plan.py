@@ -19,6 +19,7 @@ from lora_ext.adapters.targets import find_targets, has_targets, matches, saved_
 from lora_ext.adapters.ties import shared_parameters, tied_to_embedding
 from lora_ext.errors import NotBuiltError
 from lora_ext.nn import AdapterSettings, Embedding, LoraLayer
+from lora_ext.nn.arguments import short
 from lora_ext.nn.init import mutates_weight
 
 
@@ -106,7 +107,7 @@ def _make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: boo
     saved = {name: module for name, module in modules.items() if name and matches(name, to_save)}
     if config.modules_to_save and not saved:
         raise ValueError(
-            f"LoraConfig: modules_to_save: {config.modules_to_save!r} matches no module"
+            f"LoraConfig: modules_to_save: {short(config.modules_to_save)} matches no module"
         )
     tied = _tied(model, names, saved) if config.ensure_weight_tying else {}
     for name in (*tied.values(), *tied):

@@ -11,6 +11,7 @@ from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.modules_to_save import ModulesToSave
 from lora_ext.adapters.targets import matches, near_misses
 from lora_ext.nn import LoraLayer, ParamLayer
+from lora_ext.nn.arguments import short
 
 
 class TargetedModule(NamedTuple):
@@ -72,7 +73,7 @@ def find_parameters(
     if wanted and not found:
         names_there = [name for name, parameter in model.named_parameters() if parameter.dim() >= 2]
         raise ValueError(
-            f"{where}: {config.target_parameters!r} matches no parameter; "
+            f"{where}: {short(config.target_parameters)} matches no parameter; "
             f"{near_misses(wanted, names_there)}"
         )
     return found
