@@ -44,13 +44,13 @@ def a_pattern(chance: random.Random) -> str:
 @pytest.mark.parametrize("field", AROUND)
 def test_patterns_match_as_in_peft(field: str) -> None:
     chance, matched = random.Random(3), 0
-    for _ in range(1500):
+    for _ in range(300):
         patterns = list(dict.fromkeys(a_pattern(chance) for _ in range(chance.randint(1, 12))))
         for name in [a_name(chance) for _ in range(4)]:
             expected = [one for one in patterns if re.match(AROUND[field] % one, name)]
             assert list(matching(field, patterns, name)) == expected, (patterns, name)
             matched += len(expected)
-    assert matched > 1000
+    assert matched > 400
 
 
 LOOKING = [r"(?!.*vision).*\.(?:q|v)_proj", r".*(?<=\.)(\w)\w*_\w+", r"(?i:LAYERS)\.\d{1,2}\..*"]
