@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 import os
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,7 +40,7 @@ def names_of(names: Any, where: str, argument: str = "adapter_names") -> list[st
     """A list of names; one string is one name."""
     if isinstance(names, str):
         return [names]
-    if isinstance(names, Iterable) and not isinstance(names, Mapping | Tensor | bytes):
+    if isinstance(names, Iterable) and not isinstance(names, Tensor | bytes):
         found = list(names)
         if all(isinstance(name, str) for name in found):
             return found
