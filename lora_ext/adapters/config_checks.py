@@ -22,6 +22,8 @@ ALL_LINEAR = "all-linear"
 MAX_RANK = 1 << 16
 # The scale is applied in float32.
 MAX_ALPHA = 3.4028234663852886e38
+# Of layer_replication together: each is a copy, though of no weights, before a file's are compared.
+MAX_LAYERS = 1024
 # As often as they are repeated: what compiling takes is bounded by it.
 MAX_PATTERN_CHARACTERS = 8192
 
@@ -83,12 +85,15 @@ def _are_texts(values: Any) -> bool:
 
 
 def _are_layer_ranges(ranges: Any) -> bool:
-    return all(
-        isinstance(pair, list | tuple)
-        and len(pair) == 2
-        and all(_is_index(end) for end in pair)
-        and pair[0] < pair[1]
-        for pair in ranges or ()
+    return (
+        all(
+            isinstance(pair, list | tuple)
+            and len(pair) == 2
+            and all(_is_index(end) for end in pair)
+            and pair[0] < pair[1]
+            for pair in ranges or ()
+        )
+        and sum(end - start for start, end in ranges or ()) <= MAX_LAYERS
     )
 
 
@@ -159,7 +164,7 @@ _CHECKS = {
     "layer_replication": _Check(
         (list, tuple, NoneType),
         _are_layer_ranges,
-        "None or a list of [start, end] with 0 <= start < end",
+        f"None or a list of [start, end] with 0 <= start < end, of at most {MAX_LAYERS} layers",
     ),
     "lora_bias": _FLAG,
     "ensure_weight_tying": _FLAG,
