@@ -129,3 +129,85 @@ def test_refused(case: str, good: Path, tmp_path: Path) -> None:
 
 def test_good_one_is_loaded(good: Path) -> None:
     assert LoraModel.from_pretrained(net(), good).active_adapters == ("default",)
+
+
+def test_values_too_large_for_the_models_dtype(tmp_path: Path) -> None:
+    """1e5 is finite in the file and Inf in float16."""
+    make = lambda: nn.Sequential(nn.Linear(6, 8).half())  # noqa: E731
+    get_lora_model(make(), LoraConfig(r=4, target_modules=["0"])).save_pretrained(tmp_path)
+    key = "base_model.model.0.lora_A.weight"
+    put(key, torch.full((4, 6), 1e5))(tmp_path)
+    model = make()
+    message = refused(
+        lambda: LoraModel.from_pretrained(model, tmp_path, autocast_adapter_dtype=False)
+    )
+    assert key in message and "too large for torch.float16" in message
+    LoraModel.from_pretrained(make(), tmp_path)  # in float32 it is what it is
+    put(key, torch.full((4, 6), 65519.0))(tmp_path)  # rounds to the largest float16
+    adapted = LoraModel.from_pretrained(make(), tmp_path, autocast_adapter_dtype=False)
+    assert adapted.base_model[0].lora_A.max() == 65504
+
+
+def test_initial_adapter_is_compared_with_the_model(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights="olora")
+    model = get_lora_model(nn.Sequential(nn.Linear(8, 8)), config)
+    model.save_pretrained(tmp_path / "initial")
+    option = {"path_initial_model_for_weight_conversion": tmp_path / "initial"}
+    model.save_pretrained(tmp_path / "right", **option)
+    for key in ("unknown", "base_model.model.0.lora_A.weight"):
+        put(key, torch.zeros(64, 8))(tmp_path / "initial")
+        message = refused(lambda: model.save_pretrained(tmp_path / "wrong", **option))
+        assert key in message and not (tmp_path / "wrong").exists()
+        model.save_pretrained(tmp_path / "initial")
+
+
+def test_cache_of_the_hub_loads(good: Path, tmp_path: Path) -> None:
+    """There snapshots/REVISION/name is a link to ../../blobs/HASH; also in a subfolder."""
+    for name in (CONFIG, WEIGHTS):
+        (tmp_path / "blobs").mkdir(exist_ok=True)
+        shutil.copy(good / name, tmp_path / "blobs" / f"hash of {name}")
+    for place in ("snapshots/abc", "snapshots/abc/sub/folder"):
+        folder = tmp_path / place
+        folder.mkdir(parents=True)
+        for name in (CONFIG, WEIGHTS):
+            up = "../" * (place.count("/") + 1)
+            (folder / name).symlink_to(f"{up}blobs/hash of {name}")
+        LoraModel.from_pretrained(net(), folder)
+
+
+@pytest.mark.parametrize(
+    ("place", "target"),
+    [
+        ("snapshots/abc", "../../secret"),
+        ("snapshots/abc", "../../blobs/inner/secret"),
+        ("snapshots/abc", "../../blobs/link"),
+        ("snapshots", "../blobs/secret"),
+        ("other/abc", "../../blobs/secret"),
+        ("snapshots/abc", "../../../blobs/secret"),
+    ],
+)
+def test_other_links_out_are_refused(good: Path, tmp_path: Path, place: str, target: str) -> None:
+    cache = tmp_path / "cache"
+    folder = cache / place
+    folder.mkdir(parents=True)
+    (cache / "blobs" / "inner").mkdir(parents=True)
+    (tmp_path / "blobs").mkdir()
+    for secret in ("cache/secret", "cache/blobs/secret", "cache/blobs/inner/secret"):
+        shutil.copy(good / WEIGHTS, tmp_path / secret)
+    shutil.copy(good / WEIGHTS, tmp_path / "blobs" / "secret")
+    (cache / "blobs" / "link").symlink_to("../secret")
+    shutil.copy(good / CONFIG, folder / CONFIG)
+    (folder / WEIGHTS).symlink_to(target)
+    assert "outside its folder" in refused(lambda: LoraModel.from_pretrained(net(), folder))
+
+
+UNSAVABLE = ["1e999", '[{"a": 1e999}]']
+
+
+@pytest.mark.parametrize("value", UNSAVABLE)
+def test_what_could_not_be_saved_is_not_loaded(good: Path, tmp_path: Path, value: str) -> None:
+    shutil.copytree(good, tmp_path / "adapter")
+    path = tmp_path / "adapter" / CONFIG
+    path.write_text('{"unknown": ' + value + "," + path.read_text()[1:])
+    message = refused(lambda: LoraModel.from_pretrained(net(), tmp_path / "adapter"))
+    assert "unknown: got" in message and str(path) in message

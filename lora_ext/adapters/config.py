@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import reprlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -15,7 +14,7 @@ from lora_ext.adapters.patterns import FILE_SECONDS, matching, time_limit
 from lora_ext.io.adapter_folder import CONFIG_NAME, read_config_file
 from lora_ext.io.atomic import save_files
 from lora_ext.io.files import json_text
-from lora_ext.nn.arguments import as_path, refuse
+from lora_ext.nn.arguments import as_path, refuse, short
 
 Number = TypeVar("Number", int, float)
 Names = str | list[str] | set[str] | None
@@ -226,8 +225,8 @@ class LoraConfig:
         """A config from a folder's adapter_config.json, or from the file itself.
 
         The file may come from anyone: it is read up to 1 MiB, as strict JSON, and nothing is
-        allocated or executed for its values. (Matching a regular expression from it against the
-        names of a model can still take long, as always in Python.)
+        allocated or executed for its values. Its regular expressions are compiled, and later
+        matched, in bounded time.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -270,7 +269,7 @@ def _check_savable(name: str, value: Any) -> None:
         json_text({name: value}).encode()
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"LoraConfig: {str(name)[:100]}: got {reprlib.repr(value)}, expected what JSON can "
+            f"LoraConfig: {str(name)[:100]}: got {short(value)}, expected what JSON can "
             f"hold ({error})"
         ) from None
 

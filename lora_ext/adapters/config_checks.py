@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import numbers
-import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import NoneType
@@ -12,6 +11,7 @@ from typing import Any
 
 from lora_ext.adapters.patterns import SlowPatternError, compiled, is_plain, size
 from lora_ext.errors import NotBuiltError
+from lora_ext.nn.arguments import short
 from lora_ext.nn.init import check_init
 
 ATOMS = frozenset({str, int, float, bool, NoneType})
@@ -22,6 +22,8 @@ ALL_LINEAR = "all-linear"
 MAX_RANK = 1 << 16
 # The scale is applied in float32.
 MAX_ALPHA = 3.4028234663852886e38
+# Of layer_replication together: each is a copy, though of no weights, before a file's are compared.
+MAX_LAYERS = 1024
 # As often as they are repeated: what compiling takes is bounded by it.
 MAX_PATTERN_CHARACTERS = 8192
 
@@ -83,12 +85,15 @@ def _are_texts(values: Any) -> bool:
 
 
 def _are_layer_ranges(ranges: Any) -> bool:
-    return all(
-        isinstance(pair, list | tuple)
-        and len(pair) == 2
-        and all(_is_index(end) for end in pair)
-        and pair[0] < pair[1]
-        for pair in ranges or ()
+    return (
+        all(
+            isinstance(pair, list | tuple)
+            and len(pair) == 2
+            and all(_is_index(end) for end in pair)
+            and pair[0] < pair[1]
+            for pair in ranges or ()
+        )
+        and sum(end - start for start, end in ranges or ()) <= MAX_LAYERS
     )
 
 
@@ -159,7 +164,7 @@ _CHECKS = {
     "layer_replication": _Check(
         (list, tuple, NoneType),
         _are_layer_ranges,
-        "None or a list of [start, end] with 0 <= start < end",
+        f"None or a list of [start, end] with 0 <= start < end, of at most {MAX_LAYERS} layers",
     ),
     "lora_bias": _FLAG,
     "ensure_weight_tying": _FLAG,
@@ -232,7 +237,7 @@ def is_off(value: Any) -> bool:
 
 def _check_runtime(value: Any) -> None:
     name = "ephemeral_gpu_offload"
-    if not (value is None or isinstance(value, Mapping) or hasattr(value, name)):
+    if not (is_off(value) or isinstance(value, Mapping) or hasattr(value, name)):
         raise TypeError(_message("runtime_config", value, "None or a dict"))
     asked = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
     if not is_off(asked):
@@ -301,4 +306,4 @@ def _message(field: str, value: Any, expected: str) -> str:
 def _short(value: Any) -> str:
     if isinstance(value, int) and value.bit_length() > 128:
         return f"an integer of {value.bit_length()} bits"
-    return reprlib.repr(value)
+    return short(value)

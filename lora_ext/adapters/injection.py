@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -13,7 +13,7 @@ from lora_ext.adapters.patterns import compiled
 from lora_ext.adapters.swap import swap_modules
 from lora_ext.adapters.targets import matches, near_misses
 from lora_ext.nn import Linear
-from lora_ext.nn.arguments import check_module, names_of
+from lora_ext.nn.arguments import check_module, names_of, refuse
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.transaction import Transaction
 
@@ -75,6 +75,8 @@ def replace_linear(
 
 
 def _checked(argument: str, names: str | Iterable[str]) -> str | list[str]:
+    if isinstance(names, Mapping):
+        refuse("replace_linear", argument, names, "names or a regular expression")
     if not isinstance(names, str):
         return names_of(names, "replace_linear", argument)
     if names != ALL_LINEAR:

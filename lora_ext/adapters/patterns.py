@@ -33,7 +33,7 @@ _ANY = "\0"  # in a plain name, what stands for any character
 
 # Of the processor's time for all expressions of one config together: far more than those that
 # people write take, and an end for the others. What a file says is to be refused within 0.1 s.
-FILE_SECONDS, CODE_SECONDS = 0.05, 1.0
+FILE_SECONDS, CODE_SECONDS = 0.03, 1.0
 # Added for each module of the model; adapting one takes longer.
 _SECONDS_PER_NAME = 50e-6
 
@@ -181,7 +181,12 @@ class NameTable:
         plain: dict[str, list[int]] = {}
         wild: dict[int, set[tuple[int, ...]]] = {}
         expressions = []
+        limit, start = _present_limit(), time.thread_time()
         for place, pattern in enumerate(self._patterns):
+            if place % 1024 == 1023:
+                now = time.thread_time()
+                limit.spend(start, self._field, self._what)
+                start = now
             if pattern.isalnum():  # most are, and there may be many
                 plain.setdefault(pattern, []).append(place)
                 continue

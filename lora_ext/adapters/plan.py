@@ -28,6 +28,7 @@ from lora_ext.adapters.targets import (
 from lora_ext.adapters.ties import shared_parameters, tied_to_embedding
 from lora_ext.errors import NotBuiltError
 from lora_ext.nn import AdapterSettings, Embedding, LoraLayer
+from lora_ext.nn.arguments import short
 from lora_ext.nn.init import mutates_weight
 
 # From so many on the ends of names are written instead of names, as in PEFT's files.
@@ -167,7 +168,7 @@ def _make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: boo
     saved = _find_saved(modules, config)
     if config.modules_to_save and not saved:
         raise ValueError(
-            f"LoraConfig: modules_to_save: {config.modules_to_save!r} matches no module"
+            f"LoraConfig: modules_to_save: {short(config.modules_to_save)} matches no module"
         )
     for name, module in saved.items():
         if any(isinstance(part, LoraLayer) for part in module.modules()):

@@ -14,6 +14,7 @@ from lora_ext.adapters.names import named_modules, plain_name
 from lora_ext.adapters.patterns import compiled
 from lora_ext.adapters.targets import matches, near_misses, saved_modules
 from lora_ext.nn import AnyLayer, LoraLayer, ParamLayer
+from lora_ext.nn.arguments import short
 
 
 class TargetedModule(NamedTuple):
@@ -80,7 +81,7 @@ def find_parameters(
     if wanted and not found:
         names_there = [plain_name(name) for name, p in model.named_parameters() if p.dim() >= 2]
         text = (
-            f"{where}: {config.target_parameters!r} matches no parameter; "
+            f"{where}: {short(config.target_parameters)} matches no parameter; "
             f"{near_misses(wanted, names_there)}"
         )
         if not targets:

@@ -21,6 +21,7 @@ from lora_ext.adapters.config_checks import ALL_LINEAR
 from lora_ext.adapters.names import ends, named_modules, unwrapped
 from lora_ext.adapters.patterns import compiled, matching
 from lora_ext.nn.any_layer import AnyLayer
+from lora_ext.nn.arguments import short
 from lora_ext.nn.linear import transformers_conv1d
 
 ADAPTABLE = (
@@ -118,12 +119,12 @@ def find_targets(
     if not kept:
         raise ValueError(
             f"LoraConfig: target_modules: all of its {len(matched)} matches ({matched[0]!r}, ...) "
-            f"are excluded by exclude_modules={config.exclude_modules!r} or saved whole by "
-            f"modules_to_save={saved_modules(config)!r}"
+            f"are excluded by exclude_modules={short(config.exclude_modules)} or saved whole by "
+            f"modules_to_save={short(saved_modules(config))}"
         )
     targets = _check_kinds(model, modules, kept, config, adaptable)
     if excluded and not any(matches(name, excluded, "exclude_modules") for name in modules):
-        _warn(f"exclude_modules: {config.exclude_modules!r} matches no module")
+        _warn(f"exclude_modules: {short(config.exclude_modules)} matches no module")
     return targets
 
 
@@ -293,11 +294,11 @@ def _raise_no_match(
     names = {wanted} if isinstance(wanted, str) else set(wanted)
     hint = near_misses(names, [name for name, module in modules.items() if adaptable(module)])
     if isinstance(wanted, str) and any(matches(name, names) for name in modules):
-        hint = f"a string is a regular expression for whole names; did you mean [{wanted!r}]?"
+        hint = f"a string is a regular expression for whole names; did you mean [{short(wanted)}]?"
     elif config.layers_to_transform is not None and any(matches(name, names) for name in modules):
         hint = (
-            f"layers_to_transform={config.layers_to_transform!r} with layers_pattern="
-            f"{config.layers_pattern!r} leaves none of the modules of these names"
+            f"layers_to_transform={short(config.layers_to_transform)} with layers_pattern="
+            f"{short(config.layers_pattern)} leaves none of the modules of these names"
         )
     else:
         first_names = {module: name for name, module in modules.items()}
@@ -306,7 +307,7 @@ def _raise_no_match(
                 hint = f"{name!r} is the same module as {first_names[module]!r}; name that"
                 break
     raise ValueError(
-        f"LoraConfig: target_modules: {config.target_modules!r} matches no module; {hint}"
+        f"LoraConfig: target_modules: {short(config.target_modules)} matches no module; {hint}"
     )
 
 

@@ -5,11 +5,20 @@ from __future__ import annotations
 import numbers
 import os
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from torch import Tensor
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring, _SHORT.maxother = 100, 100
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxfrozenset = _SHORT.maxdict = 8
+
+
+def short(value: object) -> str:
+    """As it is written, for a message: cut where it is long."""
+    return _SHORT.repr(value)
 
 
 def refuse(where: str, argument: str, got: object, expected: str) -> NoReturn:
@@ -22,7 +31,7 @@ def describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
     if value is None or isinstance(value, str | bytes | numbers.Number | list | tuple | dict | set):
-        return reprlib.repr(value)
+        return short(value)
     kind = value if isinstance(value, type) else type(value)
     return f"{'the class' if kind is value else 'a'} {kind.__module__}.{kind.__qualname__}"
 
@@ -31,7 +40,7 @@ def names_of(names: Any, where: str, argument: str = "adapter_names") -> list[st
     """A list of names; one string is one name."""
     if isinstance(names, str):
         return [names]
-    if isinstance(names, Iterable) and not isinstance(names, Mapping | Tensor | bytes):
+    if isinstance(names, Iterable) and not isinstance(names, Tensor | bytes):
         found = list(names)
         if all(isinstance(name, str) for name in found):
             return found
