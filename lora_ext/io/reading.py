@@ -13,7 +13,14 @@ from lora_ext.adapters.names import plain_name, unwrapped
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_file import MAX_HEADER_BYTES, TensorSpec, header_limit
 from lora_ext.io.adapter_folder import WEIGHTS_NAME, AdapterFolder
-from lora_ext.io.base_tensors import around_planned, biases, embeddings, name_in_file, places
+from lora_ext.io.base_tensors import (
+    BasePart,
+    around_planned,
+    biases,
+    embeddings,
+    name_in_file,
+    places,
+)
 from lora_ext.io.files import short
 from lora_ext.nn.adoption import adapter_device
 
@@ -65,6 +72,8 @@ class BaseTensors:
         for place, part in optional:
             if (key := prefix + place.key_of(part)) in file.specs:
                 self.targets[key] = place.own(part)
+        all_biases = biases(iter(every), "none" if config.bias == "none" else "all")
+        self._find_of_other_layers(file, [*all_biases, *embeddings(base, iter(every))], prefix)
         self._unused: dict[str, TensorSpec] = {}  # PEFT's second keys of what a copy holds
         around = around_planned(plan)
         for name, module in plan.saved.items():
@@ -77,6 +86,20 @@ class BaseTensors:
                 "LoraModel.load_adapter: the file holds tensors of the base, which has merged "
                 "adapters; call unmerge_adapter() first"
             )
+
+    def _find_of_other_layers(
+        self, file: FileTensors, found: Iterable[BasePart], prefix: str
+    ) -> None:
+        """What PEFT wrote as the base of a layer which another adapter of its model adapted, or as
+        a plain one under another name of the same module."""
+        for place, part in found:
+            plain = place.key.removesuffix(".base_layer")
+            for key in (f"{prefix}{plain}.base_layer.{part}", f"{prefix}{plain}.{part}"):
+                if key in file.specs and key not in self.targets:
+                    usual = prefix + place.key_of(part)
+                    if usual not in file.specs:
+                        self.targets.pop(usual, None)
+                    self.targets[key] = place.own(part)
 
     def _find_of_saved(self, file: FileTensors, prefix: str, module: nn.Module) -> None:
         """What PEFT writes of a module to save beside its copy: the original, and its own keys."""
