@@ -11,12 +11,11 @@ from typing import Any, Self
 from torch import nn
 
 from lora_ext.adapters.activation import activate
+from lora_ext.adapters.adding import add_planned, freeze_base, plan_for, replicate
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.merging import merge_layers, unmerge_layers, untied_text
 from lora_ext.adapters.modules_to_save import ModulesToSave
 from lora_ext.adapters.names import named_modules, unwrapped
-from lora_ext.adapters.plan import Plan, make_plan, resolved
-from lora_ext.adapters.replication import replicate_layers
 from lora_ext.adapters.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from lora_ext.adapters.swap import swap_modules
 from lora_ext.adapters.ties import untie_embeddings
@@ -78,7 +77,7 @@ class LoraModel(nn.Module):
         self._init_empty(model)
         with Transaction() as transaction:
             self._add(adapter_name, config, autocast_adapter_dtype, transaction)
-            self._freeze_base(transaction)
+            freeze_base(self, transaction)
             activate(self, [adapter_name], config.inference_mode, transaction)
             transaction.commit()
 
@@ -123,7 +122,7 @@ class LoraModel(nn.Module):
                 autocast_adapter_dtype=autocast_adapter_dtype,
                 transaction=transaction,
             )
-            self._freeze_base(transaction)
+            freeze_base(self, transaction)
             activate(self, [adapter_name], not is_trainable, transaction)
             transaction.commit()
         return self if is_trainable else self.eval()
@@ -220,95 +219,9 @@ class LoraModel(nn.Module):
         transaction: Transaction,
     ) -> None:
         check_adapter_name(adapter_name, self.peft_config, "LoraModel.add_adapter")
-        self.replicate(config, transaction)
-        plan = self.plan(config, autocast_adapter_dtype)
-        self.add_planned(adapter_name, config, plan, transaction)
-
-    def replicate(self, config: LoraConfig, transaction: Transaction) -> None:
-        """Repeats the layers as `layer_replication` says.
-
-        Raises:
-            ValueError: there are adapters already, which sit in the layers as they are.
-        """
-        if config.layer_replication:
-            if self.peft_config:
-                raise ValueError(
-                    "LoraConfig: layer_replication: expected only in the config of a model's first "
-                    "adapter"
-                )
-            replicate_layers(self.base_model, config.layer_replication, transaction)
-
-    def plan(self, config: LoraConfig, autocast_adapter_dtype: bool = True) -> Plan:
-        """What a config adapts here: nothing is changed, nothing of an adapter's size allocated.
-
-        Raises: as the class; ValueError also for a second adapter with biases of the base.
-        """
-        biased = [name for name, other in self.peft_config.items() if other.bias != "none"]
-        if config.bias != "none" and biased:
-            raise ValueError(
-                f"LoraConfig: bias: got {config.bias!r} beside '{biased[0]}' with "
-                f"{self.peft_config[biased[0]].bias!r}, expected 'none': the biases are the "
-                "base's, of which there is one set; give one adapter only biases, or use lora_bias"
-            )
-        plan = make_plan(self.base_model, config, autocast_adapter_dtype)
-        for name, layer, _ in plan.layers.values():
-            if layer.adapters and layer not in self._own:
-                raise ValueError(
-                    f"LoraConfig: target_modules: '{name}' has adapters that are not this model's "
-                    f"({list(layer.adapters)}), expected layers without; add this one by the "
-                    "add_adapter() of the LoraModel that has them, or leave the layer out with "
-                    "exclude_modules"
-                )
-        return plan
-
-    def add_planned(
-        self, adapter_name: str, config: LoraConfig, plan: Plan, transaction: Transaction
-    ) -> None:
-        """Adds an adapter as `plan` says, which was made for this config and the present model."""
-        active = tuple(name for name in self.active_adapters if name in self.peft_config)
-        replacements: dict[int, nn.Module] = {}
-        own: set[nn.Module] = {planned.layer for planned in plan.layers.values()}
-        for place, planned in plan.layers.items():
-            layer = transaction.draft(planned.layer)
-            layer.add_adapter(adapter_name, **vars(planned.settings))
-            mine = tuple(name for name in active if name in layer.adapters)
-            if layer.active_adapters != mine:  # a layer's first adapter is active there
-                layer.set_adapter(mine)
-            if place != id(planned.layer):
-                replacements[place] = planned.layer
-        copies: dict[int, nn.Module] = {}
-        for module in {id(module): module for module in plan.saved.values()}.values():
-            wrapper = module if isinstance(module, ModulesToSave) else ModulesToSave(module)
-            own.add(wrapper)
-            copies[id(module)] = wrapper.add_adapter(adapter_name, transaction)
-            if wrapper is not module:
-                replacements[id(module)] = wrapper
-        for names in plan.tied.items():
-            copy_, source = (copies[id(plan.saved[name])] for name in names)
-            copy_.weight = source.weight
-        swap_modules(self.base_model, replacements, transaction)
-        transaction.set(
-            self,
-            _own=self._own | own,
-            peft_config={**self.peft_config, adapter_name: resolved(self.base_model, plan)},
-            targeted_module_names=plan.names,
-            targeted_parameter_names=plan.parameters,
-        )
-        transaction.commit()
-
-    def _freeze_base(self, transaction: Transaction) -> None:
-        """Freezes all but the adapters that are not this model's."""
-        others: list[nn.Parameter] = []
-        for module in self.base_model.modules():
-            if isinstance(module, LoraLayer) and module not in self._own:
-                for name in module.adapters:
-                    others += module.adapter_parameters(name).values()
-            elif isinstance(module, ModulesToSave) and module not in self._own:
-                others += module.modules_to_save.parameters()
-        keep = {id(parameter) for parameter in others}
-        for parameter in self.base_model.parameters():
-            if id(parameter) not in keep:
-                transaction.require_grad(parameter, False)
+        replicate(self, config, transaction)
+        plan = plan_for(self, config, autocast_adapter_dtype)
+        add_planned(self, adapter_name, plan, transaction)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forgets an adapter in every layer. If no active one is left, the first of the others

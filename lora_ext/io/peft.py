@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lora_ext.adapters.adding import add_planned, plan_for, replicate
 from lora_ext.adapters.combining import Adapter, alpha_factor, subtract_mutated_init
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.names import plain_name
@@ -198,8 +199,8 @@ def load_adapter(
         stack.enter_context(time_limit(FILE_SECONDS, sum(1 for _ in model.modules())))
         config = read_config(files)
         config.inference_mode = not is_trainable
-        model.replicate(config, own)
-        plan = model.plan(config, autocast_adapter_dtype)
+        replicate(model, config, own)
+        plan = plan_for(model, config, autocast_adapter_dtype)
         check_loadable(model, plan)
         file = FileTensors(files, _possible_keys(model, plan))
         plan = planned_as_in(file, _tied_as_in_the_file(plan, config, file), PREFIX)
@@ -207,7 +208,7 @@ def load_adapter(
         tensors = file.read(dict(_expected(plan)) | bases.expected())
         bases.check(tensors)
         plan = grouped_where_possible(plan, tensors, PREFIX)
-        model.add_planned(adapter_name, config, plan, own)
+        add_planned(model, adapter_name, plan, own)
         with torch.no_grad():
             for key, tensor in _own_tensors(model, adapter_name):
                 tensor.copy_(tensors[key])

@@ -1,0 +1,106 @@
+"""Putting an adapter into a model: what is planned, and what is then done, by one transaction."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from lora_ext.adapters.config import LoraConfig
+from lora_ext.adapters.modules_to_save import ModulesToSave
+from lora_ext.adapters.plan import Plan, make_plan, resolved
+from lora_ext.adapters.replication import replicate_layers
+from lora_ext.adapters.swap import swap_modules
+from lora_ext.nn import LoraLayer
+from lora_ext.nn.transaction import Transaction
+
+if TYPE_CHECKING:
+    from lora_ext.adapters.lora_model import LoraModel
+
+
+def replicate(model: LoraModel, config: LoraConfig, transaction: Transaction) -> None:
+    """Repeats the layers as `layer_replication` says.
+
+    Raises:
+        ValueError: there are adapters already, which sit in the layers as they are.
+    """
+    if config.layer_replication:
+        if model.peft_config:
+            raise ValueError(
+                "LoraConfig: layer_replication: expected only in the config of a model's first "
+                "adapter"
+            )
+        replicate_layers(model.base_model, config.layer_replication, transaction)
+
+
+def plan_for(model: LoraModel, config: LoraConfig, autocast_adapter_dtype: bool = True) -> Plan:
+    """What a config adapts here: nothing is changed, nothing of an adapter's size allocated.
+
+    Raises: as the class; ValueError also for a second adapter with biases of the base.
+    """
+    biased = [name for name, other in model.peft_config.items() if other.bias != "none"]
+    if config.bias != "none" and biased:
+        raise ValueError(
+            f"LoraConfig: bias: got {config.bias!r} beside '{biased[0]}' with "
+            f"{model.peft_config[biased[0]].bias!r}, expected 'none': the biases are the "
+            "base's, of which there is one set; give one adapter only biases, or use lora_bias"
+        )
+    plan = make_plan(model.base_model, config, autocast_adapter_dtype)
+    for name, layer, _ in plan.layers.values():
+        if layer.adapters and layer not in model._own:
+            raise ValueError(
+                f"LoraConfig: target_modules: '{name}' has adapters that are not this model's "
+                f"({list(layer.adapters)}), expected layers without; add this one by the "
+                "add_adapter() of the LoraModel that has them, or leave the layer out with "
+                "exclude_modules"
+            )
+    return plan
+
+
+def add_planned(model: LoraModel, adapter_name: str, plan: Plan, transaction: Transaction) -> None:
+    """Adds an adapter as `plan` says, which was made for this config and the present model."""
+    active = tuple(name for name in model.active_adapters if name in model.peft_config)
+    replacements: dict[int, nn.Module] = {}
+    own: set[nn.Module] = {planned.layer for planned in plan.layers.values()}
+    for place, planned in plan.layers.items():
+        layer = transaction.draft(planned.layer)
+        layer.add_adapter(adapter_name, **vars(planned.settings))
+        mine = tuple(name for name in active if name in layer.adapters)
+        if layer.active_adapters != mine:  # a layer's first adapter is active there
+            layer.set_adapter(mine)
+        if place != id(planned.layer):
+            replacements[place] = planned.layer
+    copies: dict[int, nn.Module] = {}
+    for module in {id(module): module for module in plan.saved.values()}.values():
+        wrapper = module if isinstance(module, ModulesToSave) else ModulesToSave(module)
+        own.add(wrapper)
+        copies[id(module)] = wrapper.add_adapter(adapter_name, transaction)
+        if wrapper is not module:
+            replacements[id(module)] = wrapper
+    for names in plan.tied.items():
+        copy_, source = (copies[id(plan.saved[name])] for name in names)
+        copy_.weight = source.weight
+    swap_modules(model.base_model, replacements, transaction)
+    transaction.set(
+        model,
+        _own=model._own | own,
+        peft_config={**model.peft_config, adapter_name: resolved(model.base_model, plan)},
+        targeted_module_names=plan.names,
+        targeted_parameter_names=plan.parameters,
+    )
+    transaction.commit()
+
+
+def freeze_base(model: LoraModel, transaction: Transaction) -> None:
+    """Freezes all but the adapters that are not this model's."""
+    others: list[nn.Parameter] = []
+    for module in model.base_model.modules():
+        if isinstance(module, LoraLayer) and module not in model._own:
+            for name in module.adapters:
+                others += module.adapter_parameters(name).values()
+        elif isinstance(module, ModulesToSave) and module not in model._own:
+            others += module.modules_to_save.parameters()
+    keep = {id(parameter) for parameter in others}
+    for parameter in model.base_model.parameters():
+        if id(parameter) not in keep:
+            transaction.require_grad(parameter, False)
