@@ -111,6 +111,18 @@ def test_a_subclass_that_keeps_its_forward_runs_fused_with_its_methods() -> None
     assert explain(layer)[0].path == explain(lora.Linear(8, 6, r=2))[0].path
 
 
+def test_a_base_that_returns_no_tensor_is_refused_when_called() -> None:
+    class Pair(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x), None
+
+    layer = lora.Linear.from_linear(Pair(8, 6), r=2)
+    with pytest.raises(TypeError, match="Pair, returned a tuple, expected a tensor"):
+        layer(X)
+    layer.enable_adapters(False)
+    assert layer(X)[1] is None
+
+
 def test_own_forwards_refuse_what_needs_a_product() -> None:
     for option in ({"use_dora": True}, {"init_lora_weights": "pissa"}):
         with pytest.raises(ValueError, match="Super has a forward of its own"):

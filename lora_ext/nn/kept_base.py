@@ -101,6 +101,12 @@ class KeptBase(LoraLayer):
         if not args and not kwargs and not self.reason_to_call:
             return super().forward(x)
         y = self.base_layer(x, *args, **kwargs)
+        if self._running and not isinstance(y, Tensor):
+            raise TypeError(
+                f"{type(self).__name__}: the base, a {self._base_class.__qualname__}, returned a "
+                f"{type(y).__qualname__}, expected a tensor, to which an update can be added; "
+                "leave this layer out with exclude_modules"
+            )
         for update in self._updates(x):
             y = y + update
         return y
