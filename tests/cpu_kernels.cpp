@@ -115,9 +115,19 @@ void run_lora_linear(const Pair& pair, const LoraLinearKernels& kernels, const S
   const Buffer bias = random(pair.compute, N);
   const Buffer scratch(1, kernels.scratch_bytes(K, r));
   const Buffer y = empty(pair.base, M * N), h = empty(pair.compute, M * r);
-  const ForwardArgs forward{K,          N,          r,           x.data(), K + kPadding,
-                            A_t.data(), B_t.data(), bias.data(), 0.5,      dropout_of(dropout),
-                            y.data(),   h.data()};
+  const ForwardArgs forward{M,
+                            K,
+                            N,
+                            r,
+                            x.data(),
+                            K + kPadding,
+                            A_t.data(),
+                            B_t.data(),
+                            bias.data(),
+                            0.5,
+                            dropout_of(dropout),
+                            y.data(),
+                            h.data()};
   in_two(M, [&](int, int64_t begin, int64_t end) {
     kernels.forward_rows(forward, begin, end, scratch.data());
   });
@@ -132,7 +142,7 @@ void run_lora_linear(const Pair& pair, const LoraLinearKernels& kernels, const S
     const Buffer sums_A = empty(pair.compute, wants_dA ? 2 * r * K : 0);
     const Buffer sums_B = empty(pair.compute, wants_dB ? 2 * r * N : 0);
     BackwardArgs backward{};
-    backward.K = K, backward.N = N, backward.r = r;
+    backward.M = M, backward.K = K, backward.N = N, backward.r = r;
     backward.dy = dy.data(), backward.lddy = N;
     const bool reads_x = wants_dA || (wants_dB && !has_h);
     backward.x = reads_x ? x.data() : nullptr, backward.ldx = reads_x ? K + kPadding : 0;

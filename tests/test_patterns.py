@@ -16,9 +16,9 @@ from lora_ext.adapters.patterns import (
     FILE_SECONDS,
     SlowPatternError,
     compiled,
+    in_time,
     matching,
     size,
-    time_limit,
 )
 
 AROUND = {"rank_pattern": r"(.*\.)?(%s)$", "modules_to_save": r"(^|.*\.)%s($|\..*)"}
@@ -77,8 +77,7 @@ WILD = [f"{i:016b}".replace("0", ".").replace("1", "a") + "b" for i in range(1 <
 def test_an_end_is_put(call: Callable[[], Any]) -> None:
     start = time.process_time()
     with pytest.raises(SlowPatternError, match=r"LoraConfig: .*: got .*takes too long"):
-        with time_limit(FILE_SECONDS):
-            call()
+        in_time(FILE_SECONDS, 0, call)
     assert time.process_time() - start < 0.4
 
 

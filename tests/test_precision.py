@@ -236,3 +236,24 @@ def test_sums_over_rows_are_cut_by_threads(dtype: torch.dtype) -> None:
         torch.set_num_threads(before)
     for name in ("lora_A", "lora_B"):
         assert torch.equal(whole[name], first[name] + second[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [65, 97, 146, 400])
+def test_rows_do_not_depend_on_threads(rows: int, dtype: torch.dtype) -> None:
+    """A row of y or dx is summed in the same way wherever the range of its thread begins. The
+    weight is 0: what BLAS does with its rows is its own affair."""
+    p = make_problem((rows,), 70, 50, 5, dtype=dtype, dropout_p=0.25)
+    with torch.no_grad():
+        p.weight.zero_()
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(results(p.fused(), list(p.operands), p.dy))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert torch.equal(other["y"], found[0]["y"])
+        assert torch.equal(other["x"], found[0]["x"])

@@ -22,8 +22,8 @@ struct DropoutArgs {
 };
 
 struct ForwardArgs {
-  int64_t K, N, r;
-  const void* x;  // [M, K] base type, rows ldx apart
+  int64_t M, K, N, r;  // M: of the whole call, on which sums of a row may depend; not on threads
+  const void* x;       // [M, K] base type, rows ldx apart
   int64_t ldx;
   const void* lora_A_t;  // [r, K] adapter type, packed
   const void* lora_B_t;  // [N, r] adapter type, packed
@@ -35,8 +35,8 @@ struct ForwardArgs {
 };
 
 struct BackwardArgs {
-  int64_t K, N, r;
-  const void* dy;  // [M, N] base type, rows lddy apart
+  int64_t M, K, N, r;  // as above
+  const void* dy;      // [M, N] base type, rows lddy apart
   int64_t lddy;
   const void* x;  // [M, K] base type, rows ldx apart, or null
   int64_t ldx;

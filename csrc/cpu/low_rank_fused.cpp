@@ -23,7 +23,7 @@ void low_rank_forward_fused(const LowRankForward& problem, const CpuPath& path) 
   const auto& kernels = kernels_of(path, x, lora_A);
   const Tensor A_t = packed(kernels, lora_A), B_t = packed(kernels, lora_B);
   ForwardArgs args{};
-  args.K = K, args.N = N, args.r = r;
+  args.M = M, args.K = K, args.N = N, args.r = r;
   args.x = x.const_data_ptr(), args.ldx = x.stride(0);
   args.lora_A_t = A_t.const_data_ptr(), args.lora_B_t = B_t.const_data_ptr();
   args.bias = data_or_null(problem.bias);
@@ -44,7 +44,7 @@ void low_rank_backward_fused(const LowRankBackward& problem, const CpuPath& path
   const bool makes_h = problem.dB.defined() && !problem.h.defined();
   const Tensor A_t = makes_h ? packed(kernels, lora_A) : Tensor();
   BackwardArgs args{};
-  args.K = K, args.N = N, args.r = r;
+  args.M = M, args.K = K, args.N = N, args.r = r;
   args.dy = dy.const_data_ptr(), args.lddy = dy.stride(0);
   args.x = data_or_null(x), args.ldx = x.defined() ? x.stride(0) : 0;
   args.h = data_or_null(problem.h);

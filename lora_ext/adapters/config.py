@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Self, TypeVar
 
 from lora_ext.adapters.config_checks import ATOMS, NOT_BUILT, check_fields, is_off, plain_value
-from lora_ext.adapters.patterns import FILE_SECONDS, matching, time_limit
+from lora_ext.adapters.patterns import FILE_SECONDS, in_time, matching
 from lora_ext.io.adapter_folder import CONFIG_NAME, read_config_file
 from lora_ext.io.atomic import save_files
 from lora_ext.io.files import json_text
@@ -217,8 +217,7 @@ class LoraConfig:
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"LoraConfig.from_dict: values: got {type(values)}, expected a mapping")
-        with time_limit(FILE_SECONDS):
-            return cls._from_values(_copied(dict(values)))
+        return in_time(FILE_SECONDS, 0, lambda: cls._from_values(_copied(dict(values))))
 
     @classmethod
     def from_pretrained(cls, folder_or_file: str | os.PathLike[str]) -> Self:
@@ -239,8 +238,7 @@ class LoraConfig:
         if "peft_type" not in values:
             raise ValueError(f"{path}: LoraConfig: peft_type: is missing, expected 'LORA'")
         try:
-            with time_limit(FILE_SECONDS):
-                return cls._from_values(values)
+            return in_time(FILE_SECONDS, 0, lambda: cls._from_values(values))
         except (TypeError, ValueError, NotImplementedError) as error:
             raise type(error)(f"{path}: {error}") from None
 

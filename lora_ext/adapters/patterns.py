@@ -11,11 +11,10 @@ from __future__ import annotations
 import itertools
 import re
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar, copy_context
 from functools import cached_property, lru_cache
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 # PEFT's. `%s` is the pattern from the config; it is not escaped there either, so a dot in a plain
 # name stands for any character.
@@ -36,6 +35,8 @@ _ANY = "\0"  # in a plain name, what stands for any character
 FILE_SECONDS, CODE_SECONDS = 0.03, 1.0
 # Added for each module of the model; adapting one takes longer.
 _SECONDS_PER_NAME = 50e-6
+
+Result = TypeVar("Result")
 
 
 class SlowPatternError(ValueError):
@@ -59,22 +60,21 @@ class _Limit:
 _limit: ContextVar[_Limit | None] = ContextVar("lora_ext_pattern_limit", default=None)
 
 
-@contextmanager
-def time_limit(seconds: float, names: int = 0) -> Iterator[None]:
-    """Within the block all expressions together may take this long, and a little for each of so
-    many names; within an outer limit, what that says.
+def in_time(seconds: float, names: int, call: Callable[[], Result]) -> Result:
+    """What the call returns. In it all expressions together may take so long, and a little for each
+    of so many names; in a call within another, what that one may.
 
     Raises:
         SlowPatternError: they took longer; names the field.
     """
     if _limit.get() is not None:
-        yield
-        return
-    token = _limit.set(_Limit(seconds + names * _SECONDS_PER_NAME))
-    try:
-        yield
-    finally:
-        _limit.reset(token)
+        return call()
+
+    def limited() -> Result:
+        _limit.set(_Limit(seconds + names * _SECONDS_PER_NAME))
+        return call()
+
+    return copy_context().run(limited)  # whatever exception comes, the limit ends with it
 
 
 def _refuse(field: str, what: str) -> NoReturn:

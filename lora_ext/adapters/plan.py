@@ -16,7 +16,7 @@ from lora_ext.adapters.experts import warn_of_unreached, with_experts
 from lora_ext.adapters.layers import adaptable, can_be_adapted
 from lora_ext.adapters.modules_to_save import ModulesToSave
 from lora_ext.adapters.names import ORIGINAL, exact_targets, named_modules, plain_name
-from lora_ext.adapters.patterns import CODE_SECONDS, compiled, time_limit
+from lora_ext.adapters.patterns import CODE_SECONDS, compiled, in_time
 from lora_ext.adapters.target_parameters import TargetedModule, find_parameters
 from lora_ext.adapters.targets import (
     find_targets,
@@ -141,8 +141,8 @@ def make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool
             init_lora_weights would change a weight that several modules share.
         NotBuiltError: ensure_weight_tying of adapters.
     """
-    with time_limit(CODE_SECONDS, sum(1 for _ in model.modules())):
-        return _make_plan(model, config, autocast_adapter_dtype)
+    names = sum(1 for _ in model.modules())
+    return in_time(CODE_SECONDS, names, lambda: _make_plan(model, config, autocast_adapter_dtype))
 
 
 def _make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool) -> Plan:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ from lora_ext.adapters.adding import add_planned, plan_for, replicate
 from lora_ext.adapters.combining import Adapter, alpha_factor, subtract_mutated_init
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.names import plain_name
-from lora_ext.adapters.patterns import FILE_SECONDS, time_limit
+from lora_ext.adapters.patterns import FILE_SECONDS, in_time
 from lora_ext.adapters.targets import matches, saved_modules
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_file import TensorSpec
@@ -194,27 +193,36 @@ def load_adapter(
     """
     check_adapter_name(adapter_name, model.peft_config, "LoraModel.load_adapter")
     own = Transaction() if transaction is None else transaction
-    with open_adapter(folder) as files, own, ExitStack() as stack:
-        stack.enter_context(typed_content(files.path))
-        stack.enter_context(time_limit(FILE_SECONDS, sum(1 for _ in model.modules())))
-        config = read_config(files)
-        config.inference_mode = not is_trainable
-        replicate(model, config, own)
-        plan = plan_for(model, config, autocast_adapter_dtype)
-        check_loadable(model, plan)
-        file = FileTensors(files, _possible_keys(model, plan))
-        plan = planned_as_in(file, _tied_as_in_the_file(plan, config, file), PREFIX)
-        bases = BaseTensors(model, config, plan, file, PREFIX)
-        tensors = file.read(dict(_expected(plan)) | bases.expected())
-        bases.check(tensors)
-        plan = grouped_where_possible(plan, tensors, PREFIX)
-        add_planned(model, adapter_name, plan, own)
-        with torch.no_grad():
-            for key, tensor in _own_tensors(model, adapter_name):
-                tensor.copy_(tensors[key])
-        for key, tensor in bases.targets.items():
-            own.write(tensor, tensors[key])
-        own.commit()
+    names = sum(1 for _ in model.modules())
+    with open_adapter(folder) as files, own, typed_content(files.path):
+
+        def load() -> None:
+            config = read_config(files)
+            config.inference_mode = not is_trainable
+            replicate(model, config, own)
+            plan = plan_for(model, config, autocast_adapter_dtype)
+            _load_planned(model, adapter_name, plan, files, own)
+
+        in_time(FILE_SECONDS, names, load)
+
+
+def _load_planned(
+    model: LoraModel, adapter_name: str, plan: Plan, files: AdapterFolder, own: Transaction
+) -> None:
+    check_loadable(model, plan)
+    file = FileTensors(files, _possible_keys(model, plan))
+    plan = planned_as_in(file, _tied_as_in_the_file(plan, plan.config, file), PREFIX)
+    bases = BaseTensors(model, plan.config, plan, file, PREFIX)
+    tensors = file.read(dict(_expected(plan)) | bases.expected())
+    bases.check(tensors)
+    plan = grouped_where_possible(plan, tensors, PREFIX)
+    add_planned(model, adapter_name, plan, own)
+    with torch.no_grad():
+        for key, tensor in _own_tensors(model, adapter_name):
+            tensor.copy_(tensors[key])
+    for key, tensor in bases.targets.items():
+        own.write(tensor, tensors[key])
+    own.commit()
 
 
 def _possible_keys(model: LoraModel, plan: Plan) -> Iterator[str]:

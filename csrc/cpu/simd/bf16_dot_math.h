@@ -137,6 +137,11 @@ struct Bf16DotMath {
                       const Store& store) {
     dot_gemm(rows, columns, K, a, b, store);
   }
+  template <class Right, class Store>
+  static void sum_of_rows(int64_t rows, int64_t columns, int64_t K, const Words& a, const Right& b,
+                          const Store& store) {
+    dot_gemm(rows, columns, K, a, b, store);
+  }
 
  private:
   static int64_t row_pairs(int64_t r) { return (r + 1) / 2; }

@@ -67,8 +67,8 @@ struct FloatMath {
       }
       return;
     }
-    // In the compute type, before they go to double; of single rows in a quarter as long sums.
-    const int64_t terms = rows < 4 ? 32 : 16;
+    // In the compute type, before they go to double.
+    const int64_t terms = rows < 4 ? 8 : 16;
     for (int64_t k = 0; k == 0 || k < K; k += terms) {
       gemm(rows, r, at_most(K - k, terms), a.from(k), b.from(k),
            StoreDouble<Sum>{sums, r, add || k > 0});
@@ -79,6 +79,12 @@ struct FloatMath {
   static void product(int64_t rows, int64_t columns, int64_t K, const LeftRows<Sum>& a,
                       const Right& b, const Store& store) {
     gemm(rows, columns, K, a, b, store);
+  }
+  // The same where the K terms are those of rows of the call.
+  template <class Right, class Store>
+  static void sum_of_rows(int64_t rows, int64_t columns, int64_t K, const LeftRows<Sum>& a,
+                          const Right& b, const Store& store) {
+    gemm<true>(rows, columns, K, a, b, store);
   }
 
  private:

@@ -34,13 +34,13 @@ struct RightRows {
   const T* at(int64_t k, int64_t j) const { return data + k * stride + j; }
 };
 
-template <class S, class T, int kRows, int kVectors, bool kPartial, class Store>
+// kDeals: the terms of a single row are dealt out to several sums. Shorter ones err less, and one
+// would wait for itself; but which rows are single in their tile depends on where threads begin.
+template <class S, class T, int kRows, int kVectors, bool kPartial, bool kDeals, class Store>
 inline void tile(int64_t row, int64_t column, int64_t K, const LeftRows<S>& a,
                  const RightRows<T>& b, int lanes, const Store& store) {
   using V = Vec<S>;
-  // The terms of a single row are dealt out to several sums: shorter ones err less, and one would
-  // wait for itself.
-  constexpr int kDealt = kRows == 1 ? 4 : 1;
+  constexpr int kDealt = kDeals && kRows == 1 ? 4 : 1;
   typename V::Reg sums[kDealt][kRows][kVectors];
 #pragma GCC unroll 4
   for (int d = 0; d < kDealt; ++d) {
@@ -93,21 +93,21 @@ inline void tile(int64_t row, int64_t column, int64_t K, const LeftRows<S>& a,
 }
 
 // Rows [row, row + kRows) of C.
-template <class S, class T, int kRows, class Store>
+template <class S, class T, int kRows, bool kDeals, class Store>
 inline void row_tile(int64_t row, int64_t columns, int64_t K, const LeftRows<S>& a,
                      const RightRows<T>& b, const Store& store) {
   constexpr int kWidth = Vec<S>::kWidth;
   int64_t j = 0;
   if constexpr (kRows <= kTileSums / 2) {
     for (; j + 2 * kWidth <= columns; j += 2 * kWidth) {
-      tile<S, T, kRows, 2, false>(row, j, K, a, b, kWidth, store);
+      tile<S, T, kRows, 2, false, kDeals>(row, j, K, a, b, kWidth, store);
     }
   }
   for (; j + kWidth <= columns; j += kWidth) {
-    tile<S, T, kRows, 1, false>(row, j, K, a, b, kWidth, store);
+    tile<S, T, kRows, 1, false, kDeals>(row, j, K, a, b, kWidth, store);
   }
   if (j < columns) {
-    tile<S, T, kRows, 1, true>(row, j, K, a, b, static_cast<int>(columns - j), store);
+    tile<S, T, kRows, 1, true, kDeals>(row, j, K, a, b, static_cast<int>(columns - j), store);
   }
 }
 
@@ -131,25 +131,25 @@ inline double dot_in_double(int64_t K, const S* a, const T* b) {
   return V::sum(V::add(V::add(sums[0], sums[1]), V::add(sums[2], sums[3])));
 }
 
-template <class S, class T, class Store>
+template <bool kDeals = false, class S, class T, class Store>
 void gemm(int64_t rows, int64_t columns, int64_t K, const LeftRows<S>& a, const RightRows<T>& b,
           const Store& store) {
   constexpr int kRows = kTileSums / 2;
   int64_t i = 0;
   if (columns < 2 * Vec<S>::kWidth) {  // one vector wide: more rows keep as many sums going
     for (; i + 2 * kRows <= rows; i += 2 * kRows) {
-      row_tile<S, T, 2 * kRows>(i, columns, K, a, b, store);
+      row_tile<S, T, 2 * kRows, kDeals>(i, columns, K, a, b, store);
     }
   }
   // 16 rows, the usual rank, are two equal tiles rather than 12 and 4.
   for (; i + kRows <= rows && !(kRows == 12 && rows == 16); i += kRows) {
-    row_tile<S, T, kRows>(i, columns, K, a, b, store);
+    row_tile<S, T, kRows, kDeals>(i, columns, K, a, b, store);
   }
   if constexpr (kRows > 8) {
-    for (; i + 8 <= rows; i += 8) row_tile<S, T, 8>(i, columns, K, a, b, store);
+    for (; i + 8 <= rows; i += 8) row_tile<S, T, 8, kDeals>(i, columns, K, a, b, store);
   }
-  for (; i + 4 <= rows; i += 4) row_tile<S, T, 4>(i, columns, K, a, b, store);
-  for (; i < rows; ++i) row_tile<S, T, 1>(i, columns, K, a, b, store);
+  for (; i + 4 <= rows; i += 4) row_tile<S, T, 4, kDeals>(i, columns, K, a, b, store);
+  for (; i < rows; ++i) row_tile<S, T, 1, kDeals>(i, columns, K, a, b, store);
 }
 
 }  // namespace lora_ext::LORA_EXT_ISA

@@ -74,8 +74,8 @@ struct Chunk {
   template <class Left>
   void left_times(const Left& a, int64_t r, bool add, typename Math::Sum* out,
                   int64_t out_stride) const {
-    Math::product(r, columns, rows, a, Math::right(data, stride, cold),
-                  StoreSum<typename Math::Sum>{out, out_stride, add});
+    Math::sum_of_rows(r, columns, rows, a, Math::right(data, stride, cold),
+                      StoreSum<typename Math::Sum>{out, out_stride, add});
   }
 };
 
@@ -104,13 +104,13 @@ void for_chunks(const Panel<Math>& panel, const typename Math::Base* in, int64_t
   }
 }
 
-// h [rows, r] = dropout(x) A^T
+// h [rows, r] = dropout(x) A^T, of a call of M rows
 template <class Math>
-void down_project(const Panel<Math>& panel, const typename Math::Base* x, int64_t ldx, int64_t rows,
-                  int64_t K, int64_t r, const uint16_t* keep, typename Math::Sum survivor,
-                  const void* lora_A_t) {
+void down_project(const Panel<Math>& panel, const typename Math::Base* x, int64_t ldx, int64_t M,
+                  int64_t rows, int64_t K, int64_t r, const uint16_t* keep,
+                  typename Math::Sum survivor, const void* lora_A_t) {
   const auto A_t = Math::packed(lora_A_t, r);
-  double* sums = r == 1 || rows < Math::kFewRows ? panel.sums : nullptr;
+  double* sums = r == 1 || M < Math::kFewRows ? panel.sums : nullptr;
   for_chunks(panel, x, ldx, rows, K, keep, [&](int64_t k, const auto& chunk) {
     chunk.times(A_t.from(k), r, k > 0, sums, panel.h);
   });
@@ -130,8 +130,8 @@ void forward_rows(const ForwardArgs& args, int64_t begin, int64_t end, void* scr
 
     // h = dropout(x) A^T
     const uint16_t* keep = fill_panel_bits(args.dropout, m, rows, K, panel.keep);
-    down_project(panel, row_of<T>(args.x, m, args.ldx), args.ldx, rows, K, r, keep, survivor,
-                 args.lora_A_t);
+    down_project(panel, row_of<T>(args.x, m, args.ldx), args.ldx, args.M, rows, K, r, keep,
+                 survivor, args.lora_A_t);
     if (args.h) std::memcpy(static_cast<S*>(args.h) + m * r, panel.h, rows * r * sizeof(S));
 
     // y = scaling * h B^T + bias
@@ -170,7 +170,7 @@ void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end, void* d
     // dh = dy B, still without scale, and dB += h^T dy, from one pass over dy
     const S* h = row_of<S>(args.h, m, r);
     if (recompute_h) {
-      down_project(panel, x, args.ldx, rows, K, r, keep, survivor, args.lora_A_t);
+      down_project(panel, x, args.ldx, args.M, rows, K, r, keep, survivor, args.lora_A_t);
       h = panel.h;
     }
     const auto h_t = Math::columns(panel.operand, h, dB ? rows : 0, r, S{1}, few);
