@@ -90,7 +90,7 @@ def test_merging_never_changes_what_the_layer_computes(kind: type[nn.Linear]) ->
     weight, y = base.weight.clone(), model(x)
     model.merge_adapter()
     torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
-    into_weight = kind in (Arguments, Logged, Named)
+    into_weight = kind in (Logged, Named)
     assert torch.equal(base.weight, weight) is not into_weight
     model.unmerge_adapter()
     assert torch.equal(base.weight, weight) and torch.equal(model(x), y)
@@ -121,6 +121,92 @@ def test_a_base_that_returns_no_tensor_is_refused_when_called() -> None:
         layer(X)
     layer.enable_adapters(False)
     assert layer(X)[1] is None
+
+
+def doubled_by_a_hook(base: nn.Module) -> None:
+    base.register_forward_hook(lambda module, args, y: 2 * y)
+
+
+def doubled_before(base: nn.Module) -> None:
+    base.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+
+
+def doubled_by_accelerate(base: nn.Module) -> None:
+    class Double(ModelHook):
+        def post_forward(self, module: nn.Module, output: Any) -> Any:
+            return 2 * output
+
+    add_hook_to_module(base, Double())
+
+
+@pytest.mark.parametrize("double", [doubled_by_a_hook, doubled_before, doubled_by_accelerate])
+def test_what_is_around_a_call_is_not_in_the_weight(double: Callable[[nn.Module], None]) -> None:
+    base = Named(8, 6)
+    double(base)
+    model = get_lora_model(
+        nn.Sequential(base), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    )
+    y = model(X)
+    torch.testing.assert_close(y, base(X) + update(model.base_model[0], X), rtol=1e-5, atol=1e-5)
+    model.merge_adapter()
+    torch.testing.assert_close(model(X), y)
+    with pytest.raises(ValueError, match="something else than a product with its weight"):
+        model.merge_and_unload()
+    with pytest.raises(ValueError, match="init_lora_weights: got 'pissa'"):
+        lora.Linear.from_linear(base, r=2, init_lora_weights="pissa")
+
+
+def test_a_call_of_its_own_is_called() -> None:
+    class Called(nn.Linear):
+        def __call__(self, x: Tensor) -> Tensor:
+            return super().__call__(x) + 1
+
+    base = Called(8, 6)
+    layer = lora.Linear.from_linear(base, r=2, init_lora_weights=False)
+    torch.testing.assert_close(layer(X), base(X) + update(layer, X), rtol=1e-5, atol=1e-5)
+
+
+def test_a_copy_has_the_adapter_of_a_base_that_copies_itself() -> None:
+    class Copied(nn.Linear):
+        def __deepcopy__(self, memo: Any) -> nn.Module:
+            twin = Copied(self.in_features, self.out_features)
+            twin.load_state_dict(self.state_dict())
+            return twin
+
+    layer = lora.Linear.from_linear(Copied(8, 6), r=2, init_lora_weights=False)
+    twin = copy.deepcopy(layer)
+    assert isinstance(twin, lora.Linear) and torch.equal(twin(X), layer(X))
+
+
+def test_the_result_has_the_bases_dtype_under_autocast() -> None:
+    layer = lora.Linear.from_linear(Super(8, 6), r=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(X).dtype == torch.bfloat16
+
+
+def test_what_is_inside_a_base_that_is_kept_has_no_adapter_of_its_own() -> None:
+    class Parent(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(8, 8)
+            self.inner = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(super().forward(x))
+
+    for options in (
+        {"target_modules": ["0", "inner"]},
+        {"target_modules": ["0"], "modules_to_save": ["inner"]},
+    ):
+        model = nn.Sequential(Parent())
+        with pytest.raises(ValueError, match=r"'0.inner' is inside of '0'"):
+            get_lora_model(model, LoraConfig(r=2, **options))
+        assert type(model[0]) is Parent
+
+
+def test_names_of_torch() -> None:
+    """`input`, as torch.nn's layers call it."""
+    layer = lora.Linear(8, 6, r=2)
+    assert torch.equal(layer(input=X), layer(X))
 
 
 def test_own_forwards_refuse_what_needs_a_product() -> None:

@@ -20,6 +20,7 @@ Number = TypeVar("Number", int, float)
 Names = str | list[str] | set[str] | None
 
 # Not PEFT's, or not for the file.
+_MAX_UNKNOWN = 1000  # fields of other versions in a file
 _UNSAVED = ("runtime_config", "unknown_fields", "absent_fields")
 
 
@@ -246,6 +247,11 @@ class LoraConfig:
     def _from_values(cls, values: dict[str, Any]) -> Self:
         known = {one.name for one in fields(cls)} - set(_UNSAVED[1:])
         unknown = {name: values.pop(name) for name in values.keys() - known}
+        if len(unknown) > _MAX_UNKNOWN:
+            raise ValueError(
+                f"LoraConfig: got {len(unknown)} fields that this version does not know, expected "
+                f"at most {_MAX_UNKNOWN}"
+            )
         absent = frozenset(known - values.keys())
         config = cls(**values, unknown_fields=unknown, absent_fields=absent)
         for name, value in {**unknown, "auto_mapping": config.auto_mapping}.items():

@@ -317,12 +317,20 @@ class LoraModel(nn.Module):
             self.enable_adapters(False)
             yield
         finally:
-            transaction = Transaction()
-            for layer, disabled in states:
-                transaction.draft(layer).enable_adapters(not disabled)
-            for module, enabled in saved:
-                transaction.set(module, enabled=enabled)
-            transaction.commit()
+
+            def restore() -> None:
+                transaction = Transaction()
+                for layer, disabled in states:
+                    transaction.draft(layer).enable_adapters(not disabled)
+                for module, enabled in saved:
+                    transaction.set(module, enabled=enabled)
+                transaction.commit()
+
+            try:
+                restore()
+            except BaseException:  # Ctrl-C just then
+                restore()
+                raise
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Makes an adapter's scaling `scale` times that of its config, in every layer: 0 is the

@@ -8,6 +8,7 @@ stops when it is told to.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import re
 import time
@@ -39,6 +40,25 @@ _SECONDS_PER_NAME = 50e-6
 Result = TypeVar("Result")
 
 
+_collected = [0.0, 0.0]  # when the present garbage collection began, and the time of all of them
+
+
+def _note_collection(phase: str, _: dict[str, int]) -> None:
+    if phase == "start":
+        _collected[0] = time.thread_time()
+    else:
+        _collected[1] += time.thread_time() - _collected[0]
+
+
+gc.callbacks.append(_note_collection)
+
+
+def _seconds() -> float:
+    """Of this thread's processor time, but for garbage collections: they may be of all the memory
+    of a program, and come at any time."""
+    return time.thread_time() - _collected[1]
+
+
 class SlowPatternError(ValueError):
     """An expression that is not matched, or compiled, in the time that there is."""
 
@@ -52,7 +72,7 @@ class _Limit:
 
     def spend(self, since: float, field: str, what: str) -> None:
         """Takes off the time since `since`; SlowPatternError where none is left."""
-        self.left -= time.thread_time() - since
+        self.left -= _seconds() - since
         if self.left <= 0.0:
             _refuse(field, what)
 
@@ -95,7 +115,7 @@ class Expression:
         import regex  # as late as possible: most configs have names only
 
         self._field, self._what = field, _quoted(pattern)
-        start = time.thread_time()
+        start = _seconds()
         text = _AROUND.get(field, "%s") % pattern
         if _FLAGS.search(text, 1):  # `regex` takes them anywhere, `re` and so PEFT do not
             raise ValueError("global flags not at the start of the expression")
@@ -111,7 +131,7 @@ class Expression:
         return self._run(self._compiled.fullmatch, name)
 
     def _run(self, method: Any, name: str) -> Any:
-        limit, start = _present_limit(), time.thread_time()
+        limit, start = _present_limit(), _seconds()
         try:
             return method(name, timeout=limit.left, concurrent=False)
         except TimeoutError:
@@ -181,10 +201,10 @@ class NameTable:
         plain: dict[str, list[int]] = {}
         wild: dict[int, set[tuple[int, ...]]] = {}
         expressions = []
-        limit, start = _present_limit(), time.thread_time()
+        limit, start = _present_limit(), _seconds()
         for place, pattern in enumerate(self._patterns):
             if place % 1024 == 1023:
-                now = time.thread_time()
+                now = _seconds()
                 limit.spend(start, self._field, self._what)
                 start = now
             if pattern.isalnum():  # most are, and there may be many
@@ -218,7 +238,7 @@ class NameTable:
 
     def _look_up(self, name: str) -> Iterator[int]:
         """The places of the plain patterns that match."""
-        limit, start_time = _present_limit(), time.thread_time()
+        limit, start_time = _present_limit(), _seconds()
         plain, wild, _ = self._sorted
         starts = [0, *(at + 1 for at, character in enumerate(name) if character == ".")]
         ends = [len(name)]
@@ -235,7 +255,7 @@ class NameTable:
                     if whole and (start == 0 or pattern[:1] != "^"):
                         yield place
                 if count % 256 == 255:
-                    now = time.thread_time()
+                    now = _seconds()
                     limit.spend(start_time, self._field, self._what)
                     start_time = now
         limit.spend(start_time, self._field, self._what)

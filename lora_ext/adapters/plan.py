@@ -30,6 +30,7 @@ from lora_ext.errors import NotBuiltError
 from lora_ext.nn import AdapterSettings, Embedding, LoraLayer
 from lora_ext.nn.arguments import short
 from lora_ext.nn.init import mutates_weight
+from lora_ext.nn.kept_base import KeptBase
 
 # From so many on the ends of names are written instead of names, as in PEFT's files.
 _MANY_NAMES = 400
@@ -166,6 +167,7 @@ def _make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: boo
         layers[id(one.module)] = PlannedLayer(one.name, one.layer, settings)
     _check_initialisation(model, config, list(layers.values()))
     saved = _find_saved(modules, config)
+    _check_nested(list(layers.values()), [*names, *saved])
     if config.modules_to_save and not saved:
         raise ValueError(
             f"LoraConfig: modules_to_save: {short(config.modules_to_save)} matches no module"
@@ -194,9 +196,22 @@ def _find_saved(modules: Mapping[str, nn.Module], config: LoraConfig) -> dict[st
             continue
         if name.endswith(named):  # "norm": all "..._norm", as in PEFT
             found[name] = module
-        if name in found or isinstance(module, ModulesToSave):
+        if name in found or isinstance(module, ModulesToSave | KeptBase):
             inside = f"{name}."
     return found
+
+
+def _check_nested(layers: Sequence[PlannedLayer], inside: Collection[str]) -> None:
+    """ValueError where a layer that keeps its base has another layer, or a module to save, in it:
+    PEFT's files have no name for that."""
+    for name, layer, _ in layers:
+        nested = [one for one in inside if one.startswith(f"{name}.")]
+        if isinstance(layer, KeptBase) and nested:
+            raise ValueError(
+                f"LoraConfig: target_modules, modules_to_save: '{nested[0]}' is inside of "
+                f"'{name}', which is adapted as a whole; leave one of them out, with "
+                "exclude_modules say"
+            )
 
 
 def _check_initialisation(

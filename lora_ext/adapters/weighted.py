@@ -59,6 +59,12 @@ def add_weighted_adapter(
         for name, layer in model.lora_layers()
         if (parts := _combine_layer(layer, combination, generator))
     ]
+    for name, _, parts in combined:
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in parts.values()):
+            raise ValueError(
+                f"add_weighted_adapter: weights: got {list(weights)}, with which the adapter of "
+                f"'{name}' would hold NaN or Inf, expected smaller ones"
+            )
     where = [name for name, _, _ in combined]
     config = _combined_config(model, combination.adapters, combination.rank, where)
     if config.lora_bias:

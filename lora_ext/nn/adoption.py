@@ -28,10 +28,13 @@ def check_base(
         ValueError: base computes a parameter (pruning, weight_norm).
     """
     where = f"{where}: base"
-    keeps_forward = any_forward or type(base).forward is kind.forward
-    if hasattr(base, "merged_adapters") or not isinstance(base, kind) or not keeps_forward:
+    fits = isinstance(base, kind) and (any_forward or type(base).forward is kind.forward)
+    if hasattr(base, "merged_adapters") or not fits:
+        got = (
+            f"the class {base.__qualname__}" if isinstance(base, type) else type(base).__qualname__
+        )
         raise TypeError(
-            f"{where}: got {type(base).__qualname__}, expected a {kind.__module__}."
+            f"{where}: got {got}, expected a {kind.__module__}."
             f"{kind.__qualname__} that keeps its forward"
         )
     if isinstance(base, NonDynamicallyQuantizableLinear):
@@ -65,7 +68,9 @@ def reason_to_call(base: nn.Module, kind: type[nn.Module]) -> str:
     """Why a base has to be called itself, instead of what a `kind` computes; "" if it need not."""
     if type(base).forward is not kind.forward:
         return f"{type(base).__qualname__} has a forward of its own"
-    if "forward" in base.__dict__:
+    if type(base).__call__ is not kind.__call__:
+        return f"{type(base).__qualname__} has a __call__ of its own"
+    if _has_other_forward(base):
         return "the base's forward is replaced on the instance"
     if base._compiled_call_impl is not None:
         return "the base is compiled in place"
@@ -77,6 +82,25 @@ def reason_to_call(base: nn.Module, kind: type[nn.Module]) -> str:
     ):
         return "the base has hooks"
     return ""
+
+
+def _has_other_forward(module: nn.Module) -> bool:
+    """Whether a forward is set on the instance, other than that of its class, which accelerate's
+    hooks leave behind."""
+    forward = module.__dict__.get("forward")
+    own = getattr(forward, "__func__", None) is type(module).forward
+    return forward is not None and not (own and getattr(forward, "__self__", None) is module)
+
+
+def changes_its_call(base: nn.Module) -> bool:
+    """Whether something around a base's forward may change what goes in or comes out: hooks, or a
+    forward set on the instance, other than to move tensors (accelerate's AlignDevicesHook)."""
+    if base._forward_hooks or base._forward_pre_hooks:
+        return True
+    return _has_other_forward(base) and not all(
+        any(kind.__name__ == "AlignDevicesHook" for kind in type(hook).__mro__)
+        for hook in _hooks(base)
+    )
 
 
 def belongs_to_its_class(base: nn.Module, kind: type[nn.Module]) -> bool:

@@ -126,8 +126,9 @@ class _LoraConv(LoraLayer, _ConvNd):
             self = cls._adopt(conv, kind)
         return self._with_adapter(adapter_name, r, lora_alpha, lora_dropout, **options)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [batch, in_channels, ...] or [in_channels, ...] → the same with out_channels."""
+    def forward(self, input: Tensor) -> Tensor:
+        """input [batch, in_channels, ...] or [in_channels, ...] → the same with out_channels."""
+        x = input  # torch.nn's name
         if self._runs_dora:
             return dora.conv_forward(self, x)
         stacks = self.low_rank() if self._running else []
@@ -324,15 +325,15 @@ class KeptConv(KeptBase, _LoraConv):
             yield update.to(self.weight.dtype)
 
 
-class KeptConv1d(KeptConv, Conv1d):  # type: ignore[misc]  # its forward takes more
+class KeptConv1d(KeptConv, Conv1d):
     """`Conv1d` over a base that is its child `base_layer`."""
 
 
-class KeptConv2d(KeptConv, Conv2d):  # type: ignore[misc]  # its forward takes more
+class KeptConv2d(KeptConv, Conv2d):
     """`Conv2d` over a base that is its child `base_layer`."""
 
 
-class KeptConv3d(KeptConv, Conv3d):  # type: ignore[misc]  # its forward takes more
+class KeptConv3d(KeptConv, Conv3d):
     """`Conv3d` over a base that is its child `base_layer`."""
 
 

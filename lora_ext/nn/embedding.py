@@ -243,7 +243,7 @@ class Embedding(LoraLayer, nn.Embedding):
         return super().extra_repr() + self.adapters_repr()
 
 
-class KeptEmbedding(KeptBase, Embedding):  # type: ignore[misc]  # its forward takes more
+class KeptEmbedding(KeptBase, Embedding):
     """`Embedding` over a base that is its child `base_layer`; see `lora_ext.nn.kept_base`."""
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any, ClassVar, Self
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_ext.nn.adoption import (
     BOUND_CALLS,
+    changes_its_call,
     check_base,
     computed_tensors,
     is_offloaded,
@@ -33,9 +35,12 @@ class KeptBase(LoraLayer):
     """
 
     BASE_PATH: ClassVar[str] = "base_layer."
-    _STATE: ClassVar[frozenset[str]] = LoraLayer._STATE | {"_is_product"}
+    _STATE: ClassVar[frozenset[str]] = LoraLayer._STATE | {"_is_product", "_original"}
     # Whether the base's result is x W^T + b, once that was tried; drafts share the list.
     _is_product: list[bool]
+    # The base, also where `base_layer` is a draft's copy of it, of which a forward that is set on
+    # the base does not know. In a list: it is no second child.
+    _original: list[nn.Module]
     base_layer: nn.Module
 
     @classmethod
@@ -47,6 +52,7 @@ class KeptBase(LoraLayer):
         self.base_layer = base
         self.training = base.training
         self._is_product = []
+        self._original = [base]
         self._init_adapters(type(base))
         return self
 
@@ -54,7 +60,8 @@ class KeptBase(LoraLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer" or name in BOUND_CALLS or "_modules" not in self.__dict__:
+            own = name == "base_layer" or name in BOUND_CALLS or name.startswith("__")
+            if own or "_modules" not in self.__dict__:
                 raise
             return getattr(self._modules["base_layer"], name)
 
@@ -96,20 +103,24 @@ class KeptBase(LoraLayer):
         """What the adapters that run add to the base's result."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the base's: its arguments and result."""
-        if not args and not kwargs and not self.reason_to_call:
-            return super().forward(x)
-        y = self.base_layer(x, *args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base's: its arguments, of which the first one is x, and its result."""
+        if len(args) == 1 and not kwargs and not self.reason_to_call:
+            return super().forward(args[0])
+        y = self.base_layer(*args, **kwargs)
+        x: Any = args[0] if args else next(iter(kwargs.values()), None)
         if self._running and not isinstance(y, Tensor):
             raise TypeError(
                 f"{type(self).__name__}: the base, a {self._base_class.__qualname__}, returned a "
                 f"{type(y).__qualname__}, expected a tensor, to which an update can be added; "
                 "leave this layer out with exclude_modules"
             )
+        if not self._running:
+            return y
+        total = y
         for update in self._updates(x):
-            y = y + update
-        return y
+            total = total + update
+        return total.to(y.dtype)  # under autocast the update may be wider
 
     def extra_repr(self) -> str:
         return self.adapters_repr().removeprefix(", ")
@@ -149,10 +160,16 @@ class KeptBase(LoraLayer):
             super()._write_merged(names)
 
     def _is_product_of_weight(self) -> bool:
-        """Whether a change D of the weight changes the base's result by x D^T, which a forward of
-        its own need not do: tried once, with random numbers."""
-        if type(self.base_layer).forward is self._kind.forward:
+        """Whether a change D of the weight changes the base's result by x D^T. A forward of its own
+        need not do that: one that takes nothing but x is tried once, with random numbers. What is
+        around the call is not known."""
+        base, kind = self._original[0], self._kind
+        if type(base).__call__ is not kind.__call__ or changes_its_call(base):
+            return False
+        if type(base).forward is kind.forward:
             return True
+        if _takes_more_than_x(base):
+            return False
         if not self._is_product and self.weight.device.type != "meta":
             is_product = _adds_product(
                 self.base_layer, self._weight_matrix(), bool(getattr(self, "fan_in_fan_out", False))
@@ -162,6 +179,13 @@ class KeptBase(LoraLayer):
 
     def _computed(self) -> list[str]:
         return [*super()._computed(), *computed_tensors(self.base_layer)]
+
+
+def _takes_more_than_x(base: nn.Module) -> bool:
+    """Whether a forward names arguments that may change its result."""
+    named = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    parameters = list(inspect.signature(type(base).forward).parameters.values())[2:]
+    return any(parameter.kind in named for parameter in parameters)
 
 
 @torch.no_grad()
@@ -185,5 +209,7 @@ def _adds_product(base: nn.Module, weight: Tensor, transposed: bool) -> bool:
                 torch.manual_seed(0)
                 results.append(type(base).forward(twin, x))
         return torch.allclose(results[1] - results[0], x @ D.t(), rtol=1e-9, atol=1e-9)
+    except MemoryError:
+        raise
     except Exception:  # it wants other arguments, or other types
         return False

@@ -194,8 +194,9 @@ class Linear(LinearBase):
         self = cls._from_conv1d(conv1d)
         return self._with_adapter(adapter_name, r, lora_alpha, lora_dropout, **options)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] → [..., out_features]."""
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., in_features] → [..., out_features]."""
+        x = input  # torch.nn's name
         if self._runs_dora:
             return dora.linear_forward(self, x, self._weight_matrix())
         return adapted_linear(x, self._weight_matrix(), self.bias, self.low_rank())
@@ -274,7 +275,7 @@ def transformers_conv1d(module: nn.Module) -> type[nn.Module] | None:
     return kind
 
 
-class _KeptLinearBase(KeptBase, LinearBase):  # type: ignore[misc]  # its forward takes more
+class _KeptLinearBase(KeptBase, LinearBase):
     """A linear layer over a base that is called."""
 
     @property
@@ -284,7 +285,7 @@ class _KeptLinearBase(KeptBase, LinearBase):  # type: ignore[misc]  # its forwar
         return transformers_conv1d(self.base_layer) or plain
 
 
-class KeptLinear(_KeptLinearBase, Linear):  # type: ignore[misc]  # its forward takes more
+class KeptLinear(_KeptLinearBase, Linear):
     """`Linear` over a base that is its child `base_layer`; see `lora_ext.nn.kept_base`."""
 
     def _updates(self, x: Tensor) -> Iterator[Tensor]:

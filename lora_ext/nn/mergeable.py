@@ -325,7 +325,7 @@ def _share_the_base(
         return None
     if isinstance(module, MergeableLayer) and name in vars(module).get("_aside", ()):
         module._take_base(name, base)
-        return module._parameters[name]
+        return module._parameters.get(name)
     return base if now is base else None
 
 

@@ -169,8 +169,9 @@ class MergedLinear(LinearBase):
             "lora_B": (sum(sizes), settings.r),
         }
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] → [..., out_features]."""
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., in_features] → [..., out_features]."""
+        x = input  # torch.nn's name
         adapters, weight = self.low_rank(), self._weight_matrix()
         sizes = self._enabled_sizes()
         zeros = len(sizes) - sum(sizes) / max(self.out_features, 1)
@@ -252,7 +253,7 @@ class MergedLinear(LinearBase):
         return f"{super().extra_repr()}, enable_lora={list(self.enable_lora)}{sizes}"
 
 
-class KeptMergedLinear(_KeptLinearBase, MergedLinear):  # type: ignore[misc]  # as KeptLinear
+class KeptMergedLinear(_KeptLinearBase, MergedLinear):
     """`MergedLinear` over a base that is its child; see `lora_ext.nn.kept_base`."""
 
     def _updates(self, x: Tensor) -> Iterator[Tensor]:
