@@ -255,14 +255,19 @@ def _patterns(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _check_patterns(values: Mapping[str, Any]) -> None:
-    expressions = [(field, text) for field, text in _patterns(values) if not is_plain(text)]
-    if sum(size(text) for _, text in expressions) > MAX_PATTERN_CHARACTERS:
-        field, text = max(expressions, key=lambda expression: size(expression[1]))
-        expected = (
-            f"regular expressions of together at most {MAX_PATTERN_CHARACTERS} characters, each "
-            "counted as often as its counts repeat it"
-        )
-        raise ValueError(_message(field, text, expected))
+    expressions: list[tuple[str, str]] = []
+    characters = 0
+    for field, text in _patterns(values):
+        if is_plain(text):
+            continue
+        expressions.append((field, text))
+        characters += size(text)
+        if characters > MAX_PATTERN_CHARACTERS:
+            expected = (
+                f"regular expressions of together at most {MAX_PATTERN_CHARACTERS} characters, "
+                "each counted as often as its counts repeat it"
+            )
+            raise ValueError(_message(field, text, expected))
     for field, text in expressions:
         try:
             compiled(field, text)
