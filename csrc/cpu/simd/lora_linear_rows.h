@@ -124,18 +124,21 @@ void forward_rows(const ForwardArgs& args, int64_t begin, int64_t end, void* scr
   const int64_t K = args.K, N = args.N, r = args.r;
   const Panel<Math> panel(scratch, r);
   const S survivor = args.dropout.enabled ? static_cast<S>(args.dropout.scale) : S{1};
+  const S scale =
+      static_cast<S>(args.dropout.enabled ? args.scaling * args.dropout.scale : args.scaling);
 
   for (int64_t m = begin; m < end; m += panel.kRows) {
     const int64_t rows = at_most(end - m, panel.kRows);
 
     // h = dropout(x) A^T
     const uint16_t* keep = fill_panel_bits(args.dropout, m, rows, K, panel.keep);
-    down_project(panel, row_of<T>(args.x, m, args.ldx), args.ldx, args.M, rows, K, r, keep,
-                 survivor, args.lora_A_t);
-    if (args.h) std::memcpy(static_cast<S*>(args.h) + m * r, panel.h, rows * r * sizeof(S));
+    down_project(panel, row_of<T>(args.x, m, args.ldx), args.ldx, args.M, rows, K, r, keep, S{1},
+                 args.lora_A_t);
+    auto* h_out = static_cast<S*>(args.h);
+    for (int64_t i = 0; h_out && i < rows * r; ++i) h_out[m * r + i] = panel.h[i] * survivor;
 
-    // y = scaling * h B^T + bias
-    const auto h = Math::rows(panel.operand, panel.h, rows, r, static_cast<S>(args.scaling), true);
+    // y = scaling * h B^T + bias; the survivors' factor goes with the scaling, rounded once
+    const auto h = Math::rows(panel.operand, panel.h, rows, r, scale, true);
     Math::product(rows, N, r, h, Math::packed(args.lora_B_t, N),
                   StoreRounded<S, T>{static_cast<T*>(args.y) + m * N, N,
                                      static_cast<const S*>(args.bias), nullptr, 0});
