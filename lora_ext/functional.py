@@ -146,7 +146,7 @@ def lora_embedding(
         return torch.ops.lora_ext.lora_embedding(  # type: ignore[no-any-return]
             indices, weight, lora_A, lora_B, scaling, padding, scale_grad_by_freq
         )
-    except (AttributeError, TypeError, RuntimeError):
+    except (AttributeError, TypeError, ValueError, RuntimeError):
         check_kinds("lora_embedding", indices=indices, weight=weight, lora_A=lora_A, lora_B=lora_B)
         flags = {
             "padding_idx": -1 if padding_idx is None else padding_idx,

@@ -203,12 +203,6 @@ def test_what_is_inside_a_base_that_is_kept_has_no_adapter_of_its_own() -> None:
         assert type(model[0]) is Parent
 
 
-def test_names_of_torch() -> None:
-    """`input`, as torch.nn's layers call it."""
-    layer = lora.Linear(8, 6, r=2)
-    assert torch.equal(layer(input=X), layer(X))
-
-
 def test_own_forwards_refuse_what_needs_a_product() -> None:
     for option in ({"use_dora": True}, {"init_lora_weights": "pissa"}):
         with pytest.raises(ValueError, match="Super has a forward of its own"):

@@ -69,9 +69,9 @@ def test_a_model_without_a_gpu_is_refused() -> None:
     model = lora_ext.nn.Linear(8, 6, 4, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"got no lora_ext\.nn\.Linear on a GPU"):
         lora_ext.autotune(model)
-    with pytest.raises(ValueError, match="tokens and rounds"):
+    with pytest.raises(ValueError, match="tokens, rounds"):
         lora_ext.autotune(model, tokens=[0])
-    with pytest.raises(ValueError, match="tokens and rounds"):
+    with pytest.raises(ValueError, match="tokens, rounds"):
         lora_ext.autotune(model, rounds=0)
 
 

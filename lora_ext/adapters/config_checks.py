@@ -232,7 +232,8 @@ def check_fields(values: Mapping[str, Any]) -> None:
 
 def is_off(value: Any) -> bool:
     """Whether a value asks for nothing: None, False or empty."""
-    return value is None or value is False or value in ({}, [], (), set(), "")
+    empty = isinstance(value, (Mapping, list, tuple, set, frozenset, str)) and not value
+    return value is None or value is False or empty
 
 
 def _check_runtime(value: Any) -> None:

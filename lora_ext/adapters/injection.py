@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -66,7 +67,7 @@ def replace_linear(
     for module in chosen.values():
         if id(module) not in replacements:
             layer = Linear.from_linear(module, r=0)
-            if r != 0:
+            if not (isinstance(r, numbers.Integral) and r == 0):
                 transaction.draft(layer).add_adapter(name, **options)
             replacements[id(module)] = layer
     names = swap_modules(model, replacements, transaction)

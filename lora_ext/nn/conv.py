@@ -126,9 +126,8 @@ class _LoraConv(LoraLayer, _ConvNd):
             self = cls._adopt(conv, kind)
         return self._with_adapter(adapter_name, r, lora_alpha, lora_dropout, **options)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """input [batch, in_channels, ...] or [in_channels, ...] → the same with out_channels."""
-        x = input  # torch.nn's name
+    def forward(self, x: Tensor) -> Tensor:
+        """x [batch, in_channels, ...] or [in_channels, ...] → the same with out_channels."""
         if self._runs_dora:
             return dora.conv_forward(self, x)
         stacks = self.low_rank() if self._running else []

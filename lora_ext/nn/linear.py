@@ -194,9 +194,8 @@ class Linear(LinearBase):
         self = cls._from_conv1d(conv1d)
         return self._with_adapter(adapter_name, r, lora_alpha, lora_dropout, **options)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """input [..., in_features] → [..., out_features]."""
-        x = input  # torch.nn's name
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] → [..., out_features]."""
         if self._runs_dora:
             return dora.linear_forward(self, x, self._weight_matrix())
         return adapted_linear(x, self._weight_matrix(), self.bias, self.low_rank())

@@ -169,9 +169,8 @@ class MergedLinear(LinearBase):
             "lora_B": (sum(sizes), settings.r),
         }
 
-    def forward(self, input: Tensor) -> Tensor:
-        """input [..., in_features] → [..., out_features]."""
-        x = input  # torch.nn's name
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] → [..., out_features]."""
         adapters, weight = self.low_rank(), self._weight_matrix()
         sizes = self._enabled_sizes()
         zeros = len(sizes) - sum(sizes) / max(self.out_features, 1)
