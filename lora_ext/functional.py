@@ -264,7 +264,6 @@ def dropout(x: Tensor, rng_state: Tensor, dropout_p: float) -> Tensor:
         raise
 
 
-@torch.no_grad()
 def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Tensor:
     """The Euclidean norm of each row of `weight + scaling * lora_B @ lora_A`, without that matrix
     ever being in memory. A constant for autograd, as in DoRA (arXiv:2402.09353, section 4.3).
@@ -278,6 +277,7 @@ def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float =
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape or dtype.
+        NotImplementedError: an argument with a tangent of forward AD, which a constant would lose.
         RuntimeError: tensors on different devices.
     """
     try:

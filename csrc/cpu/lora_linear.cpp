@@ -4,9 +4,11 @@
 #include "ops/lora_linear.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <torch/library.h>
 
+#include <cstring>
 #include <utility>
 
 #include "cpu/backend.h"
@@ -19,9 +21,17 @@ namespace {
 
 // BLAS adds the product of a single row to what is there term by term, in memory. A low-rank part
 // that is much larger than the base would round every term to its own size, so that the product is
-// made apart, where it is not rounded by that.
-bool adds_base_apart(const Tensor& out) {
+// made before it: in forward in y, which is then the bias of the low-rank part, in backward apart.
+bool makes_base_apart(const Tensor& out) {
   return out.size(0) == 1 && at::toOpMathType(out.scalar_type()) == out.scalar_type();
+}
+
+void add_row(const Tensor& out, const Tensor& row) {
+  AT_DISPATCH_FLOATING_TYPES(out.scalar_type(), "add_row", [&] {
+    scalar_t* sums = out.mutable_data_ptr<scalar_t>();
+    const scalar_t* terms = row.const_data_ptr<scalar_t>();
+    for (int64_t i = 0, size = out.numel(); i < size; ++i) sums[i] += terms[i];
+  });
 }
 
 bool has_fast_blas(at::ScalarType dtype) {
@@ -55,12 +65,12 @@ std::tuple<Tensor, Tensor> lora_linear_fwd_cpu(const Tensor& x, const Tensor& we
   auto [y, h, low_rank] =
       prepare_forward(x, bias, lora_A, lora_B, lora_bias, read_scaling(scale), return_h);
   if (y.numel() == 0) return {y, h.zero_()};
-  if (adds_base_apart(low_rank.y)) {
-    const Tensor bias_of_base = std::exchange(low_rank.bias, Tensor());
-    const Tensor base = bias_of_base.defined() ? at::addmm(bias_of_base, low_rank.x, weight.t())
-                                               : at::mm(low_rank.x, weight.t());
+  if (makes_base_apart(low_rank.y)) {
+    const Tensor bias_of_base = std::exchange(low_rank.bias, low_rank.y);
+    const bool biased = bias_of_base.defined();
+    if (biased) std::memcpy(y.data_ptr(), bias_of_base.const_data_ptr(), y.nbytes());
+    low_rank.y.addmm_(low_rank.x, weight.t(), /*beta=*/biased ? 1 : 0);
     low_rank_forward(low_rank);
-    low_rank.y.add_(base);
   } else {
     low_rank_forward(low_rank);
     low_rank.y.addmm_(low_rank.x, weight.t());
@@ -79,8 +89,8 @@ Gradients lora_linear_bwd_cpu(const Tensor& dy, const OptionalTensor& x, const O
       prepare_backward(dy, x, h, lora_A, lora_B, read_scaling(scale), mask);
   if (done) return gradients;
   low_rank_backward(low_rank);
-  if (mask[kGradX] && adds_base_apart(low_rank.dx)) {
-    low_rank.dx.add_(at::mm(low_rank.dy, *weight));
+  if (mask[kGradX] && makes_base_apart(low_rank.dx)) {
+    add_row(low_rank.dx, at::mm(low_rank.dy, *weight));
   } else if (mask[kGradX]) {
     low_rank.dx.addmm_(low_rank.dy, *weight);
   }

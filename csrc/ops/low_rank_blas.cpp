@@ -10,16 +10,19 @@
 namespace lora_ext {
 namespace {
 
-// out = scale * a b + bias
+// out = scale * a b + bias, which may be `out` itself. BLAS adds the product of a single row to
+// what is there term by term, in memory: it is made apart, to be rounded once.
 void scaled_mm_out(const Tensor& out, const Tensor& a, const Tensor& b, double scale,
                    const Tensor& bias = {}) {
-  const bool in_place = out.scalar_type() == a.scalar_type();
+  const bool apart = bias.defined() && a.size(0) == 1;
+  const bool in_place = out.scalar_type() == a.scalar_type() && !apart;
   Tensor product = in_place ? out : at::empty(out.sizes(), a.options());
-  if (bias.defined()) {
+  if (bias.defined() && !apart) {
     at::addmm_out(product, bias.to(a.scalar_type()), a, b, 1, scale);
   } else {
     at::addmm_out(product, product, a, b, /*beta=*/0, /*alpha=*/scale);
   }
+  if (apart) product.add_(bias);
   if (!in_place) out.copy_(product);
 }
 

@@ -3,10 +3,12 @@
 // section 4.3).
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
 #include "ops/checks.h"
+#include "ops/find_op.h"
+#include "ops/transforms.h"
 
 namespace lora_ext {
 namespace {
@@ -36,6 +38,18 @@ Tensor weight_norm_composed(const Tensor& weight, const Tensor& lora_A, const Te
   return norm;
 }
 
+// Operands that require grad are taken as they are; tangents are refused, not lost.
+Tensor weight_norm_constant(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+                            double scaling) {
+  static const auto op =
+      find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, double)>("lora_ext::weight_norm");
+  TORCH_CHECK_NOT_IMPLEMENTED(!have_tangents(weight, lora_A, lora_B),
+                              "weight_norm: got a tangent of forward AD, expected none: lora_ext::"
+                              "weight_norm is a constant; give it weight.detach()");
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return op.call(weight, lora_A, lora_B, scaling);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
@@ -49,8 +63,6 @@ TORCH_LIBRARY_IMPL(lora_ext, CompositeExplicitAutograd, m) {
   m.impl("weight_norm", &weight_norm_composed);
 }
 
-TORCH_LIBRARY_IMPL(lora_ext, Autograd, m) {
-  m.impl("weight_norm", torch::autograd::autogradNotImplementedFallback());
-}
+TORCH_LIBRARY_IMPL(lora_ext, Autograd, m) { m.impl("weight_norm", &weight_norm_constant); }
 
 }  // namespace lora_ext

@@ -205,8 +205,10 @@ def _check_nested(layers: Sequence[PlannedLayer], inside: Collection[str]) -> No
     """ValueError where a layer that keeps its base has another layer, or a module to save, in it:
     PEFT's files have no name for that."""
     for name, layer, _ in layers:
+        if not isinstance(layer, KeptBase):
+            continue
         nested = [one for one in inside if one.startswith(f"{name}.")]
-        if isinstance(layer, KeptBase) and nested:
+        if nested:
             raise ValueError(
                 f"LoraConfig: target_modules, modules_to_save: '{nested[0]}' is inside of "
                 f"'{name}', which is adapted as a whole; leave one of them out, with "

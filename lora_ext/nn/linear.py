@@ -215,7 +215,7 @@ class Linear(LinearBase):
         weight = self.unmerged_weight()
         weight = weight.t() if self.fan_in_fan_out else weight
         A, B = self._stack([adapter_name])[:2]
-        return weight_norm(weight.detach(), A.detach(), B.detach(), self._scaling[adapter_name])
+        return weight_norm(weight, A.detach(), B.detach(), self._scaling[adapter_name])
 
     def _merged_parameters(self, names: Sequence[str]) -> dict[str, Tensor]:
         return self._weight_and_bias(names)

@@ -394,13 +394,14 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
 
     def _part(self, part: str, name: str) -> Any:
         key = part_name(part, name)
-        found = self._parameters.get(key)
-        if found is None and key not in self._parameters:
+        try:
+            return self._parameters[key]
+        except KeyError:
             # Computed from others (pruning, parametrization), or of a replica (nn.DataParallel).
             found = self.__dict__.get(key)
             if found is None and "parametrizations" in self._modules:
                 return getattr(self, key, None)
-        return found
+            return found
 
     def low_rank(self, prefix: str = "") -> list[LowRank]:
         """The adapters that run now, stacked where they share a dropout probability."""
