@@ -22,6 +22,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft_differences import Differs, check, is_any, is_changed, randomly_changed
 from peft_fuzz import Case, case_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -35,10 +36,6 @@ CHUNK = 30
 
 # Sums of up to a thousand terms through up to some twenty layers.
 BOUND = 20 * 1000 * 2.0**-53
-
-
-class Differs(Exception):
-    """What one finds different from the other."""
 
 
 def test_seeds() -> None:
@@ -58,213 +55,6 @@ def test_as_peft(first: int) -> None:
             text = error if isinstance(error, Differs) else repr(error)
             differences[seed] = f"{text}\n    {case_of(seed)}"
     assert not differences, "\n".join(f"{seed}: {text}" for seed, text in differences.items())
-
-
-# What is different on purpose: (stage, reason, in which cases)
-
-Exempt = tuple[tuple[str, ...], str, Callable[[Case, str], bool]]
-
-
-def _any(case: Case, **wanted: Any) -> bool:
-    """Whether a config has one of these fields with such a value."""
-    return any(
-        value(config.get(name)) if callable(value) else config.get(name) == value
-        for config in case.configs.values()
-        for name, value in wanted.items()
-    )
-
-
-def _is_changed(value: Any) -> bool:
-    """By an initialisation that takes its product out of the weight."""
-    return str(value).startswith(("pissa", "olora"))
-
-
-def _fails(_: Case, text: str) -> bool:
-    python = ("AttributeError", "TypeError", "KeyError", "RuntimeError")
-    return text.startswith(tuple(f"PEFT: {name}" for name in python))
-
-
-_OUTPUTS = ("outputs", "gradients", "outputs after a step", "back")
-_GROUPS = "groups 4"
-
-DOCUMENTED: tuple[Exempt, ...] = (
-    (
-        ("accept", "accept another"),
-        "where PEFT fails with an error of Python's instead of saying no, lora_ext may do it",
-        _fails,
-    ),
-    (
-        ("accept", "accept another"),
-        "a rank beyond the matrix of an SVD or QR: PEFT's adapter then has another than it says",
-        lambda _, text: "give this layer a smaller rank" in text,
-    ),
-    (
-        ("accept", "accept another"),
-        "an attention has no lora_bias",
-        lambda case, text: case.kind == "attention" and "lora_bias: got True" in text,
-    ),
-    (
-        ("accept", "accept another", "PEFT's file"),
-        "an initialisation that takes its product out of a shared weight would do so twice",
-        lambda _, text: "but other modules share it" in text,
-    ),
-    (
-        ("accept another",),
-        "layers are repeated for the first adapter alone",
-        lambda _, text: "layer_replication: expected only in the config of a model's first" in text,
-    ),
-    (
-        ("accept another",),
-        "PEFT's all-linear takes its own modules for targets in a model with stacked experts",
-        lambda case, text: "PEFT: ValueError: Target module" in text and case.kind == "mixtral",
-    ),
-    (
-        ("accept", "accept another", "names", "trainable", "keys"),
-        "all-linear leaves out the output of any model that names it, PEFT only transformers'",
-        lambda case, _: "words" in case.kind and _any(case, target_modules="all-linear"),
-    ),
-    (
-        ("trainable",),
-        "inference_mode: PEFT leaves biases and the adapters of embeddings to train",
-        lambda case, _: _any(case, inference_mode=True),
-    ),
-    (
-        ("trainable",),
-        "lora_A of a convolution with groups reads the channels of its group, PEFT's all",
-        lambda case, _: _GROUPS in case.kind,
-    ),
-    (
-        ("shapes", "PEFT's file", "back"),
-        "with DoRA a convolution with groups has no form common to both",
-        lambda case, _: _GROUPS in case.kind and _any(case, use_dora=True),
-    ),
-    (
-        ("inside",),
-        "PEFT cannot save modules to save in which there are others, or another adapter's layers",
-        lambda _, text: f"{os.sep}peft{os.sep}" in text,
-    ),
-    (
-        ("keys", "back", "PEFT's file"),
-        "the heads of a task are saved with the adapters of that task, in PEFT with all",
-        lambda case, _: len({config.get("task_type") for config in case.configs.values()}) > 1,
-    ),
-    (
-        ("trainable", "keys", "trains", "PEFT's file", *_OUTPUTS),
-        "modules to save inside of others are saved with these",
-        lambda case, _: (
-            {"layers.1"} < {m for c in case.configs.values() for m in c.get("modules_to_save", ())}
-        ),
-    ),
-    (
-        ("keys", "resaved file"),
-        "save_embedding_layers=True: PEFT leaves out an embedding if the other is adapted",
-        lambda case, text: (
-            case.save_embedding_layers is True
-            and ("PEFT only [], lora_ext only" in text or text.endswith("is added"))
-        ),
-    ),
-    (
-        ("accept", "accept another"),
-        "fan_in_fan_out beside target_parameters: PEFT switches it off at the first linear layer",
-        lambda _, text: "fan_in_fan_out: got True, expected none" in text,
-    ),
-    (
-        ("combine",),
-        "PEFT does not initialise this in float64, and fails for convolutions with groups",
-        lambda _, text: text.startswith(("PEFT: TypeError", "PEFT: RuntimeError")),
-    ),
-    (
-        ("combine",),
-        "a magnitude cannot be combined; PEFT leaves it out",
-        lambda _, text: "has a magnitude (use_dora), which cannot be combined" in text,
-    ),
-    (
-        ("combine",),
-        "one of the adapters may have biases of the base, which PEFT refuses",
-        lambda _, text: text.startswith("PEFT: ValueError: LoraModel supports only 1 adapter with"),
-    ),
-    (
-        ("merge",),
-        "what PEFT trained on a convolution with groups is no update of its weight",
-        lambda case, text: _GROUPS in case.kind and "its lora_A, trained by PEFT" in text,
-    ),
-    (
-        ("merge",),
-        "lora_bias has no place in a base without bias, in PEFT neither",
-        lambda _, text: "lora_bias cannot be merged into a base without bias" in text,
-    ),
-    (
-        ("shapes", "PEFT's file", "back"),
-        "PEFT's QR of a transposed layer is that of its transpose: a file of other shapes",
-        lambda case, _: (
-            case.kind in ("gpt2", "transposed") and _any(case, init_lora_weights="olora")
-        ),
-    ),
-    (
-        _OUTPUTS,
-        "PEFT adds the update of an attention's out_proj twice",
-        lambda case, _: case.kind == "attention",
-    ),
-    (
-        ("keys", "trains", "resaved file"),
-        "PEFT saves the bias of a module under each name of it",
-        lambda case, text: (
-            case.kind == "two names" and ("lora_ext only []" in text or text.endswith("is lost"))
-        ),
-    ),
-    (
-        _OUTPUTS,
-        "PEFT does not read back what it saved as the bias of a layer that another adapter adapts",
-        lambda case, _: len(case.configs) > 1 and _any(case, bias="all"),
-    ),
-    (
-        ("names", "trainable", "keys", "PEFT's file"),
-        "the out_proj of an attention is part of it, and none of its own",
-        lambda case, _: case.kind == "attention" and _any(case, target_modules="all-linear"),
-    ),
-    (
-        ("trains", "outputs after a step"),
-        "biases train with the adapter whose config names them, in PEFT with any",
-        lambda case, text: (
-            text.startswith("other")
-            and _any(case, bias=lambda value: value in ("all", "lora_only"))
-        ),
-    ),
-    (
-        ("combine",),
-        "an expression and a list of target_modules can be combined, not in PEFT",
-        lambda _, text: "should follow the same target modules type" in text,
-    ),
-    (
-        _OUTPUTS,
-        "PEFT swaps a module under its first name only; what calls it by another gets the base",
-        lambda case, _: case.kind == "two names",
-    ),
-    (
-        _OUTPUTS,
-        "a random SVD changes the weight another way each time",
-        lambda case, _: randomly_changed(case),
-    ),
-    (
-        ("combined",),
-        "PEFT leaves out lora_bias and the factor of rsLoRA, and keeps the first one's patterns",
-        lambda case, _: (
-            _any(case, lora_bias=True)
-            or _any(case, use_rslora=True)
-            or _any(case, rank_pattern=bool)
-            or _any(case, alpha_pattern=bool)
-        ),
-    ),
-)
-
-
-def exempt(stage: str, case: Case, text: str = "") -> bool:
-    return any(stage in stages and applies(case, text) for stages, _, applies in DOCUMENTED)
-
-
-def check(stage: str, case: Case, same: bool, text: str) -> None:
-    if not same and not exempt(stage, case, text):
-        raise Differs(f"{stage}: {text}")
 
 
 # The steps
@@ -477,14 +267,9 @@ def bound(case: Case, stage: str) -> float:
     weights of a combination are numbers in float32 for PEFT."""
     if stage == "combined":
         return max(100 * 2.0**-24, BOUND)
-    if _any(case, init_lora_weights=_is_changed):
+    if is_any(case, init_lora_weights=is_changed):
         return 100 * torch.finfo(case.dtype).eps
     return BOUND
-
-
-def randomly_changed(case: Case) -> bool:
-    """A random SVD changes the weight, another way each time it is loaded."""
-    return _any(case, init_lora_weights=lambda value: str(value).startswith("pissa_niter"))
 
 
 def same_training(
