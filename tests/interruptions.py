@@ -39,7 +39,9 @@ class AtLine:
         sys.settrace(self._before)
 
     def _call(self, frame: FrameType, event: str, _: Any) -> Any:
-        return self._line if frame.f_code.co_filename.startswith(PACKAGE) else None
+        # What a callback of the garbage collector raises is reported, and goes nowhere.
+        own = frame.f_code.co_filename.startswith(PACKAGE)
+        return self._line if own and frame.f_code.co_name != "_note_collection" else None
 
     def _line(self, frame: FrameType, event: str, _: Any) -> Any:
         if event in ("line", "return"):

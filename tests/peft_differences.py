@@ -192,7 +192,7 @@ DOCUMENTED: tuple[Exempt, ...] = (
         lambda _, text: "should follow the same target modules type" in text,
     ),
     (
-        _OUTPUTS,
+        (*_OUTPUTS, "combined"),
         "PEFT swaps a module under its first name only; what calls it by another gets the base",
         lambda case, _: case.kind == "two names",
     ),

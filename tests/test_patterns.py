@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -103,3 +104,29 @@ def test_size_counts_repetitions(pattern: str) -> None:
 def test_nested_counts_are_refused() -> None:
     with pytest.raises(ValueError, match=r"target_modules: got .*at most 8192 characters"):
         LoraConfig(target_modules="((a{99}){99}){99}")
+
+
+def test_a_profiler_does_not_make_patterns_slow() -> None:
+    """A limit that holds by far is not passed because each call is looked at."""
+    patterns = [f"model.layers.{i}.mlp" for i in range(200)]
+    names = [f"base.{pattern}" for pattern in patterns]
+
+    def look_up() -> list[str]:
+        return [one for name in names for one in matching("rank_pattern", patterns, name)]
+
+    def look_on(*_: object) -> None:
+        end = time.thread_time() + 5e-6
+        while time.thread_time() < end:
+            pass
+
+    assert in_time(FILE_SECONDS, len(names), look_up) == patterns
+    before = sys.getprofile()
+    sys.setprofile(look_on)
+    try:
+        assert in_time(FILE_SECONDS, len(names), look_up) == patterns
+    finally:
+        sys.setprofile(before)
+
+
+def test_no_patterns_take_no_time() -> None:
+    assert in_time(1e-9, 0, lambda: list(matching("alpha_pattern", [], "a"))) == []

@@ -12,6 +12,7 @@ import gc
 import itertools
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar, copy_context
@@ -43,25 +44,6 @@ _TRACED = 30.0
 Result = TypeVar("Result")
 
 
-_collected = [0.0, 0.0]  # when the present garbage collection began, and the time of all of them
-
-
-def _note_collection(phase: str, _: dict[str, int]) -> None:
-    if phase == "start":
-        _collected[0] = time.thread_time()
-    else:
-        _collected[1] += time.thread_time() - _collected[0]
-
-
-gc.callbacks.append(_note_collection)
-
-
-def _seconds() -> float:
-    """Of this thread's processor time, but for garbage collections: they may be of all the memory
-    of a program, and come at any time."""
-    return time.thread_time() - _collected[1]
-
-
 def _slowed() -> float:
     monitoring = getattr(sys, "monitoring", None)  # of Python 3.12, with six numbers for tools
     watched = monitoring is not None and any(map(monitoring.get_tool, range(6)))
@@ -73,15 +55,31 @@ class SlowPatternError(ValueError):
 
 
 class _Limit:
-    """The time that is left, and tables that were made meanwhile."""
+    """The time of this thread's processor that is left, and tables that were made meanwhile. As a
+    context it does not charge garbage collections, which may be of all the memory of a program."""
 
     def __init__(self, seconds: float) -> None:
         self.left = seconds
         self.tables: dict[tuple[str, int], tuple[object, NameTable]] = {}
+        self._thread, self._since = threading.get_ident(), 0.0
+
+    def __enter__(self) -> None:
+        gc.callbacks.append(self._note_collection)
+
+    def __exit__(self, *_: object) -> None:
+        gc.callbacks.remove(self._note_collection)
+
+    def _note_collection(self, phase: str, _: object) -> None:
+        if threading.get_ident() != self._thread:
+            return
+        if phase == "start":
+            self._since = time.thread_time()
+        elif self._since:
+            self.left += time.thread_time() - self._since
 
     def spend(self, since: float, field: str, what: str) -> None:
         """Takes off the time since `since`; SlowPatternError where none is left."""
-        self.left -= _seconds() - since
+        self.left -= time.thread_time() - since
         if self.left <= 0.0:
             _refuse(field, what)
 
@@ -100,8 +98,10 @@ def in_time(seconds: float, names: int, call: Callable[[], Result]) -> Result:
         return call()
 
     def limited() -> Result:
-        _limit.set(_Limit((seconds + names * _SECONDS_PER_NAME) * _slowed()))
-        return call()
+        limit = _Limit((seconds + names * _SECONDS_PER_NAME) * _slowed())
+        _limit.set(limit)
+        with limit:
+            return call()
 
     return copy_context().run(limited)  # whatever exception comes, the limit ends with it
 
@@ -124,7 +124,7 @@ class Expression:
         import regex  # as late as possible: most configs have names only
 
         self._field, self._what = field, _quoted(pattern)
-        start = _seconds()
+        start = time.thread_time()
         text = _AROUND.get(field, "%s") % pattern
         if _FLAGS.search(text, 1):  # `regex` takes them anywhere, `re` and so PEFT do not
             raise ValueError("global flags not at the start of the expression")
@@ -140,7 +140,7 @@ class Expression:
         return self._run(self._compiled.fullmatch, name)
 
     def _run(self, method: Any, name: str) -> Any:
-        limit, start = _present_limit(), _seconds()
+        limit, start = _present_limit(), time.thread_time()
         try:
             return method(name, timeout=limit.left, concurrent=False)
         except TimeoutError:
@@ -210,10 +210,10 @@ class NameTable:
         plain: dict[str, list[int]] = {}
         wild: dict[int, set[tuple[int, ...]]] = {}
         expressions = []
-        limit, start = _present_limit(), _seconds()
+        limit, start = _present_limit(), time.thread_time()
         for place, pattern in enumerate(self._patterns):
             if place % 1024 == 1023:
-                now = _seconds()
+                now = time.thread_time()
                 limit.spend(start, self._field, self._what)
                 start = now
             if pattern.isalnum():  # most are, and there may be many
@@ -249,7 +249,7 @@ class NameTable:
 
     def _look_up(self, name: str) -> Iterator[int]:
         """The places of the plain patterns that match."""
-        limit, start_time = _present_limit(), _seconds()
+        limit, start_time = _present_limit(), time.thread_time()
         plain, wild, _ = self._sorted
         starts = [0, *(at + 1 for at, character in enumerate(name) if character == ".")]
         ends = [len(name)]
@@ -266,7 +266,7 @@ class NameTable:
                     if whole and (start == 0 or pattern[:1] != "^"):
                         yield place
                 if count % 256 == 255:
-                    now = _seconds()
+                    now = time.thread_time()
                     limit.spend(start_time, self._field, self._what)
                     start_time = now
         if wild:  # else it is a few look-ups, as many as the model's own name has dots
