@@ -120,6 +120,26 @@ def test_embeddings_in_files(case: str, tmp_path: Path) -> None:
         assert keys(tmp_path / "theirs") <= keys(tmp_path / "ours")
 
 
+def test_a_magnitude_that_peft_writes_twice(tmp_path: Path) -> None:
+    """DoRA on an embedding of another name than PEFT's, which is saved as well."""
+
+    def bert() -> nn.Module:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = transformers.BertConfig(vocab_size=64, intermediate_size=24, **sizes)
+        return transformers.BertForMaskedLM(config).eval()
+
+    config = peft.LoraConfig(
+        r=2, target_modules=["word_embeddings"], use_dora=True, init_lora_weights=False
+    )
+    theirs = peft.get_peft_model(bert(), config).eval()
+    theirs.save_pretrained(tmp_path, **TRUE)
+    magnitude = "bert.embeddings.word_embeddings.lora_magnitude_vector"
+    assert {magnitude, f"{magnitude}.weight"} <= keys(tmp_path)
+    read = LoraModel.from_pretrained(bert(), tmp_path)
+    torch.testing.assert_close(logits(read), logits(theirs), rtol=1e-4, atol=1e-5)
+
+
 def test_two_values_for_a_tied_embedding_are_refused(tmp_path: Path) -> None:
     model = get_lora_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path, save_embedding_layers=True)

@@ -34,7 +34,7 @@ from lora_ext.io.base_tensors import (
 from lora_ext.io.files import typed_content
 from lora_ext.io.grouped_convolutions import grouped_where_possible, planned_as_in
 from lora_ext.io.plain_lora import plain_lora
-from lora_ext.io.reading import BaseTensors, FileTensors, check_loadable, spec_of
+from lora_ext.io.reading import BaseTensors, FileTensors, check_loadable, repeated, spec_of
 from lora_ext.io.savable import check_adapter, check_tensors
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.arguments import as_path, names_of
@@ -213,7 +213,8 @@ def _load_planned(
     file = FileTensors(files, _possible_keys(model, plan))
     plan = planned_as_in(file, _tied_as_in_the_file(plan, plan.config, file), PREFIX)
     bases = BaseTensors(model, plan.config, plan, file, PREFIX)
-    tensors = file.read(dict(_expected(plan)) | bases.expected())
+    own_keys = dict(_expected(plan))
+    tensors = file.read(own_keys | repeated(file, own_keys) | bases.expected())
     bases.check(tensors)
     plan = grouped_where_possible(plan, tensors, PREFIX)
     add_planned(model, adapter_name, plan, own)

@@ -49,6 +49,12 @@ class FileTensors:
         return {plain_name(key): tensor for key, tensor in self._files.tensors(named).items()}
 
 
+def repeated(file: FileTensors, expected: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """The keys under which PEFT writes a magnitude once more, with an embedding that it saves."""
+    keys = ((key, f"{key}.weight") for key in expected if key.endswith(".lora_magnitude_vector"))
+    return {again: expected[key] for key, again in keys if again in file.specs}
+
+
 class BaseTensors:
     """The base's tensors that a file is to hold (biases) or may hold (embeddings, what PEFT adds
     for modules to save).
