@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -94,17 +94,19 @@ class BaseTensors:
             )
 
     def _find_of_other_layers(
-        self, file: FileTensors, found: Iterable[BasePart], prefix: str
+        self, file: FileTensors, found: Sequence[BasePart], prefix: str
     ) -> None:
-        """What PEFT wrote as the base of a layer which another adapter of its model adapted, or as
-        a plain one under another name of the same module."""
-        for place, part in found:
-            plain = place.key.removesuffix(".base_layer")
-            for key in (f"{prefix}{plain}.base_layer.{part}", f"{prefix}{plain}.{part}"):
+        """What PEFT wrote as the base of a module which another adapter of its model adapted, or
+        saved whole, or as a plain one under another name of the same module."""
+        usual = [prefix + place.key_of(part) for place, part in found]
+        by_name: dict[str, list[str]] = {}
+        for key in file.specs.keys() - usual:
+            by_name.setdefault(_without_levels(key), []).append(key)
+        for own, (place, part) in zip(usual, found, strict=True):
+            for key in (own, *by_name.get(_without_levels(own), ())):
                 if key in file.specs and key not in self.targets:
-                    usual = prefix + place.key_of(part)
-                    if usual not in file.specs:
-                        self.targets.pop(usual, None)
+                    if own not in file.specs:
+                        self.targets.pop(own, None)
                     self.targets[key] = place.own(part)
 
     def _find_of_saved(self, file: FileTensors, prefix: str, module: nn.Module) -> None:
@@ -145,6 +147,11 @@ def check_loadable(model: LoraModel, plan: Plan) -> None:
                 f"'{name}' of the base model is on the device meta, and the adapter would be too, "
                 "without its values; load the base's weights first"
             )
+
+
+def _without_levels(key: str) -> str:
+    """A key without PEFT's levels around modules."""
+    return ".".join(part for part in key.split(".") if part not in ("base_layer", "original_module"))
 
 
 def _beside_adapter(plan: Plan) -> Iterator[tuple[str, Tensor]]:
