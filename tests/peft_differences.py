@@ -41,8 +41,9 @@ def _fails(_: Case, text: str) -> bool:
 
 
 def _lacks_biases_alone(text: str) -> bool:
-    keys = text.partition("PEFT only [], lora_ext only ")[2].strip("[]").split(", ")
-    return all(key.strip("'").endswith(".bias") for key in keys)
+    """Of "PEFT only [], lora_ext only [keys]" or "[keys] is added"."""
+    keys = text.removesuffix(" is added").rpartition("[")[2].strip("]").split(", ")
+    return "PEFT only ['" not in text and all(key.strip("'").endswith(".bias") for key in keys)
 
 
 _OUTPUTS = ("outputs", "gradients", "outputs after a step", "back")
@@ -58,6 +59,14 @@ DOCUMENTED: tuple[Exempt, ...] = (
         ("accept", "accept another"),
         "a rank beyond the matrix of an SVD or QR: PEFT's adapter then has another than it says",
         lambda _, text: "give this layer a smaller rank" in text,
+    ),
+    (
+        ("PEFT's file",),
+        "the same, in its file",
+        lambda case, text: (
+            "check the base model and the config's r" in text
+            and is_any(case, init_lora_weights="olora")
+        ),
     ),
     (
         ("accept", "accept another"),
@@ -136,11 +145,16 @@ DOCUMENTED: tuple[Exempt, ...] = (
     ),
     (
         ("combine",),
+        "lora_bias beside an adapter of an embedding: PEFT's config then says what is not there",
+        lambda _, text: "no config describes both; combine them without lora_bias" in text,
+    ),
+    (
+        ("combine",),
         "PEFT fails where the targets of both mean a layer that neither adapts",
         lambda _, text: text.startswith("PEFT: ValueError: No matching LoRAs found"),
     ),
     (
-        ("keys",),
+        ("keys", "trains", "resaved file"),
         "biases in modules that another adapter saves whole: PEFT's names for them are not read",
         lambda case, text: (
             len(case.configs) > 1

@@ -151,7 +151,8 @@ def check_loadable(model: LoraModel, plan: Plan) -> None:
 
 def _without_levels(key: str) -> str:
     """A key without PEFT's levels around modules."""
-    return ".".join(part for part in key.split(".") if part not in ("base_layer", "original_module"))
+    levels = ("base_layer", "original_module")
+    return ".".join(part for part in key.split(".") if part not in levels)
 
 
 def _beside_adapter(plan: Plan) -> Iterator[tuple[str, Tensor]]:
