@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_ext.functional import lora_linear, lora_update, weight_norm
 from lora_ext.nn import dora
 from lora_ext.nn.adoption import belongs_to_its_class
-from lora_ext.nn.arguments import check_sizes
+from lora_ext.nn.arguments import check_sizes, named_x
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.lora_layer import LoraLayer, LowRank
@@ -194,8 +194,11 @@ class Linear(LinearBase):
         self = cls._from_conv1d(conv1d)
         return self._with_adapter(adapter_name, r, lora_alpha, lora_dropout, **options)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor | None = None, *, x: Tensor | None = None) -> Tensor:
         """x [..., in_features] → [..., out_features]."""
+        if input is None or x is not None:
+            input = named_x(type(self).__name__, x, input)
+        x = input
         if self._runs_dora:
             return dora.linear_forward(self, x, self._weight_matrix())
         return adapted_linear(x, self._weight_matrix(), self.bias, self.low_rank())
