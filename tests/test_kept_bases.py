@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.utils import prune, spectral_norm, weight_norm
 
@@ -136,3 +137,59 @@ def test_a_layer_over_a_base_compiles_whole() -> None:
     layer, x = kept(), torch.randn(2, 4)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), layer(x))
+
+
+BASES: dict[str, Callable[[], nn.Module]] = {
+    "Linear": lambda: nn.Linear(4, 4),
+    "Conv1D": lambda: transformers.pytorch_utils.Conv1D(4, 4),
+    "Embedding": lambda: nn.Embedding(4, 4),
+    "Conv2d": lambda: nn.Conv2d(4, 4, 1),
+    "MultiheadAttention": lambda: nn.MultiheadAttention(4, 2),
+    "Halves": lambda: Halves(4, 4),
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_unload_leaves_the_attributes_that_were_there(name: str) -> None:
+    model = nn.Sequential(BASES[name]())
+    before = dict(vars(model[0]))
+    plain: Any = get_lora_model(model, LoraConfig(r=2, target_modules=["0"])).unload()
+    assert vars(plain[0]).keys() == before.keys()
+    assert {k: v for k, v in vars(plain[0]).items() if isinstance(v, bool | int | str | tuple)} == {
+        k: v for k, v in before.items() if isinstance(v, bool | int | str | tuple)
+    }
+
+
+def test_the_base_of_a_merged_linear_has_the_attributes_of_a_linear() -> None:
+    base = nn.Linear(4, 4)
+    layer = lora.MergedLinear.from_linear(base, r=2, enable_lora=[True, False])
+    assert vars(layer.get_base_layer()).keys() == vars(base).keys()
+
+
+def test_an_encoder_gets_its_fast_path_back() -> None:
+    block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    encoder = nn.TransformerEncoder(block, 2).eval()
+    encoder.layers[1].activation_relu_or_gelu = 0  # by hand
+
+    def paths() -> list[Any]:
+        blocks: Any = encoder.layers
+        return [encoder.use_nested_tensor, *(block.activation_relu_or_gelu for block in blocks)]
+
+    before, x = paths(), torch.randn(2, 3, 8)
+    assert before == [True, 1, 0]
+    config = LoraConfig(r=2, target_modules=["linear1"], init_lora_weights=False)
+    with torch.no_grad():
+        model = get_lora_model(encoder, config)
+        inner = get_lora_model(encoder, LoraConfig(r=2, target_modules=["linear2"]))
+        inner.unload()
+        assert paths() == [False, 0, 0]  # the other's adapters are still there
+        y = model(x)
+        model.merge_and_unload()
+        assert paths() == before
+        torch.testing.assert_close(encoder(x), y, rtol=1e-5, atol=1e-5)
+
+
+def test_a_scripted_module_is_refused() -> None:
+    model = nn.Sequential(torch.jit.script(nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match="RecursiveScriptModule, which cannot be adapted"):
+        get_lora_model(model, LoraConfig(r=2, target_modules=["0"]))

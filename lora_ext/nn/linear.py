@@ -24,6 +24,7 @@ class LinearBase(LoraLayer, nn.Linear):
 
     weight: nn.Parameter
     fan_in_fan_out: bool
+    _STATE: ClassVar[frozenset[str]] = LoraLayer._STATE | {"fan_in_fan_out"}
     _KEPT: ClassVar[Any]  # this class over a base that is called
 
     def _init_base(
@@ -73,7 +74,9 @@ class LinearBase(LoraLayer, nn.Linear):
 
     def _plain_base(self) -> nn.Module:
         base = super()._plain_base()
-        if self.fan_in_fan_out and self._base_class is nn.Linear:
+        if transformers_conv1d(base):  # which calls them nx and nf
+            del base.in_features, base.out_features
+        elif self.fan_in_fan_out:
             base.weight = nn.Parameter(
                 self.weight.detach().t().contiguous(), requires_grad=self.weight.requires_grad
             )

@@ -53,6 +53,7 @@ class MergedLinear(LinearBase):
         "one call with a block-diagonal lora_B, or one for each slice where that has many zeros",
     )
 
+    _STATE: ClassVar[frozenset[str]] = LinearBase._STATE | {"enable_lora", "slice_sizes"}
     enable_lora: tuple[bool, ...]
     slice_sizes: tuple[int, ...]
 
