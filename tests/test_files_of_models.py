@@ -186,6 +186,27 @@ def test_embeddings_with_adapters_are_not_resized(fields: dict[str, Any]) -> Non
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_embeddings_that_transformers_resized_say_so(merged: bool) -> None:
+    base = llama()
+    fields = {"target_modules": ["embed_tokens"], "init_lora_weights": False}
+    model = get_lora_model(base, LoraConfig(r=2, **fields))
+    if merged:
+        model.merge_adapter()
+    base.resize_token_embeddings(70, mean_resizing=False)
+    if not merged:
+        with pytest.raises(ValueError, match=r"lora_A: got shape .*70"):
+            logits(model)
+        return
+    want = logits(model)
+    for call in (model.unmerge_adapter, lambda: model.set_adapter("default")):
+        with pytest.raises(ValueError, match=r"Embedding.unmerge: its weight got shape \[70, 32\]"):
+            call()
+    assert torch.equal(logits(model), want)
+    model.unload()
+    assert torch.equal(logits(base), want)
+
+
 def test_other_embeddings_are_resized() -> None:
     model = get_lora_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
     model.resize_token_embeddings(70)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -277,3 +278,15 @@ def test_a_failure_in_the_middle_leaves_no_half_an_adapter() -> None:
     with pytest.raises(ValueError, match="999"):
         model.add_adapter("new", config)
     assert same(model, before) and list(model.peft_config) == ["default"]
+
+
+def test_set_adapter_says_that_it_unmerges() -> None:
+    """As PEFT does."""
+    model = get_lora_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match=r"set_adapter: the model was merged.*merge_adapter\(\)"):
+        model.set_adapter("default")
+    assert not model.base_model[0].merged
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.set_adapter("default")

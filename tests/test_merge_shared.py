@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny_models import BUILDERS
 from torch import Tensor, nn
 
@@ -419,6 +420,37 @@ def test_reloading_an_untied_model(family: str, whole: bool, tmp_path: Path) -> 
     assert not report["missing_keys"]
     for one, other in ((merged, loss), (again, loss)):
         assert (one(**inputs).loss - other).abs() <= 1e-5 * other.abs()
+
+
+def bart() -> tuple[Any, dict[str, Tensor]]:
+    config = transformers.BartConfig(
+        vocab_size=32, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16,
+        decoder_ffn_dim=16, encoder_attention_heads=2, decoder_attention_heads=2,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        forced_eos_token_id=2,
+    )  # fmt: skip
+    tokens = torch.tensor([[3, 4, 5, 2]])
+    model = transformers.BartForConditionalGeneration(config).eval()
+    return model, {"input_ids": tokens, "labels": tokens}
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+@pytest.mark.parametrize(
+    "targets", [["shared"], ["shared", "lm_head"], ["encoder.embed_tokens"]], ids=str
+)
+def test_one_of_several_tied_weights_is_reloaded(
+    family: str, targets: list[str], tmp_path: Path
+) -> None:
+    base, inputs = (BUILDERS.get(family) or bart)()
+    model = get_lora_model(base, LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    loss = model(**inputs).loss
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)  # which drops names of what is still shared
+    again = type(base).from_pretrained(tmp_path)
+    for one in (merged, again):
+        assert (one(**inputs).loss - loss).abs() <= 1e-5 * loss.abs()
 
 
 def test_replicated_layers_can_be_saved_untied(tmp_path: Path) -> None:

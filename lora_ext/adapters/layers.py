@@ -36,8 +36,9 @@ def _factory(module: nn.Module) -> Callable[..., LoraLayer] | None:
     if is_scaled_word_embedding(module):
         return Embedding.from_embedding
     for kind, factory in _FACTORIES.items():
-        keeps_forward = kind is nn.Linear or type(module).forward is kind.forward
-        if isinstance(module, kind) and keeps_forward:
+        if isinstance(module, kind) and (  # first: a scripted module's class has no forward
+            kind is nn.Linear or type(module).forward is kind.forward
+        ):
             return factory
     return None
 

@@ -275,8 +275,8 @@ class LoraModel(nn.Module):
 
     def set_adapter(self, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
         """Makes exactly these adapters run, and train unless `inference_mode`; several add up.
-        Layers that are merged are unmerged. Biases of the base that configs name (`bias`) train
-        with their adapters.
+        Layers that are merged are unmerged, with a warning. Biases of the base that configs name
+        (`bias`) train with their adapters.
 
         Raises:
             ValueError: an unknown name, or several adapters of which more than one has copies of
@@ -284,9 +284,16 @@ class LoraModel(nn.Module):
         """
         names = names_of(adapter_names, "LoraModel.set_adapter")
         self._check_names(names)
+        merged = any(layer.merged for _, layer in self.lora_layers())
         transaction = Transaction()
         activate(self, names, inference_mode, transaction)
         transaction.commit()
+        if merged:
+            warnings.warn(
+                "LoraModel.set_adapter: the model was merged, and is no longer; call "
+                "merge_adapter() to merge the adapters that are active now",
+                stacklevel=2,
+            )
 
     @property
     def active_adapter(self) -> str:

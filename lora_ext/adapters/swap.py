@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from lora_ext.adapters.names import is_wrapper, plain_name
+from lora_ext.loralib.merging import MergingLayer
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.transaction import Transaction
 
@@ -33,7 +36,7 @@ def swap_modules(
         other = replacements.get(id(parent_module))  # which may have the child, too
         if other is not None and other._modules.get(child) is modules[name]:
             own.put(other._modules, child, new)
-    _leave_fast_paths(model, replacements, own)
+    _follow_fast_paths(model, replacements, own)
     if transaction is None:
         own.commit()
     return [plain_name(name) for name in swapped]
@@ -48,17 +51,30 @@ def _made_anew(wrapper: nn.Module, module: nn.Module) -> nn.Module:
     return made
 
 
-def _leave_fast_paths(
+# The former values of what makes modules leave their fused path. Copies of those stay off it.
+_BEFORE: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+def _follow_fast_paths(
     model: nn.Module, replacements: Mapping[int, nn.Module], transaction: Transaction
 ) -> None:
     """Makes PyTorch's fused inference paths step aside where they would read a swapped layer's
-    weight without calling the layer, and so leave out its adapter."""
+    weight without calling the layer, and so leave out its adapter; gives them back where the last
+    such layer leaves."""
     for module in model.modules():
-        children = (replacements.get(id(child), child) for child in module.modules())
-        if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder) and any(
-            isinstance(child, LoraLayer) for child in children
-        ):
-            if isinstance(module, nn.TransformerEncoderLayer):
-                transaction.set(module, activation_relu_or_gelu=0)
-            else:
-                transaction.set(module, use_nested_tensor=False)
+        if isinstance(module, nn.TransformerEncoderLayer):
+            name, off = "activation_relu_or_gelu", 0
+        elif isinstance(module, nn.TransformerEncoder):
+            name, off = "use_nested_tensor", False
+        else:
+            continue
+        inside = list(module.modules())
+        had, has = _adapts(inside), _adapts(replacements.get(id(m), m) for m in inside)
+        if has and not had:
+            _BEFORE[module] = getattr(module, name)
+        if has or (had and module in _BEFORE):
+            transaction.set(module, **{name: off if has else _BEFORE[module]})
+
+
+def _adapts(modules: Iterable[nn.Module]) -> bool:
+    return any(isinstance(module, LoraLayer | MergingLayer) for module in modules)

@@ -84,30 +84,43 @@ def tied_to_embedding(model: nn.Module) -> dict[str, str]:
 def untie_embeddings(model: nn.Module, transaction: Transaction) -> bool:
     """Makes the configs of a transformers model say so where weights that it ties, its embeddings,
     are no longer the same: else loading what it saves would tie them again. The others that the
-    same entry ties get weights of their own, since a file without the entry has to hold them.
+    same entry ties get weights of their own: a file has a shared weight once, under one of its
+    names, and loading would give the other names what they were to be tied to.
 
     Returns:
         Whether a config was changed.
     """
     changed = False
-    for module in list(model.modules()):
-        config: Any = getattr(module, "config", None)
-        if not getattr(config, "tie_word_embeddings", False) or isinstance(config, Mapping):
+    for config, ties in _ties_by_config(model):
+        if all(one is other for _, _, one, other in ties):
             continue
-        ties = _ties(module)
-        if all(one is other for _, one, other in ties):
-            continue
-        if getattr(config, "model_type", None) in _TIED_FOR_GOOD:
-            continue
-        for name, one, other in ties:
-            if one is other:
+        for_good = getattr(config, "model_type", None) in _TIED_FOR_GOOD
+        held = set() if for_good else {id(other) for *_, other in ties}
+        for module, name, one, other in ties:
+            if for_good and one is other:
+                continue  # tied again when loaded
+            if id(one) in held:
                 owner, _, attribute = name.rpartition(".")
                 own = nn.Parameter(one.detach().clone(), one.requires_grad)
                 transaction.put(module.get_submodule(owner)._parameters, attribute, own)
-        transaction.set_attribute(config, "tie_word_embeddings", False)
-        changed = True
+            held.add(id(one))
+        if not for_good:
+            transaction.set_attribute(config, "tie_word_embeddings", False)
+            changed = True
     transaction.commit()
     return changed
+
+
+def _ties_by_config(model: nn.Module) -> list[tuple[Any, list[tuple[nn.Module, str, Any, Any]]]]:
+    """The configs that tie something, with all that the modules of each tie: (module, and as
+    `_ties`). A model and its body have one config, and ties of their own."""
+    found: dict[int, tuple[Any, list[tuple[nn.Module, str, Any, Any]]]] = {}
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "tie_word_embeddings", False) and not isinstance(config, Mapping):
+            _, ties = found.setdefault(id(config), (config, []))
+            ties.extend((module, *tie) for tie in _ties(module))
+    return list(found.values())
 
 
 def _ties(module: Any) -> list[tuple[str, Any, Any]]:

@@ -17,6 +17,8 @@ from lora_ext.nn.mergeable import MergeableLayer
 # accelerate's hooks put around its forward. Another module with them would run that instance.
 BOUND_CALLS = frozenset({"_compiled_call_impl", "forward", "_old_forward", "_hf_hook"})
 
+_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+
 
 def check_base(
     base: nn.Module, kind: type[nn.Module], where: str, *, any_forward: bool = False
@@ -24,7 +26,8 @@ def check_base(
     """
     Raises:
         TypeError: base has adapters, is no `kind`, does not compute what a `kind` does (unless
-            `any_forward`), is the out_proj of an attention, or has parameters that are quantized.
+            `any_forward`), is the out_proj of an attention, or has parameters that are quantized,
+            or such that only a call of its own can compute with them (sparse ones, float8).
         ValueError: base computes a parameter (pruning, weight_norm).
     """
     where = f"{where}: base"
@@ -57,6 +60,23 @@ def check_base(
                 f"{parameter.dtype}, expected a plain floating-point parameter; quantized "
                 "layers are not supported"
             )
+        if parameter is not None and not reason_to_call(base, kind):
+            _check_computable(f"{where}: its {name}", parameter)
+
+
+def _check_computable(what: str, parameter: nn.Parameter) -> None:
+    """TypeError for a parameter with which the fused operators do not compute."""
+    if parameter.is_nested or parameter.layout is not torch.strided:
+        layout = "nested" if parameter.is_nested else str(parameter.layout).removeprefix("torch.")
+        raise TypeError(
+            f"{what} is a {layout} tensor, expected a dense one; make the layer another weight "
+            "first"
+        )
+    if parameter.dtype not in _DTYPES:
+        raise TypeError(
+            f"{what} is of {parameter.dtype}, expected float64, float32, bfloat16 or float16; "
+            "convert it first (base.to(torch.bfloat16))"
+        )
 
 
 def without_bound_calls(module: nn.Module) -> dict[str, Any]:

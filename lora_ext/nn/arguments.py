@@ -88,6 +88,20 @@ def check_kinds(where: str, **arguments: Any) -> None:
         elif not isinstance(value, Tensor):
             what = " like the input of the call" if where == "draw_rng_state" else ""
             refuse(where, argument, value, f"a torch.Tensor{what}")
+        elif value.is_nested:
+            raise TypeError(
+                f"{where}: {argument}: got a nested tensor, expected a dense one; convert it with "
+                "torch.nested.to_padded_tensor"
+            )
+
+
+def named_x(where: str, x: Tensor | None, input: Tensor | None) -> Tensor:
+    """The argument of a forward under one of its names: x, as in PEFT, or input, as in torch.nn."""
+    given = x if input is None else input
+    if given is None or (x is not None and input is not None):
+        got = "neither of" if given is None else "both"
+        raise TypeError(f"{where}: x: got {got} x and input, expected one of them")
+    return given
 
 
 def as_path(path: Any, where: str, argument: str = "folder") -> Path:

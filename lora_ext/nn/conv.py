@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from lora_ext.functional import weight_norm
 from lora_ext.nn import dora
 from lora_ext.nn.adoption import belongs_to_its_class
-from lora_ext.nn.arguments import check_sizes
+from lora_ext.nn.arguments import check_sizes, named_x
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.lora_layer import LoraLayer, LowRank
@@ -126,8 +126,11 @@ class _LoraConv(LoraLayer, _ConvNd):
             self = cls._adopt(conv, kind)
         return self._with_adapter(adapter_name, r, lora_alpha, lora_dropout, **options)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor | None = None, *, x: Tensor | None = None) -> Tensor:
         """x [batch, in_channels, ...] or [in_channels, ...] → the same with out_channels."""
+        if input is None or x is not None:
+            input = named_x(type(self).__name__, x, input)
+        x = input
         if self._runs_dora:
             return dora.conv_forward(self, x)
         stacks = self.low_rank() if self._running else []

@@ -24,6 +24,32 @@ from lora_ext.nn.mergeable import base_of
 from lora_ext.nn.settings import AdapterSettings
 
 
+class ParameterOfBaseError(KeyError):
+    """A parameter that is the base's was taken for one of the layer over it."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.args[0]}: is a parameter of the layer's base_layer, not of the layer itself; "
+            "call prune, weight_norm and the like with layer.base_layer"
+        )
+
+
+class OwnParameters(dict[str, Any]):
+    """What a layer over a base has registered itself. prune and the former weight_norm and
+    spectral_norm, which replace an entry, are told whose it is."""
+
+    def __missing__(self, name: str) -> Any:
+        raise ParameterOfBaseError(name)
+
+    def __delitem__(self, name: str) -> None:
+        if name not in self:
+            raise ParameterOfBaseError(name)
+        super().__delitem__(name)
+
+    def copy(self) -> Self:
+        return type(self)(self)
+
+
 class KeptBase(LoraLayer):
     """What makes a kind of layer one over a base that is its child `base_layer`, as in PEFT.
 
@@ -49,6 +75,7 @@ class KeptBase(LoraLayer):
         check_base(base, kind, cls.__name__, any_forward=any_forward)
         self: Self = cls.__new__(cls)
         nn.Module.__init__(self)
+        self.__dict__["_parameters"] = OwnParameters()
         self.base_layer = base
         self.training = base.training
         self._is_product = []
@@ -74,6 +101,13 @@ class KeptBase(LoraLayer):
             self._take_base(f"{self.BASE_PATH}{name}", base_of(value))
         else:
             setattr(base, name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As a module's, but for what prune would compute the base's parameter from."""
+        computed = name.removesuffix("_orig")
+        if computed != name and computed in self.base_layer._parameters:
+            raise ParameterOfBaseError(computed)
+        super().register_parameter(name, param)
 
     def get_base_layer(self) -> nn.Module:
         """The base itself, with what is merged, if anything is.
@@ -104,11 +138,12 @@ class KeptBase(LoraLayer):
         raise NotImplementedError
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base's: its arguments, of which the first one is x, and its result."""
+        """As the base's: its arguments, of which the first one, or the one that has the name of
+        torch's, is x, and its result."""
         if len(args) == 1 and not kwargs and not self.reason_to_call:
             return super().forward(args[0])
         y = self.base_layer(*args, **kwargs)
-        x: Any = args[0] if args else next(iter(kwargs.values()), None)
+        x: Any = args[0] if args else self._x_by_name(kwargs)
         if self._running and not isinstance(y, Tensor):
             raise TypeError(
                 f"{type(self).__name__}: the base, a {self._base_class.__qualname__}, returned a "
@@ -121,6 +156,11 @@ class KeptBase(LoraLayer):
         for update in self._updates(x):
             total = total + update
         return total.to(y.dtype)  # under autocast the update may be wider
+
+    def _x_by_name(self, arguments: dict[str, Any]) -> Any:
+        """x among the arguments of a call without positional ones: in what order is up to it."""
+        names = [*_argument_names(self._kind)[:1], *_argument_names(type(self.base_layer))]
+        return next((arguments[name] for name in names if name in arguments), None)
 
     def extra_repr(self) -> str:
         return self.adapters_repr().removeprefix(", ")
@@ -179,6 +219,10 @@ class KeptBase(LoraLayer):
 
     def _computed(self) -> list[str]:
         return [*super()._computed(), *computed_tensors(self.base_layer)]
+
+
+def _argument_names(kind: type[nn.Module]) -> list[str]:
+    return list(inspect.signature(kind.forward).parameters)[1:]
 
 
 def _takes_more_than_x(base: nn.Module) -> bool:

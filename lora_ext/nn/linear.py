@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_ext.functional import lora_linear, lora_update, weight_norm
 from lora_ext.nn import dora
 from lora_ext.nn.adoption import belongs_to_its_class
-from lora_ext.nn.arguments import check_sizes
+from lora_ext.nn.arguments import check_sizes, named_x
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.lora_layer import LoraLayer, LowRank
@@ -24,6 +24,7 @@ class LinearBase(LoraLayer, nn.Linear):
 
     weight: nn.Parameter
     fan_in_fan_out: bool
+    _STATE: ClassVar[frozenset[str]] = LoraLayer._STATE | {"fan_in_fan_out"}
     _KEPT: ClassVar[Any]  # this class over a base that is called
 
     def _init_base(
@@ -73,7 +74,9 @@ class LinearBase(LoraLayer, nn.Linear):
 
     def _plain_base(self) -> nn.Module:
         base = super()._plain_base()
-        if self.fan_in_fan_out and self._base_class is nn.Linear:
+        if transformers_conv1d(base):  # which calls them nx and nf
+            del base.in_features, base.out_features
+        elif self.fan_in_fan_out:
             base.weight = nn.Parameter(
                 self.weight.detach().t().contiguous(), requires_grad=self.weight.requires_grad
             )
@@ -194,8 +197,11 @@ class Linear(LinearBase):
         self = cls._from_conv1d(conv1d)
         return self._with_adapter(adapter_name, r, lora_alpha, lora_dropout, **options)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor | None = None, *, x: Tensor | None = None) -> Tensor:
         """x [..., in_features] → [..., out_features]."""
+        if input is None or x is not None:
+            input = named_x(type(self).__name__, x, input)
+        x = input
         if self._runs_dora:
             return dora.linear_forward(self, x, self._weight_matrix())
         return adapted_linear(x, self._weight_matrix(), self.bias, self.low_rank())

@@ -133,6 +133,7 @@ class MergeableLayer(nn.Module):
 
         Raises:
             NotMergedError: nothing is merged.
+            ValueError: what is merged was resized.
         """
         if not self.merged:
             raise NotMergedError(f"{type(self).__name__}.unmerge: not merged; call merge() first")
@@ -168,7 +169,14 @@ class MergeableLayer(nn.Module):
         """Gives a draft the base's parameters in their places; they train if those did that were
         there meanwhile."""
         for name, base in self._aside.items():
-            self._transaction.require_grad(base, attrgetter(name)(self).requires_grad)
+            merged = attrgetter(name)(self)
+            if merged.shape != base.shape:
+                raise ValueError(
+                    f"{type(self).__name__}.unmerge: its {name} got shape {list(merged.shape)} "
+                    f"while merged, expected the base's {list(base.shape)}; unload() keeps what is "
+                    "merged, or resize before adapters are put in"
+                )
+            self._transaction.require_grad(base, merged.requires_grad)
             put_parameter(self, name, base)
         self._aside = {}
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.functional import lora_update
-from lora_ext.nn.arguments import refuse
+from lora_ext.nn.arguments import named_x, refuse
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.linear import LinearBase, _KeptLinearBase, adapted_linear
 from lora_ext.nn.lora_layer import LowRank
@@ -53,6 +53,7 @@ class MergedLinear(LinearBase):
         "one call with a block-diagonal lora_B, or one for each slice where that has many zeros",
     )
 
+    _STATE: ClassVar[frozenset[str]] = LinearBase._STATE | {"enable_lora", "slice_sizes"}
     enable_lora: tuple[bool, ...]
     slice_sizes: tuple[int, ...]
 
@@ -169,8 +170,11 @@ class MergedLinear(LinearBase):
             "lora_B": (sum(sizes), settings.r),
         }
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor | None = None, *, x: Tensor | None = None) -> Tensor:
         """x [..., in_features] → [..., out_features]."""
+        if input is None or x is not None:
+            input = named_x(type(self).__name__, x, input)
+        x = input
         adapters, weight = self.low_rank(), self._weight_matrix()
         sizes = self._enabled_sizes()
         zeros = len(sizes) - sum(sizes) / max(self.out_features, 1)

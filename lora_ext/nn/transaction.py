@@ -43,7 +43,7 @@ class Transaction:
             space = vars(draft)
             for name in layer.DRAFTED:  # type: ignore[union-attr]
                 if isinstance(space[name], dict):
-                    space[name] = dict(space[name])
+                    space[name] = space[name].copy()
             space["_transaction"] = self
             self._drafts[id(layer)] = layer, draft
         return self._drafts[id(layer)][1]  # type: ignore[no-any-return]
@@ -163,7 +163,7 @@ def _shallow(module: Module) -> Module:
     copied: Module = object.__new__(type(module))
     vars(copied).update(vars(module))
     for registry in ("_parameters", "_modules"):
-        vars(copied)[registry] = dict(vars(module)[registry])
+        vars(copied)[registry] = vars(module)[registry].copy()
     return copied
 
 
