@@ -301,15 +301,9 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
 
 def _not_built(field: str, value: Any, what: str) -> NotBuiltError:
     return NotBuiltError(
-        f"LoraConfig: {field}: got {_short(value)}: {what} is not built; leave the field out"
+        f"LoraConfig: {field}: got {short(value)}: {what} is not built; leave the field out"
     )
 
 
 def _message(field: str, value: Any, expected: str) -> str:
-    return f"LoraConfig: {field}: got {_short(value)}, expected {expected}"
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, int) and value.bit_length() > 128:
-        return f"an integer of {value.bit_length()} bits"
-    return short(value)
+    return f"LoraConfig: {field}: got {short(value)}, expected {expected}"
