@@ -245,8 +245,11 @@ def _check_runtime(value: Any) -> None:
         raise _not_built(f"runtime_config.{name}", asked, "moving offloaded weights to the GPU")
 
 
+_EXPRESSIONS = ("target_modules", "exclude_modules")  # as strings, also if they are plain names
+
+
 def _patterns(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for field in ("target_modules", "exclude_modules"):
+    for field in _EXPRESSIONS:
         if isinstance(values[field], str) and values[field].lower() != ALL_LINEAR:
             yield field, values[field]
     for field in ("layers_pattern", "modules_to_save", "rank_pattern", "alpha_pattern"):
@@ -259,9 +262,11 @@ def _check_patterns(values: Mapping[str, Any]) -> None:
     expressions: list[tuple[str, str]] = []
     characters = 0
     for field, text in _patterns(values):
-        if is_plain(text):
+        plain = is_plain(text)
+        if plain and field not in _EXPRESSIONS:
             continue
-        expressions.append((field, text))
+        if not plain:
+            expressions.append((field, text))
         characters += size(text)
         if characters > MAX_PATTERN_CHARACTERS:
             expected = (
