@@ -54,6 +54,37 @@ class AtLine:
         return self._line
 
 
+class AtLines(AtLine):
+    """Raises at each of these lines."""
+
+    def __init__(self, *ns: int) -> None:
+        super().__init__()
+        self._ns, self.raised = set(ns), 0
+
+    def __enter__(self) -> AtLines:
+        super().__enter__()
+        sys.setprofile(self._trace_again)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+        super().__exit__()
+
+    def _trace_again(self, frame: FrameType, event: str, _: Any) -> None:
+        """Python unsets a trace function that raised."""
+        if event == "call" and sys.gettrace() is None:
+            frame.f_trace = self._call(frame, event, None)
+            sys.settrace(self._call)
+
+    def _line(self, frame: FrameType, event: str, _: Any) -> Any:
+        if event in ("line", "return"):
+            self.seen += 1
+            if self.seen in self._ns:
+                self.raised += 1
+                raise Interruption(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+        return self._line
+
+
 class AtOperator(TorchDispatchMode):
     """Raises instead of the n-th operator; counts them (`seen`)."""
 

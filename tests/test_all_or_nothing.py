@@ -6,6 +6,7 @@ moments: many minutes. Else a sample.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import os
@@ -16,7 +17,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from interruptions import AtLine, AtOperator, Interruption, duration, handler, interrupted_after
+from interruptions import (
+    AtLine,
+    AtLines,
+    AtOperator,
+    Interruption,
+    duration,
+    handler,
+    interrupted_after,
+)
 from torch import Tensor, nn
 
 from lora_ext import LoraConfig, LoraModel, get_lora_model
@@ -297,3 +306,23 @@ def test_a_signal_at_any_moment_leaves_before_or_after(call: str, kind: str) -> 
             assert all(bits(parameter) == values for parameter, values in base)
             if state != trial.before:
                 trial.model = trial.fresh()
+
+
+def test_two_exceptions_leave_no_adapter_disabled() -> None:
+    """The second one while the first one's clean-up runs."""
+    kind, model, rng = KINDS["Linear"], copy.deepcopy(model_of("Linear")), random.Random(0)
+
+    def run() -> None:
+        with model.disable_adapter():
+            model(kind.x)
+
+    with AtLines() as lines:
+        run()
+    before, twice = state_of(model, kind), 0
+    for _ in range(3000 if ALL_POINTS else 60):
+        first = rng.randint(1, lines.seen)
+        with AtLines(first, first + rng.randint(1, 120)) as both, contextlib.suppress(Interruption):
+            run()
+        twice += both.raised == 2
+        assert state_of(model, kind) == before
+    assert twice > 20

@@ -81,6 +81,8 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "targets a norm": (config(target_modules=["norm"]), "norm"),
     "targets a number": (config(target_modules=7), "target_modules"),
     "wrong expression": (config(target_modules="(up"), "target_modules"),
+    "a name of 900,000 letters": (config(exclude_modules="a" * 900_000), "exclude_modules"),
+    "8,000 alternatives": (config(target_modules="|" * 8000), "target_modules"),
     "fewer targets": (config(target_modules=["down"]), "up"),
     "more to save": (config(modules_to_save=["norm"]), "norm"),
     "another method": (config(peft_type="LOHA"), "peft_type"),
@@ -125,6 +127,15 @@ def test_refused(case: str, good: Path, tmp_path: Path) -> None:
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[k], before[k]) for k in before)
     assert list(model.peft_config) == ["default"]
+
+
+def test_many_names_of_nothing_in_a_deep_model(good: Path, tmp_path: Path) -> None:
+    shutil.copytree(good, tmp_path / "adapter")
+    config(target_modules=["a"] * 90_000)(tmp_path / "adapter")
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(200)))
+    assert "target_modules" in refused(
+        lambda: LoraModel.from_pretrained(model, tmp_path / "adapter")
+    )
 
 
 def test_good_one_is_loaded(good: Path) -> None:

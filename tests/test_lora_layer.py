@@ -242,6 +242,8 @@ WRONG: dict[str, tuple[Callable[[Linear], object], str]] = {
     "rename onto": (lambda layer: layer.rename_adapter("french", "default"), "default"),
     "scale": (lambda layer: layer.set_scale("french", float("inf")), "finite"),
     "unscale by 0": (lambda layer: layer.unscale_layer(0), "scale: got 0"),
+    "unscale by NaN": (lambda layer: layer.unscale_layer(float("nan")), "scale: got nan"),
+    "unscale by inf": (lambda layer: layer.unscale_layer(float("inf")), "scale: got inf"),
 }
 
 

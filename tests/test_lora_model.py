@@ -165,7 +165,7 @@ def test_one_layer_that_cannot_be_merged_leaves_all_as_they_were() -> None:
     pointers = [p.detach().clone() for p in model.base_model.parameters()]
     with pytest.raises(ValueError, match="NaN") as raised:
         model.merge_adapter()
-    assert "in layer 'head'" in raised.value.__notes__[0]
+    assert "layer 'head'" in str(raised.value) and "no layer" in str(raised.value)
     now = list(model.base_model.parameters())
     assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(now, pointers, strict=True))
     assert not any(layer.merged for _, layer in model.lora_layers())
@@ -290,3 +290,19 @@ def test_set_adapter_says_that_it_unmerges() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.set_adapter("default")
+
+
+def test_errors_of_layers_name_the_layer_and_what_the_model_can_do() -> None:
+    model = model_of()
+    model.merge_adapter()
+    with pytest.raises(AlreadyMergedError, match=r"layer 'first': .*call unmerge_adapter\(\)"):
+        model.merge_adapter()
+    with pytest.raises(ValueError, match=r"layer 'first': .*call unmerge_adapter\(\)"):
+        model.set_scale("default", 2.0)
+
+
+def test_without_an_active_adapter() -> None:
+    model = model_of()
+    model.set_adapter([])
+    with pytest.raises(ValueError, match=r"active_adapter: .*expected one of \['default'\]"):
+        _ = model.active_adapter

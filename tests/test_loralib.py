@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -197,3 +198,9 @@ def test_marking_and_saving_go_by_the_same_names(bias: str) -> None:
     assert lora.lora_state_dict(ours, bias).keys() == expected.keys()
     ours.load_state_dict(expected, strict=False)
     assert all(torch.equal(ours.state_dict()[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("lora_alpha", [math.nan, math.inf, -math.inf, 10**400])
+def test_a_scale_that_is_not_finite_is_refused(lora_alpha: float) -> None:
+    with pytest.raises(ValueError, match=r"Linear: lora_alpha: got .*expected a finite number"):
+        lora.Linear(3, 4, r=2, lora_alpha=lora_alpha)

@@ -9,9 +9,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_ext import LoraConfig, LoraModel, get_lora_model
+from lora_ext.errors import AdapterFileError
 from lora_ext.nn import Linear
 
 
@@ -242,3 +244,45 @@ def test_a_layer_that_follows_its_mode_can_be_disabled() -> None:
     torch.testing.assert_close(layer(X), y)
     layer.train()
     assert torch.equal(layer(X), y)
+
+
+class TwoNames(nn.Module):
+    """A module that has two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 4)
+        self.first = self.other = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.other(self.first(x)))
+        return y
+
+
+@pytest.mark.parametrize("names", [["first"], ["other"], ["first", "other"]], ids=str)
+def test_a_module_with_two_names_is_saved_by_those_that_the_config_means(
+    names: list[str], tmp_path: Path
+) -> None:
+    net = TwoNames()
+    config = config_of(target_modules=["head"], modules_to_save=names)
+    model = get_lora_model(copy.deepcopy(net), config)
+    with torch.no_grad():
+        model.base_model.other.modules_to_save["default"].weight.mul_(2.0)
+    model.save_pretrained(tmp_path)
+    keys = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert {key.split(".")[2] for key in keys} == {"head", *names}
+    again = LoraModel.from_pretrained(copy.deepcopy(net), tmp_path)
+    assert torch.equal(again(X), model(X))
+
+
+def test_two_names_of_one_module_with_other_values_are_refused(tmp_path: Path) -> None:
+    config = config_of(target_modules=["head"], modules_to_save=["first", "other"])
+    get_lora_model(TwoNames(), config).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.other.weight"] += 1.0  # as PEFT may train them
+    save_file(tensors, file)
+    net = TwoNames()
+    with pytest.raises(AdapterFileError, match=r"other\.weight.*differs from .*first\.weight"):
+        LoraModel.from_pretrained(net, tmp_path)
+    assert type(net.first) is nn.Linear and net.other is net.first

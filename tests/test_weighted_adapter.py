@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -140,6 +143,15 @@ WRONG: dict[str, tuple[tuple[Any, ...], str]] = {
     "unknown": ((["four"], [1.0], "new"), "four"),
     "weights": ((["one", "two"], [1.0], "new"), "weights"),
     "type": ((["one", "two"], [1.0, 1.0], "new", "svdd"), "combination_type"),
+    "too large": (
+        (["one", "two"], [1.0, 1e300], "new"),
+        r"weights: got \[1\.0, .*'0' would hold NaN",
+    ),
+    "no float": ((["one", "two"], [1, 10**5000], "new"), "weights: got an integer of 16610 bits"),
+    "unused density": ((["one", "two"], [1, 1], "new", "linear", {"density": 5}), "density: got 5"),
+    "density of one": ((["one"], [1], "new", "ties", {"density": 5}), "density: got 5"),
+    "rank 0": ((["one", "two"], [1, 1], "new", "svd", {"svd_rank": 0}), "svd_rank: got 0"),
+    "huge rank": ((["one", "two"], [1, 1], "new", "svd", {"svd_rank": 10**9}), "svd_rank: got 10"),
 }
 
 
@@ -147,9 +159,47 @@ WRONG: dict[str, tuple[tuple[Any, ...], str]] = {
 def test_wrong_arguments(arguments: tuple[Any, ...], message: str) -> None:
     model, _ = models()
     before = list(model.state_dict())
+    *first, options = arguments if isinstance(arguments[-1], dict) else (*arguments, {})
     with pytest.raises(ValueError, match=message):
-        model.add_weighted_adapter(*arguments)
+        model.add_weighted_adapter(*first, **options)
     assert list(model.state_dict()) == before
+
+
+def test_wrong_kinds() -> None:
+    model, _ = models()
+    call = functools.partial(model.add_weighted_adapter, ["one", "two"], [1, 1], "new")
+    with pytest.raises(TypeError, match=r"generator: got 3, expected None or a torch\.Generator"):
+        call("dare_ties", density=0.5, generator=3)
+    with pytest.raises(ValueError, match=r"svd_rank: got 2\.0, expected None or an integer"):
+        call(svd_rank=2.0)
+    call(svd_rank=np.int64(2))
+    assert model.peft_config["new"].r == 2
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_belongs_to_a_changed_base_is_not_saved_as_plain(init: str, tmp_path: Path) -> None:
+    model = get_lora_model(net_of(), LoraConfig(**fields(4, init_lora_weights=init)), "one")
+    model.add_adapter("two", LoraConfig(**fields(4, init_lora_weights=False)))
+    model.add_weighted_adapter(["two", "one"], [0.5, 1.0], "new", "cat")
+    model.add_weighted_adapter(["new"], [2.0], "newer")  # of one that was combined
+    model.rename_adapter("newer", "newest")
+    model.delete_adapter("one")
+    for name in ("new", "newest"):
+        with pytest.raises(ValueError, match=f"'{name}': it was combined .*'{init}'.*nothing is w"):
+            model.save_pretrained(tmp_path, ["two", name])
+    assert not list(tmp_path.iterdir())
+    model.save_pretrained(tmp_path, "two")
+
+
+def test_embeddings_are_not_changed_by_such_an_initialisation(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Embedding(7, 4))
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights="pissa")
+    model = get_lora_model(copy.deepcopy(net), config, "one")
+    model.add_weighted_adapter(["one"], [0.5], "new")
+    model.set_adapter("new")
+    model.save_pretrained(tmp_path, "new")
+    again = LoraModel.from_pretrained(net, tmp_path / "new")
+    assert torch.equal(again(torch.arange(7)), model(torch.arange(7)))
 
 
 def test_attention_embedding_and_convolution_are_combined_too() -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from lora_ext.adapters.config_checks import MAX_RANK
 from lora_ext.adapters.task_arithmetic import MAJORITY_SIGN_METHODS, MIXING
-from lora_ext.nn.arguments import as_number, refuse
+from lora_ext.nn.arguments import as_number, refuse, short
 
 SVD = ("svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
 COMBINATION_TYPES = ("cat", *MIXING, *SVD)
 SVD_DRIVERS = (None, "gesvd", "gesvdj", "gesvda")
+_SVD_RANK = f"None or an integer from 1 to {MAX_RANK}"
 
 
 @dataclass(frozen=True)
@@ -80,16 +83,19 @@ def plan_combination(
         )
     if not all(math.isfinite(weight) for weight in weights):
         raise wrong_argument("weights", weights, "finite numbers")
-    if len(adapters) == 1:
-        combination_type = "linear"
-    if svd_rank is not None and (type(svd_rank) is not int or svd_rank < 1):
-        raise wrong_argument("svd_rank", svd_rank, "None or an integer of at least 1")
+    if svd_rank is not None:
+        whole = isinstance(svd_rank, numbers.Integral) and not isinstance(svd_rank, bool)
+        if not whole or not 1 <= svd_rank <= MAX_RANK:
+            raise wrong_argument("svd_rank", svd_rank, _SVD_RANK)
+        svd_rank = int(svd_rank)
     if svd_clamp is not None:
         svd_clamp = as_number(svd_clamp, where, "svd_clamp")
     if density is not None:
         density = as_number(density, where, "density")
     if svd_clamp is not None and not 0.5 < svd_clamp <= 1.0:
         raise wrong_argument("svd_clamp", svd_clamp, "None or a quantile above 0.5, up to 1")
+    if len(adapters) == 1:
+        combination_type = "linear"
     _check_density(combination_type, density)
     return Combination(
         adapters,
@@ -104,6 +110,7 @@ def plan_combination(
 
 
 def wrong_argument(argument: str, got: object, expected: str) -> ValueError:
+    got = short(got) if isinstance(got, int) else got  # of any length
     return ValueError(f"add_weighted_adapter: {argument}: got {got}, expected {expected}")
 
 
@@ -118,7 +125,7 @@ def _one_of(argument: str, got: str | None, expected: Iterable[str | None]) -> N
 
 
 def _check_density(combination_type: str, density: float | None) -> None:
-    if combination_type in ("cat", "linear", "svd"):
+    if density is None and combination_type in ("cat", "linear", "svd"):
         return
     # DARE divides by it.
     random = combination_type.startswith("dare")

@@ -245,8 +245,11 @@ def _check_runtime(value: Any) -> None:
         raise _not_built(f"runtime_config.{name}", asked, "moving offloaded weights to the GPU")
 
 
+_EXPRESSIONS = ("target_modules", "exclude_modules")  # as strings, also if they are plain names
+
+
 def _patterns(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for field in ("target_modules", "exclude_modules"):
+    for field in _EXPRESSIONS:
         if isinstance(values[field], str) and values[field].lower() != ALL_LINEAR:
             yield field, values[field]
     for field in ("layers_pattern", "modules_to_save", "rank_pattern", "alpha_pattern"):
@@ -259,9 +262,11 @@ def _check_patterns(values: Mapping[str, Any]) -> None:
     expressions: list[tuple[str, str]] = []
     characters = 0
     for field, text in _patterns(values):
-        if is_plain(text):
+        plain = is_plain(text)
+        if plain and field not in _EXPRESSIONS:
             continue
-        expressions.append((field, text))
+        if not plain:
+            expressions.append((field, text))
         characters += size(text)
         if characters > MAX_PATTERN_CHARACTERS:
             expected = (
@@ -301,15 +306,9 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
 
 def _not_built(field: str, value: Any, what: str) -> NotBuiltError:
     return NotBuiltError(
-        f"LoraConfig: {field}: got {_short(value)}: {what} is not built; leave the field out"
+        f"LoraConfig: {field}: got {short(value)}: {what} is not built; leave the field out"
     )
 
 
 def _message(field: str, value: Any, expected: str) -> str:
-    return f"LoraConfig: {field}: got {_short(value)}, expected {expected}"
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, int) and value.bit_length() > 128:
-        return f"an integer of {value.bit_length()} bits"
-    return short(value)
+    return f"LoraConfig: {field}: got {short(value)}, expected {expected}"

@@ -13,7 +13,7 @@ from torch import nn
 from lora_ext.adapters.activation import activate
 from lora_ext.adapters.adding import add_planned, freeze_base, plan_for, replicate
 from lora_ext.adapters.config import LoraConfig
-from lora_ext.adapters.merging import merge_layers, unmerge_layers, untied_text
+from lora_ext.adapters.merging import merge_layers, of_layer, unmerge_layers, untied_text
 from lora_ext.adapters.modules_to_save import ModulesToSave
 from lora_ext.adapters.names import named_modules, unwrapped
 from lora_ext.adapters.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
@@ -27,7 +27,7 @@ from lora_ext.nn.arguments import as_number, check_module, describe, names_of
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.lora_layer import check_adapter_name
 from lora_ext.nn.trainable import count_parameters, print_trainable_parameters
-from lora_ext.nn.transaction import Transaction
+from lora_ext.nn.transaction import AtTheEnd, Transaction
 
 
 def check_model(model: nn.Module) -> None:
@@ -57,9 +57,10 @@ class LoraModel(nn.Module):
         autocast_adapter_dtype: keep adapters in float32 on a bfloat16 or float16 base.
 
     Raises:
-        ValueError: nothing matches `config.target_modules`, or a setting is out of range. The model
-            is as it was then.
-        TypeError: a target module is of a kind that has no adapters.
+        ValueError: nothing matches `config.target_modules`, a module that it names is of a kind
+            without adapters, or a setting or the name is out of range. The model is as it was then.
+        TypeError: an argument is of another kind, `model` has adapters already, or a target's
+            weight is no plain floating-point parameter.
     """
 
     base_model: nn.Module
@@ -297,7 +298,16 @@ class LoraModel(nn.Module):
 
     @property
     def active_adapter(self) -> str:
-        """The first active adapter."""
+        """The first active adapter.
+
+        Raises:
+            ValueError: none is.
+        """
+        if not self.active_adapters:
+            raise ValueError(
+                f"LoraModel.active_adapter: no adapter is active, expected one of "
+                f"{list(self.peft_config)}; call set_adapter(), or see active_adapters"
+            )
         return self.active_adapters[0]
 
     def enable_adapters(self, enabled: bool = True) -> None:
@@ -320,24 +330,20 @@ class LoraModel(nn.Module):
         """Within this context the model is its base."""
         states = [(layer, layer.disable_adapters) for _, layer in self.lora_layers()]
         saved = [(module, module.enabled) for _, module in self.saved_modules()]
-        try:
+
+        def restore() -> None:
+            transaction = Transaction()
+            for layer, disabled in states:
+                transaction.draft(layer).enable_adapters(not disabled)
+            for module, enabled in saved:
+                transaction.set(module, enabled=enabled)
+            transaction.commit()
+
+        once = AtTheEnd(restore)
+        again = AtTheEnd(restore, only_of_an_error=True)
+        with again, again, again, again, once:  # Ctrl-C may come in restore(), too, and again
             self.enable_adapters(False)
             yield
-        finally:
-
-            def restore() -> None:
-                transaction = Transaction()
-                for layer, disabled in states:
-                    transaction.draft(layer).enable_adapters(not disabled)
-                for module, enabled in saved:
-                    transaction.set(module, enabled=enabled)
-                transaction.commit()
-
-            try:
-                restore()
-            except BaseException:  # Ctrl-C just then
-                restore()
-                raise
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Makes an adapter's scaling `scale` times that of its config, in every layer: 0 is the
@@ -345,9 +351,12 @@ class LoraModel(nn.Module):
         self._check_names([adapter_name])
         scale = as_number(scale, "LoraModel.set_scale", "scale", "a finite number")
         transaction = Transaction()
-        for _, layer in self.lora_layers():
+        for name, layer in self.lora_layers():
             if adapter_name in layer.adapters:
-                transaction.draft(layer).set_scale(adapter_name, scale)
+                try:
+                    transaction.draft(layer).set_scale(adapter_name, scale)
+                except ValueError as error:
+                    raise of_layer(error, name) from None
         transaction.commit()
 
     def add_weighted_adapter(

@@ -53,11 +53,20 @@ def merge_layers(
             else:
                 draft.merge(names)
         except (ValueError, RuntimeError) as error:
-            error.add_note(f"in layer '{name}'; no layer of the model was changed")
-            raise
+            raise of_layer(error, name) from None
         if any(id(parameter) in shared for parameter in draft.base_parameters.values()):
             separated.append(name)
     return separated
+
+
+Error = TypeVar("Error", bound=Exception)
+
+
+def of_layer(error: Error, name: str) -> Error:
+    """A layer's error, in the words of a model."""
+    text = str(error).replace("unmerge()", "unmerge_adapter()")
+    error.args = (f"layer '{name}': {text}; no layer of the model was changed",)
+    return error
 
 
 def unmerge_layers(layers: Sequence[tuple[str, LoraLayer]], transaction: Transaction) -> bool:

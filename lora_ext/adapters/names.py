@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from lora_ext.adapters.config_checks import MAX_PATTERN_CHARACTERS
+from lora_ext.adapters.patterns import size
 
 # Where torch.compile(module) keeps the module.
 _WRAPPED = "_orig_mod"
@@ -66,6 +67,6 @@ def exact_targets(
         free = [end for end in ends(name) if end not in taken]
         if not free:
             expression = "|".join(re.escape(name) for name in names)
-            return expression if len(expression) <= MAX_PATTERN_CHARACTERS else list(names)
+            return expression if size(expression) <= MAX_PATTERN_CHARACTERS else list(names)
         targets[free[-1] if shortest else name] = None
     return list(targets)

@@ -170,9 +170,11 @@ def is_plain(pattern: str) -> bool:
 
 
 def size(pattern: str) -> int:
-    """Its characters, as often as its counts ({100}) repeat them: what compiling it costs."""
+    """Its characters, as often as its counts ({100}) repeat them, and more for alternatives: what
+    compiling it costs."""
+    length = len(pattern) + 3 * pattern.count("|")
     if "{" not in pattern:
-        return len(pattern)
+        return length
     times = 1
     # In verbose expressions a comment may stand inside a count.
     counts = [pattern] if "#" in pattern else re.findall(r"\{([^{}]*)\}", pattern)
@@ -181,7 +183,7 @@ def size(pattern: str) -> int:
         whole = (least + most).strip().isdigit() or not most
         digits = re.sub(r"\D", "", least if whole else count)
         times = min(times * max(1, int(digits[:9] or 1)), 1 << 30)
-    return len(pattern) * times
+    return length * times
 
 
 def matching(field: str, patterns: Iterable[str], name: str) -> Iterator[str]:

@@ -303,7 +303,10 @@ def _raise_no_match(
     else:
         first_names = {module: name for name, module in modules.items()}
         for name, module in named_modules(model, remove_duplicate=False):
-            if matches(name, wanted) and module in first_names:
+            if (
+                matches(name, wanted if isinstance(wanted, str) else names)
+                and module in first_names
+            ):
                 hint = f"{name!r} is the same module as {first_names[module]!r}; name that"
                 break
     raise ValueError(

@@ -16,7 +16,8 @@ from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.plan import only_on
 from lora_ext.adapters.targets import saved_modules
 from lora_ext.nn import Embedding, LoraLayer
-from lora_ext.nn.arguments import names_of
+from lora_ext.nn.arguments import names_of, refuse
+from lora_ext.nn.init import mutates_weight
 from lora_ext.nn.lora_layer import check_adapter_name
 from lora_ext.nn.transaction import Transaction
 
@@ -54,17 +55,13 @@ def add_weighted_adapter(
     }
     combination = plan_combination(ranks, adapters, weights, combination_type, **options)
     _check_combinable(model, combination.adapters)
+    if not isinstance(generator, torch.Generator | None):
+        refuse("add_weighted_adapter", "generator", generator, "None or a torch.Generator")
     combined = [
         (name, layer, parts)
         for name, layer in model.lora_layers()
-        if (parts := _combine_layer(layer, combination, generator))
+        if (parts := _combine_layer(name, layer, combination, generator))
     ]
-    for name, _, parts in combined:
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in parts.values()):
-            raise ValueError(
-                f"add_weighted_adapter: weights: got {list(weights)}, with which the adapter of "
-                f"'{name}' would hold NaN or Inf, expected smaller ones"
-            )
     where = [name for name, _, _ in combined]
     config = _combined_config(model, combination.adapters, combination.rank, where)
     if config.lora_bias:
@@ -72,9 +69,7 @@ def add_weighted_adapter(
             _fill_up_biases(name, layer, parts)
     transaction = Transaction()
     for _, layer, parts in combined:
-        present = next(
-            layer.adapters[name] for name in combination.adapters if name in layer.adapters
-        )
+        present = layer.adapters[_members(layer, combination)[0]]
         settings = replace(
             present,
             r=combination.rank,
@@ -86,6 +81,9 @@ def add_weighted_adapter(
         )
         draft = transaction.draft(layer)
         draft.add_adapter(adapter_name, **vars(settings))  # not the layer's first: not active
+        draft.adapters[adapter_name] = replace(
+            settings, init_lora_weights=_init_of(layer, combination)
+        )
         with torch.no_grad():
             for part, parameter in draft.parts(adapter_name).items():
                 parameter.copy_(parts[part])
@@ -101,10 +99,10 @@ def add_weighted_adapter(
 
 
 def _combine_layer(
-    layer: LoraLayer, combination: Combination, generator: torch.Generator | None
+    where: str, layer: LoraLayer, combination: Combination, generator: torch.Generator | None
 ) -> dict[str, Tensor]:
     """The parts of the layer's new adapter; none if no adapter of the layer takes part."""
-    mine = [name for name in dict.fromkeys(combination.adapters) if name in layer.adapters]
+    mine = _members(layer, combination)
     result: dict[str, Tensor] = {}
     for prefix in layer.PREFIXES:
         adapters = {}
@@ -119,11 +117,36 @@ def _combine_layer(
                     None if bias is None else bias.detach(),
                 )
         if adapters:
-            new = combine(combination, adapters, 1.0, generator=generator)
+            try:
+                new = combine(combination, adapters, 1.0, generator=generator)
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # of an infinite product
+                raise _too_large(combination, where) from None
             result |= {f"{prefix}lora_A": new.lora_A, f"{prefix}lora_B": new.lora_B}
             if new.lora_bias is not None:
                 result[f"{prefix}lora_bias"] = new.lora_bias
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in result.values()):
+        raise _too_large(combination, where)
     return result
+
+
+def _members(layer: LoraLayer, combination: Combination) -> list[str]:
+    """Those of the adapters that the layer has."""
+    return [name for name in dict.fromkeys(combination.adapters) if name in layer.adapters]
+
+
+def _too_large(combination: Combination, where: str) -> ValueError:
+    return ValueError(
+        f"add_weighted_adapter: weights: got {list(combination.weights)}, with which the adapter "
+        f"of '{where}' would hold NaN or Inf, expected smaller ones"
+    )
+
+
+def _init_of(layer: LoraLayer, combination: Combination) -> bool | str:
+    """Notes in the new adapter's settings that it belongs to a weight that the initialisation of
+    one of the others changed: it cannot be saved as a plain one."""
+    kinds = [layer.adapters[name].init_lora_weights for name in _members(layer, combination)]
+    changing = [] if isinstance(layer, Embedding) else filter(mutates_weight, kinds)
+    return next(iter(changing), True)
 
 
 def _check_combinable(model: LoraModel, names: Sequence[str]) -> None:

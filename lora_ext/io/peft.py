@@ -15,7 +15,7 @@ from torch import Tensor
 from lora_ext.adapters.adding import add_planned, plan_for, replicate
 from lora_ext.adapters.combining import Adapter, alpha_factor, subtract_mutated_init
 from lora_ext.adapters.config import LoraConfig
-from lora_ext.adapters.names import plain_name
+from lora_ext.adapters.names import named_modules, plain_name
 from lora_ext.adapters.patterns import FILE_SECONDS, in_time
 from lora_ext.adapters.targets import matches, saved_modules
 from lora_ext.errors import AdapterFileError
@@ -31,7 +31,7 @@ from lora_ext.io.base_tensors import (
     targets_embeddings,
     was_resized,
 )
-from lora_ext.io.files import typed_content
+from lora_ext.io.files import short, typed_content
 from lora_ext.io.grouped_convolutions import grouped_where_possible, planned_as_in
 from lora_ext.io.plain_lora import plain_lora
 from lora_ext.io.reading import BaseTensors, FileTensors, check_loadable, repeated, spec_of
@@ -218,8 +218,15 @@ def _load_planned(
     bases.check(tensors)
     plan = grouped_where_possible(plan, tensors, PREFIX)
     add_planned(model, adapter_name, plan, own)
+    first: dict[tuple[int, torch.Size], str] = {}
     with torch.no_grad():
         for key, tensor in _own_tensors(model, adapter_name):
+            other = first.setdefault((tensor.data_ptr(), tensor.shape), key)
+            if other != key and not torch.equal(tensors[other], tensors[key]):
+                raise AdapterFileError(
+                    f"{file.path}: {short(key)}: differs from {short(other)}, which is the same "
+                    "module in this model; give it modules of their own"
+                )
             tensor.copy_(tensors[key])
     for key, tensor in bases.targets.items():
         own.write(tensor, tensors[key])
@@ -253,11 +260,19 @@ def _saved_modules(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, T
     around = around_others(
         (name, layer) for name, layer in model.lora_layers() if adapter_name in layer.adapters
     )
-    for name, saved in model.saved_modules():
-        name = name_in_file(name, around)
+    own = {id(saved): name for name, saved in model.saved_modules()}
+    # A module may have several names, of which the config need not mean the first.
+    meant = tuple(saved_modules(model.peft_config[adapter_name]))
+    names: dict[int, list[str]] = {}
+    for name, saved in named_modules(model.base_model, remove_duplicate=False):
+        if id(saved) in own and name.endswith(meant):
+            names.setdefault(id(saved), []).append(name)
+    for first, saved in model.saved_modules():
         if adapter_name in saved.modules_to_save:
-            for key, tensor in saved.modules_to_save[adapter_name].state_dict().items():
-                yield f"{PREFIX}{name}.{plain_name(key)}", tensor
+            state = saved.modules_to_save[adapter_name].state_dict()
+            for name in names.get(id(saved), [first]):
+                for key, tensor in state.items():
+                    yield f"{PREFIX}{name_in_file(name, around)}.{plain_name(key)}", tensor
 
 
 def read_config(files: AdapterFolder) -> LoraConfig:

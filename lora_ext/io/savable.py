@@ -11,6 +11,7 @@ from torch import Tensor
 from lora_ext.adapters.plan import make_plan
 from lora_ext.io.files import short
 from lora_ext.nn import LoraLayer
+from lora_ext.nn.init import mutates_weight
 
 if TYPE_CHECKING:
     from lora_ext.adapters.config import LoraConfig
@@ -34,6 +35,15 @@ def check_adapter(model: LoraModel, adapter_name: str, config: LoraConfig) -> No
             f"merge_and_unload() there is none to save, so {NOTHING}; save before"
         )
     for name, layer in _layers(model, adapter_name):
+        init = layer.adapters[adapter_name].init_lora_weights
+        if mutates_weight(init) and not mutates_weight(config.init_lora_weights):
+            raise ValueError(
+                f"{where}: it was combined of adapters whose initialisation {init!r} changed the "
+                f"weight of '{name}', which the files of a plain adapter cannot say; {NOTHING}: "
+                "save those as plain ones (path_initial_model_for_weight_conversion), load them "
+                "into the original base and combine them there, or save what merge_and_unload() "
+                "returns"
+            )
         parameters = layer.parts(adapter_name)
         check_tensors({f"{name}.{part}": tensor for part, tensor in parameters.items()}, where)
         shapes = layer.part_shapes(layer.adapters[adapter_name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+
+from lora_ext.nn.arguments import short
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -31,19 +34,23 @@ class LoRALayer:
 
     Raises:
         TypeError: r is no integer, lora_alpha or lora_dropout no number.
-        ValueError: lora_dropout is no probability.
+        ValueError: lora_alpha is not finite, or lora_dropout no probability.
     """
 
     def __init__(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool) -> None:
         where = type(self).__name__
         given: tuple[tuple[str, object, type, str], ...] = (
             ("r", r, Integral, "an integer"),
-            ("lora_alpha", lora_alpha, Real, "a number"),
+            ("lora_alpha", lora_alpha, Real, "a finite number"),
             ("lora_dropout", lora_dropout, Real, "a probability from 0 to 1"),
         )
         for name, value, kind, expected in given:
             if not isinstance(value, kind):
                 raise TypeError(f"{where}: {name}: got {value!r}, expected {expected}")
+        if not abs(lora_alpha) <= sys.float_info.max:  # nor is NaN
+            raise ValueError(
+                f"{where}: lora_alpha: got {short(lora_alpha)}, expected a finite number"
+            )
         if not 0.0 <= lora_dropout <= 1.0:
             raise ValueError(
                 f"{where}: lora_dropout: got {lora_dropout}, expected a probability from 0 to 1"

@@ -5,13 +5,24 @@ from __future__ import annotations
 import numbers
 import os
 import reprlib
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from torch import Tensor
 
-_SHORT = reprlib.Repr()
+# Larger integers are no floats.
+_MAX_FLOAT = int(sys.float_info.max)
+
+
+class _Short(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        """Python does not write integers of more than 4,300 digits."""
+        return repr(x) if x.bit_length() <= 128 else f"an integer of {x.bit_length()} bits"
+
+
+_SHORT = _Short()
 _SHORT.maxstring, _SHORT.maxother = 100, 100
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxfrozenset = _SHORT.maxdict = 8
 
@@ -53,7 +64,11 @@ def as_number(value: Any, where: str, argument: str, expected: str = "a number")
         return float(value)
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         refuse(where, argument, value, expected)
-    return int(value) if isinstance(value, numbers.Integral) else float(value)
+    if not isinstance(value, numbers.Integral):
+        return float(value)
+    if abs(int(value)) > _MAX_FLOAT:
+        raise ValueError(f"{where}: {argument}: got {describe(value)}, expected {expected}")
+    return int(value)
 
 
 def as_flag(value: Any, where: str, argument: str) -> bool:

@@ -353,10 +353,10 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
         settings."""
         if scale is not None:
             scale = as_number(scale, f"{type(self).__name__}.unscale_layer", "scale")
-        if scale == 0:
+        if scale is not None and (scale == 0 or not math.isfinite(scale)):
             raise ValueError(
-                f"{type(self).__name__}.unscale_layer: scale: got 0, expected another number; "
-                "use unscale_layer() to get back the scaling of the settings"
+                f"{type(self).__name__}.unscale_layer: scale: got {scale}, expected a finite "
+                "number other than 0; use unscale_layer() to get back the scaling of the settings"
             )
         self._set_scaling(
             {

@@ -146,6 +146,21 @@ def all_or_nothing(method: Method) -> Method:
     return cast(Method, on_a_draft)
 
 
+class AtTheEnd:
+    """As a context: calls when it ends; or only when it ends with an error. One within others is
+    called again by them when a second exception comes while the call runs."""
+
+    def __init__(self, call: Callable[[], object], *, only_of_an_error: bool = False) -> None:
+        self._call, self._always = call, not only_of_an_error
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._always or kind is not None:
+            self._call()
+
+
 def put_parameter(draft: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Gives a draft another parameter; of a child, which is copied, for a dotted name."""
     owner, (*path, attribute) = draft, name.split(".")
