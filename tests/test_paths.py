@@ -96,7 +96,9 @@ def test_cpu_path(library: ctypes.CDLL, facts: dict[str, int], kernels: str, rea
 # (facts, parts of the rows in forward and in backward)
 CPU_PARTS = {
     "many rows": ({}, 8, 8),
-    "one thread": ({"threads": 1}, 1, 1),
+    "one thread": ({"threads": 1, "M": 1024}, 1, 1),
+    # No sum is over more than 1024 rows
+    "one thread, more rows": ({"threads": 1, "M": 1025}, 1, 2),
     "no rows": ({"M": 0}, 1, 1),
     "1 row": ({"M": 1}, 1, 1),
     "31 rows": ({"M": 31}, 7, 1),

@@ -9,7 +9,7 @@ more than 1 + 4 / sqrt(n), four standard deviations, is not luck.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -21,7 +21,15 @@ from lora_ext.functional import column_scale, lora_embedding, weight_norm
 
 Results = dict[str, Tensor]
 SEEDS = 20
-WITH_DROPOUT = 1.15
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Whose sums are the longest; and to wake others would take most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def ratios(
@@ -57,10 +65,12 @@ def three_results(p: Problem) -> tuple[Results, Results, Results]:
 
 
 # BLAS sums otherwise for a single row or rank, for fewer than 16 rows, and for more; and so do we.
-# A panel is 48 rows, a chunk 1024 columns; 9000 rows are three ranges.
-FP32 = [(1, 768, 768, 1), (1, 768, 64, 8), (1, 64, 768, 3), (7, 768, 256, 4), (15, 256, 64, 2),
-        (16, 768, 768, 1), (48, 256, 256, 1), (64, 64, 64, 1), (40, 64, 200, 17), (72, 4096, 64, 4),
-        (72, 64, 4096, 4), (200, 256, 256, 8), (64, 512, 512, 64), (9000, 24, 16, 2)]  # fmt: skip
+# A panel is 48 rows, a chunk 1024 columns; 9000 rows are several ranges. Long in K or in N, as the
+# sums of h or those of dh are: both at once cost most and show no more.
+FP32 = [(1, 768, 64, 1), (1, 64, 768, 1), (1, 768, 64, 8), (1, 64, 768, 3), (7, 768, 64, 4),
+        (7, 64, 256, 4), (15, 256, 64, 2), (16, 768, 64, 1), (16, 64, 768, 1), (48, 256, 64, 1),
+        (64, 64, 64, 1), (40, 64, 200, 17), (72, 4096, 64, 4), (72, 64, 4096, 4), (200, 256, 64, 8),
+        (64, 512, 64, 64), (2048, 24, 16, 2), (9000, 24, 16, 2)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("dropout_p", "lora_share"), [(0.0, 8.0), (0.1, 1.0), (0.9, 8.0)], ids=str)
@@ -73,10 +83,23 @@ def test_fp32(size: tuple[int, int, int, int], dropout_p: float, lora_share: flo
             problem_of(size, lora_share, seed, dropout_p=dropout_p, lora_bias=True)
         ),
     )
-    # Of dropout this holds what README's Limits say: measured, not derived. A rounding of h by the
-    # survivors' factor, where plain PyTorch rounds the elements of x, is a part of it only.
-    most = WITH_DROPOUT if dropout_p else 1.0
-    assert all(ratio <= most * luck(size[0] * size[3] * seeds) for ratio in got.values()), got
+    assert all(ratio <= luck(size[0] * size[3] * seeds) for ratio in got.values()), got
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@pytest.mark.parametrize("size", [(1, 768, 64, 8), (1, 1024, 1024, 64)], ids=str)
+def test_one_row_with_a_large_lora_bias(size: tuple[int, int, int, int], transposed: bool) -> None:
+    """BLAS would add the base product to it term by term: 14 and 26 times plain PyTorch's error."""
+
+    def results_of(seed: int) -> tuple[Results, Results, Results]:
+        p = problem_of(size, 1.0, seed, bias=False, lora_bias=True)
+        with torch.no_grad():
+            p.lora_bias.mul_(100)  # type: ignore[union-attr]
+            p.weight = p.weight.t().contiguous().t() if transposed else p.weight
+            one, plain = p.fused(), p.plain()
+            return {"y": one}, {"y": plain}, {"y": p.plain(*p.exact_operands())}
+
+    assert ratios(SEEDS, results_of)["y"] <= luck(size[2] * SEEDS)
 
 
 @pytest.mark.parametrize("size", [(1, 768, 64, 1), (20, 768, 256, 4)], ids=str)
@@ -170,7 +193,7 @@ def test_weight_norm(N: int, K: int, by_column: bool) -> None:
     assert ratios(SEEDS, results_of)[""] <= luck(N * SEEDS)
 
 
-SIZES = [(16, 96, 128, 8), (37, 257, 136, 17), (200, 64, 64, 32), (64, 512, 256, 16)]
+SIZES = [(16, 96, 128, 8), (37, 257, 136, 17), (200, 64, 64, 32), (64, 512, 64, 16)]
 
 
 @pytest.mark.parametrize("lora_share", [0.1, 1.0], ids=["small-update", "large-update"])

@@ -8,7 +8,6 @@
 #include <ATen/OpMathType.h>
 #include <torch/library.h>
 
-#include <cstring>
 #include <utility>
 
 #include "cpu/backend.h"
@@ -20,8 +19,9 @@ namespace lora_ext {
 namespace {
 
 // BLAS adds the product of a single row to what is there term by term, in memory. A low-rank part
-// that is much larger than the base would round every term to its own size, so that the product is
-// made before it: in forward in y, which is then the bias of the low-rank part, in backward apart.
+// or a bias that is much larger than the base would round every term to its own size, so that the
+// product is made before them: in forward in y, which is then the bias of the low-rank part, in
+// backward apart.
 bool makes_base_apart(const Tensor& out) {
   return out.size(0) == 1 && at::toOpMathType(out.scalar_type()) == out.scalar_type();
 }
@@ -66,10 +66,9 @@ std::tuple<Tensor, Tensor> lora_linear_fwd_cpu(const Tensor& x, const Tensor& we
       prepare_forward(x, bias, lora_A, lora_B, lora_bias, read_scaling(scale), return_h);
   if (y.numel() == 0) return {y, h.zero_()};
   if (makes_base_apart(low_rank.y)) {
-    const Tensor bias_of_base = std::exchange(low_rank.bias, low_rank.y);
-    const bool biased = bias_of_base.defined();
-    if (biased) std::memcpy(y.data_ptr(), bias_of_base.const_data_ptr(), y.nbytes());
-    low_rank.y.addmm_(low_rank.x, weight.t(), /*beta=*/biased ? 1 : 0);
+    const Tensor biases = std::exchange(low_rank.bias, low_rank.y);
+    low_rank.y.addmm_(low_rank.x, weight.t(), /*beta=*/0);
+    if (biases.defined()) add_row(low_rank.y, biases);
     low_rank_forward(low_rank);
   } else {
     low_rank_forward(low_rank);

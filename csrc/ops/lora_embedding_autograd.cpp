@@ -101,7 +101,8 @@ TORCH_LIBRARY_IMPL(lora_ext, Autograd, m) { m.impl("lora_embedding", &lora_embed
 // Under inference mode tensors carry no Autograd key: the same function, its first branch.
 TORCH_LIBRARY_IMPL(lora_ext, CompositeExplicitAutograd, m) {
   m.impl("lora_embedding", [](const Tensor& indices, const Tensor& weight, const Tensor& lora_A,
-                              const Tensor& lora_B, double scaling, int64_t, bool) {
+                              const Tensor& lora_B, double scaling, int64_t padding_idx, bool) {
+    check_padding_idx("lora_embedding", padding_idx, last_size(lora_A));
     return lora_embedding_fwd(indices, weight, lora_A, lora_B, scaling);
   });
 }

@@ -5,6 +5,7 @@
 
 #include "bf16_dot.h"
 #include "rows.h"
+#include "store.h"
 #include "transpose.h"
 
 namespace lora_ext::LORA_EXT_ISA {
@@ -38,15 +39,14 @@ inline int64_t exact_row_pairs(int64_t rows, bool few) {
 struct Bf16DotMath {
   using Base = BFloat16;
   using Sum = float;
+  using Hidden = float;  // results in bf16 would not show more
   using Element = BFloat16;
 
   // Twice those of FloatMath: what is not widened takes half the cache, and the sums of dA and dB
   // are loaded and stored half as often.
   static constexpr int64_t kPanelRows = 96;
-  static constexpr int64_t kChunk = 1024;       // columns copied at a time
-  static constexpr int64_t kSumTerms = kChunk;  // that one sum adds up in sequence
+  static constexpr int64_t kChunk = 1024;  // columns copied at a time, and added up in sequence
   static constexpr int64_t kFewRows = 0;
-  static constexpr bool kSumsInDouble = false;  // results in bf16 would not show it
   static constexpr int64_t kStride = kChunk + kCacheLine / sizeof(Element);
   static constexpr bool kCopies = false;
 
@@ -55,7 +55,7 @@ struct Bf16DotMath {
   static int64_t operand_bytes(int64_t r) { return 2 * kPanelRows * 4 * row_pairs(2 * r); }
 
   // scale * values [rows, r] as left operand; with its remainder if `exact`
-  static Words rows(void* operand, const float* values, int64_t rows, int64_t r, float scale,
+  static Words rows(void* operand, const float* values, int64_t rows, int64_t r, double scale,
                     bool exact) {
     const int64_t padded = 2 * row_pairs(r), remainder = kPanelRows * padded;
     auto* out = static_cast<uint16_t*>(operand);
@@ -77,7 +77,7 @@ struct Bf16DotMath {
   }
 
   // its transpose
-  static Words columns(void* operand, const float* values, int64_t rows, int64_t r, float scale,
+  static Words columns(void* operand, const float* values, int64_t rows, int64_t r, double scale,
                        bool few) {
     const int64_t remainder = kPanelRows / 2 * r;
     auto* out = static_cast<uint32_t*>(operand);
@@ -132,6 +132,13 @@ struct Bf16DotMath {
     }
   }
 
+  // out [rows, r] = a b, or += it
+  template <class Right>
+  static void hidden_product(int64_t rows, int64_t r, int64_t K, const Words& a, const Right& b,
+                             bool add, bool /*few*/, Hidden* out) {
+    product(rows, r, K, a, b, StoreSum<Sum>{out, r, add});
+  }
+
   template <class Right, class Store>
   static void product(int64_t rows, int64_t columns, int64_t K, const Words& a, const Right& b,
                       const Store& store) {
@@ -145,8 +152,9 @@ struct Bf16DotMath {
 
  private:
   static int64_t row_pairs(int64_t r) { return (r + 1) / 2; }
-  static __m512 load_scaled(const float* p, int64_t lanes, float scale) {
-    return _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_maskz_loadu_ps(first_lanes(lanes), p));
+  static __m512 load_scaled(const float* p, int64_t lanes, double scale) {
+    return _mm512_mul_ps(_mm512_set1_ps(static_cast<float>(scale)),
+                         _mm512_maskz_loadu_ps(first_lanes(lanes), p));
   }
 };
 

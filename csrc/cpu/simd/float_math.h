@@ -11,7 +11,8 @@ template <class T, class TA>
 struct FloatMath {
   using Base = T;
   using Sum = compute_t<T>;
-  using Element = Sum;  // of copied rows
+  using Hidden = double;  // of h and dh: rounded once, with the factors on them
+  using Element = Sum;    // of copied rows
 
   static constexpr int64_t kPanelRows = 48;  // a multiple of every tile
   static constexpr int64_t kChunk = 1024;    // columns copied at a time
@@ -19,7 +20,6 @@ struct FloatMath {
   // BLAS multiplies fewer rows than these by A's transpose, and any number of rows by one vector,
   // in sums so short that ours have to be in double.
   static constexpr int64_t kFewRows = 16;
-  static constexpr bool kSumsInDouble = true;
   static constexpr int64_t kStride = kChunk + kCacheLine / sizeof(Element);
   static constexpr bool kCopies = true;  // even rows that need no widening: as a stream from memory
 
@@ -27,13 +27,14 @@ struct FloatMath {
   static int64_t operand_bytes(int64_t r) { return kPanelRows * r * sizeof(Sum); }
 
   // scale * values [rows, r] as left operand
-  static LeftRows<Sum> rows(void* operand, const Sum* values, int64_t rows, int64_t r, Sum scale,
-                            bool /*exact*/) {
+  static LeftRows<Sum> rows(void* operand, const Hidden* values, int64_t rows, int64_t r,
+                            double scale, bool /*exact*/) {
     return {scaled(operand, values, rows * r, scale), r, 1};
   }
   // its transpose
-  static LeftRows<Sum> columns(void* operand, const Sum* values, int64_t rows, int64_t r, Sum scale,
-                               bool /*few*/) {
+  template <class Value>
+  static LeftRows<Sum> columns(void* operand, const Value* values, int64_t rows, int64_t r,
+                               double scale, bool /*few*/) {
     return {scaled(operand, values, rows * r, scale), 1, r};
   }
   // rows of x or dy as left operand
@@ -57,18 +58,18 @@ struct FloatMath {
     copy_kept(in, stride, rows, columns, keep, keep_stride, out, kStride);
   }
 
-  // sums [rows, r] = a b of K terms, or += it
+  // sums [rows, r] = a b of K terms, or += it; in the compute type, before they go to double, only
+  // so many in a row.
   template <class B>
-  static void product_in_double(int64_t rows, int64_t r, int64_t K, const LeftRows<Sum>& a,
-                                const RightRows<B>& b, bool add, double* sums) {
-    if (r == 1) {
+  static void hidden_product(int64_t rows, int64_t r, int64_t K, const LeftRows<Sum>& a,
+                             const RightRows<B>& b, bool add, bool few, Hidden* sums) {
+    if (few && r == 1) {
       for (int64_t i = 0; i < rows; ++i) {
         sums[i] = dot_in_double(K, a.at(i, 0), b.data) + (add ? sums[i] : 0.0);
       }
       return;
     }
-    // In the compute type, before they go to double.
-    const int64_t terms = rows < 4 ? 8 : 16;
+    const int64_t terms = !few ? kSumTerms : rows < 4 ? 8 : 16;
     for (int64_t k = 0; k == 0 || k < K; k += terms) {
       gemm(rows, r, at_most(K - k, terms), a.from(k), b.from(k),
            StoreDouble<Sum>{sums, r, add || k > 0});
@@ -88,9 +89,10 @@ struct FloatMath {
   }
 
  private:
-  static const Sum* scaled(void* operand, const Sum* values, int64_t count, Sum scale) {
+  template <class Value>
+  static const Sum* scaled(void* operand, const Value* values, int64_t count, double scale) {
     auto* out = static_cast<Sum*>(operand);
-    for (int64_t i = 0; i < count; ++i) out[i] = scale * values[i];
+    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<Sum>(scale * values[i]);
     return out;
   }
 };

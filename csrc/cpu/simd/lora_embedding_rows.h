@@ -47,12 +47,13 @@ void embedding_forward_rows(const EmbeddingForwardArgs& args, int64_t begin, int
   using S = typename Math::Sum;
   const int64_t D = args.D, r = args.r;
   const Panel<Math> panel(scratch, r);
+  auto* h = static_cast<S*>(panel.operand);
   for (int64_t m = begin; m < end; m += panel.kRows) {
     const int64_t rows = at_most(end - m, panel.kRows);
     const int64_t* tokens = args.tokens + m;
     gather_columns(static_cast<const TA*>(args.lora_A), args.V, r, tokens, rows,
-                   static_cast<S>(args.scaling), panel.h);
-    Math::product(rows, D, r, LeftRows<S>{panel.h, r, 1}, Math::packed(args.lora_B_t, D),
+                   static_cast<S>(args.scaling), h);
+    Math::product(rows, D, r, LeftRows<S>{h, r, 1}, Math::packed(args.lora_B_t, D),
                   StoreLookedUp<S, T>{static_cast<T*>(args.y) + m * D, D,
                                       static_cast<const T*>(args.weight), args.ldw, tokens});
   }
@@ -65,6 +66,7 @@ void embedding_backward_rows(const EmbeddingBackwardArgs& args, int64_t begin, i
   using S = typename Math::Sum;
   const int64_t D = args.D, r = args.r;
   const Panel<Math> panel(scratch, r);
+  auto* h = static_cast<S*>(panel.operand);
   auto* dB = static_cast<S*>(dB_sum);
   auto* dh = static_cast<S*>(args.dh);
   const auto B = Math::adapter(args.lora_B, r);
@@ -73,17 +75,17 @@ void embedding_backward_rows(const EmbeddingBackwardArgs& args, int64_t begin, i
     const bool later = m > begin;  // the first panel starts the sum, later ones add to it
     if (dB) {
       gather_columns(static_cast<const TA*>(args.lora_A), args.V, r, args.tokens + m, rows, S{1},
-                     panel.h);
+                     h);
     }
 
     // dh = dy B and dB += h^T dy, from one pass over dy
     const auto* dy = static_cast<const T*>(args.dy) + m * args.lddy;
     for_chunks(panel, dy, args.lddy, rows, D, nullptr, [&](int64_t n, const auto& chunk) {
-      if (dh) chunk.times(B.from(n), r, n > 0, r == 1 ? panel.sums : nullptr, panel.dh);
-      if (dB) chunk.left_times(LeftRows<S>{panel.h, 1, r}, r, later, dB + n, D);
+      if (dh) chunk.times(B.from(n), r, n > 0, r == 1, panel.hidden);
+      if (dB) chunk.left_times(LeftRows<S>{h, 1, r}, r, later, dB + n, D);
     });
     for (int64_t i = 0; dh && i < rows * r; ++i) {
-      dh[m * r + i] = static_cast<S>(args.scaling) * panel.dh[i];
+      dh[m * r + i] = static_cast<S>(args.scaling * panel.hidden[i]);
     }
   }
 }

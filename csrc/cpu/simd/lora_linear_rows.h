@@ -12,37 +12,26 @@ namespace lora_ext::LORA_EXT_ISA {
 // The scratch of one thread, for one panel of rows at a time.
 template <class Math>
 struct Panel {
-  using Sum = typename Math::Sum;
+  using Hidden = typename Math::Hidden;
   using Element = typename Math::Element;
   static constexpr int64_t kRows = Math::kPanelRows;
 
   Element* in;     // [kRows, Math::kStride]: a chunk of x or dy, without dropped elements
-  Sum* h;          // [kRows, r]
-  Sum* dh;         // [kRows, r]
-  double* sums;    // [sums_in_double(r)], of h or dh
-  void* operand;   // what Math makes of h or dh to multiply with
+  Hidden* hidden;  // [kRows, r]: h or dh without their factors
+  void* operand;   // what Math makes of it to multiply with: times the factors, rounded once
   uint16_t* keep;  // [kRows, keep_words(K)]
 
   Panel(void* scratch, int64_t r) {
     in = static_cast<Element*>(scratch);
-    sums = reinterpret_cast<double*>(in + kRows * Math::kStride);
-    h = reinterpret_cast<Sum*>(sums + sums_in_double(r));
-    dh = h + kRows * r;
-    operand = dh + kRows * r;
+    hidden = reinterpret_cast<Hidden*>(in + kRows * Math::kStride);
+    operand = hidden + kRows * r;
     keep = reinterpret_cast<uint16_t*>(static_cast<char*>(operand) + Math::operand_bytes(r));
   }
 
   static int64_t bytes(int64_t K, int64_t r) {
     const int64_t row = Math::kStride * static_cast<int64_t>(sizeof(Element)) +
-                        2 * r * static_cast<int64_t>(sizeof(Sum)) + 2 * keep_words(K);
-    return kRows * row + Math::operand_bytes(r) +
-           sums_in_double(r) * static_cast<int64_t>(sizeof(double));
-  }
-
- private:
-  static int64_t sums_in_double(int64_t r) {
-    if (!Math::kSumsInDouble) return 0;
-    return r * Math::kFewRows > kRows ? r * Math::kFewRows : kRows;
+                        r * static_cast<int64_t>(sizeof(Hidden)) + 2 * keep_words(K);
+    return kRows * row + Math::operand_bytes(r);
   }
 };
 
@@ -53,21 +42,10 @@ struct Chunk {
   int64_t stride, rows, columns;
   bool cold;  // read from memory, not from a copy in cache
 
-  // out [rows, r] = this b, or += it; where sums [rows, r] are given, these, rounded to out.
+  // out [rows, r] = this b, or += it
   template <class Right>
-  void times(const Right& b, int64_t r, bool add, double* sums, typename Math::Sum* out) const {
-    const auto left = Math::left(data, stride, cold);
-    if constexpr (Math::kSumsInDouble) {
-      if (sums) {
-        Math::product_in_double(rows, r, columns, left, b, add, sums);
-        for (int64_t i = 0; i < rows * r; ++i) out[i] = static_cast<typename Math::Sum>(sums[i]);
-        return;
-      }
-    }
-    for (int64_t k = 0; k == 0 || k < columns; k += Math::kSumTerms) {
-      Math::product(rows, r, at_most(columns - k, Math::kSumTerms), left.from(k), b.from(k),
-                    StoreSum<typename Math::Sum>{out, r, add || k > 0});
-    }
+  void times(const Right& b, int64_t r, bool add, bool few, typename Math::Hidden* out) const {
+    Math::hidden_product(rows, r, columns, Math::left(data, stride, cold), b, add, few, out);
   }
 
   // out [r, columns], out_stride apart = a this, or += it
@@ -104,17 +82,15 @@ void for_chunks(const Panel<Math>& panel, const typename Math::Base* in, int64_t
   }
 }
 
-// h [rows, r] = dropout(x) A^T, of a call of M rows
+// hidden [rows, r] = the kept elements of x A^T, of a call of M rows
 template <class Math>
 void down_project(const Panel<Math>& panel, const typename Math::Base* x, int64_t ldx, int64_t M,
-                  int64_t rows, int64_t K, int64_t r, const uint16_t* keep,
-                  typename Math::Sum survivor, const void* lora_A_t) {
+                  int64_t rows, int64_t K, int64_t r, const uint16_t* keep, const void* lora_A_t) {
   const auto A_t = Math::packed(lora_A_t, r);
-  double* sums = r == 1 || M < Math::kFewRows ? panel.sums : nullptr;
+  const bool few = r == 1 || M < Math::kFewRows;
   for_chunks(panel, x, ldx, rows, K, keep, [&](int64_t k, const auto& chunk) {
-    chunk.times(A_t.from(k), r, k > 0, sums, panel.h);
+    chunk.times(A_t.from(k), r, k > 0, few, panel.hidden);
   });
-  for (int64_t i = 0; keep && i < rows * r; ++i) panel.h[i] *= survivor;
 }
 
 template <class Math>
@@ -123,22 +99,22 @@ void forward_rows(const ForwardArgs& args, int64_t begin, int64_t end, void* scr
   using S = typename Math::Sum;
   const int64_t K = args.K, N = args.N, r = args.r;
   const Panel<Math> panel(scratch, r);
-  const S survivor = args.dropout.enabled ? static_cast<S>(args.dropout.scale) : S{1};
-  const S scale =
-      static_cast<S>(args.dropout.enabled ? args.scaling * args.dropout.scale : args.scaling);
+  const double survivor = args.dropout.scale;
 
   for (int64_t m = begin; m < end; m += panel.kRows) {
     const int64_t rows = at_most(end - m, panel.kRows);
 
     // h = dropout(x) A^T
     const uint16_t* keep = fill_panel_bits(args.dropout, m, rows, K, panel.keep);
-    down_project(panel, row_of<T>(args.x, m, args.ldx), args.ldx, args.M, rows, K, r, keep, S{1},
+    down_project(panel, row_of<T>(args.x, m, args.ldx), args.ldx, args.M, rows, K, r, keep,
                  args.lora_A_t);
     auto* h_out = static_cast<S*>(args.h);
-    for (int64_t i = 0; h_out && i < rows * r; ++i) h_out[m * r + i] = panel.h[i] * survivor;
+    for (int64_t i = 0; h_out && i < rows * r; ++i) {
+      h_out[m * r + i] = static_cast<S>(panel.hidden[i] * survivor);
+    }
 
-    // y = scaling * h B^T + bias; the survivors' factor goes with the scaling, rounded once
-    const auto h = Math::rows(panel.operand, panel.h, rows, r, scale, true);
+    // y = scaling * h B^T + bias
+    const auto h = Math::rows(panel.operand, panel.hidden, rows, r, args.scaling * survivor, true);
     Math::product(rows, N, r, h, Math::packed(args.lora_B_t, N),
                   StoreRounded<S, T>{static_cast<T*>(args.y) + m * N, N,
                                      static_cast<const S*>(args.bias), nullptr, 0});
@@ -157,8 +133,7 @@ void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end, void* d
   auto* dx = static_cast<T*>(args.dx);
   const bool recompute_h = dB && !args.h;
   const bool few = end - begin <= panel.kRows;
-  const S survivor = args.dropout.enabled ? static_cast<S>(args.dropout.scale) : S{1};
-  const S scale = static_cast<S>(args.scaling) * survivor;
+  const double survivor = args.dropout.scale, scale = args.scaling * survivor;
 
   for (int64_t m = begin; m < end; m += panel.kRows) {
     const int64_t rows = at_most(end - m, panel.kRows);
@@ -171,21 +146,22 @@ void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end, void* d
     }
 
     // dh = dy B, still without scale, and dB += h^T dy, from one pass over dy
-    const S* h = row_of<S>(args.h, m, r);
     if (recompute_h) {
-      down_project(panel, x, args.ldx, args.M, rows, K, r, keep, survivor, args.lora_A_t);
-      h = panel.h;
+      down_project(panel, x, args.ldx, args.M, rows, K, r, keep, args.lora_A_t);
     }
-    const auto h_t = Math::columns(panel.operand, h, dB ? rows : 0, r, S{1}, few);
+    const auto h_t =
+        recompute_h
+            ? Math::columns(panel.operand, panel.hidden, rows, r, survivor, few)
+            : Math::columns(panel.operand, row_of<S>(args.h, m, r), dB ? rows : 0, r, 1.0, few);
     const auto B = Math::adapter(args.lora_B, r);
     for_chunks(panel, dy, args.lddy, rows, N, nullptr, [&](int64_t n, const auto& chunk) {
-      if (dA || dx) chunk.times(B.from(n), r, n > 0, r == 1 ? panel.sums : nullptr, panel.dh);
+      if (dA || dx) chunk.times(B.from(n), r, n > 0, r == 1, panel.hidden);
       if (dB) chunk.left_times(h_t, r, later, dB + n, N);
     });
 
     // dA += dh^T dropout(x)
     if (dA) {
-      const auto dh_t = Math::columns(panel.operand, panel.dh, rows, r, scale, few);
+      const auto dh_t = Math::columns(panel.operand, panel.hidden, rows, r, scale, few);
       for_chunks(panel, x, args.ldx, rows, K, keep, [&](int64_t k, const auto& chunk) {
         chunk.left_times(dh_t, r, later, dA + k, K);
       });
@@ -193,7 +169,7 @@ void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end, void* d
 
     // dx = dropout'(dh A)
     if (dx) {
-      const auto dh = Math::rows(panel.operand, panel.dh, rows, r, scale, few);
+      const auto dh = Math::rows(panel.operand, panel.hidden, rows, r, scale, few);
       Math::product(rows, K, r, dh, Math::adapter(args.lora_A, K),
                     StoreRounded<S, T>{dx + m * K, K, nullptr, keep, keep_words(K)});
     }
