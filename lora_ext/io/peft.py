@@ -20,7 +20,12 @@ from lora_ext.adapters.patterns import FILE_SECONDS, in_time
 from lora_ext.adapters.targets import matches, saved_modules
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_file import TensorSpec
-from lora_ext.io.adapter_folder import AdapterFolder, open_adapter, save_adapter
+from lora_ext.io.adapter_folder import (
+    AdapterFolder,
+    check_adapter_files,
+    open_adapter,
+    save_adapter,
+)
 from lora_ext.io.base_tensors import (
     around_others,
     around_planned,
@@ -165,6 +170,8 @@ def save_pretrained(
             fields["base_model_name_or_path"] = name_or_path
         place = Path(folder) if name == DEFAULT else Path(folder) / name
         ready.append((place, fields, tensors))
+    for place, fields, tensors in ready[1:]:  # the first one's are checked before it is written
+        check_adapter_files(place, fields, tensors)
     for place, fields, tensors in ready:
         save_adapter(place, fields, tensors)
 
