@@ -128,8 +128,9 @@ def save_pretrained(
     Raises:
         ValueError: no such adapter, or the model does not hold all of it (after `unload()`, under
             ZeRO-3, on "meta", in layers that were replaced since), or its config does not fit the
-            model; as_plain_lora with a conversion of the initialisation, or for an attention with
-            kdim or vdim other than embed_dim. Nothing is written then.
+            model, or it was combined of adapters whose initialisation changed the base;
+            as_plain_lora with a conversion of the initialisation, or for an attention with kdim or
+            vdim other than embed_dim. Nothing is written then.
         AdapterFileError: NaN or Inf; the initial adapter's files are damaged or do not fit.
     """
     folder = as_path(folder, "save_pretrained")
