@@ -274,3 +274,12 @@ def test_a_path_with_a_null_character_is_refused_by_name() -> None:
         model.save_pretrained("a\0b")
     with pytest.raises(ValueError, match=r"open_adapter: folder: got 'a\\x00b', expected a path"):
         LoraModel.from_pretrained(nn.Sequential(nn.Linear(4, 4)), "a\0b")
+
+
+def test_saving_no_adapter_is_refused(tmp_path: Path) -> None:
+    model = get_lora_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match=r"adapter_names: got \[\], with adapters \['default'\]"):
+        model.save_pretrained(tmp_path, [])
+    model.delete_adapter("default")
+    with pytest.raises(ValueError, match=r"adapter_names: got None, with adapters \[\]"):
+        model.save_pretrained(tmp_path)

@@ -149,6 +149,11 @@ def save_pretrained(
                 f"save_pretrained: adapter_names: got {name!r}, "
                 f"expected some of {list(model.peft_config)}"
             )
+    if not names:
+        raise ValueError(
+            f"save_pretrained: adapter_names: got {adapter_names}, with adapters "
+            f"{list(model.peft_config)} in the model, expected at least one; nothing is written"
+        )
     if as_plain_lora and path_initial_model_for_weight_conversion is not None:
         raise ValueError(
             "save_pretrained: as_plain_lora: got True with path_initial_model_for_weight_conversion"
