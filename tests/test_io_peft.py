@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from lora_ext import LoraConfig, LoraModel, get_lora_model
 from lora_ext.errors import AdapterFileError
 from lora_ext.io import (
     CONFIG_NAME,
@@ -253,3 +254,32 @@ def test_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
             assert adapter.config == {"r": r}
     assert list(read_adapter_tensors(WEIGHTS_NAME, {"w": TensorSpec((2,))})) == ["w"]
     assert list(read_header("a/b/" + WEIGHTS_NAME)) == ["w"]
+
+
+def test_no_adapter_is_written_if_one_cannot_be(tmp_path: Path) -> None:
+    model = get_lora_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+    model.add_adapter("two", LoraConfig(r=2, target_modules=["0"]))
+    with torch.no_grad():
+        model.base_model[0].lora_B_two[0, 0] = torch.nan
+    with pytest.raises(AdapterFileError, match="NaN"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_path_with_a_null_character_is_refused_by_name() -> None:
+    model = get_lora_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(
+        ValueError, match=r"save_pretrained: folder: got 'a\\x00b', expected a path"
+    ):
+        model.save_pretrained("a\0b")
+    with pytest.raises(ValueError, match=r"open_adapter: folder: got 'a\\x00b', expected a path"):
+        LoraModel.from_pretrained(nn.Sequential(nn.Linear(4, 4)), "a\0b")
+
+
+def test_saving_no_adapter_is_refused(tmp_path: Path) -> None:
+    model = get_lora_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match=r"adapter_names: got \[\], with adapters \['default'\]"):
+        model.save_pretrained(tmp_path, [])
+    model.delete_adapter("default")
+    with pytest.raises(ValueError, match=r"adapter_names: got None, with adapters \[\]"):
+        model.save_pretrained(tmp_path)

@@ -286,3 +286,16 @@ def test_two_names_of_one_module_with_other_values_are_refused(tmp_path: Path) -
     with pytest.raises(AdapterFileError, match=r"other\.weight.*differs from .*first\.weight"):
         LoraModel.from_pretrained(net, tmp_path)
     assert type(net.first) is nn.Linear and net.other is net.first
+
+
+def test_modules_inside_those_that_another_adapter_saves_are_not_named(tmp_path: Path) -> None:
+    model = model_of(modules_to_save=["dict"])
+    model.add_adapter("two", config_of(modules_to_save=["one", "head"]))  # but for dict.one
+    model.add_adapter("three", config_of(modules_to_save=["0"]))
+    assert model.peft_config["two"].modules_to_save == ["head"]
+    assert model.peft_config["three"].modules_to_save == ["0"]
+    model.save_pretrained(tmp_path)
+    for name in ("two", "three"):
+        model.set_adapter(name)
+        again = LoraModel.from_pretrained(Net(), tmp_path / name)
+        assert torch.equal(again(X), model(X))

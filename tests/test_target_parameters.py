@@ -274,6 +274,10 @@ def added(model: LoraModel, **fields: Any) -> None:
 
 WRONG: dict[str, tuple[Callable[[LoraModel], Any], str]] = {
     "no match": (lambda m: added(m, target_parameters=["dwon"]), r"did you mean \['down'\]"),
+    "saved whole": (
+        lambda m: added(m, target_parameters=["layers.1.down"], modules_to_save=["layers.1"]),
+        r"'layers\.1\.down' is in a module that is saved whole",
+    ),
     "other parameters": (lambda m: added(m, target_parameters=["layers.0.mix"]), "'up'"),
     "a vector": (lambda m: added(m, target_parameters=["head.bias"]), "'bias'"),
     "target module": (

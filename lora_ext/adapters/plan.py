@@ -100,6 +100,8 @@ def resolved(model: nn.Module, plan: Plan) -> LoraConfig:
     if _means_what_others_save(model, config, config.target_parameters):
         config.target_parameters = list(plan.parameters)
     saved = saved_modules(config)
+    if _saves_what_others_save(model, saved, plan.saved):
+        saved = list(plan.saved)
     if plan.tied:  # as PEFT names them: the embedding stands for what is tied to it
         source = next(iter(plan.tied.values()))
         saved = [name for name in saved if not any(matches(tied, [name]) for tied in plan.tied)]
@@ -129,6 +131,18 @@ def _means_what_others_save(
         name = name.replace(ORIGINAL, "")
         names = (name, *(f"{name}.{part}" for part in module._parameters))
         if any(matches(one, meant) for one in names) and not any(one.match(name) for one in own):
+            return True
+    return False
+
+
+def _saves_what_others_save(model: nn.Module, named: Sequence[str], saved: Collection[str]) -> bool:
+    """Whether names of modules to save also mean modules that are not saved here only because they
+    are in a module that another adapter saves whole."""
+    for name, _ in named_modules(model) if named else ():
+        if f"{ORIGINAL}." not in f"{name}.":
+            continue
+        name = name.replace(ORIGINAL, "")
+        if name.endswith(tuple(named)) and not f"{name}.".startswith(tuple(f"{s}." for s in saved)):
             return True
     return False
 

@@ -80,9 +80,16 @@ def find_parameters(
         found.append(TargetedModule(name, module, names, layer))
     if wanted and not found:
         names_there = [plain_name(name) for name, p in model.named_parameters() if p.dim() >= 2]
+        hidden = next((name for name in names_there if matches(name, wanted)), None)
+        hint = near_misses(wanted, names_there)
+        if hidden is not None:
+            hint = (
+                f"{hidden!r} is in a module that is saved whole (modules_to_save) or has other "
+                "adapters; leave it out of one of both"
+            )
         text = (
-            f"{where}: {short(config.target_parameters)} matches no parameter; "
-            f"{near_misses(wanted, names_there)}"
+            f"{where}: {short(config.target_parameters)} matches no parameter that can have an "
+            f"adapter; {hint}"
         )
         if not targets:
             raise ValueError(text)

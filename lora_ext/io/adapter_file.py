@@ -160,14 +160,19 @@ def adapter_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     storages: set[tuple[torch.device, int]] = set()
     for key, tensor in tensors.items():
         tensor = tensor.detach()
-        if not _is_finite(tensor):
-            raise AdapterFileError(f"{short(key)} has NaN or Inf; it is not saved")
+        check_finite(key, tensor)
         storage = (tensor.device, tensor.untyped_storage().data_ptr())
         if storage in storages:
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         storages.add(storage)
         ready[key] = tensor.contiguous()
     return safetensors.torch.save(ready, metadata={"format": "pt"})
+
+
+def check_finite(key: str, tensor: Tensor) -> None:
+    """AdapterFileError for what would not be read again."""
+    if not _is_finite(tensor.detach()):
+        raise AdapterFileError(f"{short(key)} has NaN or Inf; it is not saved")
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from lora_ext.io.adapter_file import (
     PICKLE_SUFFIXES,
     TensorSpec,
     adapter_bytes,
+    check_finite,
     read_adapter_tensors,
     read_header,
 )
@@ -100,14 +101,28 @@ def save_adapter(
         TypeError, ValueError: the configuration holds what JSON has not, or more than is read.
         TimeoutError, OSError: see `save_files`.
     """
+    text = _config_bytes(folder, config)
+    files = {CONFIG_NAME: text, WEIGHTS_NAME: adapter_bytes(tensors)}
+    save_files(folder, files, lock_timeout=lock_timeout)
+
+
+def check_adapter_files(
+    folder: StrPath, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Raises what `save_adapter` would raise of the contents, and writes nothing."""
+    _config_bytes(folder, config)
+    for key, tensor in tensors.items():
+        check_finite(key, tensor)
+
+
+def _config_bytes(folder: StrPath, config: Mapping[str, Any]) -> bytes:
     text = json_text(config).encode()
     if len(text) > MAX_CONFIG_BYTES or _is_too_dense(text):
         raise ValueError(
             f"{folder}: the config has {len(text)} bytes with {text.count(b',')} values, more than "
             "would be read again; name modules by the last parts of their names"
         )
-    files = {CONFIG_NAME: text, WEIGHTS_NAME: adapter_bytes(tensors)}
-    save_files(folder, files, lock_timeout=lock_timeout)
+    return text
 
 
 def read_config_file(path: StrPath) -> dict[str, Any]:

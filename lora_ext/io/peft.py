@@ -20,7 +20,12 @@ from lora_ext.adapters.patterns import FILE_SECONDS, in_time
 from lora_ext.adapters.targets import matches, saved_modules
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_file import TensorSpec
-from lora_ext.io.adapter_folder import AdapterFolder, open_adapter, save_adapter
+from lora_ext.io.adapter_folder import (
+    AdapterFolder,
+    check_adapter_files,
+    open_adapter,
+    save_adapter,
+)
 from lora_ext.io.base_tensors import (
     around_others,
     around_planned,
@@ -123,8 +128,9 @@ def save_pretrained(
     Raises:
         ValueError: no such adapter, or the model does not hold all of it (after `unload()`, under
             ZeRO-3, on "meta", in layers that were replaced since), or its config does not fit the
-            model; as_plain_lora with a conversion of the initialisation, or for an attention with
-            kdim or vdim other than embed_dim. Nothing is written then.
+            model, or it was combined of adapters whose initialisation changed the base;
+            as_plain_lora with a conversion of the initialisation, or for an attention with kdim or
+            vdim other than embed_dim. Nothing is written then.
         AdapterFileError: NaN or Inf; the initial adapter's files are damaged or do not fit.
     """
     folder = as_path(folder, "save_pretrained")
@@ -143,6 +149,11 @@ def save_pretrained(
                 f"save_pretrained: adapter_names: got {name!r}, "
                 f"expected some of {list(model.peft_config)}"
             )
+    if not names:
+        raise ValueError(
+            f"save_pretrained: adapter_names: got {adapter_names}, with adapters "
+            f"{list(model.peft_config)} in the model, expected at least one; nothing is written"
+        )
     if as_plain_lora and path_initial_model_for_weight_conversion is not None:
         raise ValueError(
             "save_pretrained: as_plain_lora: got True with path_initial_model_for_weight_conversion"
@@ -165,6 +176,8 @@ def save_pretrained(
             fields["base_model_name_or_path"] = name_or_path
         place = Path(folder) if name == DEFAULT else Path(folder) / name
         ready.append((place, fields, tensors))
+    for place, fields, tensors in ready[1:]:  # the first one's are checked before it is written
+        check_adapter_files(place, fields, tensors)
     for place, fields, tensors in ready:
         save_adapter(place, fields, tensors)
 

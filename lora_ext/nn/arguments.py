@@ -120,9 +120,13 @@ def named_x(where: str, x: Tensor | None, input: Tensor | None) -> Tensor:
 
 
 def as_path(path: Any, where: str, argument: str = "folder") -> Path:
-    """TypeError for what is none."""
+    """TypeError, or ValueError, for what is none."""
     if not isinstance(path, str | os.PathLike):
         refuse(where, argument, path, "a path")
+    if "\0" in os.fsdecode(path):
+        raise ValueError(
+            f"{where}: {argument}: got {describe(str(path))}, expected a path without \\0"
+        )
     return Path(path)
 
 
