@@ -23,7 +23,7 @@ from lora_ext.adapters.weighted import add_weighted_adapter
 from lora_ext.errors import NotMergedError
 from lora_ext.io.peft import load_adapter, save_pretrained
 from lora_ext.nn import LoraLayer
-from lora_ext.nn.arguments import as_number, check_module, describe, names_of
+from lora_ext.nn.arguments import as_number, check_known, check_module, names_of
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.lora_layer import check_adapter_name
 from lora_ext.nn.trainable import count_parameters, print_trainable_parameters
@@ -480,12 +480,7 @@ class LoraModel(nn.Module):
         return get_model_status(self)
 
     def _check_names(self, names: Iterable[str], argument: str = "adapter_name") -> None:
-        unknown = [n for n in names if not isinstance(n, str) or n not in self.peft_config]
-        if unknown:
-            raise ValueError(
-                f"LoraModel: {argument}: got {describe(unknown[0])}, "
-                f"expected one of {list(self.peft_config)}"
-            )
+        check_known("LoraModel", argument, names, self.peft_config)
 
 
 def get_lora_model(

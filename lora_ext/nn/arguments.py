@@ -6,7 +6,7 @@ import numbers
 import os
 import reprlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -128,6 +128,15 @@ def as_path(path: Any, where: str, argument: str = "folder") -> Path:
             f"{where}: {argument}: got {describe(str(path))}, expected a path without \\0"
         )
     return Path(path)
+
+
+def check_known(where: str, argument: str, names: Iterable[Any], known: Collection[str]) -> None:
+    """ValueError unless all are names of what there is."""
+    for name in names:
+        if not isinstance(name, str) or name not in known:
+            raise ValueError(
+                f"{where}: {argument}: got {describe(name)}, expected one of {list(known)}"
+            )
 
 
 def check_sizes(where: str, **sizes: Any) -> None:

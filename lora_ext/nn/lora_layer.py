@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.nn.adoption import AdoptingLayer, adapter_device, offload_with, part_name
-from lora_ext.nn.arguments import as_number, describe, names_of
+from lora_ext.nn.arguments import as_number, check_known, describe, names_of
 from lora_ext.nn.default_adapter import DEFAULT, DefaultAdapter
 from lora_ext.nn.init import initialise, mutates_weight
 from lora_ext.nn.settings import AdapterSettings
@@ -463,12 +463,7 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
     # Checks
 
     def _check_names(self, names: Iterable[str], argument: str = "adapter_name") -> None:
-        unknown = [n for n in names if not isinstance(n, str) or n not in self.adapters]
-        if unknown:
-            raise ValueError(
-                f"{type(self).__name__}: {argument}: got {describe(unknown[0])}, "
-                f"expected one of {list(self.adapters)}"
-            )
+        check_known(type(self).__name__, argument, names, self.adapters)
 
 
 def check_adapter_name(
