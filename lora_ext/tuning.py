@@ -7,7 +7,6 @@ import os
 import re
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
@@ -19,7 +18,7 @@ from torch import nn
 
 from lora_ext._extension import _C, __version__, build_info
 from lora_ext.nn import Linear
-from lora_ext.nn.arguments import check_module, refuse
+from lora_ext.nn.arguments import check_module, refuse, warn
 
 # In the order in which they are preferred where the clock sees no difference.
 PATHS = ("fused", "hybrid", "composed")
@@ -254,7 +253,7 @@ def read_cache(file: Path, wanted: Mapping[str, str]) -> dict[Call, TunedCall]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        warnings.warn(f"autotune: {file} is not used ({error!r}); measuring again", stacklevel=3)
+        warn(f"autotune: {file} is not used ({error!r}); measuring again")
         return {}
     return {one.call: one for one in tuned}
 
@@ -278,4 +277,4 @@ def write_cache(file: Path, made_for: Mapping[str, str], known: Mapping[Call, Tu
     except OSError as error:
         with suppress(OSError):
             staged.unlink()
-        warnings.warn(f"autotune: {file} is not written: {error}", stacklevel=3)
+        warn(f"autotune: {file} is not written: {error}")

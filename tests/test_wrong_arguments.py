@@ -321,3 +321,31 @@ def test_star_import_leaves_torchs_nn() -> None:
     names: dict[str, Any] = {"nn": nn}
     exec("from lora_ext import *", names)
     assert names["nn"] is nn and names["LoraConfig"] is LoraConfig
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("rank", "r"), ("alpha", "lora_alpha"), ("dora", "use_dora")]
+)
+def test_settings_by_another_name(name: str, meant: str) -> None:
+    with pytest.raises(TypeError, match=rf"^Linear: {name}: unknown, .*; did you mean {meant}\?$"):
+        lora_ext.nn.Linear.from_linear(nn.Linear(4, 4), **{name: 2})
+
+
+def warn_of_an_embedding() -> None:
+    lora_ext.nn.Embedding(4, 4, r=2, lora_dropout=0.1)
+
+
+def warn_of_a_field() -> None:
+    lora_ext.LoraConfig.from_dict({"peft_type": "LORA", "unheard_of": 3})
+
+
+def warn_of_a_pattern() -> None:
+    config = lora_ext.LoraConfig(r=2, target_modules=["0"], rank_pattern={"nowhere": 3})
+    lora_ext.get_lora_model(nn.Sequential(nn.Linear(4, 4)), config)
+
+
+@pytest.mark.parametrize("call", [warn_of_an_embedding, warn_of_a_field, warn_of_a_pattern])
+def test_warnings_name_the_line_that_called(call: Callable[[], None]) -> None:
+    with pytest.warns(UserWarning) as caught:
+        call()
+    assert [warning.filename for warning in caught] == [__file__]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Self, TypeVar
@@ -14,7 +13,7 @@ from lora_ext.adapters.patterns import FILE_SECONDS, in_time, matching
 from lora_ext.io.adapter_folder import CONFIG_NAME, read_config_file
 from lora_ext.io.atomic import save_files
 from lora_ext.io.files import json_text
-from lora_ext.nn.arguments import as_path, refuse, short
+from lora_ext.nn.arguments import as_path, refuse, short, warn
 
 Number = TypeVar("Number", int, float)
 Names = str | list[str] | set[str] | None
@@ -260,9 +259,8 @@ class LoraConfig:
             str(name) for name in unknown if name not in NOT_BUILT and not is_off(unknown[name])
         )
         if without_effect:
-            warnings.warn(
-                f"LoraConfig: {without_effect[:20]}: unknown to this version; kept, without effect",
-                stacklevel=3,
+            warn(
+                f"LoraConfig: {without_effect[:20]}: unknown to this version; kept, without effect"
             )
         return config
 

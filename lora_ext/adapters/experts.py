@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import sys
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
@@ -25,6 +24,7 @@ from lora_ext.adapters.targets import (
     saved_modules,
 )
 from lora_ext.nn import LoraLayer
+from lora_ext.nn.arguments import warn
 
 # Names of projections that older versions of transformers had in each expert.
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "v1")
@@ -289,4 +289,4 @@ def _some(names: list[str]) -> str:
 
 
 def _warn(text: str) -> None:
-    warnings.warn(f"LoraConfig: {text}", stacklevel=5)
+    warn(f"LoraConfig: {text}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from lora_ext.adapters.weighted import add_weighted_adapter
 from lora_ext.errors import NotMergedError
 from lora_ext.io.peft import load_adapter, save_pretrained
 from lora_ext.nn import LoraLayer
-from lora_ext.nn.arguments import as_number, check_known, check_module, names_of
+from lora_ext.nn.arguments import as_number, check_known, check_module, names_of, warn
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.lora_layer import check_adapter_name
 from lora_ext.nn.trainable import count_parameters, print_trainable_parameters
@@ -290,10 +289,9 @@ class LoraModel(nn.Module):
         activate(self, names, inference_mode, transaction)
         transaction.commit()
         if merged:
-            warnings.warn(
+            warn(
                 "LoraModel.set_adapter: the model was merged, and is no longer; call "
-                "merge_adapter() to merge the adapters that are active now",
-                stacklevel=2,
+                "merge_adapter() to merge the adapters that are active now"
             )
 
     @property
@@ -387,7 +385,7 @@ class LoraModel(nn.Module):
         untied = merge_layers(self.base_model, layers, transaction, adapter_names)
         transaction.commit()
         if untied:
-            warnings.warn(untied_text(untied, "until unmerge_adapter()"), stacklevel=2)
+            warn(untied_text(untied, "until unmerge_adapter()"))
 
     def unmerge_adapter(self) -> None:
         """Gives the base's weights their places in all merged layers again.
@@ -435,7 +433,7 @@ class LoraModel(nn.Module):
             texts = [untied_text(untied, "for good")] if untied else []
             texts += self._unload(transaction)
         if texts:
-            warnings.warn("; ".join(texts), stacklevel=2)
+            warn("; ".join(texts))
         return self.base_model
 
     def unload(self) -> nn.Module:
@@ -445,7 +443,7 @@ class LoraModel(nn.Module):
         with Transaction() as transaction:
             texts = self._unload(transaction)
         for text in texts:
-            warnings.warn(text, stacklevel=2)
+            warn(text)
         return self.base_model
 
     def _unload(self, transaction: Transaction) -> list[str]:

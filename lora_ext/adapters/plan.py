@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ from lora_ext.adapters.targets import (
 from lora_ext.adapters.ties import shared_parameters, tied_to_embedding
 from lora_ext.errors import NotBuiltError
 from lora_ext.nn import AdapterSettings, Embedding, LoraLayer
-from lora_ext.nn.arguments import short
+from lora_ext.nn.arguments import short, warn
 from lora_ext.nn.init import mutates_weight
 from lora_ext.nn.kept_base import KeptBase
 
@@ -281,9 +280,8 @@ def _tied(model: nn.Module, names: list[str], saved: dict[str, nn.Module]) -> di
         )
     if together & saved.keys():
         return tied
-    warnings.warn(
+    warn(
         "LoraConfig: ensure_weight_tying: modules_to_save names nothing that is tied to the input "
-        "embedding",
-        stacklevel=2,
+        "embedding"
     )
     return {}

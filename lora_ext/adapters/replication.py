@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from lora_ext.nn.adoption import without_bound_calls
+from lora_ext.nn.arguments import warn
 from lora_ext.nn.transaction import Transaction
 
 
@@ -39,10 +39,9 @@ def replicate_layers(
             "after"
         )
     if compiled:
-        warnings.warn(
+        warn(
             f"LoraConfig: layer_replication: a {type(compiled[0]).__qualname__} in the layers is "
-            "compiled in place, the copies are not; compile them again",
-            stacklevel=2,
+            "compiled in place, the copies are not; compile them again"
         )
     copies = nn.ModuleList(
         _shared_copy(layers[i]) for start, end in layer_map for i in range(start, end)

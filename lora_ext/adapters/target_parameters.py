@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ from lora_ext.adapters.names import named_modules, plain_name
 from lora_ext.adapters.patterns import compiled
 from lora_ext.adapters.targets import matches, near_misses, saved_modules
 from lora_ext.nn import AnyLayer, LoraLayer, ParamLayer
-from lora_ext.nn.arguments import short
+from lora_ext.nn.arguments import short, warn
 
 
 class TargetedModule(NamedTuple):
@@ -93,7 +92,7 @@ def find_parameters(
         )
         if not targets:
             raise ValueError(text)
-        warnings.warn(text, stacklevel=3)
+        warn(text)
     return found
 
 

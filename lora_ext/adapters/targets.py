@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import NoReturn
 
@@ -21,7 +20,7 @@ from lora_ext.adapters.config_checks import ALL_LINEAR
 from lora_ext.adapters.names import ends, named_modules, unwrapped
 from lora_ext.adapters.patterns import compiled, matching
 from lora_ext.nn.any_layer import AnyLayer
-from lora_ext.nn.arguments import short
+from lora_ext.nn.arguments import short, warn
 from lora_ext.nn.linear import transformers_conv1d
 
 ADAPTABLE = (
@@ -329,4 +328,4 @@ def _collection(names: str | Collection[str] | None) -> str | Collection[str] | 
 
 
 def _warn(text: str) -> None:
-    warnings.warn(f"LoraConfig: {text}", stacklevel=3)
+    warn(f"LoraConfig: {text}")

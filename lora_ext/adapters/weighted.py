@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.plan import only_on
 from lora_ext.adapters.targets import saved_modules
 from lora_ext.nn import Embedding, LoraLayer
-from lora_ext.nn.arguments import names_of, refuse
+from lora_ext.nn.arguments import names_of, refuse, warn
 from lora_ext.nn.init import mutates_weight
 from lora_ext.nn.lora_layer import check_adapter_name
 from lora_ext.nn.transaction import Transaction
@@ -91,10 +90,9 @@ def add_weighted_adapter(
     transaction.commit()
     whole = [p for p, m in model.saved_modules() if m.modules_to_save.keys() & set(adapters)]
     if whole:
-        warnings.warn(
+        warn(
             f"add_weighted_adapter: '{adapter_name}' has no copy of {whole}, which the adapters "
-            "save whole: the base's runs with it",
-            stacklevel=3,
+            "save whole: the base's runs with it"
         )
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,7 +41,7 @@ from lora_ext.io.plain_lora import plain_lora
 from lora_ext.io.reading import BaseTensors, FileTensors, check_loadable, repeated, spec_of
 from lora_ext.io.savable import check_adapter, check_tensors
 from lora_ext.nn import LoraLayer
-from lora_ext.nn.arguments import as_path, names_of
+from lora_ext.nn.arguments import as_path, names_of, warn
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.lora_layer import check_adapter_name
 from lora_ext.nn.transaction import Transaction
@@ -91,10 +90,9 @@ def _base_tensors(
     if save_embedding_layers is True:
         parts += embeddings(base, iter(found))
     elif save_embedding_layers == "auto" and was_resized(base, config):
-        warnings.warn(
+        warn(
             "save_pretrained: the vocabulary is not that of the files the model was loaded from, "
-            "so its embeddings are saved too; save_embedding_layers=False leaves them out",
-            stacklevel=2,
+            "so its embeddings are saved too; save_embedding_layers=False leaves them out"
         )
         parts += embeddings(base, iter(found))
     elif save_embedding_layers == "auto" and targets_embeddings(base, config):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from itertools import compress
 from typing import Any, ClassVar
@@ -17,6 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lora_ext.functional import lora_embedding, lora_linear, lora_update
 from lora_ext.loralib.merging import LoRALayer, MergingLayer, add_product, no_dropout
+from lora_ext.nn.arguments import warn
 
 __all__ = [
     "Conv1d",
@@ -322,10 +322,9 @@ class ConvLoRA(MergingLayer):
                 "lora_ext.nn has convolutions with other kernels"
             )
         if r > 0 and lora_dropout > 0.0:
-            warnings.warn(
+            warn(
                 f"{where}: lora_dropout: got {lora_dropout}, which is not applied: the update is "
-                "one of the weight, as in loralib; lora_ext.nn's convolutions apply it",
-                stacklevel=2 if type(self) is ConvLoRA else 3,
+                "one of the weight, as in loralib; lora_ext.nn's convolutions apply it"
             )
         self.conv = conv_module(in_channels, out_channels, kernel_size, **kwargs)
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import ChainMap
 from typing import Any, ClassVar, Self
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lora_ext.nn.arguments import warn
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.mergeable import MergeableLayer
 
@@ -220,10 +220,9 @@ class AdoptingLayer(MergeableLayer):
                 "after"
             )
         if base._compiled_call_impl is not None:
-            warnings.warn(
+            warn(
                 f"{cls.__name__}: base: was compiled in place, the layer with adapters is not; "
-                "call compile() of the layer, or of the model around it",
-                stacklevel=4,
+                "call compile() of the layer, or of the model around it"
             )
         self: Self = cls.__new__(cls)
         self.__dict__.update(without_bound_calls(base))

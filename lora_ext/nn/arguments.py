@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 import os
 import reprlib
 import sys
+import warnings
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch.utils._contextlib
 from torch import Tensor
 
+# Code between a caller and what warns: this package, and what wraps its functions.
+_BETWEEN = (
+    str(Path(__file__).parents[1]),
+    contextlib.__file__,
+    torch.utils._contextlib.__file__,
+)
 # Larger integers are no floats.
 _MAX_FLOAT = int(sys.float_info.max)
 
@@ -35,6 +44,14 @@ def short(value: object) -> str:
 def refuse(where: str, argument: str, got: object, expected: str) -> NoReturn:
     """A TypeError in the words of all others."""
     raise TypeError(f"{where}: {argument}: got {describe(got)}, expected {expected}")
+
+
+def warn(text: str) -> None:
+    """A UserWarning at the line outside of this package that all calls come from."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_BETWEEN):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)
 
 
 def describe(value: object) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Self
 
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 from lora_ext.functional import lora_embedding, weight_norm
 from lora_ext.nn import dora
 from lora_ext.nn.adoption import belongs_to_its_class
-from lora_ext.nn.arguments import check_sizes
+from lora_ext.nn.arguments import check_sizes, warn
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.init import initialise_embedding
 from lora_ext.nn.kept_base import KeptBase
@@ -131,10 +130,9 @@ class Embedding(LoraLayer, nn.Embedding):
     def add_adapter(self, adapter_name: str, **settings: Any) -> None:
         super().add_adapter(adapter_name, **settings)
         if self.adapters[adapter_name].lora_dropout > 0.0:
-            warnings.warn(
+            warn(
                 f"Embedding: lora_dropout: got {self.adapters[adapter_name].lora_dropout}, which "
-                "is kept but not applied: token numbers have no elements to drop",
-                stacklevel=3,
+                "is kept but not applied: token numbers have no elements to drop"
             )
 
     def _initialise(self, name: str) -> None:

@@ -14,7 +14,7 @@ from lora_ext.nn.adoption import AdoptingLayer, adapter_device, offload_with, pa
 from lora_ext.nn.arguments import as_number, check_known, describe, names_of
 from lora_ext.nn.default_adapter import DEFAULT, DefaultAdapter
 from lora_ext.nn.init import initialise, mutates_weight
-from lora_ext.nn.settings import AdapterSettings
+from lora_ext.nn.settings import AdapterSettings, check_setting_names
 from lora_ext.nn.transaction import all_or_nothing
 
 
@@ -122,6 +122,7 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
                 of layer has no DoRA.
         """
         check_adapter_name(adapter_name, self.adapters, type(self).__name__)
+        check_setting_names(type(self).__name__, settings)
         chosen = AdapterSettings(**settings)
         shapes = self.part_shapes(chosen)
         if chosen.use_dora and "lora_magnitude_vector" not in shapes:

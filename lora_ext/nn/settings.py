@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from typing import Self
 
 from lora_ext.nn.arguments import as_flag, as_number, describe
@@ -95,3 +96,16 @@ class AdapterSettings:
     def scaling(self) -> float:
         """Of the low-rank product."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+_OTHER_NAMES = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "dora": "use_dora"}
+
+
+def check_setting_names(where: str, names: Iterable[str]) -> None:
+    """TypeError for what is no field of AdapterSettings, with the one that may be meant."""
+    known = [one.name for one in fields(AdapterSettings)]
+    for name in names:
+        if name not in known:
+            near = [_OTHER_NAMES[name]] if name in _OTHER_NAMES else get_close_matches(name, known)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise TypeError(f"{where}: {name}: unknown, expected settings of {known}{hint}")
