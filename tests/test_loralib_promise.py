@@ -430,7 +430,7 @@ def test_dropout_of_a_convolution_is_not_silent() -> None:
         ),
         (lambda: lora.MergedLinear(4, 7, enable_lora=[]), "enable_lora: got 0 slices"),
         (lambda: lora.Linear(4, 7, r="2"), "Linear: r: got '2', expected an integer"),
-        (lambda: lora.Embedding(4, 7, 2, None), "Embedding: lora_alpha: got None, expected a num"),
+        (lambda: lora.Embedding(4, 7, 2, None), "Embedding: lora_alpha: got None, expected a fin"),
         (lambda: lora.Linear(4, 7, 2, 1, -0.1), r"Linear: lora_dropout: got -0\.1, expected a pro"),
         (
             lambda: lora.ConvLoRA(nn.Conv2d(4, 4, 3), 4, 4, 3, r=2),
