@@ -5,11 +5,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lora_ext.loralib.merging import LoRALayer
+from lora_ext.nn.arguments import check_module
 
 _BIAS = ("none", "all", "lora_only")
 
 
-def _check_bias(bias: str, operation: str) -> None:
+def _check(model: nn.Module, bias: str, operation: str) -> None:
+    check_module(operation, "model", model)
     if bias not in _BIAS:
         raise NotImplementedError(f"{operation}: bias: got {bias!r}, expected one of {_BIAS}")
 
@@ -25,7 +27,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     Raises:
         NotImplementedError: bias is something else. Nothing is changed then.
     """
-    _check_bias(bias, "mark_only_lora_as_trainable")
+    _check(model, bias, "mark_only_lora_as_trainable")
     for name, parameter in model.named_parameters():
         if "lora_" not in name:
             parameter.requires_grad = bias == "all" and "bias" in name
@@ -45,11 +47,13 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     Raises:
         NotImplementedError: bias is something else.
     """
-    _check_bias(bias, "lora_state_dict")
+    _check(model, bias, "lora_state_dict")
     state = model.state_dict()
-    chosen = {name for name in state if "lora_" in name}
-    if bias == "all":
-        chosen |= {name for name in state if "bias" in name}
-    elif bias == "lora_only":
-        chosen |= {f"{name.partition('lora_')[0]}bias" for name in chosen}
-    return {name: tensor for name, tensor in state.items() if name in chosen}
+    chosen: list[str] = []  # in loralib's order
+    for name in state:
+        if "lora_" in name:
+            own_bias = [f"{name.partition('lora_')[0]}bias"] if bias == "lora_only" else []
+            chosen += [name, *own_bias]
+        elif bias == "all" and "bias" in name:
+            chosen.append(name)
+    return {name: state[name] for name in chosen if name in state}
