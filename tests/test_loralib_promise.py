@@ -434,7 +434,7 @@ def test_dropout_of_a_convolution_is_not_silent() -> None:
         (lambda: lora.Linear(4, 7, 2, 1, -0.1), r"Linear: lora_dropout: got -0\.1, expected a pro"),
         (
             lambda: lora.ConvLoRA(nn.Conv2d(4, 4, 3), 4, 4, 3, r=2),
-            "ConvLoRA: conv_module: got a Conv2d, expected the class of a conv",
+            "ConvLoRA: conv_module: got a torch.nn.modules.conv.Conv2d, expected the class",
         ),
     ],
     ids=["kernel", "slices", "no slices", "r", "lora_alpha", "lora_dropout", "conv_module"],

@@ -22,7 +22,7 @@ from lora_ext.adapters.weighted import add_weighted_adapter
 from lora_ext.errors import NotMergedError
 from lora_ext.io.peft import load_adapter, save_pretrained
 from lora_ext.nn import LoraLayer
-from lora_ext.nn.arguments import as_number, check_known, check_module, names_of, warn
+from lora_ext.nn.arguments import as_flag, as_number, check_known, check_module, names_of, warn
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.lora_layer import check_adapter_name
 from lora_ext.nn.trainable import count_parameters, print_trainable_parameters
@@ -312,6 +312,7 @@ class LoraModel(nn.Module):
         """Switches all adapters, and the copies of modules to save, on or off. Off is the base
         model exactly, but for biases of its own that were trained (the config's `bias`); merged
         layers are unmerged for it."""
+        enabled = as_flag(enabled, "LoraModel.enable_adapters", "enabled")
         transaction = Transaction()
         for _, layer in self.lora_layers():
             transaction.draft(layer).enable_adapters(enabled)

@@ -320,6 +320,8 @@ def near_misses(wanted: Iterable[str], names: Iterable[str]) -> str:
     near = sorted({hit for part in last_parts for hit in difflib.get_close_matches(part, last)})
     if near:
         return f"did you mean {near}?"
+    if not any(last):  # at most the model itself, which has no name
+        return "nothing in the model can be adapted; put a single layer into an nn.Sequential first"
     return f"the modules that can be adapted end in {last[:20]}"
 
 

@@ -34,6 +34,7 @@ from lora_ext.io.files import (
     short,
     typed_errors,
 )
+from lora_ext.nn.arguments import as_path, check_mapping
 
 DTYPES = {
     "F64": torch.float64,
@@ -114,7 +115,7 @@ def read_header(
     Raises:
         AdapterFileError: no whole and well-formed safetensors file.
     """
-    with _opened(source) as file:
+    with _opened(source, "read_header") as file:
         entries = _read_header(file, max_header_bytes).entries
     return {k: TensorSpec(entry.shape, frozenset({entry.dtype})) for k, entry in entries.items()}
 
@@ -142,7 +143,9 @@ def read_adapter_tensors(
             another shape or dtype than expected; NaN or Inf in a floating-point tensor, or a value
             that would be one in the dtype that is to hold it.
     """
-    with _opened(source) as file:
+    where = "read_adapter_tensors"
+    check_mapping(where, "expected", expected, TensorSpec, "TensorSpecs")
+    with _opened(source, where) as file:
         header = _read_header(file, header_limit(expected))
         _compare(file.name, header.entries, expected)
         return {key: _read_tensor(file, header, key, spec) for key, spec in expected.items()}
@@ -156,6 +159,7 @@ def adapter_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     Raises:
         AdapterFileError: NaN or Inf: it would replace a good file and could not be loaded.
     """
+    check_mapping("adapter_bytes", "tensors", tensors, Tensor, "tensors")
     ready: dict[str, Tensor] = {}
     storages: set[tuple[torch.device, int]] = set()
     for key, tensor in tensors.items():
@@ -176,13 +180,13 @@ def check_finite(key: str, tensor: Tensor) -> None:
 
 
 @contextmanager
-def _opened(source: StrPath | io.FileIO) -> Iterator[io.FileIO]:
+def _opened(source: StrPath | io.FileIO, where: str) -> Iterator[io.FileIO]:
     if isinstance(source, io.FileIO):
         _refuse_pickle_name(source.name)
         with typed_errors(source.name):
             yield source
         return
-    path = Path(source)
+    path = as_path(source, where, "source")
     _refuse_pickle_name(path)
     with typed_errors(path), open_inside(path.parent, path.name) as file:
         yield file

@@ -27,7 +27,7 @@ from lora_ext.io.adapter_file import (
 )
 from lora_ext.io.atomic import open_files, save_files
 from lora_ext.io.files import StrPath, json_text, parse_json, read_all, typed_errors
-from lora_ext.nn.arguments import as_path
+from lora_ext.nn.arguments import as_path, refuse
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -101,6 +101,8 @@ def save_adapter(
         TypeError, ValueError: the configuration holds what JSON has not, or more than is read.
         TimeoutError, OSError: see `save_files`.
     """
+    if not isinstance(config, Mapping):
+        refuse("save_adapter", "config", config, "a dict of the fields of adapter_config.json")
     text = _config_bytes(folder, config)
     files = {CONFIG_NAME: text, WEIGHTS_NAME: adapter_bytes(tensors)}
     save_files(folder, files, lock_timeout=lock_timeout)

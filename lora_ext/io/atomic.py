@@ -48,7 +48,7 @@ from typing import Any
 
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.files import StrPath, open_inside, parse_json, read_all
-from lora_ext.nn.arguments import as_path
+from lora_ext.nn.arguments import as_number, as_path, check_mapping, names_of
 
 JOURNAL = ".lora_ext-save.json"
 LOCK = ".lora_ext-save.lock"
@@ -78,6 +78,8 @@ def save_files(folder: StrPath, files: Mapping[str, bytes], *, lock_timeout: flo
         OSError: a full disk, a folder that cannot be written, or any other error of the system.
     """
     folder = as_path(folder, "save_files")
+    check_mapping("save_files", "files", files, bytes | bytearray | memoryview, "bytes")
+    lock_timeout = as_number(lock_timeout, "save_files", "lock_timeout", "seconds")
     for name in files:
         if not _is_plain(name):
             raise AdapterFileError(
@@ -109,8 +111,8 @@ def recover(folder: StrPath, *, lock_timeout: float = 60.0) -> None:
 
     Errors as `save_files`.
     """
-    folder = Path(folder)
-    with _locked(folder, lock_timeout):
+    folder = as_path(folder, "recover")
+    with _locked(folder, as_number(lock_timeout, "recover", "lock_timeout", "seconds")):
         _finish_or_discard(folder)
 
 
@@ -125,7 +127,7 @@ def open_files(folder: StrPath, names: Iterable[str]) -> dict[str, io.FileIO]:
         AdapterFileError: one is no regular file inside the folder, or an interrupted save does not
             fit the files, because another program has changed them since.
     """
-    folder, names = Path(folder), tuple(names)
+    folder, names = as_path(folder, "open_files"), tuple(names_of(names, "open_files", "names"))
     for _ in range(ATTEMPTS):
         with ExitStack() as stack:
             opened = _open_unchanged(stack, folder, names)

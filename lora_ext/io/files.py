@@ -13,6 +13,7 @@ from pathlib import Path, PurePath
 from typing import Any, NoReturn
 
 from lora_ext.errors import AdapterFileError
+from lora_ext.nn.arguments import as_path, refuse
 
 StrPath = str | os.PathLike[str]
 MAX_DEPTH = 32  # of brackets in JSON
@@ -26,6 +27,9 @@ def inside(folder: StrPath, name: str) -> Path:
             the folder, other than to the files of the same repository in the cache of the Hugging
             Face hub.
     """
+    folder = as_path(folder, "inside")
+    if not isinstance(name, str):
+        refuse("inside", "name", name, "a text")
     pure = PurePath(name)
     if not pure.parts or pure.is_absolute() or ".." in pure.parts or "\0" in name:
         raise AdapterFileError(

@@ -41,7 +41,7 @@ from lora_ext.io.plain_lora import plain_lora
 from lora_ext.io.reading import BaseTensors, FileTensors, check_loadable, repeated, spec_of
 from lora_ext.io.savable import check_adapter, check_tensors
 from lora_ext.nn import LoraLayer
-from lora_ext.nn.arguments import as_path, names_of, warn
+from lora_ext.nn.arguments import as_flag, as_path, names_of, warn
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.lora_layer import check_adapter_name
 from lora_ext.nn.transaction import Transaction
@@ -152,6 +152,7 @@ def save_pretrained(
             f"save_pretrained: adapter_names: got {adapter_names}, with adapters "
             f"{list(model.peft_config)} in the model, expected at least one; nothing is written"
         )
+    as_plain_lora = as_flag(as_plain_lora, "save_pretrained", "as_plain_lora")
     if as_plain_lora and path_initial_model_for_weight_conversion is not None:
         raise ValueError(
             "save_pretrained: as_plain_lora: got True with path_initial_model_for_weight_conversion"
@@ -203,6 +204,7 @@ def load_adapter(
         ValueError: the name is taken, or the model is merged and the file holds biases of the base.
     """
     check_adapter_name(adapter_name, model.peft_config, "LoraModel.load_adapter")
+    is_trainable = as_flag(is_trainable, "LoraModel.load_adapter", "is_trainable")
     own = Transaction() if transaction is None else transaction
     names = sum(1 for _ in model.modules())
     with open_adapter(folder) as files, own, typed_content(files.path):

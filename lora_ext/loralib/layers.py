@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lora_ext.functional import lora_embedding, lora_linear, lora_update
 from lora_ext.loralib.merging import LoRALayer, MergingLayer, add_product, no_dropout
-from lora_ext.nn.arguments import warn
+from lora_ext.nn.arguments import check_kinds, check_place, check_sizes, refuse, warn
 
 __all__ = [
     "Conv1d",
@@ -105,6 +105,8 @@ class Linear(_LinearBase):
         merge_weights: bool = True,
         **kwargs: Any,
     ) -> None:
+        check_sizes(type(self).__name__, in_features=in_features, out_features=out_features)
+        check_place(type(self).__name__, **kwargs)
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
         self.fan_in_fan_out = fan_in_fan_out
@@ -148,6 +150,11 @@ class MergedLinear(_LinearBase):
         merge_weights: bool = True,
         **kwargs: Any,
     ) -> None:
+        where = type(self).__name__
+        check_sizes(where, in_features=in_features, out_features=out_features)
+        check_place(where, **kwargs)
+        if isinstance(enable_lora, str) or not hasattr(enable_lora, "__len__"):
+            refuse(where, "enable_lora", enable_lora, "a list with one bool for each slice")
         n = len(enable_lora)
         if n == 0 or out_features % n:
             raise ValueError(
@@ -215,6 +222,9 @@ class Embedding(MergingLayer, nn.Embedding):
         merge_weights: bool = True,
         **kwargs: Any,
     ) -> None:
+        where = type(self).__name__
+        check_sizes(where, num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        check_place(where, **kwargs)
         nn.Embedding.__init__(self, num_embeddings, embedding_dim, **kwargs)
         LoRALayer.__init__(self, r, lora_alpha, 0.0, merge_weights)
         if r > 0:
@@ -311,11 +321,12 @@ class ConvLoRA(MergingLayer):
     ) -> None:
         super().__init__()
         where = type(self).__name__
-        if isinstance(conv_module, nn.Module):
-            raise TypeError(
-                f"{where}: conv_module: got a {type(conv_module).__name__}, expected the class of "
-                "a convolution, nn.Conv2d say, which is made here"
-            )
+        a_class = "the class of a convolution, nn.Conv2d say, which is made here"
+        if isinstance(conv_module, nn.Module) or not callable(conv_module):
+            refuse(where, "conv_module", conv_module, a_class)
+        check_sizes(where, in_channels=in_channels, out_channels=out_channels)
+        check_place(where, **kwargs)
+        self._check_settings(r, lora_alpha, lora_dropout)
         if not isinstance(kernel_size, int):
             raise ValueError(
                 f"{where}: kernel_size: got {kernel_size!r}, expected one int; "
@@ -329,6 +340,8 @@ class ConvLoRA(MergingLayer):
         self.conv = conv_module(in_channels, out_channels, kernel_size, **kwargs)
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
         if r > 0:
+            if not hasattr(self.conv, "groups"):
+                refuse(where, "conv_module", conv_module, a_class)
             weight = self.conv.weight
             rows = out_channels // self.conv.groups * kernel_size ** (weight.dim() - 3)
             columns = in_channels * kernel_size
@@ -355,19 +368,23 @@ class ConvLoRA(MergingLayer):
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
         """x, and what else `conv` takes → what `conv` returns."""
-        if self.r == 0 or self.merged:
-            return self.conv(x, *args)  # type: ignore[no-any-return]
-        weight = self._adapted_weight()
-        transposed = isinstance(self.conv, _ConvTransposeNd)  # whose _conv_forward is empty
-        if hasattr(self.conv, "_conv_forward") and not transposed:
-            return self.conv._conv_forward(x, weight, self.conv.bias, *args)  # type: ignore[no-any-return]
-        if self.conv._forward_pre_hooks or is_parametrized(self.conv, "weight"):
-            raise RuntimeError(
-                f"{type(self).__name__}: conv: the weight of this {type(self.conv).__name__} is "
-                "computed in each call (weight_norm, pruning), expected a parameter; undo that, or "
-                "run it merged, in eval()"
-            )
-        return functional_call(self.conv, {"weight": weight}, (x, *args))  # type: ignore[no-any-return]
+        try:
+            if self.r == 0 or self.merged:
+                return self.conv(x, *args)  # type: ignore[no-any-return]
+            weight = self._adapted_weight()
+            transposed = isinstance(self.conv, _ConvTransposeNd)  # whose _conv_forward is empty
+            if hasattr(self.conv, "_conv_forward") and not transposed:
+                return self.conv._conv_forward(x, weight, self.conv.bias, *args)  # type: ignore[no-any-return]
+            if self.conv._forward_pre_hooks or is_parametrized(self.conv, "weight"):
+                raise RuntimeError(
+                    f"{type(self).__name__}: conv: the weight of this {type(self.conv).__name__} "
+                    "is computed in each call (weight_norm, pruning), expected a parameter; undo "
+                    "that, or run it merged, in eval()"
+                )
+            return functional_call(self.conv, {"weight": weight}, (x, *args))  # type: ignore[no-any-return]
+        except TypeError:
+            check_kinds(type(self).__name__, x=x)
+            raise
 
     def _adapted_weight(self) -> Tensor:
         weight: Tensor = self.conv.weight

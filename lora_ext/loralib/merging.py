@@ -38,7 +38,18 @@ class LoRALayer:
     """
 
     def __init__(self, r: int, lora_alpha: float, lora_dropout: float, merge_weights: bool) -> None:
-        where = type(self).__name__
+        self._check_settings(r, lora_alpha, lora_dropout)
+        self.r = r
+        self.lora_alpha = lora_alpha
+        self.lora_dropout: Callable[[Tensor], Tensor] = (
+            nn.Dropout(p=lora_dropout) if lora_dropout > 0.0 else no_dropout
+        )
+        self.merged = False
+        self.merge_weights = merge_weights
+
+    @classmethod
+    def _check_settings(cls, r: int, lora_alpha: float, lora_dropout: float) -> None:
+        where = cls.__name__
         given: tuple[tuple[str, object, type, str], ...] = (
             ("r", r, Integral, "an integer"),
             ("lora_alpha", lora_alpha, Real, "a finite number"),
@@ -55,13 +66,6 @@ class LoRALayer:
             raise ValueError(
                 f"{where}: lora_dropout: got {lora_dropout}, expected a probability from 0 to 1"
             )
-        self.r = r
-        self.lora_alpha = lora_alpha
-        self.lora_dropout: Callable[[Tensor], Tensor] = (
-            nn.Dropout(p=lora_dropout) if lora_dropout > 0.0 else no_dropout
-        )
-        self.merged = False
-        self.merge_weights = merge_weights
 
 
 @dataclass

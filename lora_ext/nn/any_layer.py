@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lora_ext.nn.arguments import names_of
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.lora_layer import LoraLayer
 from lora_ext.nn.settings import AdapterSettings
@@ -59,7 +60,7 @@ class AnyLayer(LoraLayer):
                 f"{cls.__name__}: module: got {type(module).__qualname__}, expected a Module "
                 "without adapters"
             )
-        chosen = dict.fromkeys([weights] if isinstance(weights, str) else weights)
+        chosen = dict.fromkeys(names_of(weights, cls.__name__, "weights"))
         matrices = [n for n, p in module._parameters.items() if p is not None and p.dim() >= 2]
         unknown = [name for name in chosen if name not in matrices]
         if unknown or not chosen:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import numbers
 import os
 import reprlib
 import sys
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
+import torch
 import torch.utils._contextlib
 from torch import Tensor
 
@@ -21,6 +25,12 @@ _BETWEEN = (
     contextlib.__file__,
     torch.utils._contextlib.__file__,
 )
+# What others call an argument of ours.
+_OTHER_NAMES = {
+    **{"rank": "r", "lora_r": "r", "lora_rank": "r", "alpha": "lora_alpha"},
+    **{"dropout": "lora_dropout", "dropout_p": "lora_dropout"},
+    **{"dora": "use_dora", "rslora": "use_rslora", "modules": "target_modules"},
+}
 # Larger integers are no floats.
 _MAX_FLOAT = int(sys.float_info.max)
 
@@ -58,6 +68,8 @@ def describe(value: object) -> str:
     """A value in a message: as it is written where that is short, else what it is."""
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
+    if isinstance(value, torch.dtype | torch.device):
+        return str(value)
     if value is None or isinstance(value, str | bytes | numbers.Number | list | tuple | dict | set):
         return short(value)
     kind = value if isinstance(value, type) else type(value)
@@ -154,6 +166,76 @@ def check_known(where: str, argument: str, names: Iterable[Any], known: Collecti
             raise ValueError(
                 f"{where}: {argument}: got {describe(name)}, expected one of {list(known)}"
             )
+
+
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """For a message about a name that there is not; empty without a guess."""
+    other = _OTHER_NAMES.get(name)
+    near = [other] if other in known else get_close_matches(name, known, 1)
+    return f"did you mean {near[0]}? " if near else ""
+
+
+def check_names(where: str, names: Iterable[str], known: Collection[str]) -> None:
+    """TypeError for the name of an argument that there is not."""
+    for name in names:
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise TypeError(f"{where}: {name}: unknown, {hint}expected some of {list(known)}")
+
+
+Kind = TypeVar("Kind", bound=type)
+
+
+def suggests_names(kind: Kind) -> Kind:
+    """A class whose constructor refuses unknown arguments with the one that may be meant."""
+    construct: Any = kind.__dict__["__init__"]
+    known: dict[str, None] = {}
+    for base in kind.__mro__:
+        if "__init__" in base.__dict__:
+            parameters = list(inspect.signature(base.__dict__["__init__"]).parameters.values())[1:]
+            known |= {one.name: None for one in parameters if one.kind is not one.VAR_KEYWORD}
+            if all(one.kind is not one.VAR_KEYWORD for one in parameters):
+                break  # it passes nothing on
+
+    @functools.wraps(construct)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        check_names(type(self).__name__, kwargs, known)
+        construct(self, *args, **kwargs)
+
+    kind.__init__ = checked  # type: ignore[misc]
+    return kind
+
+
+def check_place(
+    where: str,
+    device: torch.device | str | int | None = None,
+    dtype: torch.dtype | None = None,
+    **_: Any,
+) -> None:
+    """TypeError or ValueError for where, or of what, no layer can be made; torch has words of its
+    own for these, and AssertionErrors."""
+    if dtype is not None and not (
+        isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)
+    ):
+        refuse(where, "dtype", dtype, "a floating torch.dtype, such as torch.float32")
+    try:
+        torch.empty(0, device=device)
+    except (TypeError, RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{where}: device: got {describe(device)}, expected one that this torch has ({reason})"
+        ) from None
+
+
+def check_mapping(where: str, argument: str, mapping: Any, kind: Any, what: str) -> None:
+    """TypeError for what is no mapping of texts to such values."""
+    if not isinstance(mapping, Mapping):
+        refuse(where, argument, mapping, f"a dict of texts to {what}")
+    for key, value in mapping.items():
+        if not isinstance(key, str):
+            refuse(where, f"{argument}: a key", key, "a text")
+        if not isinstance(value, kind):
+            refuse(where, f"{argument}[{short(key)}]", value, what)
 
 
 def check_sizes(where: str, **sizes: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lora_ext.nn.arguments import check_sizes, names_of
+from lora_ext.nn.arguments import check_kinds, check_place, check_sizes, names_of, suggests_names
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.linear import adapted_linear
 from lora_ext.nn.lora_layer import LoraLayer, LowRank
@@ -19,6 +19,7 @@ from lora_ext.nn.settings import AdapterSettings
 PROJECTIONS = ("q", "k", "v", "o")
 
 
+@suggests_names
 class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
     """`nn.MultiheadAttention` whose projections of query, key, value and output have adapters.
 
@@ -77,7 +78,14 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
         autocast_adapter_dtype: bool = True,
         **kw: Any,
     ) -> None:
-        check_sizes(type(self).__name__, embed_dim=embed_dim, num_heads=num_heads)
+        where = type(self).__name__
+        check_sizes(where, embed_dim=embed_dim, num_heads=num_heads)
+        check_place(where, **kw)
+        if num_heads > 0 and embed_dim % num_heads:
+            raise ValueError(
+                f"{where}: embed_dim: got {embed_dim} with num_heads {num_heads}, expected a "
+                "multiple of it"
+            )
         nn.MultiheadAttention.__init__(self, embed_dim, num_heads, **kw)
         self._init_adapters(nn.MultiheadAttention, merge_weights)
         self._init_projections(enable_lora)
@@ -277,7 +285,12 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
 
     def _is_batched(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         where = type(self).__name__
-        if query.is_nested or key.is_nested or value.is_nested:
+        try:
+            nested = query.is_nested or key.is_nested or value.is_nested
+        except AttributeError:
+            check_kinds(where, query=query, key=key, value=value)
+            raise
+        if nested:
             raise TypeError(
                 f"{where}: query: got a nested tensor, expected a plain one while an adapter runs; "
                 "construct nn.TransformerEncoder with enable_nested_tensor=False"

@@ -13,13 +13,14 @@ from torch.nn.modules.conv import _ConvNd
 from lora_ext.functional import weight_norm
 from lora_ext.nn import dora
 from lora_ext.nn.adoption import belongs_to_its_class
-from lora_ext.nn.arguments import check_sizes, named_x
+from lora_ext.nn.arguments import check_kinds, check_place, check_sizes, named_x, suggests_names
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.lora_layer import LoraLayer, LowRank
 from lora_ext.nn.settings import AdapterSettings
 
 
+@suggests_names
 class _LoraConv(LoraLayer, _ConvNd):
     """What the three kinds of convolution do alike.
 
@@ -75,10 +76,12 @@ class _LoraConv(LoraLayer, _ConvNd):
         **base_options: Any,
     ) -> None:
         kind: Any = self._KIND
-        check_sizes(type(self).__name__, in_channels=in_channels, out_channels=out_channels)
+        where = type(self).__name__
+        check_sizes(where, in_channels=in_channels, out_channels=out_channels)
         sizes = kernel_size if isinstance(kernel_size, list | tuple) else (kernel_size,)
         for size in sizes:
-            check_sizes(type(self).__name__, kernel_size=size)
+            check_sizes(where, kernel_size=size)
+        check_place(where, **base_options)
         kind.__init__(self, in_channels, out_channels, kernel_size, **base_options)
         self._init_adapters(kind, merge_weights)
         self._with_adapter(
@@ -131,14 +134,38 @@ class _LoraConv(LoraLayer, _ConvNd):
         if input is None or x is not None:
             input = named_x(type(self).__name__, x, input)
         x = input
-        if self._runs_dora:
-            return dora.conv_forward(self, x)
-        stacks = self.low_rank() if self._running else []
-        y = self._convolve(x, self.weight, self._bias_with(stacks))
-        for stack in stacks:
-            # y is fresh, and a convolution keeps its inputs for backward, not its result.
-            y.add_(self._update(x, stack))
-        return y
+        try:
+            if self._runs_dora:
+                return dora.conv_forward(self, x)
+            stacks = self.low_rank() if self._running else []
+            y = self._convolve(x, self.weight, self._bias_with(stacks))
+            for stack in stacks:
+                # y is fresh, and a convolution keeps its inputs for backward, not its result.
+                y.add_(self._update(x, stack))
+            return y
+        except (AttributeError, TypeError, RuntimeError):
+            self._check_input(x)
+            raise
+
+    def _check_input(self, x: Tensor) -> None:
+        """Names what is wrong with an input that could not be convolved."""
+        where, dimensions = type(self).__name__, len(self.kernel_size)
+        check_kinds(where, x=x)
+        if x.dim() not in (dimensions + 1, dimensions + 2) or x.shape[-1 - dimensions] != (
+            self.in_channels
+        ):
+            sizes = ", ".join(
+                ["length"] if dimensions == 1 else ["depth", "height", "width"][-dimensions:]
+            )
+            raise ValueError(
+                f"{where}: x: got shape {list(x.shape)}, expected [batch, {self.in_channels}, "
+                f"{sizes}], or that without batch"
+            )
+        if x.dtype != self.weight.dtype:
+            raise TypeError(
+                f"{where}: x: got dtype {x.dtype}, expected {self.weight.dtype}, the weight's; "
+                "convert with .to()"
+            )
 
     def _update(self, x: Tensor, stack: LowRank) -> Tensor:
         """scaling * conv1x1(conv(dropout(x), lora_A), lora_B), in the adapters' dtype."""

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from lora_ext.functional import lora_embedding, weight_norm
 from lora_ext.nn import dora
 from lora_ext.nn.adoption import belongs_to_its_class
-from lora_ext.nn.arguments import check_sizes, warn
+from lora_ext.nn.arguments import check_place, check_sizes, describe, suggests_names, warn
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.init import initialise_embedding
 from lora_ext.nn.kept_base import KeptBase
@@ -21,6 +21,7 @@ from lora_ext.nn.settings import AdapterSettings
 from lora_ext.nn.transaction import all_or_nothing
 
 
+@suggests_names
 class Embedding(LoraLayer, nn.Embedding):
     """`nn.Embedding` plus low-rank updates: `y = W[i] + scaling * lora_A[:, i]^T lora_B^T`.
 
@@ -75,7 +76,15 @@ class Embedding(LoraLayer, nn.Embedding):
         autocast_adapter_dtype: bool = True,
         **base_options: Any,
     ) -> None:
-        check_sizes(type(self).__name__, num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        where = type(self).__name__
+        check_sizes(where, num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        check_place(where, **base_options)
+        padding_idx = base_options.get("padding_idx")
+        if padding_idx is not None and padding_idx not in range(-num_embeddings, num_embeddings):
+            raise ValueError(
+                f"{where}: padding_idx: got {describe(padding_idx)}, expected an integer from "
+                f"{-num_embeddings} to {num_embeddings - 1}, or None"
+            )
         nn.Embedding.__init__(self, num_embeddings, embedding_dim, **base_options)
         self._init_adapters(nn.Embedding, merge_weights)
         self._with_adapter(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_ext.functional import lora_linear, lora_update, weight_norm
 from lora_ext.nn import dora
 from lora_ext.nn.adoption import belongs_to_its_class
-from lora_ext.nn.arguments import check_sizes, named_x
+from lora_ext.nn.arguments import as_flag, check_place, check_sizes, named_x, suggests_names
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.lora_layer import LoraLayer, LowRank
@@ -35,7 +35,11 @@ class LinearBase(LoraLayer, nn.Linear):
         merge_weights: bool,
         **options: Any,
     ) -> None:
-        check_sizes(type(self).__name__, in_features=in_features, out_features=out_features)
+        where = type(self).__name__
+        check_sizes(where, in_features=in_features, out_features=out_features)
+        check_place(where, **options)
+        options["bias"] = as_flag(options["bias"], where, "bias")
+        fan_in_fan_out = as_flag(fan_in_fan_out, where, "fan_in_fan_out")
         nn.Linear.__init__(self, in_features, out_features, **options)
         if fan_in_fan_out:
             self.weight = nn.Parameter(self.weight.detach().t().contiguous())
@@ -89,6 +93,7 @@ class LinearBase(LoraLayer, nn.Linear):
         return super().extra_repr() + self.adapters_repr()
 
 
+@suggests_names
 class Linear(LinearBase):
     """`nn.Linear` plus low-rank updates: `y = x W^T + b + scaling * dropout(x) A^T B^T`.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.nn.adoption import AdoptingLayer, adapter_device, offload_with, part_name
-from lora_ext.nn.arguments import as_number, check_known, describe, names_of
+from lora_ext.nn.arguments import as_flag, as_number, check_known, describe, names_of
 from lora_ext.nn.default_adapter import DEFAULT, DefaultAdapter
 from lora_ext.nn.init import initialise, mutates_weight
 from lora_ext.nn.settings import AdapterSettings, check_setting_names
@@ -99,7 +99,7 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
         self.adapters = {}
         self.active_adapters = self.merged_adapters = ()
         self._aside = {}
-        self.merge_weights = merge_weights
+        self.merge_weights = as_flag(merge_weights, type(self).__name__, "merge_weights")
         self._base_class = base_class
         self._scaling: dict[str, float] = {}
         self._enabled = True
@@ -240,6 +240,7 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
     @all_or_nothing
     def enable_adapters(self, enabled: bool) -> None:
         """Whether the active adapters run; disabling also unmerges, so that the base is exact."""
+        enabled = as_flag(enabled, f"{type(self).__name__}.enable_adapters", "enabled")
         if not enabled and self.merged:
             self.unmerge()
         self._enabled = enabled

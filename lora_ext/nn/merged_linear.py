@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.functional import lora_update
-from lora_ext.nn.arguments import named_x, refuse
+from lora_ext.nn.arguments import named_x, refuse, suggests_names
 from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.linear import LinearBase, _KeptLinearBase, adapted_linear
 from lora_ext.nn.lora_layer import LowRank
@@ -23,6 +23,7 @@ from lora_ext.nn.settings import AdapterSettings
 _FEW_ZEROS = 256
 
 
+@suggests_names
 class MergedLinear(LinearBase):
     """`nn.Linear` whose output is several slices, each with or without an adapter: the fused
     q, k, v projection of GPT-2, say.

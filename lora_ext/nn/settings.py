@@ -6,22 +6,23 @@ import math
 import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
 from typing import Self
 
-from lora_ext.nn.arguments import as_flag, as_number, describe
+from lora_ext.nn.arguments import as_flag, as_number, check_names, describe, suggests_names
 from lora_ext.nn.init import check_init
 
 _FLAGS = ("use_rslora", "lora_bias", "use_dora", "autocast_adapter_dtype", "ungrouped_lora_A")
 
 
+@suggests_names
 @dataclass(frozen=True)
 class AdapterSettings:
     """How an adapter is shaped, scaled, trained and initialised; names and defaults are PEFT's.
 
     Args:
         r: rank, at least 1.
-        lora_alpha: `scaling` is `lora_alpha / r`.
+        lora_alpha: `scaling` is `lora_alpha / r`. Like r it is 8 here, in `from_*` and in a
+            LoraConfig, as in PEFT; a layer's constructor has loralib's 1 (and r = 0).
         lora_dropout: probability that an input element is dropped before lora_A, in training.
         use_rslora: `scaling` is `lora_alpha / sqrt(r)` (arXiv:2312.03732).
         lora_bias: whether lora_B has a bias, scaled like the product.
@@ -98,14 +99,6 @@ class AdapterSettings:
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
-_OTHER_NAMES = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "dora": "use_dora"}
-
-
 def check_setting_names(where: str, names: Iterable[str]) -> None:
     """TypeError for what is no field of AdapterSettings, with the one that may be meant."""
-    known = [one.name for one in fields(AdapterSettings)]
-    for name in names:
-        if name not in known:
-            near = [_OTHER_NAMES[name]] if name in _OTHER_NAMES else get_close_matches(name, known)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise TypeError(f"{where}: {name}: unknown, expected settings of {known}{hint}")
+    check_names(where, names, [one.name for one in fields(AdapterSettings)])
