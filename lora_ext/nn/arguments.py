@@ -218,6 +218,8 @@ def check_place(
         isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)
     ):
         refuse(where, "dtype", dtype, "a floating torch.dtype, such as torch.float32")
+    if device is None:
+        return
     try:
         torch.empty(0, device=device)
     except (TypeError, RuntimeError, AssertionError) as error:
