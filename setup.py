@@ -72,8 +72,10 @@ def find_torch() -> dict[str, Any]:
 
 
 def check_tools() -> None:
+    # CMake takes no other compiler than CXX names, if it does.
     compiler = setting("CXX", "c++")
-    if shutil.which(compiler.split()[0]) is None and shutil.which("g++") is None:
+    known = [compiler.split()[0]] if setting("CXX", "") else ["c++", "g++", "clang++"]
+    if not any(map(shutil.which, known)):
         fail(f"no C++ compiler: '{compiler}' is not on PATH; install g++ 11 or newer, or set CXX.")
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.exists():

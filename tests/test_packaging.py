@@ -152,6 +152,15 @@ def test_missing_compiler(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch)
         setup_py.check_tools()
 
 
+def test_a_compiler_that_is_not_there(
+    setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one does not help: CMake takes what CXX names."""
+    monkeypatch.setenv("CXX", "nosuch -O1")
+    with pytest.raises(SystemExit, match=r"no C\+\+ compiler: 'nosuch -O1' is not on PATH; .*CXX"):
+        setup_py.check_tools()
+
+
 def test_missing_headers(
     setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
