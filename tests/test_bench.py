@@ -21,7 +21,7 @@ from lora_ext.bench.cli import main
 from lora_ext.bench.grid import FWD, FWD_BWD, MODES, Case
 from lora_ext.bench.measure import Budget, saved_bytes
 from lora_ext.bench.problem import SCALING, Problem, make_problem
-from lora_ext.bench.report import BEGIN, END
+from lora_ext.bench.report import BEGIN, END, standing
 from lora_ext.bench.results import FAILED, OK, SKIPPED, WRONG, Quartiles, Report, Row, Timing
 from lora_ext.bench.rivals import RIVALS, Contender, Rival, torch_keep_mask
 from lora_ext.bench.runner import run_case
@@ -441,3 +441,21 @@ def test_a_report_without_an_environment_is_no_report(tmp_path: Path, missing: s
     Report(environment, []).save(path)
     with pytest.raises(ValueError, match=f"run.json is not a .*: its environment has no {missing}"):
         Report.load(path)
+
+
+def test_the_report_says_in_how_many_rows_lora_ext_is_the_fastest() -> None:
+    def row(tokens: int, rival: str, ratio: float) -> Row:
+        quartiles = Quartiles(ratio, ratio, ratio)
+        timing = Timing(quartiles, quartiles, [ratio], 1)
+        return Row(replace(TINY, tokens=tokens), FWD, rival, OK, timing=timing)
+
+    times = {1: (1.0, 1.1), 2: (1.2, 1.2), 3: (1.01, 1.0), 4: (1.05, 1.0), 5: (1.12, 1.0)}
+    rows = []
+    for tokens, (ours, naive) in times.items():
+        rows += [row(tokens, "frozen", 0.5), row(tokens, "naive", naive), row(tokens, "peft", 2.0)]
+        rows += [row(tokens, "lora_ext", ours), row(tokens, "lora_ext_fp32", 0.9)]
+    assert standing(rows) == (
+        "By the medians lora_ext is the fastest in 2 of 5, up to 2% behind the best rival in 1, "
+        "5.0% to 12.0% in 2"
+    )
+    assert standing([row(1, "frozen", 1.0), row(1, "lora_ext", 1.0)]) is None

@@ -77,7 +77,8 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-_seconds.__name__ = "positive number of seconds"  # what argparse calls it
+# What argparse calls them.
+_size.__name__, _seconds.__name__ = "positive integer", "positive number of seconds"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,10 +13,10 @@ from rich.table import Table
 from lora_ext.bench.environment import summary
 from lora_ext.bench.load import is_busy
 from lora_ext.bench.results import BAD, OK, Report, Row
+from lora_ext.bench.rivals import OURS
 
 TOLERANCE = 0.05
 UNCLEAR = "not distinguishable"
-_OURS = "lora_ext"
 _STYLES = {"REGRESSION": "red", "improvement": "green", UNCLEAR: "yellow"}
 
 
@@ -72,7 +72,7 @@ def match(old: Report, new: Report) -> list[Change]:
     return [
         Change(known[row.key], row)
         for row in new.rows
-        if row.rival.startswith(_OURS) and row.key in known
+        if row.rival.startswith(OURS) and row.key in known
     ]
 
 

@@ -14,12 +14,13 @@ from lora_ext.bench.environment import summary
 from lora_ext.bench.grid import Case
 from lora_ext.bench.load import busy_warning
 from lora_ext.bench.results import BAD, OK, SKIPPED, Report, Row, geomean_ratio, unique
-from lora_ext.bench.rivals import FROZEN
+from lora_ext.bench.rivals import FROZEN, OURS
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 # Of a table that goes to a file or a pipe, and of each contender's column in it
 _MIN_WIDTH, _COLUMN_WIDTH = 150, 17
+_NEAR = 0.02  # behind the best rival: hardly to be told from it
 _CASE_COLUMNS = ("K→N", "M", "r", "dtype", "p", "mode")
 
 
@@ -47,6 +48,8 @@ def print_report(report: Report, console: Console) -> None:
         means = (_geomean_cell(report.rows, mode, name) for name in rivals)
         table.add_row("geomean", "", "", "", "", mode, *means, style="bold")
     console.print(table)
+    if text := standing(report.rows):
+        console.print(text, style="bold", markup=False)
     if warning := busy_warning(report.environment):
         console.print(warning, style="yellow", markup=False)
     if left_out := report.environment.get("left_out"):
@@ -57,6 +60,26 @@ def print_report(report: Report, console: Console) -> None:
         if row.status in BAD:
             where = f"{row.rival}, {row.case}, {row.mode}"
             console.print(f"{row.status} {where}: {row.note}", style="red", markup=False)
+
+
+def standing(rows: Sequence[Row]) -> str | None:
+    """In how many cases and modes lora_ext is the fastest, by the medians, and how far it is behind
+    the best rival in the others; None where there is no rival."""
+    behind = []
+    for _, _, by_name in _groups(rows):
+        ratios = {name: row.ratio for name, row in by_name.items() if row.ratio is not None}
+        best = [r for name, r in ratios.items() if name != FROZEN and not name.startswith(OURS)]
+        if best and OURS in ratios:
+            behind.append(ratios[OURS] / min(best) - 1)
+    if not behind:
+        return None
+    fastest, near = (sum(one <= limit for one in behind) for limit in (0.0, _NEAR))
+    text = f"By the medians lora_ext is the fastest in {fastest} of {len(behind)}"
+    if near > fastest:
+        text += f", up to {_NEAR:.0%} behind the best rival in {near - fastest}"
+    if far := [one for one in behind if one > _NEAR]:
+        text += f", {min(far):.1%} to {max(far):.1%} in {len(far)}"
+    return text
 
 
 def _groups(rows: Sequence[Row]) -> Iterator[tuple[Case, str, dict[str, Row]]]:

@@ -16,6 +16,7 @@ from lora_ext.bench.grid import FWD, Case
 from lora_ext.bench.problem import SCALING, Batch, Problem
 
 FROZEN = "frozen"  # the denominator of every ratio
+OURS = "lora_ext"
 
 # (ones [M, K] in the adapters' dtype, p) → the keep mask [M, K] that the layer would draw from the
 # current state of torch's generator.
