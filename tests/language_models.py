@@ -13,29 +13,18 @@ from torch import Tensor, nn
 FILE, PREFIX = "adapter_model.safetensors", "base_model.model."
 
 
+SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
 def llama(**options: Any) -> nn.Module:
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        intermediate_size=37,
-        **options,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+    sizes = SIZES | {"num_key_value_heads": 4, "intermediate_size": 37}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **options)).eval()
 
 
 def phi() -> nn.Module:
     torch.manual_seed(0)
-    config = transformers.PhiConfig(
-        vocab_size=64,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        intermediate_size=37,
-    )
+    config = transformers.PhiConfig(**SIZES, intermediate_size=37)
     return transformers.PhiForCausalLM(config).eval()  # its head has a bias
 
 

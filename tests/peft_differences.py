@@ -234,11 +234,6 @@ DOCUMENTED: tuple[Exempt, ...] = (
         lambda case, _: case.kind == "two names",
     ),
     (
-        _OUTPUTS,
-        "a random SVD changes the weight another way each time",
-        lambda case, _: randomly_changed(case),
-    ),
-    (
         ("combined",),
         "PEFT leaves out lora_bias and the factor of rsLoRA, and keeps the first one's patterns",
         lambda case, _: (

@@ -27,6 +27,7 @@ from peft_fuzz import Case, case_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import lora_ext.nn as lora
 from lora_ext import LoraConfig, LoraModel, get_lora_model
 from lora_ext.io.peft import adapter_state_dict
 
@@ -233,6 +234,7 @@ def their_files_load_here(
         return
     read.save_pretrained(folder / "again", save_embedding_layers=case.save_embedding_layers)
     same_files(case, "resaved", folder / "theirs", folder / "again", names)
+    same_bases(case, base, trained, read)
     for name in names:
         their, our = exact(trained), exact(read)
         their.set_adapter(name)
@@ -251,6 +253,7 @@ def our_files_load_there(
     check("back", case, back is not None, "PEFT does not load our file")
     if back is None:
         return
+    same_bases(case, base, back, ours)
     for name in names:
         their, our = exact(back), exact(ours)
         their.set_adapter(name)
@@ -258,21 +261,57 @@ def our_files_load_there(
         same_outputs(case, "back", outputs(their, inputs), outputs(our, inputs), name)
 
 
+def same_bases(case: Case, base: nn.Module, theirs: peft.PeftModel, ours: LoraModel) -> None:
+    """Where an initialisation takes a product out of weights, each does it by an SVD or QR of its
+    own: what is left may differ by as much as roundings turn these. It is the same after this."""
+    if not is_any(case, init_lora_weights=is_changed):
+        return
+    originals, layers = dict(base.named_modules()), dict(ours.lora_layers())
+    for name, module in theirs.base_model.model.named_modules():
+        layer, left = layers.get(name), getattr(module, "base_layer", None)
+        if not isinstance(layer, lora.Linear) or not isinstance(left, nn.Module):
+            continue
+        weight, own = left.weight.detach(), layer.unmerged_weight()
+        if not randomly_changed(case):
+            difference = torch.linalg.matrix_norm(weight.double() - own.double(), 2).item()
+            limit = turned_by_rounding(originals[name].weight.detach().double(), layer, case.dtype)
+            text = f"{name}: its base's weight differs by {difference:.1e}, more than {limit:.1e}"
+            check("bases", case, difference <= limit, text)
+        own.copy_(weight)
+
+
+def turned_by_rounding(weight: Tensor, layer: lora.Linear, dtype: torch.dtype) -> float:
+    """Of what is left when products are taken out of a weight, in the norm of matrices. An SVD or
+    QR is that of a matrix that differs by max(N, K) roundings; the first r singular vectors then
+    turn by that over the distance of the r-th singular value to the next, the first r columns of a
+    QR by that over the least singular value of the first r columns."""
+    error, left = 0.0, weight.t() if layer.fan_in_fan_out else weight
+    for settings in layer.adapters.values():
+        kind, r = str(settings.init_lora_weights), settings.r
+        values = [*torch.linalg.svdvals(left).tolist(), 0.0]
+        error += max(left.shape) * torch.finfo(dtype).eps * values[0]
+        if kind.startswith("pissa"):
+            distance = values[r - 1] - values[r] if r < len(values) else values[-2]
+            error *= 1 + values[0] / max(distance, 1e-300)
+            U, S, Vh = torch.linalg.svd(left, full_matrices=False)
+            left = left - U[:, :r] * S[:r] @ Vh[:r]
+        elif kind == "olora":
+            least = torch.linalg.svdvals(left[:, :r])[-1].item()
+            error *= 1 + values[0] / max(least, 1e-300)
+            Q, R = torch.linalg.qr(left)
+            left = left - Q[:, :r] @ R[:r]
+    return error
+
+
 def same_outputs(case: Case, stage: str, their: Tensor, our: Tensor, name: str) -> None:
     error = (their - our).abs().max().item() / max(their.abs().max().item(), 1e-3)
-    limit = bound(case, stage)
+    limit = bound(stage)
     check(stage, case, error <= limit, f"{name}: relative error {error:.1e}")
 
 
-def bound(case: Case, stage: str) -> float:
-    """Where an initialisation changes the weight, each rounds what is left of it to its dtype: in
-    up to twenty layers, whose sums may be a tenth of their terms. The weights of a combination are
-    numbers in float32 for PEFT."""
-    if stage == "combined":
-        return max(100 * 2.0**-24, BOUND)
-    if is_any(case, init_lora_weights=is_changed):
-        return 20 * 10 * torch.finfo(case.dtype).eps
-    return BOUND
+def bound(stage: str) -> float:
+    """The weights of a combination are numbers in float32 for PEFT."""
+    return max(100 * 2.0**-24, BOUND) if stage == "combined" else BOUND
 
 
 def same_training(

@@ -338,9 +338,9 @@ class LoraModel(nn.Module):
                 transaction.set(module, enabled=enabled)
             transaction.commit()
 
-        once = AtTheEnd(restore)
+        # Ctrl-C may come in restore() itself, and a second one in what makes up for that.
         again = AtTheEnd(restore, only_of_an_error=True)
-        with again, again, again, again, once:  # Ctrl-C may come in restore(), too, and again
+        with again, again, AtTheEnd(restore):
             self.enable_adapters(False)
             yield
 

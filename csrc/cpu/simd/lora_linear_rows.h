@@ -132,7 +132,7 @@ void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end, void* d
   auto* dB = static_cast<S*>(dB_sum);
   auto* dx = static_cast<T*>(args.dx);
   const bool recompute_h = dB && !args.h;
-  const bool few = end - begin <= panel.kRows;
+  const bool few = args.M <= panel.kRows;  // of the call: a row is the same in any range
   const double survivor = args.dropout.scale, scale = args.scaling * survivor;
 
   for (int64_t m = begin; m < end; m += panel.kRows) {
