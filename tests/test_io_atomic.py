@@ -10,12 +10,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from lora_ext.errors import AdapterFileError
 from lora_ext.io import (
@@ -27,19 +28,23 @@ from lora_ext.io import (
     recover,
     save_adapter,
 )
+from lora_ext.io.adapter_folder import save_adapters
+from lora_ext.io.atomic import JOURNAL
 
 ELEMENTS = 30_000  # below what torch gives to threads, which a fork has not
 EXPECTED = {"a": TensorSpec((ELEMENTS,)), "b": TensorSpec((3, 5))}
 PAIR = [CONFIG_NAME, WEIGHTS_NAME]
 
 
-def save(folder: Path, version: int) -> None:
+def pair(version: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Pair number `version`: each of the two files tells which it is."""
-    tensors = {
-        "a": torch.full((ELEMENTS,), float(version)),
-        "b": torch.full((3, 5), float(version)),
-    }
-    save_adapter(folder, {"version": version, "peft_type": "LORA"}, tensors)
+    value = float(version)
+    tensors = {"a": torch.full((ELEMENTS,), value), "b": torch.full((3, 5), value)}
+    return {"version": version, "peft_type": "LORA"}, tensors
+
+
+def save(folder: Path, version: int) -> None:
+    save_adapter(folder, *pair(version))
 
 
 def load(folder: Path) -> int:
@@ -195,6 +200,34 @@ def test_error_at_every_step(tmp_path: Path, step: int, code: int) -> None:
         assert load(tmp_path) == 2
     save(tmp_path, 3)
     assert load(tmp_path) == 3 and listing(tmp_path) == PAIR
+
+
+def test_two_folders_are_saved_or_neither(tmp_path: Path) -> None:
+    """An error at every step: before the second commit both hold the old pair, later the new."""
+    folders = [tmp_path / "one", tmp_path / "one" / "two"]
+
+    def save_both(version: int) -> None:
+        save_adapters((folder, *pair(version)) for folder in folders)
+
+    def fail() -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    save_both(0)
+    with at_step(-1, nothing) as steps:
+        save_both(1)
+    commits = [i for i, step in enumerate(steps) if step == f"replace {atomic._staged(JOURNAL)}"]
+    assert len(commits) == 2 and commits[1] < steps.index(f"replace {atomic._staged(PAIR[0])}")
+    for step in range(len(steps)):
+        save_both(1)
+        with at_step(step, fail) as seen, suppress(OSError):
+            save_both(2)
+        assert len(seen) > step
+        versions = [load(folder) for folder in folders]
+        assert versions == ([1, 1] if step <= commits[1] + 1 else [2, 2]), steps[step]
+        for folder in folders:
+            recover(folder)
+        assert [load(folder) for folder in folders] == versions
+        assert listing(folders[0]) == [*PAIR, "two"] and listing(folders[1]) == PAIR
 
 
 @pytest.mark.parametrize("first", range(7))  # 4 new files, 3 writes

@@ -6,7 +6,7 @@ The configuration is a dict here; `lora_ext` gives it its meaning elsewhere.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from lora_ext.io.adapter_file import (
     read_adapter_tensors,
     read_header,
 )
-from lora_ext.io.atomic import open_files, save_files
+from lora_ext.io.atomic import open_files, save_folders
 from lora_ext.io.files import StrPath, json_text, parse_json, read_all, typed_errors
 from lora_ext.nn.arguments import as_path, refuse
 
@@ -101,11 +101,25 @@ def save_adapter(
         TypeError, ValueError: the configuration holds what JSON has not, or more than is read.
         TimeoutError, OSError: see `save_files`.
     """
+    save_adapters([(folder, config, tensors)], lock_timeout=lock_timeout)
+
+
+def save_adapters(
+    saves: Iterable[tuple[StrPath, Mapping[str, Any], Mapping[str, Tensor]]],
+    *,
+    lock_timeout: float = 60.0,
+) -> None:
+    """`save_adapter` of several folders, configs and tensors; on an error none is changed."""
+    files = ((folder, _files(folder, config, tensors)) for folder, config, tensors in saves)
+    save_folders(files, lock_timeout=lock_timeout)
+
+
+def _files(
+    folder: StrPath, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, bytes]:
     if not isinstance(config, Mapping):
         refuse("save_adapter", "config", config, "a dict of the fields of adapter_config.json")
-    text = _config_bytes(folder, config)
-    files = {CONFIG_NAME: text, WEIGHTS_NAME: adapter_bytes(tensors)}
-    save_files(folder, files, lock_timeout=lock_timeout)
+    return {CONFIG_NAME: _config_bytes(folder, config), WEIGHTS_NAME: adapter_bytes(tensors)}
 
 
 def check_adapter_files(

@@ -77,33 +77,61 @@ def save_files(folder: StrPath, files: Mapping[str, bytes], *, lock_timeout: flo
         NotADirectoryError: the folder, or one above it, is a file.
         OSError: a full disk, a folder that cannot be written, or any other error of the system.
     """
-    folder = as_path(folder, "save_files")
-    check_mapping("save_files", "files", files, bytes | bytearray | memoryview, "bytes")
+    save_folders([(folder, files)], lock_timeout=lock_timeout)
+
+
+def save_folders(
+    saves: Iterable[tuple[StrPath, Mapping[str, bytes]]], *, lock_timeout: float = 60.0
+) -> None:
+    """`save_files` of several folders, of which none is changed if one cannot be written. Each is
+    a unit by itself: a kill between their commits leaves some of them new and some old.
+
+    Args:
+        saves: folder and files, all different folders; taken one by one, as they are written.
+    """
     lock_timeout = as_number(lock_timeout, "save_files", "lock_timeout", "seconds")
+    written: list[tuple[Path, list[str]]] = []
+    with ExitStack() as locks:
+        try:
+            for place, files in saves:
+                folder = as_path(place, "save_files")
+                _check_files(folder, files)
+                _make_folder(folder)
+                locks.enter_context(_locked(folder, lock_timeout))
+                _finish_or_discard(folder)
+                written.append((folder, list(files)))
+                _stage(folder, files)
+            for folder, _ in written:
+                _commit(folder)
+        except BaseException:
+            # The files under their own names are untouched; what cannot be removed now is by the
+            # next save.
+            for folder, _ in written:
+                with suppress(OSError):
+                    _discard(folder)
+            raise
+        failed: OSError | None = None
+        for folder, names in written:
+            try:
+                _move_into_place(folder, names)
+            except OSError as error:
+                error.add_note(
+                    f"{folder}: the new files are saved and lora_ext loads them, but perhaps not "
+                    "all have their names yet; the next save or lora_ext.io.recover(folder) "
+                    "finishes it"
+                )
+                failed = failed or error
+        if failed is not None:
+            raise failed
+
+
+def _check_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    check_mapping("save_files", "files", files, bytes | bytearray | memoryview, "bytes")
     for name in files:
         if not _is_plain(name):
             raise AdapterFileError(
                 f"{folder}: got the name {name!r}, expected a file name without '/' or leading '.'"
             )
-    _make_folder(folder)
-    with _locked(folder, lock_timeout):
-        _finish_or_discard(folder)
-        try:
-            _commit(folder, files)
-        except BaseException:
-            # The files under their own names are untouched; what cannot be removed now is by the
-            # next save.
-            with suppress(OSError):
-                _discard(folder)
-            raise
-        try:
-            _move_into_place(folder, files)
-        except OSError as error:
-            error.add_note(
-                f"{folder}: the new files are saved and lora_ext loads them, but perhaps not "
-                "all have their names yet; the next save or lora_ext.io.recover(folder) finishes it"
-            )
-            raise
 
 
 def recover(folder: StrPath, *, lock_timeout: float = 60.0) -> None:
@@ -203,14 +231,18 @@ def _staged(name: str) -> str:
     return f".{name}{STAGED_SUFFIX}"
 
 
-def _commit(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Steps 1 and 2 of the module's text."""
+def _stage(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Step 1 of the module's text, and the journal under its hidden name."""
     journal: Journal = {}
     for name, content in files.items():
         _write_new(folder / _staged(name), content)
         journal[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     _write_new(folder / _staged(JOURNAL), json.dumps({"version": 1, "files": journal}).encode())
     _sync_folder(folder)  # the journal must not survive a loss of power without what it names
+
+
+def _commit(folder: Path) -> None:
+    """Step 2."""
     os.replace(folder / _staged(JOURNAL), folder / JOURNAL)
     _sync_folder(folder)
 

@@ -23,7 +23,7 @@ from lora_ext.io.adapter_folder import (
     AdapterFolder,
     check_adapter_files,
     open_adapter,
-    save_adapter,
+    save_adapters,
 )
 from lora_ext.io.base_tensors import (
     around_others,
@@ -111,7 +111,8 @@ def save_pretrained(
     as_plain_lora: bool = False,
 ) -> None:
     """Writes adapters so that PEFT loads them: "default" into `folder`, others into subfolders of
-    their names. Each pair of files is replaced as one; see `lora_ext.io.save_adapter`.
+    their names. Each pair of files is replaced as one, see `lora_ext.io.save_adapter`; if one
+    cannot be written, all stay as they were.
 
     Args:
         adapter_names: all, if None.
@@ -175,10 +176,9 @@ def save_pretrained(
             fields["base_model_name_or_path"] = name_or_path
         place = Path(folder) if name == DEFAULT else Path(folder) / name
         ready.append((place, fields, tensors))
-    for place, fields, tensors in ready[1:]:  # the first one's are checked before it is written
+    for place, fields, tensors in ready[1:]:  # before a folder is made
         check_adapter_files(place, fields, tensors)
-    for place, fields, tensors in ready:
-        save_adapter(place, fields, tensors)
+    save_adapters(ready)
 
 
 def load_adapter(
