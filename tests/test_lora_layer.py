@@ -98,6 +98,11 @@ def test_adapters_of_different_dropout_each_drop_their_share() -> None:
     close(layer.eval()(rows()), base(layer, rows()) + both)
 
 
+def test_parameters_of_an_adapter_that_is_not_there() -> None:
+    with pytest.raises(ValueError, match="adapter_name: got 'nope', expected one of"):
+        layer_of().adapter_parameters("nope")
+
+
 def test_scales() -> None:
     layer, x = layer_of(), rows()
     unit = update(layer, "default", x)

@@ -180,6 +180,15 @@ def test_merge_and_unload_gives_a_plain_model() -> None:
     torch.testing.assert_close(net(x), y)
 
 
+@pytest.mark.parametrize("call", ["set_adapter", "set_scale"])
+def test_unloaded_adapters_are_not_set_silently(call: str) -> None:
+    model = model_of()
+    model.merge_and_unload()
+    arguments = ["default"] if call == "set_adapter" else ["default", 2.0]
+    with pytest.raises(ValueError, match=f"LoraModel.{call}: .*'default', which no layer"):
+        getattr(model, call)(*arguments)
+
+
 def test_unload_gives_the_base_back() -> None:
     net, x = net_of(), rows()
     plain, names = net(x), dict(net.named_parameters())

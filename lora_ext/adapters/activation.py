@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -34,6 +35,22 @@ def activate(
     for bias in [bias for name in model.peft_config for bias in base_biases(model, name)]:
         transaction.require_grad(bias, id(bias) in wanted)
     transaction.set(model, active_adapters=tuple(dict.fromkeys(names)))
+
+
+def check_held(model: LoraModel, where: str, names: Sequence[str]) -> None:
+    """ValueError unless each adapter is in a layer or has a copy of a module to save."""
+    missing = set(names)
+    layers = (layer.adapters.keys() for _, layer in model.lora_layers())
+    copies = (module.modules_to_save.keys() for _, module in model.saved_modules())
+    for held in chain(layers, copies):
+        missing.difference_update(held)
+        if not missing:
+            return
+    if missing:
+        raise ValueError(
+            f"{where}: adapter_name: got '{min(missing)}', which no layer of the model has any "
+            "more (after unload() or merge_and_unload()); make a new LoraModel of it"
+        )
 
 
 def base_biases(model: LoraModel, adapter_name: str) -> Iterator[nn.Parameter]:

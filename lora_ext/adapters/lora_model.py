@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from lora_ext.adapters.activation import activate
+from lora_ext.adapters.activation import activate, check_held
 from lora_ext.adapters.adding import add_planned, freeze_base, plan_for, replicate
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.merging import merge_layers, of_layer, unmerge_layers, untied_text
@@ -279,11 +279,12 @@ class LoraModel(nn.Module):
         (`bias`) train with their adapters.
 
         Raises:
-            ValueError: an unknown name, or several adapters of which more than one has copies of
-                modules to save.
+            ValueError: an unknown name, one that no layer has any more (after `unload()`), or
+                several adapters of which more than one has copies of modules to save.
         """
         names = names_of(adapter_names, "LoraModel.set_adapter")
         self._check_names(names)
+        check_held(self, "LoraModel.set_adapter", names)
         merged = any(layer.merged for _, layer in self.lora_layers())
         transaction = Transaction()
         activate(self, names, inference_mode, transaction)
@@ -348,6 +349,7 @@ class LoraModel(nn.Module):
         """Makes an adapter's scaling `scale` times that of its config, in every layer: 0 is the
         same as without it."""
         self._check_names([adapter_name])
+        check_held(self, "LoraModel.set_scale", [adapter_name])
         scale = as_number(scale, "LoraModel.set_scale", "scale", "a finite number")
         transaction = Transaction()
         for name, layer in self.lora_layers():

@@ -258,7 +258,8 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
         return {part: value for part, value in parameters.items() if value is not None}
 
     def adapter_parameters(self, adapter_name: str) -> dict[str, nn.Parameter]:
-        """The parameters of one adapter, by attribute name."""
+        """The parameters of one adapter, by attribute name. ValueError without one of the name."""
+        self._check_names([adapter_name])
         parts = self.parts(adapter_name)
         return {part_name(part, adapter_name): value for part, value in parts.items()}
 
