@@ -167,6 +167,20 @@ def test_config_that_would_not_be_read_again_is_not_written(tmp_path: Path) -> N
     assert not (tmp_path / "new").exists()
 
 
+def test_a_plain_adapter_beside_one_that_changed_the_base_is_saved_with_a_warning(
+    tmp_path: Path,
+) -> None:
+    model = get_lora_model(zoo(), LoraConfig(target_modules=["lin"], init_lora_weights="olora"))
+    model.add_adapter("plain", LoraConfig(target_modules=["lin"], init_lora_weights=False))
+    with pytest.warns(UserWarning, match="'plain': the initialisation of 'default' changed"):
+        model.save_pretrained(tmp_path)
+    read = LoraModel.from_pretrained(zoo(), tmp_path)
+    read.load_adapter(tmp_path / "plain", "plain")
+    for one in (model.eval(), read):
+        one.set_adapter("plain")
+    assert torch.equal(read(tokens()), model(tokens()))
+
+
 COMBINED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "other targets": ({"target_modules": ["words", "mix"]}, {"target_modules": ["lin"]}),
     "expression and list": ({"target_modules": r".*\.lin"}, {"target_modules": ["conv1", "attn"]}),

@@ -11,6 +11,7 @@ from torch import Tensor
 from lora_ext.adapters.plan import make_plan
 from lora_ext.io.files import short
 from lora_ext.nn import LoraLayer
+from lora_ext.nn.arguments import warn
 from lora_ext.nn.init import mutates_weight
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ NOTHING = "nothing is written"
 
 
 def check_adapter(model: LoraModel, adapter_name: str, config: LoraConfig) -> None:
-    """ValueError unless the model holds the whole adapter, where its config says it is."""
+    """ValueError unless the model holds the whole adapter, where its config says it is. A warning
+    where another adapter's initialisation changed the weights that it belongs to."""
     where = f"save_pretrained: '{adapter_name}'"
     layers = {id(layer): name for name, layer in _layers(model, adapter_name)}
     copies = {
@@ -81,6 +83,15 @@ def check_adapter(model: LoraModel, adapter_name: str, config: LoraConfig) -> No
                 f"{where}: its config saves '{name}' whole, which has no copy for it (any more); "
                 f"{NOTHING}"
             )
+    for name, layer in _layers(model, adapter_name):
+        changing = {n for n, s in layer.adapters.items() if mutates_weight(s.init_lora_weights)}
+        if changing and adapter_name not in changing:
+            warn(
+                f"{where}: the initialisation of '{min(changing)}' changed the weight of '{name}', "
+                "to which this adapter belongs, and its files do not say so: load "
+                f"'{min(changing)}' before it, or the two are another function"
+            )
+            break
 
 
 def check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:
