@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
 
-from lora_ext._missing import why_missing
+from lora_ext._missing import has_extension, why_missing
 
 if sys.platform != "linux":
     raise ImportError(f"lora_ext runs on Linux only; this is {sys.platform}")
-if importlib.util.find_spec("lora_ext._C") is None:
+if not has_extension(Path(__file__).parent):
     raise ImportError(why_missing(Path(__file__).parent))
 
 import torch

@@ -1,9 +1,18 @@
-"""What to say where this package has no compiled extension; without torch, which takes seconds."""
+"""Whether this package has its compiled extension, and what to say if not; without torch, which
+takes seconds."""
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
+
+
+def has_extension(folder: Path) -> bool:
+    """Whether the package in `folder` has its own: that of an editable installation of another
+    checkout is found for it, too."""
+    spec = importlib.util.find_spec("lora_ext._C")
+    return spec is not None and Path(spec.origin or "").parent.resolve() == folder.resolve()
 
 
 def why_missing(folder: Path) -> str:
