@@ -163,6 +163,20 @@ def test_embeddings_that_transformers_resized_say_so(merged: bool) -> None:
     assert torch.equal(logits(base), want)
 
 
+def test_a_replaced_layer_says_that_its_adapters_are_gone() -> None:
+    base = llama()
+    model = get_lora_model(base, LoraConfig(r=2, target_modules=["lm_head", "q_proj"]))
+    with pytest.warns(UserWarning, match=r"lm_head: .*\['default'\] is replaced by a Linear"):
+        base.resize_token_embeddings(70, mean_resizing=False)
+    attention = base.model.layers[0].self_attn
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attention.q_proj = nn.Sequential(attention.q_proj)
+        attention.q_proj = attention.q_proj[0]
+        attention.q_proj = attention.q_proj.get_base_layer()
+        model.unload()
+
+
 def test_other_embeddings_are_resized() -> None:
     model = get_lora_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
     model.resize_token_embeddings(70)

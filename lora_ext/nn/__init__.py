@@ -5,11 +5,11 @@ from lora_ext.nn.any_layer import AnyLayer
 from lora_ext.nn.attention import MultiheadAttention
 from lora_ext.nn.conv import Conv1d, Conv2d, Conv3d
 from lora_ext.nn.embedding import Embedding
-from lora_ext.nn.fast_paths import watch_registrations as _watch_registrations
 from lora_ext.nn.linear import Linear
 from lora_ext.nn.lora_layer import LoraLayer
 from lora_ext.nn.merged_linear import MergedLinear
 from lora_ext.nn.param_layer import ParamLayer
+from lora_ext.nn.registrations import watch_registrations as _watch_registrations
 from lora_ext.nn.settings import AdapterSettings
 from lora_ext.nn.trainable import (
     lora_state_dict,
