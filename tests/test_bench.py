@@ -291,6 +291,21 @@ def with_environment(path: str, **changes: Any) -> str:
     return path
 
 
+@pytest.mark.parametrize("which", ["old", "new"])
+def test_times_of_a_busy_machine_are_no_regression(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], which: str
+) -> None:
+    files = {
+        name: write_report(tmp_path / name, r) for name, r in {"old": 1.0, "new": 41.0}.items()
+    }
+    assert main(["--compare", files["old"], files["new"]]) == 1
+    with_environment(files[which], other_load=0.9)
+    assert main(["--compare", files["old"], files["new"]]) == 0
+    assert "1 of 1 are not distinguishable" in capsys.readouterr().out
+    wrong = with_environment(write_report(tmp_path / "wrong", 1.0, status=WRONG), other_load=0.9)
+    assert main(["--compare", files["old"], wrong]) == 1
+
+
 def test_compare_says_where_both_come_from(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,7 +1,8 @@
 """Comparison of two reports: has lora_ext become slower, beyond the noise?
 
 A change is told only where it is larger than the tolerance and the quartiles of the two do not
-overlap; that there is none only where they leave no room for a larger one."""
+overlap; that there is none only where they leave no room for a larger one. Where one of them comes
+from a busy machine neither is: what waits for other work can be any number of times as slow."""
 
 from __future__ import annotations
 
@@ -26,6 +27,7 @@ class Change:
 
     old: Row
     new: Row
+    busy: bool = False  # one of the machines was
 
     @property
     def factor(self) -> float | None:
@@ -53,7 +55,8 @@ class Change:
     def is_regression(self) -> bool:
         if self.old.status == OK and self.new.status in BAD:
             return True  # it was timed, and now it is wrong or fails
-        return self.factor is not None and self.factor > 1 + TOLERANCE and not self.within_spread
+        slower = self.factor is not None and self.factor > 1 + TOLERANCE
+        return slower and not self.within_spread and not self.busy
 
     @property
     def verdict(self) -> str:
@@ -61,6 +64,8 @@ class Change:
             return "REGRESSION"
         if self.factor is None:
             return self.new.status
+        if self.busy:
+            return UNCLEAR
         if self.factor < 1 - TOLERANCE and not self.within_spread:
             return "improvement"
         return "same" if self.is_certain else UNCLEAR
@@ -69,8 +74,9 @@ class Change:
 def match(old: Report, new: Report) -> list[Change]:
     """Pair the rows of lora_ext that both reports have; ratios carry over, times do not."""
     known = {row.key: row for row in old.rows}
+    busy = is_busy(old.environment) or is_busy(new.environment)
     return [
-        Change(known[row.key], row)
+        Change(known[row.key], row, busy)
         for row in new.rows
         if row.rival.startswith(OURS) and row.key in known
     ]
