@@ -114,6 +114,11 @@ DOCUMENTED: tuple[Exempt, ...] = (
         lambda _, text: f"{os.sep}peft{os.sep}" in text,
     ),
     (
+        ("accept another",),
+        "the same: PEFT fails when it saves them, lora_ext refuses to add them",
+        lambda _, text: "has adapters, expected a module without" in text,
+    ),
+    (
         ("keys", "back", "PEFT's file"),
         "the heads of a task are saved with the adapters of that task, in PEFT with all",
         lambda case, _: len({config.get("task_type") for config in case.configs.values()}) > 1,
@@ -227,6 +232,13 @@ DOCUMENTED: tuple[Exempt, ...] = (
         ("combine",),
         "an expression and a list of target_modules can be combined, not in PEFT",
         lambda _, text: "should follow the same target modules type" in text,
+    ),
+    (
+        ("combined",),
+        "PEFT's concatenation gives the ranks of a convolution's group to other groups",
+        lambda case, _: (
+            _GROUPS in case.kind and case.combination is not None and case.combination[0] == "cat"
+        ),
     ),
     (
         (*_OUTPUTS, "combined"),
