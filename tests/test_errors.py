@@ -366,6 +366,12 @@ def test_module_refuses(case: ModuleCase) -> None:
     assert all(parameter.requires_grad for parameter in module.parameters())
 
 
+def test_a_lazy_layer_has_to_be_called_first() -> None:
+    model = nn.Sequential(nn.LazyLinear(3))
+    with pytest.raises(TypeError, match=r"UninitializedParameter.*call the model once first"):
+        lora_ext.get_lora_model(model, lora_ext.LoraConfig(target_modules=["0"]))
+
+
 def test_unknown_cpu_capability_is_refused_at_import() -> None:
     environment = os.environ | {"LORA_EXT_CPU_CAPABILITY": "avx1024"}
     command = [sys.executable, "-c", "import lora_ext"]

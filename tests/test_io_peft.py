@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,17 @@ def test_no_adapter_is_written_if_one_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(AdapterFileError, match="NaN"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_scale_that_the_files_do_not_hold_is_told(tmp_path: Path) -> None:
+    model = get_lora_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=3, target_modules=["0"]))
+    model.set_scale("default", 0.5)
+    with pytest.warns(UserWarning, match=r"\['default'\]: set_scale .* files do not hold"):
+        model.save_pretrained(tmp_path)
+    model.base_model[0].unscale_layer(0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path)
 
 
 def test_a_path_with_a_null_character_is_refused_by_name() -> None:

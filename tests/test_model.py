@@ -80,6 +80,30 @@ def test_lora_state_dict_round_trip(bias: str, names: set[str], merged: bool) ->
     assert torch.equal(other(x), expected)
 
 
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_modules_saved_whole_belong_to_their_adapter(bias: str) -> None:
+    def made() -> lora_ext.LoraModel:
+        torch.manual_seed(0)
+        head = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))
+        config = lora_ext.LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"], bias=bias)
+        return lora_ext.get_lora_model(nn.Sequential(nn.Linear(6, 6), head), config)
+
+    model, x = made(), torch.randn(5, 6)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    lora_ext.mark_only_lora_as_trainable(model)
+    kept = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert kept == {name for name in trained if "lora_" in name or "modules_to_save" in name}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in trained:
+                parameter.add_(torch.randn_like(parameter))
+    model(x)  # moves the statistics of the norm
+    read = made()
+    result = read.load_state_dict(lora_ext.lora_state_dict(model, bias), strict=False)
+    assert not result.unexpected_keys
+    assert torch.equal(read.eval()(x), model.eval()(x))
+
+
 def test_lora_state_dict_goes_through_safetensors(tmp_path: Any) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     state = lora_ext.lora_state_dict(Block(lora_bias=True, dtype=torch.bfloat16), "lora_only")

@@ -126,6 +126,29 @@ def test_computed_tensors_are_used_and_not_written(
         assert not trained
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+@each_kind
+def test_what_was_merged_and_is_computed_since_stays_merged(
+    kind: Kind, change: Callable[[nn.Module, str], Any]
+) -> None:
+    make, adapt, args = kind
+    layer = adapt(make()).eval()
+    state = copy.deepcopy(layer.state_dict())
+    layer.merge()
+    name = next(name for name in layer.base_parameters if "." not in name)
+    change(layer, name)
+    y = first(layer(*args))
+    calls = (layer.unmerge, lambda: layer.enable_adapters(False))
+    for call in (*calls, lambda: layer.set_adapter("default")):
+        with pytest.raises(ValueError, match=f"unmerge: its {name} is computed from other"):
+            call()
+    with pytest.raises(RuntimeError, match=f"unmerge: its {name} is computed from other"):
+        layer.load_state_dict(state, strict=False)
+    assert layer.merged
+    assert torch.equal(first(layer(*args)), y)
+
+
 @pytest.mark.parametrize("name", [*KINDS, "LoraModel"])
 def test_replicas_of_data_parallel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "LoraModel":

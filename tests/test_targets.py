@@ -10,12 +10,13 @@ from typing import Any
 
 import peft
 import pytest
+import torch
 import transformers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from tiny_models import BUILDERS, LAYERS
 from torch import nn
 
-from lora_ext import LoraConfig
+from lora_ext import LoraConfig, get_lora_model
 from lora_ext.adapters.architectures import DEFAULT_TARGETS
 from lora_ext.adapters.plan import make_plan
 from lora_ext.adapters.targets import find_targets, is_adaptable, matches, saved_modules
@@ -347,6 +348,54 @@ def test_mamba_is_refused_what_its_kernels_do_not_call() -> None:
             find_targets(model, LoraConfig(target_modules=[target, "in_proj"]))
     values = {"target_modules": "all-linear", "exclude_modules": ["out_proj"]}
     assert our_targets(model, values) == peft_targets(model, values)
+
+
+SIZES: Values = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+MAMBAS: Values = {"vocab_size": 16, "hidden_size": 8, "state_size": 4, "num_hidden_layers": 1}
+CONVOLUTIONS: Values = {"conv_dim": [8], "conv_stride": [5], "conv_kernel": [10]}
+NOT_CALLED: dict[str, tuple[str, Values]] = {  # with layers whose weight is read instead
+    "MobileBertForMaskedLM": (
+        "predictions.dense",
+        SIZES
+        | {"vocab_size": 16, "embedding_size": 4, "intermediate_size": 8}
+        | {"intra_bottleneck_size": 4, "classifier_activation": False},
+    ),
+    "MambaForCausalLM": ("dt_proj", MAMBAS),
+    "FalconMambaForCausalLM": ("dt_proj", MAMBAS),
+    "JambaForCausalLM": (
+        "dt_proj",
+        SIZES
+        | {"vocab_size": 16, "num_hidden_layers": 2, "num_key_value_heads": 2, "num_experts": 1}
+        | {"attn_layer_period": 2, "attn_layer_offset": 1, "intermediate_size": 8}
+        | {"use_mamba_kernels": False},
+    ),
+    "Wav2Vec2ForXVector": (
+        "kernel",
+        SIZES
+        | CONVOLUTIONS
+        | {"intermediate_size": 8, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+        | {"tdnn_dim": [8], "tdnn_kernel": [3], "tdnn_dilation": [1], "xvector_output_dim": 4},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_CALLED)
+def test_layers_whose_weight_is_read_without_calling_them_are_named(name: str) -> None:
+    idle, fields = NOT_CALLED[name]
+    kind = getattr(transformers, name)
+    model = kind(kind.config_class(**fields))
+    config = LoraConfig(target_modules="all-linear", exclude_modules=["out_proj"])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        adapted = get_lora_model(model.eval(), config)
+    texts = [str(one.message) for one in caught if "without calling it" in str(one.message)]
+    assert len(texts) == 1
+    tokens = torch.arange(1, 7)[None]
+    result = adapted(torch.randn(1, 200) if name.startswith("Wav2Vec2") else tokens)
+    result.logits.square().sum().backward()
+    without = [n for n, layer in adapted.lora_layers() if layer.lora_B.grad is None]
+    assert without and all(n.endswith(idle) and repr(n) in texts[0] for n in without)
+    assert texts[0].count(idle) == len(without)
 
 
 MESSAGES: dict[str, tuple[Values, str]] = {

@@ -56,5 +56,17 @@ STACKED_EXPERTS: dict[str, dict[str, str]] = {
     for (gate, up, down), architectures in _STACKED.items()
     for architecture in architectures.split()
 }
-# Linear layers of a model_type whose weight the router reads without calling them.
-ROUTERS_NOT_CALLED = {"longcat_flash": ("classifier",)}
+# Layers of a model_type whose weight the module around them reads without calling them, by the ends
+# of their names.
+_READ = {
+    ("classifier",): "longcat_flash",
+    ("dt_proj",): "falcon_mamba jamba mamba",
+    ("predictions.dense", "predictions.decoder"): "mobilebert",
+    ("bbox_attention.k_proj",): "conditional_detr detr",
+    ("kernel",): "data2vec-audio unispeech-sat wav2vec2 wav2vec2-bert wav2vec2-conformer wavlm",
+}
+READ_NOT_CALLED = {
+    architecture: names
+    for names, architectures in _READ.items()
+    for architecture in architectures.split()
+}

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lora_ext.adapters.architectures import FUSED, ROUTERS_NOT_CALLED, STACKED_EXPERTS
+from lora_ext.adapters.architectures import FUSED, READ_NOT_CALLED, STACKED_EXPERTS
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.config_checks import ALL_LINEAR
 from lora_ext.adapters.modules_to_save import ModulesToSave
@@ -74,13 +74,13 @@ def warn_of_unreached(
     model: nn.Module, config: LoraConfig, names: Collection[str], reached: Collection[str]
 ) -> None:
     """Warns where target_modules speaks of projections of stacked experts that get no adapter, or
-    of a router whose adapter does nothing.
+    of layers whose adapter does nothing.
 
     Args:
         names, reached: the dotted names of the modules and of the parameters that get one.
     """
-    uncalled = ROUTERS_NOT_CALLED.get(model_type(model) or "", ())
-    idle = [name for name in names if _end(name) in uncalled]
+    uncalled = READ_NOT_CALLED.get(model_type(model) or "", ())
+    idle = [name for name in names if matches(name, uncalled)]
     if idle:
         _warn(
             f"target_modules: the model reads the weight of {_some(idle)} without calling it: an "

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -176,9 +177,24 @@ def save_pretrained(
             fields["base_model_name_or_path"] = name_or_path
         place = Path(folder) if name == DEFAULT else Path(folder) / name
         ready.append((place, fields, tensors))
+    scaled = [name for name in names if _is_scaled(model, name)]
+    if scaled:
+        warn(
+            f"save_pretrained: {scaled}: set_scale or scale_layer changed the scaling, which the "
+            "files do not hold: loaded again, they run with that of their config"
+        )
     for place, fields, tensors in ready[1:]:  # before a folder is made
         check_adapter_files(place, fields, tensors)
     save_adapters(ready)
+
+
+def _is_scaled(model: LoraModel, adapter_name: str) -> bool:
+    """Whether an adapter runs with another scaling than its config's."""
+    return any(
+        not math.isclose(layer.get_scale(adapter_name), layer.adapters[adapter_name].scaling)
+        for _, layer in model.lora_layers()
+        if adapter_name in layer.adapters
+    )
 
 
 def load_adapter(

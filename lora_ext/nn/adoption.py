@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
 
 from lora_ext.nn.arguments import warn
 from lora_ext.nn.default_adapter import DEFAULT
@@ -55,10 +56,14 @@ def check_base(
         if parameter is not None and (
             type(parameter) is not nn.Parameter or not parameter.is_floating_point()
         ):
+            todo = (
+                "call the model once first"
+                if is_lazy(parameter)
+                else "quantized layers are not supported"
+            )
             raise TypeError(
                 f"{where}: its {name} is a {type(parameter).__qualname__} of "
-                f"{parameter.dtype}, expected a plain floating-point parameter; quantized "
-                "layers are not supported"
+                f"{parameter.dtype}, expected a plain floating-point parameter; {todo}"
             )
         if parameter is not None and not reason_to_call(base, kind):
             _check_computable(f"{where}: its {name}", parameter)

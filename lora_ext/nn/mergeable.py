@@ -133,7 +133,7 @@ class MergeableLayer(nn.Module):
 
         Raises:
             NotMergedError: nothing is merged.
-            ValueError: what is merged was resized.
+            ValueError: what is merged was resized, or is computed from other tensors since.
         """
         if not self.merged:
             raise NotMergedError(f"{type(self).__name__}.unmerge: not merged; call merge() first")
@@ -168,11 +168,19 @@ class MergeableLayer(nn.Module):
     def _put_back(self) -> None:
         """Gives a draft the base's parameters in their places; they train if those did that were
         there meanwhile."""
+        where = f"{type(self).__name__}.unmerge"
         for name, base in self._aside.items():
+            path, _, leaf = name.rpartition(".")
+            if leaf not in self.get_submodule(path)._parameters:  # what computes it would go on
+                raise ValueError(
+                    f"{where}: its {name} is computed from other tensors (pruning, "
+                    "parametrization, weight_norm) since it was merged, expected a plain "
+                    "parameter; make that permanent first, or undo it"
+                )
             merged = attrgetter(name)(self)
             if merged.shape != base.shape:
                 raise ValueError(
-                    f"{type(self).__name__}.unmerge: its {name} got shape {list(merged.shape)} "
+                    f"{where}: its {name} got shape {list(merged.shape)} "
                     f"while merged, expected the base's {list(base.shape)}; unload() keeps what is "
                     "merged, or resize before adapters are put in"
                 )
@@ -282,7 +290,13 @@ class MergeableLayer(nn.Module):
         """A merged layer stays merged, with what was loaded."""
         merged = self.merged_adapters
         if merged:
-            self.unmerge()
+            try:
+                self.unmerge()
+            except ValueError as error:
+                error_msgs.append(f"{prefix}{error}")
+                for name in self._aside:  # its children keep theirs, too
+                    state_dict[prefix + name] = attrgetter(name)(self).detach()
+                return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -12,7 +12,10 @@ _BIAS = ("none", "all", "lora_only")
 
 
 def _adapter_names(model: nn.Module, bias: str, operation: str) -> set[str]:
-    """Names of the adapters' parameters, with those of the base biases that `bias` adds."""
+    """Names of the adapters' tensors, of their copies of modules to save, and of the base biases
+    that `bias` adds."""
+    from lora_ext.adapters.modules_to_save import ModulesToSave  # which needs this package
+
     check_module(operation, "model", model)
     if not isinstance(bias, str) or bias not in _BIAS:
         raise ValueError(f"{operation}: bias: got {bias!r}, expected one of {_BIAS}")
@@ -26,6 +29,9 @@ def _adapter_names(model: nn.Module, bias: str, operation: str) -> set[str]:
         elif isinstance(module, MergingLayer):  # of lora_ext.loralib
             adapted = True
             names |= {prefix + name for name in module._parameters if name.startswith("lora_")}
+        elif isinstance(module, ModulesToSave):
+            copies = module.modules_to_save.state_dict(prefix=f"{prefix}modules_to_save.")
+            names |= copies.keys()
         own = f"{module.BASE_PATH}bias" if isinstance(module, LoraLayer) else "bias"
         has_bias = isinstance(getattr(module, "bias", None), nn.Parameter)
         if has_bias and (bias == "all" or (bias == "lora_only" and adapted)):
@@ -34,7 +40,8 @@ def _adapter_names(model: nn.Module, bias: str, operation: str) -> set[str]:
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
-    """Sets requires_grad on the adapters and clears it on everything else.
+    """Sets requires_grad on the adapters, with their copies of modules to save, and clears it on
+    everything else.
 
     Args:
         bias: which base biases train too: "none", "all" (of every module), or "lora_only" (of the
@@ -54,8 +61,8 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
 
 
 def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
-    """The part of `model.state_dict()` that is adapters; `bias` as for
-    `mark_only_lora_as_trainable`. Load it with `model.load_state_dict(..., strict=False)`."""
+    """The part of `model.state_dict()` that is adapters and their copies of modules to save; `bias`
+    as for `mark_only_lora_as_trainable`. Load it with `load_state_dict(..., strict=False)`."""
     names = _adapter_names(model, bias, "lora_state_dict")
     return {name: tensor for name, tensor in model.state_dict().items() if name in names}
 
