@@ -142,7 +142,9 @@ def lora_embedding(
         RuntimeError: tensors on different devices.
     """
     try:
-        padding = -1 if padding_idx is None else _row(padding_idx, weight.shape[0])
+        # What is wrong with a weight without rows the operator says.
+        rows = weight.shape[0] if weight.dim() else None
+        padding = -1 if padding_idx is None or rows is None else _row(padding_idx, rows)
         return torch.ops.lora_ext.lora_embedding(  # type: ignore[no-any-return]
             indices, weight, lora_A, lora_B, scaling, padding, scale_grad_by_freq
         )

@@ -308,6 +308,31 @@ def test_a_signal_at_any_moment_leaves_before_or_after(call: str, kind: str) -> 
                 trial.model = trial.fresh()
 
 
+@pytest.mark.parametrize("name", ["Linear", "subclass", "MultiheadAttention"])
+def test_an_exception_while_a_merged_model_moves_leaves_no_stray_parameter(name: str) -> None:
+    """Which of its parameters are moved is torch's affair."""
+    kind = KINDS[name]
+
+    unmerged = state_of(model_of(name), kind)
+
+    def fresh() -> LoraModel:
+        model = copy.deepcopy(model_of(name))
+        merged(model)
+        return model
+
+    model = fresh()
+    with AtLine() as lines:
+        model.double()
+    for n in range(1, lines.seen + 1):
+        model = fresh()
+        names = [name for name, _ in model.base_model.named_parameters()]
+        with contextlib.suppress(Interruption), AtLine(n):
+            model.double()
+        assert [name for name, _ in model.base_model.named_parameters()] == names
+        model.float().unmerge_adapter()
+        assert state_of(model, kind) == unmerged
+
+
 def test_two_exceptions_leave_no_adapter_disabled() -> None:
     """The second one while the first one's clean-up runs."""
     kind, model, rng = KINDS["Linear"], copy.deepcopy(model_of("Linear")), random.Random(0)
