@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from lora_ext import LoraConfig, LoraModel, get_lora_model
 from lora_ext.adapters.modules_to_save import ModulesToSave
+from lora_ext.io import save_files
 from lora_ext.nn import AnyLayer, Linear, LoraLayer, MergedLinear
 
 ALL_POINTS = bool(os.environ.get("LORA_EXT_ALL_POINTS"))
@@ -331,6 +332,16 @@ def test_an_exception_while_a_merged_model_moves_leaves_no_stray_parameter(name:
         assert [name for name, _ in model.base_model.named_parameters()] == names
         model.float().unmerge_adapter()
         assert state_of(model, kind) == unmerged
+
+
+def test_an_exception_while_saving_does_not_keep_the_lock(tmp_path: Path) -> None:
+    with AtLine() as lines:
+        save_files(tmp_path, {"a": b"0"})
+    for n in range(1, lines.seen + 1):
+        with contextlib.suppress(Interruption), AtLine(n):
+            save_files(tmp_path, {"a": b"1"})
+        save_files(tmp_path, {"a": b"2"}, lock_timeout=0.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_two_exceptions_leave_no_adapter_disabled() -> None:
