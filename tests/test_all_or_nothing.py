@@ -28,7 +28,7 @@ from interruptions import (
 )
 from torch import Tensor, nn
 
-from lora_ext import LoraConfig, LoraModel, get_lora_model
+from lora_ext import LoraConfig, LoraModel, get_lora_model, loralib
 from lora_ext.adapters.modules_to_save import ModulesToSave
 from lora_ext.io import save_files
 from lora_ext.nn import AnyLayer, Linear, LoraLayer, MergedLinear
@@ -332,6 +332,25 @@ def test_an_exception_while_a_merged_model_moves_leaves_no_stray_parameter(name:
         assert [name for name, _ in model.base_model.named_parameters()] == names
         model.float().unmerge_adapter()
         assert state_of(model, kind) == unmerged
+
+
+@pytest.mark.parametrize("kind", [loralib.Linear, loralib.Conv2d], ids=lambda kind: kind.__name__)
+def test_an_exception_while_loralib_layers_move_leaves_no_stray_parameter(kind: Any) -> None:
+    arguments = (4, 4) if kind is loralib.Linear else (4, 4, 1)
+    for n in range(1, 100):
+        layer = kind(*arguments, r=2)
+        nn.init.ones_(layer.lora_B)
+        names = [name for name, _ in layer.named_parameters()]
+        base = [bits(p) for p in layer.parameters()]
+        layer.eval()
+        try:
+            with AtLine(n):
+                layer.double()
+            break
+        except Interruption:
+            assert [name for name, _ in layer.named_parameters()] == names
+            assert [bits(p) for p in layer.float().train().parameters()] == base
+    assert n > 5
 
 
 def test_an_exception_while_saving_does_not_keep_the_lock(tmp_path: Path) -> None:
