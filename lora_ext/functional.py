@@ -142,9 +142,9 @@ def lora_embedding(
         RuntimeError: tensors on different devices.
     """
     try:
-        # What is wrong with a weight without rows the operator says.
-        rows = weight.shape[0] if weight.dim() else None
-        padding = -1 if padding_idx is None or rows is None else _row(padding_idx, rows)
+        padding = -1
+        if padding_idx is not None and weight.dim():  # of a number the operator says what is wrong
+            padding = _row(padding_idx, weight.shape[0])
         return torch.ops.lora_ext.lora_embedding(  # type: ignore[no-any-return]
             indices, weight, lora_A, lora_B, scaling, padding, scale_grad_by_freq
         )
