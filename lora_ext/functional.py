@@ -142,7 +142,9 @@ def lora_embedding(
         RuntimeError: tensors on different devices.
     """
     try:
-        padding = -1 if padding_idx is None else _row(padding_idx, weight.shape[0])
+        padding = -1
+        if padding_idx is not None and weight.dim():  # of a number the operator says what is wrong
+            padding = _row(padding_idx, weight.shape[0])
         return torch.ops.lora_ext.lora_embedding(  # type: ignore[no-any-return]
             indices, weight, lora_A, lora_B, scaling, padding, scale_grad_by_freq
         )

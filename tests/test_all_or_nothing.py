@@ -28,8 +28,9 @@ from interruptions import (
 )
 from torch import Tensor, nn
 
-from lora_ext import LoraConfig, LoraModel, get_lora_model
+from lora_ext import LoraConfig, LoraModel, get_lora_model, loralib
 from lora_ext.adapters.modules_to_save import ModulesToSave
+from lora_ext.io import save_files
 from lora_ext.nn import AnyLayer, Linear, LoraLayer, MergedLinear
 
 ALL_POINTS = bool(os.environ.get("LORA_EXT_ALL_POINTS"))
@@ -306,6 +307,60 @@ def test_a_signal_at_any_moment_leaves_before_or_after(call: str, kind: str) -> 
             assert all(bits(parameter) == values for parameter, values in base)
             if state != trial.before:
                 trial.model = trial.fresh()
+
+
+@pytest.mark.parametrize("name", ["Linear", "subclass", "MultiheadAttention"])
+def test_an_exception_while_a_merged_model_moves_leaves_no_stray_parameter(name: str) -> None:
+    """Which of its parameters are moved is torch's affair."""
+    kind = KINDS[name]
+
+    unmerged = state_of(model_of(name), kind)
+
+    def fresh() -> LoraModel:
+        model = copy.deepcopy(model_of(name))
+        merged(model)
+        return model
+
+    model = fresh()
+    with AtLine() as lines:
+        model.double()
+    for n in range(1, lines.seen + 1):
+        model = fresh()
+        names = [name for name, _ in model.base_model.named_parameters()]
+        with contextlib.suppress(Interruption), AtLine(n):
+            model.double()
+        assert [name for name, _ in model.base_model.named_parameters()] == names
+        model.float().unmerge_adapter()
+        assert state_of(model, kind) == unmerged
+
+
+@pytest.mark.parametrize("kind", [loralib.Linear, loralib.Conv2d], ids=lambda kind: kind.__name__)
+def test_an_exception_while_loralib_layers_move_leaves_no_stray_parameter(kind: Any) -> None:
+    arguments = (4, 4) if kind is loralib.Linear else (4, 4, 1)
+    for n in range(1, 100):
+        layer = kind(*arguments, r=2)
+        nn.init.ones_(layer.lora_B)
+        names = [name for name, _ in layer.named_parameters()]
+        base = [bits(p) for p in layer.parameters()]
+        layer.eval()
+        try:
+            with AtLine(n):
+                layer.double()
+            break
+        except Interruption:
+            assert [name for name, _ in layer.named_parameters()] == names
+            assert [bits(p) for p in layer.float().train().parameters()] == base
+    assert n > 5
+
+
+def test_an_exception_while_saving_does_not_keep_the_lock(tmp_path: Path) -> None:
+    with AtLine() as lines:
+        save_files(tmp_path, {"a": b"0"})
+    for n in range(1, lines.seen + 1):
+        with contextlib.suppress(Interruption), AtLine(n):
+            save_files(tmp_path, {"a": b"1"})
+        save_files(tmp_path, {"a": b"2"}, lock_timeout=0.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_two_exceptions_leave_no_adapter_disabled() -> None:

@@ -17,7 +17,8 @@ from devices import each_device
 from problems import Problem, exact_results, make_problem, plain_results, results
 from torch import Tensor
 
-from lora_ext.functional import column_scale, lora_embedding, weight_norm
+from lora_ext import reference
+from lora_ext.functional import column_scale, dora_linear, lora_embedding, weight_norm
 
 Results = dict[str, Tensor]
 SEEDS = 20
@@ -123,6 +124,49 @@ def test_fp32_sums_are_short() -> None:
         SEEDS, lambda seed: three_results(problem_of((72, 4096, 64, 4), 64.0, seed, bias=False))
     )
     assert got["y"] <= 0.8, got
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5])
+@pytest.mark.parametrize("size", [(64, 4096, 64, 4), (128, 512, 64, 4), (20, 768, 64, 4)], ids=str)
+def test_dora_with_dropout(size: tuple[int, int, int, int], dropout_p: float) -> None:
+    """From 64 rows on v = d W^T, for the kept elements d, is x W^T less the part of the dropped
+    ones, over 1 - p. The squared error of a sum grows with its number of terms and with their
+    squares: of v's own n (1 - p) terms of x / (1 - p), of x W^T's n terms of x, all over 1 - p:
+    1 / (1 - p) of v's own error, in y and in the gradient of scale. The dropped ones' part, in sums
+    of at most p 128, adds p^2 128 / K of that, p^2 / 3 from where BLAS sums parts of 384. Of dx, u
+    W less the dropped elements of (u - dy) W, u's error is in all elements, else in 1 - p."""
+    M, K, N, _ = size
+
+    def results_of(seed: int) -> tuple[Results, Results, Results]:
+        p = problem_of(size, 1.0, seed, dropout_p=dropout_p)
+        assert p.rng_state is not None
+        generator = torch.Generator().manual_seed(seed)
+        given = {"x": p.x, "weight": p.weight.detach(), "bias": p.bias, "lora_A": p.lora_A,
+                 "lora_B": p.lora_B, "scale": 1 + torch.randn(N, generator=generator)}  # fmt: skip
+
+        def of(fused: bool, dtype: torch.dtype) -> Results:
+            leaves = {name: t.detach().to(dtype) for name, t in given.items()}
+            x, W, bias, A, B, scale = leaves.values()
+            trained = [t.requires_grad_() for name, t in leaves.items() if name != "weight"]
+            if fused:
+                y = dora_linear(x, W, bias, A, B, scale, dropout_p=dropout_p, rng_state=p.rng_state)
+            else:
+                d = reference.dropout(x, dropout_p, p.mask)
+                linear = torch.nn.functional.linear
+                y = linear(x, W, bias) + (scale - 1) * linear(d, W) + d @ A.t() @ B.t()
+            gradients = torch.autograd.grad(y, trained, p.dy.to(dtype))
+            names = [name for name in leaves if name != "weight"]
+            return {"y": y.detach(), **dict(zip(names, gradients, strict=True))}
+
+        return of(True, torch.float32), of(False, torch.float32), of(False, torch.float64)
+
+    got = ratios(SEEDS, results_of)
+    skips = M >= 64
+    dropped = math.sqrt(1 + dropout_p**2 * max(128 / K, 1 / 3)) / (1 - dropout_p)
+    lucky = luck(N * SEEDS)  # errors of the gradients of bias and scale
+    for name, lost in {"y": dropped, "scale": dropped, "x": math.sqrt(dropped)}.items():
+        assert got.pop(name) <= (lost if skips else 1) * lucky, (name, got)
+    assert all(ratio <= lucky for ratio in got.values()), got
 
 
 def sums_over_rows(M: int, N: int, seed: int) -> tuple[Results, Results, Results]:

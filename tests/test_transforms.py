@@ -288,6 +288,25 @@ def test_gradients_of_each_sample(kind: str) -> None:
         same([each[name][i] for name in leaves], list(expected))
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_batch_of_adapters(kind: str) -> None:
+    """As of several runs in one: an input and a base that are shared, and adapters that are not."""
+    layer, x = layer_of(kind)
+    batch = {
+        name: torch.stack([p.detach(), p.detach().flip(0), 2 * p.detach()])
+        for name, p in layer.named_parameters()
+        if "lora_" in name
+    }
+
+    def y(adapter: dict[str, Tensor]) -> Tensor:
+        return functional_call(layer, adapter, (x,))
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop.*weight_norm")
+        together = vmap(y)(batch)
+    same(together, torch.stack([y({n: t[i] for n, t in batch.items()}) for i in range(3)]))
+
+
 def test_autocast_is_obeyed_inside_transforms() -> None:
     layer = lora_ext.nn.Linear(64, 32, r=4)
     nn.init.normal_(layer.lora_B)

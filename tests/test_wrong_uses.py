@@ -179,6 +179,17 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "recover": (lambda: io.recover(None), "recover: folder: got None, expected a path"),  # type: ignore[arg-type]
     "inside": (lambda: io.inside("x", None), "inside: name: got None, expected a text"),  # type: ignore[arg-type]
+    "rows of a number": (
+        lambda: lora_ext.lora_embedding(
+            torch.tensor([0]), torch.ones(()), torch.ones(2, 5), torch.ones(3, 2), padding_idx=0
+        ),
+        "lora_embedding: weight: got shape [], expected [num_embeddings, embedding_dim]",
+    ),
+    "density for a single adapter": (
+        lambda: adapted().add_weighted_adapter(["default"], [1.0], "n", "ties", density=2.0),
+        "add_weighted_adapter: density: got 2.0, expected a share from 0 to 1, for "
+        "combination_type='ties'",
+    ),
     "loralib, sizes": (
         lambda: loralib.Linear("4", 4, r=2),  # type: ignore[arg-type]
         "Linear: in_features: got '4', expected an integer",

@@ -94,9 +94,10 @@ def plan_combination(
         density = as_number(density, where, "density")
     if svd_clamp is not None and not 0.5 < svd_clamp <= 1.0:
         raise wrong_argument("svd_clamp", svd_clamp, "None or a quantile above 0.5, up to 1")
+    if density is not None or len(adapters) > 1:
+        _check_density(combination_type, density)
     if len(adapters) == 1:
         combination_type = "linear"
-    _check_density(combination_type, density)
     return Combination(
         adapters,
         weights,

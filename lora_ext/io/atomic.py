@@ -337,38 +337,42 @@ def _make_folder(folder: Path) -> None:
 @contextmanager
 def _locked(folder: Path, timeout: float) -> Iterator[None]:
     """Excludes other savers of the folder. A killed one's lock ends with its process."""
-    path, deadline = folder / LOCK, time.monotonic() + timeout
+    path, deadline, held = folder / LOCK, time.monotonic() + timeout, False
     while True:
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-                text = f"{error.strerror}: nothing was changed; save into a folder you can write to"
-                raise type(error)(error.errno, text, str(folder)) from error
-            raise
-        try:
-            _lock(descriptor)
-            # The last holder may have removed the file that was opened here.
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                break
-        except (BlockingIOError, FileNotFoundError):
-            pass
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
+        with _open_lock(path, folder) as file:
+            with suppress(BlockingIOError, FileNotFoundError):
+                _lock(file.fileno())
+                # The last holder may have removed the file that was opened here.
+                held = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+            if held:
+                try:
+                    yield
+                finally:
+                    with suppress(OSError):
+                        os.unlink(path)
+                return
         if time.monotonic() > deadline:
             raise TimeoutError(
                 f"{folder}: another process has been saving here for {timeout:g} s; "
                 "save when it has ended, or give each process its own folder"
             )
         time.sleep(0.002)
+
+
+def _open_lock(path: Path, folder: Path) -> io.FileIO:
+    """An object, which is closed with its last reference: a number that Ctrl-C leaves nobody with
+    would keep the lock in this process."""
     try:
-        yield
-    finally:
-        with suppress(OSError):
-            os.unlink(path)
-        os.close(descriptor)
+        return io.FileIO(path, "r+", opener=_open_or_make)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            text = f"{error.strerror}: nothing was changed; save into a folder you can write to"
+            raise type(error)(error.errno, text, str(folder)) from error
+        raise
+
+
+def _open_or_make(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o666)
 
 
 def _lock(descriptor: int) -> None:

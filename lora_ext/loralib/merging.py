@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -216,13 +216,11 @@ class MergingLayer(nn.Module, LoRALayer):
         if merge is None:
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
         whole = fingerprint(self._owner.weight) == merge.fingerprint
-        self._parameters["_base_weight"] = merge.base
-        try:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        finally:
-            moved = self._parameters.pop("_base_weight")
-            assert moved is not None
-            merge.base = moved
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        aside = nn.Module()
+        aside._parameters = {"base": merge.base}
+        aside._apply(fn)  # type: ignore[no-untyped-call]
+        merge.base = cast(nn.Parameter, aside._parameters["base"])
         merge.lora_A, merge.lora_B = fn(merge.lora_A), fn(merge.lora_B)
         if whole:
             merge.fingerprint = fingerprint(self._owner.weight)

@@ -140,8 +140,11 @@ class _LoraConv(LoraLayer, _ConvNd):
             stacks = self.low_rank() if self._running else []
             y = self._convolve(x, self.weight, self._bias_with(stacks))
             for stack in stacks:
-                # y is fresh, and a convolution keeps its inputs for backward, not its result.
-                y.add_(self._update(x, stack))
+                # y is fresh, and a convolution keeps its inputs for backward, not its result. In
+                # vmap the update may have a batch that y lacks.
+                update = self._update(x, stack)
+                transformed = torch._C._are_functorch_transforms_active()
+                y = (y + update).to(y.dtype) if transformed else y.add_(update)
             return y
         except (AttributeError, TypeError, RuntimeError):
             self._check_input(x)

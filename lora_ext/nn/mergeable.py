@@ -222,13 +222,12 @@ class MergeableLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What moves or casts the layer also does so to the base's parameters while merged."""
-        try:
-            self._parameters.update({base_name(name): p for name, p in self._aside.items()})
-            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
-        finally:
-            for name in self._aside:
-                if (moved := self._parameters.pop(base_name(name), None)) is not None:
-                    self._aside[name] = moved
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._aside:
+            aside = nn.Module()
+            aside._parameters = self._aside  # type: ignore[assignment]
+            aside._apply(fn)  # type: ignore[no-untyped-call]
+        return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -352,11 +351,6 @@ def _share_the_base(
 
 
 register_module_parameter_registration_hook(_share_the_base)  # type: ignore[arg-type]
-
-
-def base_name(parameter_name: str) -> str:
-    """What a parameter of the base is registered as while a merged layer is moved."""
-    return f"_base_{parameter_name.replace('.', '__')}"  # such a name has no dots
 
 
 def _shape(value: object) -> torch.Size | None:

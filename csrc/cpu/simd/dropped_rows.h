@@ -121,7 +121,8 @@ void pack_panel(const DroppedWeight& weight, int64_t n0, int64_t k0, compute_t<T
   }
 }
 
-// sums[i][n] (+)= the products of the dropped elements of row i in one block of columns.
+// sums[i][n] (+)= the products of the dropped elements of row i in one block of columns, summed by
+// themselves: short sums err little.
 template <class S>
 void add_dropped(const S* panel, const int32_t* starts, const uint8_t* columns, const S* values,
                  int64_t rows, bool first, S* sums) {
@@ -130,9 +131,7 @@ void add_dropped(const S* panel, const int32_t* starts, const uint8_t* columns, 
   for (int64_t i = 0; i < rows; ++i, sums += kWidth) {
     typename V::Reg sum[kPanelVectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < kPanelVectors; ++v) {
-      sum[v] = first ? V::zero() : V::load(sums + v * V::kWidth);
-    }
+    for (int v = 0; v < kPanelVectors; ++v) sum[v] = V::zero();
     for (int64_t e = starts[i]; e < starts[i + 1]; e += kDroppedGroup) {
 #pragma GCC unroll 4
       for (int64_t g = 0; g < kDroppedGroup; ++g) {
@@ -145,7 +144,10 @@ void add_dropped(const S* panel, const int32_t* starts, const uint8_t* columns, 
       }
     }
 #pragma GCC unroll 8
-    for (int v = 0; v < kPanelVectors; ++v) V::store(sums + v * V::kWidth, sum[v]);
+    for (int v = 0; v < kPanelVectors; ++v) {
+      S* total = sums + v * V::kWidth;
+      V::store(total, first ? sum[v] : V::add(V::load(total), sum[v]));
+    }
   }
 }
 
