@@ -472,3 +472,13 @@ def test_replicated_layers_can_be_saved_untied(tmp_path: Path) -> None:
     merged.save_pretrained(tmp_path)
     again = type(base).from_pretrained(tmp_path)
     assert (again(**inputs).loss - loss).abs() <= 1e-5 * loss.abs()
+
+
+@pytest.mark.parametrize("out", ["merge_and_unload", "unload"])
+@pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
+def test_merging_what_has_no_adapters_any_more_says_so(out: str, merge: str) -> None:
+    config = LoraConfig(r=2, target_modules=["0"])
+    model = get_lora_model(nn.Sequential(nn.Linear(4, 4)), config)
+    getattr(model, out)()
+    with pytest.raises(ValueError, match=r"without adapter layers \(merge_and_unload\(\)"):
+        getattr(model, merge)()

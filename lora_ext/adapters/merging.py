@@ -37,6 +37,11 @@ def merge_layers(
     """
     wanted = [(name, layer, _names(layer, adapter_names)) for name, layer in layers]
     chosen = [(name, layer, names) for name, layer, names in wanted if names]
+    if not layers:
+        raise ValueError(
+            "merge: got a model without adapter layers (merge_and_unload() and unload() take them "
+            "out), expected one with adapters; make another with get_lora_model()"
+        )
     if not chosen:
         raise ValueError(
             f"merge: adapter_names: got {adapter_names}, expected adapters that a layer has"
