@@ -155,6 +155,11 @@ DOCUMENTED: tuple[Exempt, ...] = (
     ),
     (
         ("combine",),
+        "PEFT first initialises what it then writes over, and has no orthogonal one of odd rank",
+        lambda _, text: text.startswith("PEFT: ValueError: Orthogonal initialization"),
+    ),
+    (
+        ("combine",),
         "PEFT fails where the targets of both mean a layer that neither adapts",
         lambda _, text: text.startswith("PEFT: ValueError: No matching LoRAs found"),
     ),
