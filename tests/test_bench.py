@@ -429,6 +429,7 @@ def test_a_missing_package_is_named(
         ["--json", "/tmp"],
         ["--budget", "nan"],
         ["--budget", "-1"],
+        ["--threads", "999999999999"],
         ["--deadline", "0"],
     ],
     ids=" ".join,
@@ -456,6 +457,45 @@ def test_a_report_without_an_environment_is_no_report(tmp_path: Path, missing: s
     Report(environment, []).save(path)
     with pytest.raises(ValueError, match=f"run.json is not a .*: its environment has no {missing}"):
         Report.load(path)
+
+
+DAMAGE: dict[str, tuple[list[Any], Any, str]] = {
+    "nan": (["rows", 0, "timing", "ratio", "median"], float("nan"), "expected finite quartiles"),
+    "zero": (["rows", 0, "timing", "ratio", "q1"], 0, "expected finite quartiles above 0"),
+    "string": (["rows", 0, "timing", "ratio", "q3"], "x", r"ratio\.q3: got 'x', expected float"),
+    "case": (["rows", 0, "case", "tokens"], [1], r"case\.tokens: got \[1\], expected int"),
+    "load": (["environment", "load_average"], None, "load_average: got None, expected float"),
+    "environment": (["environment"], list(ENVIRONMENT), r"environment: got \['device.*, expected"),
+    "versions": (["environment", "versions"], None, "versions: got None, expected dict"),
+}
+
+
+@pytest.mark.parametrize(("place", "value", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_a_report_with_other_values_is_no_report(
+    quick_run: Path, tmp_path: Path, place: list[Any], value: Any, message: str
+) -> None:
+    data = json.loads((quick_run / "run.json").read_text())
+    target = data
+    for key in place[:-1]:
+        target = target[key]
+    target[place[-1]] = value
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=f"run.json is not a .*{message}"):
+        Report.load(path)
+
+
+def test_a_report_nested_too_deep_is_no_report(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"run\.json is not a benchmark report"):
+        Report.load(path)
+
+
+def test_a_full_disk_exits_with_2(quick_run: Path) -> None:
+    file = str(quick_run / "run.json")
+    with pytest.raises(SystemExit, match="2"):
+        main(["--compare", file, file, "--json", "/dev/full"])
 
 
 def test_the_report_says_in_how_many_rows_lora_ext_is_the_fastest() -> None:

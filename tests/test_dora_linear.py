@@ -252,3 +252,18 @@ def test_explain_says_which_product_it_is() -> None:
     assert "forward and backward: so many elements are dropped" in reason(0.6)
     assert "forward and backward: few rows" in reason(0.1, tokens=8)
     assert "forward and backward: the weight requires grad" in reason(0.1, bias=False)
+
+
+def test_explain_tells_of_dora_in_other_layers() -> None:
+    def reason(layer: lora_ext.nn.LoraLayer) -> str:
+        return lora_ext.explain(layer)[0].reason
+
+    options = {"lora_alpha": 2, "use_dora": True}
+    one_more_pass = "; DoRA scales y, and dy, in one more pass"
+    assert reason(lora_ext.nn.Embedding(9, 4, 2, **options)).endswith(one_more_pass)
+    layer = lora_ext.nn.Conv2d(4, 4, 3, 2, lora_dropout=0.1, **options)
+    assert reason(layer).endswith(
+        "; DoRA with dropout needs a second base product, forward and backward"
+    )
+    assert reason(layer.eval()).endswith(one_more_pass)
+    assert "DoRA" not in reason(lora_ext.nn.Conv2d(4, 4, 3, 2))

@@ -16,6 +16,9 @@ from adapter_zoo import tokens, zoo
 from language_models import FILE, PREFIX, keys
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 
 from lora_ext import LoraConfig, LoraModel, get_lora_model
 from lora_ext.errors import AdapterFileError
@@ -56,7 +59,12 @@ def with_compiled_parts(model: nn.Module) -> nn.Module:
     return model
 
 
-COMPILED = {"whole": compiled, "parts": with_compiled_parts}
+def with_checkpointed_parts(model: nn.Module) -> nn.Module:
+    apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, nn.Linear))
+    return model
+
+
+WRAPPED = {"whole": compiled, "parts": with_compiled_parts, "checkpoint": with_checkpointed_parts}
 FIELDS = {
     "r": 2,
     "target_modules": ["words", "lin", "deep.lin"],
@@ -66,16 +74,16 @@ FIELDS = {
 }
 
 
-@pytest.mark.parametrize("how", COMPILED)
-def test_compiled_models_have_the_plain_names(how: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", WRAPPED)
+def test_wrapped_models_have_the_plain_names(how: str, tmp_path: Path) -> None:
     plain, model = (
-        get_lora_model(b, LoraConfig(**FIELDS)) for b in (small(), COMPILED[how](small()))
+        get_lora_model(b, LoraConfig(**FIELDS)) for b in (small(), WRAPPED[how](small()))
     )
     plain.save_pretrained(tmp_path / "plain")
     assert model.targeted_module_names == plain.targeted_module_names
     model.save_pretrained(tmp_path / "compiled")
     assert keys(tmp_path / "compiled") == keys(tmp_path / "plain")
-    read = LoraModel.from_pretrained(COMPILED[how](small()), tmp_path / "plain")
+    read = LoraModel.from_pretrained(WRAPPED[how](small()), tmp_path / "plain")
     with torch.no_grad():
         y = plain.eval()(tokens())
         torch.testing.assert_close(read(tokens()), y)
@@ -86,8 +94,9 @@ def test_compiled_models_have_the_plain_names(how: str, tmp_path: Path) -> None:
         torch.testing.assert_close(read.merge_and_unload()(tokens()), y)
 
 
-def test_a_compiled_layer_runs_what_took_its_place() -> None:
-    net = with_compiled_parts(small())
+@pytest.mark.parametrize("how", ["parts", "checkpoint"])
+def test_a_wrapped_layer_runs_what_took_its_place(how: str) -> None:
+    net = WRAPPED[how](small())
     with torch.no_grad():
         plain = net(tokens())
         model = get_lora_model(net, LoraConfig(**FIELDS))
@@ -95,6 +104,18 @@ def test_a_compiled_layer_runs_what_took_its_place() -> None:
         model.set_scale("default", 0.0)
         torch.testing.assert_close(model(tokens()), plain)
         torch.testing.assert_close(model.unload()(tokens()), plain)
+
+
+def test_a_model_that_is_checkpointed_with_its_adapters_is_saved(tmp_path: Path) -> None:
+    model = get_lora_model(small(), LoraConfig(**FIELDS))
+    model.save_pretrained(tmp_path / "plain")
+    with_checkpointed_parts(model).save_pretrained(tmp_path / "checkpoint")
+    for file in FILE, "adapter_config.json":
+        plain, checkpointed = (tmp_path / name / file for name in ("plain", "checkpoint"))
+        assert plain.read_bytes() == checkpointed.read_bytes()
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert type(model.unload().lin._checkpoint_wrapped_module) is nn.Linear
 
 
 def test_a_file_with_the_names_of_a_compiled_model_is_read(tmp_path: Path) -> None:

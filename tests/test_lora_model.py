@@ -117,6 +117,32 @@ def test_several_adapters() -> None:
     assert list(model.peft_config) == ["third"]
 
 
+@pytest.mark.parametrize("how", ["for longer", "in a context"])
+def test_what_is_added_while_adapters_are_off_is_off(how: str) -> None:
+    model, x = model_of(target_modules=["first"]), rows()
+    plain = net_of()(x)
+    others = config_of(target_modules=["second"], modules_to_save=["head"])
+
+    def add() -> None:
+        model.add_adapter("others", others)
+        with torch.no_grad():
+            model.head.modules_to_save["others"].weight.mul_(2.0)
+        model.set_adapter(["default", "others"])
+        assert torch.equal(model(x), plain) and model.get_model_status().enabled is False
+
+    if how == "for longer":
+        model.disable_adapters()
+        add()
+        model.enable_adapters()
+    else:
+        with model.disable_adapter():
+            add()
+    assert model.get_model_status().enabled is True and model.head.enabled
+    both = model(x)
+    model.set_adapter("default")
+    assert not torch.equal(both, model(x)) and not torch.equal(both, plain)
+
+
 def test_modules_to_save_are_copies_that_train() -> None:
     net = net_of()
     head = net.head

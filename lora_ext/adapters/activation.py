@@ -37,6 +37,13 @@ def activate(
     transaction.set(model, active_adapters=tuple(dict.fromkeys(names)))
 
 
+def is_enabled(model: LoraModel) -> bool:
+    """Whether adapters that are put into further layers run there: unless all are switched off."""
+    layers = [not layer.disable_adapters for _, layer in model.lora_layers()]
+    states = layers + [module.enabled for _, module in model.saved_modules()]
+    return any(states) or not states
+
+
 def check_held(model: LoraModel, where: str, names: Sequence[str]) -> None:
     """ValueError unless each adapter is in a layer or has a copy of a module to save."""
     missing = set(names)

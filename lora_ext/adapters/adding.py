@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from lora_ext.adapters.activation import is_enabled
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.modules_to_save import ModulesToSave
 from lora_ext.adapters.plan import Plan, make_plan, resolved
@@ -60,6 +61,7 @@ def plan_for(model: LoraModel, config: LoraConfig, autocast_adapter_dtype: bool 
 def add_planned(model: LoraModel, adapter_name: str, plan: Plan, transaction: Transaction) -> None:
     """Adds an adapter as `plan` says, which was made for this config and the present model."""
     active = tuple(name for name in model.active_adapters if name in model.peft_config)
+    enabled = is_enabled(model)
     replacements: dict[int, nn.Module] = {}
     own: set[nn.Module] = {planned.layer for planned in plan.layers.values()}
     for place, planned in plan.layers.items():
@@ -68,6 +70,8 @@ def add_planned(model: LoraModel, adapter_name: str, plan: Plan, transaction: Tr
         mine = tuple(name for name in active if name in layer.adapters)
         if layer.active_adapters != mine:  # a layer's first adapter is active there
             layer.set_adapter(mine)
+        if planned.layer not in model._own:
+            layer.enable_adapters(enabled)
         if place != id(planned.layer):
             replacements[place] = planned.layer
     copies: dict[int, nn.Module] = {}
@@ -76,6 +80,7 @@ def add_planned(model: LoraModel, adapter_name: str, plan: Plan, transaction: Tr
         own.add(wrapper)
         copies[id(module)] = wrapper.add_adapter(adapter_name, transaction)
         if wrapper is not module:
+            wrapper.enabled = enabled
             replacements[id(module)] = wrapper
     for names in plan.tied.items():
         copy_, source = (copies[id(plan.saved[name])] for name in names)

@@ -73,8 +73,10 @@ def _explain_layer(layer: LoraLayer, tokens: int) -> tuple[str, str]:
         path, reason = _explain_linear(layer, tokens)
         return path, reason + _dora_adds(layer, tokens)
     if isinstance(layer, Embedding):
-        return _explain_embedding(layer)
-    return layer.PATH
+        path, reason = _explain_embedding(layer)
+        return path, reason + _dora_adds(layer, tokens)
+    path, reason = layer.PATH
+    return path, reason + _dora_adds(layer, tokens)
 
 
 def _explain_loralib(layer: loralib.MergingLayer, tokens: int) -> tuple[str, str]:
@@ -96,15 +98,15 @@ def _explain_loralib(layer: loralib.MergingLayer, tokens: int) -> tuple[str, str
     return _explain_call(layer, layer._turned(layer.weight), adapter, tokens)
 
 
-def _dora_adds(layer: Linear, tokens: int) -> str:
+def _dora_adds(layer: LoraLayer, tokens: int) -> str:
     names = [name for name in layer._running if layer.adapters[name].use_dora]
     if not names:
         return ""
     dropped = [n for n in names if layer.training and layer.adapters[n].lora_dropout > 0.0]
-    if not dropped:
+    if not dropped or isinstance(layer, Embedding):  # which drops nothing
         return "; DoRA scales y, and dy, in one more pass"
     dense = "; DoRA with dropout needs a second base product, forward and backward"
-    if layer.weight.device.type != "cpu":
+    if not isinstance(layer, Linear) or layer.weight.device.type != "cpu":
         return dense
     if layer.weight.requires_grad:
         return f"{dense}: the weight requires grad"

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from lora_ext.adapters.activation import activate, check_held
+from lora_ext.adapters.activation import activate, check_held, is_enabled
 from lora_ext.adapters.adding import add_planned, freeze_base, plan_for, replicate
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.merging import merge_layers, of_layer, unmerge_layers, untied_text
@@ -328,15 +328,18 @@ class LoraModel(nn.Module):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within this context the model is its base."""
-        states = [(layer, layer.disable_adapters) for _, layer in self.lora_layers()]
-        saved = [(module, module.enabled) for _, module in self.saved_modules()]
+        before = is_enabled(self)
+        states: dict[nn.Module, bool] = {
+            layer: not layer.disable_adapters for _, layer in self.lora_layers()
+        }
+        states |= {module: module.enabled for _, module in self.saved_modules()}
 
         def restore() -> None:
             transaction = Transaction()
-            for layer, disabled in states:
-                transaction.draft(layer).enable_adapters(not disabled)
-            for module, enabled in saved:
-                transaction.set(module, enabled=enabled)
+            for _, layer in self.lora_layers():  # also what was added meanwhile
+                transaction.draft(layer).enable_adapters(states.get(layer, before))
+            for _, module in self.saved_modules():
+                transaction.set(module, enabled=states.get(module, before))
             transaction.commit()
 
         # Ctrl-C may come in restore() itself, and a second one in what makes up for that.

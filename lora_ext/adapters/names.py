@@ -1,4 +1,4 @@
-"""The modules of a model by the names that they have without torch.compile's wrappers."""
+"""The modules of a model by the names that they have without torch's wrappers."""
 
 from __future__ import annotations
 
@@ -11,34 +11,40 @@ from lora_ext.adapters.config_checks import MAX_PATTERN_CHARACTERS
 from lora_ext.adapters.patterns import size
 
 # Where torch.compile(module) keeps the module.
-_WRAPPED = "_orig_mod"
+COMPILED = "_orig_mod"
+# And where torch's checkpoint_wrapper() and offload_wrapper() do.
+_WRAPPED = (COMPILED, "_checkpoint_wrapped_module")
 # Where a module to save, of which adapters have copies, keeps what it stands for.
 ORIGINAL = ".original_module"
 
 
 def plain_name(name: str) -> str:
-    """A dotted name without the levels of torch.compile."""
-    if _WRAPPED not in name:
+    """A dotted name without the levels of wrappers."""
+    if not any(level in name for level in _WRAPPED):
         return name
-    return ".".join(part for part in name.split(".") if part != _WRAPPED)
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module itself, or what torch.compile made it of."""
-    while isinstance(inner := module._modules.get(_WRAPPED), nn.Module):
-        module = inner
+    """The module itself, or the one in its wrappers."""
+    while level := _level(module):
+        module = module.get_submodule(level)
     return module
 
 
 def is_wrapper(module: nn.Module) -> bool:
-    """Whether it is what torch.compile returns for a module."""
-    return _WRAPPED in module._modules
+    """Whether it stands for the module in it."""
+    return _level(module) is not None
+
+
+def _level(module: nn.Module) -> str | None:
+    return next((level for level in _WRAPPED if module._modules.get(level) is not None), None)
 
 
 def named_modules(
     model: nn.Module, *, remove_duplicate: bool = True
 ) -> Iterator[tuple[str, nn.Module]]:
-    """`model.named_modules()` as if torch.compile had wrapped none of them."""
+    """`model.named_modules()` as if none of them were wrapped."""
     for name, module in model.named_modules(remove_duplicate=remove_duplicate):
         if not is_wrapper(module):
             yield plain_name(name), module

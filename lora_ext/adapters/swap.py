@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from lora_ext.adapters.names import is_wrapper, plain_name
+from lora_ext.adapters.names import COMPILED, plain_name
 from lora_ext.loralib.merging import MergingLayer
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.transaction import Transaction
@@ -29,7 +29,7 @@ def swap_modules(
     for name in swapped:
         parent, _, child = name.rpartition(".")
         parent_module, new = modules[parent], replacements[id(modules[name])]
-        if is_wrapper(parent_module):  # it calls what it was made of, until it is made anew
+        if child == COMPILED:  # its wrapper calls what it was made of, until it is made anew
             own.set(parent_module, **vars(_made_anew(parent_module, new)))
         else:
             own.put(parent_module._modules, child, new)
@@ -46,7 +46,7 @@ def _made_anew(wrapper: nn.Module, module: nn.Module) -> nn.Module:
     """A wrapper of torch.compile like this one, of another module."""
     made = object.__new__(type(wrapper))
     state = wrapper.__getstate__()  # type: ignore[no-untyped-call]
-    state["_modules"] = {**wrapper._modules, "_orig_mod": module}
+    state["_modules"] = {**wrapper._modules, COMPILED: module}
     made.__setstate__(state)  # type: ignore[no-untyped-call]
     return made
 

@@ -53,7 +53,7 @@ def _one_of(*values: str) -> Callable[[str], tuple[Any, ...]]:
 
 def _size(item: str) -> int:
     size = int(item)
-    if size < 1:
+    if not 1 <= size < 2**31:
         raise ValueError
     return size
 
@@ -207,10 +207,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
 
     console = Console()
-    report = new or _run(options, arguments)
-    print_report(report, console)
-    for write in writers:
-        write(report)
+    try:
+        report = new or _run(options, arguments)
+        print_report(report, console)
+        for write in writers:
+            write(report)
+    except OSError as error:  # a disk became full, say
+        parser.error(str(error))
     bad = any(row.status in BAD for row in report.rows)
     if old:
         changes = match(old, report)

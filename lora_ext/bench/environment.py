@@ -25,9 +25,13 @@ _GPU_FIELDS = (
 
 
 # Of every report; a reader needs them, and so do tables and captions.
-REQUIRED = (
-    "device", "threads", "cpus", "load_average", "versions", "commit", "dirty", "date", "command"
-)  # fmt: skip
+REQUIRED = {
+    "device": str, "threads": int, "cpus": int, "load_average": float,
+    "versions": dict[str, str | None], "commit": str | None, "dirty": bool | None, "date": str,
+    "command": str,
+}  # fmt: skip
+# Of some reports.
+OPTIONAL = {"other_load": float | None, "gpu": dict[str, str] | None, "left_out": list[str] | None}
 
 
 def describe(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
-from lora_ext.bench.environment import REQUIRED
+from lora_ext.bench.environment import OPTIONAL, REQUIRED
 from lora_ext.bench.grid import Case
 
 SCHEMA = 1
@@ -28,6 +30,10 @@ class Quartiles:
     q1: float
     median: float
     q3: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.q1 <= self.median <= self.q3 < math.inf:
+            raise ValueError(f"expected finite quartiles above 0 in their order, got {self}")
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> Quartiles:
@@ -69,14 +75,6 @@ class Row:
     def ratio(self) -> float | None:
         return self.timing.ratio.median if self.timing else None
 
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Row:
-        timing = data["timing"]
-        if timing:
-            quartiles = {name: Quartiles(**timing[name]) for name in ("time_us", "ratio")}
-            timing = Timing(**{**timing, **quartiles})
-        return cls(**{**data, "case": Case(**data["case"]), "timing": timing})
-
 
 @dataclass(frozen=True)
 class Report:
@@ -100,12 +98,33 @@ class Report:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data["schema"] != SCHEMA:
                 raise ValueError(f"schema {data['schema']}, expected {SCHEMA}")
-            missing = [name for name in REQUIRED if name not in data["environment"]]
+            environment = _as(dict[str, Any], data["environment"], "environment")
+            missing = [name for name in REQUIRED if name not in environment]
             if missing:
                 raise ValueError(f"its environment has no {missing[0]}")
-            return cls(data["environment"], [Row.from_json(row) for row in data["rows"]])
-        except (KeyError, TypeError, ValueError) as error:
+            for name, kind in (REQUIRED | OPTIONAL).items():
+                _as(kind, environment.get(name), f"environment.{name}")
+            return cls(environment, _as(list[Row], data["rows"], "rows"))
+        except (KeyError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a benchmark report: {error}") from error
+
+
+def _as(kind: Any, value: Any, where: str) -> Any:
+    """What JSON holds as what an annotation says; TypeError or ValueError where it is not that."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is UnionType:  # ... | None
+        return None if value is None else _as(parts[0], value, where)
+    if is_dataclass(kind) and isinstance(value, dict):
+        kinds = get_type_hints(kind)
+        values = {k: _as(kinds.get(k, Any), v, f"{where}.{k}") for k, v in value.items()}
+        return cast(Any, kind)(**values)
+    if origin is list and isinstance(value, list):
+        return [_as(parts[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {k: _as(parts[1], item, f"{where}.{k}") for k, item in value.items()}
+    if kind is Any or type(value) is kind or (kind is float and type(value) is int):
+        return value
+    raise TypeError(f"{where}: got {value!r:.40}, expected {getattr(kind, '__name__', kind)}")
 
 
 def geomean_ratio(rows: Iterable[Row]) -> float | None:
