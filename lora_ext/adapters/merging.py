@@ -37,9 +37,17 @@ def merge_layers(
     """
     wanted = [(name, layer, _names(layer, adapter_names)) for name, layer in layers]
     chosen = [(name, layer, names) for name, layer, names in wanted if names]
+    if not any(layer.adapters for _, layer in layers):
+        raise ValueError(
+            "merge: the model has no adapters, expected at least one; unload(), merge_and_unload() "
+            "and delete_adapter() take them out"
+        )
     if not chosen:
         raise ValueError(
-            f"merge: adapter_names: got {adapter_names}, expected adapters that a layer has"
+            "merge: no adapter is active, expected one; call set_adapter first, or give "
+            "adapter_names"
+            if adapter_names is None
+            else f"merge: adapter_names: got {adapter_names}, expected adapters that a layer has"
         )
     if alone:
         unmerge_layers(layers, transaction)
