@@ -37,10 +37,10 @@ def merge_layers(
     """
     wanted = [(name, layer, _names(layer, adapter_names)) for name, layer in layers]
     chosen = [(name, layer, names) for name, layer, names in wanted if names]
-    if not any(layer.adapters for _, layer in layers):
+    if not layers:
         raise ValueError(
-            "merge: the model has no adapters, expected at least one; unload(), merge_and_unload() "
-            "and delete_adapter() take them out"
+            "merge: got a model without adapter layers (merge_and_unload() and unload() take them "
+            "out), expected one with adapters; make another with get_lora_model()"
         )
     if not chosen:
         raise ValueError(
