@@ -68,7 +68,7 @@ def test_misspelt_all_linear_is_recognised(names: str | list[str]) -> None:
 def test_merging_a_second_time_for_good_says_where_the_adapters_went() -> None:
     model = adapted()
     model.merge_and_unload()
-    with pytest.raises(ValueError, match=r"merge: got a model without adapter layers.*merge_and_unload\(\)"):
+    with pytest.raises(ValueError, match=r"without adapter layers \(merge_and_unload"):
         model.merge_and_unload()
 
 
