@@ -8,6 +8,7 @@ from torch import nn
 
 from lora_ext.adapters.activation import is_enabled
 from lora_ext.adapters.config import LoraConfig
+from lora_ext.adapters.merging import of_layer
 from lora_ext.adapters.modules_to_save import ModulesToSave
 from lora_ext.adapters.plan import Plan, make_plan, resolved
 from lora_ext.adapters.replication import replicate_layers
@@ -66,7 +67,10 @@ def add_planned(model: LoraModel, adapter_name: str, plan: Plan, transaction: Tr
     own: set[nn.Module] = {planned.layer for planned in plan.layers.values()}
     for place, planned in plan.layers.items():
         layer = transaction.draft(planned.layer)
-        layer.add_adapter(adapter_name, **vars(planned.settings))
+        try:
+            layer.add_adapter(adapter_name, **vars(planned.settings))
+        except (ValueError, TypeError) as error:
+            raise of_layer(error, planned.name) from None
         mine = tuple(name for name in active if name in layer.adapters)
         if layer.active_adapters != mine:  # a layer's first adapter is active there
             layer.set_adapter(mine)

@@ -12,7 +12,7 @@ from lora_ext.adapters.config_checks import ALL_LINEAR
 from lora_ext.adapters.names import named_modules, unwrapped
 from lora_ext.adapters.patterns import compiled
 from lora_ext.adapters.swap import swap_modules
-from lora_ext.adapters.targets import matches, near_misses
+from lora_ext.adapters.targets import matches, near_misses, warn_of_unused_names
 from lora_ext.nn import Linear
 from lora_ext.nn.arguments import check_module, names_of, refuse
 from lora_ext.nn.default_adapter import DEFAULT
@@ -71,6 +71,7 @@ def replace_linear(
                 transaction.draft(layer).add_adapter(name, **options)
             replacements[id(module)] = layer
     names = swap_modules(model, replacements, transaction)
+    warn_of_unused_names("replace_linear", target_modules, modules)
     transaction.commit()
     return names
 

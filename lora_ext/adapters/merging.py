@@ -44,7 +44,10 @@ def merge_layers(
         )
     if not chosen:
         raise ValueError(
-            f"merge: adapter_names: got {adapter_names}, expected adapters that a layer has"
+            "merge: no adapter is active, expected one; call set_adapter first, or give "
+            "adapter_names"
+            if adapter_names is None
+            else f"merge: adapter_names: got {adapter_names}, expected adapters that a layer has"
         )
     if alone:
         unmerge_layers(layers, transaction)

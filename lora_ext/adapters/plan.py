@@ -22,6 +22,7 @@ from lora_ext.adapters.targets import (
     has_targets,
     matches,
     saved_modules,
+    warn_of_unused_names,
     warn_of_unused_patterns,
 )
 from lora_ext.adapters.ties import shared_parameters, tied_to_embedding
@@ -195,6 +196,8 @@ def _make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: boo
     for name in (*tied.values(), *tied):
         saved.setdefault(name, modules[name])
     parameters = [f"{one.name}.{part}" for one in targeted for part in one.parameters]
+    if names:
+        warn_of_unused_names("LoraConfig", config.target_modules, modules)
     warn_of_unused_patterns(config, [*names, *parameters])
     warn_of_unreached(model, given, names, parameters)
     return Plan(config, names, parameters, layers, saved, tied)

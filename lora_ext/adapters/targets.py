@@ -17,7 +17,7 @@ from lora_ext.adapters.architectures import (
 )
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.config_checks import ALL_LINEAR
-from lora_ext.adapters.names import ends, named_modules, unwrapped
+from lora_ext.adapters.names import ORIGINAL, ends, named_modules, unwrapped
 from lora_ext.adapters.patterns import compiled, matching
 from lora_ext.nn.any_layer import AnyLayer
 from lora_ext.nn.arguments import short, warn
@@ -136,6 +136,20 @@ def warn_of_unused_patterns(config: LoraConfig, names: Collection[str]) -> None:
         if unused:
             more = f" and {len(unused) - 20} more" if unused[20:] else ""
             _warn(f"{field}: {unused[:20]}{more} match no module that is adapted")
+
+
+def warn_of_unused_names(
+    where: str, targets: str | Iterable[str] | None, modules: Iterable[str]
+) -> None:
+    """Warns of names in a list of target_modules that are no module's: mistyped, or of another
+    kind of model. `modules` are the dotted names of all there are."""
+    if targets is None or isinstance(targets, str):
+        return
+    known = {end for name in modules for end in ends(name.replace(ORIGINAL, ""))}
+    unused = [name for name in targets if name not in known]
+    if unused:
+        more = f" and {len(unused) - 20} more" if unused[20:] else ""
+        warn(f"{where}: target_modules: {unused[:20]}{more} match no module; the others do")
 
 
 def outside(
@@ -320,6 +334,8 @@ def near_misses(wanted: Iterable[str], names: Iterable[str]) -> str:
     near = sorted({hit for part in last_parts for hit in difflib.get_close_matches(part, last)})
     if near:
         return f"did you mean {near}?"
+    if difflib.get_close_matches(ALL_LINEAR, last_parts):
+        return f'did you mean the string "{ALL_LINEAR}"?'
     if not any(last):  # at most the model itself, which has no name
         return "nothing in the model can be adapted; put a single layer into an nn.Sequential first"
     return f"the modules that can be adapted end in {last[:20]}"

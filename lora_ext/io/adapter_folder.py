@@ -73,7 +73,7 @@ def open_adapter(folder: StrPath) -> Iterator[AdapterFolder]:
         with typed_errors(folder):
             try:
                 files = open_files(folder, (CONFIG_NAME, WEIGHTS_NAME))
-            except FileNotFoundError as error:
+            except (FileNotFoundError, NotADirectoryError) as error:
                 raise AdapterFileError(_what_is_missing(folder)) from error
             for file in files.values():
                 stack.enter_context(file)

@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from lora_ext.errors import AlreadyMergedError, NotMergedError
-from lora_ext.nn.arguments import names_of
+from lora_ext.nn.arguments import names_of, warn
 from lora_ext.nn.settings import AdapterSettings
 from lora_ext.nn.transaction import Transaction, all_or_nothing, put_parameter
 
@@ -38,6 +38,10 @@ class MergeableLayer(nn.Module):
     _transaction: Transaction  # of a draft
 
     # What a kind of layer says of itself
+
+    def parts(self, adapter_name: str) -> dict[str, nn.Parameter]:
+        """The parameters of one adapter."""
+        raise NotImplementedError
 
     def merged_parameters(self, adapter_names: Sequence[str] | None = None) -> dict[str, Tensor]:
         """The parameters of the base that merging these adapters (all, if None) would change, by
@@ -208,9 +212,16 @@ class MergeableLayer(nn.Module):
         return weight.detach()
 
     def train(self, mode: bool = True) -> Self:
-        """With `merge_weights`, as in loralib: eval() merges, train() unmerges."""
+        """With `merge_weights`, as in loralib: eval() merges, train() unmerges. Else train() warns
+        of merged adapters, which get no gradients."""
         super().train(mode)
         self._follow_mode()
+        merged = [part for name in self.merged_adapters for part in self.parts(name).values()]
+        if mode and any(parameter.requires_grad for parameter in merged):
+            warn(
+                f"{type(self).__name__}.train: adapters {list(self.merged_adapters)} are merged, "
+                "so training does not change them; unmerge first"
+            )
         return self
 
     def _follow_mode(self) -> None:
