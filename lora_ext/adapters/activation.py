@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -42,6 +42,23 @@ def is_enabled(model: LoraModel) -> bool:
     layers = [not layer.disable_adapters for _, layer in model.lora_layers()]
     states = layers + [module.enabled for _, module in model.saved_modules()]
     return any(states) or not states
+
+
+def switched_back(model: LoraModel) -> Callable[[], None]:
+    """What switches everything on or off as it is now; what is added meanwhile, with the others."""
+    before = is_enabled(model)
+    states: dict[nn.Module, bool] = {la: not la.disable_adapters for _, la in model.lora_layers()}
+    states |= {module: module.enabled for _, module in model.saved_modules()}
+
+    def restore() -> None:
+        transaction = Transaction()
+        for _, layer in model.lora_layers():
+            transaction.draft(layer).enable_adapters(states.get(layer, before))
+        for _, module in model.saved_modules():
+            transaction.set(module, enabled=states.get(module, before))
+        transaction.commit()
+
+    return restore
 
 
 def check_held(model: LoraModel, where: str, names: Sequence[str]) -> None:

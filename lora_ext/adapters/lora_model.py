@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from lora_ext.adapters.activation import activate, check_held, is_enabled
+from lora_ext.adapters.activation import activate, check_held, switched_back
 from lora_ext.adapters.adding import add_planned, freeze_base, plan_for, replicate
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.merging import merge_layers, of_layer, unmerge_layers, untied_text
@@ -328,20 +328,7 @@ class LoraModel(nn.Module):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within this context the model is its base."""
-        before = is_enabled(self)
-        states: dict[nn.Module, bool] = {
-            layer: not layer.disable_adapters for _, layer in self.lora_layers()
-        }
-        states |= {module: module.enabled for _, module in self.saved_modules()}
-
-        def restore() -> None:
-            transaction = Transaction()
-            for _, layer in self.lora_layers():  # also what was added meanwhile
-                transaction.draft(layer).enable_adapters(states.get(layer, before))
-            for _, module in self.saved_modules():
-                transaction.set(module, enabled=states.get(module, before))
-            transaction.commit()
-
+        restore = switched_back(self)
         # Ctrl-C may come in restore() itself, and a second one in what makes up for that.
         again = AtTheEnd(restore, only_of_an_error=True)
         with again, again, AtTheEnd(restore):
