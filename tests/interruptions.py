@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import signal
 import sys
 import time
@@ -21,6 +22,13 @@ PACKAGE = str(Path(lora_ext.__file__).parent)
 
 class Interruption(BaseException):
     """What is raised."""
+
+
+def _is_a_point(frame: FrameType, event: str) -> bool:
+    """A line, or the end of a function. A yield tells of an end, too: raised there, an exception
+    would pass by what is open in the generator, as none does that comes by itself."""
+    yields = frame.f_code.co_flags & inspect.CO_GENERATOR
+    return event == "line" or (event == "return" and not yields)
 
 
 class AtLine:
@@ -44,7 +52,7 @@ class AtLine:
         return self._line if own and frame.f_code.co_name != "_note_collection" else None
 
     def _line(self, frame: FrameType, event: str, _: Any) -> Any:
-        if event in ("line", "return"):
+        if _is_a_point(frame, event):
             self.seen += 1
             if frame.f_code.co_name == "commit" and not self.prepared:
                 self.prepared = self.seen
@@ -77,7 +85,7 @@ class AtLines(AtLine):
             sys.settrace(self._call)
 
     def _line(self, frame: FrameType, event: str, _: Any) -> Any:
-        if event in ("line", "return"):
+        if _is_a_point(frame, event):
             self.seen += 1
             if self.seen in self._ns:
                 self.raised += 1

@@ -38,7 +38,7 @@ def is_wrapper(module: nn.Module) -> bool:
 
 
 def _level(module: nn.Module) -> str | None:
-    return next((level for level in _WRAPPED if module._modules.get(level) is not None), None)
+    return next((level for level in _WRAPPED if level in module._modules), None)
 
 
 def named_modules(
