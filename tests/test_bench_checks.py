@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -25,13 +25,8 @@ TINY = Case(in_features=K, out_features=N, tokens=M, rank=R, dtype="fp32", dropo
 BUDGET = Budget(seconds=0.01, min_rounds=3, max_rounds=3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other on a busy machine would make these tests slow."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# Threads that wait for each other on a busy machine would make these tests slow.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # Correctness before speed

@@ -271,9 +271,10 @@ def same_bases(case: Case, base: nn.Module, theirs: peft.PeftModel, ours: LoraMo
         layer, left = layers.get(name), getattr(module, "base_layer", None)
         if not isinstance(layer, lora.Linear) or not isinstance(left, nn.Module):
             continue
-        if not any(is_changed(one.init_lora_weights) for one in layer.adapters.values()):
-            continue
         weight, own = left.weight.detach(), layer.unmerged_weight()
+        if not any(is_changed(one.init_lora_weights) for one in layer.adapters.values()):
+            check("bases", case, torch.equal(weight, own), f"{name}: its base's weight is another")
+            continue
         if not randomly_changed(case):
             difference = torch.linalg.matrix_norm(weight.double() - own.double(), 2).item()
             limit = turned_by_rounding(originals[name].weight.detach().double(), layer, case.dtype)

@@ -9,7 +9,7 @@ more than 1 + 4 / sqrt(n), four standard deviations, is not luck.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -22,15 +22,8 @@ from lora_ext.functional import column_scale, dora_linear, lora_embedding, weigh
 
 Results = dict[str, Tensor]
 SEEDS = 20
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Whose sums are the longest; and to wake others would take most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# Whose sums are the longest; and to wake others would take most of the time.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def ratios(
