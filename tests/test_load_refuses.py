@@ -131,11 +131,14 @@ def test_refused(case: str, good: Path, tmp_path: Path) -> None:
 
 def test_many_names_of_nothing_in_a_deep_model(good: Path, tmp_path: Path) -> None:
     shutil.copytree(good, tmp_path / "adapter")
-    config(target_modules=["a"] * 90_000)(tmp_path / "adapter")
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(200)))
-    assert "target_modules" in refused(
-        lambda: LoraModel.from_pretrained(model, tmp_path / "adapter")
-    )
+    for field in ("target_modules", "modules_to_save"):
+        for names in (["a"] * 32_000, [f"{i}" * 5 for i in range(500, 32_000)], ["." * 999] * 500):
+            config(**{"target_modules": ["0"], field: names})(tmp_path / "adapter")
+            load = lambda: LoraModel.from_pretrained(model, tmp_path / "adapter")  # noqa: E731
+            assert field in refused(load)
+    config(target_modules=["a." * 4097])(tmp_path / "adapter")
+    assert "of at most 8192 characters" in refused(load)
 
 
 def test_good_one_is_loaded(good: Path) -> None:

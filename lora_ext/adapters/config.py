@@ -13,7 +13,7 @@ from lora_ext.adapters.patterns import FILE_SECONDS, in_time, matching
 from lora_ext.io.adapter_folder import CONFIG_NAME, read_config_file
 from lora_ext.io.atomic import save_files
 from lora_ext.io.files import json_text
-from lora_ext.nn.arguments import as_path, did_you_mean, refuse, short, suggests_names, warn
+from lora_ext.nn.arguments import as_path, did_you_mean, listed, refuse, short, suggests_names, warn
 
 Number = TypeVar("Number", int, float)
 Names = str | list[str] | set[str] | None
@@ -262,7 +262,7 @@ class LoraConfig:
         if without_effect:
             hints = "".join(did_you_mean(name, known) for name in without_effect[:20])
             warn(
-                f"LoraConfig: {without_effect[:20]}: unknown to this version; kept, without "
+                f"LoraConfig: {listed(without_effect)}: unknown to this version; kept, without "
                 f"effect; {hints}".rstrip("; ")
             )
         return config

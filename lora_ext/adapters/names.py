@@ -20,9 +20,14 @@ ORIGINAL = ".original_module"
 
 def plain_name(name: str) -> str:
     """A dotted name without the levels of wrappers."""
-    if not any(level in name for level in _WRAPPED):
+    if not has_wrapper_level(name):
         return name
     return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+
+
+def has_wrapper_level(name: str) -> bool:
+    """Whether a name may have levels of wrappers."""
+    return any(level in name for level in _WRAPPED)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

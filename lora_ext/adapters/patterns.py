@@ -14,7 +14,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextvars import ContextVar, copy_context
 from functools import cached_property, lru_cache
 from typing import Any, NoReturn, TypeVar
@@ -32,6 +32,7 @@ _AROUND = {
 _PLAIN = re.compile(r"(\^?)((?:[\w.-]|\\[.-])*)(\$?)")
 _FLAGS = re.compile(r"\(\?[aiLmsux]+\)")
 _ANY = "\0"  # in a plain name, what stands for any character
+_DOT = "\1"  # meanwhile, what stands for a dot itself
 
 # Of the processor's time for all expressions of one config together: far more than those that
 # people write take, and an end for the others. What a file says is to be refused within 0.1 s.
@@ -202,24 +203,27 @@ class NameTable:
     each layer of a large model, and meets each of their names."""
 
     def __init__(self, field: str, patterns: Iterable[str]) -> None:
-        self._field, self._patterns = field, tuple(patterns)
+        self._field, self._patterns = field, tuple(dict.fromkeys(patterns))
         self._what = f"{len(self._patterns)} names"
+        # Most are no more than this, and there may be many.
+        self._alnum = {text: at for at, text in enumerate(self._patterns) if text.isalnum()}
+        self._known_shapes: dict[int, Collection[tuple[int, ...]]] = {}
 
     @cached_property
-    def _sorted(self) -> tuple[dict[str, list[int]], dict[int, set[tuple[int, ...]]], list[int]]:
-        """Places of plain patterns by their text, with _ANY where any character is meant; where
-        those are, by the length of the text; places of the expressions."""
+    def _sorted(self) -> tuple[dict[str, list[int]], dict[int, list[str]], list[int]]:
+        """Places of the other plain patterns by their text, with _ANY where any character is meant;
+        those texts with one, by their length; places of the expressions."""
         plain: dict[str, list[int]] = {}
-        wild: dict[int, set[tuple[int, ...]]] = {}
+        wild: dict[int, list[str]] = {}
         expressions = []
-        limit, start = _present_limit(), time.thread_time()
+        limit, start, characters = _present_limit(), time.thread_time(), 0
         for place, pattern in enumerate(self._patterns):
-            if place % 1024 == 1023:
+            characters += len(pattern)
+            if characters >= 1 << 14:
                 now = time.thread_time()
                 limit.spend(start, self._field, self._what)
-                start = now
-            if pattern.isalnum():  # most are, and there may be many
-                plain.setdefault(pattern, []).append(place)
+                start, characters = now, 0
+            if pattern in self._alnum:
                 continue
             found = _PLAIN.fullmatch(pattern)
             if found is None:
@@ -227,13 +231,22 @@ class NameTable:
                 continue
             text = found[2]
             if "\\" in text or "." in text:
-                text = re.sub(r"\\?[.]", lambda dot: "." if dot[0] != "." else _ANY, text)
-                text = text.replace("\\-", "-")
-            dots = tuple(at for at, character in enumerate(text) if character == _ANY)
-            if dots:
-                wild.setdefault(len(text), set()).add(dots)
+                escaped = text.replace("\\-", "-").replace("\\.", _DOT)
+                text = escaped.replace(".", _ANY).replace(_DOT, ".")
+            if _ANY in text:
+                wild.setdefault(len(text), []).append(text)
             plain.setdefault(text, []).append(place)
         return plain, wild, expressions
+
+    def _shapes(self, length: int) -> Collection[tuple[int, ...]]:
+        """Where the plain patterns of this length have any character."""
+        if length not in self._known_shapes:
+            texts = self._sorted[1].get(length, ())
+            self._known_shapes[length] = {
+                tuple(at for at, character in enumerate(text) if character == _ANY)
+                for text in texts
+            }
+        return self._known_shapes[length]
 
     def matching(self, name: str) -> Iterator[str]:
         """See the function of this name."""
@@ -261,7 +274,9 @@ class NameTable:
             if start > end:
                 continue
             part = name[start:end]
-            for count, text in enumerate(_masked(part, wild.get(len(part), ()))):
+            if part in self._alnum:
+                yield self._alnum[part]
+            for count, text in enumerate(_masked(part, self._shapes(len(part)))):
                 for place in plain.get(text, ()):
                     pattern = self._patterns[place]
                     whole = end == len(name) or pattern[-1:] != "$"

@@ -14,7 +14,13 @@ from lora_ext.adapters.config_checks import ALL_LINEAR
 from lora_ext.adapters.experts import warn_of_unreached, with_experts
 from lora_ext.adapters.layers import adaptable, can_be_adapted
 from lora_ext.adapters.modules_to_save import ModulesToSave
-from lora_ext.adapters.names import ORIGINAL, exact_targets, named_modules, plain_name
+from lora_ext.adapters.names import (
+    ORIGINAL,
+    exact_targets,
+    has_wrapper_level,
+    named_modules,
+    plain_name,
+)
 from lora_ext.adapters.patterns import CODE_SECONDS, compiled, in_time
 from lora_ext.adapters.target_parameters import TargetedModule, find_parameters
 from lora_ext.adapters.targets import (
@@ -79,9 +85,8 @@ def with_plain_names(config: LoraConfig) -> LoraConfig:
     for field in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save"):
         names = getattr(config, field)
         if names and not isinstance(names, str):
-            found = [plain_name(name) for name in names]
-            if found != list(names):
-                plain[field] = found
+            if has_wrapper_level("\n".join(names)):  # all at once: a hostile file has very many
+                plain[field] = [plain_name(name) for name in names]
     return replace(config, **plain) if plain else config
 
 

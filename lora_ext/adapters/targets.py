@@ -20,7 +20,7 @@ from lora_ext.adapters.config_checks import ALL_LINEAR
 from lora_ext.adapters.names import ORIGINAL, ends, named_modules, unwrapped
 from lora_ext.adapters.patterns import compiled, matching
 from lora_ext.nn.any_layer import AnyLayer
-from lora_ext.nn.arguments import short, warn
+from lora_ext.nn.arguments import listed, short, warn
 from lora_ext.nn.linear import transformers_conv1d
 
 ADAPTABLE = (
@@ -134,8 +134,7 @@ def warn_of_unused_patterns(config: LoraConfig, names: Collection[str]) -> None:
         used = {one for name in names for one in matching(field, patterns, name)}
         unused = [pattern for pattern in patterns if pattern not in used]
         if unused:
-            more = f" and {len(unused) - 20} more" if unused[20:] else ""
-            _warn(f"{field}: {unused[:20]}{more} match no module that is adapted")
+            _warn(f"{field}: {listed(unused)} match no module that is adapted")
 
 
 def warn_of_unused_names(
@@ -148,8 +147,7 @@ def warn_of_unused_names(
     known = {end for name in modules for end in ends(name.replace(ORIGINAL, ""))}
     unused = [name for name in targets if name not in known]
     if unused:
-        more = f" and {len(unused) - 20} more" if unused[20:] else ""
-        warn(f"{where}: target_modules: {unused[:20]}{more} match no module; the others do")
+        warn(f"{where}: target_modules: {listed(unused)} match no module; the others do")
 
 
 def outside(

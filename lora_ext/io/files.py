@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any, NoReturn
@@ -149,10 +149,10 @@ def parse_json(content: bytes, what: str) -> dict[str, Any]:
         )
     except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"{what} is not valid JSON: {error}") from error
-    if _is_deep(value):
-        raise AdapterFileError(f"{what} is nested deeper than {MAX_DEPTH} levels")
     if not isinstance(value, dict):
         raise AdapterFileError(f"{what} is {type(value).__name__} in JSON, expected an object")
+    if _is_deep(value):
+        raise AdapterFileError(f"{what} is nested deeper than {MAX_DEPTH} levels")
     return value
 
 
@@ -173,18 +173,13 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"config: got {type(value).__name__} {value!r}, expected what JSON can hold")
 
 
-def _is_deep(value: Any) -> bool:
+def _is_deep(value: dict[str, Any]) -> bool:
     """Deep values would overflow the stack of what copies or prints them later."""
-    level: list[Any] = [value]
-    for _ in range(MAX_DEPTH + 1):
-        level = [child for parent in level for child in _children(parent)]
+    level: list[dict[str, Any] | list[Any]] = [value]
+    for _ in range(MAX_DEPTH):
+        children = (it.values() if isinstance(it, dict) else it for it in level)
+        level = [it for group in children for it in group if isinstance(it, (dict, list))]
     return bool(level)
-
-
-def _children(value: Any) -> Iterable[Any]:
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, list) else ()
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import numbers
 import os
 import reprlib
@@ -36,6 +37,12 @@ _MAX_FLOAT = int(sys.float_info.max)
 
 
 class _Short(reprlib.Repr):
+    def repr_str(self, x: str, level: int) -> str:
+        """Shorter in a list of several."""
+        return super().repr_str(
+            x if level == self.maxlevel or len(x) <= 60 else x[:57] + "...", level
+        )
+
     def repr_int(self, x: int, level: int) -> str:
         """Python does not write integers of more than 4,300 digits."""
         return repr(x) if x.bit_length() <= 128 else f"an integer of {x.bit_length()} bits"
@@ -49,6 +56,12 @@ _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxfrozenset = _SHORT.
 def short(value: object) -> str:
     """As it is written, for a message: cut where it is long."""
     return _SHORT.repr(value)
+
+
+def listed(names: Collection[str]) -> str:
+    """The first twenty, for a message."""
+    first = ", ".join(short(name) for name in itertools.islice(names, 20))
+    return f"[{first}]" + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def refuse(where: str, argument: str, got: object, expected: str) -> NoReturn:
