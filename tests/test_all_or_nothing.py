@@ -29,9 +29,9 @@ from interruptions import (
 from torch import Tensor, nn
 
 from lora_ext import LoraConfig, LoraModel, get_lora_model, loralib
-from lora_ext.adapters.modules_to_save import ModulesToSave
 from lora_ext.io import save_files
 from lora_ext.nn import AnyLayer, Linear, LoraLayer, MergedLinear
+from lora_ext.nn.modules_to_save import ModulesToSave
 
 ALL_POINTS = bool(os.environ.get("LORA_EXT_ALL_POINTS"))
 

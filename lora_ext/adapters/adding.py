@@ -9,11 +9,11 @@ from torch import nn
 from lora_ext.adapters.activation import is_enabled
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.merging import of_layer
-from lora_ext.adapters.modules_to_save import ModulesToSave
 from lora_ext.adapters.plan import Plan, make_plan, resolved
 from lora_ext.adapters.replication import replicate_layers
 from lora_ext.adapters.swap import swap_modules
 from lora_ext.nn import LoraLayer
+from lora_ext.nn.modules_to_save import ModulesToSave
 from lora_ext.nn.transaction import Transaction
 
 if TYPE_CHECKING:

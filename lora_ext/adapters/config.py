@@ -10,10 +10,10 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 from lora_ext.adapters.config_checks import ATOMS, NOT_BUILT, check_fields, is_off, plain_value
 from lora_ext.adapters.patterns import FILE_SECONDS, in_time, matching
+from lora_ext.arguments import as_path, did_you_mean, listed, refuse, short, suggests_names, warn
 from lora_ext.io.adapter_folder import CONFIG_NAME, read_config_file
 from lora_ext.io.atomic import save_files
 from lora_ext.io.files import json_text
-from lora_ext.nn.arguments import as_path, did_you_mean, listed, refuse, short, suggests_names, warn
 
 Number = TypeVar("Number", int, float)
 Names = str | list[str] | set[str] | None

@@ -10,8 +10,8 @@ from types import NoneType
 from typing import Any
 
 from lora_ext.adapters.patterns import SlowPatternError, compiled, is_plain, size
+from lora_ext.arguments import short
 from lora_ext.errors import NotBuiltError
-from lora_ext.nn.arguments import short
 from lora_ext.nn.init import check_init
 
 ATOMS = frozenset({str, int, float, bool, NoneType})

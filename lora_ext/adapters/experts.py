@@ -13,7 +13,6 @@ from torch import nn
 from lora_ext.adapters.architectures import FUSED, READ_NOT_CALLED, STACKED_EXPERTS
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.config_checks import ALL_LINEAR
-from lora_ext.adapters.modules_to_save import ModulesToSave
 from lora_ext.adapters.patterns import compiled
 from lora_ext.adapters.targets import (
     all_linear,
@@ -23,8 +22,9 @@ from lora_ext.adapters.targets import (
     outside,
     saved_modules,
 )
+from lora_ext.arguments import warn
 from lora_ext.nn import LoraLayer
-from lora_ext.nn.arguments import warn
+from lora_ext.nn.modules_to_save import ModulesToSave
 
 # Names of projections that older versions of transformers had in each expert.
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "v1")

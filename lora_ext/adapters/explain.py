@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from lora_ext._extension import _C, build_info
 from lora_ext.adapters.names import named_modules
+from lora_ext.arguments import check_module, check_sizes
 from lora_ext.loralib import layers as loralib
 from lora_ext.nn import Embedding, Linear, LoraLayer
-from lora_ext.nn.arguments import check_module, check_sizes
+from lora_ext.nn.adapter import LowRank
 from lora_ext.nn.kept_base import KeptBase
-from lora_ext.nn.lora_layer import LowRank
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,17 @@ from lora_ext.adapters.activation import activate, check_held, switched_back
 from lora_ext.adapters.adding import add_planned, freeze_base, plan_for, replicate
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.merging import merge_layers, of_layer, unmerge_layers, untied_text
-from lora_ext.adapters.modules_to_save import ModulesToSave
 from lora_ext.adapters.names import named_modules, unwrapped
 from lora_ext.adapters.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from lora_ext.adapters.swap import swap_modules
 from lora_ext.adapters.ties import untie_embeddings
 from lora_ext.adapters.weighted import add_weighted_adapter
+from lora_ext.arguments import as_flag, as_number, check_known, check_module, names_of, warn
 from lora_ext.errors import NotMergedError
 from lora_ext.io.peft import load_adapter, save_pretrained
 from lora_ext.nn import LoraLayer
-from lora_ext.nn.arguments import as_flag, as_number, check_known, check_module, names_of, warn
-from lora_ext.nn.default_adapter import DEFAULT
-from lora_ext.nn.lora_layer import check_adapter_name
+from lora_ext.nn.adapter import DEFAULT, check_adapter_name
+from lora_ext.nn.modules_to_save import ModulesToSave
 from lora_ext.nn.trainable import count_parameters, print_trainable_parameters
 from lora_ext.nn.transaction import AtTheEnd, Transaction
 

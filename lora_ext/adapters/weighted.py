@@ -14,10 +14,10 @@ from lora_ext.adapters.combining import Adapter, combine
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.plan import only_on
 from lora_ext.adapters.targets import saved_modules
+from lora_ext.arguments import names_of, refuse, warn
 from lora_ext.nn import Embedding, LoraLayer
-from lora_ext.nn.arguments import names_of, refuse, warn
+from lora_ext.nn.adapter import check_adapter_name
 from lora_ext.nn.init import mutates_weight
-from lora_ext.nn.lora_layer import check_adapter_name
 from lora_ext.nn.transaction import Transaction
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from lora_ext.adapters.config import LoraConfig
-from lora_ext.adapters.modules_to_save import ModulesToSave
 from lora_ext.adapters.names import named_modules, unwrapped
 from lora_ext.adapters.patterns import compiled
 from lora_ext.nn import AnyLayer, LoraLayer, MultiheadAttention
+from lora_ext.nn.modules_to_save import ModulesToSave
 
 if TYPE_CHECKING:
     from lora_ext.adapters.plan import Plan

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any, NoReturn
 
+from lora_ext.arguments import as_path, refuse
 from lora_ext.errors import AdapterFileError
-from lora_ext.nn.arguments import as_path, refuse
 
 StrPath = str | os.PathLike[str]
 MAX_DEPTH = 32  # of brackets in JSON

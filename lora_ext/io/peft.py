@@ -18,6 +18,7 @@ from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.names import named_modules, plain_name
 from lora_ext.adapters.patterns import FILE_SECONDS, in_time
 from lora_ext.adapters.targets import matches, saved_modules
+from lora_ext.arguments import as_flag, as_path, names_of, warn
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_file import TensorSpec
 from lora_ext.io.adapter_folder import (
@@ -42,9 +43,7 @@ from lora_ext.io.plain_lora import plain_lora
 from lora_ext.io.reading import BaseTensors, FileTensors, check_loadable, repeated, spec_of
 from lora_ext.io.savable import check_adapter, check_tensors
 from lora_ext.nn import LoraLayer
-from lora_ext.nn.arguments import as_flag, as_path, names_of, warn
-from lora_ext.nn.default_adapter import DEFAULT
-from lora_ext.nn.lora_layer import check_adapter_name
+from lora_ext.nn.adapter import DEFAULT, check_adapter_name
 from lora_ext.nn.transaction import Transaction
 
 if TYPE_CHECKING:

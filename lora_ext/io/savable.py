@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lora_ext.adapters.plan import make_plan
+from lora_ext.arguments import warn
 from lora_ext.io.files import short
 from lora_ext.nn import LoraLayer
-from lora_ext.nn.arguments import warn
 from lora_ext.nn.init import mutates_weight
 
 if TYPE_CHECKING:

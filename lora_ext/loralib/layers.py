@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
 
+from lora_ext.arguments import check_kinds, check_place, check_sizes, refuse, warn
 from lora_ext.functional import lora_embedding, lora_linear, lora_update
 from lora_ext.loralib.merging import LoRALayer, MergingLayer, add_product, no_dropout
-from lora_ext.nn.arguments import check_kinds, check_place, check_sizes, refuse, warn
 
 __all__ = [
     "Conv1d",

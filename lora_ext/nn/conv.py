@@ -10,14 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
+from lora_ext.arguments import check_kinds, check_place, check_sizes, named_x, suggests_names
 from lora_ext.functional import weight_norm
 from lora_ext.nn import dora
+from lora_ext.nn.adapter import DEFAULT, AdapterSettings, LowRank
 from lora_ext.nn.adoption import belongs_to_its_class
-from lora_ext.nn.arguments import check_kinds, check_place, check_sizes, named_x, suggests_names
-from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.kept_base import KeptBase
-from lora_ext.nn.lora_layer import LoraLayer, LowRank
-from lora_ext.nn.settings import AdapterSettings
+from lora_ext.nn.lora_layer import LoraLayer
 
 
 @suggests_names

@@ -29,7 +29,8 @@ from lora_ext.functional import (
     lora_linear,
     lora_update,
 )
-from lora_ext.nn.lora_layer import LoraLayer, LowRank
+from lora_ext.nn.adapter import LowRank
+from lora_ext.nn.lora_layer import LoraLayer
 
 if TYPE_CHECKING:
     from lora_ext.nn.conv import _LoraConv

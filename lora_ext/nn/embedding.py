@@ -9,15 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_ext.arguments import check_place, check_sizes, describe, suggests_names, warn
 from lora_ext.functional import lora_embedding, weight_norm
 from lora_ext.nn import dora
+from lora_ext.nn.adapter import DEFAULT, AdapterSettings
 from lora_ext.nn.adoption import belongs_to_its_class
-from lora_ext.nn.arguments import check_place, check_sizes, describe, suggests_names, warn
-from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.init import initialise_embedding
 from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.lora_layer import LoraLayer
-from lora_ext.nn.settings import AdapterSettings
 from lora_ext.nn.transaction import all_or_nothing
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from lora_ext.nn.adapter import AdapterSettings
 from lora_ext.nn.adoption import (
     BOUND_CALLS,
     changes_its_call,
@@ -21,7 +22,6 @@ from lora_ext.nn.adoption import (
 from lora_ext.nn.init import mutates_weight
 from lora_ext.nn.lora_layer import LoraLayer
 from lora_ext.nn.mergeable import base_of
-from lora_ext.nn.settings import AdapterSettings
 
 
 class ParameterOfBaseError(KeyError):

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from lora_ext.nn.adoption import AdoptingLayer, adapter_device, offload_with, part_name
-from lora_ext.nn.arguments import as_flag, as_number, check_known, describe, names_of
-from lora_ext.nn.default_adapter import DEFAULT, DefaultAdapter
+from lora_ext.arguments import as_flag, as_number, check_known, names_of
+from lora_ext.nn.adapter import (
+    DEFAULT,
+    AdapterSettings,
+    DefaultAdapter,
+    LowRank,
+    check_adapter_name,
+    check_setting_names,
+    part_name,
+)
+from lora_ext.nn.adoption import AdoptingLayer, adapter_device, offload_with
 from lora_ext.nn.init import initialise, mutates_weight
-from lora_ext.nn.settings import AdapterSettings, check_setting_names
 from lora_ext.nn.transaction import all_or_nothing
-
-
-class LowRank(NamedTuple):
-    """Adapters that one fused call runs, stacked along the rank."""
-
-    lora_A: Tensor
-    lora_B: Tensor
-    lora_bias: Tensor | None
-    scaling: float
-    dropout_p: float
 
 
 class LoraLayer(DefaultAdapter, AdoptingLayer):
@@ -467,24 +464,3 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
 
     def _check_names(self, names: Iterable[str], argument: str = "adapter_name") -> None:
         check_known(type(self).__name__, argument, names, self.adapters)
-
-
-def check_adapter_name(
-    adapter_name: str, taken: Container[str], where: str, argument: str = "adapter_name"
-) -> None:
-    """ValueError unless this can name a new adapter beside those that are there."""
-    # It becomes part of parameters' names and, when saved, the name of a folder.
-    if (
-        not isinstance(adapter_name, str)
-        or not adapter_name
-        or any(character in adapter_name for character in "./\\\0")
-    ):
-        raise ValueError(
-            f"{where}: {argument}: got {describe(adapter_name)}, expected a non-empty name without "
-            "dots and slashes"
-        )
-    if adapter_name in taken:
-        raise ValueError(
-            f"{where}: {argument}: there is an adapter '{adapter_name}' already; "
-            "choose another name or delete it first"
-        )

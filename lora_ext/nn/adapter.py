@@ -1,16 +1,19 @@
-"""The settings of one adapter of a layer."""
+"""One adapter of a layer: its name, its settings, and what a fused call gets of it."""
 
 from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Self
+from typing import NamedTuple, Self
 
-from lora_ext.nn.arguments import as_flag, as_number, check_names, describe, suggests_names
+from torch import Tensor
+
+from lora_ext.arguments import as_flag, as_number, check_names, describe, suggests_names
 from lora_ext.nn.init import check_init
 
+DEFAULT = "default"  # the adapter that a constructor makes
 _FLAGS = ("use_rslora", "lora_bias", "use_dora", "autocast_adapter_dtype", "ungrouped_lora_A")
 
 
@@ -102,3 +105,87 @@ class AdapterSettings:
 def check_setting_names(where: str, names: Iterable[str]) -> None:
     """TypeError for what is no field of AdapterSettings, with the one that may be meant."""
     check_names(where, names, [one.name for one in fields(AdapterSettings)])
+
+
+def part_name(part: str, adapter_name: str) -> str:
+    """The attribute that holds a part of an adapter: "lora_A" of "default" is `lora_A`, as in
+    loralib; of "french" it is `lora_A_french`."""
+    return part if adapter_name == DEFAULT else f"{part}_{adapter_name}"
+
+
+def check_adapter_name(
+    adapter_name: str, taken: Container[str], where: str, argument: str = "adapter_name"
+) -> None:
+    """ValueError unless this can name a new adapter beside those that are there."""
+    # It becomes part of parameters' names and, when saved, the name of a folder.
+    if (
+        not isinstance(adapter_name, str)
+        or not adapter_name
+        or any(character in adapter_name for character in "./\\\0")
+    ):
+        raise ValueError(
+            f"{where}: {argument}: got {describe(adapter_name)}, expected a non-empty name without "
+            "dots and slashes"
+        )
+    if adapter_name in taken:
+        raise ValueError(
+            f"{where}: {argument}: there is an adapter '{adapter_name}' already; "
+            "choose another name or delete it first"
+        )
+
+
+class LowRank(NamedTuple):
+    """Adapters that one fused call runs, stacked along the rank."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    lora_bias: Tensor | None
+    scaling: float
+    dropout_p: float
+
+
+class DefaultAdapter:
+    """What a layer whose constructor made one adapter shows of it, under loralib's names."""
+
+    adapters: dict[str, AdapterSettings]
+    _scaling: dict[str, float]
+
+    @property
+    def _default(self) -> AdapterSettings | None:
+        return self.adapters.get(DEFAULT)
+
+    @property
+    def r(self) -> int:
+        """Rank of the adapter "default"; 0 without one."""
+        return self._default.r if self._default else 0
+
+    @property
+    def lora_alpha(self) -> float:
+        """Numerator of the scaling of the adapter "default"; 1 without one."""
+        return self._default.lora_alpha if self._default else 1
+
+    @property
+    def lora_dropout(self) -> float:
+        """Dropout probability of the adapter "default"; 0 without one."""
+        return self._default.lora_dropout if self._default else 0.0
+
+    @property
+    def scaling(self) -> float:
+        """What multiplies the product of the adapter "default" now; see `set_scale`."""
+        return self._scaling.get(DEFAULT, 0.0)
+
+    def adapters_repr(self) -> str:
+        """What `extra_repr` adds to that of the base."""
+        text = ""
+        for name, settings in self.adapters.items():
+            text += f", {'' if name == DEFAULT else name + ': '}r={settings.r}"
+            text += f", lora_alpha={settings.lora_alpha}"
+            if settings.lora_dropout > 0.0:
+                text += f", lora_dropout={settings.lora_dropout}"
+            for flag in ("use_rslora", "use_dora"):
+                if getattr(settings, flag):
+                    text += f", {flag}=True"
+        for flag in ("fan_in_fan_out", "merged"):
+            if getattr(self, flag, False):
+                text += f", {flag}=True"
+        return text
