@@ -14,6 +14,17 @@ MOVED = {
     "lora_ext.nn.settings": "lora_ext.nn.adapter",
     "lora_ext.nn.default_adapter": "lora_ext.nn.adapter",
     "lora_ext.adapters.modules_to_save": "lora_ext.nn.modules_to_save",
+    "lora_ext.adapters.combination": "lora_ext.adapters.combine.request",
+    "lora_ext.adapters.combining": "lora_ext.adapters.combine.tensors",
+    "lora_ext.adapters.task_arithmetic": "lora_ext.adapters.combine.mixing",
+    "lora_ext.adapters.weighted": "lora_ext.adapters.combine.model",
+    "lora_ext.adapters.injection": "lora_ext.adapters.replace_linear",
+    "lora_ext.io.base_tensors": "lora_ext.adapters.checkpoint.base_tensors",
+    "lora_ext.io.grouped_convolutions": "lora_ext.adapters.checkpoint.grouped_convolutions",
+    "lora_ext.io.plain_lora": "lora_ext.adapters.checkpoint.plain_lora",
+    "lora_ext.io.reading": "lora_ext.adapters.checkpoint.reading",
+    "lora_ext.io.savable": "lora_ext.adapters.checkpoint.savable",
+    "lora_ext.io.peft": "lora_ext.adapters.checkpoint",
 }
 
 
@@ -40,4 +51,4 @@ class _FormerName:
 def resolve_former_names() -> None:
     """Makes them importable."""
     if not any(type(finder).__name__ == _FormerName.__name__ for finder in sys.meta_path):
-        sys.meta_path.append(_FormerName())  # type: ignore[arg-type]
+        sys.meta_path.append(_FormerName())

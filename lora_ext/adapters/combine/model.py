@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_ext.adapters.combination import Combination, plan_combination
-from lora_ext.adapters.combining import Adapter, combine
+from lora_ext.adapters.adapted_model import AdaptedModel
+from lora_ext.adapters.combine.request import Combination, plan_combination
+from lora_ext.adapters.combine.tensors import Adapter, combine
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.plan import only_on
 from lora_ext.adapters.targets import saved_modules
@@ -20,12 +21,9 @@ from lora_ext.nn.adapter import check_adapter_name
 from lora_ext.nn.init import mutates_weight
 from lora_ext.nn.transaction import Transaction
 
-if TYPE_CHECKING:
-    from lora_ext.adapters.lora_model import LoraModel
-
 
 def add_weighted_adapter(
-    model: LoraModel,
+    model: AdaptedModel,
     adapters: Sequence[str],
     weights: Sequence[float],
     adapter_name: str,
@@ -39,7 +37,7 @@ def add_weighted_adapter(
     Args:
         adapters, weights: names and their factors, any sign.
         adapter_name: the new one's; `set_adapter` makes it run.
-        combination_type, options: see `lora_ext.adapters.combination.plan_combination`.
+        combination_type, options: see `lora_ext.adapters.combine.request.plan_combination`.
         generator: of the types with "dare".
 
     Raises:
@@ -147,7 +145,7 @@ def _init_of(layer: LoraLayer, combination: Combination) -> bool | str:
     return next(iter(changing), True)
 
 
-def _check_combinable(model: LoraModel, names: Sequence[str]) -> None:
+def _check_combinable(model: AdaptedModel, names: Sequence[str]) -> None:
     where = "add_weighted_adapter: adapters"
     for place, module in model.saved_modules():
         mine = [name for name in dict.fromkeys(names) if name in module.modules_to_save]
@@ -173,7 +171,7 @@ def _check_combinable(model: LoraModel, names: Sequence[str]) -> None:
 
 
 def _combined_config(
-    model: LoraModel, names: Sequence[str], rank: int, where: Sequence[str]
+    model: AdaptedModel, names: Sequence[str], rank: int, where: Sequence[str]
 ) -> LoraConfig:
     """The first one's, but for what the new adapter has of the others or of its own: its layers,
     rank and scaling, biases, and no copies of modules."""
