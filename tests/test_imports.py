@@ -16,11 +16,11 @@ from lora_ext._moved import MOVED
 ROOT = Path(lora_ext.__file__).parent
 # From below to above: each may import what stands before it.
 PACKAGES = (
-    *("_missing", "_extension", "errors", "arguments", "reference", "functional"),
+    *("_missing", "_extension", "errors", "arguments", "reference", "functional", "paths"),
     *("loralib", "nn", "io", "adapters", "tuning", "_moved", "", "bench"),
 )
 # And io, which is about files, not about modules.
-NOT_FOR_IO = {"functional", "loralib", "nn"}
+NOT_FOR_IO = {"functional", "paths", "loralib", "nn"}
 
 
 def modules() -> dict[str, Path]:

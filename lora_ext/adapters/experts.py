@@ -24,6 +24,7 @@ from lora_ext.adapters.targets import (
 )
 from lora_ext.arguments import warn
 from lora_ext.nn import LoraLayer
+from lora_ext.nn.adapter import VARIANTS
 from lora_ext.nn.modules_to_save import ModulesToSave
 
 # Names of projections that older versions of transformers had in each expert.
@@ -182,7 +183,7 @@ def _old_name(target: str, parameters: _OldNames) -> str | None:
 
 def _check_settings(config: LoraConfig, old: Collection[str], parameters: _OldNames) -> None:
     _check_fused(config, old, parameters)
-    for field in ("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora"):
+    for field in ("lora_dropout", "fan_in_fan_out", "lora_bias", *VARIANTS):
         if getattr(config, field):
             raise ValueError(
                 f"LoraConfig: {field}: got {getattr(config, field)!r}, expected none: the names "

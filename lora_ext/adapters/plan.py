@@ -34,6 +34,7 @@ from lora_ext.adapters.ties import shared_parameters, tied_to_embedding
 from lora_ext.arguments import short, warn
 from lora_ext.errors import NotBuiltError
 from lora_ext.nn import AdapterSettings, Embedding, LoraLayer
+from lora_ext.nn.adapter import VARIANTS
 from lora_ext.nn.init import mutates_weight
 from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.modules_to_save import ModulesToSave
@@ -73,7 +74,7 @@ def adapter_settings(
         use_rslora=config.use_rslora,
         lora_bias=config.lora_bias,
         init_lora_weights=config.init_lora_weights,
-        use_dora=config.use_dora,
+        **{flag: getattr(config, flag) for flag in VARIANTS},
         autocast_adapter_dtype=autocast_adapter_dtype,
     )
 

@@ -16,6 +16,7 @@ from lora_ext.nn.trainable import (
     mark_only_lora_as_trainable,
     print_trainable_parameters,
 )
+from lora_ext.nn.variants import give_variants as _give_variants
 
 __all__ = [
     "AdapterSettings",
@@ -34,4 +35,5 @@ __all__ = [
     "print_trainable_parameters",
 ]
 
+_give_variants()
 _watch_registrations()

@@ -14,6 +14,16 @@ from lora_ext.arguments import as_flag, as_number, check_names, describe, sugges
 from lora_ext.nn.init import check_init
 
 DEFAULT = "default"  # the adapter that a constructor makes
+# What an adapter may be beyond a low-rank product: the flag that asks for it, and its name.
+VARIANTS = {"use_dora": "DoRA"}
+# What does not go together with them, and why.
+EXCLUDED = {
+    "use_dora": {
+        "lora_bias": "DoRA scales a weight, and a bias of lora_B is none",
+        "ungrouped_lora_A": "DoRA divides by the norm of the weight plus the update, and an update "
+        "that links channels of different groups is none of the weight; PEFT takes another norm",
+    }
+}
 _FLAGS = ("use_rslora", "lora_bias", "use_dora", "autocast_adapter_dtype", "ungrouped_lora_A")
 
 
@@ -75,17 +85,12 @@ class AdapterSettings:
             values[name] = as_flag(getattr(self, name), "adapter", name)
         for name, value in values.items():  # of Python, whatever they were
             object.__setattr__(self, name, value)
-        if self.use_dora and self.lora_bias:
-            raise ValueError(
-                "adapter: lora_bias: got True with use_dora=True, expected False: DoRA scales a "
-                "weight, and a bias of lora_B is none"
-            )
-        if self.use_dora and self.ungrouped_lora_A:
-            raise ValueError(
-                "adapter: ungrouped_lora_A: got True with use_dora=True, expected False: DoRA "
-                "divides by the norm of the weight plus the update, and an update that links "
-                "channels of different groups is none of the weight; PEFT takes another norm"
-            )
+        for other, why in EXCLUDED.get(variant_of(self), {}).items():
+            if getattr(self, other):
+                raise ValueError(
+                    f"adapter: {other}: got True with {variant_of(self)}=True, expected False: "
+                    f"{why}"
+                )
         for name in self.weights:
             self.of(name)
 
@@ -100,6 +105,12 @@ class AdapterSettings:
     def scaling(self) -> float:
         """Of the low-rank product."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+def variant_of(settings: object) -> str:
+    """The flag of AdapterSettings, or of a LoraConfig, that asks for a variant of LoRA (see
+    VARIANTS); "" without one."""
+    return next((flag for flag in VARIANTS if getattr(settings, flag)), "")
 
 
 def check_setting_names(where: str, names: Iterable[str]) -> None:
@@ -182,7 +193,7 @@ class DefaultAdapter:
             text += f", lora_alpha={settings.lora_alpha}"
             if settings.lora_dropout > 0.0:
                 text += f", lora_dropout={settings.lora_dropout}"
-            for flag in ("use_rslora", "use_dora"):
+            for flag in ("use_rslora", *VARIANTS):
                 if getattr(settings, flag):
                     text += f", {flag}=True"
         for flag in ("fan_in_fan_out", "merged"):

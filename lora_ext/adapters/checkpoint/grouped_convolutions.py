@@ -16,6 +16,7 @@ from lora_ext.adapters.checkpoint.reading import FileTensors
 from lora_ext.adapters.plan import Plan, PlannedLayer
 from lora_ext.errors import AdapterFileError
 from lora_ext.nn import Conv1d, Conv2d, Conv3d
+from lora_ext.nn.adapter import variant_of
 
 Conv = Conv1d | Conv2d | Conv3d
 
@@ -33,7 +34,7 @@ def planned_as_in(file: FileTensors, plan: Plan) -> Plan:
         found = header[key].shape if key in header else None
         own = planned.layer.peft_shapes(planned.settings)["lora_A.weight"]
         pefts = (own[0], layer.in_channels, *own[2:])
-        if found == own or (planned.settings.use_dora and found != pefts):
+        if found == own or (variant_of(planned.settings) and found != pefts):
             continue
         try:
             settings = replace(planned.settings, ungrouped_lora_A=True)
