@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -271,7 +272,7 @@ class LoraConfig:
 def _check_savable(name: str, value: Any) -> None:
     """ValueError for what could be kept, but not written back: a file may say 1e999."""
     try:
-        json_text({name: value}).encode()
+        json.dumps({name: value}, allow_nan=False, default=sorted)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"LoraConfig: {str(name)[:100]}: got {short(value)}, expected what JSON can "

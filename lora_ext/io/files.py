@@ -85,20 +85,6 @@ def typed_errors(path: StrPath) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def typed_content(path: StrPath) -> Iterator[None]:
-    """Turns errors of what a file asks for into `AdapterFileError`."""
-    try:
-        yield
-    except AdapterFileError:
-        raise
-    except (
-        *(TypeError, ValueError, NotImplementedError, LookupError, AttributeError),
-        *(ArithmeticError, RecursionError),
-    ) as error:
-        raise AdapterFileError(f"{path}: does not fit the model: {error}") from error
-
-
 def read_all(file: io.FileIO, limit: int) -> bytes:
     """The whole file, refused unread when it is longer than `limit` bytes."""
     size = os.fstat(file.fileno()).st_size

@@ -208,6 +208,29 @@ class Linear(LinearBase):
         x = input
         if self._variant is not None:
             return self._variant.forward(self, x)
+        if self._alone is not None:  # nearly always: at one row every Python call shows
+            part_A, part_B, part_bias = self._alone
+            name, parameters = self._running[0], self._parameters
+            weight: Any
+            A: Any
+            B: Any
+            try:
+                weight, bias = parameters["weight"], parameters["bias"]
+                A, B = parameters[part_A], parameters[part_B]
+                lora_bias = parameters[part_bias] if part_bias else None
+            except KeyError:
+                pass  # one of them is computed, or this is a replica
+            else:
+                return lora_linear(
+                    x,
+                    weight.t() if self.fan_in_fan_out else weight,
+                    bias,
+                    A,
+                    B,
+                    lora_bias,
+                    scaling=self._scaling[name],
+                    dropout_p=self.adapters[name].lora_dropout if self.training else 0.0,
+                )
         return adapted_linear(x, self._weight_matrix(), self.bias, self.low_rank())
 
     def part_shapes(self, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:

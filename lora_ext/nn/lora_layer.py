@@ -56,12 +56,12 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
     # What `_adopt` and the constructors add to the base's attributes.
     _STATE: ClassVar[frozenset[str]] = frozenset(
         "adapters active_adapters merged_adapters merge_weights "
-        "_base_class _scaling _enabled _running _variant _aside".split()
+        "_base_class _scaling _enabled _running _alone _variant _aside".split()
     )
     # What changes with adapters: that of a draft becomes the layer's (see `transaction`).
     DRAFTED: ClassVar[tuple[str, ...]] = (
         *("_parameters", "adapters", "active_adapters", "merged_adapters", "_aside"),
-        *("_scaling", "_enabled", "_running", "_variant"),
+        *("_scaling", "_enabled", "_running", "_alone", "_variant"),
     )
 
     adapters: dict[str, AdapterSettings]
@@ -111,6 +111,9 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
         self._scaling: dict[str, float] = {}
         self._enabled = True
         self._running: tuple[str, ...] = ()
+        # The names of lora_A, lora_B and lora_bias ("" without) of the one adapter that runs; None
+        # where another number does.
+        self._alone: tuple[str, str, str] | None = None
         self._variant: AnyVariant | None = None  # of those that run
         for part in self.PARTS:
             self.register_parameter(part, None)
@@ -421,6 +424,11 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
         runs = self._enabled and not self.merged_adapters
         self._running = tuple(n for n in self.active_adapters if runs and self._scaling[n] != 0.0)
         self._variant = self._first_variant(self._running)
+        self._alone = None
+        if len(self._running) == 1:
+            name = self._running[0]
+            bias = part_name("lora_bias", name) if self.adapters[name].lora_bias else ""
+            self._alone = part_name("lora_A", name), part_name("lora_B", name), bias
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -465,7 +473,7 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
 
     def low_rank(self, prefix: str = "") -> list[LowRank]:
         """The adapters that run now, stacked where they share a dropout probability."""
-        if len(self._running) == 1:  # nearly always: at one row the rest would show
+        if len(self._running) == 1:  # nearly always
             dropout_p = self.adapters[self._running[0]].lora_dropout if self.training else 0.0
             return [self._stack(self._running, dropout_p, prefix)]
         groups: dict[float, list[str]] = {}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.adding import add_planned, plan_for, replicate
@@ -15,10 +18,10 @@ from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.patterns import FILE_SECONDS, in_time
 from lora_ext.adapters.plan import Plan
 from lora_ext.adapters.targets import matches, saved_modules
-from lora_ext.arguments import as_flag
+from lora_ext.arguments import as_flag, as_path
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_folder import AdapterFolder, open_adapter
-from lora_ext.io.files import short, typed_content
+from lora_ext.io.files import short
 from lora_ext.nn.adapter import check_adapter_name
 from lora_ext.nn.transaction import Transaction
 
@@ -47,45 +50,62 @@ def load_adapter(
     """
     check_adapter_name(adapter_name, model.peft_config, "LoraModel.load_adapter")
     is_trainable = as_flag(is_trainable, "LoraModel.load_adapter", "is_trainable")
+    path = as_path(folder, "LoraModel.load_adapter", "folder")
     own = Transaction() if transaction is None else transaction
     names = sum(1 for _ in model.modules())
-    with open_adapter(folder) as files, own, typed_content(files.path):
 
-        def load() -> None:
+    def load() -> None:
+        with open_adapter(path) as files:
             config = read_config(files)
             config.inference_mode = not is_trainable
             replicate(model, config, own)
             plan = plan_for(model, config, autocast_adapter_dtype)
-            _load_planned(model, adapter_name, plan, files, own)
+            check_loadable(model, plan)
+            file = FileTensors(files, possible_keys(model, plan))
+            plan = planned_as_in(file, _tied_as_in_the_file(plan, file))
+            bases = BaseTensors(model, plan, file)
+            own_keys = dict(expected(plan))
+            tensors = file.read(own_keys | repeated(file, own_keys) | bases.expected())
+        bases.check(tensors)
+        plan = grouped_where_possible(plan, tensors)
+        add_planned(model, adapter_name, plan, own)
+        _fill(model, adapter_name, tensors, file.path)
+        for key, tensor in bases.targets.items():
+            own.write(tensor, tensors[key])
+        own.commit()
 
+    with own, _typed_content(path):
         in_time(FILE_SECONDS, names, load)
 
 
-def _load_planned(
-    model: AdaptedModel, adapter_name: str, plan: Plan, files: AdapterFolder, own: Transaction
+@torch.no_grad()
+def _fill(
+    model: AdaptedModel, adapter_name: str, tensors: Mapping[str, Tensor], path: Path
 ) -> None:
-    check_loadable(model, plan)
-    file = FileTensors(files, possible_keys(model, plan))
-    plan = planned_as_in(file, _tied_as_in_the_file(plan, file))
-    bases = BaseTensors(model, plan, file)
-    own_keys = dict(expected(plan))
-    tensors = file.read(own_keys | repeated(file, own_keys) | bases.expected())
-    bases.check(tensors)
-    plan = grouped_where_possible(plan, tensors)
-    add_planned(model, adapter_name, plan, own)
+    """Gives an adapter the values that a file has for it."""
     first: dict[tuple[int, torch.Size], str] = {}
-    with torch.no_grad():
-        for key, tensor in own_tensors(model, adapter_name):
-            other = first.setdefault((tensor.data_ptr(), tensor.shape), key)
-            if other != key and not torch.equal(tensors[other], tensors[key]):
-                raise AdapterFileError(
-                    f"{file.path}: {short(key)}: differs from {short(other)}, which is the same "
-                    "module in this model; give it modules of their own"
-                )
-            tensor.copy_(tensors[key])
-    for key, tensor in bases.targets.items():
-        own.write(tensor, tensors[key])
-    own.commit()
+    for key, tensor in own_tensors(model, adapter_name):
+        other = first.setdefault((tensor.data_ptr(), tensor.shape), key)
+        if other != key and not torch.equal(tensors[other], tensors[key]):
+            raise AdapterFileError(
+                f"{path}: {short(key)}: differs from {short(other)}, which is the same "
+                "module in this model; give it modules of their own"
+            )
+        tensor.copy_(tensors[key])
+
+
+@contextmanager
+def _typed_content(path: Path) -> Iterator[None]:
+    """Turns errors of what a file asks for into `AdapterFileError`."""
+    try:
+        yield
+    except AdapterFileError:
+        raise
+    except (
+        *(TypeError, ValueError, NotImplementedError, LookupError, AttributeError),
+        *(ArithmeticError, RecursionError),
+    ) as error:
+        raise AdapterFileError(f"{path}: does not fit the model: {error}") from error
 
 
 def read_config(files: AdapterFolder) -> LoraConfig:

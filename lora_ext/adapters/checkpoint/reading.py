@@ -27,7 +27,7 @@ class FileTensors:
     """
 
     def __init__(self, files: AdapterFolder, keys: Iterable[str]) -> None:
-        specs = files.header(max_header_bytes=max(MAX_HEADER_BYTES, header_limit(keys)))
+        specs = files.header(max_header_bytes=max(MAX_HEADER_BYTES, header_limit(list(keys))))
         self._files = files
         self._keys = {plain_name(key): key for key in specs}
         self.specs = {plain: specs[key] for plain, key in self._keys.items()}
