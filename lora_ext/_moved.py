@@ -13,6 +13,7 @@ MOVED = {
     "lora_ext.nn.arguments": "lora_ext.arguments",
     "lora_ext.nn.settings": "lora_ext.nn.adapter",
     "lora_ext.nn.default_adapter": "lora_ext.nn.adapter",
+    "lora_ext.adapters.layers": "lora_ext.nn.kinds",
     "lora_ext.adapters.modules_to_save": "lora_ext.nn.modules_to_save",
     "lora_ext.adapters.combination": "lora_ext.adapters.combine.request",
     "lora_ext.adapters.combining": "lora_ext.adapters.combine.tensors",

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import lora_ext
-from lora_ext.adapters.layers import adaptable
 from lora_ext.nn import LoraLayer, MultiheadAttention
+from lora_ext.nn.kinds import layer_for
 
 E, HEADS, N, L, S, RANK = 12, 2, 3, 4, 5, 2
 FORMS: dict[str, tuple[str, ...] | None] = {
@@ -366,7 +366,7 @@ def test_adapters_are_renamed_and_deleted() -> None:
 
 def test_a_config_reaches_it() -> None:
     base = nn.MultiheadAttention(E, HEADS, dtype=torch.float64)
-    layer, args = adaptable("attn", base), inputs({})
+    layer, args = layer_for("attn", base), inputs({})
     assert isinstance(layer, MultiheadAttention) and torch.equal(layer(*args)[0], base(*args)[0])
     settings = {"r": RANK, "lora_alpha": 3, "init_lora_weights": False}
     layer.add_adapter("default", **settings)

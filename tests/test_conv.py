@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lora_ext
-from lora_ext.adapters.layers import adaptable
 from lora_ext.nn import Conv1d, Conv2d, Conv3d
+from lora_ext.nn.kinds import layer_for
 
 KINDS: dict[str, Any] = {"1d": Conv1d, "2d": Conv2d, "3d": Conv3d}
 PLAIN: dict[str, Any] = {"1d": nn.Conv1d, "2d": nn.Conv2d, "3d": nn.Conv3d}
@@ -360,7 +360,7 @@ def test_initial_adapter_is_pefts() -> None:
 def test_from_conv_shares_and_keeps() -> None:
     plain = nn.Conv2d(4, 4, 3, padding="same", groups=2, dtype=torch.bfloat16).eval()
     plain.weight.requires_grad_(False)
-    layer = adaptable("conv", plain)
+    layer = layer_for("conv", plain)
     assert type(layer) is Conv2d and layer.weight is plain.weight and not layer.training
     layer.add_adapter("default", r=2, init_lora_weights=False)
     assert layer.lora_A.dtype == torch.float32 and layer.padding == "same"
@@ -419,7 +419,7 @@ def test_errors_change_nothing() -> None:
     with pytest.raises(TypeError, match="keeps its _conv_forward"):
         Conv2d.from_conv(Standardised(4, 6, 3))
     with pytest.raises(TypeError, match="ConvTranspose2d"):
-        adaptable("up", nn.ConvTranspose2d(4, 6, 3))
+        layer_for("up", nn.ConvTranspose2d(4, 6, 3))
     biased = Conv2d(4, 6, 3, 2, bias=False, lora_bias=True)
     with pytest.raises(ValueError, match="lora_bias cannot be merged"):
         biased.merge()

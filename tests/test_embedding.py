@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import lora_ext
 from lora_ext import reference
-from lora_ext.adapters.layers import adaptable
 from lora_ext.nn import Embedding, Linear
+from lora_ext.nn.kinds import layer_for
 
 VOCABULARY, WIDTH, RANK = 23, 20, 4
 HALVES = [torch.bfloat16, torch.float16]
@@ -372,7 +372,7 @@ def test_rank_zero_and_positional_arguments() -> None:
 def test_from_embedding_shares_and_keeps() -> None:
     plain = nn.Embedding(VOCABULARY, WIDTH, padding_idx=2, dtype=torch.bfloat16).eval()
     plain.weight.requires_grad_(False)
-    layer = adaptable("embedding", plain)
+    layer = layer_for("embedding", plain)
     assert type(layer) is Embedding and layer.weight is plain.weight and not layer.training
     layer.add_adapter("default", r=2, init_lora_weights=False)
     assert layer.lora_A.dtype == torch.float32 and layer.padding_idx == 2
@@ -388,7 +388,7 @@ def test_scaled_word_embedding_agrees_with_peft(family: str) -> None:
     torch.manual_seed(0)
     kind = getattr(models, f"{prefix}ScaledWordEmbedding")
     net = nn.Sequential(kind(VOCABULARY, WIDTH, 0, embed_scale=WIDTH**0.5))
-    layer: Any = adaptable("0", copy.deepcopy(net[0]))
+    layer: Any = layer_for("0", copy.deepcopy(net[0]))
     assert torch.equal(layer(tokens()), net(tokens()))
     layer.add_adapter("default", r=RANK, lora_alpha=3, init_lora_weights=False)
     plain = layer.get_base_layer()
@@ -416,7 +416,7 @@ def test_another_forward_is_refused() -> None:
     with pytest.raises(TypeError, match="keeps its forward"):
         Embedding.from_embedding(Offset(5, 3))
     with pytest.raises(TypeError, match="Offset"):
-        adaptable("positions", Offset(5, 3))
+        layer_for("positions", Offset(5, 3))
 
     class Named(nn.Embedding):
         embed_scale = 3.0  # an attribute that its forward does not read

@@ -19,7 +19,8 @@ from torch import nn
 from lora_ext import LoraConfig, get_lora_model
 from lora_ext.adapters.architectures import DEFAULT_TARGETS
 from lora_ext.adapters.plan import make_plan
-from lora_ext.adapters.targets import find_targets, is_adaptable, matches, saved_modules
+from lora_ext.adapters.targets import find_targets, matches, saved_modules
+from lora_ext.nn.kinds import is_of_a_kind
 
 Values = dict[str, Any]
 Outcome = list[str] | type[Exception]
@@ -56,7 +57,7 @@ def ends(model: nn.Module, *kinds: type[nn.Module]) -> list[str]:
 def inner(model: nn.Module) -> list[str]:
     """Last parts that only modules with weights to adapt have."""
     kinds = (nn.Linear, nn.Conv2d, transformers.pytorch_utils.Conv1D)
-    others = {n.rpartition(".")[2] for n, m in model.named_modules() if not is_adaptable(m)}
+    others = {n.rpartition(".")[2] for n, m in model.named_modules() if not is_of_a_kind(m)}
     return [end for end in ends(model, *kinds) if end not in others]
 
 

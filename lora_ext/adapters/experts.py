@@ -16,7 +16,6 @@ from lora_ext.adapters.config_checks import ALL_LINEAR
 from lora_ext.adapters.patterns import compiled
 from lora_ext.adapters.targets import (
     all_linear,
-    is_adaptable,
     matches,
     model_type,
     outside,
@@ -25,6 +24,7 @@ from lora_ext.adapters.targets import (
 from lora_ext.arguments import warn
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.adapter import VARIANTS
+from lora_ext.nn.kinds import is_of_a_kind
 from lora_ext.nn.modules_to_save import ModulesToSave
 
 # Names of projections that older versions of transformers had in each expert.
@@ -209,7 +209,7 @@ def _warn_of_differences(model: nn.Module, config: LoraConfig, old: Collection[s
     linear = [
         name
         for name, module in outside(model, (LoraLayer, ModulesToSave))
-        if _end(name) in old and _end(name) != "gate" and is_adaptable(module)
+        if _end(name) in old and _end(name) != "gate" and is_of_a_kind(module)
     ]
     if linear:
         weight = ".".join(linear[-1].split(".")[-2:]) + ".weight"
@@ -232,7 +232,7 @@ def _warn_of_peft(model: nn.Module, config: LoraConfig, parameters: _OldNames) -
     linear = [
         name
         for name, module in outside(model, (LoraLayer, ModulesToSave))
-        if _end(name) in parameters and is_adaptable(module) and _is_matched(config, name)
+        if _end(name) in parameters and is_of_a_kind(module) and _is_matched(config, name)
     ]
     if linear:
         _warn(
@@ -257,7 +257,7 @@ def _is_expression(targets: object) -> bool:
 def _stacks(name: str, module: nn.Module) -> list[str]:
     """The weights of a module that computes with parameters of its own for experts."""
     own = f"{type(module).__name__} {_end(name)}".lower()
-    if is_adaptable(module) or isinstance(module, LoraLayer):
+    if is_of_a_kind(module) or isinstance(module, LoraLayer):
         return []
     if "expert" not in own and not _is_router(name, module):
         return []

@@ -12,7 +12,6 @@ from torch import nn
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.config_checks import ALL_LINEAR
 from lora_ext.adapters.experts import warn_of_unreached, with_experts
-from lora_ext.adapters.layers import adaptable, can_be_adapted
 from lora_ext.adapters.names import (
     ORIGINAL,
     exact_targets,
@@ -37,6 +36,7 @@ from lora_ext.nn import AdapterSettings, Embedding, LoraLayer
 from lora_ext.nn.adapter import VARIANTS
 from lora_ext.nn.init import mutates_weight
 from lora_ext.nn.kept_base import KeptBase
+from lora_ext.nn.kinds import can_be_adapted, layer_for
 from lora_ext.nn.modules_to_save import ModulesToSave
 
 # From so many on the ends of names are written instead of names, as in PEFT's files.
@@ -180,7 +180,7 @@ def _make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: boo
         module = modules[name]
         if id(module) not in layers:  # else it is registered under another name as well
             settings = adapter_settings(config, name, autocast_adapter_dtype)
-            layers[id(module)] = PlannedLayer(name, adaptable(name, module), settings)
+            layers[id(module)] = PlannedLayer(name, layer_for(name, module), settings)
     targeted = find_parameters(model, config, names) if config.target_parameters else []
     for one in targeted:
         settings = _settings_of_parameters(config, one, autocast_adapter_dtype)

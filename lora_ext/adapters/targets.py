@@ -21,16 +21,9 @@ from lora_ext.adapters.names import ORIGINAL, ends, named_modules, unwrapped
 from lora_ext.adapters.patterns import compiled, matching
 from lora_ext.arguments import listed, short, warn
 from lora_ext.nn.any_layer import AnyLayer
+from lora_ext.nn.kinds import can_be_adapted
 from lora_ext.nn.linear import transformers_conv1d
 
-ADAPTABLE = (
-    nn.Linear,
-    nn.Embedding,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.MultiheadAttention,
-)
 # The number of the layer: the first one in the name that does not end it.
 _LAYER = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
 
@@ -45,11 +38,6 @@ def matches(
     if isinstance(modules, str):
         return compiled(field, modules).fullmatch(name) is not None
     return any(end in modules for end in ends(name))
-
-
-def is_adaptable(module: nn.Module) -> bool:
-    """Whether PEFT has a LoRA layer for this kind of module."""
-    return isinstance(module, ADAPTABLE) or transformers_conv1d(module) is not None
 
 
 def saved_modules(config: LoraConfig) -> list[str]:
@@ -69,7 +57,7 @@ def has_targets(model: nn.Module, config: LoraConfig) -> bool:
 def find_targets(
     model: nn.Module,
     config: LoraConfig,
-    adaptable: Callable[[nn.Module], bool] = is_adaptable,
+    adaptable: Callable[[nn.Module], bool] = can_be_adapted,
     adapted: tuple[type[nn.Module], ...] = (),
     required: bool = True,
 ) -> list[str]:

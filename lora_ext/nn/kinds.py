@@ -1,4 +1,4 @@
-"""Which modules can be adapted, and by which layer."""
+"""The kinds of modules that can have adapters, and the layer of each."""
 
 from __future__ import annotations
 
@@ -6,17 +6,11 @@ from collections.abc import Callable
 
 from torch import nn
 
-from lora_ext.nn import (
-    Conv1d,
-    Conv2d,
-    Conv3d,
-    Embedding,
-    Linear,
-    LoraLayer,
-    MultiheadAttention,
-)
-from lora_ext.nn.embedding import is_scaled_word_embedding
-from lora_ext.nn.linear import transformers_conv1d
+from lora_ext.nn.attention import MultiheadAttention
+from lora_ext.nn.conv import Conv1d, Conv2d, Conv3d
+from lora_ext.nn.embedding import Embedding, is_scaled_word_embedding
+from lora_ext.nn.linear import Linear, transformers_conv1d
+from lora_ext.nn.lora_layer import LoraLayer
 
 # A layer takes the place of a module of this class, and of a subclass that keeps its forward (of
 # nn.Linear's, any).
@@ -43,12 +37,18 @@ def _factory(module: nn.Module) -> Callable[..., LoraLayer] | None:
     return None
 
 
+def is_of_a_kind(module: nn.Module) -> bool:
+    """Whether PEFT has a LoRA layer for modules of this class; one of a subclass with a forward of
+    its own may still have none here."""
+    return isinstance(module, tuple(_FACTORIES)) or transformers_conv1d(module) is not None
+
+
 def can_be_adapted(module: nn.Module) -> bool:
     """Whether the module has adapters, or can have them."""
     return isinstance(module, LoraLayer) or _factory(module) is not None
 
 
-def adaptable(name: str, module: nn.Module) -> LoraLayer:
+def layer_for(name: str, module: nn.Module) -> LoraLayer:
     """The layer, still without adapters, that stands in the place of `module` and shares its
     parameters; `module` itself if it is one. `name` is for messages.
 
