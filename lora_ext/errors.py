@@ -1,5 +1,12 @@
 """Errors that a caller may want to tell apart."""
 
+__all__ = [
+    "AdapterFileError",
+    "AlreadyMergedError",
+    "NotBuiltError",
+    "NotMergedError",
+]
+
 
 class AlreadyMergedError(RuntimeError):
     """merge() on a module whose adapter is in its weight."""

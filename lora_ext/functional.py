@@ -8,6 +8,18 @@ from torch import Tensor
 from lora_ext._extension import _C
 from lora_ext.arguments import check_kinds
 
+__all__ = [
+    "column_scale",
+    "dora_linear",
+    "draw_rng_state",
+    "dropout",
+    "dropout_mask",
+    "lora_embedding",
+    "lora_linear",
+    "lora_update",
+    "weight_norm",
+]
+
 
 def draw_rng_state(x: Tensor) -> Tensor:
     """The state of one dropout mask: int64 [2] (seed, offset), on the device of `x`.

@@ -5,6 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+__all__ = [
+    "dora_linear",
+    "dropout",
+    "lora_embedding",
+    "lora_linear",
+    "merged_weight",
+]
+
 
 def dropout(x: Tensor, dropout_p: float, mask: Tensor | None) -> Tensor:
     """x [..., K] where mask (bool [M, K], M rows of x) is True, scaled by 1/(1-p); else 0."""
