@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import warnings
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 
 import lora_ext
 from lora_ext._moved import MOVED
+from lora_ext.nn.adapter import AdapterOptions, AdapterSettings
 
 ROOT = Path(lora_ext.__file__).parent
 # From below to above: each may import what stands before it.
@@ -128,3 +130,9 @@ def test_page_of_public_names_is_what_all_says() -> None:
         if hasattr(module := importlib.import_module(name), "__all__")
         and name not in ("lora_ext.loralib.layers",)  # loralib's own list
     }
+
+
+def test_options_of_constructors_are_fields_of_the_settings() -> None:
+    named = {"r", "lora_alpha", "lora_dropout", "weights"}  # arguments of their own
+    fields = {one.name for one in dataclasses.fields(AdapterSettings)}
+    assert AdapterOptions.__annotations__.keys() == fields - named

@@ -6,7 +6,7 @@ import math
 import numbers
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypedDict
 
 from torch import Tensor
 
@@ -105,6 +105,17 @@ class AdapterSettings:
     def scaling(self) -> float:
         """Of the low-rank product."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+class AdapterOptions(TypedDict, total=False):
+    """The fields of AdapterSettings that `from_*` take as further arguments."""
+
+    use_rslora: bool
+    lora_bias: bool
+    init_lora_weights: bool | str
+    use_dora: bool
+    autocast_adapter_dtype: bool
+    ungrouped_lora_A: bool
 
 
 def variant_of(settings: object) -> str:

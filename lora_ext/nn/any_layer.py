@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from lora_ext.arguments import names_of
-from lora_ext.nn.adapter import DEFAULT, AdapterSettings
+from lora_ext.nn.adapter import DEFAULT, AdapterOptions, AdapterSettings
 from lora_ext.nn.lora_layer import LoraLayer
 
 
@@ -37,7 +37,7 @@ class AnyLayer(LoraLayer):
         lora_alpha: float = 8,
         *,
         adapter_name: str = DEFAULT,
-        **options: Any,
+        **options: Unpack[AdapterOptions],
     ) -> Self:
         """The same layer, an instance of its class too, with adapters on some weights; shares its
         parameters with `module` and keeps hooks, training mode, device and dtype.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from lora_ext.arguments import check_kinds, check_place, check_sizes, names_of, suggests_names
-from lora_ext.nn.adapter import DEFAULT, AdapterSettings, LowRank
+from lora_ext.nn.adapter import DEFAULT, AdapterOptions, AdapterSettings, LowRank
 from lora_ext.nn.linear import adapted_linear
 from lora_ext.nn.lora_layer import LoraLayer
 from lora_ext.nn.scaled_dot_product import Masks, attend
@@ -108,7 +108,7 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
         *,
         enable_lora: Iterable[str] | None = None,
         adapter_name: str = DEFAULT,
-        **options: Any,
+        **options: Unpack[AdapterOptions],
     ) -> Self:
         """The same layer with adapters, in PEFT's form unless `enable_lora` names projections or
         kdim or vdim is not embed_dim (all four have their own then; PEFT refuses this). Shares its

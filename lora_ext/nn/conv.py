@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from lora_ext.arguments import check_kinds, check_place, check_sizes, named_x, suggests_names
 from lora_ext.functional import weight_norm
-from lora_ext.nn.adapter import DEFAULT, AdapterSettings, LowRank, variant_of
+from lora_ext.nn.adapter import DEFAULT, AdapterOptions, AdapterSettings, LowRank, variant_of
 from lora_ext.nn.adoption import belongs_to_its_class
 from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.lora_layer import LoraLayer
@@ -20,7 +20,7 @@ from lora_ext.nn.lora_layer import LoraLayer
 
 @suggests_names
 class LoraConv(LoraLayer, _ConvNd):
-    """What the three kinds of convolution do alike.
+    """A convolution plus low-rank updates: what Conv1d, Conv2d and Conv3d do alike.
 
     `y = conv(x, weight) + bias + scaling * conv1x1(conv(dropout(x), lora_A), lora_B)`
 
@@ -103,7 +103,7 @@ class LoraConv(LoraLayer, _ConvNd):
         lora_dropout: float = 0.0,
         *,
         adapter_name: str = DEFAULT,
-        **options: Any,
+        **options: Unpack[AdapterOptions],
     ) -> Self:
         """The same layer with an adapter; shares `weight` and `bias` with `conv`.
 
@@ -323,19 +323,32 @@ def _count_nonzero(tensor: Tensor) -> int:
 
 
 class Conv1d(LoraConv, nn.Conv1d):
-    __doc__ = f"`nn.Conv1d` plus low-rank updates.\n\n{LoraConv.__doc__}"
+    """`nn.Conv1d` plus low-rank updates; x [batch, in_channels, length], or without batch.
+
+    Arguments, terms, merging and errors are those of `lora_ext.nn.conv.LoraConv`.
+    """
+
     _KIND = nn.Conv1d
     _CONVOLVE = staticmethod(F.conv1d)
 
 
 class Conv2d(LoraConv, nn.Conv2d):
-    __doc__ = f"`nn.Conv2d` plus low-rank updates.\n\n{LoraConv.__doc__}"
+    """`nn.Conv2d` plus low-rank updates; x [batch, in_channels, height, width], or without batch.
+
+    Arguments, terms, merging and errors are those of `lora_ext.nn.conv.LoraConv`.
+    """
+
     _KIND = nn.Conv2d
     _CONVOLVE = staticmethod(F.conv2d)
 
 
 class Conv3d(LoraConv, nn.Conv3d):
-    __doc__ = f"`nn.Conv3d` plus low-rank updates.\n\n{LoraConv.__doc__}"
+    """`nn.Conv3d` plus low-rank updates:
+    x [batch, in_channels, depth, height, width], or without batch.
+
+    Arguments, terms, merging and errors are those of `lora_ext.nn.conv.LoraConv`.
+    """
+
     _KIND = nn.Conv3d
     _CONVOLVE = staticmethod(F.conv3d)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lora_ext.arguments import check_place, check_sizes, describe, suggests_names, warn
 from lora_ext.functional import lora_embedding, weight_norm
-from lora_ext.nn.adapter import DEFAULT, AdapterSettings
+from lora_ext.nn.adapter import DEFAULT, AdapterOptions, AdapterSettings
 from lora_ext.nn.adoption import belongs_to_its_class
 from lora_ext.nn.init import initialise_embedding
 from lora_ext.nn.kept_base import KeptBase
@@ -106,7 +106,7 @@ class Embedding(LoraLayer, nn.Embedding):
         lora_dropout: float = 0.0,
         *,
         adapter_name: str = DEFAULT,
-        **options: Any,
+        **options: Unpack[AdapterOptions],
     ) -> Self:
         """The same layer with an adapter; shares `weight` with `embedding`, which may also be one
         of transformers' scaled word embeddings (Gemma, BART): `embed_scale` multiplies the update

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from lora_ext.arguments import as_flag, check_place, check_sizes, named_x, suggests_names
 from lora_ext.functional import lora_linear, lora_update, weight_norm
-from lora_ext.nn.adapter import DEFAULT, AdapterSettings, LowRank
+from lora_ext.nn.adapter import DEFAULT, AdapterOptions, AdapterSettings, LowRank
 from lora_ext.nn.adoption import belongs_to_its_class
 from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.lora_layer import LoraLayer
@@ -164,7 +164,7 @@ class Linear(LinearBase):
         lora_dropout: float = 0.0,
         *,
         adapter_name: str = DEFAULT,
-        **options: Any,
+        **options: Unpack[AdapterOptions],
     ) -> Self:
         """The same layer with an adapter; shares `weight` and `bias` with `linear`.
 
@@ -190,7 +190,7 @@ class Linear(LinearBase):
         lora_dropout: float = 0.0,
         *,
         adapter_name: str = DEFAULT,
-        **options: Any,
+        **options: Unpack[AdapterOptions],
     ) -> Self:
         """As `from_linear`, for a Conv1D of transformers (GPT-2): a linear layer whose weight is
         stored as [in_features, out_features].

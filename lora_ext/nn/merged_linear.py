@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from lora_ext.arguments import named_x, refuse, suggests_names
 from lora_ext.functional import lora_update
-from lora_ext.nn.adapter import DEFAULT, AdapterSettings, LowRank
+from lora_ext.nn.adapter import DEFAULT, AdapterOptions, AdapterSettings, LowRank
 from lora_ext.nn.linear import LinearBase, _KeptLinearBase, adapted_linear
 
 # How many zeros per row of a block-diagonal lora_B, on average, are cheaper than calls of their
@@ -99,7 +99,7 @@ class MergedLinear(LinearBase):
         *,
         slice_sizes: Sequence[int] | None = None,
         adapter_name: str = DEFAULT,
-        **options: Any,
+        **options: Unpack[AdapterOptions],
     ) -> Self:
         """The same layer with an adapter on the enabled slices; shares its parameters with
         `linear`. The other arguments and errors are those of `Linear.from_linear`."""
@@ -118,7 +118,7 @@ class MergedLinear(LinearBase):
         *,
         slice_sizes: Sequence[int] | None = None,
         adapter_name: str = DEFAULT,
-        **options: Any,
+        **options: Unpack[AdapterOptions],
     ) -> Self:
         """As `from_linear`, for a Conv1D of transformers."""
         self = cls._from_conv1d(conv1d)

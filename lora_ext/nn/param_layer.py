@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from lora_ext.nn.adapter import DEFAULT, AdapterSettings
+from lora_ext.nn.adapter import DEFAULT, AdapterOptions, AdapterSettings
 from lora_ext.nn.any_layer import AnyLayer
 
 
@@ -42,7 +42,7 @@ class ParamLayer(AnyLayer):
         lora_alpha: float = 8,
         *,
         adapter_name: str = DEFAULT,
-        **options: Any,
+        **options: Unpack[AdapterOptions],
     ) -> Self:
         """As `AnyLayer.from_module`, for parameters of two or three dimensions.
 
@@ -58,8 +58,9 @@ class ParamLayer(AnyLayer):
                     f"{cls.__name__}: weights: '{name}' has {parameter.dim()} dimensions, expected "
                     "2, or 3 for a stack of matrices"
                 )
-        options |= {"adapter_name": adapter_name}
-        return super().from_module(module, weights, r, lora_alpha, **options)
+        return super().from_module(
+            module, weights, r, lora_alpha, adapter_name=adapter_name, **options
+        )
 
     # The stack
 
