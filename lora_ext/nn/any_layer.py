@@ -85,7 +85,7 @@ class AnyLayer(LoraLayer):
             base._parameters[name] = self._adapted(name)  # type: ignore[assignment]
         if self._running and isinstance(base, nn.RNNBase):
             _list_weights(base)
-            base._flat_weight_refs = [None] * len(base._flat_weights)  # not to be moved together
+            base._flat_weight_refs = [None] * len(base._flat_weights)  # else cuDNN flattens them
         return base.forward(*args, **kwargs)
 
     def _plain_base(self) -> nn.Module:
