@@ -5,11 +5,14 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import pickle
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import lora_ext
 from lora_ext._moved import MOVED
@@ -136,3 +139,25 @@ def test_options_of_constructors_are_fields_of_the_settings() -> None:
     named = {"r", "lora_alpha", "lora_dropout", "weights"}  # arguments of their own
     fields = {one.name for one in dataclasses.fields(AdapterSettings)}
     assert AdapterOptions.__annotations__.keys() == fields - named
+
+
+def test_a_layer_that_0_1_0_pickled_loads_and_runs() -> None:
+    """Its pickle names modules as they were, and says `_runs_dora` of what runs."""
+    torch.manual_seed(0)
+    layer = lora_ext.nn.Linear(6, 4, r=2, use_dora=True)
+    torch.nn.init.normal_(layer.lora_B)  # type: ignore[arg-type]
+    x = torch.randn(3, 6)
+    expected = layer(x)
+    state = {k: v for k, v in layer.__dict__.items() if k not in ("_variant", "_alone")}
+    layer.__dict__.clear()
+    layer.__dict__.update(state | {"_runs_dora": True})
+    old = pickle.dumps(layer, protocol=0).replace(
+        b"clora_ext.nn.adapter\n", b"clora_ext.nn.settings\n"
+    )
+    assert b"lora_ext.nn.settings" in old
+    with pytest.warns(DeprecationWarning):
+        sys.modules.pop("lora_ext.nn.settings", None)
+        loaded = pickle.loads(old)
+    assert torch.equal(loaded(x), expected)
+    plain = loaded.get_base_layer()
+    assert plain.__dict__.keys() == torch.nn.Linear(6, 4).__dict__.keys()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from operator import attrgetter
 from typing import Any, ClassVar, Self
 
@@ -16,19 +16,18 @@ from lora_ext.nn.adapter import (
     VARIANTS,
     AdapterSettings,
     DefaultAdapter,
-    LowRank,
     check_adapter_name,
     check_setting_names,
     part_name,
     variant_of,
 )
-from lora_ext.nn.adoption import AdoptingLayer, adapter_device, offload_with
+from lora_ext.nn.adoption import adapter_device, offload_with
 from lora_ext.nn.init import initialise, mutates_weight
+from lora_ext.nn.running_layer import RunningLayer
 from lora_ext.nn.transaction import all_or_nothing
-from lora_ext.nn.variant import AnyVariant
 
 
-class LoraLayer(DefaultAdapter, AdoptingLayer):
+class LoraLayer(DefaultAdapter, RunningLayer):
     """A layer of PyTorch that holds any number of named adapters beside its own parameters.
 
     A kind of layer derives from this and from the PyTorch class that it extends, and says how large
@@ -47,12 +46,6 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
     # What stands before "lora_A", "lora_B" and "lora_bias" in PARTS: a kind of layer with several
     # products has one prefix for each.
     PREFIXES: ClassVar[tuple[str, ...]] = ("",)
-    # What its adapters can be beyond low-rank products, from `lora_ext.nn.variants`.
-    VARIANTS: ClassVar[tuple[AnyVariant, ...]] = ()
-    # (path, reason) for `explain`, of the kinds that have only one.
-    PATH: ClassVar[tuple[str, str]] = ("composed", "in plain PyTorch")
-    # Where the rank stands in lora_A and in lora_B.
-    RANK_DIMS: ClassVar[tuple[int, int]] = (0, 1)
     # What `_adopt` and the constructors add to the base's attributes.
     _STATE: ClassVar[frozenset[str]] = frozenset(
         "adapters active_adapters merged_adapters merge_weights "
@@ -108,13 +101,10 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
         self._aside = {}
         self.merge_weights = as_flag(merge_weights, type(self).__name__, "merge_weights")
         self._base_class = base_class
-        self._scaling: dict[str, float] = {}
+        self._scaling = {}
         self._enabled = True
-        self._running: tuple[str, ...] = ()
-        # The names of lora_A, lora_B and lora_bias ("" without) of the one adapter that runs; None
-        # where another number does.
-        self._alone: tuple[str, str, str] | None = None
-        self._variant: AnyVariant | None = None  # of those that run
+        self._running = ()
+        self._alone = self._variant = None
         for part in self.PARTS:
             self.register_parameter(part, None)
 
@@ -335,35 +325,6 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
                 initialise(kind, A, B, weight, scaling, lora_bias=bias)
         self._initialise_variant(name)
 
-    # Variants
-
-    def _variant_of(self, settings: AdapterSettings) -> AnyVariant | None:
-        """What makes an adapter with these settings more than a low-rank product, if anything."""
-        flag = variant_of(settings)
-        return next((one for one in self.VARIANTS if one.FLAG == flag), None)
-
-    def _variant_shapes(self, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
-        """Of the parts that the variant adds to those of the low-rank product."""
-        variant = self._variant_of(settings)
-        return {} if variant is None else variant.part_shapes(self, settings)
-
-    def _initialise_variant(self, adapter_name: str) -> None:
-        variant = self._variant_of(self.adapters[adapter_name])
-        if variant is not None:
-            variant.initialise(self, adapter_name)
-
-    def _merge_factors(
-        self, names: Sequence[str]
-    ) -> tuple[dict[str, Tensor] | None, Tensor | None]:
-        """What multiplies the output features of each adapter, and of the base's weight, when they
-        are merged one after another; None without a variant among them."""
-        variant = self._first_variant(names)
-        return (None, None) if variant is None else variant.merge_factors(self, names)
-
-    def _first_variant(self, names: Iterable[str]) -> AnyVariant | None:
-        found = (self._variant_of(self.adapters[name]) for name in names)
-        return next((variant for variant in found if variant is not None), None)
-
     # Scales
 
     def get_scale(self, adapter_name: str = DEFAULT) -> float:
@@ -417,116 +378,6 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
                 )
         self._scaling.update(scaling)
         self._choose_running()
-
-    # What a forward runs
-
-    def _choose_running(self) -> None:
-        runs = self._enabled and not self.merged_adapters
-        self._running = tuple(n for n in self.active_adapters if runs and self._scaling[n] != 0.0)
-        self._variant = self._first_variant(self._running)
-        self._alone = None
-        if len(self._running) == 1:
-            name = self._running[0]
-            bias = part_name("lora_bias", name) if self.adapters[name].lora_bias else ""
-            self._alone = part_name("lora_A", name), part_name("lora_B", name), bias
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._choose_running()  # what runs is no part of an older pickle
-
-    def explain(self, tokens: int) -> tuple[str, str]:
-        """(path, reason): the code that a call with so many rows runs now; see
-        `lora_ext.explain`."""
-        kind = self._base_class.__name__
-        functional = {"Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding"}
-        base = f"torch.nn.functional.{kind.lower()}" if kind in functional else f"torch.nn.{kind}"
-        if not self.adapters:
-            return base, "there is no adapter"
-        if self.merged and not self.running_adapters:
-            return base, "merged: the adapter is in the weight"
-        if not self.running_adapters:
-            return base, "no adapter runs: disabled, not active, or of scale 0"
-        path, reason = self._path(tokens)
-        return path, reason if self._variant is None else (
-            f"{reason}; {self._variant.explain(self, tokens)}"
-        )
-
-    def _path(self, tokens: int) -> tuple[str, str]:
-        """That of a forward where adapters run."""
-        return self.PATH
-
-    @property
-    def running_adapters(self) -> tuple[str, ...]:
-        """The adapters that a forward adds now."""
-        return self._running
-
-    def _part(self, part: str, name: str) -> Any:
-        key = part_name(part, name)
-        try:
-            return self._parameters[key]
-        except KeyError:
-            # Computed from others (pruning, parametrization), or of a replica (nn.DataParallel).
-            found = self.__dict__.get(key)
-            if found is None and "parametrizations" in self._modules:
-                return getattr(self, key, None)
-            return found
-
-    def low_rank(self, prefix: str = "") -> list[LowRank]:
-        """The adapters that run now, stacked where they share a dropout probability."""
-        if len(self._running) == 1:  # nearly always
-            dropout_p = self.adapters[self._running[0]].lora_dropout if self.training else 0.0
-            return [self._stack(self._running, dropout_p, prefix)]
-        groups: dict[float, list[str]] = {}
-        for name in self._running:
-            dropout_p = self.adapters[name].lora_dropout if self.training else 0.0
-            groups.setdefault(dropout_p, []).append(name)
-        return [self._stack(names, dropout_p, prefix) for dropout_p, names in groups.items()]
-
-    def _settings(self, name: str, prefix: str) -> AdapterSettings:
-        """Those of an adapter's product of a prefix."""
-        return self.adapters[name]
-
-    def _scale_of(self, name: str, prefix: str) -> float:
-        """What multiplies an adapter's product of a prefix now."""
-        return self._scaling[name]
-
-    def _stack(
-        self,
-        names: Sequence[str],
-        dropout_p: float = 0.0,
-        prefix: str = "",
-        factors: Mapping[str, Tensor] | None = None,
-    ) -> LowRank:
-        """Adapters as one of the sum of their ranks: their dropout, if any, is then the same.
-        `factors` [rows of lora_B] multiply an adapter's output features."""
-        a, b, c = prefix + "lora_A", prefix + "lora_B", prefix + "lora_bias"
-        if len(names) == 1 and not factors:
-            name = names[0]
-            A, B, bias = self._part(a, name), self._part(b, name), self._part(c, name)
-            return LowRank(A, B, bias, self._scale_of(name, prefix), dropout_p)
-        # The scalings go into lora_B, and with it into float32: there they cost no accuracy.
-        A_parts = self._alike([self._part(a, name) for name in names])
-        compute = torch.promote_types(A_parts[0].dtype, torch.float32)
-
-        def scaled(part: str, name: str) -> Tensor:
-            tensor: Tensor = self._part(part, name).to(compute) * self._scale_of(name, prefix)
-            if factors:
-                tensor = tensor * factors[name].view(-1, *[1] * (tensor.dim() - 1))
-            return tensor
-
-        B_parts = [scaled(b, name) for name in names]
-        biases = [scaled(c, n) for n in names if self._part(c, n) is not None]
-        return LowRank(
-            torch.cat([A.to(compute) for A in A_parts], self.RANK_DIMS[0]),
-            torch.cat(B_parts, self.RANK_DIMS[1]),
-            torch.stack(biases).sum(0) if biases else None,
-            1.0,
-            dropout_p,
-        )
-
-    def _alike(self, lora_A: list[Tensor]) -> list[Tensor]:
-        """The same, in shapes that differ in the rank only."""
-        return lora_A
 
     # Checks
 

@@ -1,0 +1,168 @@
+"""Which adapters of a layer a forward runs, and what a fused call gets of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lora_ext.nn.adapter import AdapterSettings, LowRank, part_name, variant_of
+from lora_ext.nn.adoption import AdoptingLayer
+from lora_ext.nn.variant import AnyVariant
+
+
+class RunningLayer(AdoptingLayer):
+    """The part of a `LoraLayer` that runs adapters: alone or stacked, as products or as a variant
+    of LoRA, and says by which code."""
+
+    # What its adapters can be beyond low-rank products, from `lora_ext.nn.variants`.
+    VARIANTS: ClassVar[tuple[AnyVariant, ...]] = ()
+    # (path, reason) for `explain`, of the kinds that have only one.
+    PATH: ClassVar[tuple[str, str]] = ("composed", "in plain PyTorch")
+    _scaling: dict[str, float]
+    _running: tuple[str, ...]
+    # The names of lora_A, lora_B and lora_bias ("" without) of the one adapter that runs; None
+    # where another number does.
+    _alone: tuple[str, str, str] | None
+    _variant: AnyVariant | None  # of those that run
+
+    def _choose_running(self) -> None:
+        runs = self._enabled and not self.merged_adapters
+        self._running = tuple(n for n in self.active_adapters if runs and self._scaling[n] != 0.0)
+        self._variant = self._first_variant(self._running)
+        self._alone = None
+        if len(self._running) == 1:
+            name = self._running[0]
+            bias = part_name("lora_bias", name) if self.adapters[name].lora_bias else ""
+            self._alone = part_name("lora_A", name), part_name("lora_B", name), bias
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A pickle of 0.1.0 says `_runs_dora` of what runs, and no more."""
+        super().__setstate__(state)
+        self.__dict__.pop("_runs_dora", None)
+        self._choose_running()
+
+    def explain(self, tokens: int) -> tuple[str, str]:
+        """(path, reason): the code that a call with so many rows runs now; see
+        `lora_ext.explain`."""
+        kind = self._base_class.__name__
+        functional = {"Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding"}
+        base = f"torch.nn.functional.{kind.lower()}" if kind in functional else f"torch.nn.{kind}"
+        if not self.adapters:
+            return base, "there is no adapter"
+        if self.merged and not self.running_adapters:
+            return base, "merged: the adapter is in the weight"
+        if not self.running_adapters:
+            return base, "no adapter runs: disabled, not active, or of scale 0"
+        path, reason = self._path(tokens)
+        return path, reason if self._variant is None else (
+            f"{reason}; {self._variant.explain(self, tokens)}"
+        )
+
+    def _path(self, tokens: int) -> tuple[str, str]:
+        """That of a forward where adapters run."""
+        return self.PATH
+
+    @property
+    def running_adapters(self) -> tuple[str, ...]:
+        """The adapters that a forward adds now."""
+        return self._running
+
+    def _part(self, part: str, name: str) -> Any:
+        key = part_name(part, name)
+        try:
+            return self._parameters[key]
+        except KeyError:
+            # Computed from others (pruning, parametrization), or of a replica (nn.DataParallel).
+            found = self.__dict__.get(key)
+            if found is None and "parametrizations" in self._modules:
+                return getattr(self, key, None)
+            return found
+
+    def low_rank(self, prefix: str = "") -> list[LowRank]:
+        """The adapters that run now, stacked where they share a dropout probability."""
+        if len(self._running) == 1:  # nearly always
+            dropout_p = self.adapters[self._running[0]].lora_dropout if self.training else 0.0
+            return [self._stack(self._running, dropout_p, prefix)]
+        groups: dict[float, list[str]] = {}
+        for name in self._running:
+            dropout_p = self.adapters[name].lora_dropout if self.training else 0.0
+            groups.setdefault(dropout_p, []).append(name)
+        return [self._stack(names, dropout_p, prefix) for dropout_p, names in groups.items()]
+
+    def _settings(self, name: str, prefix: str) -> AdapterSettings:
+        """Those of an adapter's product of a prefix."""
+        return self.adapters[name]
+
+    def _scale_of(self, name: str, prefix: str) -> float:
+        """What multiplies an adapter's product of a prefix now."""
+        return self._scaling[name]
+
+    def _stack(
+        self,
+        names: Sequence[str],
+        dropout_p: float = 0.0,
+        prefix: str = "",
+        factors: Mapping[str, Tensor] | None = None,
+    ) -> LowRank:
+        """Adapters as one of the sum of their ranks: their dropout, if any, is then the same.
+        `factors` [rows of lora_B] multiply an adapter's output features."""
+        a, b, c = prefix + "lora_A", prefix + "lora_B", prefix + "lora_bias"
+        if len(names) == 1 and not factors:
+            name = names[0]
+            A, B, bias = self._part(a, name), self._part(b, name), self._part(c, name)
+            return LowRank(A, B, bias, self._scale_of(name, prefix), dropout_p)
+        # The scalings go into lora_B, and with it into float32: there they cost no accuracy.
+        A_parts = self._alike([self._part(a, name) for name in names])
+        compute = torch.promote_types(A_parts[0].dtype, torch.float32)
+
+        def scaled(part: str, name: str) -> Tensor:
+            tensor: Tensor = self._part(part, name).to(compute) * self._scale_of(name, prefix)
+            if factors:
+                tensor = tensor * factors[name].view(-1, *[1] * (tensor.dim() - 1))
+            return tensor
+
+        B_parts = [scaled(b, name) for name in names]
+        biases = [scaled(c, n) for n in names if self._part(c, n) is not None]
+        return LowRank(
+            torch.cat([A.to(compute) for A in A_parts], 0),
+            torch.cat(B_parts, 1),
+            torch.stack(biases).sum(0) if biases else None,
+            1.0,
+            dropout_p,
+        )
+
+    def _alike(self, lora_A: list[Tensor]) -> list[Tensor]:
+        """The same, in shapes that differ in the rank only."""
+        return lora_A
+
+    # Variants
+
+    def _variant_of(self, settings: AdapterSettings) -> AnyVariant | None:
+        """What makes an adapter with these settings more than a low-rank product, if anything."""
+        flag = variant_of(settings)
+        return next((one for one in self.VARIANTS if one.FLAG == flag), None)
+
+    def _variant_shapes(self, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
+        """Of the parts that the variant adds to those of the low-rank product."""
+        variant = self._variant_of(settings)
+        return {} if variant is None else variant.part_shapes(self, settings)
+
+    def _initialise_variant(self, adapter_name: str) -> None:
+        variant = self._variant_of(self.adapters[adapter_name])
+        if variant is not None:
+            variant.initialise(self, adapter_name)
+
+    def _merge_factors(
+        self, names: Sequence[str]
+    ) -> tuple[dict[str, Tensor] | None, Tensor | None]:
+        """What multiplies the output features of each adapter, and of the base's weight, when they
+        are merged one after another; None without a variant among them."""
+        variant = self._first_variant(names)
+        return (None, None) if variant is None else variant.merge_factors(self, names)
+
+    def _first_variant(self, names: Iterable[str]) -> AnyVariant | None:
+        found = (self._variant_of(self.adapters[name]) for name in names)
+        return next((variant for variant in found if variant is not None), None)
