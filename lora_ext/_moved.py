@@ -1,4 +1,4 @@
-"""Former names of modules: they still import, with a DeprecationWarning."""
+"""Former names of modules and of what was in them: still there, with a DeprecationWarning."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 MOVED = {
     "lora_ext.nn.arguments": "lora_ext.arguments",
@@ -26,6 +27,20 @@ MOVED = {
     "lora_ext.io.reading": "lora_ext.adapters.checkpoint.reading",
     "lora_ext.io.savable": "lora_ext.adapters.checkpoint.savable",
     "lora_ext.io.peft": "lora_ext.adapters.checkpoint",
+}
+
+# What has another place or name than before, in modules that are there and in those above.
+RENAMED = {
+    "lora_ext.adapters.layers.adaptable": "lora_ext.nn.kinds.layer_for",
+    "lora_ext.adapters.targets.ADAPTABLE": "lora_ext.nn.kinds.BASE_CLASSES",
+    "lora_ext.adapters.targets.is_adaptable": "lora_ext.nn.kinds.is_of_a_kind",
+    "lora_ext.io.base_tensors.around_others": "lora_ext.adapters.checkpoint.keys.around_others",
+    "lora_ext.io.base_tensors.around_planned": "lora_ext.adapters.checkpoint.keys.around_planned",
+    "lora_ext.io.base_tensors.name_in_file": "lora_ext.adapters.checkpoint.keys.name_in_file",
+    "lora_ext.io.files.typed_content": "lora_ext.adapters.checkpoint.load.typed_content",
+    "lora_ext.io.peft.PREFIX": "lora_ext.adapters.checkpoint.keys.PREFIX",
+    "lora_ext.io.peft.read_config": "lora_ext.adapters.checkpoint.load.read_config",
+    "lora_ext.nn.lora_layer.LowRank": "lora_ext.nn.adapter.LowRank",
 }
 
 
@@ -47,9 +62,28 @@ class _FormerName:
         found = vars(importlib.import_module(now))
         vars(module).update({key: value for key, value in found.items() if key[:2] != "__"})
         module.__doc__ = f"The former name of {now}."
+        _resolve_names_in(module)
+
+
+def _resolve_names_in(module: ModuleType) -> None:
+    """Gives a module the names that were in it, when they are asked for."""
+    where = module.__name__
+
+    def find(name: str) -> Any:
+        now = RENAMED.get(f"{where}.{name}")
+        if now is None:
+            raise AttributeError(f"module {where!r} has no attribute {name!r}")
+        warnings.warn(f"{where}.{name} is {now} now", DeprecationWarning, stacklevel=2)
+        path, _, name = now.rpartition(".")
+        return getattr(importlib.import_module(path), name)
+
+    module.__getattr__ = find  # type: ignore[method-assign]
 
 
 def resolve_former_names() -> None:
     """Makes them importable."""
+    for former in RENAMED:
+        if (module := sys.modules.get(former.rpartition(".")[0])) is not None:
+            _resolve_names_in(module)
     if not any(type(finder).__name__ == _FormerName.__name__ for finder in sys.meta_path):
         sys.meta_path.append(_FormerName())

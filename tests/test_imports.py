@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import lora_ext
-from lora_ext._moved import MOVED
+from lora_ext._moved import MOVED, RENAMED
 from lora_ext.nn.adapter import AdapterOptions, AdapterSettings
 
 ROOT = Path(lora_ext.__file__).parent
@@ -111,6 +111,18 @@ def test_former_names_of_modules_resolve(old: str) -> None:
     public = [name for name in vars(now) if not name.startswith("_")]
     assert public and all(getattr(former, name) is getattr(now, name) for name in public)
     assert now.__spec__ is not None and now.__spec__.name == MOVED[old]
+
+
+@pytest.mark.parametrize("old", sorted(RENAMED))
+def test_former_names_in_modules_resolve(old: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        module = importlib.import_module(old.rpartition(".")[0])
+    path, _, name = RENAMED[old].rpartition(".")
+    now = getattr(importlib.import_module(path), name)
+    with pytest.warns(DeprecationWarning, match=RENAMED[old].replace(".", r"\.")):
+        assert getattr(module, old.rpartition(".")[2]) is now
+    assert not hasattr(module, "nothing_of_this_name")
 
 
 def test_no_module_imports_a_former_name() -> None:

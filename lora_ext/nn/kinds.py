@@ -22,6 +22,7 @@ _FACTORIES: dict[type[nn.Module], Callable[..., LoraLayer]] = {
     nn.Conv3d: Conv3d.from_conv,
     nn.MultiheadAttention: MultiheadAttention.from_multihead_attention,
 }
+BASE_CLASSES = tuple(_FACTORIES)
 
 
 def _factory(module: nn.Module) -> Callable[..., LoraLayer] | None:
@@ -40,7 +41,7 @@ def _factory(module: nn.Module) -> Callable[..., LoraLayer] | None:
 def is_of_a_kind(module: nn.Module) -> bool:
     """Whether PEFT has a LoRA layer for modules of this class; one of a subclass with a forward of
     its own may still have none here."""
-    return isinstance(module, tuple(_FACTORIES)) or transformers_conv1d(module) is not None
+    return isinstance(module, BASE_CLASSES) or transformers_conv1d(module) is not None
 
 
 def can_be_adapted(module: nn.Module) -> bool:

@@ -74,7 +74,7 @@ def load_adapter(
             own.write(tensor, tensors[key])
         own.commit()
 
-    with own, _typed_content(path):
+    with own, typed_content(path):
         in_time(FILE_SECONDS, names, load)
 
 
@@ -95,7 +95,7 @@ def _fill(
 
 
 @contextmanager
-def _typed_content(path: Path) -> Iterator[None]:
+def typed_content(path: Path) -> Iterator[None]:
     """Turns errors of what a file asks for into `AdapterFileError`."""
     try:
         yield
