@@ -13,7 +13,13 @@ from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.adding import add_planned, plan_for, replicate
 from lora_ext.adapters.checkpoint.grouped_convolutions import grouped_where_possible, planned_as_in
 from lora_ext.adapters.checkpoint.keys import PREFIX, expected, own_tensors, possible_keys
-from lora_ext.adapters.checkpoint.reading import BaseTensors, FileTensors, check_loadable, repeated
+from lora_ext.adapters.checkpoint.reading import (
+    BaseTensors,
+    FileTensors,
+    check_loadable,
+    repeated,
+    with_plain_keys,
+)
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.patterns import FILE_SECONDS, in_time
 from lora_ext.adapters.plan import Plan
@@ -65,7 +71,8 @@ def load_adapter(
             plan = planned_as_in(file, _tied_as_in_the_file(plan, file))
             bases = BaseTensors(model, plan, file)
             own_keys = dict(expected(plan))
-            tensors = file.read(own_keys | repeated(file, own_keys) | bases.expected())
+            found = file.read(own_keys | repeated(file, own_keys) | bases.expected())
+        tensors = with_plain_keys(found)
         bases.check(tensors)
         plan = grouped_where_possible(plan, tensors)
         add_planned(model, adapter_name, plan, own)

@@ -34,9 +34,15 @@ class FileTensors:
         self.path = files.path / WEIGHTS_NAME
 
     def read(self, expected: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
-        """As `AdapterFolder.tensors`."""
-        named = {self._keys.get(key, key): spec for key, spec in expected.items()}
-        return {plain_name(key): tensor for key, tensor in self._files.tensors(named).items()}
+        """As `AdapterFolder.tensors`: by the file's own keys, see `with_plain_keys`."""
+        return self._files.tensors(
+            {self._keys.get(key, key): spec for key, spec in expected.items()}
+        )
+
+
+def with_plain_keys(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a file by keys without the levels of torch.compile."""
+    return {plain_name(key): tensor for key, tensor in tensors.items()}
 
 
 def repeated(file: FileTensors, expected: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
