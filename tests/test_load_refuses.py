@@ -133,7 +133,7 @@ def test_many_names_of_nothing_in_a_deep_model(good: Path, tmp_path: Path) -> No
     shutil.copytree(good, tmp_path / "adapter")
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(200)))
     for field in ("target_modules", "modules_to_save"):
-        for names in (["a"] * 32_000, [f"{i}" * 5 for i in range(500, 32_000)], ["." * 999] * 500):
+        for names in (["a"] * 23_000, [f"{i}" * 5 for i in range(500, 23_000)], ["." * 999] * 500):
             config(**{"target_modules": ["0"], field: names})(tmp_path / "adapter")
             load = lambda: LoraModel.from_pretrained(model, tmp_path / "adapter")  # noqa: E731
             assert field in refused(load)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from torch import nn
 
@@ -62,6 +62,12 @@ def ends(name: str) -> Iterator[str]:
     while at >= 0:
         yield name[at + 1 :]
         at = name.find(".", at + 1)
+
+
+def ends_in(names: Collection[str]) -> Callable[[str], bool]:
+    """What `str.endswith` says of these, of which there may be very many."""
+    known, lengths = frozenset(names), {len(name) for name in names}
+    return lambda name: any(name[len(name) - n :] in known for n in lengths if n <= len(name))
 
 
 def exact_targets(

@@ -14,6 +14,7 @@ from lora_ext.adapters.config_checks import ALL_LINEAR
 from lora_ext.adapters.experts import warn_of_unreached, with_experts
 from lora_ext.adapters.names import (
     ORIGINAL,
+    ends_in,
     exact_targets,
     has_wrapper_level,
     named_modules,
@@ -144,11 +145,12 @@ def _means_what_others_save(
 def _saves_what_others_save(model: nn.Module, named: Sequence[str], saved: Collection[str]) -> bool:
     """Whether names of modules to save also mean modules that are not saved here only because they
     are in a module that another adapter saves whole."""
+    is_named = ends_in(named)
     for name, _ in named_modules(model) if named else ():
         if f"{ORIGINAL}." not in f"{name}.":
             continue
         name = name.replace(ORIGINAL, "")
-        if name.endswith(tuple(named)) and not f"{name}.".startswith(tuple(f"{s}." for s in saved)):
+        if is_named(name) and not f"{name}.".startswith(tuple(f"{s}." for s in saved)):
             return True
     return False
 
@@ -211,12 +213,12 @@ def _make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: boo
 
 def _find_saved(modules: Mapping[str, nn.Module], config: LoraConfig) -> dict[str, nn.Module]:
     """The modules to save; what is inside one is saved with it."""
-    named, inside = tuple(saved_modules(config)), None
+    is_named, inside = ends_in(saved_modules(config)), None
     found: dict[str, nn.Module] = {}
     for name, module in modules.items():
         if not name or (inside is not None and name.startswith(inside)):
             continue
-        if name.endswith(named):  # "norm": all "..._norm", as in PEFT
+        if is_named(name):  # "norm": all "..._norm", as in PEFT
             found[name] = module
         if name in found or isinstance(module, ModulesToSave | KeptBase):
             inside = f"{name}."

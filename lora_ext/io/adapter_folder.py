@@ -34,7 +34,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 # 20,000 names of modules, one by one.
 MAX_CONFIG_BYTES = 1 << 20
 # And some thousand patterns beside them. Python spends up to 250 bytes and a microsecond on each.
-MAX_CONFIG_VALUES = 1 << 15
+MAX_CONFIG_VALUES = 24_000
 
 
 @dataclass(frozen=True)

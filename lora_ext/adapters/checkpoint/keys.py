@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import Tensor
 
 from lora_ext.adapters.adapted_model import AdaptedModel
-from lora_ext.adapters.names import named_modules, plain_name
+from lora_ext.adapters.names import ends_in, named_modules, plain_name
 from lora_ext.adapters.plan import Plan
 from lora_ext.adapters.targets import saved_modules
 from lora_ext.io.adapter_file import TensorSpec
@@ -30,10 +30,10 @@ def saved_in_file(model: AdaptedModel, adapter_name: str) -> Iterator[tuple[str,
     around = around_others(model.layers_with(adapter_name))
     own = {id(saved): name for name, saved in model.saved_modules()}
     # A module may have several names, of which the config need not mean the first.
-    meant = tuple(saved_modules(model.peft_config[adapter_name]))
+    is_meant = ends_in(saved_modules(model.peft_config[adapter_name]))
     names: dict[int, list[str]] = {}
     for name, saved in named_modules(model.base_model, remove_duplicate=False):
-        if id(saved) in own and name.endswith(meant):
+        if id(saved) in own and is_meant(name):
             names.setdefault(id(saved), []).append(name)
     for first, saved in model.saved_modules():
         if adapter_name in saved.modules_to_save:
