@@ -272,6 +272,21 @@ def test_a_base_whose_forward_is_replaced(name: str, change: Callable[[nn.Module
     assert "replaced on the instance" in str(explain(layer))
 
 
+@pytest.mark.parametrize("name", ["MultiheadAttention", "AnyLayer"])
+@pytest.mark.parametrize("change", [patched, hooked])
+def test_a_replaced_forward_that_no_layer_can_call_is_refused(
+    name: str, change: Callable[[nn.Module], None]
+) -> None:
+    """The layer would run the instance's forward, which knows no adapter."""
+    make, adapt, args = KINDS[name]
+    base = make().eval()
+    change(base)
+    attributes, want = dict(base.__dict__), first(base(*args))
+    with pytest.raises(ValueError, match=r"base: its forward is replaced on the instance"):
+        adapt(base)
+    assert base.__dict__ == attributes and torch.equal(first(base(*args)), want)
+
+
 def test_hooks_of_a_bases_state_dict_stay_with_it() -> None:
     base, seen = nn.Linear(8, 6), []
     base.register_load_state_dict_pre_hook(lambda module, *_: seen.append(module))
