@@ -3,6 +3,7 @@
 from lora_ext import nn as nn
 from lora_ext import reference
 from lora_ext._extension import __version__, build_info
+from lora_ext._moved import resolve_former_names as _resolve_former_names
 from lora_ext.adapters import (
     LoraConfig,
     LoraModel,
@@ -16,6 +17,8 @@ from lora_ext.adapters import (
 )
 from lora_ext.functional import draw_rng_state, dropout_mask, lora_embedding, lora_linear
 from lora_ext.tuning import autotune
+
+_resolve_former_names()
 
 # Not `nn`: after `from lora_ext import *` that name would not be torch's any more.
 __all__ = [

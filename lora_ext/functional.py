@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_ext._extension import _C
-from lora_ext.nn.arguments import check_kinds
+from lora_ext.arguments import check_kinds
 
 
 def draw_rng_state(x: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from lora_ext._extension import _C, __version__, build_info
+from lora_ext.arguments import check_module, refuse, warn
 from lora_ext.nn import Linear
-from lora_ext.nn.arguments import check_module, refuse, warn
 
 # In the order in which they are preferred where the clock sees no difference.
 PATHS = ("fused", "hybrid", "composed")

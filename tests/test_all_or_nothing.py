@@ -29,9 +29,9 @@ from interruptions import (
 from torch import Tensor, nn
 
 from lora_ext import LoraConfig, LoraModel, get_lora_model, loralib
-from lora_ext.adapters.modules_to_save import ModulesToSave
 from lora_ext.io import save_files
 from lora_ext.nn import AnyLayer, Linear, LoraLayer, MergedLinear
+from lora_ext.nn.modules_to_save import ModulesToSave
 
 ALL_POINTS = bool(os.environ.get("LORA_EXT_ALL_POINTS"))
 
@@ -199,7 +199,7 @@ def state_of(model: LoraModel, kind: Kind) -> Any:
             scales = [(n, module.get_scale(n)) for n in module.adapters]
             lists = module.active_adapters, module.merged_adapters, module.running_adapters
             parts = [(n, list(module.parts(n))) for n in module.adapters]
-            modules.append((scales, lists, parts, module.disable_adapters, module._runs_dora))
+            modules.append((scales, lists, parts, module.disable_adapters, module._variant))
         if isinstance(module, ModulesToSave):
             copies = list(module.modules_to_save)
             modules.append((copies, module.active_adapter, module.enabled))

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_ext.adapters.combination import COMBINATION_TYPES, SVD, plan_combination
-from lora_ext.adapters.combining import Adapter, alpha_factor, combine, subtract_mutated_init
+from lora_ext.adapters.combine.request import COMBINATION_TYPES, SVD, plan_combination
+from lora_ext.adapters.combine.tensors import Adapter, alpha_factor, combine, subtract_mutated_init
 
 EPS = torch.finfo(torch.float64).eps
 WEIGHTS = [(0.7, 0.3, 1.2), (1.0, -0.6, 0.5), (-0.4, 0.0, -1.3)]

@@ -14,7 +14,7 @@ from tiny_models import BUILDERS
 from torch import Tensor, nn
 
 from lora_ext import LoraModel
-from lora_ext.io.peft import adapter_state_dict
+from lora_ext.adapters.checkpoint import adapter_state_dict
 
 # Families without default targets; of the others PEFT's and ours are the same.
 TARGETS: dict[str, Any] = {

@@ -284,7 +284,7 @@ def test_a_path_with_a_null_character_is_refused_by_name() -> None:
         ValueError, match=r"save_pretrained: folder: got 'a\\x00b', expected a path"
     ):
         model.save_pretrained("a\0b")
-    with pytest.raises(ValueError, match=r"open_adapter: folder: got 'a\\x00b', expected a path"):
+    with pytest.raises(ValueError, match=r"load_adapter: folder: got 'a\\x00b', expected a path"):
         LoraModel.from_pretrained(nn.Sequential(nn.Linear(4, 4)), "a\0b")
 
 

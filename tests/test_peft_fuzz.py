@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import lora_ext.nn as lora
 from lora_ext import LoraConfig, LoraModel, get_lora_model
-from lora_ext.io.peft import adapter_state_dict
+from lora_ext.adapters.checkpoint import adapter_state_dict
 
 COUNT = int(os.environ.get("LORA_EXT_FUZZ", "90"))
 FIRST = int(os.environ.get("LORA_EXT_FUZZ_FROM", "0"))

@@ -221,7 +221,7 @@ def by_peft_key(model: peft.PeftModel) -> dict[str, Tensor]:
 def our_gradients(model: LoraModel) -> dict[str, Tensor]:
     """Gradients by the keys of checkpoints."""
     places = {p.data_ptr(): p for p in model.parameters()}
-    from lora_ext.io.peft import adapter_state_dict
+    from lora_ext.adapters.checkpoint import adapter_state_dict
 
     return {
         key: places[tensor.data_ptr()].grad for key, tensor in adapter_state_dict(model).items()

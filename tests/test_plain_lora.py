@@ -176,7 +176,7 @@ def test_what_peft_cannot_express_is_said(tmp_path: Path) -> None:
     model = get_lora_model(block, config)
     with pytest.raises(ValueError, match=r"'attention': PEFT has no adapters.*kdim"):
         model.save_pretrained(tmp_path, as_plain_lora=True)
-    with pytest.raises(ValueError, match="one of both"):
+    with pytest.raises(ValueError, match="one of the two"):
         model.save_pretrained(
             tmp_path, as_plain_lora=True, path_initial_model_for_weight_conversion=tmp_path
         )

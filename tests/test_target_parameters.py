@@ -16,9 +16,9 @@ import transformers
 from torch import Tensor, nn
 
 from lora_ext import LoraConfig, LoraModel, get_lora_model
+from lora_ext.adapters.checkpoint import adapter_state_dict
 from lora_ext.adapters.ties import shared_parameters
 from lora_ext.io import WEIGHTS_NAME
-from lora_ext.io.peft import adapter_state_dict
 from lora_ext.nn import AnyLayer, ParamLayer
 
 E = 4
@@ -282,7 +282,7 @@ WRONG: dict[str, tuple[Callable[[LoraModel], Any], str]] = {
     "a vector": (lambda m: added(m, target_parameters=["head.bias"]), "'bias'"),
     "target module": (
         lambda m: added(m, target_parameters=["head.weight"], target_modules=["head"]),
-        "one of both",
+        "one of the two",
     ),
     "init": (
         lambda m: added(m, target_parameters=["layers.0.up"], init_lora_weights="pissa"),

@@ -2,8 +2,8 @@
 
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.explain import explain
-from lora_ext.adapters.injection import replace_linear
 from lora_ext.adapters.lora_model import LoraModel, get_lora_model, get_peft_model
+from lora_ext.adapters.replace_linear import replace_linear
 from lora_ext.nn.trainable import (
     lora_state_dict,
     mark_only_lora_as_trainable,

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING
 
 from torch import nn
 
+from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.transaction import Transaction
 
-if TYPE_CHECKING:
-    from lora_ext.adapters.lora_model import LoraModel
-
 
 def activate(
-    model: LoraModel, names: Sequence[str], inference_mode: bool, transaction: Transaction
+    model: AdaptedModel, names: Sequence[str], inference_mode: bool, transaction: Transaction
 ) -> None:
     """`LoraModel.set_adapter`, when `transaction` is committed."""
     for where, module in model.saved_modules():
@@ -37,14 +34,14 @@ def activate(
     transaction.set(model, active_adapters=tuple(dict.fromkeys(names)))
 
 
-def is_enabled(model: LoraModel) -> bool:
+def is_enabled(model: AdaptedModel) -> bool:
     """Whether adapters that are put into further layers run there: unless all are switched off."""
     layers = [not layer.disable_adapters for _, layer in model.lora_layers()]
     states = layers + [module.enabled for _, module in model.saved_modules()]
     return any(states) or not states
 
 
-def switched_back(model: LoraModel) -> Callable[[], None]:
+def switched_back(model: AdaptedModel) -> Callable[[], None]:
     """What switches everything on or off as it is now; what is added meanwhile, with the others."""
     before = is_enabled(model)
     states: dict[nn.Module, bool] = {la: not la.disable_adapters for _, la in model.lora_layers()}
@@ -61,7 +58,7 @@ def switched_back(model: LoraModel) -> Callable[[], None]:
     return restore
 
 
-def check_held(model: LoraModel, where: str, names: Sequence[str]) -> None:
+def check_held(model: AdaptedModel, where: str, names: Sequence[str]) -> None:
     """ValueError unless each adapter is in a layer or has a copy of a module to save."""
     missing = set(names)
     layers = (layer.adapters.keys() for _, layer in model.lora_layers())
@@ -77,7 +74,7 @@ def check_held(model: LoraModel, where: str, names: Sequence[str]) -> None:
         )
 
 
-def base_biases(model: LoraModel, adapter_name: str) -> Iterator[nn.Parameter]:
+def base_biases(model: AdaptedModel, adapter_name: str) -> Iterator[nn.Parameter]:
     """The base's biases that train with an adapter."""
     choice = model.peft_config[adapter_name].bias
     if choice == "none":

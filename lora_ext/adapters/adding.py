@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import nn
 
 from lora_ext.adapters.activation import is_enabled
+from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.merging import of_layer
-from lora_ext.adapters.modules_to_save import ModulesToSave
 from lora_ext.adapters.plan import Plan, make_plan, resolved
 from lora_ext.adapters.replication import replicate_layers
 from lora_ext.adapters.swap import swap_modules
 from lora_ext.nn import LoraLayer
+from lora_ext.nn.modules_to_save import ModulesToSave
 from lora_ext.nn.transaction import Transaction
 
-if TYPE_CHECKING:
-    from lora_ext.adapters.lora_model import LoraModel
 
-
-def replicate(model: LoraModel, config: LoraConfig, transaction: Transaction) -> None:
+def replicate(model: AdaptedModel, config: LoraConfig, transaction: Transaction) -> None:
     """Repeats the layers as `layer_replication` says.
 
     Raises:
@@ -35,7 +31,7 @@ def replicate(model: LoraModel, config: LoraConfig, transaction: Transaction) ->
         replicate_layers(model.base_model, config.layer_replication, transaction)
 
 
-def plan_for(model: LoraModel, config: LoraConfig, autocast_adapter_dtype: bool = True) -> Plan:
+def plan_for(model: AdaptedModel, config: LoraConfig, autocast_adapter_dtype: bool = True) -> Plan:
     """What a config adapts here: nothing is changed, nothing of an adapter's size allocated.
 
     Raises: as the class; ValueError also for a second adapter with biases of the base.
@@ -59,7 +55,9 @@ def plan_for(model: LoraModel, config: LoraConfig, autocast_adapter_dtype: bool 
     return plan
 
 
-def add_planned(model: LoraModel, adapter_name: str, plan: Plan, transaction: Transaction) -> None:
+def add_planned(
+    model: AdaptedModel, adapter_name: str, plan: Plan, transaction: Transaction
+) -> None:
     """Adds an adapter as `plan` says, which was made for this config and the present model."""
     active = tuple(name for name in model.active_adapters if name in model.peft_config)
     enabled = is_enabled(model)
@@ -100,7 +98,7 @@ def add_planned(model: LoraModel, adapter_name: str, plan: Plan, transaction: Tr
     transaction.commit()
 
 
-def freeze_base(model: LoraModel, transaction: Transaction) -> None:
+def freeze_base(model: AdaptedModel, transaction: Transaction) -> None:
     """Freezes all but the adapters that are not this model's."""
     others: list[nn.Parameter] = []
     for module in model.base_model.modules():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -10,10 +11,10 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 from lora_ext.adapters.config_checks import ATOMS, NOT_BUILT, check_fields, is_off, plain_value
 from lora_ext.adapters.patterns import FILE_SECONDS, in_time, matching
+from lora_ext.arguments import as_path, did_you_mean, listed, refuse, short, suggests_names, warn
 from lora_ext.io.adapter_folder import CONFIG_NAME, read_config_file
 from lora_ext.io.atomic import save_files
 from lora_ext.io.files import json_text
-from lora_ext.nn.arguments import as_path, did_you_mean, listed, refuse, short, suggests_names, warn
 
 Number = TypeVar("Number", int, float)
 Names = str | list[str] | set[str] | None
@@ -271,7 +272,7 @@ class LoraConfig:
 def _check_savable(name: str, value: Any) -> None:
     """ValueError for what could be kept, but not written back: a file may say 1e999."""
     try:
-        json_text({name: value}).encode()
+        json.dumps({name: value}, allow_nan=False, default=sorted)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"LoraConfig: {str(name)[:100]}: got {short(value)}, expected what JSON can "

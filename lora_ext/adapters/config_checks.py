@@ -10,8 +10,9 @@ from types import NoneType
 from typing import Any
 
 from lora_ext.adapters.patterns import SlowPatternError, compiled, is_plain, size
+from lora_ext.arguments import short
 from lora_ext.errors import NotBuiltError
-from lora_ext.nn.arguments import short
+from lora_ext.nn.adapter import EXCLUDED, VARIANTS
 from lora_ext.nn.init import check_init
 
 ATOMS = frozenset({str, int, float, bool, NoneType})
@@ -300,10 +301,12 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
     if values["lora_bias"] and not isinstance(values["init_lora_weights"], bool):
         init = values["init_lora_weights"]
         raise ValueError(_message("lora_bias", True, f"False with init_lora_weights={init!r}"))
-    if values["lora_bias"] and values["use_dora"]:
-        raise ValueError(_message("lora_bias", True, "False with use_dora=True"))
+    for flag, excluded in EXCLUDED.items():
+        for field in excluded:
+            if values[flag] and values.get(field):
+                raise ValueError(_message(field, True, f"False with {flag}=True"))
     if values["target_parameters"]:
-        for field in ("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora"):
+        for field in ("lora_dropout", "fan_in_fan_out", "lora_bias", *VARIANTS):
             if values[field]:
                 expected = "none with target_parameters: the update is one of the parameter"
                 raise ValueError(_message(field, values[field], expected))

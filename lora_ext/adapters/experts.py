@@ -13,7 +13,6 @@ from torch import nn
 from lora_ext.adapters.architectures import FUSED, READ_NOT_CALLED, STACKED_EXPERTS
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.config_checks import ALL_LINEAR
-from lora_ext.adapters.modules_to_save import ModulesToSave
 from lora_ext.adapters.patterns import compiled
 from lora_ext.adapters.targets import (
     all_linear,
@@ -23,8 +22,10 @@ from lora_ext.adapters.targets import (
     outside,
     saved_modules,
 )
+from lora_ext.arguments import warn
 from lora_ext.nn import LoraLayer
-from lora_ext.nn.arguments import warn
+from lora_ext.nn.adapter import VARIANTS
+from lora_ext.nn.modules_to_save import ModulesToSave
 
 # Names of projections that older versions of transformers had in each expert.
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "v1")
@@ -182,7 +183,7 @@ def _old_name(target: str, parameters: _OldNames) -> str | None:
 
 def _check_settings(config: LoraConfig, old: Collection[str], parameters: _OldNames) -> None:
     _check_fused(config, old, parameters)
-    for field in ("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora"):
+    for field in ("lora_dropout", "fan_in_fan_out", "lora_bias", *VARIANTS):
         if getattr(config, field):
             raise ValueError(
                 f"LoraConfig: {field}: got {getattr(config, field)!r}, expected none: the names "

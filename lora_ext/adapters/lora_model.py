@@ -7,45 +7,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import nn
 
 from lora_ext.adapters.activation import activate, check_held, switched_back
+from lora_ext.adapters.adapted_model import AdaptedModel, check_model
 from lora_ext.adapters.adding import add_planned, freeze_base, plan_for, replicate
+from lora_ext.adapters.checkpoint import load_adapter, save_pretrained
+from lora_ext.adapters.combine import add_weighted_adapter
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.merging import merge_layers, of_layer, unmerge_layers, untied_text
-from lora_ext.adapters.modules_to_save import ModulesToSave
-from lora_ext.adapters.names import named_modules, unwrapped
+from lora_ext.adapters.names import unwrapped
 from lora_ext.adapters.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from lora_ext.adapters.swap import swap_modules
 from lora_ext.adapters.ties import untie_embeddings
-from lora_ext.adapters.weighted import add_weighted_adapter
+from lora_ext.arguments import as_flag, as_number, names_of, warn
 from lora_ext.errors import NotMergedError
-from lora_ext.io.peft import load_adapter, save_pretrained
-from lora_ext.nn import LoraLayer
-from lora_ext.nn.arguments import as_flag, as_number, check_known, check_module, names_of, warn
-from lora_ext.nn.default_adapter import DEFAULT
-from lora_ext.nn.lora_layer import check_adapter_name
+from lora_ext.nn.adapter import DEFAULT, check_adapter_name
 from lora_ext.nn.trainable import count_parameters, print_trainable_parameters
 from lora_ext.nn.transaction import AtTheEnd, Transaction
 
 
-def check_model(model: nn.Module) -> None:
-    """TypeError unless adapters can be put into it."""
-    check_module("LoraModel", "model", model)
-    if isinstance(model, LoraModel):
-        raise TypeError(
-            "LoraModel: model: got a LoraModel; call its add_adapter() for another adapter"
-        )
-    for name, module in model.named_modules():
-        if any(kind.__module__.startswith("peft.tuners.") for kind in type(module).__mro__):
-            raise TypeError(
-                f"LoraModel: model: got one with PEFT's layers ('{name}'), expected one without: "
-                "they would be frozen and adapted once more; take PEFT's adapters out with "
-                "unload(), and load them from their folder with LoraModel.from_pretrained"
-            )
-
-
-class LoraModel(nn.Module):
+class LoraModel(AdaptedModel):
     """`model` with adapters in it, put there in place; calls and attributes go through to it.
 
     Args:
@@ -62,8 +45,6 @@ class LoraModel(nn.Module):
             weight is no plain floating-point parameter.
     """
 
-    base_model: nn.Module
-
     def __init__(
         self,
         model: nn.Module,
@@ -74,24 +55,12 @@ class LoraModel(nn.Module):
     ) -> None:
         check_model(model)
         config = LoraConfig.of(config, "LoraModel")
-        self._init_empty(model)
+        super().__init__(model)
         with Transaction() as transaction:
             self._add(adapter_name, config, autocast_adapter_dtype, transaction)
             freeze_base(self, transaction)
             activate(self, [adapter_name], config.inference_mode, transaction)
             transaction.commit()
-
-    def _init_empty(self, model: nn.Module) -> None:
-        super().__init__()
-        self.base_model = model
-        self.peft_config: dict[str, LoraConfig] = {}
-        self.active_adapters: tuple[str, ...] = ()
-        self.targeted_module_names: list[str] = []
-        self.targeted_parameter_names: list[str] = []
-        # What this model put there: layers and modules to save. The base may have others, which
-        # stay as they are: of a LoraModel inside it, or put there by hand.
-        self._own: frozenset[nn.Module] = frozenset()
-        self.training = model.training
 
     @classmethod
     def from_pretrained(
@@ -112,7 +81,7 @@ class LoraModel(nn.Module):
         """
         check_model(model)
         self = cls.__new__(cls)
-        self._init_empty(model)
+        AdaptedModel.__init__(self, model)
         with Transaction() as transaction:
             load_adapter(
                 self,
@@ -135,7 +104,7 @@ class LoraModel(nn.Module):
         is_trainable: bool = False,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        """Adds an adapter from a folder; see `lora_ext.io.peft.load_adapter`."""
+        """Adds an adapter from a folder; see `lora_ext.adapters.checkpoint.load_adapter`."""
         load_adapter(
             self,
             folder,
@@ -145,21 +114,23 @@ class LoraModel(nn.Module):
         )
 
     def save_pretrained(
-        self, folder: str | Path, adapter_names: str | list[str] | None = None, **options: Any
+        self,
+        folder: str | Path,
+        adapter_names: str | list[str] | None = None,
+        *,
+        save_embedding_layers: bool | str = "auto",
+        path_initial_model_for_weight_conversion: str | Path | None = None,
+        as_plain_lora: bool = False,
     ) -> None:
-        """Writes adapters in PEFT's format; see `lora_ext.io.peft.save_pretrained`."""
-        save_pretrained(self, folder, adapter_names, **options)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base_model(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_model":
-                raise
-            return getattr(self.base_model, name)
+        """Writes adapters in PEFT's format; see `lora_ext.adapters.checkpoint.save_pretrained`."""
+        save_pretrained(
+            self,
+            folder,
+            adapter_names,
+            save_embedding_layers=save_embedding_layers,
+            path_initial_model_for_weight_conversion=path_initial_model_for_weight_conversion,
+            as_plain_lora=as_plain_lora,
+        )
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """As of a model of transformers, which has the method.
@@ -180,22 +151,6 @@ class LoraModel(nn.Module):
                     "adapters, or exclude the embeddings"
                 )
         return resize(*args, **kwargs)
-
-    def get_base_model(self) -> nn.Module:
-        """The model itself, with the adapters in it; `unload()` takes them out."""
-        return self.base_model
-
-    def lora_layers(self) -> Iterator[tuple[str, LoraLayer]]:
-        """The layers in which this model has adapters, by their names in the base model."""
-        for name, module in named_modules(self.base_model):
-            if isinstance(module, LoraLayer) and module in self._own:
-                yield name, module
-
-    def saved_modules(self) -> Iterator[tuple[str, ModulesToSave]]:
-        """The modules of which this model has copies, by their names in the base model."""
-        for name, module in named_modules(self.base_model):
-            if isinstance(module, ModulesToSave) and module in self._own:
-                yield name, module
 
     # Adapters
 
@@ -356,10 +311,28 @@ class LoraModel(nn.Module):
         weights: Sequence[float],
         adapter_name: str,
         combination_type: str = "svd",
-        **options: Any,
+        *,
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        generator: torch.Generator | None = None,
     ) -> None:
-        """Adds an adapter that combines others; see `lora_ext.adapters.weighted`."""
-        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, **options)
+        """Adds an adapter that combines others; see `lora_ext.adapters.combine`."""
+        add_weighted_adapter(
+            self,
+            adapters,
+            weights,
+            adapter_name,
+            combination_type,
+            svd_rank=svd_rank,
+            svd_clamp=svd_clamp,
+            svd_driver=svd_driver,
+            density=density,
+            majority_sign_method=majority_sign_method,
+            generator=generator,
+        )
 
     # Merging
 
@@ -469,9 +442,6 @@ class LoraModel(nn.Module):
     def get_model_status(self) -> ModelStatus:
         """The state of the model, "irregular" where its layers differ."""
         return get_model_status(self)
-
-    def _check_names(self, names: Iterable[str], argument: str = "adapter_name") -> None:
-        check_known("LoraModel", argument, names, self.peft_config)
 
 
 def get_lora_model(

@@ -13,7 +13,6 @@ from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.config_checks import ALL_LINEAR
 from lora_ext.adapters.experts import warn_of_unreached, with_experts
 from lora_ext.adapters.layers import adaptable, can_be_adapted
-from lora_ext.adapters.modules_to_save import ModulesToSave
 from lora_ext.adapters.names import (
     ORIGINAL,
     exact_targets,
@@ -32,11 +31,13 @@ from lora_ext.adapters.targets import (
     warn_of_unused_patterns,
 )
 from lora_ext.adapters.ties import shared_parameters, tied_to_embedding
+from lora_ext.arguments import short, warn
 from lora_ext.errors import NotBuiltError
 from lora_ext.nn import AdapterSettings, Embedding, LoraLayer
-from lora_ext.nn.arguments import short, warn
+from lora_ext.nn.adapter import VARIANTS
 from lora_ext.nn.init import mutates_weight
 from lora_ext.nn.kept_base import KeptBase
+from lora_ext.nn.modules_to_save import ModulesToSave
 
 # From so many on the ends of names are written instead of names, as in PEFT's files.
 _MANY_NAMES = 400
@@ -73,7 +74,7 @@ def adapter_settings(
         use_rslora=config.use_rslora,
         lora_bias=config.lora_bias,
         init_lora_weights=config.init_lora_weights,
-        use_dora=config.use_dora,
+        **{flag: getattr(config, flag) for flag in VARIANTS},
         autocast_adapter_dtype=autocast_adapter_dtype,
     )
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from lora_ext.arguments import warn
 from lora_ext.nn.adoption import without_bound_calls
-from lora_ext.nn.arguments import warn
 from lora_ext.nn.transaction import Transaction
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.nn.trainable import count_parameters
-
-if TYPE_CHECKING:
-    from lora_ext.adapters.lora_model import LoraModel
 
 IRREGULAR = "irregular"  # layers, or parameters, differ
 
@@ -44,7 +41,7 @@ class ModelStatus:
     available_adapters: list[str] = field(default_factory=list)
 
 
-def get_layer_status(model: LoraModel) -> list[LayerStatus]:
+def get_layer_status(model: AdaptedModel) -> list[LayerStatus]:
     """The state of each layer that has adapters."""
     rows = []
     for name, layer in model.lora_layers():
@@ -67,7 +64,7 @@ def get_layer_status(model: LoraModel) -> list[LayerStatus]:
     return rows
 
 
-def get_model_status(model: LoraModel) -> ModelStatus:
+def get_model_status(model: AdaptedModel) -> ModelStatus:
     """The state of the model; `get_layer_status` says where layers differ."""
     rows = get_layer_status(model)
     trainable, total = count_parameters(model)

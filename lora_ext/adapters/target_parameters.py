@@ -8,12 +8,12 @@ from typing import NamedTuple
 from torch import nn
 
 from lora_ext.adapters.config import LoraConfig
-from lora_ext.adapters.modules_to_save import ModulesToSave
 from lora_ext.adapters.names import named_modules, plain_name
 from lora_ext.adapters.patterns import compiled
 from lora_ext.adapters.targets import matches, near_misses, saved_modules
+from lora_ext.arguments import short, warn
 from lora_ext.nn import AnyLayer, LoraLayer, ParamLayer
-from lora_ext.nn.arguments import short, warn
+from lora_ext.nn.modules_to_save import ModulesToSave
 
 
 class TargetedModule(NamedTuple):
@@ -65,7 +65,7 @@ def find_parameters(
         if other or name in targets:
             raise ValueError(
                 f"{where}: {names[0]!r} is a parameter of {name!r}, which target_modules adapts; "
-                "name it in one of both (target_modules=[] means no module)"
+                "name it in one of the two (target_modules=[] means no module)"
             )
         if isinstance(module, ParamLayer):
             if names != module.WEIGHTS:
@@ -84,7 +84,7 @@ def find_parameters(
         if hidden is not None:
             hint = (
                 f"{hidden!r} is in a module that is saved whole (modules_to_save) or has other "
-                "adapters; leave it out of one of both"
+                "adapters; leave it out of one of the two"
             )
         text = (
             f"{where}: {short(config.target_parameters)} matches no parameter that can have an "

@@ -19,8 +19,8 @@ from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.config_checks import ALL_LINEAR
 from lora_ext.adapters.names import ORIGINAL, ends, named_modules, unwrapped
 from lora_ext.adapters.patterns import compiled, matching
+from lora_ext.arguments import listed, short, warn
 from lora_ext.nn.any_layer import AnyLayer
-from lora_ext.nn.arguments import listed, short, warn
 from lora_ext.nn.linear import transformers_conv1d
 
 ADAPTABLE = (

@@ -24,6 +24,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from lora_ext.arguments import as_path, check_mapping
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.files import (
     StrPath,
@@ -34,7 +35,6 @@ from lora_ext.io.files import (
     short,
     typed_errors,
 )
-from lora_ext.nn.arguments import as_path, check_mapping
 
 DTYPES = {
     "F64": torch.float64,

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lora_ext.arguments import as_path, refuse
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_file import (
     MAX_HEADER_BYTES,
@@ -27,7 +28,6 @@ from lora_ext.io.adapter_file import (
 )
 from lora_ext.io.atomic import open_files, save_folders
 from lora_ext.io.files import StrPath, json_text, parse_json, read_all, typed_errors
-from lora_ext.nn.arguments import as_path, refuse
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

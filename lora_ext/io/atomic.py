@@ -46,9 +46,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from lora_ext.arguments import as_number, as_path, check_mapping, names_of
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.files import StrPath, open_inside, parse_json, read_all
-from lora_ext.nn.arguments import as_number, as_path, check_mapping, names_of
 
 JOURNAL = ".lora_ext-save.json"
 LOCK = ".lora_ext-save.lock"

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any, NoReturn
 
+from lora_ext.arguments import as_path, refuse
 from lora_ext.errors import AdapterFileError
-from lora_ext.nn.arguments import as_path, refuse
 
 StrPath = str | os.PathLike[str]
 MAX_DEPTH = 32  # of brackets in JSON
@@ -83,20 +83,6 @@ def typed_errors(path: StrPath) -> Iterator[None]:
         raise AdapterFileError(
             f"{path}: cannot be read: {error.strerror or error}; check the path and its permissions"
         ) from error
-
-
-@contextmanager
-def typed_content(path: StrPath) -> Iterator[None]:
-    """Turns errors of what a file asks for into `AdapterFileError`."""
-    try:
-        yield
-    except AdapterFileError:
-        raise
-    except (
-        *(TypeError, ValueError, NotImplementedError, LookupError, AttributeError),
-        *(ArithmeticError, RecursionError),
-    ) as error:
-        raise AdapterFileError(f"{path}: does not fit the model: {error}") from error
 
 
 def read_all(file: io.FileIO, limit: int) -> bytes:

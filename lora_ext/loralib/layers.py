@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
 
+from lora_ext.arguments import check_kinds, check_place, check_sizes, refuse, warn
 from lora_ext.functional import lora_embedding, lora_linear, lora_update
 from lora_ext.loralib.merging import LoRALayer, MergingLayer, add_product, no_dropout
-from lora_ext.nn.arguments import check_kinds, check_place, check_sizes, refuse, warn
+from lora_ext.paths import lora_embedding_path, lora_linear_path, why_no_lora_embedding
 
 __all__ = [
     "Conv1d",
@@ -118,6 +119,12 @@ class Linear(_LinearBase):
         """x [..., in_features] → [..., out_features]."""
         return self._run(x, self.lora_B if self.r > 0 and not self.merged else None)
 
+    def _path(self, tokens: int) -> tuple[str, str]:
+        dropout_p = self.dropout_p()
+        if dropout_p is None:
+            return "composed", "lora_dropout was replaced, so the update is added in plain PyTorch"
+        return lora_linear_path(self._turned(self.weight), self.lora_A, dropout_p, tokens)
+
     def _add(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
         add_product(self._turned(weight), lora_A, lora_B, scaling)
 
@@ -180,6 +187,9 @@ class MergedLinear(_LinearBase):
         none = self.lora_B.new_zeros(self.out_features // len(self.enable_lora), 0)
         blocks = [next(own) if enabled else none for enabled in self.enable_lora]
         return self._run(x, torch.block_diag(*blocks))  # type: ignore[no-untyped-call]
+
+    def _path(self, tokens: int) -> tuple[str, str]:
+        return "lora_linear", "one call with a block-diagonal lora_B"
 
     def zero_pad(self, x: Tensor) -> Tensor:
         """[rows of the enabled slices, ...] → [out_features, ...], zero elsewhere."""
@@ -249,7 +259,7 @@ class Embedding(MergingLayer, nn.Embedding):
         """x [...], int64 or int32 → [..., embedding_dim]."""
         if self.r == 0 or self.merged:
             return self._look_up(x, self.weight, self.sparse)
-        if self.max_norm is None and not (self.sparse and self.weight.requires_grad):
+        if not why_no_lora_embedding(self.weight, self.max_norm, self.sparse):
             return lora_embedding(
                 x,
                 self.weight,
@@ -261,6 +271,9 @@ class Embedding(MergingLayer, nn.Embedding):
             )
         hidden = self._look_up(x, self.lora_A.t(), sparse=False)
         return self._look_up(x, self.weight, self.sparse) + hidden @ self.lora_B.t() * self.scaling
+
+    def _path(self, tokens: int) -> tuple[str, str]:
+        return lora_embedding_path(self.weight, self.max_norm, self.sparse)
 
     def _look_up(self, x: Tensor, table: Tensor, sparse: bool) -> Tensor:
         # Both summands of a merged row were renormalised already.
@@ -385,6 +398,9 @@ class ConvLoRA(MergingLayer):
         except TypeError:
             check_kinds(type(self).__name__, x=x)
             raise
+
+    def _path(self, tokens: int) -> tuple[str, str]:
+        return "composed", "each call adds the adapter to the weight and convolves once"
 
     def _adapted_weight(self) -> Tensor:
         weight: Tensor = self.conv.weight

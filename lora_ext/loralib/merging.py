@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
-from lora_ext.nn.arguments import short
+from lora_ext.arguments import short
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -113,6 +113,18 @@ class MergingLayer(nn.Module, LoRALayer):
         return self
 
     # Modes
+
+    def _explain(self, tokens: int) -> tuple[str, str]:
+        """(path, reason), as `lora_ext.nn.LoraLayer.explain`."""
+        if not hasattr(self, "lora_A"):
+            return "composed", "there is no adapter"
+        if self.merged:
+            return "composed", "merged: the adapter is in the weight"
+        return self._path(tokens)
+
+    def _path(self, tokens: int) -> tuple[str, str]:
+        """That of a forward that adds the adapter."""
+        raise NotImplementedError
 
     def train(self, mode: bool = True) -> Self:
         """With `merge_weights`: eval() merges, train() unmerges."""

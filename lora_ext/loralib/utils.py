@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from lora_ext.arguments import check_module
 from lora_ext.loralib.merging import LoRALayer
-from lora_ext.nn.arguments import check_module
 
 _BIAS = ("none", "all", "lora_only")
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
-from lora_ext.nn.arguments import warn
-from lora_ext.nn.default_adapter import DEFAULT
+from lora_ext.arguments import warn
+from lora_ext.nn.adapter import DEFAULT, part_name
 from lora_ext.nn.mergeable import MergeableLayer
 
 # Attributes of an instance that are bound to it: the compiled call of `Module.compile()`, and what
@@ -188,12 +188,6 @@ def move_hook(source: nn.Module, target: nn.Module) -> None:
 
 # What pruning and the former weight_norm append to the name of a parameter that they replace.
 _SOURCES = ("_orig", "_mask", "_g", "_v")
-
-
-def part_name(part: str, adapter_name: str) -> str:
-    """The attribute that holds a part of an adapter: "lora_A" of "default" is `lora_A`, as in
-    loralib; of "french" it is `lora_A_french`."""
-    return part if adapter_name == DEFAULT else f"{part}_{adapter_name}"
 
 
 class AdoptingLayer(MergeableLayer):

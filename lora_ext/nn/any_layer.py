@@ -9,10 +9,9 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_ext.nn.arguments import names_of
-from lora_ext.nn.default_adapter import DEFAULT
+from lora_ext.arguments import names_of
+from lora_ext.nn.adapter import DEFAULT, AdapterSettings
 from lora_ext.nn.lora_layer import LoraLayer
-from lora_ext.nn.settings import AdapterSettings
 
 
 class AnyLayer(LoraLayer):

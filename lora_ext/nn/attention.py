@@ -9,12 +9,11 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lora_ext.nn.arguments import check_kinds, check_place, check_sizes, names_of, suggests_names
-from lora_ext.nn.default_adapter import DEFAULT
+from lora_ext.arguments import check_kinds, check_place, check_sizes, names_of, suggests_names
+from lora_ext.nn.adapter import DEFAULT, AdapterSettings, LowRank
 from lora_ext.nn.linear import adapted_linear
-from lora_ext.nn.lora_layer import LoraLayer, LowRank
+from lora_ext.nn.lora_layer import LoraLayer
 from lora_ext.nn.scaled_dot_product import Masks, attend
-from lora_ext.nn.settings import AdapterSettings
 
 PROJECTIONS = ("q", "k", "v", "o")
 

@@ -10,18 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
+from lora_ext.arguments import check_kinds, check_place, check_sizes, named_x, suggests_names
 from lora_ext.functional import weight_norm
-from lora_ext.nn import dora
+from lora_ext.nn.adapter import DEFAULT, AdapterSettings, LowRank, variant_of
 from lora_ext.nn.adoption import belongs_to_its_class
-from lora_ext.nn.arguments import check_kinds, check_place, check_sizes, named_x, suggests_names
-from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.kept_base import KeptBase
-from lora_ext.nn.lora_layer import LoraLayer, LowRank
-from lora_ext.nn.settings import AdapterSettings
+from lora_ext.nn.lora_layer import LoraLayer
 
 
 @suggests_names
-class _LoraConv(LoraLayer, _ConvNd):
+class LoraConv(LoraLayer, _ConvNd):
     """What the three kinds of convolution do alike.
 
     `y = conv(x, weight) + bias + scaling * conv1x1(conv(dropout(x), lora_A), lora_B)`
@@ -135,8 +133,8 @@ class _LoraConv(LoraLayer, _ConvNd):
             input = named_x(type(self).__name__, x, input)
         x = input
         try:
-            if self._runs_dora:
-                return dora.conv_forward(self, x)
+            if self._variant is not None:
+                return self._variant.forward(self, x)
             stacks = self.low_rank() if self._running else []
             y = self._convolve(x, self.weight, self._bias_with(stacks))
             for stack in stacks:
@@ -213,9 +211,10 @@ class _LoraConv(LoraLayer, _ConvNd):
         }
         if settings.lora_bias:
             shapes["lora_bias"] = (self.out_channels,)
-        if settings.use_dora:
-            shapes["lora_magnitude_vector"] = (1, self.out_channels, *ones)
-        return shapes
+        return shapes | self._variant_shapes(settings)
+
+    def _weight_norm_shape(self) -> tuple[int, ...]:
+        return (1, self.out_channels, *[1] * len(self.kernel_size))
 
     # The two forms of lora_A
 
@@ -247,7 +246,7 @@ class _LoraConv(LoraLayer, _ConvNd):
     def peft_tensors(self, adapter_name: str) -> dict[str, Tensor]:
         tensors, key = super().peft_tensors(adapter_name), self.PEFT_NAMES["lora_A"]
         # PEFT's DoRA divides by another norm: with groups it must not load ours.
-        own = self.groups == 1 or self.adapters[adapter_name].use_dora
+        own = self.groups == 1 or variant_of(self.adapters[adapter_name])
         if not own and not self._is_ungrouped(tensors[key]):
             tensors[key] = self.ungrouped(tensors[key])
         return tensors
@@ -259,7 +258,7 @@ class _LoraConv(LoraLayer, _ConvNd):
             weight_norm(weight.detach(), A.detach(), B.detach(), stack.scaling)
             for weight, A, B in groups
         ]
-        return torch.cat(norms).view(1, -1, *[1] * len(self.kernel_size))
+        return torch.cat(norms).view(self._weight_norm_shape())
 
     def _by_group(self, weight: Tensor, stack: LowRank) -> list[tuple[Tensor, Tensor, Tensor]]:
         """weight, lora_A and lora_B of each group, its output channels by its input channels and
@@ -301,7 +300,7 @@ class _LoraConv(LoraLayer, _ConvNd):
                     f"every output, and the weight has {self.in_channels // self.groups} of them "
                     f"for each of its {self.groups} groups; run it unmerged"
                 )
-        factors, weight_scale = dora.merge_factors(self, names)
+        factors, weight_scale = self._merge_factors(names)
         stack = self._stack(names, factors=factors)
         bias = self._merged_bias(stack)
         # One product per group.
@@ -323,25 +322,25 @@ def _count_nonzero(tensor: Tensor) -> int:
     return int((tensor.float() if tensor.itemsize == 1 else tensor).count_nonzero())  # float8
 
 
-class Conv1d(_LoraConv, nn.Conv1d):
-    __doc__ = f"`nn.Conv1d` plus low-rank updates.\n\n{_LoraConv.__doc__}"
+class Conv1d(LoraConv, nn.Conv1d):
+    __doc__ = f"`nn.Conv1d` plus low-rank updates.\n\n{LoraConv.__doc__}"
     _KIND = nn.Conv1d
     _CONVOLVE = staticmethod(F.conv1d)
 
 
-class Conv2d(_LoraConv, nn.Conv2d):
-    __doc__ = f"`nn.Conv2d` plus low-rank updates.\n\n{_LoraConv.__doc__}"
+class Conv2d(LoraConv, nn.Conv2d):
+    __doc__ = f"`nn.Conv2d` plus low-rank updates.\n\n{LoraConv.__doc__}"
     _KIND = nn.Conv2d
     _CONVOLVE = staticmethod(F.conv2d)
 
 
-class Conv3d(_LoraConv, nn.Conv3d):
-    __doc__ = f"`nn.Conv3d` plus low-rank updates.\n\n{_LoraConv.__doc__}"
+class Conv3d(LoraConv, nn.Conv3d):
+    __doc__ = f"`nn.Conv3d` plus low-rank updates.\n\n{LoraConv.__doc__}"
     _KIND = nn.Conv3d
     _CONVOLVE = staticmethod(F.conv3d)
 
 
-class KeptConv(KeptBase, _LoraConv):
+class KeptConv(KeptBase, LoraConv):
     """A convolution over a base that is its child `base_layer`; see `lora_ext.nn.kept_base`."""
 
     @property

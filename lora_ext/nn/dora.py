@@ -16,7 +16,6 @@ before it made.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,91 +28,179 @@ from lora_ext.functional import (
     lora_linear,
     lora_update,
 )
-from lora_ext.nn.lora_layer import LoraLayer, LowRank
+from lora_ext.nn.adapter import AdapterSettings, LowRank
+from lora_ext.nn.conv import LoraConv
+from lora_ext.nn.embedding import Embedding
+from lora_ext.nn.linear import Linear
+from lora_ext.nn.lora_layer import LoraLayer
+from lora_ext.nn.variant import Layer, LoraVariant
+from lora_ext.paths import dora_linear_path
 
-if TYPE_CHECKING:
-    from lora_ext.nn.conv import _LoraConv
-    from lora_ext.nn.linear import Linear
+MAGNITUDE = "lora_magnitude_vector"
 
 
 def magnitude_scale(layer: LoraLayer, name: str) -> Tensor:
     """g, in the shape of the magnitude. A row of zeros has no direction: its norm counts as the
     smallest normal number, so that its magnitude, 0 at first, keeps it zero."""
     norm = layer._weight_norm(name)
-    magnitude: Tensor = layer._part("lora_magnitude_vector", name)
+    magnitude: Tensor = layer._part(MAGNITUDE, name)
     return magnitude.to(norm.dtype) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
 
-def scale_columns(layer: LoraLayer, name: str, y: Tensor) -> Tensor:
-    """g * y, y [..., features]; y itself if this is no DoRA adapter."""
-    if not layer.adapters[name].use_dora:
-        return y
-    return column_scale(y, magnitude_scale(layer, name))
+class Dora(LoraVariant[Layer]):
+    """What DoRA is for every kind of layer: one magnitude for each output feature."""
+
+    FLAG = "use_dora"
+    READS_WEIGHT = True
+
+    def part_shapes(self, layer: Layer, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
+        assert isinstance(layer, LoraLayer)
+        return {MAGNITUDE: layer._weight_norm_shape()}
+
+    @torch.no_grad()
+    def initialise(self, layer: Layer, adapter_name: str) -> None:
+        """Makes the magnitude the norm, so that it scales by 1."""
+        assert isinstance(layer, LoraLayer)
+        layer._part(MAGNITUDE, adapter_name).copy_(layer._weight_norm(adapter_name))
+
+    def merge_factors(
+        self, layer: Layer, names: Sequence[str]
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Each DoRA adapter scales what is there."""
+        assert isinstance(layer, LoraLayer)
+        factors: dict[str, Tensor] = {}
+        factor: Tensor | None = None
+        for name in reversed(names):
+            if layer.adapters[name].use_dora:
+                g = magnitude_scale(layer, name).flatten()
+                factor = g if factor is None else factor * g
+            if factor is None:
+                rows = layer._part("lora_B", name)
+                factors[name] = torch.ones(rows.shape[0], device=rows.device)
+            else:
+                factors[name] = factor
+        return factors, factor
+
+    def explain(self, layer: Layer, tokens: int) -> str:
+        assert isinstance(layer, LoraLayer)
+        if not _dropped(layer):
+            return "DoRA scales y, and dy, in one more pass"
+        return "DoRA with dropout needs a second base product, forward and backward"
 
 
-def linear_forward(layer: Linear, x: Tensor, weight: Tensor) -> Tensor:
-    """What a Linear makes of x [..., K] where a DoRA adapter runs; weight is [N, K]."""
-    names = layer._running
-    dropout_p = _dropout_p(layer)
-    scaled = [n for n in names if layer.adapters[n].use_dora and dropout_p[n] == 0.0]
-    first_bias = None if scaled else layer.bias  # the bias comes after the last scale
+class LinearDora(Dora[Linear]):
+    """DoRA on a linear layer."""
 
-    def add(y: Tensor | None, low_rank: LowRank, rng_state: Tensor | None = None) -> Tensor:
-        """y plus an adapter's product, or the first with the base's."""
-        A, B, lora_bias, scaling, p = low_rank
-        if y is not None:
-            return y + lora_update(x, A, B, lora_bias, scaling, p, rng_state)
-        return lora_linear(
-            x, weight, first_bias, A, B, lora_bias, scaling=scaling, dropout_p=p,
-            rng_state=rng_state,
-        )  # fmt: skip
+    def forward(self, layer: Linear, x: Tensor) -> Tensor:
+        names, weight = layer._running, layer._weight_matrix()
+        dropout_p = _dropout_p(layer)
+        scaled = [n for n in names if layer.adapters[n].use_dora and dropout_p[n] == 0.0]
+        first_bias = None if scaled else layer.bias  # the bias comes after the last scale
 
-    y: Tensor | None = None
-    for name in names:
-        low_rank = layer._stack([name], dropout_p[name])
-        if not layer.adapters[name].use_dora:
-            y = add(y, low_rank)
-            continue
-        g = magnitude_scale(layer, name)
-        if dropout_p[name] == 0.0:
-            y = column_scale(add(y, low_rank), g, layer.bias if name == scaled[-1] else None)
-            continue
-        rng_state = draw_rng_state(x)
-        low_rank = layer._stack([name], dropout_p[name], factors={name: g})
-        if y is None:
-            y = dora_linear(
-                x, weight, first_bias, low_rank.lora_A, low_rank.lora_B, g,
-                scaling=low_rank.scaling, dropout_p=dropout_p[name], rng_state=rng_state,
+        def add(y: Tensor | None, low_rank: LowRank, rng_state: Tensor | None = None) -> Tensor:
+            """y plus an adapter's product, or the first with the base's."""
+            A, B, lora_bias, scaling, p = low_rank
+            if y is not None:
+                return y + lora_update(x, A, B, lora_bias, scaling, p, rng_state)
+            return lora_linear(
+                x, weight, first_bias, A, B, lora_bias, scaling=scaling, dropout_p=p,
+                rng_state=rng_state,
             )  # fmt: skip
-            continue
-        dropped = dropout(x, rng_state, dropout_p[name])
-        y = add(y, low_rank, rng_state)
-        y = y + column_scale(torch.nn.functional.linear(dropped, weight), g - 1)
-    assert y is not None
-    return y
+
+        y: Tensor | None = None
+        for name in names:
+            low_rank = layer._stack([name], dropout_p[name])
+            if not layer.adapters[name].use_dora:
+                y = add(y, low_rank)
+                continue
+            g = magnitude_scale(layer, name)
+            if dropout_p[name] == 0.0:
+                y = column_scale(add(y, low_rank), g, layer.bias if name == scaled[-1] else None)
+                continue
+            rng_state = draw_rng_state(x)
+            low_rank = layer._stack([name], dropout_p[name], factors={name: g})
+            if y is None:
+                y = dora_linear(
+                    x, weight, first_bias, low_rank.lora_A, low_rank.lora_B, g,
+                    scaling=low_rank.scaling, dropout_p=dropout_p[name], rng_state=rng_state,
+                )  # fmt: skip
+                continue
+            dropped = dropout(x, rng_state, dropout_p[name])
+            y = add(y, low_rank, rng_state)
+            y = y + column_scale(torch.nn.functional.linear(dropped, weight), g - 1)
+        assert y is not None
+        return y
+
+    def explain(self, layer: Linear, tokens: int) -> str:
+        dropped, dense = _dropped(layer), super().explain(layer, tokens)
+        if not dropped:
+            return dense
+        dropout_p = layer.adapters[dropped[0]].lora_dropout
+        path, reason = dora_linear_path(layer.weight, dropout_p, tokens)
+        if path and dropped != [layer._running[0]]:
+            path, reason = "", "another adapter runs before it"
+        return f"DoRA with dropout: {reason}" if path else f"{dense}: {reason}".rstrip(": ")
 
 
-def conv_forward(layer: _LoraConv, x: Tensor) -> Tensor:
-    """What a convolution makes of x where a DoRA adapter runs."""
-    y = layer._convolve(x, layer.weight, None)
-    dtype, channels = y.dtype, (-1, *[1] * len(layer.kernel_size))
-    for name, p in _dropout_p(layer).items():
-        low_rank = layer._stack([name], p)
+class ConvDora(Dora[LoraConv]):
+    """DoRA on a convolution."""
+
+    def forward(self, layer: LoraConv, x: Tensor) -> Tensor:
+        y = layer._convolve(x, layer.weight, None)
+        dtype, channels = y.dtype, (-1, *[1] * len(layer.kernel_size))
+        for name, p in _dropout_p(layer).items():
+            low_rank = layer._stack([name], p)
+            if not layer.adapters[name].use_dora:
+                y = y + layer._update(x, low_rank)
+                if low_rank.lora_bias is not None:
+                    y = y + (low_rank.lora_bias * low_rank.scaling).view(channels)
+                continue
+            g = magnitude_scale(layer, name).view(channels)
+            if p == 0.0:
+                y = g * (y + layer._update(x, low_rank))
+                continue
+            dropped = torch.nn.functional.dropout(x, p)
+            update = layer._update(dropped, low_rank._replace(dropout_p=0.0))
+            y = y + (g - 1) * layer._convolve(dropped, layer.weight, None) + g * update
+        if layer.bias is not None:
+            y = y + layer.bias.view(channels)
+        return y.to(dtype)
+
+
+class EmbeddingDora(Dora[Embedding]):
+    """DoRA on an embedding, whose output features are the dimensions."""
+
+    def part_shapes(
+        self, layer: Embedding, settings: AdapterSettings
+    ) -> dict[str, tuple[int, ...]]:
+        if layer.max_norm is not None:
+            raise ValueError(
+                f"Embedding: use_dora: got True with max_norm {layer.max_norm}, expected False: a "
+                "lookup rescales rows of the weight, so its norm would depend on those that were "
+                "looked up before"
+            )
+        return super().part_shapes(layer, settings)
+
+    def forward(self, layer: Embedding, x: Tensor) -> Tensor:
+        first, *others = layer._running
+        if layer._is_fused():
+            y = self._scaled(layer, first, layer._fused_look_up(x, [first]))
+            for name in others:
+                y = self._scaled(layer, name, y + layer._update(x, name).to(y.dtype))
+            return y
+        y = layer._look_up(x, layer.weight, layer.sparse)
+        for name in layer._running:  # lookups of their own, since max_norm is each one's
+            y = self._scaled(layer, name, y + layer._update(x, name))
+        return y.to(layer.weight.dtype)
+
+    def _scaled(self, layer: Embedding, name: str, y: Tensor) -> Tensor:
+        """g * y, y [..., features]; y itself if this is no DoRA adapter."""
         if not layer.adapters[name].use_dora:
-            y = y + layer._update(x, low_rank)
-            if low_rank.lora_bias is not None:
-                y = y + (low_rank.lora_bias * low_rank.scaling).view(channels)
-            continue
-        g = magnitude_scale(layer, name).view(channels)
-        if p == 0.0:
-            y = g * (y + layer._update(x, low_rank))
-            continue
-        dropped = torch.nn.functional.dropout(x, p)
-        update = layer._update(dropped, low_rank._replace(dropout_p=0.0))
-        y = y + (g - 1) * layer._convolve(dropped, layer.weight, None) + g * update
-    if layer.bias is not None:
-        y = y + layer.bias.view(channels)
-    return y.to(dtype)
+            return y
+        return column_scale(y, magnitude_scale(layer, name))
+
+    def explain(self, layer: Embedding, tokens: int) -> str:
+        return "DoRA scales y, and dy, in one more pass"  # token numbers: nothing is dropped
 
 
 def _dropout_p(layer: LoraLayer) -> dict[str, float]:
@@ -121,22 +208,7 @@ def _dropout_p(layer: LoraLayer) -> dict[str, float]:
     return {n: layer.adapters[n].lora_dropout if layer.training else 0.0 for n in layer._running}
 
 
-def merge_factors(
-    layer: LoraLayer, names: Sequence[str]
-) -> tuple[dict[str, Tensor] | None, Tensor | None]:
-    """What multiplies the output features of each adapter, and of the base's weight, when they are
-    merged one after another: each DoRA adapter scales what is there. None without one."""
-    if not any(layer.adapters[name].use_dora for name in names):
-        return None, None
-    factors: dict[str, Tensor] = {}
-    factor: Tensor | None = None
-    for name in reversed(names):
-        if layer.adapters[name].use_dora:
-            g = magnitude_scale(layer, name).flatten()
-            factor = g if factor is None else factor * g
-        if factor is None:
-            rows = layer._part("lora_B", name)
-            factors[name] = torch.ones(rows.shape[0], device=rows.device)
-        else:
-            factors[name] = factor
-    return factors, factor
+def _dropped(layer: LoraLayer) -> list[str]:
+    """Those of them that are of DoRA, and have dropout now."""
+    dropout_p = _dropout_p(layer)
+    return [n for n in layer._running if layer.adapters[n].use_dora and dropout_p[n] > 0.0]

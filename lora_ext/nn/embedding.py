@@ -9,16 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_ext.arguments import check_place, check_sizes, describe, suggests_names, warn
 from lora_ext.functional import lora_embedding, weight_norm
-from lora_ext.nn import dora
+from lora_ext.nn.adapter import DEFAULT, AdapterSettings
 from lora_ext.nn.adoption import belongs_to_its_class
-from lora_ext.nn.arguments import check_place, check_sizes, describe, suggests_names, warn
-from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.init import initialise_embedding
 from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.lora_layer import LoraLayer
-from lora_ext.nn.settings import AdapterSettings
 from lora_ext.nn.transaction import all_or_nothing
+from lora_ext.paths import lora_embedding_path, why_no_lora_embedding
 
 
 @suggests_names
@@ -147,24 +146,20 @@ class Embedding(LoraLayer, nn.Embedding):
     def _initialise(self, name: str) -> None:
         lora_A, lora_B = (self._part(part, name) for part in ("lora_A", "lora_B"))
         initialise_embedding(self.adapters[name].init_lora_weights, lora_A, lora_B)
-        self._reset_magnitude(name)
+        self._initialise_variant(name)
 
     def forward(self, input: Tensor) -> Tensor:
         """input [...], int64 or int32 → [..., embedding_dim], dtype of `weight`."""
         if not self._running:
             y = self._look_up(input, self.weight, self.sparse)
-        elif self._is_fused() and not self._runs_dora:
-            y = self._fused_look_up(input, self._running)
+        elif self._variant is not None:
+            y = self._variant.forward(self, input)
         elif self._is_fused():
-            first, *others = self._running
-            y = dora.scale_columns(self, first, self._fused_look_up(input, [first]))
-            for name in others:
-                y = y + self._update(input, name).to(y.dtype)
-                y = dora.scale_columns(self, name, y)
+            y = self._fused_look_up(input, self._running)
         else:
             y = self._look_up(input, self.weight, self.sparse)
             for name in self._running:  # lookups of their own, since max_norm is each one's
-                y = dora.scale_columns(self, name, y + self._update(input, name))
+                y = y + self._update(input, name)
             y = y.to(self.weight.dtype)
         if self._base_class.forward is nn.Embedding.forward:
             return y
@@ -173,7 +168,10 @@ class Embedding(LoraLayer, nn.Embedding):
 
     def _is_fused(self) -> bool:
         """Whether the fused call does what the base's options ask for."""
-        return self.max_norm is None and not (self.sparse and self.weight.requires_grad)
+        return not why_no_lora_embedding(self.weight, self.max_norm, self.sparse)
+
+    def _path(self, tokens: int) -> tuple[str, str]:
+        return lora_embedding_path(self.weight, self.max_norm, self.sparse)
 
     def _fused_look_up(self, input: Tensor, names: Sequence[str]) -> Tensor:
         stack = self._stack(names)
@@ -214,15 +212,10 @@ class Embedding(LoraLayer, nn.Embedding):
             "lora_A": (settings.r, self.num_embeddings),
             "lora_B": (self.embedding_dim, settings.r),
         }
-        if settings.use_dora:
-            if self.max_norm is not None:
-                raise ValueError(
-                    f"Embedding: use_dora: got True with max_norm {self.max_norm}, expected False: "
-                    "a lookup rescales rows of the weight, so its norm would depend on those that "
-                    "were looked up before"
-                )
-            shapes["lora_magnitude_vector"] = (self.embedding_dim,)
-        return shapes
+        return shapes | self._variant_shapes(settings)
+
+    def _weight_norm_shape(self) -> tuple[int, ...]:
+        return (self.embedding_dim,)
 
     def _weight_norm(self, adapter_name: str) -> Tensor:
         stack = self._stack([adapter_name])
@@ -233,7 +226,7 @@ class Embedding(LoraLayer, nn.Embedding):
         return self._weight_and_bias(names)
 
     def _write_merged(self, names: Sequence[str]) -> None:
-        factors, weight_scale = dora.merge_factors(self, names)
+        factors, weight_scale = self._merge_factors(names)
         stack = self._stack(names, factors=factors)
         lora_A = stack.lora_A
         if self.max_norm is not None:  # of every row, as lookups would do it

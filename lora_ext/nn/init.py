@@ -15,8 +15,8 @@ import re
 import torch
 from torch import Tensor, nn
 
+from lora_ext.arguments import describe
 from lora_ext.errors import NotBuiltError
-from lora_ext.nn.arguments import describe
 
 KINDS = ("gaussian", "orthogonal", "pissa", "pissa_niter_<iterations>", "olora")
 NOT_BUILT = ("eva", "corda", "loftq", "mica", "lora_ga")

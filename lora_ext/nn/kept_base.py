@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from lora_ext.nn.adapter import AdapterSettings, variant_of
 from lora_ext.nn.adoption import (
     BOUND_CALLS,
     changes_its_call,
@@ -21,7 +22,6 @@ from lora_ext.nn.adoption import (
 from lora_ext.nn.init import mutates_weight
 from lora_ext.nn.lora_layer import LoraLayer
 from lora_ext.nn.mergeable import base_of
-from lora_ext.nn.settings import AdapterSettings
 
 
 class ParameterOfBaseError(KeyError):
@@ -157,6 +157,13 @@ class KeptBase(LoraLayer):
             total = total + update
         return total.to(y.dtype)  # under autocast the update may be wider
 
+    def _path(self, tokens: int) -> tuple[str, str]:
+        if not self.reason_to_call:
+            return super()._path(tokens)
+        beside = "; merged beside the weight, of which the result is no product"
+        reason = f"{self.reason_to_call}: it is called, and the update added to its result"
+        return "composed", reason + (beside if self.merged else "")
+
     def _x_by_name(self, arguments: dict[str, Any]) -> Any:
         """x among the arguments of a call without positional ones: in what order is up to it."""
         names = [*_argument_names(self._kind)[:1], *_argument_names(type(self.base_layer))]
@@ -167,9 +174,9 @@ class KeptBase(LoraLayer):
 
     def part_shapes(self, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
         reason = self.reason_to_call
-        if reason and settings.use_dora:
+        if reason and (flag := variant_of(settings)):
             raise ValueError(
-                f"{type(self).__name__}: use_dora: got True, expected False: {reason}, and the "
+                f"{type(self).__name__}: {flag}: got True, expected False: {reason}, and the "
                 "result of a call need not be a product with the weight"
             )
         if mutates_weight(settings.init_lora_weights) and (

@@ -9,14 +9,13 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from lora_ext.arguments import as_flag, check_place, check_sizes, named_x, suggests_names
 from lora_ext.functional import lora_linear, lora_update, weight_norm
-from lora_ext.nn import dora
+from lora_ext.nn.adapter import DEFAULT, AdapterSettings, LowRank
 from lora_ext.nn.adoption import belongs_to_its_class
-from lora_ext.nn.arguments import as_flag, check_place, check_sizes, named_x, suggests_names
-from lora_ext.nn.default_adapter import DEFAULT
 from lora_ext.nn.kept_base import KeptBase
-from lora_ext.nn.lora_layer import LoraLayer, LowRank
-from lora_ext.nn.settings import AdapterSettings
+from lora_ext.nn.lora_layer import LoraLayer
+from lora_ext.paths import lora_linear_path
 
 
 class LinearBase(LoraLayer, nn.Linear):
@@ -207,8 +206,31 @@ class Linear(LinearBase):
         if input is None or x is not None:
             input = named_x(type(self).__name__, x, input)
         x = input
-        if self._runs_dora:
-            return dora.linear_forward(self, x, self._weight_matrix())
+        if self._variant is not None:
+            return self._variant.forward(self, x)
+        if self._alone is not None:  # nearly always: at one row every Python call shows
+            part_A, part_B, part_bias = self._alone
+            name, parameters = self._running[0], self._parameters
+            weight: Any
+            A: Any
+            B: Any
+            try:
+                weight, bias = parameters["weight"], parameters["bias"]
+                A, B = parameters[part_A], parameters[part_B]
+                lora_bias = parameters[part_bias] if part_bias else None
+            except KeyError:
+                pass  # one of them is computed, or this is a replica
+            else:
+                return lora_linear(
+                    x,
+                    weight.t() if self.fan_in_fan_out else weight,
+                    bias,
+                    A,
+                    B,
+                    lora_bias,
+                    scaling=self._scaling[name],
+                    dropout_p=self.adapters[name].lora_dropout if self.training else 0.0,
+                )
         return adapted_linear(x, self._weight_matrix(), self.bias, self.low_rank())
 
     def part_shapes(self, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
@@ -218,9 +240,19 @@ class Linear(LinearBase):
         }
         if settings.lora_bias:
             shapes["lora_bias"] = (self.out_features,)
-        if settings.use_dora:
-            shapes["lora_magnitude_vector"] = (self.out_features,)
-        return shapes
+        return shapes | self._variant_shapes(settings)
+
+    def _path(self, tokens: int) -> tuple[str, str]:
+        first, *others = self.low_rank()
+        path, reason = lora_linear_path(
+            self._weight_matrix(), first.lora_A, first.dropout_p, tokens
+        )
+        if others:
+            reason += f"; {len(others)} more for other dropout probabilities, composed"
+        return path, reason
+
+    def _weight_norm_shape(self) -> tuple[int, ...]:
+        return (self.out_features,)
 
     def _weight_norm(self, adapter_name: str) -> Tensor:
         weight = self.unmerged_weight()
@@ -232,7 +264,7 @@ class Linear(LinearBase):
         return self._weight_and_bias(names)
 
     def _write_merged(self, names: Sequence[str]) -> None:
-        factors, weight_scale = dora.merge_factors(self, names)
+        factors, weight_scale = self._merge_factors(names)
         stack = self._stack(names, factors=factors)
         bias = self._merged_bias(stack)
         weight = self._weight_matrix()

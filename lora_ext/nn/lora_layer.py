@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from lora_ext.nn.adoption import AdoptingLayer, adapter_device, offload_with, part_name
-from lora_ext.nn.arguments import as_flag, as_number, check_known, describe, names_of
-from lora_ext.nn.default_adapter import DEFAULT, DefaultAdapter
+from lora_ext.arguments import as_flag, as_number, check_known, names_of
+from lora_ext.nn.adapter import (
+    DEFAULT,
+    VARIANTS,
+    AdapterSettings,
+    DefaultAdapter,
+    LowRank,
+    check_adapter_name,
+    check_setting_names,
+    part_name,
+    variant_of,
+)
+from lora_ext.nn.adoption import AdoptingLayer, adapter_device, offload_with
 from lora_ext.nn.init import initialise, mutates_weight
-from lora_ext.nn.settings import AdapterSettings, check_setting_names
 from lora_ext.nn.transaction import all_or_nothing
-
-
-class LowRank(NamedTuple):
-    """Adapters that one fused call runs, stacked along the rank."""
-
-    lora_A: Tensor
-    lora_B: Tensor
-    lora_bias: Tensor | None
-    scaling: float
-    dropout_p: float
+from lora_ext.nn.variant import AnyVariant
 
 
 class LoraLayer(DefaultAdapter, AdoptingLayer):
@@ -47,6 +47,8 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
     # What stands before "lora_A", "lora_B" and "lora_bias" in PARTS: a kind of layer with several
     # products has one prefix for each.
     PREFIXES: ClassVar[tuple[str, ...]] = ("",)
+    # What its adapters can be beyond low-rank products, from `lora_ext.nn.variants`.
+    VARIANTS: ClassVar[tuple[AnyVariant, ...]] = ()
     # (path, reason) for `explain`, of the kinds that have only one.
     PATH: ClassVar[tuple[str, str]] = ("composed", "in plain PyTorch")
     # Where the rank stands in lora_A and in lora_B.
@@ -54,12 +56,12 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
     # What `_adopt` and the constructors add to the base's attributes.
     _STATE: ClassVar[frozenset[str]] = frozenset(
         "adapters active_adapters merged_adapters merge_weights "
-        "_base_class _scaling _enabled _running _runs_dora _aside".split()
+        "_base_class _scaling _enabled _running _alone _variant _aside".split()
     )
     # What changes with adapters: that of a draft becomes the layer's (see `transaction`).
     DRAFTED: ClassVar[tuple[str, ...]] = (
         *("_parameters", "adapters", "active_adapters", "merged_adapters", "_aside"),
-        *("_scaling", "_enabled", "_running", "_runs_dora"),
+        *("_scaling", "_enabled", "_running", "_alone", "_variant"),
     )
 
     adapters: dict[str, AdapterSettings]
@@ -76,7 +78,8 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
     # What a kind of layer says of itself
 
     def part_shapes(self, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
-        """The shape of each part that an adapter with these settings has."""
+        """The shape of each part that an adapter with these settings has. A kind that has variants
+        asks them, by `_variant_shapes`."""
         raise NotImplementedError
 
     def _weight_matrix(self, prefix: str = "") -> Tensor:
@@ -89,8 +92,12 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
         return next(iter(self._merged_parameters(()).values()))
 
     def _weight_norm(self, adapter_name: str) -> Tensor:
-        """For DoRA, in the shape of the magnitude: the norm of every row of the base's weight plus
-        the adapter's scaled product, in float32 (float64 for float64)."""
+        """In `_weight_norm_shape()`: the norm of every row of the base's weight plus the adapter's
+        scaled product, in float32 (float64 for float64)."""
+        raise NotImplementedError
+
+    def _weight_norm_shape(self) -> tuple[int, ...]:
+        """Of one number for each output feature, as PEFT's files have it."""
         raise NotImplementedError
 
     # Construction
@@ -104,7 +111,10 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
         self._scaling: dict[str, float] = {}
         self._enabled = True
         self._running: tuple[str, ...] = ()
-        self._runs_dora = False
+        # The names of lora_A, lora_B and lora_bias ("" without) of the one adapter that runs; None
+        # where another number does.
+        self._alone: tuple[str, str, str] | None = None
+        self._variant: AnyVariant | None = None  # of those that run
         for part in self.PARTS:
             self.register_parameter(part, None)
 
@@ -125,10 +135,11 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
         check_setting_names(type(self).__name__, settings)
         chosen = AdapterSettings(**settings)
         shapes = self.part_shapes(chosen)
-        if chosen.use_dora and "lora_magnitude_vector" not in shapes:
+        variant, flag = self._variant_of(chosen), variant_of(chosen)
+        if flag and variant is None:
             raise ValueError(
-                f"{type(self).__name__}.add_adapter: use_dora: got True, expected False: "
-                "this kind of layer has no DoRA"
+                f"{type(self).__name__}.add_adapter: {flag}: got True, expected False: "
+                f"this kind of layer has no {VARIANTS[flag]}"
             )
         if chosen.ungrouped_lora_A and getattr(self, "groups", 1) == 1:
             raise ValueError(
@@ -137,10 +148,12 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
             )
         base = self._adapted_weight()
         device, dtype = adapter_device(self, base), self.adapter_dtype(chosen)
-        needs_weight = mutates_weight(chosen.init_lora_weights) or chosen.use_dora
+        needs_weight = mutates_weight(chosen.init_lora_weights) or (
+            variant is not None and variant.READS_WEIGHT
+        )
         if needs_weight and base.device.type == "meta" and device.type != "meta":
             raise ValueError(
-                f"{type(self).__name__}.add_adapter: got use_dora={chosen.use_dora} and "
+                f"{type(self).__name__}.add_adapter: got {flag or 'use_dora'}={bool(flag)} and "
                 f"init_lora_weights={chosen.init_lora_weights!r}, which read the layer's weight, "
                 "but a hook offloads it; take the hooks off first "
                 "(accelerate.hooks.remove_hook_from_module(model, recurse=True))"
@@ -320,14 +333,36 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
                 weight = self._weight_matrix(prefix)
                 kind, scaling = settings.init_lora_weights, self._settings(name, prefix).scaling
                 initialise(kind, A, B, weight, scaling, lora_bias=bias)
-        self._reset_magnitude(name)
+        self._initialise_variant(name)
 
-    @torch.no_grad()
-    def _reset_magnitude(self, adapter_name: str) -> None:
-        """Makes the magnitude of DoRA the norm, so that it scales by 1."""
-        magnitude = self._part("lora_magnitude_vector", adapter_name)
-        if magnitude is not None:
-            magnitude.copy_(self._weight_norm(adapter_name))
+    # Variants
+
+    def _variant_of(self, settings: AdapterSettings) -> AnyVariant | None:
+        """What makes an adapter with these settings more than a low-rank product, if anything."""
+        flag = variant_of(settings)
+        return next((one for one in self.VARIANTS if one.FLAG == flag), None)
+
+    def _variant_shapes(self, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
+        """Of the parts that the variant adds to those of the low-rank product."""
+        variant = self._variant_of(settings)
+        return {} if variant is None else variant.part_shapes(self, settings)
+
+    def _initialise_variant(self, adapter_name: str) -> None:
+        variant = self._variant_of(self.adapters[adapter_name])
+        if variant is not None:
+            variant.initialise(self, adapter_name)
+
+    def _merge_factors(
+        self, names: Sequence[str]
+    ) -> tuple[dict[str, Tensor] | None, Tensor | None]:
+        """What multiplies the output features of each adapter, and of the base's weight, when they
+        are merged one after another; None without a variant among them."""
+        variant = self._first_variant(names)
+        return (None, None) if variant is None else variant.merge_factors(self, names)
+
+    def _first_variant(self, names: Iterable[str]) -> AnyVariant | None:
+        found = (self._variant_of(self.adapters[name]) for name in names)
+        return next((variant for variant in found if variant is not None), None)
 
     # Scales
 
@@ -388,7 +423,37 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
     def _choose_running(self) -> None:
         runs = self._enabled and not self.merged_adapters
         self._running = tuple(n for n in self.active_adapters if runs and self._scaling[n] != 0.0)
-        self._runs_dora = any(self.adapters[name].use_dora for name in self._running)
+        self._variant = self._first_variant(self._running)
+        self._alone = None
+        if len(self._running) == 1:
+            name = self._running[0]
+            bias = part_name("lora_bias", name) if self.adapters[name].lora_bias else ""
+            self._alone = part_name("lora_A", name), part_name("lora_B", name), bias
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._choose_running()  # what runs is no part of an older pickle
+
+    def explain(self, tokens: int) -> tuple[str, str]:
+        """(path, reason): the code that a call with so many rows runs now; see
+        `lora_ext.explain`."""
+        kind = self._base_class.__name__
+        functional = {"Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding"}
+        base = f"torch.nn.functional.{kind.lower()}" if kind in functional else f"torch.nn.{kind}"
+        if not self.adapters:
+            return base, "there is no adapter"
+        if self.merged and not self.running_adapters:
+            return base, "merged: the adapter is in the weight"
+        if not self.running_adapters:
+            return base, "no adapter runs: disabled, not active, or of scale 0"
+        path, reason = self._path(tokens)
+        return path, reason if self._variant is None else (
+            f"{reason}; {self._variant.explain(self, tokens)}"
+        )
+
+    def _path(self, tokens: int) -> tuple[str, str]:
+        """That of a forward where adapters run."""
+        return self.PATH
 
     @property
     def running_adapters(self) -> tuple[str, ...]:
@@ -408,7 +473,7 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
 
     def low_rank(self, prefix: str = "") -> list[LowRank]:
         """The adapters that run now, stacked where they share a dropout probability."""
-        if len(self._running) == 1:  # nearly always: at one row the rest would show
+        if len(self._running) == 1:  # nearly always
             dropout_p = self.adapters[self._running[0]].lora_dropout if self.training else 0.0
             return [self._stack(self._running, dropout_p, prefix)]
         groups: dict[float, list[str]] = {}
@@ -467,24 +532,3 @@ class LoraLayer(DefaultAdapter, AdoptingLayer):
 
     def _check_names(self, names: Iterable[str], argument: str = "adapter_name") -> None:
         check_known(type(self).__name__, argument, names, self.adapters)
-
-
-def check_adapter_name(
-    adapter_name: str, taken: Container[str], where: str, argument: str = "adapter_name"
-) -> None:
-    """ValueError unless this can name a new adapter beside those that are there."""
-    # It becomes part of parameters' names and, when saved, the name of a folder.
-    if (
-        not isinstance(adapter_name, str)
-        or not adapter_name
-        or any(character in adapter_name for character in "./\\\0")
-    ):
-        raise ValueError(
-            f"{where}: {argument}: got {describe(adapter_name)}, expected a non-empty name without "
-            "dots and slashes"
-        )
-    if adapter_name in taken:
-        raise ValueError(
-            f"{where}: {argument}: there is an adapter '{adapter_name}' already; "
-            "choose another name or delete it first"
-        )

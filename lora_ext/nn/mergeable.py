@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
+from lora_ext.arguments import names_of, warn
 from lora_ext.errors import AlreadyMergedError, NotMergedError
-from lora_ext.nn.arguments import names_of, warn
-from lora_ext.nn.settings import AdapterSettings
+from lora_ext.nn.adapter import AdapterSettings, LowRank
 from lora_ext.nn.transaction import Transaction, all_or_nothing, put_parameter
-
-if TYPE_CHECKING:
-    from lora_ext.nn.lora_layer import LowRank
 
 
 class MergeableLayer(nn.Module):

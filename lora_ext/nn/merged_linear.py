@@ -8,12 +8,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from lora_ext.arguments import named_x, refuse, suggests_names
 from lora_ext.functional import lora_update
-from lora_ext.nn.arguments import named_x, refuse, suggests_names
-from lora_ext.nn.default_adapter import DEFAULT
+from lora_ext.nn.adapter import DEFAULT, AdapterSettings, LowRank
 from lora_ext.nn.linear import LinearBase, _KeptLinearBase, adapted_linear
-from lora_ext.nn.lora_layer import LowRank
-from lora_ext.nn.settings import AdapterSettings
 
 # How many zeros per row of a block-diagonal lora_B, on average, are cheaper than calls of their
 # own: those read x again, add up their parts of dx, and copy y together. Measured forward and

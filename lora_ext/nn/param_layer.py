@@ -8,9 +8,8 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from lora_ext.nn.adapter import DEFAULT, AdapterSettings
 from lora_ext.nn.any_layer import AnyLayer
-from lora_ext.nn.default_adapter import DEFAULT
-from lora_ext.nn.settings import AdapterSettings
 
 
 class _Factors(NamedTuple):

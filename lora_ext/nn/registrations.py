@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from lora_ext.arguments import warn
 from lora_ext.loralib.merging import MergingLayer
-from lora_ext.nn.arguments import warn
 from lora_ext.nn.lora_layer import LoraLayer
 
 

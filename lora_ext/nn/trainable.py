@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from lora_ext.arguments import check_module
 from lora_ext.loralib.merging import MergingLayer
-from lora_ext.nn.arguments import check_module
 from lora_ext.nn.lora_layer import LoraLayer
+from lora_ext.nn.modules_to_save import ModulesToSave
 
 _BIAS = ("none", "all", "lora_only")
 
@@ -14,8 +15,6 @@ _BIAS = ("none", "all", "lora_only")
 def _adapter_names(model: nn.Module, bias: str, operation: str) -> set[str]:
     """Names of the adapters' tensors, of their copies of modules to save, and of the base biases
     that `bias` adds."""
-    from lora_ext.adapters.modules_to_save import ModulesToSave  # which needs this package
-
     check_module(operation, "model", model)
     if not isinstance(bias, str) or bias not in _BIAS:
         raise ValueError(f"{operation}: bias: got {bias!r}, expected one of {_BIAS}")

@@ -13,9 +13,9 @@ from lora_ext.adapters.names import named_modules, unwrapped
 from lora_ext.adapters.patterns import compiled
 from lora_ext.adapters.swap import swap_modules
 from lora_ext.adapters.targets import matches, near_misses, warn_of_unused_names
+from lora_ext.arguments import check_module, names_of, refuse
 from lora_ext.nn import Linear
-from lora_ext.nn.arguments import check_module, names_of, refuse
-from lora_ext.nn.default_adapter import DEFAULT
+from lora_ext.nn.adapter import DEFAULT
 from lora_ext.nn.transaction import Transaction
 
 

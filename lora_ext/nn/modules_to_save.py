@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from lora_ext.nn.lora_layer import check_adapter_name
+from lora_ext.nn.adapter import check_adapter_name
 from lora_ext.nn.transaction import Transaction
 
 

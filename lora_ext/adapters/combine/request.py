@@ -8,9 +8,9 @@ import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from lora_ext.adapters.combine.mixing import MAJORITY_SIGN_METHODS, MIXING
 from lora_ext.adapters.config_checks import MAX_RANK
-from lora_ext.adapters.task_arithmetic import MAJORITY_SIGN_METHODS, MIXING
-from lora_ext.nn.arguments import as_number, refuse, short
+from lora_ext.arguments import as_number, refuse, short
 
 SVD = ("svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
 COMBINATION_TYPES = ("cat", *MIXING, *SVD)

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lora_ext.adapters.checkpoint.keys import PREFIX, around_planned, name_in_file
+from lora_ext.adapters.checkpoint.reading import FileTensors
+from lora_ext.adapters.plan import Plan, PlannedLayer
 from lora_ext.errors import AdapterFileError
-from lora_ext.io.base_tensors import around_planned, name_in_file
 from lora_ext.nn import Conv1d, Conv2d, Conv3d
+from lora_ext.nn.adapter import variant_of
 
-if TYPE_CHECKING:
-    from lora_ext.adapters.plan import Plan, PlannedLayer
-    from lora_ext.io.reading import FileTensors
-
-    Conv = Conv1d | Conv2d | Conv3d
+Conv = Conv1d | Conv2d | Conv3d
 
 
-def planned_as_in(file: FileTensors, plan: Plan, prefix: str) -> Plan:
+def planned_as_in(file: FileTensors, plan: Plan) -> Plan:
     """The plan with PEFT's shape of lora_A, but where the file has the layer's own, which is
     what DoRA has in files.
 
@@ -32,11 +30,11 @@ def planned_as_in(file: FileTensors, plan: Plan, prefix: str) -> Plan:
     """
     header, layers = file.specs, dict(plan.layers)
     for place, planned, layer in _grouped(plan):
-        key = _key(plan, planned, prefix)
+        key = _key(plan, planned)
         found = header[key].shape if key in header else None
         own = planned.layer.peft_shapes(planned.settings)["lora_A.weight"]
         pefts = (own[0], layer.in_channels, *own[2:])
-        if found == own or (planned.settings.use_dora and found != pefts):
+        if found == own or (variant_of(planned.settings) and found != pefts):
             continue
         try:
             settings = replace(planned.settings, ungrouped_lora_A=True)
@@ -46,16 +44,16 @@ def planned_as_in(file: FileTensors, plan: Plan, prefix: str) -> Plan:
     return plan._replace(layers=layers)
 
 
-def grouped_where_possible(plan: Plan, tensors: dict[str, Tensor], prefix: str) -> Plan:
+def grouped_where_possible(plan: Plan, tensors: dict[str, Tensor]) -> Plan:
     """The plan with the layers' own lora_A wherever that can hold the file's, which takes the
     other's place in `tensors`."""
     layers = dict(plan.layers)
     for place, planned, layer in _grouped(plan):
         if not planned.settings.ungrouped_lora_A:
             continue
-        grouped = layer.grouped(tensors[_key(plan, planned, prefix)])
+        grouped = layer.grouped(tensors[_key(plan, planned)])
         if grouped is not None:
-            tensors[_key(plan, planned, prefix)] = grouped
+            tensors[_key(plan, planned)] = grouped
             settings = replace(planned.settings, ungrouped_lora_A=False)
             layers[place] = planned._replace(settings=settings)
     return plan._replace(layers=layers)
@@ -68,5 +66,5 @@ def _grouped(plan: Plan) -> Iterator[tuple[int, PlannedLayer, Conv]]:
             yield place, planned, layer
 
 
-def _key(plan: Plan, planned: PlannedLayer, prefix: str) -> str:
-    return f"{prefix}{name_in_file(planned.name, around_planned(plan))}.lora_A.weight"
+def _key(plan: Plan, planned: PlannedLayer) -> str:
+    return f"{PREFIX}{name_in_file(planned.name, around_planned(plan))}.lora_A.weight"

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_ext.adapters.combination import Combination, wrong_argument
-from lora_ext.adapters.task_arithmetic import MIXING, mix
+from lora_ext.adapters.combine.mixing import MIXING, mix
+from lora_ext.adapters.combine.request import Combination, wrong_argument
 
 
 @dataclass(frozen=True)

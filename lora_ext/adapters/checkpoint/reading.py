@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from lora_ext.adapters.config import LoraConfig
+from lora_ext.adapters.adapted_model import AdaptedModel
+from lora_ext.adapters.checkpoint.base_tensors import BasePart, biases, embeddings, places
+from lora_ext.adapters.checkpoint.keys import PREFIX, around_planned, name_in_file, spec_of
 from lora_ext.adapters.names import plain_name, unwrapped
+from lora_ext.adapters.plan import Plan
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_file import MAX_HEADER_BYTES, TensorSpec, header_limit
 from lora_ext.io.adapter_folder import WEIGHTS_NAME, AdapterFolder
-from lora_ext.io.base_tensors import (
-    BasePart,
-    around_planned,
-    biases,
-    embeddings,
-    name_in_file,
-    places,
-)
 from lora_ext.io.files import short
 from lora_ext.nn.adoption import adapter_device
-
-if TYPE_CHECKING:
-    from lora_ext.adapters.lora_model import LoraModel
-    from lora_ext.adapters.plan import Plan
 
 
 class FileTensors:
@@ -37,7 +27,7 @@ class FileTensors:
     """
 
     def __init__(self, files: AdapterFolder, keys: Iterable[str]) -> None:
-        specs = files.header(max_header_bytes=max(MAX_HEADER_BYTES, header_limit(keys)))
+        specs = files.header(max_header_bytes=max(MAX_HEADER_BYTES, header_limit(list(keys))))
         self._files = files
         self._keys = {plain_name(key): key for key in specs}
         self.specs = {plain: specs[key] for plain, key in self._keys.items()}
@@ -63,27 +53,25 @@ class BaseTensors:
         targets: the parameters and buffers that get their values, by key.
     """
 
-    def __init__(
-        self, model: LoraModel, config: LoraConfig, plan: Plan, file: FileTensors, prefix: str
-    ) -> None:
+    def __init__(self, model: AdaptedModel, plan: Plan, file: FileTensors) -> None:
         base = model.base_model
         adapted = {place: planned.layer for place, planned in plan.layers.items()}
         whole = {
             id(module) for module in plan.saved.values()
         }  # the file's are those of their copies
         every = list(places(base, adapted, whole, aliases=True))
-        needed = biases(places(base, adapted, whole), config.bias)
-        optional = [*biases(iter(every), config.bias), *embeddings(base, iter(every))]
-        self.targets = {prefix + place.key_of(part): place.own(part) for place, part in needed}
+        needed = biases(places(base, adapted, whole), plan.config.bias)
+        optional = [*biases(iter(every), plan.config.bias), *embeddings(base, iter(every))]
+        self.targets = {PREFIX + place.key_of(part): place.own(part) for place, part in needed}
         for place, part in optional:
-            if (key := prefix + place.key_of(part)) in file.specs:
+            if (key := PREFIX + place.key_of(part)) in file.specs:
                 self.targets[key] = place.own(part)
-        all_biases = biases(iter(every), "none" if config.bias == "none" else "all")
-        self._find_of_other_layers(file, [*all_biases, *embeddings(base, iter(every))], prefix)
+        all_biases = biases(iter(every), "none" if plan.config.bias == "none" else "all")
+        self._find_of_other_layers(file, [*all_biases, *embeddings(base, iter(every))])
         self._unused: dict[str, TensorSpec] = {}  # PEFT's second keys of what a copy holds
         around = around_planned(plan)
         for name, module in plan.saved.items():
-            self._find_of_saved(file, f"{prefix}{name_in_file(name, around)}.", module)
+            self._find_of_saved(file, f"{PREFIX}{name_in_file(name, around)}.", module)
         self._path = file.path
         for key, tensor in self.targets.items():
             _check_target(file, key, tensor)
@@ -93,12 +81,10 @@ class BaseTensors:
                 "adapters; call unmerge_adapter() first"
             )
 
-    def _find_of_other_layers(
-        self, file: FileTensors, found: Sequence[BasePart], prefix: str
-    ) -> None:
+    def _find_of_other_layers(self, file: FileTensors, found: Sequence[BasePart]) -> None:
         """What PEFT wrote as the base of a module which another adapter of its model adapted, or
         saved whole, or as a plain one under another name of the same module."""
-        usual = [prefix + place.key_of(part) for place, part in found]
+        usual = [PREFIX + place.key_of(part) for place, part in found]
         by_name: dict[str, list[str]] = {}
         for key in file.specs.keys() - usual:
             by_name.setdefault(_without_levels(key), []).append(key)
@@ -139,7 +125,7 @@ class BaseTensors:
                 )
 
 
-def check_loadable(model: LoraModel, plan: Plan) -> None:
+def check_loadable(model: AdaptedModel, plan: Plan) -> None:
     """ValueError where the model could not hold the values of an adapter: on "meta"."""
     for name, tensor in _beside_adapter(plan):
         if tensor.is_meta:
@@ -179,11 +165,3 @@ def _check_target(file: FileTensors, key: str, tensor: Tensor) -> None:
             f"{file.path}: {short(key)}: got shape {list(shape)}, the base's is {list(own)}; if "
             f"its vocabulary grew, call resize_token_embeddings({shape[0]}) of the base first"
         )
-
-
-def spec_of(tensor: Tensor) -> TensorSpec:
-    """What a file has to hold for it: exactly its dtype, if that is not floating-point."""
-    shape, dtype = tuple(tensor.shape), tensor.dtype
-    if tensor.is_floating_point():
-        return TensorSpec(shape, held_in=dtype)
-    return TensorSpec(shape, frozenset({dtype}), dtype)

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_ext.adapters.combination import Combination, plan_combination
-from lora_ext.adapters.combining import Adapter, combine
+from lora_ext.adapters.adapted_model import AdaptedModel
+from lora_ext.adapters.combine.request import Combination, plan_combination
+from lora_ext.adapters.combine.tensors import Adapter, combine
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.plan import only_on
 from lora_ext.adapters.targets import saved_modules
+from lora_ext.arguments import names_of, refuse, warn
 from lora_ext.nn import Embedding, LoraLayer
-from lora_ext.nn.arguments import names_of, refuse, warn
+from lora_ext.nn.adapter import check_adapter_name, variant_of
 from lora_ext.nn.init import mutates_weight
-from lora_ext.nn.lora_layer import check_adapter_name
 from lora_ext.nn.transaction import Transaction
-
-if TYPE_CHECKING:
-    from lora_ext.adapters.lora_model import LoraModel
 
 
 def add_weighted_adapter(
-    model: LoraModel,
+    model: AdaptedModel,
     adapters: Sequence[str],
     weights: Sequence[float],
     adapter_name: str,
@@ -39,7 +37,7 @@ def add_weighted_adapter(
     Args:
         adapters, weights: names and their factors, any sign.
         adapter_name: the new one's; `set_adapter` makes it run.
-        combination_type, options: see `lora_ext.adapters.combination.plan_combination`.
+        combination_type, options: see `lora_ext.adapters.combine.request.plan_combination`.
         generator: of the types with "dare".
 
     Raises:
@@ -147,7 +145,7 @@ def _init_of(layer: LoraLayer, combination: Combination) -> bool | str:
     return next(iter(changing), True)
 
 
-def _check_combinable(model: LoraModel, names: Sequence[str]) -> None:
+def _check_combinable(model: AdaptedModel, names: Sequence[str]) -> None:
     where = "add_weighted_adapter: adapters"
     for place, module in model.saved_modules():
         mine = [name for name in dict.fromkeys(names) if name in module.modules_to_save]
@@ -157,9 +155,10 @@ def _check_combinable(model: LoraModel, names: Sequence[str]) -> None:
                 "combined; expected at most one of them"
             )
     for name in names:
-        if model.peft_config[name].use_dora:
+        if flag := variant_of(model.peft_config[name]):
             raise ValueError(
-                f"{where}: '{name}' has a magnitude (use_dora), which cannot be combined"
+                f"{where}: '{name}' is more than a low-rank product ({flag}), which cannot be "
+                "combined"
             )
         if model.peft_config[name].target_parameters:
             raise ValueError(f"{where}: '{name}' has target_parameters, which cannot be combined")
@@ -173,7 +172,7 @@ def _check_combinable(model: LoraModel, names: Sequence[str]) -> None:
 
 
 def _combined_config(
-    model: LoraModel, names: Sequence[str], rank: int, where: Sequence[str]
+    model: AdaptedModel, names: Sequence[str], rank: int, where: Sequence[str]
 ) -> LoraConfig:
     """The first one's, but for what the new adapter has of the others or of its own: its layers,
     rank and scaling, biases, and no copies of modules."""

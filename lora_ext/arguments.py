@@ -22,7 +22,7 @@ from torch import Tensor
 
 # Code between a caller and what warns: this package, and what wraps its functions.
 _BETWEEN = (
-    str(Path(__file__).parents[1]),
+    str(Path(__file__).parent),
     contextlib.__file__,
     torch.utils._contextlib.__file__,
 )

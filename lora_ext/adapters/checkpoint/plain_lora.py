@@ -6,27 +6,24 @@ import copy
 import math
 import re
 from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lora_ext.adapters.adapted_model import AdaptedModel
+from lora_ext.adapters.checkpoint.keys import PREFIX
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.patterns import compiled, is_plain
 from lora_ext.nn import LoraLayer, ParamLayer
 
-if TYPE_CHECKING:
-    from lora_ext.adapters.lora_model import LoraModel
-
 
 def plain_lora(
-    model: LoraModel, adapter_name: str, config: LoraConfig, tensors: dict[str, Tensor], prefix: str
+    model: AdaptedModel, adapter_name: str, config: LoraConfig, tensors: dict[str, Tensor]
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Config and tensors of an adapter, with those of `MergedLinear` and of single projections of
     `MultiheadAttention` as adapters of the whole layer, of a multiple of the rank.
 
     Args:
         config, tensors: what would be saved otherwise; not changed.
-        prefix: of the keys, before the layer's name.
 
     Raises:
         ValueError: an attention with kdim or vdim other than embed_dim, for which PEFT has no
@@ -34,9 +31,7 @@ def plain_lora(
     """
     result, settings = dict(tensors), dict(_settings(model, adapter_name))
     converted = False
-    for name, layer in model.lora_layers():
-        if adapter_name not in layer.adapters:
-            continue
+    for name, layer in model.layers_with(adapter_name):
         try:
             plain = layer.plain_parts(adapter_name)
         except ValueError as error:
@@ -45,9 +40,9 @@ def plain_lora(
             continue
         converted = True
         for key in layer.peft_parameters(adapter_name):
-            del result[f"{prefix}{name}.{key}"]
+            del result[f"{PREFIX}{name}.{key}"]
         for part, tensor in plain.items():
-            result[f"{prefix}{name}.{layer.PEFT_NAMES[part]}"] = tensor
+            result[f"{PREFIX}{name}.{layer.PEFT_NAMES[part]}"] = tensor
         settings[name] = (len(plain["lora_A"]), layer.adapters[adapter_name].scaling)
     if not converted:
         return config, result
@@ -63,13 +58,12 @@ def plain_lora(
     return config, result
 
 
-def _settings(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, tuple[int, float]]]:
+def _settings(model: AdaptedModel, adapter_name: str) -> Iterator[tuple[str, tuple[int, float]]]:
     """(name that patterns meet, (rank, scaling)) of all that the adapter is on."""
-    for name, layer in model.lora_layers():
-        own = layer.adapters.get(adapter_name)
-        if own is not None:
-            for met in _names(name, layer):
-                yield met, (own.r, own.scaling)
+    for name, layer in model.layers_with(adapter_name):
+        own = layer.adapters[adapter_name]
+        for met in _names(name, layer):
+            yield met, (own.r, own.scaling)
 
 
 def _names(name: str, layer: LoraLayer) -> list[str]:

@@ -6,20 +6,18 @@ a module. It is the same before and after the adapters are put in, with or witho
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from lora_ext.adapters.checkpoint.keys import depth, joined
 from lora_ext.adapters.config import LoraConfig
-from lora_ext.adapters.modules_to_save import ModulesToSave
 from lora_ext.adapters.names import named_modules, unwrapped
 from lora_ext.adapters.patterns import compiled
-from lora_ext.nn import AnyLayer, LoraLayer, MultiheadAttention
-
-if TYPE_CHECKING:
-    from lora_ext.adapters.plan import Plan
+from lora_ext.nn import LoraLayer, MultiheadAttention
+from lora_ext.nn.modules_to_save import ModulesToSave
 
 # The names of embeddings that PEFT saves with an adapter that targets them.
 EMBEDDINGS = ("embed_tokens", "lm_head")
@@ -34,7 +32,7 @@ class Place(NamedTuple):
     layer: LoraLayer | None  # that adapts it, or is to; an attention its out_proj, too
 
     def key_of(self, part: str) -> str:
-        return _join(self.key, part)
+        return joined(self.key, part)
 
     def own(self, part: str) -> Tensor:
         """A parameter of the base."""
@@ -89,43 +87,16 @@ def _places(
         seen.add(id(module))
     layer = adapted.get(id(module))
     if layer is not None:
-        key = _join(key, *["base_layer"] * _depth(layer))
+        key = joined(key, *["base_layer"] * depth(layer))
     owner = module
     if isinstance(module, LoraLayer):
         owner = module._modules.get("base_layer") or module
     yield Place(key, module, owner, layer)
     for name, child in owner._modules.items():
         if isinstance(layer, MultiheadAttention) and name == "out_proj":
-            yield Place(_join(key, name, "base_layer"), layer.out_proj, layer.out_proj, layer)
+            yield Place(joined(key, name, "base_layer"), layer.out_proj, layer.out_proj, layer)
         elif child is not None:
-            yield from _places(child, adapted, whole, seen, _join(key, name))
-
-
-def _depth(layer: LoraLayer) -> int:
-    """How often PEFT wraps: once, or once for each weight of a layer adapted by its weights."""
-    return len(layer.WEIGHTS) if isinstance(layer, AnyLayer) else 1
-
-
-def around_others(layers: Iterable[tuple[str, LoraLayer]]) -> dict[str, LoraLayer]:
-    """Those of an adapter's layers, by name, that may have further ones in them."""
-    return {name: layer for name, layer in layers if isinstance(layer, AnyLayer)}
-
-
-def around_planned(plan: Plan) -> dict[str, LoraLayer]:
-    """The same of those that a plan gives an adapter."""
-    return around_others((planned.name, planned.layer) for planned in plan.layers.values())
-
-
-def name_in_file(name: str, around: Mapping[str, LoraLayer]) -> str:
-    """The key of a module, with `base_layer` for what PEFT wraps around those that it is in."""
-    if not around:
-        return name
-    parts = name.split(".")
-    found = list(parts[:1])
-    for i in range(1, len(parts)):
-        layer = around.get(".".join(parts[:i]))
-        found += ["base_layer"] * (0 if layer is None else _depth(layer)) + [parts[i]]
-    return ".".join(found)
+            yield from _places(child, adapted, whole, seen, joined(key, name))
 
 
 def biases(found: Iterator[Place], choice: str) -> Iterator[BasePart]:
@@ -185,7 +156,3 @@ def _vocabulary(config: Any) -> int | None:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     size = getattr(text, "vocab_size", None)
     return size if isinstance(size, int) else None
-
-
-def _join(*parts: str) -> str:
-    return ".".join(part for part in parts if part)

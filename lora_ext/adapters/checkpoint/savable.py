@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 from torch import Tensor
 
+from lora_ext.adapters.adapted_model import AdaptedModel
+from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.plan import make_plan
+from lora_ext.arguments import warn
 from lora_ext.io.files import short
-from lora_ext.nn import LoraLayer
-from lora_ext.nn.arguments import warn
 from lora_ext.nn.init import mutates_weight
-
-if TYPE_CHECKING:
-    from lora_ext.adapters.config import LoraConfig
-    from lora_ext.adapters.lora_model import LoraModel
 
 NOTHING = "nothing is written"
 
 
-def check_adapter(model: LoraModel, adapter_name: str, config: LoraConfig) -> None:
+def check_adapter(model: AdaptedModel, adapter_name: str, config: LoraConfig) -> None:
     """ValueError unless the model holds the whole adapter, where its config says it is. A warning
     where another adapter's initialisation changed the weights that it belongs to."""
     where = f"save_pretrained: '{adapter_name}'"
-    layers = {id(layer): name for name, layer in _layers(model, adapter_name)}
+    layers = {id(layer): name for name, layer in model.layers_with(adapter_name)}
     copies = {
         name: module.modules_to_save[adapter_name]
         for name, module in model.saved_modules()
@@ -36,7 +32,7 @@ def check_adapter(model: LoraModel, adapter_name: str, config: LoraConfig) -> No
             f"{where}: no layer of the model has this adapter (any more): after unload() and "
             f"merge_and_unload() there is none to save, so {NOTHING}; save before"
         )
-    for name, layer in _layers(model, adapter_name):
+    for name, layer in model.layers_with(adapter_name):
         init = layer.adapters[adapter_name].init_lora_weights
         if mutates_weight(init) and not mutates_weight(config.init_lora_weights):
             raise ValueError(
@@ -83,7 +79,7 @@ def check_adapter(model: LoraModel, adapter_name: str, config: LoraConfig) -> No
                 f"{where}: its config saves '{name}' whole, which has no copy for it (any more); "
                 f"{NOTHING}"
             )
-    for name, layer in _layers(model, adapter_name):
+    for name, layer in model.layers_with(adapter_name):
         changing = {n for n, s in layer.adapters.items() if mutates_weight(s.init_lora_weights)}
         if changing and adapter_name not in changing:
             warn(
@@ -117,9 +113,3 @@ def _why_incomplete(tensor: Tensor) -> str:
             "splits it; save in deepspeed.zero.GatheredParameters(list(model.parameters()))"
         )
     return ""
-
-
-def _layers(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
-    for name, layer in model.lora_layers():
-        if adapter_name in layer.adapters:
-            yield name, layer

@@ -1,0 +1,212 @@
+"""Writing the adapters of a model in PEFT's checkpoint format: `adapter_config.json` and
+`adapter_model.safetensors`, with PEFT's keys."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from lora_ext.adapters.adapted_model import AdaptedModel
+from lora_ext.adapters.checkpoint.base_tensors import (
+    biases,
+    embeddings,
+    places,
+    targets_embeddings,
+    was_resized,
+)
+from lora_ext.adapters.checkpoint.keys import PREFIX, layers_in_file, saved_in_file
+from lora_ext.adapters.checkpoint.plain_lora import plain_lora
+from lora_ext.adapters.checkpoint.savable import check_adapter, check_tensors
+from lora_ext.adapters.combine.tensors import Adapter, alpha_factor, subtract_mutated_init
+from lora_ext.adapters.config import LoraConfig
+from lora_ext.arguments import as_flag, as_path, names_of, warn
+from lora_ext.errors import AdapterFileError
+from lora_ext.io.adapter_file import TensorSpec
+from lora_ext.io.adapter_folder import check_adapter_files, open_adapter, save_adapters
+from lora_ext.nn.adapter import DEFAULT
+
+
+def adapter_state_dict(
+    model: AdaptedModel,
+    adapter_name: str = DEFAULT,
+    *,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, Tensor]:
+    """An adapter by PEFT's keys, in which its name does not occur. What belongs to the base is the
+    base's own also while the model is merged.
+
+    Args:
+        save_embedding_layers: whether to add the base's input and output embeddings; "auto" adds
+            those that the adapter targets as "embed_tokens" or "lm_head", and both where the
+            vocabulary is not that of the files that the model was loaded from, as PEFT does.
+    """
+    config = model.peft_config[adapter_name]
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers_in_file(model, adapter_name):
+        for key, tensor in layer.peft_tensors(adapter_name).items():
+            tensors[f"{PREFIX}{name}.{key}"] = tensor
+    tensors.update(saved_in_file(model, adapter_name))
+    bases = dict(_base_tensors(model, adapter_name, config, save_embedding_layers))
+    check_tensors(bases, f"save_pretrained: '{adapter_name}'")
+    tensors.update({key: tensor.detach() for key, tensor in bases.items()})
+    return tensors
+
+
+def _base_tensors(
+    model: AdaptedModel, adapter_name: str, config: LoraConfig, save_embedding_layers: bool | str
+) -> Iterator[tuple[str, Tensor]]:
+    base = model.base_model
+    adapted = {id(layer): layer for _, layer in model.layers_with(adapter_name)}
+    whole = {id(m) for _, m in model.saved_modules() if adapter_name in m.modules_to_save}
+    found = list(places(base, adapted, whole))
+    parts = list(biases(iter(found), config.bias))
+    if save_embedding_layers is True:
+        parts += embeddings(base, iter(found))
+    elif save_embedding_layers == "auto" and was_resized(base, config):
+        warn(
+            "save_pretrained: the vocabulary is not that of the files the model was loaded from, "
+            "so its embeddings are saved too; save_embedding_layers=False leaves them out"
+        )
+        parts += embeddings(base, iter(found))
+    elif save_embedding_layers == "auto" and targets_embeddings(base, config):
+        parts += [one for one in embeddings(base, iter(found)) if one[0].layer is not None]
+    for place, part in parts:
+        yield PREFIX + place.key_of(part), place.unmerged(part)
+
+
+def save_pretrained(
+    model: AdaptedModel,
+    folder: str | Path,
+    adapter_names: str | list[str] | None = None,
+    *,
+    save_embedding_layers: bool | str = "auto",
+    path_initial_model_for_weight_conversion: str | Path | None = None,
+    as_plain_lora: bool = False,
+) -> None:
+    """Writes adapters so that PEFT loads them: "default" into `folder`, others into subfolders of
+    their names. Each pair of files is replaced as one, see `lora_ext.io.save_adapter`; if one
+    cannot be written, all stay as they were.
+
+    Args:
+        adapter_names: all, if None.
+        path_initial_model_for_weight_conversion: the folder of the adapter as it was right after an
+            initialisation that changed the base's weights ("pissa", "olora"). What is written then
+            is a plain adapter of twice the rank for the original weights.
+        as_plain_lora: writes the adapters of `MergedLinear`, and of single projections of
+            `MultiheadAttention`, which PEFT has no keys for, as plain ones of the whole layer, of r
+            times the number of slices, that do the same; rank_pattern and alpha_pattern say so. To
+            be loaded into a model with plain layers, here or in PEFT.
+
+    Raises:
+        ValueError: no such adapter, or the model does not hold all of it (after `unload()`, under
+            ZeRO-3, on "meta", in layers that were replaced since), or its config does not fit the
+            model, or it was combined of adapters whose initialisation changed the base;
+            as_plain_lora with a conversion of the initialisation, or for an attention with kdim or
+            vdim other than embed_dim. Nothing is written then.
+        AdapterFileError: NaN or Inf; the initial adapter's files are damaged or do not fit.
+    """
+    folder = as_path(folder, "save_pretrained")
+    if path_initial_model_for_weight_conversion is not None:
+        path_initial_model_for_weight_conversion = as_path(
+            path_initial_model_for_weight_conversion,
+            "save_pretrained",
+            "path_initial_model_for_weight_conversion",
+        )
+    names = list(model.peft_config)
+    if adapter_names is not None:
+        names = names_of(adapter_names, "save_pretrained")
+    for name in names:
+        if name not in model.peft_config:
+            raise ValueError(
+                f"save_pretrained: adapter_names: got {name!r}, "
+                f"expected some of {list(model.peft_config)}"
+            )
+    if not names:
+        raise ValueError(
+            f"save_pretrained: adapter_names: got {adapter_names}, with adapters "
+            f"{list(model.peft_config)} in the model, expected at least one; nothing is written"
+        )
+    as_plain_lora = as_flag(as_plain_lora, "save_pretrained", "as_plain_lora")
+    if as_plain_lora and path_initial_model_for_weight_conversion is not None:
+        raise ValueError(
+            "save_pretrained: as_plain_lora: got True with path_initial_model_for_weight_conversion"
+            ", expected at most one of the two: each changes all ranks"
+        )
+    ready = []  # all of them, before the first is written
+    for name in names:
+        config = copy.deepcopy(model.peft_config[name])
+        check_adapter(model, name, config)
+        tensors = adapter_state_dict(model, name, save_embedding_layers=save_embedding_layers)
+        if path_initial_model_for_weight_conversion is not None:
+            initial = Path(path_initial_model_for_weight_conversion)
+            tensors = _subtract_initial(model, name, tensors, initial)
+            config = _of_twice_the_rank(config)
+        if as_plain_lora:
+            config, tensors = plain_lora(model, name, config, tensors)
+        fields = config.to_file()
+        name_or_path = getattr(model.base_model, "name_or_path", None)
+        if name_or_path and fields.get("base_model_name_or_path") is None:
+            fields["base_model_name_or_path"] = name_or_path
+        place = Path(folder) if name == DEFAULT else Path(folder) / name
+        ready.append((place, fields, tensors))
+    scaled = [name for name in names if _is_scaled(model, name)]
+    if scaled:
+        warn(
+            f"save_pretrained: {scaled}: set_scale or scale_layer changed the scaling, which the "
+            "files do not hold: loaded again, they run with that of their config"
+        )
+    for place, fields, tensors in ready[1:]:  # before a folder is made
+        check_adapter_files(place, fields, tensors)
+    save_adapters(ready)
+
+
+def _is_scaled(model: AdaptedModel, adapter_name: str) -> bool:
+    """Whether an adapter runs with another scaling than its config's."""
+    return any(
+        not math.isclose(layer.get_scale(adapter_name), layer.adapters[adapter_name].scaling)
+        for _, layer in model.layers_with(adapter_name)
+    )
+
+
+def _subtract_initial(
+    model: AdaptedModel, adapter_name: str, tensors: dict[str, Tensor], folder: Path
+) -> dict[str, Tensor]:
+    """The tensors with each adapter replaced by what it does beyond its initial state."""
+    known = adapter_state_dict(model, adapter_name, save_embedding_layers=True)
+    with open_adapter(folder) as files:
+        present = files.header().keys() & known.keys()
+        shapes = {k: tuple(v.shape) for k, v in known.items() if k in present or k in tensors}
+        initial = files.tensors({key: TensorSpec(shape) for key, shape in shapes.items()})
+    result = dict(tensors)
+    for name, layer in layers_in_file(model, adapter_name):
+        scaling = layer.adapters[adapter_name].scaling
+        for prefix in layer.PREFIXES:
+            if f"{prefix}lora_A" not in layer.parts(adapter_name):
+                continue
+            A, B = (
+                f"{PREFIX}{name}.{layer.PEFT_NAMES[prefix + part]}" for part in ("lora_A", "lora_B")
+            )
+            if A not in initial or B not in initial:
+                raise AdapterFileError(f"{folder}: has no {A if A not in initial else B}")
+            pairs = [
+                Adapter(values[A].to(tensors[A]), values[B].to(tensors[B]), scaling)
+                for values in (tensors, initial)
+            ]
+            both = subtract_mutated_init(*pairs)
+            result[A], result[B] = both.lora_A, both.lora_B
+    return result
+
+
+def _of_twice_the_rank(config: LoraConfig) -> LoraConfig:
+    factor = alpha_factor(config.use_rslora)
+    config.init_lora_weights = True
+    config.r, config.lora_alpha = 2 * config.r, factor * config.lora_alpha
+    config.rank_pattern = {name: 2 * r for name, r in (config.rank_pattern or {}).items()}
+    config.alpha_pattern = {
+        name: factor * alpha for name, alpha in (config.alpha_pattern or {}).items()
+    }
+    return config
