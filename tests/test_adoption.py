@@ -6,8 +6,10 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.nn.parallel
@@ -15,9 +17,10 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from layer_kinds import KINDS, Kind, Stack, X, each_kind, expected, first
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 import lora_ext.nn as lora
-from lora_ext import LoraConfig, explain, get_lora_model
+from lora_ext import LoraConfig, LoraModel, explain, get_lora_model
 
 
 class Super(nn.Linear):
@@ -106,6 +109,27 @@ def test_a_subclass_that_keeps_its_forward_runs_fused_with_its_methods() -> None
     layer: Any = lora.Linear.from_linear(Named(8, 6), r=2)
     assert layer.name() == "named"
     assert explain(layer)[0].path == explain(lora.Linear(8, 6, r=2))[0].path
+
+
+class Transposed(Conv1D):
+    """Of transformers' class, with a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+@pytest.mark.parametrize("kind", [Conv1D, Transposed])
+@pytest.mark.parametrize("targets", ["all-linear", ["2"]], ids=["all-linear", "by name"])
+def test_subclasses_of_conv1d_are_adapted_as_peft_does(
+    targets: Any, kind: type[nn.Module], tmp_path: Path
+) -> None:
+    net = nn.Sequential(kind(8, 8), nn.Tanh(), kind(6, 8))
+    fields = {"r": 2, "target_modules": targets, "init_lora_weights": False, "fan_in_fan_out": True}
+    theirs = peft.get_peft_model(copy.deepcopy(net), peft.LoraConfig(**fields))
+    theirs.save_pretrained(tmp_path)
+    ours = LoraModel.from_pretrained(copy.deepcopy(net), tmp_path)
+    assert ours.targeted_module_names == theirs.targeted_module_names
+    torch.testing.assert_close(ours(X), theirs.eval()(X), rtol=1e-5, atol=1e-5)
 
 
 def test_a_base_that_returns_no_tensor_is_refused_when_called() -> None:
@@ -270,6 +294,21 @@ def test_a_base_whose_forward_is_replaced(name: str, change: Callable[[nn.Module
     layer.unmerge()
     assert layer.get_base_layer() is base
     assert "replaced on the instance" in str(explain(layer))
+
+
+@pytest.mark.parametrize("name", ["MultiheadAttention", "AnyLayer"])
+@pytest.mark.parametrize("change", [patched, hooked])
+def test_a_replaced_forward_that_no_layer_can_call_is_refused(
+    name: str, change: Callable[[nn.Module], None]
+) -> None:
+    """The layer would run the instance's forward, which knows no adapter."""
+    make, adapt, args = KINDS[name]
+    base = make().eval()
+    change(base)
+    attributes, want = dict(base.__dict__), first(base(*args))
+    with pytest.raises(ValueError, match=r"base: its forward is replaced on the instance"):
+        adapt(base)
+    assert base.__dict__ == attributes and torch.equal(first(base(*args)), want)
 
 
 def test_hooks_of_a_bases_state_dict_stay_with_it() -> None:

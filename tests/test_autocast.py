@@ -6,6 +6,9 @@ import pytest
 import torch
 from devices import each_device
 from problems import gradients, make_problem, rms
+from torch import Tensor
+
+import lora_ext
 
 
 @pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -42,3 +45,32 @@ def test_autocast_off_inside_leaves_float32(device: str) -> None:
     p = make_problem((5,), device=device)
     with torch.autocast(device, dtype=torch.bfloat16), torch.autocast(device, enabled=False):
         assert p.fused().dtype == torch.float32
+
+
+@pytest.mark.parametrize("operator", ["lora_linear", "dora_linear"])
+@pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16], ids=str)
+@each_device
+def test_float32_adapters_stay_as_they_are(
+    device: str, autocast_dtype: torch.dtype, operator: str
+) -> None:
+    """Autocast is casting the base's operands by hand, and nothing of the adapter: bit for bit."""
+    p = make_problem((37,), dtype=torch.float32, dropout_p=0.1, lora_bias=True, device=device)
+    *base, lora_A, lora_B, lora_bias = p.operands
+    options = {"scaling": p.scaling, "dropout_p": p.dropout_p, "rng_state": p.rng_state}
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if operator == "lora_linear":
+            return lora_ext.lora_linear(x, weight, bias, lora_A, lora_B, lora_bias, **options)
+        scale = torch.linspace(0.5, 1.5, len(weight), device=device)
+        return lora_ext.functional.dora_linear(
+            x, weight.detach(), bias, lora_A, lora_B, scale, **options
+        )
+
+    with torch.autocast(device, dtype=autocast_dtype):
+        y = call(*base)
+    by_hand = call(*(t.to(autocast_dtype) for t in base))
+    assert y.dtype == autocast_dtype and torch.equal(y, by_hand)
+    leaves = [p.x, p.bias, lora_A, lora_B]
+    dy = p.dy.to(autocast_dtype)
+    for got, want in zip(gradients(y, leaves, dy), gradients(by_hand, leaves, dy), strict=True):
+        assert got.dtype == torch.float32 and torch.equal(got, want)

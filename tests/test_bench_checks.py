@@ -97,6 +97,17 @@ def test_a_right_contender_passes(dtype: str) -> None:
     assert rows[1].errors.keys() == {"y", "y (no_grad)", "dx", "dA", "dB"}
 
 
+def test_ten_times_the_error_of_the_naive_layer_is_too_much() -> None:
+    """Twice as much, and a floor, here less than three times the error, is allowed."""
+    case = replace(TINY, dtype="bf16")
+    (rows,) = run_case(case, [RIVALS["naive"]], [FWD], BUDGET, CPU)
+    error = rows[1].errors["y"]["value"]
+    off = planted(lambda x, A, B: lora(x, A, B) + 10 * error)
+    (rows,) = run_case(case, [off], [FWD], BUDGET, CPU)
+    assert rows[1].status == WRONG
+    assert rows[1].note and rows[1].note.startswith("y")
+
+
 def test_a_wrong_dropout_scale_is_found() -> None:
     case = replace(TINY, dropout_p=0.1)
     unscaled = planted(lambda x, A, B: lora(nn.functional.dropout(x, 0.1) * 0.9, A, B))

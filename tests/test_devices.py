@@ -18,31 +18,53 @@ HALVES = DTYPES[2:]  # what the CUDA kernels take
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 @pytest.mark.parametrize("dtypes", HALVES, ids=dtype_id)
-@pytest.mark.parametrize("r", [1, 2, 7, 8, 15, 16, 17, 32, 33, 63, 64, 65, 100, 128, 200, 256, 300])
+@pytest.mark.parametrize(
+    ("r", "lora_bias"),
+    [
+        *((r, "no lora_bias") for r in (2, 8, 16, 32, 64, 100, 128, 200, 256, 300)),
+        *((r, "lora_bias") for r in (1, 7, 15, 17, 33, 63, 65)),
+    ],
+)
 @each_device
 def test_ranks(
-    device: str, r: int, dtypes: tuple[torch.dtype, torch.dtype], dropout_p: float
+    device: str, r: int, lora_bias: str, dtypes: tuple[torch.dtype, torch.dtype], dropout_p: float
 ) -> None:
     assert_as_exact(
         make_problem(
             (130,), 264, 200, r, dtype=dtypes[0], adapter_dtype=dtypes[1], dropout_p=dropout_p,
-            lora_bias=r % 2 == 1, device=device,
+            lora_bias=lora_bias == "lora_bias", device=device,
         )
     )  # fmt: skip
 
 
 # Several tiles of every kernel in every direction, some with tails; M, K, N, r
-TILES = [(515, 1032, 776, 16), (1030, 136, 2056, 24), (300, 771, 1030, 16), (129, 2304, 129, 64)]
+TILES = [
+    ((515, 1032, 776, 16), "no bias"),
+    ((1030, 136, 2056, 24), "no bias"),
+    ((300, 771, 1030, 16), "bias"),
+    ((129, 2304, 129, 64), "bias"),
+]
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("size", TILES, ids=lambda size: "x".join(map(str, size)))
+@pytest.mark.parametrize(
+    ("size", "bias"), TILES, ids=[f"{'x'.join(map(str, size))}-{bias}" for size, bias in TILES]
+)
 @each_device
-def test_many_tiles(device: str, size: tuple[int, int, int, int], dropout_p: float) -> None:
+def test_many_tiles(
+    device: str, size: tuple[int, int, int, int], bias: str, dropout_p: float
+) -> None:
     M, K, N, r = size
     assert_as_exact(
         make_problem(
-            (M,), K, N, r, dtype=torch.bfloat16, bias=N % 8 > 0, dropout_p=dropout_p, device=device
+            (M,),
+            K,
+            N,
+            r,
+            dtype=torch.bfloat16,
+            bias=bias == "bias",
+            dropout_p=dropout_p,
+            device=device,
         )
     )
 

@@ -254,6 +254,18 @@ def test_explain_says_which_product_it_is() -> None:
     assert "forward and backward: the weight requires grad" in reason(0.1, bias=False)
 
 
+@pytest.mark.parametrize("dora_runs", ["first", "second"])
+def test_explain_tells_what_runs_before_dora(dora_runs: str) -> None:
+    layer = lora_ext.nn.Linear(24, 20, 4, lora_dropout=0.1, use_dora=True)
+    layer.add_adapter("second", r=2, lora_dropout=0.1)
+    lora_ext.mark_only_lora_as_trainable(layer)
+    layer.set_adapter(["default", "second"] if dora_runs == "first" else ["second", "default"])
+    reason = lora_ext.explain(layer)[0].reason
+    wanted = "forward and backward: another adapter runs before it"
+    assert (wanted in reason) == (dora_runs == "second")
+    assert ("one with the dropped elements alone" in reason) == (dora_runs == "first")
+
+
 def test_explain_tells_of_dora_in_other_layers() -> None:
     def reason(layer: lora_ext.nn.LoraLayer) -> str:
         return lora_ext.explain(layer)[0].reason

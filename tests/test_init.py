@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -247,6 +248,45 @@ def test_other_kinds_are_refused_by_name(kind: Any, message: str) -> None:
     with pytest.raises(kinds, match="init_lora_weights") as error:
         init.check_init(kind)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["OLoRA", "Gaussian", "Orthogonal", "pissa", "PISSA", "pissa_niter_2", "PISSA_niter_1000"],
+)
+def test_configs_layers_and_peft_take_the_same_names(kind: str) -> None:
+    base, config = nn.Linear(9, 6), {"r": 2, "lora_alpha": 2}
+
+    def model() -> Any:
+        named = lora_ext.LoraConfig(target_modules=["0"], init_lora_weights=kind, **config)
+        net = nn.Sequential(copy.deepcopy(base))
+        return lora_ext.get_lora_model(net, named).base_model[0]
+
+    def layer() -> Any:
+        return lora_ext.nn.Linear.from_linear(copy.deepcopy(base), init_lora_weights=kind, **config)
+
+    # PEFT knows OLoRA and Gaussian in any case.
+    pefts = kind if kind in ("OLoRA", "Gaussian") else kind.lower()
+    (theirs,) = peft_layers(nn.Sequential(copy.deepcopy(base)), pefts, **config)
+    expected = [theirs.weight, theirs.lora_A["default"].weight, theirs.lora_B["default"].weight]
+    for make in (model, layer):
+        torch.manual_seed(3)
+        ours = make()
+        for got, want in zip((ours.weight, ours.lora_A, ours.lora_B), expected, strict=True):
+            torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("kind", ["pissa_niter_1001", "pissa_niter_-1", "pisa", "", "EVA", 1, None])
+def test_configs_and_layers_refuse_the_same_names(kind: Any) -> None:
+    said = []
+    for make in (
+        lambda: lora_ext.LoraConfig(r=2, target_modules=["0"], init_lora_weights=kind),
+        lambda: lora_ext.nn.Linear(9, 6, 2, init_lora_weights=kind),
+    ):
+        with pytest.raises((ValueError, TypeError, NotBuiltError)) as error:
+            make()
+        said.append((type(error.value), str(error.value).partition(": ")[2]))
+    assert said[0] == said[1]
 
 
 WEIGHT = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -46,6 +47,28 @@ PAIRS = [
 ]
 
 
+class Options(NamedTuple):
+    """What a call has besides its sizes and types."""
+
+    bias: bool = True
+    factor: bool = True  # the scaling is a tensor's, too
+    h: bool = True  # kept for backward, which makes it again otherwise
+    processors: int = 3
+
+    def __str__(self) -> str:
+        words = [name for name in ("bias", "factor", "h") if getattr(self, name)]
+        return ",".join([*words, f"{self.processors}SM"])
+
+
+# Of the calls with so many rows; of all others the default
+OPTIONS = {
+    1: Options(factor=False, processors=132),
+    37: Options(bias=False, processors=1),
+    130: Options(h=False),
+    200: Options(h=False),
+}
+
+
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernels:
     return EmulatedKernels.build(tmp_path_factory.mktemp("kernels"))
@@ -73,14 +96,15 @@ def check(
     `transposed`: the weight lies as [K, N]."""
     M, K, N, r = size
     dtype, adapter = (DTYPES[name] for name in (types.split("-") * 2)[:2])
-    kernels.gpu(GPUS[family], (1, 3, 132)[(M + r) % 3])
+    has = OPTIONS.get(M, Options())
+    kernels.gpu(GPUS[family], has.processors)
     p = make_problem(
-        (M,), K, N, r, dtype=dtype, adapter_dtype=adapter, dropout_p=dropout_p, bias=M != 37
+        (M,), K, N, r, dtype=dtype, adapter_dtype=adapter, dropout_p=dropout_p, bias=has.bias
     )
     if not base:
         p.weight.data.zero_()
     kernels.schedule(*schedule)
-    factor = None if M == 1 else torch.tensor(4.0)
+    factor = torch.tensor(4.0) if has.factor else None
     scaling = p.scaling if factor is None else p.scaling / 4
     options = {"scaling": scaling, "scaling_factor": factor}
     options |= {"dropout_p": dropout_p, "rng_state": p.rng_state}
@@ -91,7 +115,7 @@ def check(
     kernels.take_launches()
     y, h = kernels.forward(x, weight, bias, A, B, **options)
     forward = kernels.take_launches()
-    dx, dA, dB = kernels.backward(p.dy, x, h if M % 2 else None, weight, A, B, **options)
+    dx, dA, dB = kernels.backward(p.dy, x, h if has.h else None, weight, A, B, **options)
     backward = kernels.take_launches()
     # TMA reads x, dy and weight where all their rows begin at multiples of 16 bytes.
     tma = family == "sm90" and K % 8 == 0 and N % 8 == 0
@@ -100,7 +124,7 @@ def check(
     up_ranks = 32 if GPUS[family] == 86 and N > 64 else 64
     passes = [tma] * (-(-r // up_ranks) + -(-r // 64))
     check_instructions(forward, [*down, tma])
-    check_instructions(backward, [*down * (M % 2 == 0), *passes, tma])
+    check_instructions(backward, [*([] if has.h else down), *passes, tma])
     want, sizes, plain = exact_results(p), expected_sizes(p), plain_results(p)
     for name, got in (("y", y), ("x", dx), ("lora_A", dA), ("lora_B", dB)):
         bound = kernel_bound(p, got.dtype)
@@ -113,40 +137,69 @@ def check(
             assert error <= noise * rms(plain[name].double() - want[name]), name
 
 
-SCHEDULES = list(itertools.product(COMPLETIONS, range(4)))
+SCHEDULES = [(completion, seed) for seed in range(4) for completion in COMPLETIONS]
 
 
 def readable(value: object) -> str | None:
-    return "x".join(map(str, value)) if isinstance(value, tuple) else None
+    """Of sizes, with the options that their number of rows brings along; of a schedule."""
+    if not isinstance(value, tuple):
+        return None
+    if value in SCHEDULES:
+        return "-".join(map(str, value))
+    return f"{'x'.join(map(str, value))}-{OPTIONS.get(value[0], Options())}"
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 @pytest.mark.parametrize("types", TYPES.values())
 @pytest.mark.parametrize(
-    ("family", "size"), [(f, size) for f in SIZES for size in SIZES[f]], ids=readable
+    ("family", "size", "schedule"),
+    [
+        (family, size, schedule)
+        for family in SIZES
+        for size, schedule in zip(SIZES[family], itertools.cycle(SCHEDULES), strict=False)
+    ],
+    ids=readable,
 )
 def test_values_and_gradients(
     kernels: EmulatedKernels,
     family: str,
     size: tuple[int, int, int, int],
+    schedule: tuple[str, int],
     types: str,
     dropout_p: float,
 ) -> None:
-    schedule = SCHEDULES[(size[0] + size[3]) % len(SCHEDULES)]
     check(kernels, size, types, dropout_p, schedule, family)
 
 
-@pytest.mark.parametrize(("family", "size"), PAIRS, ids=readable)
+@pytest.mark.parametrize(
+    ("family", "size", "types", "dropout_p", "schedule"),
+    [
+        (*pair, *others)
+        for pair, *others in zip(
+            PAIRS,
+            itertools.cycle(TYPES.values()),
+            itertools.cycle([0.0, 0.1, 0.1, 0.0, 0.1]),  # not in step with the types
+            itertools.cycle(SCHEDULES),
+            strict=False,
+        )
+    ],
+    ids=readable,
+)
 def test_pairs_of_sizes(
-    kernels: EmulatedKernels, family: str, size: tuple[int, int, int, int]
+    kernels: EmulatedKernels,
+    family: str,
+    size: tuple[int, int, int, int],
+    types: str,
+    dropout_p: float,
+    schedule: tuple[str, int],
 ) -> None:
-    number = PAIRS.index((family, size))
-    types = list(TYPES.values())[number % len(TYPES)]
-    check(kernels, size, types, 0.1 * (number // 2 % 2), SCHEDULES[number % len(SCHEDULES)], family)
+    check(kernels, size, types, dropout_p, schedule, family)
 
 
 @pytest.mark.parametrize("dropout_p", [0.5, 0.9])
-@pytest.mark.parametrize("size", [(1, 72, 72, 1), (65, 131, 70, 17), (37, 136, 264, 80)])
+@pytest.mark.parametrize(
+    "size", [(1, 72, 72, 1), (65, 131, 70, 17), (37, 136, 264, 80)], ids=readable
+)
 @pytest.mark.parametrize("family", SIZES)
 def test_high_dropout(
     kernels: EmulatedKernels, family: str, size: tuple[int, int, int, int], dropout_p: float
@@ -179,7 +232,9 @@ def test_every_schedule(
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-@pytest.mark.parametrize("size", [(37, 72, 136, 8), (65, 131, 70, 17), (130, 264, 264, 80)])
+@pytest.mark.parametrize(
+    "size", [(37, 72, 136, 8), (65, 131, 70, 17), (130, 264, 264, 80)], ids=readable
+)
 @pytest.mark.parametrize("family", SIZES)
 def test_low_rank_part_alone(
     kernels: EmulatedKernels, family: str, size: tuple[int, int, int, int], dropout_p: float
@@ -189,7 +244,9 @@ def test_low_rank_part_alone(
 
 
 @pytest.mark.parametrize("types", ["bf16", "fp16-fp32"])
-@pytest.mark.parametrize("size", [(37, 72, 136, 8), (65, 131, 70, 17), (130, 264, 264, 80)])
+@pytest.mark.parametrize(
+    "size", [(37, 72, 136, 8), (65, 131, 70, 17), (130, 264, 264, 80)], ids=readable
+)
 @pytest.mark.parametrize("family", SIZES)
 def test_transposed_weight(
     kernels: EmulatedKernels, family: str, size: tuple[int, int, int, int], types: str

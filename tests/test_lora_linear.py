@@ -20,16 +20,17 @@ from torch import Tensor
 
 import lora_ext
 
+# M, K, N, r, and which biases there are
 SIZES = [
-    (1, 64, 32, 8),
-    (3, 5, 7, 1),
-    (16, 768, 768, 8),
-    (37, 257, 136, 17),
-    (49, 72, 1100, 64),
-    (200, 1100, 72, 16),
-    (97, 130, 257, 5),
-    (2, 2049, 1025, 40),
-    (16, 2100, 2060, 64),  # few rows, large adapter: BLAS also under dropout
+    ((1, 64, 32, 8), "both biases"),
+    ((3, 5, 7, 1), "lora_bias"),
+    ((16, 768, 768, 8), "bias"),
+    ((37, 257, 136, 17), "both biases"),
+    ((49, 72, 1100, 64), "no bias"),
+    ((200, 1100, 72, 16), "bias"),
+    ((97, 130, 257, 5), "lora_bias"),
+    ((2, 2049, 1025, 40), "no bias"),
+    ((16, 2100, 2060, 64), "bias"),  # few rows, large adapter: BLAS also under dropout
 ]
 DTYPES = [
     (torch.float64, torch.float64),
@@ -88,9 +89,14 @@ def cuda_bounds(problem: Problem, wanted: dict[str, Tensor]) -> dict[str, float]
 @each_device
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
+@pytest.mark.parametrize(
+    ("size", "biases"),
+    SIZES,
+    ids=[f"{'x'.join(map(str, size))}-{biases}" for size, biases in SIZES],
+)
 def test_values_and_gradients(
     size: tuple[int, int, int, int],
+    biases: str,
     dtypes: tuple[torch.dtype, torch.dtype],
     dropout_p: float,
     device: str,
@@ -105,8 +111,8 @@ def test_values_and_gradients(
             dtype=dtypes[0],
             adapter_dtype=dtypes[1],
             dropout_p=dropout_p,
-            lora_bias=M % 2 == 1,
-            bias=M % 3 != 0,
+            lora_bias=biases in ("lora_bias", "both biases"),
+            bias=biases in ("bias", "both biases"),
             device=device,
         )
     )

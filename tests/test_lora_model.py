@@ -266,6 +266,21 @@ def test_adding_an_adapter_leaves_modes_and_merges_alone() -> None:
     assert model.active_adapters == () and torch.equal(model(x), net_of()(x))
 
 
+@pytest.mark.parametrize("active", [["default"], ["default", "other"]], ids=["one", "several"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_what_is_active_after_a_deletion_trains_as_before(frozen: bool, active: list[str]) -> None:
+    """The next adapter takes the place of the deleted one; one that was active stays as it was."""
+    model = model_of()
+    model.add_adapter("other", config_of(r=3, target_modules=["first", "head"]))
+    model.set_adapter(active, inference_mode=frozen)
+    model.delete_adapter("default")
+    assert model.active_adapters == ("other",)
+    net = model.get_base_model()
+    trains = {name for name, p in net.named_parameters() if p.requires_grad}
+    others = {f"{n}.lora_{part}_other" for n in ("first", "head") for part in "AB"}
+    assert trains == (set() if frozen else others)
+
+
 def test_a_name_is_no_path() -> None:
     for name in ("/tmp/x", "a/b", "..", "a\\b", ""):
         with pytest.raises(ValueError, match="adapter_name"):

@@ -105,6 +105,30 @@ def test_outputs_are_the_same(fields: dict[str, Any], projections: str, tmp_path
     torch.testing.assert_close(theirs(x), y)
 
 
+def test_a_rank_is_that_of_one_layer_alone(tmp_path: Path) -> None:
+    """The name of one layer, read as a pattern, is another's, too; the ranks of both differ."""
+
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        inner = nn.ModuleDict({"qkv": nn.Linear(E, 20)})
+        return nn.ModuleDict({"block": inner, "block_qkv": nn.Linear(E, 20)}).double()
+
+    def outputs(model: Any) -> Tensor:
+        return torch.cat([model.block.qkv(rows()), model.block_qkv(rows())])
+
+    sliced: Any = net()
+    sliced.block["qkv"] = MergedLinear.from_linear(
+        sliced.block.qkv, [True, False, True], 0, slice_sizes=[8, 4, 8]
+    )
+    model = filled(get_lora_model(sliced, LoraConfig(r=4, target_modules=r".*qkv")))
+    model.save_pretrained(tmp_path, as_plain_lora=True)
+    ours = LoraModel.from_pretrained(net(), tmp_path)
+    assert [layer.r for _, layer in ours.lora_layers()] == [8, 4]
+    torch.testing.assert_close(outputs(ours), outputs(model))
+    theirs = peft.PeftModel.from_pretrained(net(), str(tmp_path))
+    torch.testing.assert_close(outputs(theirs.base_model.model), outputs(model))
+
+
 def test_merged_and_other_adapters(tmp_path: Path) -> None:
     config = LoraConfig(r=2, target_modules=["qkv"])
     model = filled(get_lora_model(with_slices(net_of(), "qv"), config))

@@ -110,13 +110,14 @@ def test_fp32_adapters_beside_16_bits(size: tuple[int, int, int, int], dtype: to
     assert all(ratio <= luck(size[0] * size[3] * seeds) for ratio in got.values()), got
 
 
-# Of sums of h, long enough that without sums of kSumTerms they would be 1.6 times plain PyTorch's.
 def test_fp32_sums_are_short() -> None:
-    """A sum of n terms in a row errs like sqrt(n / 2) roundings. Ours are of at most 128."""
+    """A sum of n terms in a row errs like sqrt(n / 2) roundings. Ours are of at most kSumTerms =
+    128, BLAS's of 384: 0.58 of plain PyTorch's error of h, of which y has nearly all here (0.63 is
+    measured; 1.67 where ours are not cut). Halfway from 0.58 to as much as PyTorch is allowed."""
     got = ratios(
         SEEDS, lambda seed: three_results(problem_of((72, 4096, 64, 4), 64.0, seed, bias=False))
     )
-    assert got["y"] <= 0.8, got
+    assert got["y"] <= (1 + math.sqrt(128 / 384)) / 2, got
 
 
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5])

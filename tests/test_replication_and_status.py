@@ -53,6 +53,20 @@ def test_replicated_layers_are_pefts(family: str, tmp_path: Path) -> None:
     assert all(one is other for one, other in zip(now, weights, strict=True))
 
 
+@pytest.mark.parametrize("family", ["llama", "falcon"])
+def test_each_copy_has_a_cache_of_its_own(family: str) -> None:
+    base, inputs = BUILDERS[family]()
+    fields = {"layer_replication": LAYERS, "init_lora_weights": False}
+    model = get_lora_model(base, LoraConfig(**fields)).eval()
+    tokens = inputs["input_ids"]
+    with torch.no_grad():
+        whole = model(tokens, use_cache=False).logits
+        start = model(tokens[:, :-2], use_cache=True)
+        rest = model(tokens[:, -2:], past_key_values=start.past_key_values, use_cache=True)
+    assert len(start.past_key_values.layers) == 4
+    torch.testing.assert_close(rest.logits, whole[:, -2:], rtol=1e-5, atol=1e-5)
+
+
 def test_a_failure_puts_the_layers_back() -> None:
     base, _ = BUILDERS["llama"]()
     layers, count = base.model.layers, base.config.num_hidden_layers

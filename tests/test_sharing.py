@@ -81,6 +81,24 @@ def test_one_adapter_has_the_biases_of_the_base(first: str, second: str, tmp_pat
         assert list(model.peft_config) == ["default"] and torch.equal(model(X), y)
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_of_the_base_are_not_loaded_into_a_merged_model(bias: str, tmp_path: Path) -> None:
+    """Merging keeps the base's parameters, which unmerging puts back: the file's would be lost, or
+    end beside a weight that they do not belong to."""
+    model_of(bias=bias).save_pretrained(tmp_path)
+    model = model_of(lora_bias=True)
+    model.merge_adapter()
+    y, before = model(X), {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"merged adapters; call unmerge_adapter\(\) first"):
+        model.load_adapter(tmp_path, "other")
+    now = model.state_dict()
+    assert list(now) == list(before) and all(torch.equal(now[n], before[n]) for n in now)
+    assert list(model.peft_config) == ["default"] and torch.equal(model(X), y)
+    model.unmerge_adapter()
+    model.load_adapter(tmp_path, "other")
+    assert list(model.peft_config) == ["default", "other"]
+
+
 def test_adapters_without_biases_may_be_beside_it() -> None:
     model = model_of(bias="none")
     model.add_adapter("biased", config_of(bias="all"))

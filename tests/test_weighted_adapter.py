@@ -103,6 +103,19 @@ def test_exact_types_give_the_weighted_sum(kind: str, use_rslora: bool) -> None:
         assert (actual - expected).abs().max() <= 64 * 2**-24 * expected.abs().max()
 
 
+@pytest.mark.parametrize("use_rslora", [False, True], ids=["alpha/r", "rslora"])
+@pytest.mark.parametrize("kind", ["cat", "svd", "linear"])
+def test_a_saved_combination_loads_equal(kind: str, use_rslora: bool, tmp_path: Path) -> None:
+    ours, _ = models(use_rslora=use_rslora)
+    ours.add_weighted_adapter(list(RANKS), WEIGHTS, "new", kind)
+    ours.set_adapter("new")
+    y = ours(rows())
+    ours.save_pretrained(tmp_path, "new")
+    assert torch.equal(LoraModel.from_pretrained(net_of(), tmp_path / "new")(rows()), y)
+    theirs = peft.PeftModel.from_pretrained(net_of(), str(tmp_path / "new"))
+    assert (theirs(rows()) - y).abs().max() <= 1e-5 * y.abs().max()
+
+
 @pytest.mark.parametrize("kind", [name for name in TYPES if name.startswith("dare")])
 def test_what_dare_drops_follows_the_generator(kind: str) -> None:
     results = []
