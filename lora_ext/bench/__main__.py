@@ -1,4 +1,4 @@
-"""Entry point of ``python -m lora_ext.bench``."""
+"""Entry point of `python -m lora_ext.bench`."""
 
 import sys
 
@@ -6,7 +6,7 @@ OPTIONAL = ("rich", "matplotlib")
 
 
 def run() -> int:
-    """Run the command line; tables and plots need packages that the rest of lora_ext does not."""
+    """Runs the command line; tables and plots need packages that the rest of lora_ext does not."""
     try:
         from lora_ext.bench.cli import main
 

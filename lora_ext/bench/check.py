@@ -60,7 +60,7 @@ class Checker:
         self._naive_errors: dict[torch.dtype, dict[str, float]] = {}
 
     def check(self, rival: Rival, contender: Contender) -> Verdict:
-        """Compare outputs and gradients; only their form where the dropout mask is unknown."""
+        """Compares outputs and gradients; only their form where the dropout mask is unknown."""
         if rival.name == FROZEN:
             return Verdict()  # torch's own nn.Linear
         outputs = self._outputs(contender)
@@ -76,7 +76,7 @@ class Checker:
         return Verdict(tuple(wrong), errors)
 
     def _outputs(self, contender: Contender) -> dict[str, Tensor]:
-        """Run both modes from the same RNG state, so that both draw the same mask."""
+        """Runs both modes from the same RNG state, so that both draw the same mask."""
         torch.manual_seed(_SEED)
         y_no_grad = contender.forward(self._batch)
         if y_no_grad.shape != self._batch.dy.shape:
@@ -114,7 +114,7 @@ class Checker:
         }
 
     def _naive(self, adapter_dtype: torch.dtype) -> dict[str, float]:
-        """Measure the errors of the naive layer with adapters of this dtype."""
+        """Measures the errors of the naive layer with adapters of this dtype."""
         if adapter_dtype not in self._naive_errors:
             outputs = self._outputs(build_naive(self._problem, adapter_dtype))
             expected = self._reference(torch_keep_mask, adapter_dtype)
@@ -126,7 +126,7 @@ class Checker:
     def _reference(
         self, keep_mask: KeepMask | None, adapter_dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """Compute the fp64 outputs for the mask that a layer draws; equal masks share them."""
+        """Computes the fp64 outputs for the mask that a layer draws; equal masks share them."""
         mask = None
         p = self._problem.case.dropout_p
         if p > 0 and keep_mask is not None:

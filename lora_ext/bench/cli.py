@@ -1,4 +1,4 @@
-"""Command line of ``python -m lora_ext.bench``."""
+"""Command line of `python -m lora_ext.bench`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _QUICK_RIVALS = tuple(name for name in RIVALS if name != "compile")
 
 
 def _comma_separated(convert: Callable[[str], Any], form: str) -> Callable[[str], tuple[Any, ...]]:
-    """Make an argparse type for a list; form says what a valid item is."""
+    """Makes an argparse type for a list; form says what a valid item is."""
 
     def parse(text: str) -> tuple[Any, ...]:
         try:
@@ -174,7 +174,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
 
 
 def _writers(options: argparse.Namespace) -> list[Callable[[Report], object]]:
-    """Prepare the outputs before a long run, so that what cannot work fails now."""
+    """Prepares the outputs before a long run, so that what cannot work fails now."""
     writers: list[Callable[[Report], object]] = []
     if options.json:
         options.json.open("a").close()
@@ -190,7 +190,7 @@ def _writers(options: argparse.Namespace) -> list[Callable[[Report], object]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark and return the exit status."""
+    """Runs the benchmark and returns the exit status."""
     arguments = sys.argv[1:] if argv is None else argv
     parser = _parser()
     options = parser.parse_args(arguments)

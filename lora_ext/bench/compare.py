@@ -72,7 +72,7 @@ class Change:
 
 
 def match(old: Report, new: Report) -> list[Change]:
-    """Pair the rows of lora_ext that both reports have; ratios carry over, times do not."""
+    """Pairs the rows of lora_ext that both reports have; ratios carry over, times do not."""
     known = {row.key: row for row in old.rows}
     busy = is_busy(old.environment) or is_busy(new.environment)
     return [
@@ -83,7 +83,7 @@ def match(old: Report, new: Report) -> list[Change]:
 
 
 def print_changes(changes: list[Change], old: Report, new: Report, console: Console) -> None:
-    """Print where both come from, with a warning where that is no ground for a comparison, and
+    """Prints where both come from, with a warning where that is no ground for a comparison, and
     every change."""
     for name, report in (("old", old), ("new", new)):
         style = "yellow" if is_busy(report.environment) else "dim"

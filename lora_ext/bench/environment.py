@@ -37,7 +37,7 @@ OPTIONAL = {"other_load": float | None, "gpu": dict[str, str] | None, "left_out"
 def describe(
     device: torch.device, arguments: Sequence[str], program: str = "-m lora_ext.bench"
 ) -> dict[str, Any]:
-    """Collect what a reader needs to judge or repeat a run."""
+    """Collects what a reader needs to judge or repeat a run."""
     return {
         "device": _device_name(device),
         "device_type": device.type,
@@ -58,7 +58,7 @@ def describe(
 
 
 def summary(environment: dict[str, Any]) -> str:
-    """Put it in one line, for captions."""
+    """Puts it in one line, for captions."""
     versions = ", ".join(f"{name} {v}" for name, v in environment["versions"].items() if v)
     commit = environment["commit"]
     modified = " (modified)" if environment["dirty"] else ""
@@ -115,7 +115,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_state(source: Path) -> dict[str, Any]:
-    """Find the commit of the source, if git tracks it: not that of a repository around a venv."""
+    """Finds the commit of the source, if git tracks it: not that of a repository around a venv."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(source.parent), *arguments]

@@ -71,7 +71,7 @@ def _no_garbage_collection() -> Iterator[None]:
 def time_row(
     calls: Mapping[str, Call], batches: Sequence[Batch], budget: Budget
 ) -> dict[str, Timing]:
-    """Time the contenders in rounds of one sample each, so that drift hits all of them alike.
+    """Times the contenders in rounds of one sample each, so that drift hits all of them alike.
 
     The order within a round is shuffled, since each contender runs in the caches of the one before.
     """
@@ -96,7 +96,7 @@ def time_row(
 
 
 def _warm_up(call: Call, batches: Sequence[Batch], seconds: Callable[..., float]) -> float:
-    """Return the usual time of a few calls, or of one long call: checks have warmed up too."""
+    """Returns the usual time of a few calls, or of one long call: checks have warmed up too."""
     taken: list[float] = []
     while len(taken) < _WARM_UP_CALLS and sum(taken) < _LONG_CALL_S:
         taken.append(seconds(call, batches[:1]))
@@ -110,7 +110,7 @@ def _timing(samples: list[float], frozen: list[float], count: int) -> Timing:
 
 
 def saved_bytes(contender: Contender, batch: Batch) -> int:
-    """Count the bytes that a forward keeps for backward: unique storages, without parameters.
+    """Counts the bytes that a forward keeps for backward: unique storages, without parameters.
 
     x counts where it is kept, although whoever produced it may share it.
     """
@@ -132,7 +132,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def peak_bytes(call: Call, batch: Batch) -> int | None:
-    """Measure what a call allocates at its peak, over what was there before; CUDA only."""
+    """Measures what a call allocates at its peak, over what was there before; CUDA only."""
     device = batch.x.device
     if device.type != "cuda":
         return None

@@ -93,7 +93,7 @@ def caption(report: Report) -> tuple[str, str]:
 
 
 def write_plots(report: Report, folder: Path) -> list[Path]:
-    """Write the plots into an existing folder; what is not on an axis is averaged."""
+    """Writes the plots into an existing folder; what is not on an axis is averaged."""
     ratio = "time / frozen layer"
     over_rank = _Plot("rank r", lambda row: row.case.rank, ratio, _ratio, base=1.0)
     over_shape = _Plot("K→N", lambda row: row.case.shape, ratio, _ratio, base=1.0)

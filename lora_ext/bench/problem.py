@@ -43,7 +43,7 @@ class Problem:
 
 
 def make_problem(case: Case, device: torch.device) -> Problem:
-    """Draw random-normal tensors, with x·Wᵀ and h·Bᵀ of about unit size.
+    """Draws random-normal tensors, with x·Wᵀ and h·Bᵀ of about unit size.
 
     Both terms then weigh the same, so that an error in either shows. Zeros would also run faster.
     """
@@ -66,7 +66,7 @@ def make_problem(case: Case, device: torch.device) -> Problem:
 
 
 def reference_outputs(problem: Problem, batch: Batch, mask: Tensor | None) -> dict[str, Tensor]:
-    """Compute y, dx, dA and dB in fp64; mask is the keep mask [M, K] of the dropout."""
+    """Computes y, dx, dA and dB in fp64; mask is the keep mask [M, K] of the dropout."""
     x, lora_A, lora_B = (
         tensor.detach().double().requires_grad_()
         for tensor in (batch.x, problem.lora_A, problem.lora_B)

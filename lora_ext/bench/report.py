@@ -25,7 +25,7 @@ _CASE_COLUMNS = ("K→N", "M", "r", "dtype", "p", "mode")
 
 
 def format_time(microseconds: float) -> str:
-    """Write three digits with a unit."""
+    """Writes three digits with a unit."""
     for unit in ("µs", "ms"):
         if microseconds < 999.5:
             return f"{microseconds:.3g} {unit}"
@@ -34,7 +34,7 @@ def format_time(microseconds: float) -> str:
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print ratios and medians for each case and mode, then what is behind missing ones."""
+    """Prints ratios and medians for each case and mode, then what is behind missing ones."""
     rivals = unique(row.rival for row in report.rows)
     if not console.is_terminal:
         console.width = max(console.width, _MIN_WIDTH, _COLUMN_WIDTH * (3 + len(rivals)))
@@ -105,7 +105,7 @@ def _rich_cell(row: Row | None) -> str:
 
 
 def _geomean_cell(rows: Sequence[Row], mode: str, rival: str) -> str:
-    """Name the number of rows where some are missing: such a mean is over other cases."""
+    """Names the number of rows where some are missing: such a mean is over other cases."""
     own = [row for row in rows if row.mode == mode and row.rival == rival]
     mean = geomean_ratio(own)
     timed = sum(row.status == OK for row in own)
@@ -115,7 +115,7 @@ def _geomean_cell(rows: Sequence[Row], mode: str, rival: str) -> str:
 
 
 def markdown_table(report: Report) -> str:
-    """Write the frozen layer's time, and everybody's ratio to it."""
+    """Writes the frozen layer's time, and everybody's ratio to it."""
     rivals = [name for name in unique(row.rival for row in report.rows) if name != FROZEN]
     header = [*_CASE_COLUMNS, FROZEN, *rivals]
     lines = [header, ["---"] * len(_CASE_COLUMNS) + ["---:"] * (1 + len(rivals))]

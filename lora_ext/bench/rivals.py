@@ -40,7 +40,7 @@ class Contender:
         return y
 
     def forward_backward(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Return dx, and dA and dB where there are adapters."""
+        """Returns dx, and dA and dB where there are adapters."""
         y = self.layer(batch.x)
         return torch.autograd.grad(y, (batch.x, *self.trained), batch.dy)
 
@@ -105,7 +105,7 @@ class NaiveLora(nn.Module):
 
 
 def build_naive(problem: Problem, adapter_dtype: torch.dtype | None = None) -> Contender:
-    """Build the naive layer; its errors are the yardstick of everybody's check."""
+    """Builds the naive layer; its errors are the yardstick of everybody's check."""
     layer = NaiveLora(problem, adapter_dtype or problem.case.torch_dtype)
     return Contender(layer, (layer.lora_A.weight, layer.lora_B.weight))
 
