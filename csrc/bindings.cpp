@@ -7,9 +7,9 @@
 
 #include "cpu/kernels.h"
 #include "cpu/lora_linear.h"
-#include "ops/composed.h"
 #include "ops/dropout.h"
 #include "ops/lora_linear.h"
+#include "ops/lora_linear_blas.h"
 #if defined(LORA_EXT_CUDA_VERSION)
 #include "cuda/lora_linear.h"
 #endif

@@ -4,9 +4,9 @@
 #include <torch/library.h>
 
 #include "cpu/backend.h"
-#include "cpu/path.h"
+#include "cpu/lora_linear_path.h"
 #include "ops/checks.h"
-#include "ops/prepare.h"
+#include "ops/lora_linear_prepare.h"
 
 namespace lora_ext {
 namespace {

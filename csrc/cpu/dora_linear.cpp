@@ -13,7 +13,7 @@
 #include "cpu/backend.h"
 #include "cpu/lora_linear.h"
 #include "ops/column_scale.h"
-#include "ops/prepare.h"
+#include "ops/lora_linear_prepare.h"
 #include "ops/tensors.h"
 
 namespace lora_ext {

@@ -1,13 +1,13 @@
 // Compiled once per instruction set, in the namespace LORA_EXT_ISA (see CMakeLists.txt).
 #include "kernels.h"
 #include "simd/column_scale_rows.h"
-#include "simd/dropped_rows.h"
+#include "simd/dora_linear_rows.h"
 #include "simd/float_math.h"
 #include "simd/lora_embedding_rows.h"
 #include "simd/lora_linear_rows.h"
 #include "simd/merge_rows.h"
-#include "simd/norm_rows.h"
 #include "simd/transpose.h"
+#include "simd/weight_norm_rows.h"
 
 namespace lora_ext::LORA_EXT_ISA {
 namespace {

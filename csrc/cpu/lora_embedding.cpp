@@ -6,10 +6,10 @@
 #include <torch/library.h>
 
 #include "cpu/backend.h"
+#include "cpu/lora_linear_path.h"
 #include "cpu/parts.h"
-#include "cpu/path.h"
 #include "ops/checks.h"
-#include "ops/prepare.h"
+#include "ops/lora_linear_prepare.h"
 
 namespace lora_ext {
 namespace {

@@ -13,7 +13,7 @@
 #include "cpu/backend.h"
 #include "cpu/lora_linear.h"
 #include "ops/checks.h"
-#include "ops/prepare.h"
+#include "ops/lora_linear_prepare.h"
 
 namespace lora_ext {
 namespace {

@@ -1,4 +1,5 @@
-// The CPU's own ways of lora_linear; path.h chooses between them and the BLAS calls of ops/.
+// The CPU's own ways of lora_linear; lora_linear_path.h chooses between them and the BLAS calls of
+// ops/.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -6,7 +7,7 @@
 #include <string>
 #include <utility>
 
-#include "cpu/path.h"
+#include "cpu/lora_linear_path.h"
 #include "ops/low_rank.h"
 
 namespace lora_ext {
@@ -16,7 +17,7 @@ namespace lora_ext {
 void low_rank_forward_fused(const LowRankForward& problem, const CpuPath& path);
 void low_rank_backward_fused(const LowRankBackward& problem, const CpuPath& path);
 
-// On the way that path.h chooses.
+// On the way that lora_linear_path.h chooses.
 void low_rank_forward(const LowRankForward& problem);
 void low_rank_backward(const LowRankBackward& problem);
 

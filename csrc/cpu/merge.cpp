@@ -8,7 +8,7 @@
 
 #include "cpu/backend.h"
 #include "ops/checks.h"
-#include "ops/prepare.h"
+#include "ops/lora_linear_prepare.h"
 
 namespace lora_ext {
 namespace {

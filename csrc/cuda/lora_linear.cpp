@@ -11,7 +11,7 @@
 #include "kernels/lora_linear.h"
 #include "ops/checks.h"
 #include "ops/lora_linear.h"
-#include "ops/prepare.h"
+#include "ops/lora_linear_prepare.h"
 
 namespace lora_ext {
 namespace {

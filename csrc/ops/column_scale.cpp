@@ -9,7 +9,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "ops/find_op.h"
+#include "ops/operator.h"
 #include "ops/tensors.h"
 #include "ops/transforms.h"
 

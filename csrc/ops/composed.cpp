@@ -1,9 +1,8 @@
-#include "ops/composed.h"
-
 #include <ATen/ATen.h>
 
+#include "ops/lora_linear_blas.h"
+#include "ops/lora_linear_prepare.h"
 #include "ops/low_rank.h"
-#include "ops/prepare.h"
 
 namespace lora_ext {
 

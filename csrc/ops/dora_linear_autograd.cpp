@@ -10,7 +10,7 @@
 #include "ops/column_scale.h"
 #include "ops/dora_linear.h"
 #include "ops/dropout.h"
-#include "ops/find_op.h"
+#include "ops/operator.h"
 #include "ops/tensors.h"
 #include "ops/transforms.h"
 

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "ops/checks.h"
-#include "ops/find_op.h"
+#include "ops/operator.h"
 #include "ops/tensors.h"
 #include "ops/transforms.h"
 

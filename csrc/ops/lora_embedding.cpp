@@ -7,7 +7,7 @@
 #include <torch/library.h>
 
 #include "ops/checks.h"
-#include "ops/find_op.h"
+#include "ops/operator.h"
 #include "ops/tensors.h"
 
 namespace lora_ext {

@@ -7,9 +7,9 @@
 #include <torch/library.h>
 
 #include "ops/checks.h"
-#include "ops/composed.h"
-#include "ops/find_op.h"
+#include "ops/lora_linear_blas.h"
 #include "ops/lora_linear_registration.h"
+#include "ops/operator.h"
 #include "ops/tensors.h"
 
 namespace lora_ext {

@@ -1,10 +1,10 @@
-#include "kernels.h"
-
 #include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <cstdlib>
 #include <string>
+
+#include "kernels.h"
 
 namespace lora_ext {
 namespace {

@@ -1,4 +1,4 @@
-#include "ops/prepare.h"
+#include "ops/lora_linear_prepare.h"
 
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
