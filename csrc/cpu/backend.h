@@ -5,7 +5,7 @@
 #include <ATen/Parallel.h>
 
 #include "cpu/kernels.h"
-#include "ops/lora_linear.h"
+#include "ops/tensors.h"
 
 namespace lora_ext {
 
@@ -22,13 +22,13 @@ inline int dtype_pair(at::ScalarType base, at::ScalarType adapter) {
   return static_cast<int>(pair);
 }
 
-inline DropoutArgs dropout_args(const LoraScale& scale) {
-  if (scale.dropout_p == 0.0) return {false, dropout_threshold(0.0), 1.0, {}};
-  const Tensor state = scale.rng_state->contiguous();
+inline DropoutArgs dropout_args(double dropout_p, const OptionalTensor& rng_state) {
+  if (dropout_p == 0.0) return {false, dropout_threshold(0.0), 1.0, {}};
+  const Tensor state = rng_state->contiguous();
   const int64_t* words = state.const_data_ptr<int64_t>();
   return {true,
-          dropout_threshold(scale.dropout_p),
-          dropout_scale(scale.dropout_p),
+          dropout_threshold(dropout_p),
+          dropout_scale(dropout_p),
           {static_cast<uint64_t>(words[0]), static_cast<uint64_t>(words[1])}};
 }
 

@@ -1,12 +1,12 @@
 // column_scale on the CPU: one pass forward, one backward.
+#include "ops/column_scale.h"
+
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
 #include <torch/library.h>
 
 #include "cpu/backend.h"
 #include "cpu/lora_linear_path.h"
-#include "ops/checks.h"
-#include "ops/lora_linear_prepare.h"
 
 namespace lora_ext {
 namespace {
@@ -41,13 +41,13 @@ Tensor column_scale_cpu(const Tensor& z, const Tensor& scale, const OptionalTens
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> column_scale_bwd_cpu(const Tensor& dy, const OptionalTensor& z,
-                                                        const Tensor& scale, ColumnScaleMask mask) {
+ColumnScaleGradients column_scale_bwd_cpu(const Tensor& dy, const OptionalTensor& z,
+                                          const Tensor& scale, ColumnScaleMask mask) {
   check_column_scale_bwd(dy, z, scale, mask);
   const auto compute = at::toOpMathType(dy.scalar_type());
   const auto options = dy.options().dtype(compute);
   const int64_t N = dy.size(-1);
-  Tensor dz = mask[kGradZ] ? at::empty(dy.sizes(), dy.options()) : at::empty({0}, dy.options());
+  Tensor dz = gradient_or_empty(mask[kGradZ], dy);
   Tensor dscale = at::zeros({mask[kGradScale] ? N : 0}, options);
   Tensor dbias = at::zeros({mask[kGradOffset] ? N : 0}, options);
   if (dy.numel() == 0) return {dz, dscale, dbias};

@@ -9,8 +9,6 @@
 #include <mutex>
 
 #include "cpu/backend.h"
-#include "ops/checks.h"
-#include "ops/lora_linear_prepare.h"
 
 namespace lora_ext {
 namespace {
@@ -46,7 +44,7 @@ Tensor dropout_cpu(const Tensor& x, const Tensor& rng_state, double dropout_p) {
   if (out.numel() == 0) return out;
   const Tensor rows = as_rows(x);
   const auto& kernels = cpu_kernels().elementwise[dtype_pair(x.scalar_type(), x.scalar_type())];
-  const DropoutArgs args = dropout_args({1.0, std::nullopt, dropout_p, rng_state});
+  const DropoutArgs args = dropout_args(dropout_p, rng_state);
   at::parallel_for(0, rows.size(0), 16, [&](int64_t begin, int64_t end) {
     kernels.dropout_rows(rows.const_data_ptr(), rows.stride(0), rows.size(1), args, begin, end,
                          out.data_ptr());

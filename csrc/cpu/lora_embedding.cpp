@@ -8,8 +8,7 @@
 #include "cpu/backend.h"
 #include "cpu/lora_linear_path.h"
 #include "cpu/parts.h"
-#include "ops/checks.h"
-#include "ops/lora_linear_prepare.h"
+#include "ops/operator.h"
 
 namespace lora_ext {
 namespace {
@@ -34,9 +33,9 @@ Tensor tokens_of(const char* op, const Tensor& indices, int64_t V) {
   return tokens;
 }
 
-Tensor lora_embedding_fwd_cpu(const Tensor& indices, const Tensor& weight, const Tensor& lora_A,
-                              const Tensor& lora_B, double scaling) {
-  check_lora_embedding(indices, weight, lora_A, lora_B);
+Tensor lora_embedding_fwd_cpu(const LoraEmbeddingCall& call) {
+  check_lora_embedding(call);
+  const auto& [indices, weight, lora_A, lora_B, scaling] = call;
   const int64_t V = weight.size(0), D = weight.size(1), r = lora_A.size(0);
   const Tensor tokens = tokens_of("lora_embedding", indices, V);
   auto sizes = indices.sizes().vec();
@@ -85,16 +84,11 @@ void scatter_columns(const Tensor& dh, const Tensor& tokens, int64_t padding_idx
   });
 }
 
-AdapterGradients lora_embedding_bwd_cpu(const Tensor& dy, const Tensor& indices,
-                                        const Tensor& lora_A, const Tensor& lora_B, double scaling,
-                                        int64_t padding_idx, bool scale_grad_by_freq,
-                                        std::array<bool, 2> mask) {
-  check_lora_embedding_bwd(dy, indices, lora_A, lora_B, padding_idx);
+AdapterGradients lora_embedding_bwd_cpu(const LoraEmbeddingBackwardCall& call, AdapterMask mask) {
+  check_lora_embedding_bwd(call);
+  const auto& [dy, indices, lora_A, lora_B, scaling, lookup] = call;
   const int64_t M = indices.numel(), V = lora_A.size(1), D = lora_B.size(0), r = lora_A.size(0);
-  const auto gradient = [](bool wanted, const Tensor& like) {
-    return at::empty(wanted ? like.sizes() : at::IntArrayRef{0}, like.options());
-  };
-  Tensor dA = gradient(mask[0], lora_A), dB = gradient(mask[1], lora_B);
+  Tensor dA = gradient_or_empty(mask[0], lora_A), dB = gradient_or_empty(mask[1], lora_B);
   if (dy.numel() == 0) return {dA.zero_(), dB.zero_()};
 
   const Tensor tokens = tokens_of("lora_embedding_bwd", indices, V);
@@ -122,14 +116,14 @@ AdapterGradients lora_embedding_bwd_cpu(const Tensor& dy, const Tensor& indices,
   dB_sums.reduce(cpu_kernels().lora_linear[pair].reduce_b, scaling);
   if (!mask[0]) return {dA, dB};
 
-  if (scale_grad_by_freq) {
+  if (lookup.scale_grad_by_freq) {
     dh.div_(at::bincount(tokens, {}, V).index_select(0, tokens).unsqueeze(1));
   }
   Tensor sums = compute == dA.scalar_type() ? dA : at::empty(dA.sizes(), dh.options());
   if (compute == at::kDouble) {
-    scatter_columns<double>(dh, tokens, padding_idx, sums);
+    scatter_columns<double>(dh, tokens, lookup.padding_idx, sums);
   } else {
-    scatter_columns<float>(dh, tokens, padding_idx, sums);
+    scatter_columns<float>(dh, tokens, lookup.padding_idx, sums);
   }
   return {sums.to(dA.scalar_type()), dB};
 }
@@ -137,8 +131,8 @@ AdapterGradients lora_embedding_bwd_cpu(const Tensor& dy, const Tensor& indices,
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lora_ext, CPU, m) {
-  m.impl("lora_embedding_fwd", &lora_embedding_fwd_cpu);
-  m.impl("lora_embedding_bwd", &lora_embedding_bwd_cpu);
+  m.impl("lora_embedding_fwd", flat<&lora_embedding_fwd_cpu>);
+  m.impl("lora_embedding_bwd", flat<&lora_embedding_bwd_cpu>);
 }
 
 }  // namespace lora_ext

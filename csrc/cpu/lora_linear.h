@@ -8,7 +8,7 @@
 #include <utility>
 
 #include "cpu/lora_linear_path.h"
-#include "ops/low_rank.h"
+#include "ops/lora_linear_prepare.h"
 
 namespace lora_ext {
 

@@ -27,7 +27,8 @@ void low_rank_forward_fused(const LowRankForward& problem, const CpuPath& path) 
   args.x = x.const_data_ptr(), args.ldx = x.stride(0);
   args.lora_A_t = A_t.const_data_ptr(), args.lora_B_t = B_t.const_data_ptr();
   args.bias = data_or_null(problem.bias);
-  args.scaling = problem.scale.scaling, args.dropout = dropout_args(problem.scale);
+  args.scaling = problem.scaling.number;
+  args.dropout = dropout_args(problem.dropout.p, problem.dropout.rng_state);
   args.y = problem.y.data_ptr(), args.h = out_or_null(problem.h);
 
   const Scratch scratch(kernels.scratch_bytes(K, r), path.fwd_parts);
@@ -50,7 +51,8 @@ void low_rank_backward_fused(const LowRankBackward& problem, const CpuPath& path
   args.h = data_or_null(problem.h);
   args.lora_A = lora_A.const_data_ptr(), args.lora_A_t = data_or_null(A_t);
   args.lora_B = lora_B.const_data_ptr();
-  args.scaling = problem.scale.scaling, args.dropout = dropout_args(problem.scale);
+  args.scaling = problem.scaling.number;
+  args.dropout = dropout_args(problem.dropout.p, problem.dropout.rng_state);
   args.dx = out_or_null(problem.dx);
 
   const PartialSums dA(problem.dA, path.bwd_parts, compute, /*transposed=*/false);
@@ -60,7 +62,7 @@ void low_rank_backward_fused(const LowRankBackward& problem, const CpuPath& path
     kernels.backward_rows(args, begin, end, dA.part(part), dB.part(part), scratch.part(part));
   });
   dA.reduce(kernels.reduce_a, 1.0);
-  dB.reduce(kernels.reduce_b, problem.scale.scaling);
+  dB.reduce(kernels.reduce_b, problem.scaling.number);
 }
 
 }  // namespace lora_ext

@@ -1,5 +1,7 @@
 // merge_ on the CPU: a pass that only looks, then one that writes. And weight_norm, which looks at
 // the same sums.
+#include "ops/merge.h"
+
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
 #include <torch/library.h>
@@ -7,8 +9,7 @@
 #include <atomic>
 
 #include "cpu/backend.h"
-#include "ops/checks.h"
-#include "ops/lora_linear_prepare.h"
+#include "ops/weight_norm.h"
 
 namespace lora_ext {
 namespace {
@@ -53,7 +54,7 @@ void merge_cpu(Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, doubl
 
 Tensor weight_norm_cpu(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                        double scaling) {
-  check_merge("weight_norm", weight, lora_A, lora_B, std::nullopt);
+  check_weight_norm(weight, lora_A, lora_B);
   const auto options = weight.options().dtype(at::toOpMathType(weight.scalar_type()));
   if (weight.numel() == 0) return at::zeros({weight.size(0)}, options);
   const MergeOperands operands = merge_operands("weight_norm", weight, lora_A, lora_B);

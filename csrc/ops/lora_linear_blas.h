@@ -1,20 +1,19 @@
-// lora_linear out of ATen's products alone, on any device and in any dtypes, with the same dropout
-// mask: a backend's way where it has no kernels. Nothing is read back from the device, so that a
-// CUDA graph can capture a call. Arguments are checked before; they and the results are those of
-// lora_linear_fwd and lora_linear_bwd.
+// lora_linear out of ATen's products: BLAS calls, on any device and in any pair of dtypes, with the
+// same dropout mask as the kernels. Nothing is read back from the device, so that a CUDA graph can
+// capture a call.
 #pragma once
 
-#include "ops/lora_linear.h"
+#include "ops/lora_linear_prepare.h"
 
 namespace lora_ext {
 
-std::tuple<Tensor, Tensor> composed_fwd(const Tensor& x, const Tensor& weight,
-                                        const OptionalTensor& bias, const Tensor& lora_A,
-                                        const Tensor& lora_B, const OptionalTensor& lora_bias,
-                                        const LoraScale& scale, bool return_h);
+// The low-rank part. Under dropout x is copied without the dropped elements, a block of its rows at
+// a time; a scaling tensor stays on its device.
+void low_rank_forward_blas(const LowRankForward& problem);
+void low_rank_backward_blas(const LowRankBackward& problem);
 
-Gradients composed_bwd(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& h,
-                       const OptionalTensor& weight, const Tensor& lora_A, const Tensor& lora_B,
-                       const LoraScale& scale, const GradientMask& mask);
+// All of lora_linear_fwd and lora_linear_bwd: a backend's way where it has no kernels.
+std::tuple<Tensor, Tensor> lora_linear_fwd_composed(const LoraLinearCall& call, bool return_h);
+Gradients lora_linear_bwd_composed(const LoraLinearBackwardCall& call, GradientMask mask);
 
 }  // namespace lora_ext
