@@ -12,6 +12,7 @@
 
 #include "cpu/backend.h"
 #include "cpu/lora_linear.h"
+#include "ops/base_product.h"
 #include "ops/column_scale.h"
 #include "ops/operator.h"
 
@@ -95,7 +96,7 @@ std::tuple<Tensor, Tensor> dora_linear_fwd_cpu(const DoraLinearCall& call) {
   if (y.numel() == 0) return {y, v};
   low_rank_forward(low_rank);
   Tensor z = v.view({M, N});
-  at::mm_out(z, low_rank.x, weight.t());
+  BaseProduct(weight).write(z, low_rank.x);
   const auto compute = at::toOpMathType(x.scalar_type());
   const auto& kernels = dropped_kernels(x);
   const Tensor W = adjacent(weight), scale_minus_1 = as_vector(call.scale, compute) - 1;
@@ -131,7 +132,7 @@ DoraGradients dora_linear_bwd_cpu(const DoraLinearBackwardCall& call, DoraMask m
   if (!done && mask[kDoraX]) {
     const Tensor& weight = *call.weight;
     const Tensor u_rows = u.view({M, N});
-    low_rank.dx.addmm_(u_rows, weight);
+    BaseProduct(weight).add_gradient(low_rank.dx, u_rows);
     const auto& kernels = dropped_kernels(dy);
     const Tensor W = adjacent(weight);
     const DroppedBackwardArgs args{dropped_weight(W), u_rows.const_data_ptr(),

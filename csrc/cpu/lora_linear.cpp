@@ -12,6 +12,7 @@
 
 #include "cpu/backend.h"
 #include "cpu/lora_linear.h"
+#include "ops/base_product.h"
 #include "ops/lora_linear_blas.h"
 #include "ops/operator.h"
 
@@ -57,14 +58,15 @@ std::tuple<Tensor, Tensor> lora_linear_fwd_cpu(const LoraLinearCall& call, bool 
   check_lora_linear(call);
   auto [y, h, low_rank] = prepare_forward(with_scaling_read(call), return_h);
   if (y.numel() == 0) return {y, h.zero_()};
+  const BaseProduct base(call.weight);
   if (makes_base_apart(low_rank.y)) {
     const Tensor biases = std::exchange(low_rank.bias, low_rank.y);
-    low_rank.y.addmm_(low_rank.x, call.weight.t(), /*beta=*/0);
+    base.write(low_rank.y, low_rank.x);
     if (biases.defined()) add_row(low_rank.y, biases);
     low_rank_forward(low_rank);
   } else {
     low_rank_forward(low_rank);
-    low_rank.y.addmm_(low_rank.x, call.weight.t());
+    base.add(low_rank.y, low_rank.x);
   }
   return {y, h};
 }
@@ -74,10 +76,12 @@ Gradients lora_linear_bwd_cpu(const LoraLinearBackwardCall& call, GradientMask m
   auto [gradients, low_rank, done] = prepare_backward(with_scaling_read(call), mask);
   if (done) return gradients;
   low_rank_backward(low_rank);
-  if (mask[kGradX] && makes_base_apart(low_rank.dx)) {
-    add_row(low_rank.dx, at::mm(low_rank.dy, *call.weight));
-  } else if (mask[kGradX]) {
-    low_rank.dx.addmm_(low_rank.dy, *call.weight);
+  if (!mask[kGradX]) return gradients;
+  const BaseProduct base(*call.weight);
+  if (makes_base_apart(low_rank.dx)) {
+    add_row(low_rank.dx, base.gradient(low_rank.dy));
+  } else {
+    base.add_gradient(low_rank.dx, low_rank.dy);
   }
   return gradients;
 }

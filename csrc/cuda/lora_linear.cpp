@@ -9,6 +9,7 @@
 
 #include "../common/dropout.h"
 #include "kernels/lora_linear.h"
+#include "ops/base_product.h"
 #include "ops/lora_linear_blas.h"
 #include "ops/operator.h"
 
@@ -157,6 +158,7 @@ std::tuple<Tensor, Tensor> lora_linear_fwd_cuda(const LoraLinearCall& call, bool
   const c10::cuda::CUDAGuard guard(call.x.device());
   const auto [y, h, low_rank] = prepare_forward(call, return_h);
   if (y.numel() == 0) return {y, h.zero_()};
+  const BaseProduct base(call.weight);
   const CudaPath path = path_for(false, low_rank.x, Tensor(), call.weight, low_rank.lora_A,
                                  low_rank.lora_B, call.dropout);
   const bool fused = path.kernels == Kernels::Fused;
@@ -165,7 +167,7 @@ std::tuple<Tensor, Tensor> lora_linear_fwd_cuda(const LoraLinearCall& call, bool
   } else {
     run_kernels(low_rank, fused ? readable(call.weight) : Tensor(), path.family);
   }
-  if (!fused) low_rank.y.addmm_(low_rank.x, call.weight.t());
+  if (!fused) base.add(low_rank.y, low_rank.x);
   return {y, h};
 }
 
@@ -183,7 +185,9 @@ Gradients lora_linear_bwd_cuda(const LoraLinearBackwardCall& call, GradientMask 
   } else {
     run_kernels(low_rank, fused && mask[kGradX] ? readable(*call.weight) : Tensor(), path.family);
   }
-  if (!fused && mask[kGradX]) low_rank.dx.addmm_(low_rank.dy, *call.weight);
+  if (!fused && mask[kGradX]) {
+    BaseProduct(*call.weight).add_gradient(low_rank.dx, low_rank.dy);
+  }
   return gradients;
 }
 

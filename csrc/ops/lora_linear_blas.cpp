@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
 
+#include "ops/base_product.h"
 #include "ops/dropout.h"
 
 namespace lora_ext {
@@ -115,7 +116,7 @@ std::tuple<Tensor, Tensor> lora_linear_fwd_composed(const LoraLinearCall& call, 
   auto [y, h, low_rank] = prepare_forward(call, return_h);
   if (y.numel() == 0) return {y, h.zero_()};
   low_rank_forward_blas(low_rank);
-  low_rank.y.addmm_(low_rank.x, call.weight.t());
+  BaseProduct(call.weight).add(low_rank.y, low_rank.x);
   return {y, h};
 }
 
@@ -124,7 +125,7 @@ Gradients lora_linear_bwd_composed(const LoraLinearBackwardCall& call, GradientM
   auto [gradients, low_rank, done] = prepare_backward(call, mask);
   if (done) return gradients;
   low_rank_backward_blas(low_rank);
-  if (mask[kGradX]) low_rank.dx.addmm_(low_rank.dy, *call.weight);
+  if (mask[kGradX]) BaseProduct(*call.weight).add_gradient(low_rank.dx, low_rank.dy);
   return gradients;
 }
 
