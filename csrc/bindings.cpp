@@ -5,7 +5,8 @@
 
 #include <variant>
 
-#include "cpu/kernels.h"
+#include "cpu/capability.h"
+#include "cpu/dora_linear.h"
 #include "cpu/lora_linear.h"
 #include "ops/dropout.h"
 #include "ops/lora_linear_blas.h"

@@ -4,7 +4,8 @@
 #include <cstdlib>
 #include <string>
 
-#include "kernels.h"
+// Which of its instruction sets this CPU has, and which of them the environment allows.
+#include "cpu/capability.h"
 
 namespace lora_ext {
 namespace {
@@ -26,14 +27,14 @@ CpuCapability supported() {
 }
 
 CpuCapability choose() {
-  const char* wish = std::getenv("LORA_EXT_CPU_CAPABILITY");
-  if (wish == nullptr || *wish == '\0') return supported();
-  for (int limit = 0; limit < 4; ++limit) {
-    if (std::string(wish) == kNames[limit]) {
-      return std::min(supported(), static_cast<CpuCapability>(limit));
+  const char* limit = std::getenv("LORA_EXT_CPU_CAPABILITY");
+  if (limit == nullptr || *limit == '\0') return supported();
+  for (int level = 0; level < 4; ++level) {
+    if (std::string(limit) == kNames[level]) {
+      return std::min(supported(), static_cast<CpuCapability>(level));
     }
   }
-  TORCH_CHECK(false, "LORA_EXT_CPU_CAPABILITY: got '", wish,
+  TORCH_CHECK(false, "LORA_EXT_CPU_CAPABILITY: got '", limit,
               "', expected 'default', 'avx2', 'avx512' or 'avx512_bf16'; unset it to use the best "
               "this CPU has");
 }
@@ -47,21 +48,6 @@ CpuCapability cpu_capability() {
 
 const char* cpu_capability_name(CpuCapability capability) {
   return kNames[static_cast<int>(capability)];
-}
-
-const CpuKernels& cpu_kernels() {
-#if defined(__x86_64__)
-  if (cpu_capability() >= CpuCapability::Avx512) return isa_avx512::kKernels;
-  if (cpu_capability() == CpuCapability::Avx2) return isa_avx2::kKernels;
-#endif
-  return isa_default::kKernels;
-}
-
-const LoraLinearKernels* bf16_dot_kernels() {
-#if defined(__x86_64__)
-  if (cpu_capability() == CpuCapability::Avx512Bf16) return &isa_avx512_bf16::kBf16Kernels;
-#endif
-  return nullptr;
 }
 
 }  // namespace lora_ext

@@ -6,14 +6,9 @@
 #include <torch/library.h>
 
 #include "cpu/backend.h"
-#include "cpu/lora_linear_path.h"
 
 namespace lora_ext {
 namespace {
-
-const ElementwiseKernels& elementwise_kernels(const Tensor& z) {
-  return cpu_kernels().elementwise[dtype_pair(z.scalar_type(), z.scalar_type())];
-}
 
 // A smaller range does not pay for waking a thread.
 int64_t rows_per_part(int64_t N) {
@@ -33,10 +28,10 @@ Tensor column_scale_cpu(const Tensor& z, const Tensor& scale, const OptionalTens
                              rows.const_data_ptr(),
                              rows.stride(0),
                              factors.const_data_ptr(),
-                             offsets.defined() ? offsets.const_data_ptr() : nullptr,
+                             data_or_null(offsets),
                              y.data_ptr()};
   at::parallel_for(0, M, rows_per_part(N), [&](int64_t begin, int64_t end) {
-    elementwise_kernels(z).column_scale_rows(args, begin, end);
+    cpu_kernels(z.scalar_type()).column_scale.forward_rows(args, begin, end);
   });
   return y;
 }
@@ -68,9 +63,9 @@ ColumnScaleGradients column_scale_bwd_cpu(const Tensor& dy, const OptionalTensor
   parallel_parts(M, parts, [&](int64_t part, int64_t begin, int64_t end) {
     char* own = static_cast<char*>(sums.data_ptr()) + part * 4 * N * sums.element_size();
     const auto row = [&](int64_t i) { return own + i * N * sums.element_size(); };
-    elementwise_kernels(dy).column_scale_backward_rows(
-        args, begin, end, mask[kGradScale] ? row(0) : nullptr, mask[kGradOffset] ? row(1) : nullptr,
-        row(2));
+    cpu_kernels(dy.scalar_type())
+        .column_scale.backward_rows(args, begin, end, mask[kGradScale] ? row(0) : nullptr,
+                                    mask[kGradOffset] ? row(1) : nullptr, row(2));
   });
   if (mask[kGradScale]) dscale = sums.select(1, 0).sum(0);
   if (mask[kGradOffset]) dbias = sums.select(1, 1).sum(0);

@@ -2,7 +2,7 @@
 // (1 - p): x W^T is there anyway, and x_d W^T is a fraction p of a product. Backward, with
 // c = 1 + (scale - 1) / (1 - p) and u = c * dy: dx = u W where x was kept and dy W, which is
 // u W - (u - dy) W, where it was dropped.
-#include "ops/dora_linear.h"
+#include "cpu/dora_linear.h"
 
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
@@ -11,24 +11,30 @@
 #include <vector>
 
 #include "cpu/backend.h"
+#include "cpu/dora_linear_path.h"
 #include "cpu/lora_linear.h"
 #include "ops/base_product.h"
 #include "ops/column_scale.h"
+#include "ops/dora_linear.h"
 #include "ops/operator.h"
 
 namespace lora_ext {
 namespace {
 
-const DroppedKernels& dropped_kernels(const Tensor& x) {
-  return cpu_kernels().dropped[dtype_pair(x.scalar_type(), x.scalar_type())];
+const DoraLinearKernels& dora_linear_kernels(const Tensor& x) {
+  return cpu_kernels(x.scalar_type()).dora_linear;
 }
 
-DroppedWeight dropped_weight(const Tensor& weight) {
+DoraLinearPath dora_linear_path(int64_t M, int64_t K, at::ScalarType base, double dropout_p) {
+  return choose_dora_linear_path(M, K, dropout_p, base == at::kBFloat16, has_fast_blas(base));
+}
+
+StridedWeight strided(const Tensor& weight) {
   return {weight.const_data_ptr(), weight.size(0), weight.size(1), weight.stride(0),
           weight.stride(1)};
 }
 
-// Rows or columns of adjacent elements, as DroppedWeight wants them.
+// Rows or columns of adjacent elements, as StridedWeight wants them.
 Tensor adjacent(const Tensor& weight) {
   return weight.stride(0) == 1 || weight.stride(1) == 1 ? weight : weight.contiguous();
 }
@@ -41,7 +47,7 @@ struct Dropped {
 
 // `x` [M, K]; without `with_values` room for sums takes the place of its elements.
 Dropped list_dropped(const Tensor& x, int64_t M, int64_t K, const DropoutArgs& dropout,
-                     const DroppedKernels& kernels, at::ScalarType compute, int64_t chunk_rows) {
+                     const DoraLinearKernels& kernels, at::ScalarType compute, int64_t chunk_rows) {
   const int64_t blocks = at::divup(K, kDropoutBlock);
   const void* data = x.defined() ? x.const_data_ptr() : nullptr;
   const int64_t ldx = x.defined() ? x.stride(0) : 0;
@@ -88,7 +94,7 @@ std::tuple<Tensor, Tensor> dora_linear_fwd_cpu(const DoraLinearCall& call) {
   const Tensor &x = call.x, &weight = call.weight;
   const int64_t K = weight.size(1), N = weight.size(0);
   const int64_t M = count_rows(x).expect_int();
-  if (!dropped_path(M, K, x.scalar_type(), call.dropout_p).skips) {
+  if (!dora_linear_path(M, K, x.scalar_type(), call.dropout_p).skips) {
     return dora_linear_fwd_composed(call);
   }
   auto [y, h, low_rank] = prepare_forward(call.lora_linear(), /*return_h=*/false);
@@ -98,11 +104,11 @@ std::tuple<Tensor, Tensor> dora_linear_fwd_cpu(const DoraLinearCall& call) {
   Tensor z = v.view({M, N});
   BaseProduct(weight).write(z, low_rank.x);
   const auto compute = at::toOpMathType(x.scalar_type());
-  const auto& kernels = dropped_kernels(x);
+  const auto& kernels = dora_linear_kernels(x);
   const Tensor W = adjacent(weight), scale_minus_1 = as_vector(call.scale, compute) - 1;
   const DropoutArgs dropout = dropout_args(call.dropout_p, call.rng_state);
-  const DroppedForwardArgs args{dropped_weight(W), scale_minus_1.const_data_ptr(), dropout.scale,
-                                z.data_ptr(), low_rank.y.data_ptr()};
+  const DoraLinearForwardArgs args{strided(W), scale_minus_1.const_data_ptr(), dropout.survivor,
+                                   z.data_ptr(), low_rank.y.data_ptr()};
   const int64_t panels = at::divup(N, kernels.panel_width),
                 rows = rows_per_chunk(M, K, panels, at::get_num_threads());
   const Dropped dropped = list_dropped(low_rank.x, M, K, dropout, kernels, compute, rows);
@@ -118,12 +124,12 @@ DoraGradients dora_linear_bwd_cpu(const DoraLinearBackwardCall& call, DoraMask m
   const Tensor& dy = call.dy;
   const int64_t K = call.lora_A.size(1), N = call.lora_B.size(0);
   const int64_t M = count_rows(dy).expect_int();
-  if (!dropped_path(M, K, dy.scalar_type(), call.dropout_p).skips) {
+  if (!dora_linear_path(M, K, dy.scalar_type(), call.dropout_p).skips) {
     return dora_linear_bwd_composed(call, mask);
   }
   const auto compute = at::toOpMathType(dy.scalar_type());
   const DropoutArgs dropout = dropout_args(call.dropout_p, call.rng_state);
-  const Tensor c = (as_vector(call.scale, compute) - 1) * dropout.scale + 1;
+  const Tensor c = (as_vector(call.scale, compute) - 1) * dropout.survivor + 1;
   auto [u, dscale, dbias] =
       column_scale_bwd(dy, call.v, c, {mask[kDoraX], mask[kDoraScale], mask[kDoraBias]});
   auto [gradients, low_rank, done] = prepare_backward(call.lora_linear(), lora_linear_mask(mask));
@@ -133,11 +139,11 @@ DoraGradients dora_linear_bwd_cpu(const DoraLinearBackwardCall& call, DoraMask m
     const Tensor& weight = *call.weight;
     const Tensor u_rows = u.view({M, N});
     BaseProduct(weight).add_gradient(low_rank.dx, u_rows);
-    const auto& kernels = dropped_kernels(dy);
+    const auto& kernels = dora_linear_kernels(dy);
     const Tensor W = adjacent(weight);
-    const DroppedBackwardArgs args{dropped_weight(W), u_rows.const_data_ptr(),
-                                   low_rank.dy.const_data_ptr(), low_rank.dy.stride(0),
-                                   low_rank.dx.data_ptr()};
+    const DoraLinearBackwardArgs args{strided(W), u_rows.const_data_ptr(),
+                                      low_rank.dy.const_data_ptr(), low_rank.dy.stride(0),
+                                      low_rank.dx.data_ptr()};
     // Several blocks of columns read the same rows of u - dy.
     constexpr int64_t kMaxBlocks = 4;
     const int64_t blocks = at::divup(K, kDropoutBlock), parts = at::divup(blocks, kMaxBlocks);
@@ -153,6 +159,12 @@ DoraGradients dora_linear_bwd_cpu(const DoraLinearBackwardCall& call, DoraMask m
 }
 
 }  // namespace
+
+std::pair<bool, std::string> explain_dora_linear_cpu(int64_t tokens, at::ScalarType base,
+                                                     double dropout_p) {
+  const DoraLinearPath path = dora_linear_path(tokens, /*K=*/kDropoutBlock, base, dropout_p);
+  return {path.skips, path.reason};
+}
 
 TORCH_LIBRARY_IMPL(lora_ext, CPU, m) {
   m.impl("dora_linear_fwd", flat<&dora_linear_fwd_cpu>);

@@ -6,8 +6,6 @@
 #include <torch/library.h>
 
 #include "cpu/backend.h"
-#include "cpu/lora_linear_path.h"
-#include "cpu/parts.h"
 #include "ops/operator.h"
 
 namespace lora_ext {
@@ -43,20 +41,20 @@ Tensor lora_embedding_fwd_cpu(const LoraEmbeddingCall& call) {
   Tensor y = at::empty(sizes, weight.options());
   if (y.numel() == 0) return y;
 
-  const int pair = dtype_pair(weight.scalar_type(), lora_A.scalar_type());
+  const CpuKernels& table = cpu_kernels(weight.scalar_type(), lora_A.scalar_type());
   const Tensor rows = as_rows(weight), A = lora_A.contiguous();
-  const Tensor B_t = packed(cpu_kernels().lora_linear[pair], lora_B.contiguous());
-  const EmbeddingForwardArgs args{V,
-                                  D,
-                                  r,
-                                  tokens.const_data_ptr<int64_t>(),
-                                  rows.const_data_ptr(),
-                                  rows.stride(0),
-                                  A.const_data_ptr(),
-                                  B_t.const_data_ptr(),
-                                  scaling,
-                                  y.data_ptr()};
-  const auto& kernels = cpu_kernels().lora_embedding[pair];
+  const Tensor B_t = packed(table.lora_linear, lora_B.contiguous());
+  const LoraEmbeddingForwardArgs args{V,
+                                      D,
+                                      r,
+                                      tokens.const_data_ptr<int64_t>(),
+                                      rows.const_data_ptr(),
+                                      rows.stride(0),
+                                      A.const_data_ptr(),
+                                      B_t.const_data_ptr(),
+                                      scaling,
+                                      y.data_ptr()};
+  const auto& kernels = table.lora_embedding;
   const int64_t parts = parts_of(tokens.numel(), kMinTokensPerFwdPart);
   const Scratch scratch(kernels.scratch_bytes(r), parts);
   parallel_parts(tokens.numel(), parts, [&](int64_t part, int64_t begin, int64_t end) {
@@ -93,27 +91,27 @@ AdapterGradients lora_embedding_bwd_cpu(const LoraEmbeddingBackwardCall& call, A
 
   const Tensor tokens = tokens_of("lora_embedding_bwd", indices, V);
   const auto compute = at::toOpMathType(lora_A.scalar_type());
-  const int pair = dtype_pair(dy.scalar_type(), lora_A.scalar_type());
+  const CpuKernels& table = cpu_kernels(dy.scalar_type(), lora_A.scalar_type());
   const Tensor rows = as_rows(dy), A = lora_A.contiguous(), B = lora_B.contiguous();
   Tensor dh = mask[0] ? at::empty({M, r}, lora_A.options().dtype(compute)) : Tensor();
-  const EmbeddingBackwardArgs args{V,
-                                   D,
-                                   r,
-                                   tokens.const_data_ptr<int64_t>(),
-                                   rows.const_data_ptr(),
-                                   rows.stride(0),
-                                   A.const_data_ptr(),
-                                   B.const_data_ptr(),
-                                   scaling,
-                                   mask[0] ? dh.data_ptr() : nullptr};
-  const auto& kernels = cpu_kernels().lora_embedding[pair];
+  const LoraEmbeddingBackwardArgs args{V,
+                                       D,
+                                       r,
+                                       tokens.const_data_ptr<int64_t>(),
+                                       rows.const_data_ptr(),
+                                       rows.stride(0),
+                                       A.const_data_ptr(),
+                                       B.const_data_ptr(),
+                                       scaling,
+                                       mask[0] ? dh.data_ptr() : nullptr};
+  const auto& kernels = table.lora_embedding;
   const int64_t parts = parts_for_sums(M, parts_of(M, kMinTokensPerBwdPart));
   const PartialSums dB_sums(mask[1] ? dB : Tensor(), parts, compute, /*transposed=*/true);
   const Scratch scratch(kernels.scratch_bytes(r), parts);
   parallel_parts(M, parts, [&](int64_t part, int64_t begin, int64_t end) {
     kernels.backward_rows(args, begin, end, dB_sums.part(part), scratch.part(part));
   });
-  dB_sums.reduce(cpu_kernels().lora_linear[pair].reduce_b, scaling);
+  dB_sums.reduce(table.lora_linear.reduce_b, scaling);
   if (!mask[0]) return {dA, dB};
 
   if (lookup.scale_grad_by_freq) {

@@ -35,12 +35,6 @@ void add_row(const Tensor& out, const Tensor& row) {
   });
 }
 
-bool has_fast_blas(at::ScalarType dtype) {
-  if (dtype == at::kFloat || dtype == at::kDouble) return true;
-  // oneDNN's bf16 product needs AVX-512; ATen's fallback, and all of its fp16, is scalar code.
-  return dtype == at::kBFloat16 && cpu_capability() >= CpuCapability::Avx512;
-}
-
 CpuPath path_for(int64_t M, int64_t N, const Tensor& lora_A, at::ScalarType base, bool dropout) {
   CpuProblem problem{};
   problem.M = M, problem.N = N, problem.K = lora_A.size(1), problem.r = lora_A.size(0);
@@ -106,16 +100,6 @@ void low_rank_backward(const LowRankBackward& problem) {
   } else {
     low_rank_backward_fused(problem, path);
   }
-}
-
-DroppedPath dropped_path(int64_t M, int64_t K, at::ScalarType base, double dropout_p) {
-  return choose_dropped_path(M, K, dropout_p, base == at::kBFloat16, has_fast_blas(base));
-}
-
-std::pair<bool, std::string> explain_dora_linear_cpu(int64_t tokens, at::ScalarType base,
-                                                     double dropout_p) {
-  const DroppedPath path = dropped_path(tokens, /*K=*/kDropoutBlock, base, dropout_p);
-  return {path.skips, path.reason};
 }
 
 std::pair<std::string, std::string> explain_lora_linear_cpu(int64_t tokens, int64_t out_features,

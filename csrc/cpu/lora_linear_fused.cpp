@@ -1,9 +1,9 @@
+// The low-rank part of lora_linear by vector kernels: arguments, scratch, and parts of the rows.
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
 
 #include "cpu/backend.h"
 #include "cpu/lora_linear.h"
-#include "cpu/parts.h"
 
 namespace lora_ext {
 namespace {
@@ -12,7 +12,7 @@ const LoraLinearKernels& kernels_of(const CpuPath& path, const Tensor& base,
                                     const Tensor& adapter) {
   return path.kernels == CpuPath::Kernels::Bf16Dot
              ? *bf16_dot_kernels()
-             : cpu_kernels().lora_linear[dtype_pair(base.scalar_type(), adapter.scalar_type())];
+             : cpu_kernels(base.scalar_type(), adapter.scalar_type()).lora_linear;
 }
 
 }  // namespace
@@ -22,7 +22,7 @@ void low_rank_forward_fused(const LowRankForward& problem, const CpuPath& path) 
   const int64_t M = x.size(0), K = x.size(1), N = lora_B.size(0), r = lora_A.size(0);
   const auto& kernels = kernels_of(path, x, lora_A);
   const Tensor A_t = packed(kernels, lora_A), B_t = packed(kernels, lora_B);
-  ForwardArgs args{};
+  LoraLinearForwardArgs args{};
   args.M = M, args.K = K, args.N = N, args.r = r;
   args.x = x.const_data_ptr(), args.ldx = x.stride(0);
   args.lora_A_t = A_t.const_data_ptr(), args.lora_B_t = B_t.const_data_ptr();
@@ -44,7 +44,7 @@ void low_rank_backward_fused(const LowRankBackward& problem, const CpuPath& path
   const auto& kernels = kernels_of(path, dy, lora_A);
   const bool makes_h = problem.dB.defined() && !problem.h.defined();
   const Tensor A_t = makes_h ? packed(kernels, lora_A) : Tensor();
-  BackwardArgs args{};
+  LoraLinearBackwardArgs args{};
   args.M = M, args.K = K, args.N = N, args.r = r;
   args.dy = dy.const_data_ptr(), args.lddy = dy.stride(0);
   args.x = data_or_null(x), args.ldx = x.defined() ? x.stride(0) : 0;
