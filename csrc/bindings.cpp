@@ -5,11 +5,12 @@
 
 #include <variant>
 
-#include "cpu/kernels.h"
+#include "cpu/capability.h"
+#include "cpu/dora_linear.h"
 #include "cpu/lora_linear.h"
-#include "ops/composed.h"
 #include "ops/dropout.h"
-#include "ops/lora_linear.h"
+#include "ops/lora_linear_blas.h"
+#include "ops/operator.h"
 #if defined(LORA_EXT_CUDA_VERSION)
 #include "cuda/lora_linear.h"
 #endif
@@ -18,39 +19,21 @@ namespace lora_ext {
 namespace {
 
 namespace py = pybind11;
-using Scaling = std::variant<double, at::Tensor>;
+using Scaling = std::variant<double, Tensor>;
 
 Tensor bound_lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                          const Tensor& lora_A, const Tensor& lora_B,
                          const OptionalTensor& lora_bias, const Scaling& scaling, double dropout_p,
                          const OptionalTensor& rng_state) {
-  LoraScale scale{1.0, std::nullopt, dropout_p, rng_state};
-  if (const auto* tensor = std::get_if<at::Tensor>(&scaling)) {
-    scale.scaling_tensor = *tensor;
+  LoraLinearCall call{
+      x, weight, bias, lora_A, lora_B, lora_bias, {1.0, std::nullopt}, {dropout_p, rng_state}};
+  if (const auto* tensor = std::get_if<Tensor>(&scaling)) {
+    call.scaling.tensor = *tensor;
   } else {
-    scale.scaling = std::get<double>(scaling);
+    call.scaling.number = std::get<double>(scaling);
   }
-  if (dropout_p > 0.0 && !rng_state.has_value()) scale.rng_state = draw_rng_state(x);
-  return lora_linear(x, weight, bias, lora_A, lora_B, lora_bias, scale);
-}
-
-std::tuple<Tensor, Tensor> bound_composed_fwd(const Tensor& x, const Tensor& weight,
-                                              const OptionalTensor& bias, const Tensor& lora_A,
-                                              const Tensor& lora_B, const OptionalTensor& lora_bias,
-                                              double scaling, const OptionalTensor& scaling_tensor,
-                                              double dropout_p, const OptionalTensor& rng_state,
-                                              bool return_h) {
-  const LoraScale scale{scaling, scaling_tensor, dropout_p, rng_state};
-  return composed_fwd(x, weight, bias, lora_A, lora_B, lora_bias, scale, return_h);
-}
-
-Gradients bound_composed_bwd(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& h,
-                             const OptionalTensor& weight, const Tensor& lora_A,
-                             const Tensor& lora_B, double scaling,
-                             const OptionalTensor& scaling_tensor, double dropout_p,
-                             const OptionalTensor& rng_state, const GradientMask& mask) {
-  const LoraScale scale{scaling, scaling_tensor, dropout_p, rng_state};
-  return composed_bwd(dy, x, h, weight, lora_A, lora_B, scale, mask);
+  if (dropout_p > 0.0 && !rng_state.has_value()) call.dropout.rng_state = draw_rng_state(x);
+  return lora_linear(call);
 }
 
 py::dict build_info() {
@@ -80,9 +63,11 @@ PYBIND11_MODULE(_C, m) {
         py::arg("lora_bias") = py::none(), py::arg("scaling") = 1.0, py::arg("dropout_p") = 0.0,
         py::arg("rng_state") = py::none(),
         "lora_linear as a C++ autograd Function; see lora_ext.lora_linear.");
-  m.def("composed_fwd", torch::wrap_pybind_function_no_gil(&lora_ext::bound_composed_fwd),
+  m.def("composed_fwd",
+        torch::wrap_pybind_function_no_gil(*lora_ext::flat<&lora_ext::lora_linear_fwd_composed>),
         "lora_linear_fwd as the GPU composes it of products; on any device, for tests.");
-  m.def("composed_bwd", torch::wrap_pybind_function_no_gil(&lora_ext::bound_composed_bwd),
+  m.def("composed_bwd",
+        torch::wrap_pybind_function_no_gil(*lora_ext::flat<&lora_ext::lora_linear_bwd_composed>),
         "lora_linear_bwd as the GPU composes it of products; on any device, for tests.");
   m.def("explain_lora_linear_cpu", torch::wrap_pybind_function(&lora_ext::explain_lora_linear_cpu),
         py::arg("tokens"), py::arg("out_features"), py::arg("lora_A"), py::arg("dtype"),

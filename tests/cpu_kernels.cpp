@@ -229,19 +229,19 @@ void run_lora_linear(const Pair& pair, const LoraLinearKernels& kernels, const S
   const Buffer bias = integers(pair.compute, N);
   const Buffer scratch(1, kernels.scratch_bytes(K, r));
   const Buffer y = empty(pair.base, M * N), h = empty(pair.compute, M * r);
-  const ForwardArgs forward{M,
-                            K,
-                            N,
-                            r,
-                            x.data(),
-                            K + kPadding,
-                            A_t.data(),
-                            B_t.data(),
-                            bias.data(),
-                            kScaling,
-                            dropout_of(dropout),
-                            y.data(),
-                            h.data()};
+  const LoraLinearForwardArgs forward{M,
+                                      K,
+                                      N,
+                                      r,
+                                      x.data(),
+                                      K + kPadding,
+                                      A_t.data(),
+                                      B_t.data(),
+                                      bias.data(),
+                                      kScaling,
+                                      dropout_of(dropout),
+                                      y.data(),
+                                      h.data()};
   in_two(M, [&](int, int64_t begin, int64_t end) {
     kernels.forward_rows(forward, begin, end, scratch.data());
   });
@@ -253,8 +253,8 @@ void run_lora_linear(const Pair& pair, const LoraLinearKernels& kernels, const S
   std::vector<double> factors(M * K, 1.0);
   if (dropout) {
     const Buffer keep(1, M * K);
-    kKernels.dropout_mask_rows(dropout_of(true).rng, dropout_of(true).threshold, K, 0, M,
-                               keep.data());
+    kKernels[0].dropout.mask_rows(dropout_of(true).rng, dropout_of(true).threshold, K, 0, M,
+                                  keep.data());
     for (int64_t i = 0; i < M * K; ++i) factors[i] = 2.0 * keep.data()[i];
   }
   for (int64_t i = 0; i < M * K; ++i) dropped[i] *= factors[i];
@@ -277,7 +277,7 @@ void run_lora_linear(const Pair& pair, const LoraLinearKernels& kernels, const S
     const Buffer dx = empty(pair.base, wants_dx ? M * K - (canary && K > 1) : 0);
     const Buffer sums_A = empty(pair.compute, wants_dA ? 2 * r * K : 0);
     const Buffer sums_B = empty(pair.compute, wants_dB ? 2 * r * N : 0);
-    BackwardArgs backward{};
+    LoraLinearBackwardArgs backward{};
     backward.M = M, backward.K = K, backward.N = N, backward.r = r;
     backward.dy = dy.data(), backward.lddy = N;
     const bool reads_x = wants_dA || (wants_dB && !has_h);
@@ -300,31 +300,31 @@ void run_lora_linear(const Pair& pair, const LoraLinearKernels& kernels, const S
   }
 }
 
-void run_merge(const Pair& pair, const MergeKernels& kernels, const Size& size) {
+void run_merge(const Pair& pair, const CpuKernels& kernels, const Size& size) {
   const auto [M, N, K, r] = size;
   const Buffer weight = random(pair.base, N * K);
   const Buffer A = random(pair.adapter, r * K), B = random(pair.adapter, N * r);
   const Buffer rows = random(pair.compute, N), columns = random(pair.compute, K);
-  const Buffer scratch(1, kernels.scratch_bytes(K, r));
+  const Buffer scratch(1, kernels.merge.scratch_bytes(r));
   for (int scale = 0; scale < 3; ++scale) {
     in_two(N, [&](int, int64_t begin, int64_t end) {
-      kernels.merge_rows(weight.data(), K, scale == 1 ? rows.data() : nullptr,
+      kernels.merge.rows(weight.data(), K, scale == 1 ? rows.data() : nullptr,
                          scale == 2 ? columns.data() : nullptr, A.data(), B.data(), K, r, 0.5,
                          begin, end, scale > 0, scratch.data());
     });
   }
-  const Buffer norm_scratch(1, kernels.norm_scratch_bytes(r));
+  const Buffer norm_scratch(1, kernels.weight_norm.scratch_bytes(r));
   for (const bool by_column : {false, true}) {
     const Buffer sums = random(pair.compute, by_column ? K : N);
     in_two(N, [&](int, int64_t begin, int64_t end) {
-      kernels.norm_rows(weight.data(), K, A.data(), B.data(), K, r, 0.5, begin, end, by_column,
-                        sums.data(), norm_scratch.data());
+      kernels.weight_norm.rows(weight.data(), K, A.data(), B.data(), K, r, 0.5, begin, end,
+                               by_column, sums.data(), norm_scratch.data());
     });
     expect_finite("norm", pair.compute, sums);
   }
 }
 
-void run_elementwise(const Pair& pair, const ElementwiseKernels& kernels, const Size& size) {
+void run_elementwise(const Pair& pair, const CpuKernels& kernels, const Size& size) {
   const int64_t M = size.M, N = size.N;
   const Buffer z = random(pair.base, M * N), dy = random(pair.base, M * N);
   const Buffer scale = random(pair.compute, N), bias = random(pair.compute, N);
@@ -332,10 +332,11 @@ void run_elementwise(const Pair& pair, const ElementwiseKernels& kernels, const 
   const Buffer dscale = random(pair.compute, N), dbias = random(pair.compute, N);
   const Buffer scratch = empty(pair.compute, 2 * N), dropped = empty(pair.base, M * N);
   in_two(M, [&](int, int64_t begin, int64_t end) {
-    kernels.column_scale_rows({N, z.data(), N, scale.data(), bias.data(), y.data()}, begin, end);
-    kernels.column_scale_backward_rows({N, dy.data(), N, z.data(), N, scale.data(), dz.data()},
+    kernels.column_scale.forward_rows({N, z.data(), N, scale.data(), bias.data(), y.data()}, begin,
+                                      end);
+    kernels.column_scale.backward_rows({N, dy.data(), N, z.data(), N, scale.data(), dz.data()},
                                        begin, end, dscale.data(), dbias.data(), scratch.data());
-    kernels.dropout_rows(z.data(), N, N, dropout_of(true), begin, end, dropped.data());
+    kernels.dropout.rows(z.data(), N, N, dropout_of(true), begin, end, dropped.data());
   });
   expect_finite("column_scale", pair.base, y);
   expect_finite("dz", pair.base, dz);
@@ -345,8 +346,8 @@ void run_elementwise(const Pair& pair, const ElementwiseKernels& kernels, const 
 }
 
 // As cpu/dora_linear.cpp calls them, in chunks.
-void run_dropped(const Pair& pair, const DroppedKernels& kernels, const Size& size, bool transposed,
-                 bool dropout) {
+void run_dora_linear(const Pair& pair, const DoraLinearKernels& kernels, const Size& size,
+                     bool transposed, bool dropout) {
   const auto [M, N, K, r] = size;
   if (M == 0 || K == 0) return;
   constexpr int64_t kChunk = 37;
@@ -356,7 +357,7 @@ void run_dropped(const Pair& pair, const DroppedKernels& kernels, const Size& si
   const Buffer dx = random(pair.base, M * K), scale = random(pair.compute, N);
   const Buffer scratch(1, kernels.scratch_bytes(kChunk));
   const DropoutArgs args = dropout_of(dropout);
-  const DroppedWeight W{weight.data(), N, K, transposed ? 1 : K, transposed ? N : 1};
+  const StridedWeight W{weight.data(), N, K, transposed ? 1 : K, transposed ? N : 1};
   const int64_t blocks = (K + kDropoutBlock - 1) / kDropoutBlock;
   for (int64_t first = 0; first < M; first += kChunk) {
     const int64_t rows = first + kChunk < M ? kChunk : M - first;
@@ -376,7 +377,7 @@ void run_dropped(const Pair& pair, const DroppedKernels& kernels, const Size& si
     kernels.list(x.data(), K, K, first, rows, 0, rows, words, start, columns.data(), values.data());
     const DroppedLists lists{first, rows, start, columns.data(), values.data()};
     for (int64_t panel = 0; panel * kernels.panel_width < N; ++panel) {
-      kernels.forward({W, scale.data(), args.scale, z.data(), y.data()}, lists, panel,
+      kernels.forward({W, scale.data(), args.survivor, z.data(), y.data()}, lists, panel,
                       scratch.data());
     }
     kernels.backward({W, u.data(), dy.data(), N, dx.data()}, lists, 0, blocks / 2, scratch.data());
@@ -391,7 +392,7 @@ void run_dropped(const Pair& pair, const DroppedKernels& kernels, const Size& si
 void run_embedding(const Pair& pair, int index, const Size& size) {
   const auto [M, D, V, r] = size;
   if (V == 0) return;
-  const LoraEmbeddingKernels& kernels = kKernels.lora_embedding[index];
+  const LoraEmbeddingKernels& kernels = kKernels[index].lora_embedding;
   const Buffer tokens(8, M);
   for (int64_t m = 0; m < M; ++m) {
     const int64_t token = static_cast<int64_t>(random_bits()) % V;
@@ -400,7 +401,7 @@ void run_embedding(const Pair& pair, int index, const Size& size) {
   const auto* token = reinterpret_cast<const int64_t*>(tokens.data());
   const Buffer weight = random(pair.base, V * D), dy = random(pair.base, M * D);
   const Buffer A = random(pair.adapter, r * V), B = random(pair.adapter, D * r);
-  const Buffer B_t = pack(kKernels.lora_linear[index], B, D, r);
+  const Buffer B_t = pack(kKernels[index].lora_linear, B, D, r);
   const Buffer scratch(1, kernels.scratch_bytes(r)), y = empty(pair.base, M * D);
   in_two(M, [&](int, int64_t begin, int64_t end) {
     kernels.forward_rows({V, D, r, token, weight.data(), D, A.data(), B_t.data(), 0.5, y.data()},
@@ -425,17 +426,18 @@ void run_all(const Size& size) {
 #endif
   for (int i = 0; i < kDtypePairs; ++i) {
     for (const bool dropout : {false, true}) {
-      run_lora_linear(kPairs[i], kKernels.lora_linear[i], size, dropout);
-      run_dropped(kPairs[i], kKernels.dropped[i], size, dropout, true);
+      run_lora_linear(kPairs[i], kKernels[i].lora_linear, size, dropout);
+      run_dora_linear(kPairs[i], kKernels[i].dora_linear, size, dropout, true);
     }
-    run_dropped(kPairs[i], kKernels.dropped[i], size, false, false);
-    run_merge(kPairs[i], kKernels.merge[i], size);
-    run_elementwise(kPairs[i], kKernels.elementwise[i], size);
+    run_dora_linear(kPairs[i], kKernels[i].dora_linear, size, false, false);
+    run_merge(kPairs[i], kKernels[i], size);
+    run_elementwise(kPairs[i], kKernels[i], size);
     run_embedding(kPairs[i], i, size);
   }
   for (const int64_t columns : {int64_t{0}, size.N, size.K}) {
     const Buffer keep(1, size.M * columns);
-    kKernels.dropout_mask_rows({7, 9}, dropout_threshold(0.3), columns, 5, 5 + size.M, keep.data());
+    kKernels[0].dropout.mask_rows({7, 9}, dropout_threshold(0.3), columns, 5, 5 + size.M,
+                                  keep.data());
     for (int64_t i = 0; i < keep.count; ++i) {
       if (keep.data()[i] > 1) std::puts("dropout_mask: neither 0 nor 1"), std::exit(1);
     }

@@ -1,6 +1,7 @@
 // choose_cpu_path and choose_cuda_path for tests/test_paths.py: what they say about the facts
 // given.
-#include "cpu/path.h"
+#include "cpu/dora_linear_path.h"
+#include "cpu/lora_linear_path.h"
 #include "cuda/path.h"
 #include "cuda/tuned.h"
 
@@ -23,7 +24,7 @@ extern "C" ChosenPath cpu_path(int64_t M, int64_t N, int64_t K, int64_t r, bool 
 
 extern "C" ChosenPath dropped_path(int64_t M, int64_t K, double dropout_p, bool bf16,
                                    bool fast_blas) {
-  const DroppedPath path = choose_dropped_path(M, K, dropout_p, bf16, fast_blas);
+  const DoraLinearPath path = choose_dora_linear_path(M, K, dropout_p, bf16, fast_blas);
   return {path.skips, nullptr, path.reason, 0, 0};
 }
 

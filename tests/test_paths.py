@@ -1,4 +1,4 @@
-"""How the backends choose between kernels and BLAS: every branch of csrc/cpu/path.h and
+"""How the backends choose between kernels and BLAS: every branch of csrc/cpu/lora_linear_path.h and
 csrc/cuda/path.h, whatever this machine is."""
 
 from __future__ import annotations

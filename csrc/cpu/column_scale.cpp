@@ -1,19 +1,14 @@
 // column_scale on the CPU: one pass forward, one backward.
+#include "ops/column_scale.h"
+
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
 #include <torch/library.h>
 
 #include "cpu/backend.h"
-#include "cpu/path.h"
-#include "ops/checks.h"
-#include "ops/prepare.h"
 
 namespace lora_ext {
 namespace {
-
-const ElementwiseKernels& elementwise_kernels(const Tensor& z) {
-  return cpu_kernels().elementwise[dtype_pair(z.scalar_type(), z.scalar_type())];
-}
 
 // A smaller range does not pay for waking a thread.
 int64_t rows_per_part(int64_t N) {
@@ -33,21 +28,21 @@ Tensor column_scale_cpu(const Tensor& z, const Tensor& scale, const OptionalTens
                              rows.const_data_ptr(),
                              rows.stride(0),
                              factors.const_data_ptr(),
-                             offsets.defined() ? offsets.const_data_ptr() : nullptr,
+                             data_or_null(offsets),
                              y.data_ptr()};
   at::parallel_for(0, M, rows_per_part(N), [&](int64_t begin, int64_t end) {
-    elementwise_kernels(z).column_scale_rows(args, begin, end);
+    cpu_kernels(z.scalar_type()).column_scale.forward_rows(args, begin, end);
   });
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> column_scale_bwd_cpu(const Tensor& dy, const OptionalTensor& z,
-                                                        const Tensor& scale, ColumnScaleMask mask) {
+ColumnScaleGradients column_scale_bwd_cpu(const Tensor& dy, const OptionalTensor& z,
+                                          const Tensor& scale, ColumnScaleMask mask) {
   check_column_scale_bwd(dy, z, scale, mask);
   const auto compute = at::toOpMathType(dy.scalar_type());
   const auto options = dy.options().dtype(compute);
   const int64_t N = dy.size(-1);
-  Tensor dz = mask[kGradZ] ? at::empty(dy.sizes(), dy.options()) : at::empty({0}, dy.options());
+  Tensor dz = gradient_or_empty(mask[kGradZ], dy);
   Tensor dscale = at::zeros({mask[kGradScale] ? N : 0}, options);
   Tensor dbias = at::zeros({mask[kGradOffset] ? N : 0}, options);
   if (dy.numel() == 0) return {dz, dscale, dbias};
@@ -68,9 +63,9 @@ std::tuple<Tensor, Tensor, Tensor> column_scale_bwd_cpu(const Tensor& dy, const 
   parallel_parts(M, parts, [&](int64_t part, int64_t begin, int64_t end) {
     char* own = static_cast<char*>(sums.data_ptr()) + part * 4 * N * sums.element_size();
     const auto row = [&](int64_t i) { return own + i * N * sums.element_size(); };
-    elementwise_kernels(dy).column_scale_backward_rows(
-        args, begin, end, mask[kGradScale] ? row(0) : nullptr, mask[kGradOffset] ? row(1) : nullptr,
-        row(2));
+    cpu_kernels(dy.scalar_type())
+        .column_scale.backward_rows(args, begin, end, mask[kGradScale] ? row(0) : nullptr,
+                                    mask[kGradOffset] ? row(1) : nullptr, row(2));
   });
   if (mask[kGradScale]) dscale = sums.select(1, 0).sum(0);
   if (mask[kGradOffset]) dbias = sums.select(1, 1).sum(0);

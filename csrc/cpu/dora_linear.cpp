@@ -2,7 +2,7 @@
 // (1 - p): x W^T is there anyway, and x_d W^T is a fraction p of a product. Backward, with
 // c = 1 + (scale - 1) / (1 - p) and u = c * dy: dx = u W where x was kept and dy W, which is
 // u W - (u - dy) W, where it was dropped.
-#include "ops/dora_linear.h"
+#include "cpu/dora_linear.h"
 
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
@@ -11,24 +11,30 @@
 #include <vector>
 
 #include "cpu/backend.h"
+#include "cpu/dora_linear_path.h"
 #include "cpu/lora_linear.h"
+#include "ops/base_product.h"
 #include "ops/column_scale.h"
-#include "ops/prepare.h"
-#include "ops/tensors.h"
+#include "ops/dora_linear.h"
+#include "ops/operator.h"
 
 namespace lora_ext {
 namespace {
 
-const DroppedKernels& dropped_kernels(const Tensor& x) {
-  return cpu_kernels().dropped[dtype_pair(x.scalar_type(), x.scalar_type())];
+const DoraLinearKernels& dora_linear_kernels(const Tensor& x) {
+  return cpu_kernels(x.scalar_type()).dora_linear;
 }
 
-DroppedWeight dropped_weight(const Tensor& weight) {
+DoraLinearPath dora_linear_path(int64_t M, int64_t K, at::ScalarType base, double dropout_p) {
+  return choose_dora_linear_path(M, K, dropout_p, base == at::kBFloat16, has_fast_blas(base));
+}
+
+StridedWeight strided(const Tensor& weight) {
   return {weight.const_data_ptr(), weight.size(0), weight.size(1), weight.stride(0),
           weight.stride(1)};
 }
 
-// Rows or columns of adjacent elements, as DroppedWeight wants them.
+// Rows or columns of adjacent elements, as StridedWeight wants them.
 Tensor adjacent(const Tensor& weight) {
   return weight.stride(0) == 1 || weight.stride(1) == 1 ? weight : weight.contiguous();
 }
@@ -41,7 +47,7 @@ struct Dropped {
 
 // `x` [M, K]; without `with_values` room for sums takes the place of its elements.
 Dropped list_dropped(const Tensor& x, int64_t M, int64_t K, const DropoutArgs& dropout,
-                     const DroppedKernels& kernels, at::ScalarType compute, int64_t chunk_rows) {
+                     const DoraLinearKernels& kernels, at::ScalarType compute, int64_t chunk_rows) {
   const int64_t blocks = at::divup(K, kDropoutBlock);
   const void* data = x.defined() ? x.const_data_ptr() : nullptr;
   const int64_t ldx = x.defined() ? x.stride(0) : 0;
@@ -83,32 +89,26 @@ void for_each_part(const Dropped& dropped, int64_t parts, int64_t scratch_bytes,
   });
 }
 
-std::tuple<Tensor, Tensor> dora_linear_fwd_cpu(const Tensor& x, const Tensor& weight,
-                                               const OptionalTensor& bias, const Tensor& lora_A,
-                                               const Tensor& lora_B, const Tensor& scale,
-                                               double scaling, double dropout_p,
-                                               const Tensor& rng_state) {
-  const LoraScale lora_scale{scaling, std::nullopt, dropout_p, rng_state};
-  check_dora_linear(x, weight, bias, lora_A, lora_B, scale, lora_scale);
+std::tuple<Tensor, Tensor> dora_linear_fwd_cpu(const DoraLinearCall& call) {
+  check_dora_linear(call);
+  const Tensor &x = call.x, &weight = call.weight;
   const int64_t K = weight.size(1), N = weight.size(0);
   const int64_t M = count_rows(x).expect_int();
-  if (!dropped_path(M, K, x.scalar_type(), dropout_p).skips) {
-    return dora_linear_fwd_composed(x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p,
-                                    rng_state);
+  if (!dora_linear_path(M, K, x.scalar_type(), call.dropout_p).skips) {
+    return dora_linear_fwd_composed(call);
   }
-  auto [y, h, low_rank] =
-      prepare_forward(x, bias, lora_A, lora_B, std::nullopt, lora_scale, /*return_h=*/false);
+  auto [y, h, low_rank] = prepare_forward(call.lora_linear(), /*return_h=*/false);
   Tensor v = at::empty(y.sizes(), y.options());
   if (y.numel() == 0) return {y, v};
   low_rank_forward(low_rank);
   Tensor z = v.view({M, N});
-  at::mm_out(z, low_rank.x, weight.t());
+  BaseProduct(weight).write(z, low_rank.x);
   const auto compute = at::toOpMathType(x.scalar_type());
-  const auto& kernels = dropped_kernels(x);
-  const Tensor W = adjacent(weight), scale_minus_1 = as_vector(scale, compute) - 1;
-  const DropoutArgs dropout = dropout_args(lora_scale);
-  const DroppedForwardArgs args{dropped_weight(W), scale_minus_1.const_data_ptr(), dropout.scale,
-                                z.data_ptr(), low_rank.y.data_ptr()};
+  const auto& kernels = dora_linear_kernels(x);
+  const Tensor W = adjacent(weight), scale_minus_1 = as_vector(call.scale, compute) - 1;
+  const DropoutArgs dropout = dropout_args(call.dropout_p, call.rng_state);
+  const DoraLinearForwardArgs args{strided(W), scale_minus_1.const_data_ptr(), dropout.survivor,
+                                   z.data_ptr(), low_rank.y.data_ptr()};
   const int64_t panels = at::divup(N, kernels.panel_width),
                 rows = rows_per_chunk(M, K, panels, at::get_num_threads());
   const Dropped dropped = list_dropped(low_rank.x, M, K, dropout, kernels, compute, rows);
@@ -119,37 +119,31 @@ std::tuple<Tensor, Tensor> dora_linear_fwd_cpu(const Tensor& x, const Tensor& we
   return {y, v};
 }
 
-DoraGradients dora_linear_bwd_cpu(const Tensor& dy, const OptionalTensor& x,
-                                  const OptionalTensor& v, const OptionalTensor& weight,
-                                  const Tensor& lora_A, const Tensor& lora_B, const Tensor& scale,
-                                  double scaling, double dropout_p, const Tensor& rng_state,
-                                  DoraMask mask) {
-  const LoraScale lora_scale{scaling, std::nullopt, dropout_p, rng_state};
-  check_dora_linear_bwd(dy, x, v, weight, lora_A, lora_B, scale, lora_scale, mask);
-  const int64_t K = lora_A.size(1), N = lora_B.size(0);
+DoraGradients dora_linear_bwd_cpu(const DoraLinearBackwardCall& call, DoraMask mask) {
+  check_dora_linear_bwd(call, mask);
+  const Tensor& dy = call.dy;
+  const int64_t K = call.lora_A.size(1), N = call.lora_B.size(0);
   const int64_t M = count_rows(dy).expect_int();
-  if (!dropped_path(M, K, dy.scalar_type(), dropout_p).skips) {
-    return dora_linear_bwd_composed(dy, x, v, weight, lora_A, lora_B, scale, scaling, dropout_p,
-                                    rng_state, mask);
+  if (!dora_linear_path(M, K, dy.scalar_type(), call.dropout_p).skips) {
+    return dora_linear_bwd_composed(call, mask);
   }
   const auto compute = at::toOpMathType(dy.scalar_type());
-  const DropoutArgs dropout = dropout_args(lora_scale);
-  const Tensor c = (as_vector(scale, compute) - 1) * dropout.scale + 1;
+  const DropoutArgs dropout = dropout_args(call.dropout_p, call.rng_state);
+  const Tensor c = (as_vector(call.scale, compute) - 1) * dropout.survivor + 1;
   auto [u, dscale, dbias] =
-      column_scale_bwd(dy, v, c, {mask[kDoraX], mask[kDoraScale], mask[kDoraBias]});
-  auto [gradients, low_rank, done] =
-      prepare_backward(dy, x, std::nullopt, lora_A, lora_B, lora_scale,
-                       {mask[kDoraX], false, false, mask[kDoraA], mask[kDoraB], false});
+      column_scale_bwd(dy, call.v, c, {mask[kDoraX], mask[kDoraScale], mask[kDoraBias]});
+  auto [gradients, low_rank, done] = prepare_backward(call.lora_linear(), lora_linear_mask(mask));
   auto& [dx, dweight, no_bias, dA, dB, no_lora_bias] = gradients;
   if (!done) low_rank_backward(low_rank);
   if (!done && mask[kDoraX]) {
+    const Tensor& weight = *call.weight;
     const Tensor u_rows = u.view({M, N});
-    low_rank.dx.addmm_(u_rows, *weight);
-    const auto& kernels = dropped_kernels(dy);
-    const Tensor W = adjacent(*weight);
-    const DroppedBackwardArgs args{dropped_weight(W), u_rows.const_data_ptr(),
-                                   low_rank.dy.const_data_ptr(), low_rank.dy.stride(0),
-                                   low_rank.dx.data_ptr()};
+    BaseProduct(weight).add_gradient(low_rank.dx, u_rows);
+    const auto& kernels = dora_linear_kernels(dy);
+    const Tensor W = adjacent(weight);
+    const DoraLinearBackwardArgs args{strided(W), u_rows.const_data_ptr(),
+                                      low_rank.dy.const_data_ptr(), low_rank.dy.stride(0),
+                                      low_rank.dx.data_ptr()};
     // Several blocks of columns read the same rows of u - dy.
     constexpr int64_t kMaxBlocks = 4;
     const int64_t blocks = at::divup(K, kDropoutBlock), parts = at::divup(blocks, kMaxBlocks);
@@ -166,9 +160,15 @@ DoraGradients dora_linear_bwd_cpu(const Tensor& dy, const OptionalTensor& x,
 
 }  // namespace
 
+std::pair<bool, std::string> explain_dora_linear_cpu(int64_t tokens, at::ScalarType base,
+                                                     double dropout_p) {
+  const DoraLinearPath path = dora_linear_path(tokens, /*K=*/kDropoutBlock, base, dropout_p);
+  return {path.skips, path.reason};
+}
+
 TORCH_LIBRARY_IMPL(lora_ext, CPU, m) {
-  m.impl("dora_linear_fwd", &dora_linear_fwd_cpu);
-  m.impl("dora_linear_bwd", &dora_linear_bwd_cpu);
+  m.impl("dora_linear_fwd", flat<&dora_linear_fwd_cpu>);
+  m.impl("dora_linear_bwd", flat<&dora_linear_bwd_cpu>);
 }
 
 }  // namespace lora_ext

@@ -9,8 +9,6 @@
 #include <mutex>
 
 #include "cpu/backend.h"
-#include "ops/checks.h"
-#include "ops/prepare.h"
 
 namespace lora_ext {
 namespace {
@@ -32,10 +30,11 @@ at::Tensor dropout_mask_cpu(const at::Tensor& rng_state, int64_t rows, int64_t c
   const at::Tensor state = rng_state.contiguous();
   const int64_t* words = state.const_data_ptr<int64_t>();
   const DropoutRng rng{static_cast<uint64_t>(words[0]), static_cast<uint64_t>(words[1])};
+  const auto& kernels = cpu_kernels(DtypePair::F32).dropout;  // a mask is the same for all
   auto* bytes = reinterpret_cast<uint8_t*>(keep.data_ptr<bool>());
   at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
-    cpu_kernels().dropout_mask_rows(rng, dropout_threshold(dropout_p), columns, first_row + begin,
-                                    first_row + end, bytes + begin * columns);
+    kernels.mask_rows(rng, dropout_threshold(dropout_p), columns, first_row + begin,
+                      first_row + end, bytes + begin * columns);
   });
   return keep;
 }
@@ -45,11 +44,11 @@ Tensor dropout_cpu(const Tensor& x, const Tensor& rng_state, double dropout_p) {
   Tensor out = at::empty(x.sizes(), x.options());
   if (out.numel() == 0) return out;
   const Tensor rows = as_rows(x);
-  const auto& kernels = cpu_kernels().elementwise[dtype_pair(x.scalar_type(), x.scalar_type())];
-  const DropoutArgs args = dropout_args({1.0, std::nullopt, dropout_p, rng_state});
+  const auto& kernels = cpu_kernels(x.scalar_type()).dropout;
+  const DropoutArgs args = dropout_args(dropout_p, rng_state);
   at::parallel_for(0, rows.size(0), 16, [&](int64_t begin, int64_t end) {
-    kernels.dropout_rows(rows.const_data_ptr(), rows.stride(0), rows.size(1), args, begin, end,
-                         out.data_ptr());
+    kernels.rows(rows.const_data_ptr(), rows.stride(0), rows.size(1), args, begin, end,
+                 out.data_ptr());
   });
   return out;
 }

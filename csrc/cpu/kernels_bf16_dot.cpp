@@ -1,5 +1,5 @@
 // Compiled for AVX-512 with AVX512_BF16 only (see CMakeLists.txt).
-#include "kernels.h"
+#include "lora_linear_kernels.h"
 #include "simd/bf16_dot_math.h"
 #include "simd/lora_linear_rows.h"
 #include "simd/transpose.h"

@@ -6,10 +6,7 @@
 #include <torch/library.h>
 
 #include "cpu/backend.h"
-#include "cpu/parts.h"
-#include "cpu/path.h"
-#include "ops/checks.h"
-#include "ops/prepare.h"
+#include "ops/operator.h"
 
 namespace lora_ext {
 namespace {
@@ -34,9 +31,9 @@ Tensor tokens_of(const char* op, const Tensor& indices, int64_t V) {
   return tokens;
 }
 
-Tensor lora_embedding_fwd_cpu(const Tensor& indices, const Tensor& weight, const Tensor& lora_A,
-                              const Tensor& lora_B, double scaling) {
-  check_lora_embedding(indices, weight, lora_A, lora_B);
+Tensor lora_embedding_fwd_cpu(const LoraEmbeddingCall& call) {
+  check_lora_embedding(call);
+  const auto& [indices, weight, lora_A, lora_B, scaling] = call;
   const int64_t V = weight.size(0), D = weight.size(1), r = lora_A.size(0);
   const Tensor tokens = tokens_of("lora_embedding", indices, V);
   auto sizes = indices.sizes().vec();
@@ -44,20 +41,20 @@ Tensor lora_embedding_fwd_cpu(const Tensor& indices, const Tensor& weight, const
   Tensor y = at::empty(sizes, weight.options());
   if (y.numel() == 0) return y;
 
-  const int pair = dtype_pair(weight.scalar_type(), lora_A.scalar_type());
+  const CpuKernels& table = cpu_kernels(weight.scalar_type(), lora_A.scalar_type());
   const Tensor rows = as_rows(weight), A = lora_A.contiguous();
-  const Tensor B_t = packed(cpu_kernels().lora_linear[pair], lora_B.contiguous());
-  const EmbeddingForwardArgs args{V,
-                                  D,
-                                  r,
-                                  tokens.const_data_ptr<int64_t>(),
-                                  rows.const_data_ptr(),
-                                  rows.stride(0),
-                                  A.const_data_ptr(),
-                                  B_t.const_data_ptr(),
-                                  scaling,
-                                  y.data_ptr()};
-  const auto& kernels = cpu_kernels().lora_embedding[pair];
+  const Tensor B_t = packed(table.lora_linear, lora_B.contiguous());
+  const LoraEmbeddingForwardArgs args{V,
+                                      D,
+                                      r,
+                                      tokens.const_data_ptr<int64_t>(),
+                                      rows.const_data_ptr(),
+                                      rows.stride(0),
+                                      A.const_data_ptr(),
+                                      B_t.const_data_ptr(),
+                                      scaling,
+                                      y.data_ptr()};
+  const auto& kernels = table.lora_embedding;
   const int64_t parts = parts_of(tokens.numel(), kMinTokensPerFwdPart);
   const Scratch scratch(kernels.scratch_bytes(r), parts);
   parallel_parts(tokens.numel(), parts, [&](int64_t part, int64_t begin, int64_t end) {
@@ -85,51 +82,46 @@ void scatter_columns(const Tensor& dh, const Tensor& tokens, int64_t padding_idx
   });
 }
 
-AdapterGradients lora_embedding_bwd_cpu(const Tensor& dy, const Tensor& indices,
-                                        const Tensor& lora_A, const Tensor& lora_B, double scaling,
-                                        int64_t padding_idx, bool scale_grad_by_freq,
-                                        std::array<bool, 2> mask) {
-  check_lora_embedding_bwd(dy, indices, lora_A, lora_B, padding_idx);
+AdapterGradients lora_embedding_bwd_cpu(const LoraEmbeddingBackwardCall& call, AdapterMask mask) {
+  check_lora_embedding_bwd(call);
+  const auto& [dy, indices, lora_A, lora_B, scaling, lookup] = call;
   const int64_t M = indices.numel(), V = lora_A.size(1), D = lora_B.size(0), r = lora_A.size(0);
-  const auto gradient = [](bool wanted, const Tensor& like) {
-    return at::empty(wanted ? like.sizes() : at::IntArrayRef{0}, like.options());
-  };
-  Tensor dA = gradient(mask[0], lora_A), dB = gradient(mask[1], lora_B);
+  Tensor dA = gradient_or_empty(mask[0], lora_A), dB = gradient_or_empty(mask[1], lora_B);
   if (dy.numel() == 0) return {dA.zero_(), dB.zero_()};
 
   const Tensor tokens = tokens_of("lora_embedding_bwd", indices, V);
   const auto compute = at::toOpMathType(lora_A.scalar_type());
-  const int pair = dtype_pair(dy.scalar_type(), lora_A.scalar_type());
+  const CpuKernels& table = cpu_kernels(dy.scalar_type(), lora_A.scalar_type());
   const Tensor rows = as_rows(dy), A = lora_A.contiguous(), B = lora_B.contiguous();
   Tensor dh = mask[0] ? at::empty({M, r}, lora_A.options().dtype(compute)) : Tensor();
-  const EmbeddingBackwardArgs args{V,
-                                   D,
-                                   r,
-                                   tokens.const_data_ptr<int64_t>(),
-                                   rows.const_data_ptr(),
-                                   rows.stride(0),
-                                   A.const_data_ptr(),
-                                   B.const_data_ptr(),
-                                   scaling,
-                                   mask[0] ? dh.data_ptr() : nullptr};
-  const auto& kernels = cpu_kernels().lora_embedding[pair];
+  const LoraEmbeddingBackwardArgs args{V,
+                                       D,
+                                       r,
+                                       tokens.const_data_ptr<int64_t>(),
+                                       rows.const_data_ptr(),
+                                       rows.stride(0),
+                                       A.const_data_ptr(),
+                                       B.const_data_ptr(),
+                                       scaling,
+                                       mask[0] ? dh.data_ptr() : nullptr};
+  const auto& kernels = table.lora_embedding;
   const int64_t parts = parts_for_sums(M, parts_of(M, kMinTokensPerBwdPart));
   const PartialSums dB_sums(mask[1] ? dB : Tensor(), parts, compute, /*transposed=*/true);
   const Scratch scratch(kernels.scratch_bytes(r), parts);
   parallel_parts(M, parts, [&](int64_t part, int64_t begin, int64_t end) {
     kernels.backward_rows(args, begin, end, dB_sums.part(part), scratch.part(part));
   });
-  dB_sums.reduce(cpu_kernels().lora_linear[pair].reduce_b, scaling);
+  dB_sums.reduce(table.lora_linear.reduce_b, scaling);
   if (!mask[0]) return {dA, dB};
 
-  if (scale_grad_by_freq) {
+  if (lookup.scale_grad_by_freq) {
     dh.div_(at::bincount(tokens, {}, V).index_select(0, tokens).unsqueeze(1));
   }
   Tensor sums = compute == dA.scalar_type() ? dA : at::empty(dA.sizes(), dh.options());
   if (compute == at::kDouble) {
-    scatter_columns<double>(dh, tokens, padding_idx, sums);
+    scatter_columns<double>(dh, tokens, lookup.padding_idx, sums);
   } else {
-    scatter_columns<float>(dh, tokens, padding_idx, sums);
+    scatter_columns<float>(dh, tokens, lookup.padding_idx, sums);
   }
   return {sums.to(dA.scalar_type()), dB};
 }
@@ -137,8 +129,8 @@ AdapterGradients lora_embedding_bwd_cpu(const Tensor& dy, const Tensor& indices,
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lora_ext, CPU, m) {
-  m.impl("lora_embedding_fwd", &lora_embedding_fwd_cpu);
-  m.impl("lora_embedding_bwd", &lora_embedding_bwd_cpu);
+  m.impl("lora_embedding_fwd", flat<&lora_embedding_fwd_cpu>);
+  m.impl("lora_embedding_bwd", flat<&lora_embedding_bwd_cpu>);
 }
 
 }  // namespace lora_ext

@@ -12,8 +12,9 @@
 
 #include "cpu/backend.h"
 #include "cpu/lora_linear.h"
-#include "ops/checks.h"
-#include "ops/prepare.h"
+#include "ops/base_product.h"
+#include "ops/lora_linear_blas.h"
+#include "ops/operator.h"
 
 namespace lora_ext {
 namespace {
@@ -34,12 +35,6 @@ void add_row(const Tensor& out, const Tensor& row) {
   });
 }
 
-bool has_fast_blas(at::ScalarType dtype) {
-  if (dtype == at::kFloat || dtype == at::kDouble) return true;
-  // oneDNN's bf16 product needs AVX-512; ATen's fallback, and all of its fp16, is scalar code.
-  return dtype == at::kBFloat16 && cpu_capability() >= CpuCapability::Avx512;
-}
-
 CpuPath path_for(int64_t M, int64_t N, const Tensor& lora_A, at::ScalarType base, bool dropout) {
   CpuProblem problem{};
   problem.M = M, problem.N = N, problem.K = lora_A.size(1), problem.r = lora_A.size(0);
@@ -53,45 +48,34 @@ CpuPath path_for(int64_t M, int64_t N, const Tensor& lora_A, at::ScalarType base
   return choose_cpu_path(problem);
 }
 
-std::tuple<Tensor, Tensor> lora_linear_fwd_cpu(const Tensor& x, const Tensor& weight,
-                                               const OptionalTensor& bias, const Tensor& lora_A,
-                                               const Tensor& lora_B,
-                                               const OptionalTensor& lora_bias, double scaling,
-                                               const OptionalTensor& scaling_tensor,
-                                               double dropout_p, const OptionalTensor& rng_state,
-                                               bool return_h) {
-  const LoraScale scale{scaling, scaling_tensor, dropout_p, rng_state};
-  check_lora_linear(x, weight, bias, lora_A, lora_B, lora_bias, scale);
-  auto [y, h, low_rank] =
-      prepare_forward(x, bias, lora_A, lora_B, lora_bias, read_scaling(scale), return_h);
+std::tuple<Tensor, Tensor> lora_linear_fwd_cpu(const LoraLinearCall& call, bool return_h) {
+  check_lora_linear(call);
+  auto [y, h, low_rank] = prepare_forward(with_scaling_read(call), return_h);
   if (y.numel() == 0) return {y, h.zero_()};
+  const BaseProduct base(call.weight);
   if (makes_base_apart(low_rank.y)) {
     const Tensor biases = std::exchange(low_rank.bias, low_rank.y);
-    low_rank.y.addmm_(low_rank.x, weight.t(), /*beta=*/0);
+    base.write(low_rank.y, low_rank.x);
     if (biases.defined()) add_row(low_rank.y, biases);
     low_rank_forward(low_rank);
   } else {
     low_rank_forward(low_rank);
-    low_rank.y.addmm_(low_rank.x, weight.t());
+    base.add(low_rank.y, low_rank.x);
   }
   return {y, h};
 }
 
-Gradients lora_linear_bwd_cpu(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& h,
-                              const OptionalTensor& weight, const Tensor& lora_A,
-                              const Tensor& lora_B, double scaling,
-                              const OptionalTensor& scaling_tensor, double dropout_p,
-                              const OptionalTensor& rng_state, GradientMask mask) {
-  const LoraScale scale{scaling, scaling_tensor, dropout_p, rng_state};
-  check_lora_linear_bwd(dy, x, h, weight, lora_A, lora_B, scale, mask);
-  auto [gradients, low_rank, done] =
-      prepare_backward(dy, x, h, lora_A, lora_B, read_scaling(scale), mask);
+Gradients lora_linear_bwd_cpu(const LoraLinearBackwardCall& call, GradientMask mask) {
+  check_lora_linear_bwd(call, mask);
+  auto [gradients, low_rank, done] = prepare_backward(with_scaling_read(call), mask);
   if (done) return gradients;
   low_rank_backward(low_rank);
-  if (mask[kGradX] && makes_base_apart(low_rank.dx)) {
-    add_row(low_rank.dx, at::mm(low_rank.dy, *weight));
-  } else if (mask[kGradX]) {
-    low_rank.dx.addmm_(low_rank.dy, *weight);
+  if (!mask[kGradX]) return gradients;
+  const BaseProduct base(*call.weight);
+  if (makes_base_apart(low_rank.dx)) {
+    add_row(low_rank.dx, base.gradient(low_rank.dy));
+  } else {
+    base.add_gradient(low_rank.dx, low_rank.dy);
   }
   return gradients;
 }
@@ -100,7 +84,7 @@ Gradients lora_linear_bwd_cpu(const Tensor& dy, const OptionalTensor& x, const O
 
 void low_rank_forward(const LowRankForward& problem) {
   const CpuPath path = path_for(problem.y.size(0), problem.y.size(1), problem.lora_A,
-                                problem.x.scalar_type(), problem.scale.dropout_p > 0.0);
+                                problem.x.scalar_type(), problem.dropout.enabled());
   if (path.kernels == CpuPath::Kernels::Blas) {
     low_rank_forward_blas(problem);
   } else {
@@ -110,22 +94,12 @@ void low_rank_forward(const LowRankForward& problem) {
 
 void low_rank_backward(const LowRankBackward& problem) {
   const CpuPath path = path_for(problem.dy.size(0), problem.dy.size(1), problem.lora_A,
-                                problem.dy.scalar_type(), problem.scale.dropout_p > 0.0);
+                                problem.dy.scalar_type(), problem.dropout.enabled());
   if (path.kernels == CpuPath::Kernels::Blas) {
     low_rank_backward_blas(problem);
   } else {
     low_rank_backward_fused(problem, path);
   }
-}
-
-DroppedPath dropped_path(int64_t M, int64_t K, at::ScalarType base, double dropout_p) {
-  return choose_dropped_path(M, K, dropout_p, base == at::kBFloat16, has_fast_blas(base));
-}
-
-std::pair<bool, std::string> explain_dora_linear_cpu(int64_t tokens, at::ScalarType base,
-                                                     double dropout_p) {
-  const DroppedPath path = dropped_path(tokens, /*K=*/kDropoutBlock, base, dropout_p);
-  return {path.skips, path.reason};
 }
 
 std::pair<std::string, std::string> explain_lora_linear_cpu(int64_t tokens, int64_t out_features,
@@ -140,8 +114,8 @@ std::pair<std::string, std::string> explain_lora_linear_cpu(int64_t tokens, int6
 }
 
 TORCH_LIBRARY_IMPL(lora_ext, CPU, m) {
-  m.impl("lora_linear_fwd", &lora_linear_fwd_cpu);
-  m.impl("lora_linear_bwd", &lora_linear_bwd_cpu);
+  m.impl("lora_linear_fwd", flat<&lora_linear_fwd_cpu>);
+  m.impl("lora_linear_bwd", flat<&lora_linear_bwd_cpu>);
 }
 
 }  // namespace lora_ext

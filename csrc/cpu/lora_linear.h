@@ -1,34 +1,27 @@
-// The CPU's own ways of lora_linear; path.h chooses between them and the BLAS calls of ops/.
+// The CPU's ways of lora_linear; lora_linear_path.h chooses between them and the BLAS calls of
+// ops/.
 #pragma once
-
-#include <ATen/core/Tensor.h>
 
 #include <string>
 #include <utility>
 
-#include "cpu/path.h"
-#include "ops/low_rank.h"
+#include "cpu/lora_linear_path.h"
+#include "ops/lora_linear_prepare.h"
 
 namespace lora_ext {
 
-// Vector kernels: one pass over x, one over dy, dropout made in cache. They want the scale without
-// a scaling tensor.
+// Vector kernels: one pass over x, one over dy, dropout made in cache. They want the scaling
+// without a tensor.
 void low_rank_forward_fused(const LowRankForward& problem, const CpuPath& path);
 void low_rank_backward_fused(const LowRankBackward& problem, const CpuPath& path);
 
-// On the way that path.h chooses.
+// On the way that lora_linear_path.h chooses.
 void low_rank_forward(const LowRankForward& problem);
 void low_rank_backward(const LowRankBackward& problem);
-
-DroppedPath dropped_path(int64_t M, int64_t K, at::ScalarType base, double dropout_p);
 
 // (path, reason) of a layer for so many rows.
 std::pair<std::string, std::string> explain_lora_linear_cpu(int64_t tokens, int64_t out_features,
                                                             const Tensor& lora_A,
                                                             at::ScalarType base, double dropout_p);
-
-// (skips dropped elements, reason) of dora_linear.
-std::pair<bool, std::string> explain_dora_linear_cpu(int64_t tokens, at::ScalarType base,
-                                                     double dropout_p);
 
 }  // namespace lora_ext

@@ -11,7 +11,6 @@
 
 #include "../common/dropout.h"
 #include "kernels/lora_linear.h"
-#include "ops/checks.h"
 
 namespace lora_ext {
 namespace {

@@ -9,9 +9,9 @@
 
 #include "../common/dropout.h"
 #include "kernels/lora_linear.h"
-#include "ops/checks.h"
-#include "ops/lora_linear.h"
-#include "ops/prepare.h"
+#include "ops/base_product.h"
+#include "ops/lora_linear_blas.h"
+#include "ops/operator.h"
 
 namespace lora_ext {
 namespace {
@@ -35,23 +35,23 @@ int current_capability() {
   return device->major * 10 + device->minor;
 }
 
-// LoraScale as the kernels take it, with the tensors that it points into. Nothing is read from the
-// device, so that a CUDA graph can capture a call.
-struct KernelScale {
+// Scaling and dropout as the kernels take them, with the tensors that they point into. Nothing is
+// read from the device, so that a CUDA graph can capture a call.
+struct KernelOptions {
   Tensor scaling_tensor, rng_state;
   float scaling;
   const float* scaling_factor = nullptr;
   Dropout dropout{false, 0, 1.0f, nullptr};
 
-  explicit KernelScale(const LoraScale& scale) : scaling(static_cast<float>(scale.scaling)) {
-    if (scale.scaling_tensor.has_value()) {
-      scaling_tensor = scale.scaling_tensor->to(at::kFloat);
+  KernelOptions(const HiddenScale& given, const LoraDropout& of_x)
+      : scaling(static_cast<float>(given.number)) {
+    if (given.tensor.has_value()) {
+      scaling_tensor = given.tensor->to(at::kFloat);
       scaling_factor = scaling_tensor.const_data_ptr<float>();
     }
-    if (scale.dropout_p == 0.0) return;
-    rng_state = scale.rng_state->contiguous();
-    dropout = {true, dropout_threshold(scale.dropout_p),
-               static_cast<float>(dropout_scale(scale.dropout_p)),
+    if (!of_x.enabled()) return;
+    rng_state = of_x.rng_state->contiguous();
+    dropout = {true, dropout_threshold(of_x.p), static_cast<float>(of_x.survivor()),
                rng_state.const_data_ptr<int64_t>()};
   }
 };
@@ -93,7 +93,7 @@ Tensor readable(const Tensor& weight) { return lies_transposed(weight) ? weight 
 
 // The low-rank part into y; the base product too if there is a weight [N, K].
 void run_kernels(const LowRankForward& problem, const Tensor& weight, KernelFamily family) {
-  const KernelScale kernel_scale(problem.scale);
+  const KernelOptions options(problem.scaling, problem.dropout);
   Scratch scratch{problem.x.options(), {}};
   const auto& [x, lora_A, lora_B] = std::tie(problem.x, problem.lora_A, problem.lora_B);
   with_types(x.scalar_type(), lora_A.scalar_type(), [&](auto base, auto adapter) {
@@ -105,9 +105,9 @@ void run_kernels(const LowRankForward& problem, const Tensor& weight, KernelFami
                                   .lora_A = data_or_null<TA>(problem.lora_A),
                                   .lora_B = data_or_null<TA>(problem.lora_B),
                                   .r = static_cast<int>(lora_A.size(0)),
-                                  .scaling = kernel_scale.scaling,
-                                  .scaling_factor = kernel_scale.scaling_factor,
-                                  .dropout = kernel_scale.dropout,
+                                  .scaling = options.scaling,
+                                  .scaling_factor = options.scaling_factor,
+                                  .dropout = options.dropout,
                                   .y = out_or_null<T>(problem.y),
                                   .h = out_or_null<float>(problem.h)};
     run_forward(call, scratch.allocator(), at::cuda::getCurrentCUDAStream(), family);
@@ -116,7 +116,7 @@ void run_kernels(const LowRankForward& problem, const Tensor& weight, KernelFami
 
 // The low-rank part into dx, dA and dB; the base product too, into dx, if there is a weight.
 void run_kernels(const LowRankBackward& problem, const Tensor& weight, KernelFamily family) {
-  const KernelScale kernel_scale(problem.scale);
+  const KernelOptions options(problem.scaling, problem.dropout);
   Scratch scratch{problem.dy.options(), {}};
   const auto& [dy, lora_A, lora_B] = std::tie(problem.dy, problem.lora_A, problem.lora_B);
   with_types(dy.scalar_type(), lora_A.scalar_type(), [&](auto base, auto adapter) {
@@ -130,9 +130,9 @@ void run_kernels(const LowRankBackward& problem, const Tensor& weight, KernelFam
                                    .lora_A = data_or_null<TA>(lora_A),
                                    .lora_B = data_or_null<TA>(lora_B),
                                    .r = static_cast<int>(lora_A.size(0)),
-                                   .scaling = kernel_scale.scaling,
-                                   .scaling_factor = kernel_scale.scaling_factor,
-                                   .dropout = kernel_scale.dropout,
+                                   .scaling = options.scaling,
+                                   .scaling_factor = options.scaling_factor,
+                                   .dropout = options.dropout,
                                    .dx = out_or_null<T>(problem.dx),
                                    .dA = out_or_null<TA>(problem.dA),
                                    .dB = out_or_null<TA>(problem.dB)};
@@ -140,71 +140,62 @@ void run_kernels(const LowRankBackward& problem, const Tensor& weight, KernelFam
   });
 }
 
-// `rows` [M, K] or [M, N] is x or dy, `other` the x of a backward pass that reads it.
-CudaPath path_for(bool backward, const Tensor& rows, const Tensor& other,
-                  const OptionalTensor& weight, const Tensor& lora_A, const Tensor& lora_B,
-                  const LoraScale& scale) {
+// `rows` is x [M, K] or dy [M, N]; `x` that of a backward pass which reads it, or undefined.
+CudaPath path_for(bool backward, const Tensor& rows, const Tensor& x, const OptionalTensor& weight,
+                  const Tensor& lora_A, const Tensor& lora_B, const LoraDropout& dropout) {
   CudaCall call = make_cuda_call(backward, rows.get_device(), rows.size(0), lora_B.size(0),
                                  lora_A.size(1), lora_A.size(0), rows.scalar_type(),
-                                 lora_A.scalar_type(), scale.dropout_p > 0.0, weight);
-  for (const Tensor& matrix : {rows, other}) {
+                                 lora_A.scalar_type(), dropout.enabled(), weight);
+  for (const Tensor& matrix : {rows, x}) {
     if (matrix.defined()) call.rows = std::min(call.rows, rows_of(matrix));
   }
   return cuda_path(call, current_capability());
 }
 
-std::tuple<Tensor, Tensor> fwd_cuda(const Tensor& x, const Tensor& weight,
-                                    const OptionalTensor& bias, const Tensor& lora_A,
-                                    const Tensor& lora_B, const OptionalTensor& lora_bias,
-                                    double scaling, const OptionalTensor& scaling_tensor,
-                                    double dropout_p, const OptionalTensor& rng_state,
-                                    bool return_h) {
+std::tuple<Tensor, Tensor> lora_linear_fwd_cuda(const LoraLinearCall& call, bool return_h) {
   using Kernels = CudaPath::Kernels;
-  const LoraScale scale{scaling, scaling_tensor, dropout_p, rng_state};
-  check_lora_linear(x, weight, bias, lora_A, lora_B, lora_bias, scale);
-  const c10::cuda::CUDAGuard guard(x.device());
-  const auto [y, h, low_rank] =
-      prepare_forward(x, bias, lora_A, lora_B, lora_bias, scale, return_h);
+  check_lora_linear(call);
+  const c10::cuda::CUDAGuard guard(call.x.device());
+  const auto [y, h, low_rank] = prepare_forward(call, return_h);
   if (y.numel() == 0) return {y, h.zero_()};
-  const CudaPath path =
-      path_for(false, low_rank.x, Tensor(), weight, low_rank.lora_A, low_rank.lora_B, scale);
+  const BaseProduct base(call.weight);
+  const CudaPath path = path_for(false, low_rank.x, Tensor(), call.weight, low_rank.lora_A,
+                                 low_rank.lora_B, call.dropout);
   const bool fused = path.kernels == Kernels::Fused;
   if (path.kernels == Kernels::Composed) {
     low_rank_forward_blas(low_rank);
   } else {
-    run_kernels(low_rank, fused ? readable(weight) : Tensor(), path.family);
+    run_kernels(low_rank, fused ? readable(call.weight) : Tensor(), path.family);
   }
-  if (!fused) low_rank.y.addmm_(low_rank.x, weight.t());
+  if (!fused) base.add(low_rank.y, low_rank.x);
   return {y, h};
 }
 
-Gradients bwd_cuda(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& h,
-                   const OptionalTensor& weight, const Tensor& lora_A, const Tensor& lora_B,
-                   double scaling, const OptionalTensor& scaling_tensor, double dropout_p,
-                   const OptionalTensor& rng_state, GradientMask mask) {
+Gradients lora_linear_bwd_cuda(const LoraLinearBackwardCall& call, GradientMask mask) {
   using Kernels = CudaPath::Kernels;
-  const LoraScale scale{scaling, scaling_tensor, dropout_p, rng_state};
-  check_lora_linear_bwd(dy, x, h, weight, lora_A, lora_B, scale, mask);
-  const c10::cuda::CUDAGuard guard(dy.device());
-  const auto [gradients, low_rank, done] = prepare_backward(dy, x, h, lora_A, lora_B, scale, mask);
+  check_lora_linear_bwd(call, mask);
+  const c10::cuda::CUDAGuard guard(call.dy.device());
+  const auto [gradients, low_rank, done] = prepare_backward(call, mask);
   if (done) return gradients;
-  const CudaPath path =
-      path_for(true, low_rank.dy, low_rank.x, weight, low_rank.lora_A, low_rank.lora_B, scale);
+  const CudaPath path = path_for(true, low_rank.dy, low_rank.x, call.weight, low_rank.lora_A,
+                                 low_rank.lora_B, call.dropout);
   const bool fused = path.kernels == Kernels::Fused;
   if (path.kernels == Kernels::Composed) {
     low_rank_backward_blas(low_rank);
   } else {
-    run_kernels(low_rank, fused && mask[kGradX] ? readable(*weight) : Tensor(), path.family);
+    run_kernels(low_rank, fused && mask[kGradX] ? readable(*call.weight) : Tensor(), path.family);
   }
-  if (!fused && mask[kGradX]) low_rank.dx.addmm_(low_rank.dy, *weight);
+  if (!fused && mask[kGradX]) {
+    BaseProduct(*call.weight).add_gradient(low_rank.dx, low_rank.dy);
+  }
   return gradients;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lora_ext, CUDA, m) {
-  m.impl("lora_linear_fwd", &fwd_cuda);
-  m.impl("lora_linear_bwd", &bwd_cuda);
+  m.impl("lora_linear_fwd", flat<&lora_linear_fwd_cuda>);
+  m.impl("lora_linear_bwd", flat<&lora_linear_bwd_cuda>);
 }
 
 }  // namespace lora_ext

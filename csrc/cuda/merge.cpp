@@ -1,4 +1,6 @@
 // merge_ on CUDA: a pass that only looks, then one that writes.
+#include "ops/merge.h"
+
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
 #include <ATen/cuda/CUDAContext.h>
@@ -6,7 +8,6 @@
 #include <torch/library.h>
 
 #include "kernels/lora_linear.h"
-#include "ops/checks.h"
 
 namespace lora_ext {
 namespace {

@@ -4,7 +4,7 @@
 
 #include <ATen/autocast_mode.h>
 
-#include "ops/lora_linear.h"
+#include "ops/tensors.h"
 
 namespace lora_ext {
 

@@ -1,5 +1,5 @@
-// column_scale, y = z * scale + bias with one factor per column: schemas, Meta kernels, autograd,
-// and the plain form for devices without a kernel of their own.
+// column_scale, y = z * scale + bias with one factor per column: schemas, checks, Meta kernels,
+// autograd, and the composed form for devices without a kernel of their own.
 #include "ops/column_scale.h"
 
 #include <ATen/ATen.h>
@@ -9,8 +9,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "ops/find_op.h"
-#include "ops/tensors.h"
+#include "ops/checks.h"
+#include "ops/operator.h"
 #include "ops/transforms.h"
 
 namespace lora_ext {
@@ -18,9 +18,6 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-using ColumnScaleSignature = Tensor(const Tensor&, const Tensor&, const OptionalTensor&);
-using ColumnScaleBwdSignature = ColumnScaleGradients(const Tensor&, const OptionalTensor&,
-                                                     const Tensor&, ColumnScaleMask);
 
 Tensor column_scale_meta(const Tensor& z, const Tensor& scale, const OptionalTensor& bias) {
   check_column_scale("column_scale", "z", z, scale, bias);
@@ -32,7 +29,7 @@ ColumnScaleGradients column_scale_bwd_meta(const Tensor& dy, const OptionalTenso
   check_column_scale_bwd(dy, z, scale, mask);
   const auto compute = dy.options().dtype(at::toOpMathType(dy.scalar_type()));
   const c10::SymInt N = dy.sym_size(-1), none = 0;
-  return {mask[kGradZ] ? dy.new_empty_symint(dy.sym_sizes()) : dy.new_empty_symint({none}),
+  return {gradient_or_empty(mask[kGradZ], dy),
           dy.new_empty_symint({mask[kGradScale] ? N : none}, compute),
           dy.new_empty_symint({mask[kGradOffset] ? N : none}, compute)};
 }
@@ -73,7 +70,7 @@ struct ColumnScale : torch::autograd::Function<ColumnScale> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const variable_list saved = ctx->get_saved_variables();
-    const OptionalTensor z = saved[0].defined() ? OptionalTensor(saved[0]) : std::nullopt;
+    const OptionalTensor z = if_defined(saved[0]);
     const Tensor &scale = saved[1], &dy = grad_outputs[0];
     // needs_input_grad counts the tensors that were passed; None has no number.
     const bool has_bias = ctx->saved_data["has_bias"].toBool();
@@ -107,15 +104,38 @@ Tensor column_scale_autograd(const Tensor& z, const Tensor& scale, const Optiona
 
 }  // namespace
 
+void check_column_scale(const char* op, const char* name, const Tensor& z, const Tensor& scale,
+                        const OptionalTensor& bias) {
+  check_dense(op, name, z);
+  check_base_dtype(op, name, z);
+  TORCH_CHECK_VALUE(z.dim() >= 1, op, ": ", name, ": got a 0-d tensor, expected [..., columns]");
+  check_factor(op, "scale", scale, z, z.sym_size(-1));
+  check_factor(op, "bias", bias, z, z.sym_size(-1));
+}
+
+void check_column_scale_bwd(const Tensor& dy, const OptionalTensor& z, const Tensor& scale,
+                            const ColumnScaleMask& mask) {
+  constexpr const char* op = "column_scale_bwd";
+  check_column_scale(op, "dy", dy, scale, std::nullopt);
+  TORCH_CHECK_VALUE(!mask[kGradScale] || z.has_value(), op,
+                    ": z: got None, expected [..., columns] for the gradient of scale");
+  if (!z.has_value()) return;
+  check_device(op, "z", *z, dy);
+  TORCH_CHECK_VALUE(z->sym_sizes() == dy.sym_sizes(), op, ": z: got shape ", z->sym_sizes(),
+                    ", expected dy's ", dy.sym_sizes());
+  TORCH_CHECK_TYPE(z->scalar_type() == dy.scalar_type(), op, ": z: got dtype ", z->scalar_type(),
+                   ", expected dy's ", dy.scalar_type());
+}
+
 Tensor column_scale(const Tensor& z, const Tensor& scale, const OptionalTensor& bias) {
-  static const auto op = find_op<ColumnScaleSignature>("lora_ext::column_scale");
-  return op.call(z, scale, bias);
+  static const Operator<&column_scale> op("lora_ext::column_scale");
+  return op(z, scale, bias);
 }
 
 ColumnScaleGradients column_scale_bwd(const Tensor& dy, const OptionalTensor& z,
                                       const Tensor& scale, ColumnScaleMask mask) {
-  static const auto op = find_op<ColumnScaleBwdSignature>("lora_ext::column_scale_bwd");
-  return op.call(dy, z, scale, mask);
+  static const Operator<&column_scale_bwd> op("lora_ext::column_scale_bwd");
+  return op(dy, z, scale, mask);
 }
 
 TORCH_LIBRARY_FRAGMENT(lora_ext, m) {

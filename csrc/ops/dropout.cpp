@@ -1,4 +1,4 @@
-// Schemas, dispatcher handles and Meta kernels of draw_rng_state, dropout_mask and dropout.
+// Schemas, dispatcher handles, checks and Meta kernels of draw_rng_state, dropout_mask and dropout.
 #include "ops/dropout.h"
 
 #include <ATen/ATen.h>
@@ -9,20 +9,20 @@
 #include <limits>
 #include <vector>
 
+#include "../common/dropout.h"
 #include "ops/checks.h"
-#include "ops/find_op.h"
-#include "ops/tensors.h"
+#include "ops/operator.h"
 #include "ops/transforms.h"
 
 namespace lora_ext {
 namespace {
 
-at::Tensor draw_rng_state_meta(const at::Tensor& like) {
+Tensor draw_rng_state_meta(const Tensor& like) {
   return at::empty({2}, like.options().dtype(at::kLong));
 }
 
-at::Tensor dropout_mask_meta(const at::Tensor& rng_state, c10::SymInt rows, c10::SymInt columns,
-                             double dropout_p, c10::SymInt first_row) {
+Tensor dropout_mask_meta(const Tensor& rng_state, c10::SymInt rows, c10::SymInt columns,
+                         double dropout_p, c10::SymInt first_row) {
   check_dropout_mask(rng_state, rows, columns, dropout_p, first_row);
   return rng_state.new_empty_symint({rows, columns}, rng_state.options().dtype(at::kBool));
 }
@@ -34,10 +34,9 @@ Tensor dropout_meta(const Tensor& x, const Tensor& rng_state, double dropout_p) 
 
 Tensor dropout_composed(const Tensor& x, const Tensor& rng_state, double dropout_p) {
   check_dropout(x, rng_state, dropout_p);
-  const double survivor = dropout_p < 1.0 ? 1.0 / (1.0 - dropout_p) : 0.0;
   const Tensor keep = dropout_mask(rng_state, count_rows(x), x.sym_size(-1), dropout_p)
                           .reshape_symint(x.sym_sizes());
-  return at::where(keep, x * survivor, at::zeros({}, x.options())).contiguous();
+  return at::where(keep, x * dropout_scale(dropout_p), at::zeros({}, x.options())).contiguous();
 }
 
 // dropout is linear and its own transpose, so its gradient is dropout of the gradient.
@@ -85,22 +84,42 @@ Tensor dropout_mask_batched(const Tensor& rng_state, c10::SymInt rows, c10::SymI
 
 }  // namespace
 
-at::Tensor draw_rng_state(const at::Tensor& like) {
-  static const auto op = find_op<at::Tensor(const at::Tensor&)>("lora_ext::draw_rng_state");
-  return op.call(like);
+void check_dropout(const Tensor& x, const Tensor& rng_state, double dropout_p) {
+  constexpr const char* op = "dropout";
+  check_dense(op, "x", x);
+  check_base_dtype(op, "x", x);
+  TORCH_CHECK_VALUE(x.dim() >= 1, op, ": x: got a 0-d tensor, expected [..., columns]");
+  check_dropout_p(op, dropout_p);
+  check_device(op, "rng_state", rng_state, x);
+  check_rng_state(op, rng_state);
 }
 
-at::Tensor dropout_mask(const at::Tensor& rng_state, c10::SymInt rows, c10::SymInt columns,
-                        double dropout_p, c10::SymInt first_row) {
-  static const auto op =
-      find_op<at::Tensor(const at::Tensor&, c10::SymInt, c10::SymInt, double, c10::SymInt)>(
-          "lora_ext::dropout_mask");
-  return op.call(rng_state, rows, columns, dropout_p, first_row);
+void check_dropout_mask(const Tensor& rng_state, const c10::SymInt& rows,
+                        const c10::SymInt& columns, double dropout_p,
+                        const c10::SymInt& first_row) {
+  constexpr const char* op = "dropout_mask";
+  check_dense(op, "rng_state", rng_state);
+  check_rng_state(op, rng_state);
+  TORCH_CHECK_VALUE(rows >= 0 && columns >= 0, op, ": rows, columns: got ", rows, ", ", columns,
+                    ", expected sizes of at least 0");
+  TORCH_CHECK_VALUE(first_row >= 0, op, ": first_row: got ", first_row, ", expected at least 0");
+  check_dropout_p(op, dropout_p);
+}
+
+Tensor draw_rng_state(const Tensor& like) {
+  static const Operator<&draw_rng_state> op("lora_ext::draw_rng_state");
+  return op(like);
+}
+
+Tensor dropout_mask(const Tensor& rng_state, c10::SymInt rows, c10::SymInt columns,
+                    double dropout_p, c10::SymInt first_row) {
+  static const Operator<&dropout_mask> op("lora_ext::dropout_mask");
+  return op(rng_state, rows, columns, dropout_p, first_row);
 }
 
 Tensor dropout(const Tensor& x, const Tensor& rng_state, double dropout_p) {
-  static const auto op = find_op<Tensor(const Tensor&, const Tensor&, double)>("lora_ext::dropout");
-  return op.call(x, rng_state, dropout_p);
+  static const Operator<&dropout> op("lora_ext::dropout");
+  return op(x, rng_state, dropout_p);
 }
 
 TORCH_LIBRARY_FRAGMENT(lora_ext, m) {

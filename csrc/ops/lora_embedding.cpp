@@ -1,4 +1,4 @@
-// Schemas, dispatcher handles, Meta kernels of lora_embedding, and its composition of ATen.
+// Schemas, dispatcher handles, checks, Meta kernels of lora_embedding, and its composition of ATen.
 #include "ops/lora_embedding.h"
 
 #include <ATen/ATen.h>
@@ -7,84 +7,108 @@
 #include <torch/library.h>
 
 #include "ops/checks.h"
-#include "ops/find_op.h"
-#include "ops/tensors.h"
+#include "ops/operator.h"
 
 namespace lora_ext {
 namespace {
 
-using Mask = std::array<bool, 2>;
-
-Tensor lora_embedding_fwd_meta(const Tensor& indices, const Tensor& weight, const Tensor& lora_A,
-                               const Tensor& lora_B, double) {
-  check_lora_embedding(indices, weight, lora_A, lora_B);
-  auto sizes = indices.sym_sizes().vec();
-  sizes.push_back(weight.sym_size(1));
-  return weight.new_empty_symint(sizes);
+Tensor lora_embedding_fwd_meta(const LoraEmbeddingCall& call) {
+  check_lora_embedding(call);
+  auto sizes = call.indices.sym_sizes().vec();
+  sizes.push_back(call.weight.sym_size(1));
+  return call.weight.new_empty_symint(sizes);
 }
 
-AdapterGradients lora_embedding_bwd_meta(const Tensor& dy, const Tensor& indices,
-                                         const Tensor& lora_A, const Tensor& lora_B, double,
-                                         int64_t padding_idx, bool, Mask mask) {
-  check_lora_embedding_bwd(dy, indices, lora_A, lora_B, padding_idx);
-  const auto gradient = [](bool wanted, const Tensor& like) {
-    return like.new_empty_symint(wanted ? like.sym_sizes().vec() : std::vector<c10::SymInt>{0});
-  };
-  return {gradient(mask[0], lora_A), gradient(mask[1], lora_B)};
+AdapterGradients lora_embedding_bwd_meta(const LoraEmbeddingBackwardCall& call, AdapterMask mask) {
+  check_lora_embedding_bwd(call);
+  return {gradient_or_empty(mask[0], call.lora_A), gradient_or_empty(mask[1], call.lora_B)};
 }
 
-Tensor fwd_composed(const Tensor& indices, const Tensor& weight, const Tensor& lora_A,
-                    const Tensor& lora_B, double scaling) {
-  check_lora_embedding(indices, weight, lora_A, lora_B);
-  const auto compute = at::toOpMathType(lora_A.scalar_type());
-  const Tensor h = at::embedding(lora_A.t(), indices).to(compute);
-  const Tensor update = at::matmul(h, lora_B.t().to(compute));
-  return at::embedding(weight, indices).add(update, scaling).to(weight.scalar_type());
+Tensor lora_embedding_fwd_composed(const LoraEmbeddingCall& call) {
+  check_lora_embedding(call);
+  const auto compute = at::toOpMathType(call.lora_A.scalar_type());
+  const Tensor h = at::embedding(call.lora_A.t(), call.indices).to(compute);
+  const Tensor update = at::matmul(h, call.lora_B.t().to(compute));
+  const Tensor base = at::embedding(call.weight, call.indices);
+  return base.add(update, call.scaling).to(call.weight.scalar_type());
 }
 
-AdapterGradients bwd_composed(const Tensor& dy, const Tensor& indices, const Tensor& lora_A,
-                              const Tensor& lora_B, double scaling, int64_t padding_idx,
-                              bool scale_grad_by_freq, Mask mask) {
-  check_lora_embedding_bwd(dy, indices, lora_A, lora_B, padding_idx);
-  auto [dA, dB] = lora_embedding_bwd_composed(dy, indices, lora_A, lora_B, scaling,
-                                              {padding_idx, scale_grad_by_freq}, mask);
-  return {mask[0] ? dA.contiguous() : lora_A.new_empty({0}),
-          mask[1] ? dB.contiguous() : lora_B.new_empty({0})};
+AdapterGradients lora_embedding_bwd_composed(const LoraEmbeddingBackwardCall& call,
+                                             AdapterMask mask) {
+  check_lora_embedding_bwd(call);
+  auto [dA, dB] = lora_embedding_bwd_decomposed(call, mask);
+  return {mask[0] ? dA.contiguous() : call.lora_A.new_empty({0}),
+          mask[1] ? dB.contiguous() : call.lora_B.new_empty({0})};
+}
+
+void check_indices(const char* op, const Tensor& indices, const Tensor& table) {
+  check_device(op, "indices", indices, table);
+  TORCH_CHECK_TYPE(indices.scalar_type() == at::kLong || indices.scalar_type() == at::kInt, op,
+                   ": indices: got dtype ", indices.scalar_type(),
+                   ", expected int64 or int32; convert with .to()");
 }
 
 }  // namespace
 
-Tensor lora_embedding_fwd(const Tensor& indices, const Tensor& weight, const Tensor& lora_A,
-                          const Tensor& lora_B, double scaling) {
-  static const auto op = find_op<decltype(lora_embedding_fwd_meta)>("lora_ext::lora_embedding_fwd");
-  return op.call(indices, weight, lora_A, lora_B, scaling);
+void check_padding_idx(const char* op, int64_t padding_idx, const c10::SymInt& V) {
+  TORCH_CHECK_VALUE(padding_idx == -1 || (padding_idx >= 0 && padding_idx < V), op,
+                    ": padding_idx: got ", padding_idx, ", expected a row of the ", V,
+                    " of the weight, or -1 for none");
 }
 
-AdapterGradients lora_embedding_bwd(const Tensor& dy, const Tensor& indices, const Tensor& lora_A,
-                                    const Tensor& lora_B, double scaling,
-                                    const LookupOptions& lookup, Mask mask) {
-  static const auto op = find_op<decltype(lora_embedding_bwd_meta)>("lora_ext::lora_embedding_bwd");
-  return op.call(dy, indices, lora_A, lora_B, scaling, lookup.padding_idx,
-                 lookup.scale_grad_by_freq, mask);
+void check_lora_embedding(const LoraEmbeddingCall& call) {
+  constexpr const char* op = "lora_embedding";
+  const Tensor& weight = call.weight;
+  check_dense(op, "weight", weight);
+  TORCH_CHECK_VALUE(weight.dim() == 2, op, ": weight: got shape ", weight.sym_sizes(),
+                    ", expected [num_embeddings, embedding_dim]");
+  check_indices(op, call.indices, weight);
+  check_adapters(op, "weight", weight, weight.sym_size(1), weight.sym_size(0), call.lora_A,
+                 call.lora_B);
 }
 
-AdapterGradients lora_embedding_bwd_composed(const Tensor& dy, const Tensor& indices,
-                                             const Tensor& lora_A, const Tensor& lora_B,
-                                             double scaling, const LookupOptions& lookup,
-                                             Mask mask) {
+void check_lora_embedding_bwd(const LoraEmbeddingBackwardCall& call) {
+  constexpr const char* op = "lora_embedding_bwd";
+  const Tensor &dy = call.dy, &indices = call.indices;
+  check_dense(op, "dy", dy);
+  check_dense(op, "indices", indices);
+  TORCH_CHECK_VALUE(dy.dim() == indices.dim() + 1 &&
+                        dy.sym_sizes().slice(0, indices.dim()) == indices.sym_sizes(),
+                    op, ": dy: got shape ", dy.sym_sizes(), ", expected that of indices, ",
+                    indices.sym_sizes(), ", and embedding_dim last");
+  check_indices(op, indices, dy);
+  const c10::SymInt V = last_size(call.lora_A);
+  check_adapters(op, "dy", dy, dy.sym_size(-1), V, call.lora_A, call.lora_B);
+  check_padding_idx(op, call.lookup.padding_idx, V);
+}
+
+Tensor lora_embedding_fwd(const LoraEmbeddingCall& call) {
+  static const Operator<&lora_embedding_fwd> op("lora_ext::lora_embedding_fwd");
+  return op(call);
+}
+
+AdapterGradients lora_embedding_bwd(const LoraEmbeddingBackwardCall& call, AdapterMask mask) {
+  static const Operator<&lora_embedding_bwd> op("lora_ext::lora_embedding_bwd");
+  return op(call, mask);
+}
+
+AdapterGradients lora_embedding_bwd_decomposed(const LoraEmbeddingBackwardCall& call,
+                                               AdapterMask mask) {
+  const auto &lora_A = call.lora_A, &lora_B = call.lora_B;
+  const auto [padding_idx, scale_grad_by_freq] = call.lookup;
   const auto compute = at::toOpMathType(lora_A.scalar_type());
-  const Tensor scaled = dy.to(compute) * scaling;
+  const Tensor scaled = call.dy.to(compute) * call.scaling;
   Tensor dA, dB;
   if (mask[0]) {
     const Tensor dh = at::matmul(scaled, lora_B.to(compute));
-    dA = at::embedding_dense_backward_symint(dh, indices, lora_A.sym_size(1), lookup.padding_idx,
-                                             lookup.scale_grad_by_freq)
+    dA = at::embedding_dense_backward_symint(dh, call.indices, lora_A.sym_size(1), padding_idx,
+                                             scale_grad_by_freq)
              .t()
              .to(lora_A.scalar_type());
   }
   if (mask[1]) {
     const Tensor h =
-        at::embedding_symint(lora_A.t(), indices, lookup.padding_idx, lookup.scale_grad_by_freq);
+        at::embedding_symint(lora_A.t(), call.indices, padding_idx, scale_grad_by_freq);
     dB = at::mm(flattened(scaled).t(), flattened(h.to(compute))).to(lora_B.scalar_type());
   }
   return {dA, dB};
@@ -107,14 +131,14 @@ TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
 }
 
 TORCH_LIBRARY_IMPL(lora_ext, Meta, m) {
-  m.impl("lora_embedding_fwd", &lora_embedding_fwd_meta);
-  m.impl("lora_embedding_bwd", &lora_embedding_bwd_meta);
+  m.impl("lora_embedding_fwd", flat<&lora_embedding_fwd_meta>);
+  m.impl("lora_embedding_bwd", flat<&lora_embedding_bwd_meta>);
 }
 
 // Every device without kernels of its own.
 TORCH_LIBRARY_IMPL(lora_ext, CompositeExplicitAutograd, m) {
-  m.impl("lora_embedding_fwd", &fwd_composed);
-  m.impl("lora_embedding_bwd", &bwd_composed);
+  m.impl("lora_embedding_fwd", flat<&lora_embedding_fwd_composed>);
+  m.impl("lora_embedding_bwd", flat<&lora_embedding_bwd_composed>);
 }
 
 // Called directly, these two have no derivative and say so in backward.

@@ -4,14 +4,12 @@
 // what backends implement. Without a backend of their own, devices run compositions of ATen.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <array>
 #include <tuple>
 
-namespace lora_ext {
+#include "ops/tensors.h"
 
-using at::Tensor;
+namespace lora_ext {
 
 // How the lookup's gradient counts tokens, as in torch.nn.Embedding.
 struct LookupOptions {
@@ -19,27 +17,47 @@ struct LookupOptions {
   bool scale_grad_by_freq;
 };
 
+// The arguments of `_fwd`; not to be kept, as LoraLinearCall.
+struct LoraEmbeddingCall {
+  const Tensor& indices;  // [...]
+  const Tensor& weight;   // [V, D]
+  const Tensor& lora_A;   // [r, V]
+  const Tensor& lora_B;   // [D, r]
+  double scaling;
+
+  auto fields() const { return std::tie(indices, weight, lora_A, lora_B, scaling); }
+};
+
+// Those of `_bwd`, without the mask.
+struct LoraEmbeddingBackwardCall {
+  const Tensor& dy;       // [..., D]
+  const Tensor& indices;  // [...]
+  const Tensor& lora_A;   // [r, V]
+  const Tensor& lora_B;   // [D, r]
+  double scaling;
+  LookupOptions lookup;
+
+  auto fields() const {
+    return std::tie(dy, indices, lora_A, lora_B, scaling, lookup.padding_idx,
+                    lookup.scale_grad_by_freq);
+  }
+};
+
+using AdapterMask = std::array<bool, 2>;
 using AdapterGradients = std::tuple<Tensor, Tensor>;  // of lora_A and lora_B
 
-// y [..., D]
-Tensor lora_embedding_fwd(const Tensor& indices,  // [...]
-                          const Tensor& weight,   // [V, D]
-                          const Tensor& lora_A,   // [r, V]
-                          const Tensor& lora_B,   // [D, r]
-                          double scaling);
+// The operators, through the dispatcher: y [..., D], and the gradients, of which those whose mask
+// is false come back empty.
+Tensor lora_embedding_fwd(const LoraEmbeddingCall& call);
+AdapterGradients lora_embedding_bwd(const LoraEmbeddingBackwardCall& call, AdapterMask mask);
 
-// Gradients of lora_A and lora_B; those whose mask is false come back empty.
-AdapterGradients lora_embedding_bwd(const Tensor& dy,       // [..., D]
-                                    const Tensor& indices,  // [...]
-                                    const Tensor& lora_A,   // [r, V]
-                                    const Tensor& lora_B,   // [D, r]
-                                    double scaling, const LookupOptions& lookup,
-                                    std::array<bool, 2> mask);
+// The same gradients out of differentiable ATen operators; undefined where the mask is false.
+AdapterGradients lora_embedding_bwd_decomposed(const LoraEmbeddingBackwardCall& call,
+                                               AdapterMask mask);
 
-// The same gradients out of differentiable ATen operators.
-AdapterGradients lora_embedding_bwd_composed(const Tensor& dy, const Tensor& indices,
-                                             const Tensor& lora_A, const Tensor& lora_B,
-                                             double scaling, const LookupOptions& lookup,
-                                             std::array<bool, 2> mask);
+void check_lora_embedding(const LoraEmbeddingCall& call);
+void check_lora_embedding_bwd(const LoraEmbeddingBackwardCall& call);
+// -1 stands for none of the V tokens.
+void check_padding_idx(const char* op, int64_t padding_idx, const c10::SymInt& V);
 
 }  // namespace lora_ext

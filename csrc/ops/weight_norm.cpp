@@ -1,20 +1,21 @@
-// weight_norm, the norm of every row of weight + scaling * B A: schema, Meta kernel, and the plain
-// form for devices without a kernel of their own. It is a constant for autograd (arXiv:2402.09353,
-// section 4.3).
+// weight_norm: schema, dispatcher handle, check, Meta kernel, and the composed form for devices
+// without a kernel of their own.
+#include "ops/weight_norm.h"
+
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
-#include "ops/checks.h"
-#include "ops/find_op.h"
+#include "ops/merge.h"
+#include "ops/operator.h"
 #include "ops/transforms.h"
 
 namespace lora_ext {
 namespace {
 
 Tensor weight_norm_meta(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double) {
-  check_merge("weight_norm", weight, lora_A, lora_B, std::nullopt);
+  check_weight_norm(weight, lora_A, lora_B);
   const auto compute = at::toOpMathType(weight.scalar_type());
   return weight.new_empty_symint({weight.sym_size(0)}, weight.options().dtype(compute));
 }
@@ -23,7 +24,7 @@ Tensor weight_norm_meta(const Tensor& weight, const Tensor& lora_A, const Tensor
 Tensor weight_norm_composed(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                             double scaling) {
   constexpr int64_t kElements = int64_t{1} << 24;
-  check_merge("weight_norm", weight, lora_A, lora_B, std::nullopt);
+  check_weight_norm(weight, lora_A, lora_B);
   const auto compute = at::toOpMathType(weight.scalar_type());
   const int64_t N = weight.size(0), K = weight.size(1);
   const int64_t step = std::max<int64_t>(1, kElements / std::max<int64_t>(K, 1));
@@ -41,16 +42,24 @@ Tensor weight_norm_composed(const Tensor& weight, const Tensor& lora_A, const Te
 // Operands that require grad are taken as they are; tangents are refused, not lost.
 Tensor weight_norm_constant(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                             double scaling) {
-  static const auto op =
-      find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, double)>("lora_ext::weight_norm");
   TORCH_CHECK_NOT_IMPLEMENTED(!have_tangents(weight, lora_A, lora_B),
                               "weight_norm: got a tangent of forward AD, expected none: lora_ext::"
                               "weight_norm is a constant; give it weight.detach()");
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return op.call(weight, lora_A, lora_B, scaling);
+  return weight_norm(weight, lora_A, lora_B, scaling);
 }
 
 }  // namespace
+
+void check_weight_norm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B) {
+  check_merge("weight_norm", weight, lora_A, lora_B, std::nullopt);
+}
+
+Tensor weight_norm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+                   double scaling) {
+  static const Operator<&weight_norm> op("lora_ext::weight_norm");
+  return op(weight, lora_A, lora_B, scaling);
+}
 
 TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
   m.def("weight_norm(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling=1.0) -> Tensor",

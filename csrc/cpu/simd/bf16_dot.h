@@ -25,7 +25,7 @@ struct Words {
   const char* data;
   int64_t row_bytes, pair_bytes;
   int64_t remainder_bytes = 0, exact = 0;
-  bool cold = false;  // rows come from memory: those of the next tile are called while one runs
+  bool cold = false;  // rows come from memory: those of the next tile are prefetched while one runs
 
   Words from(int64_t k) const {
     Words result = *this;

@@ -54,14 +54,14 @@ struct Bf16DotMath {
   // which the rows are.
   static int64_t operand_bytes(int64_t r) { return 2 * kPanelRows * 4 * row_pairs(2 * r); }
 
-  // scale * values [rows, r] as left operand; with its remainder if `exact`
-  static Words rows(void* operand, const float* values, int64_t rows, int64_t r, double scale,
+  // factor * values [rows, r] as left operand; with its remainder if `exact`
+  static Words rows(void* operand, const float* values, int64_t rows, int64_t r, double factor,
                     bool exact) {
     const int64_t padded = 2 * row_pairs(r), remainder = kPanelRows * padded;
     auto* out = static_cast<uint16_t*>(operand);
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < r; j += 16) {
-        const __m512 scaled = load_scaled(values + i * r + j, r - j, scale);
+        const __m512 scaled = load_scaled(values + i * r + j, r - j, factor);
         const __m256i value = round_bf16(scaled);
         uint16_t* p = out + i * padded + j;
         _mm256_mask_storeu_epi16(p, first_lanes(padded - j), value);
@@ -77,14 +77,14 @@ struct Bf16DotMath {
   }
 
   // its transpose
-  static Words columns(void* operand, const float* values, int64_t rows, int64_t r, double scale,
+  static Words columns(void* operand, const float* values, int64_t rows, int64_t r, double factor,
                        bool few) {
     const int64_t remainder = kPanelRows / 2 * r;
     auto* out = static_cast<uint32_t*>(operand);
     for (int64_t i = 0; i < rows; i += 2) {
       for (int64_t j = 0; j < r; j += 16) {
-        const __m512 first = load_scaled(values + i * r + j, r - j, scale);
-        const __m512 second = i + 1 < rows ? load_scaled(values + (i + 1) * r + j, r - j, scale)
+        const __m512 first = load_scaled(values + i * r + j, r - j, factor);
+        const __m512 second = i + 1 < rows ? load_scaled(values + (i + 1) * r + j, r - j, factor)
                                            : _mm512_setzero_ps();
         const __m256i first_value = round_bf16(first), second_value = round_bf16(second);
         uint32_t* p = out + i / 2 * r + j;
@@ -152,8 +152,8 @@ struct Bf16DotMath {
 
  private:
   static int64_t row_pairs(int64_t r) { return (r + 1) / 2; }
-  static __m512 load_scaled(const float* p, int64_t lanes, double scale) {
-    return _mm512_mul_ps(_mm512_set1_ps(static_cast<float>(scale)),
+  static __m512 load_scaled(const float* p, int64_t lanes, double factor) {
+    return _mm512_mul_ps(_mm512_set1_ps(static_cast<float>(factor)),
                          _mm512_maskz_loadu_ps(first_lanes(lanes), p));
   }
 };

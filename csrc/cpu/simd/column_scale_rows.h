@@ -1,7 +1,7 @@
 // column_scale and its gradients on a range of rows: one pass over each operand.
 #pragma once
 
-#include "../kernels.h"
+#include "../column_scale_kernels.h"
 #include "rows.h"
 
 namespace lora_ext::LORA_EXT_ISA {
@@ -64,12 +64,12 @@ inline void column_scale_row_tile(const ColumnScaleBackwardArgs& args, int64_t m
   }
 }
 
-// sum [N] += part [N], part = 0
+// sum [N] += few [N], few = 0
 template <class S>
-void drain(S* part, S* sum, int64_t N) {
+void drain(S* few, S* sum, int64_t N) {
   for (int64_t j = 0; sum && j < N; ++j) {
-    sum[j] += part[j];
-    part[j] = 0;
+    sum[j] += few[j];
+    few[j] = 0;
   }
 }
 
@@ -83,40 +83,17 @@ void column_scale_backward_rows(const ColumnScaleBackwardArgs& args, int64_t beg
   constexpr int64_t kSumRows = 128;
   auto* dscale = static_cast<S*>(dscale_sum);
   auto* dbias = static_cast<S*>(dbias_sum);
-  auto* parts = static_cast<S*>(scratch);
-  for (int64_t j = 0; j < 2 * args.N; ++j) parts[j] = 0;
-  S* dscale_part = dscale ? parts : nullptr;
-  S* dbias_part = dbias ? parts + args.N : nullptr;
+  auto* sums = static_cast<S*>(scratch);
+  for (int64_t j = 0; j < 2 * args.N; ++j) sums[j] = 0;
+  S* dscale_of_few = dscale ? sums : nullptr;
+  S* dbias_of_few = dbias ? sums + args.N : nullptr;
   for (int64_t first = begin; first < end; first += kSumRows) {
     const int64_t last = first + at_most(end - first, kSumRows);
     int64_t m = first;
-    for (; m + 8 <= last; m += 8) column_scale_row_tile<T, 8>(args, m, dscale_part, dbias_part);
-    for (; m < last; ++m) column_scale_row_tile<T, 1>(args, m, dscale_part, dbias_part);
-    drain(dscale_part, dscale, args.N);
-    drain(dbias_part, dbias, args.N);
-  }
-}
-
-// Rows [begin, end) of out [M, K] = dropout(x)
-template <class T>
-void dropout_rows(const void* x, int64_t ldx, int64_t K, const DropoutArgs& dropout, int64_t begin,
-                  int64_t end, void* out) {
-  using S = compute_t<T>;
-  using V = Vec<S>;
-  const auto survivor = V::set1(static_cast<S>(dropout.scale));
-  for (int64_t m = begin; m < end; ++m) {
-    const T* in = static_cast<const T*>(x) + m * ldx;
-    T* row = static_cast<T*>(out) + m * K;
-    for (int64_t block = 0; block < K; block += kDropoutBlock) {
-      uint16_t words[kDropoutSlots];
-      fill_keep_block(dropout.rng, m, block / kDropoutBlock, dropout.threshold, words);
-      const int64_t end_column = block + at_most(K - block, kDropoutBlock);
-      for (int64_t j = block; j < end_column; j += V::kWidth) {
-        const int lanes = static_cast<int>(at_most(end_column - j, V::kWidth));
-        const auto value = V::mul(load_lanes<S>(in + j, lanes), survivor);
-        store_lanes<S>(row + j, V::keep(value, bits_at(words, j - block)), lanes);
-      }
-    }
+    for (; m + 8 <= last; m += 8) column_scale_row_tile<T, 8>(args, m, dscale_of_few, dbias_of_few);
+    for (; m < last; ++m) column_scale_row_tile<T, 1>(args, m, dscale_of_few, dbias_of_few);
+    drain(dscale_of_few, dscale, args.N);
+    drain(dbias_of_few, dbias, args.N);
   }
 }
 

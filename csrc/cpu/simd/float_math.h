@@ -26,16 +26,16 @@ struct FloatMath {
   // The scaled h or dh of one panel.
   static int64_t operand_bytes(int64_t r) { return kPanelRows * r * sizeof(Sum); }
 
-  // scale * values [rows, r] as left operand
+  // factor * values [rows, r] as left operand
   static LeftRows<Sum> rows(void* operand, const Hidden* values, int64_t rows, int64_t r,
-                            double scale, bool /*exact*/) {
-    return {scaled(operand, values, rows * r, scale), r, 1};
+                            double factor, bool /*exact*/) {
+    return {scaled(operand, values, rows * r, factor), r, 1};
   }
   // its transpose
   template <class Value>
   static LeftRows<Sum> columns(void* operand, const Value* values, int64_t rows, int64_t r,
-                               double scale, bool /*few*/) {
-    return {scaled(operand, values, rows * r, scale), 1, r};
+                               double factor, bool /*few*/) {
+    return {scaled(operand, values, rows * r, factor), 1, r};
   }
   // rows of x or dy as left operand
   static LeftRows<Sum> left(const Sum* data, int64_t stride, bool /*cold*/) {
@@ -90,9 +90,9 @@ struct FloatMath {
 
  private:
   template <class Value>
-  static const Sum* scaled(void* operand, const Value* values, int64_t count, double scale) {
+  static const Sum* scaled(void* operand, const Value* values, int64_t count, double factor) {
     auto* out = static_cast<Sum*>(operand);
-    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<Sum>(scale * values[i]);
+    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<Sum>(factor * values[i]);
     return out;
   }
 };

@@ -2,6 +2,7 @@
 // stays in cache while the rows of the weight, or of dy, come past it.
 #pragma once
 
+#include "../lora_embedding_kernels.h"
 #include "float_math.h"
 #include "lora_linear_rows.h"
 
@@ -27,21 +28,21 @@ int64_t embedding_bytes(int64_t r) {
   return Panel<Math>::bytes(0, r);
 }
 
-// h [rows, r] = scale * the tokens' columns of lora_A [r, V]
+// h [rows, r] = factor * the tokens' columns of lora_A [r, V]
 template <class S, class TA>
 void gather_columns(const TA* lora_A, int64_t V, int64_t r, const int64_t* tokens, int64_t rows,
-                    S scale, S* h) {
-  const auto factor = Vec<S>::set1(scale);
+                    S factor, S* h) {
+  const auto factors = Vec<S>::set1(factor);
   for (int64_t k = 0; k < r; ++k) {  // row after row: each is a range of memory of its own
     for (int64_t i = 0; i < rows; ++i) {
       const auto value = Vec<S>::load_partial(lora_A + k * V + tokens[i], 1);
-      Vec<S>::store_partial(h + i * r + k, Vec<S>::mul(factor, value), 1);
+      Vec<S>::store_partial(h + i * r + k, Vec<S>::mul(factors, value), 1);
     }
   }
 }
 
 template <class Math, class TA>
-void embedding_forward_rows(const EmbeddingForwardArgs& args, int64_t begin, int64_t end,
+void embedding_forward_rows(const LoraEmbeddingForwardArgs& args, int64_t begin, int64_t end,
                             void* scratch) {
   using T = typename Math::Base;
   using S = typename Math::Sum;
@@ -60,7 +61,7 @@ void embedding_forward_rows(const EmbeddingForwardArgs& args, int64_t begin, int
 }
 
 template <class Math, class TA>
-void embedding_backward_rows(const EmbeddingBackwardArgs& args, int64_t begin, int64_t end,
+void embedding_backward_rows(const LoraEmbeddingBackwardArgs& args, int64_t begin, int64_t end,
                              void* dB_sum, void* scratch) {
   using T = typename Math::Base;
   using S = typename Math::Sum;

@@ -3,7 +3,7 @@
 // is the arithmetic: FloatMath, or Bf16DotMath where base and adapters are bf16.
 #pragma once
 
-#include "../kernels.h"
+#include "../lora_linear_kernels.h"
 #include "rows.h"
 #include "store.h"
 
@@ -94,12 +94,12 @@ void down_project(const Panel<Math>& panel, const typename Math::Base* x, int64_
 }
 
 template <class Math>
-void forward_rows(const ForwardArgs& args, int64_t begin, int64_t end, void* scratch) {
+void forward_rows(const LoraLinearForwardArgs& args, int64_t begin, int64_t end, void* scratch) {
   using T = typename Math::Base;
   using S = typename Math::Sum;
   const int64_t K = args.K, N = args.N, r = args.r;
   const Panel<Math> panel(scratch, r);
-  const double survivor = args.dropout.scale;
+  const double survivor = args.dropout.survivor;
 
   for (int64_t m = begin; m < end; m += panel.kRows) {
     const int64_t rows = at_most(end - m, panel.kRows);
@@ -122,8 +122,8 @@ void forward_rows(const ForwardArgs& args, int64_t begin, int64_t end, void* scr
 }
 
 template <class Math>
-void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end, void* dA_sum, void* dB_sum,
-                   void* scratch) {
+void backward_rows(const LoraLinearBackwardArgs& args, int64_t begin, int64_t end, void* dA_sum,
+                   void* dB_sum, void* scratch) {
   using T = typename Math::Base;
   using S = typename Math::Sum;
   const int64_t K = args.K, N = args.N, r = args.r;
@@ -133,7 +133,7 @@ void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end, void* d
   auto* dx = static_cast<T*>(args.dx);
   const bool recompute_h = dB && !args.h;
   const bool few = args.M <= panel.kRows;  // of the call: a row is the same in any range
-  const double survivor = args.dropout.scale, scale = args.scaling * survivor;
+  const double survivor = args.dropout.survivor, factor = args.scaling * survivor;
 
   for (int64_t m = begin; m < end; m += panel.kRows) {
     const int64_t rows = at_most(end - m, panel.kRows);
@@ -145,7 +145,7 @@ void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end, void* d
       keep = fill_panel_bits(args.dropout, m, rows, K, panel.keep);
     }
 
-    // dh = dy B, still without scale, and dB += h^T dy, from one pass over dy
+    // dh = dy B, still without factor, and dB += h^T dy, from one pass over dy
     if (recompute_h) {
       down_project(panel, x, args.ldx, args.M, rows, K, r, keep, args.lora_A_t);
     }
@@ -161,7 +161,7 @@ void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end, void* d
 
     // dA += dh^T dropout(x)
     if (dA) {
-      const auto dh_t = Math::columns(panel.operand, panel.hidden, rows, r, scale, few);
+      const auto dh_t = Math::columns(panel.operand, panel.hidden, rows, r, factor, few);
       for_chunks(panel, x, args.ldx, rows, K, keep, [&](int64_t k, const auto& chunk) {
         chunk.left_times(dh_t, r, later, dA + k, K);
       });
@@ -169,7 +169,7 @@ void backward_rows(const BackwardArgs& args, int64_t begin, int64_t end, void* d
 
     // dx = dropout'(dh A)
     if (dx) {
-      const auto dh = Math::rows(panel.operand, panel.hidden, rows, r, scale, few);
+      const auto dh = Math::rows(panel.operand, panel.hidden, rows, r, factor, few);
       Math::product(rows, K, r, dh, Math::adapter(args.lora_A, K),
                     StoreRounded<S, T>{dx + m * K, K, nullptr, keep, keep_words(K)});
     }

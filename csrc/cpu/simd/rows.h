@@ -2,7 +2,7 @@
 // is column c), and copies of rows without the dropped elements.
 #pragma once
 
-#include "../kernels.h"
+#include "../dropout_kernels.h"
 #include "prefetch.h"
 #include "vec.h"
 

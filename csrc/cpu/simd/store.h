@@ -56,22 +56,22 @@ struct StoreRounded {
   }
 };
 
-// weight[i][j] = weight[i][j] * scale + result, if `write`, scale being row_scale[i] or
-// column_scale[j] or, both null, 1; `finite` becomes false where the sum, rounded, is not.
+// weight[i][j] = weight[i][j] * factor + result, if `write`, the factor being row_factor[i] or
+// column_factor[j] or, both null, 1; `finite` becomes false where the sum, rounded, is not.
 template <class S, class T>
 struct StoreMerged {
   T* weight;
   int64_t stride;
-  const S* row_scale;
-  const S* column_scale;
+  const S* row_factor;
+  const S* column_factor;
   bool write;
   bool* finite;
 
   void operator()(int64_t i, int64_t j, typename Vec<S>::Reg result, int lanes) const {
     T* p = weight + i * stride + j;
     auto sum = load_lanes<S>(p, lanes);
-    if (row_scale) sum = Vec<S>::mul(sum, Vec<S>::set1(row_scale[i]));
-    if (column_scale) sum = Vec<S>::mul(sum, load_lanes<S>(column_scale + j, lanes));
+    if (row_factor) sum = Vec<S>::mul(sum, Vec<S>::set1(row_factor[i]));
+    if (column_factor) sum = Vec<S>::mul(sum, load_lanes<S>(column_factor + j, lanes));
     sum = Vec<S>::add(sum, result);
     T rounded[Vec<S>::kWidth];
     Vec<S>::store(rounded, sum);  // an overflow of the storage type shows only after rounding

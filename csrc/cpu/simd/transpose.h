@@ -101,9 +101,9 @@ void transpose(const void* in, int64_t rows, int64_t columns, int64_t begin, int
       });
 }
 
-// Sums of one gradient, cut into parts by rows of x: part p begins at parts[p * stride].
+// Sums of one gradient, each over a range of rows of x: that of range p begins at data[p * stride].
 template <class S>
-struct Parts {
+struct RangeSums {
   const S* data;
   int64_t count, stride;
 
@@ -116,24 +116,24 @@ struct Parts {
   }
 };
 
-// Rows [begin, end) of out [rows, columns] = scale * the sum of parts [rows, columns].
+// Rows [begin, end) of out [rows, columns] = factor * the sum over ranges of sums [rows, columns].
 template <class S, class T>
-void reduce(const void* parts, int64_t count, int64_t stride, double scale, int64_t /*rows*/,
+void reduce(const void* sums, int64_t count, int64_t stride, double factor, int64_t /*rows*/,
             int64_t columns, int64_t begin, int64_t end, void* out) {
-  const Parts<S> in{static_cast<const S*>(parts), count, stride};
-  const auto factor = Vec<S>::set1(static_cast<S>(scale));
+  const RangeSums<S> in{static_cast<const S*>(sums), count, stride};
+  const auto factors = Vec<S>::set1(static_cast<S>(factor));
   for (int64_t i = begin * columns; i < end * columns; i += Vec<S>::kWidth) {
     const int lanes = static_cast<int>(at_most(end * columns - i, Vec<S>::kWidth));
-    Vec<S>::store_partial(static_cast<T*>(out) + i, Vec<S>::mul(in.sum(i, lanes), factor), lanes);
+    Vec<S>::store_partial(static_cast<T*>(out) + i, Vec<S>::mul(in.sum(i, lanes), factors), lanes);
   }
 }
 
-// The same of parts [columns, rows].
+// The same of sums [columns, rows].
 template <class S, class T>
-void reduce_transposed(const void* parts, int64_t count, int64_t stride, double scale, int64_t rows,
+void reduce_transposed(const void* sums, int64_t count, int64_t stride, double factor, int64_t rows,
                        int64_t columns, int64_t begin, int64_t end, void* out) {
-  const Parts<S> in{static_cast<const S*>(parts), count, stride};
-  const auto factor = Vec<S>::set1(static_cast<S>(scale));
+  const RangeSums<S> in{static_cast<const S*>(sums), count, stride};
+  const auto factors = Vec<S>::set1(static_cast<S>(factor));
   auto* result = static_cast<T*>(out);
   for (int64_t i = begin; i < end; i += Vec<S>::kWidth) {
     const int height = static_cast<int>(at_most(end - i, Vec<S>::kWidth));
@@ -141,7 +141,8 @@ void reduce_transposed(const void* parts, int64_t count, int64_t stride, double 
         0, columns, height,
         [&](int64_t j, int64_t l, int lanes) { return in.sum(j * rows + i + l, lanes); },
         [&](int64_t l, int64_t j, int lanes, typename Vec<S>::Reg values) {
-          Vec<S>::store_partial(result + (i + l) * columns + j, Vec<S>::mul(values, factor), lanes);
+          Vec<S>::store_partial(result + (i + l) * columns + j, Vec<S>::mul(values, factors),
+                                lanes);
         });
   }
 }

@@ -26,10 +26,10 @@ struct SumSquares {
   }
 };
 
-constexpr int64_t kNormColumns = 1024;  // of a chunk: its part of lora_A stays in cache
+constexpr int64_t kNormColumns = 1024;  // of a chunk: as much of lora_A stays in cache
 
 template <class S>
-int64_t norm_bytes(int64_t r) {
+int64_t weight_norm_bytes(int64_t r) {
   const int64_t sums = kMergeRows * Vec<S>::kWidth;
   return (kMergeRows * r + (sums > kNormColumns ? sums : kNormColumns)) *
          static_cast<int64_t>(sizeof(S));
@@ -38,14 +38,14 @@ int64_t norm_bytes(int64_t r) {
 // Adds the squares of rows [begin, end) of weight [N, K] + scaling * B A to sums [N], or by column
 // to sums [K].
 template <class T, class TA>
-void norm_rows(const void* weight, int64_t ldw, const void* lora_A, const void* lora_B, int64_t K,
-               int64_t r, double scaling, int64_t begin, int64_t end, bool by_column, void* sums,
-               void* scratch) {
+void weight_norm_rows(const void* weight, int64_t ldw, const void* lora_A, const void* lora_B,
+                      int64_t K, int64_t r, double scaling, int64_t begin, int64_t end,
+                      bool by_column, void* sums, void* scratch) {
   using S = compute_t<T>;
   using V = Vec<S>;
   auto* totals = static_cast<S*>(sums);
   auto* scaled = static_cast<S*>(scratch);
-  S* part = scaled + kMergeRows * r;  // of one chunk, so that no sum has too many terms
+  S* sums_of_chunk = scaled + kMergeRows * r;  // of one chunk, so that no sum has too many terms
   for (int64_t n = begin; n < end; n += kMergeRows) {
     const int64_t rows = at_most(end - n, kMergeRows);
     copy_kept(static_cast<const TA*>(lora_B) + n * r, r, rows, r, nullptr, 0, scaled, r);
@@ -53,14 +53,16 @@ void norm_rows(const void* weight, int64_t ldw, const void* lora_A, const void* 
     for (int64_t k = 0; k < K; k += kNormColumns) {
       const int64_t columns = at_most(K - k, kNormColumns);
       const int64_t count = by_column ? columns : rows * V::kWidth;
-      for (int64_t i = 0; i < count; ++i) part[i] = 0;
+      for (int64_t i = 0; i < count; ++i) sums_of_chunk[i] = 0;
       gemm(rows, columns, r, LeftRows<S>{scaled, r, 1},
            RightRows<TA>{static_cast<const TA*>(lora_A) + k, K},
-           SumSquares<S, T>{static_cast<const T*>(weight) + n * ldw + k, ldw, by_column, part});
+           SumSquares<S, T>{static_cast<const T*>(weight) + n * ldw + k, ldw, by_column,
+                            sums_of_chunk});
       if (by_column) {
-        for (int64_t j = 0; j < columns; ++j) totals[k + j] += part[j];
+        for (int64_t j = 0; j < columns; ++j) totals[k + j] += sums_of_chunk[j];
       } else {
-        for (int64_t i = 0; i < rows; ++i) totals[n + i] += V::sum(V::load(part + i * V::kWidth));
+        for (int64_t i = 0; i < rows; ++i)
+          totals[n + i] += V::sum(V::load(sums_of_chunk + i * V::kWidth));
       }
     }
   }

@@ -5,7 +5,7 @@
 // which stays in the L1 cache while all rows pass.
 #pragma once
 
-#include "../kernels.h"
+#include "../dora_linear_kernels.h"
 #include "rows.h"
 #include "transpose.h"
 
@@ -92,7 +92,7 @@ void list_dropped(const void* x, int64_t ldx, int64_t K, int64_t first, int64_t 
 
 // panel[k][n] = weight[n0 + n][k0 + k], zero beyond the weight; the last row is zero.
 template <class T>
-void pack_panel(const DroppedWeight& weight, int64_t n0, int64_t k0, compute_t<T>* panel) {
+void pack_panel(const StridedWeight& weight, int64_t n0, int64_t k0, compute_t<T>* panel) {
   using S = compute_t<T>;
   using V = Vec<S>;
   constexpr int64_t kWidth = kPanelWidth<S>;
@@ -154,8 +154,8 @@ void add_dropped(const S* panel, const int32_t* starts, const uint8_t* columns, 
 // Columns [n0, n0 + kPanelWidth) of the rows of a chunk: with z = x W^T, v = (z - x_d W^T)/(1-p) in
 // its place, and y += z + (scale - 1) * v.
 template <class T>
-void dropped_forward(const DroppedForwardArgs& args, const DroppedLists& lists, int64_t panel_index,
-                     void* scratch) {
+void dora_linear_forward(const DoraLinearForwardArgs& args, const DroppedLists& lists,
+                         int64_t panel_index, void* scratch) {
   using S = compute_t<T>;
   using V = Vec<S>;
   constexpr int64_t kWidth = kPanelWidth<S>;
@@ -211,7 +211,7 @@ inline void add_lane_sums<float>(const __m512* a, float* out) {
 
 // out [rows, kPanelWidth] = columns [n0, n0 + kPanelWidth) of u - dy, zero beyond the last one
 template <class T>
-void copy_difference(const DroppedBackwardArgs& args, int64_t first, int64_t rows, int64_t n0,
+void copy_difference(const DoraLinearBackwardArgs& args, int64_t first, int64_t rows, int64_t n0,
                      compute_t<T>* out) {
   using S = compute_t<T>;
   using V = Vec<S>;
@@ -262,8 +262,8 @@ void add_sampled(const S* panel, const S* left, const int32_t* starts, const uin
 // Of the rows of a chunk, blocks [first_block, last_block) of columns: dx -= (u - dy) W where x was
 // dropped.
 template <class T>
-void dropped_backward(const DroppedBackwardArgs& args, const DroppedLists& lists,
-                      int64_t first_block, int64_t last_block, void* scratch) {
+void dora_linear_backward(const DoraLinearBackwardArgs& args, const DroppedLists& lists,
+                          int64_t first_block, int64_t last_block, void* scratch) {
   using S = compute_t<T>;
   using V = Vec<S>;
   auto* panel = static_cast<S*>(scratch);
@@ -294,7 +294,7 @@ void dropped_backward(const DroppedBackwardArgs& args, const DroppedLists& lists
 }
 
 template <class S>
-int64_t dropped_bytes(int64_t rows) {
+int64_t dora_linear_bytes(int64_t rows) {
   return (kPanelElements<S> + rows * kPanelWidth<S>)*static_cast<int64_t>(sizeof(S));
 }
 

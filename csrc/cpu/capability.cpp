@@ -1,0 +1,53 @@
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <string>
+
+// Which of its instruction sets this CPU has, and which of them the environment allows.
+#include "cpu/capability.h"
+
+namespace lora_ext {
+namespace {
+
+constexpr const char* kNames[] = {"default", "avx2", "avx512", "avx512_bf16"};
+
+CpuCapability supported() {
+#if defined(__x86_64__)
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return CpuCapability::Avx512Bf16;
+  if (avx512) return CpuCapability::Avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
+    return CpuCapability::Avx2;
+  }
+#endif
+  return CpuCapability::Default;
+}
+
+CpuCapability choose() {
+  const char* limit = std::getenv("LORA_EXT_CPU_CAPABILITY");
+  if (limit == nullptr || *limit == '\0') return supported();
+  for (int level = 0; level < 4; ++level) {
+    if (std::string(limit) == kNames[level]) {
+      return std::min(supported(), static_cast<CpuCapability>(level));
+    }
+  }
+  TORCH_CHECK(false, "LORA_EXT_CPU_CAPABILITY: got '", limit,
+              "', expected 'default', 'avx2', 'avx512' or 'avx512_bf16'; unset it to use the best "
+              "this CPU has");
+}
+
+}  // namespace
+
+CpuCapability cpu_capability() {
+  static const CpuCapability capability = choose();
+  return capability;
+}
+
+const char* cpu_capability_name(CpuCapability capability) {
+  return kNames[static_cast<int>(capability)];
+}
+
+}  // namespace lora_ext

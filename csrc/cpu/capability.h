@@ -1,0 +1,12 @@
+// What the vector kernels may use on this CPU.
+#pragma once
+
+namespace lora_ext {
+
+// The environment variable LORA_EXT_CPU_CAPABILITY (default, avx2, avx512, avx512_bf16) lowers it,
+// once per process.
+enum class CpuCapability { Default, Avx2, Avx512, Avx512Bf16 };
+CpuCapability cpu_capability();
+const char* cpu_capability_name(CpuCapability capability);
+
+}  // namespace lora_ext

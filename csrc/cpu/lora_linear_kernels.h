@@ -1,0 +1,62 @@
+// The vector kernels of lora_linear, and of packing adapters and adding up sums of their gradients.
+// Leading dimensions are in elements.
+#pragma once
+
+#include <cstdint>
+
+#include "dropout_kernels.h"
+
+namespace lora_ext {
+
+struct LoraLinearForwardArgs {
+  int64_t M, K, N, r;  // M: of the whole call, on which sums of a row may depend; not on threads
+  const void* x;       // [M, K] base type, rows ldx apart
+  int64_t ldx;
+  const void* lora_A_t;  // [r, K] adapter type, packed
+  const void* lora_B_t;  // [N, r] adapter type, packed
+  const void* bias;      // [N] compute type: bias + scaling * lora_bias, or null
+  double scaling;
+  DropoutArgs dropout;
+  void* y;  // [M, N] base type, written
+  void* h;  // [M, r] compute type, written, or null
+};
+
+struct LoraLinearBackwardArgs {
+  int64_t M, K, N, r;  // as above
+  const void* dy;      // [M, N] base type, rows lddy apart
+  int64_t lddy;
+  const void* x;  // [M, K] base type, rows ldx apart, or null
+  int64_t ldx;
+  const void* h;         // [M, r] compute type, or null: then recomputed from x
+  const void* lora_A;    // [r, K] adapter type
+  const void* lora_B;    // [N, r] adapter type
+  const void* lora_A_t;  // lora_A packed; may be null if h is given or dB not wanted
+  double scaling;
+  DropoutArgs dropout;
+  void* dx;  // [M, K] base type, written, or null
+};
+
+struct LoraLinearKernels {
+  // Bytes of scratch that one call of forward_rows or backward_rows needs.
+  int64_t (*scratch_bytes)(int64_t K, int64_t r);
+  // Rows [begin, end) of in [rows, columns] (adapter type), transposed to the order in which the
+  // kernels read it; out is packed_bytes long.
+  int64_t (*packed_bytes)(int64_t rows, int64_t columns);
+  void (*pack)(const void* in, int64_t rows, int64_t columns, int64_t begin, int64_t end,
+               void* out);
+  // Rows [begin, end) of y = scaling * dropout(x) A^T B^T + bias, and of h = dropout(x) A^T.
+  void (*forward_rows)(const LoraLinearForwardArgs&, int64_t begin, int64_t end, void* scratch);
+  // Rows [begin, end) of dx = dropout'(dh A) with dh = scaling * dy B; the sums over these rows
+  // dh^T dropout(x) go to dA [r, K] and h^T dy (not scaled) to dB [r, N], in the compute type;
+  // either may be null.
+  void (*backward_rows)(const LoraLinearBackwardArgs&, int64_t begin, int64_t end, void* dA,
+                        void* dB, void* scratch);
+  // Rows [begin, end) of out [rows, columns] (adapter type) = factor * the sum over p < count of
+  // sums[p * stride ..] (compute type), in order; for the sums of dA and, transposed, of dB.
+  void (*reduce_a)(const void* sums, int64_t count, int64_t stride, double factor, int64_t rows,
+                   int64_t columns, int64_t begin, int64_t end, void* out);
+  void (*reduce_b)(const void* sums, int64_t count, int64_t stride, double factor, int64_t rows,
+                   int64_t columns, int64_t begin, int64_t end, void* out);
+};
+
+}  // namespace lora_ext
