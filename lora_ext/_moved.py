@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 MOVED = {
@@ -40,6 +40,7 @@ RENAMED = {
     "lora_ext.io.files.typed_content": "lora_ext.adapters.checkpoint.load.typed_content",
     "lora_ext.io.peft.PREFIX": "lora_ext.adapters.checkpoint.keys.PREFIX",
     "lora_ext.io.peft.read_config": "lora_ext.adapters.checkpoint.load.read_config",
+    "lora_ext.nn.conv._LoraConv": "lora_ext.nn.conv.LoraConv",
     "lora_ext.nn.lora_layer.LowRank": "lora_ext.nn.adapter.LowRank",
 }
 
@@ -58,11 +59,28 @@ class _FormerName:
 
     def exec_module(self, module: ModuleType) -> None:
         now = MOVED[module.__name__]
-        warnings.warn(f"{module.__name__} is {now} now", DeprecationWarning, stacklevel=2)
+        _warn(f"{module.__name__} is {now} now")
         found = vars(importlib.import_module(now))
         vars(module).update({key: value for key, value in found.items() if key[:2] != "__"})
         module.__doc__ = f"The former name of {now}."
         _resolve_names_in(module)
+
+
+def _warn(text: str) -> None:
+    """At the line that asks, outside of the machinery of imports."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and ("importlib" in frame.f_code.co_filename or _is_here(frame)):
+        frame = frame.f_back
+    if frame is None:
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
+        return
+    registry = frame.f_globals.setdefault("__warningregistry__", {})
+    where = frame.f_code.co_filename, frame.f_lineno, frame.f_globals.get("__name__")
+    warnings.warn_explicit(text, DeprecationWarning, *where, registry)
+
+
+def _is_here(frame: FrameType) -> bool:
+    return frame.f_code.co_filename == __file__
 
 
 def _resolve_names_in(module: ModuleType) -> None:
@@ -70,10 +88,12 @@ def _resolve_names_in(module: ModuleType) -> None:
     where = module.__name__
 
     def find(name: str) -> Any:
+        if f"{where}.{name}" in MOVED:
+            return importlib.import_module(f"{where}.{name}")
         now = RENAMED.get(f"{where}.{name}")
         if now is None:
             raise AttributeError(f"module {where!r} has no attribute {name!r}")
-        warnings.warn(f"{where}.{name} is {now} now", DeprecationWarning, stacklevel=2)
+        _warn(f"{where}.{name} is {now} now")
         path, _, name = now.rpartition(".")
         return getattr(importlib.import_module(path), name)
 
@@ -82,7 +102,7 @@ def _resolve_names_in(module: ModuleType) -> None:
 
 def resolve_former_names() -> None:
     """Makes them importable."""
-    for former in RENAMED:
+    for former in (*MOVED, *RENAMED):
         if (module := sys.modules.get(former.rpartition(".")[0])) is not None:
             _resolve_names_in(module)
     if not any(type(finder).__name__ == _FormerName.__name__ for finder in sys.meta_path):

@@ -199,7 +199,7 @@ def state_of(model: LoraModel, kind: Kind) -> Any:
             scales = [(n, module.get_scale(n)) for n in module.adapters]
             lists = module.active_adapters, module.merged_adapters, module.running_adapters
             parts = [(n, list(module.parts(n))) for n in module.adapters]
-            modules.append((scales, lists, parts, module.disable_adapters, module._variant))
+            modules.append((scales, lists, parts, module.disable_adapters, module._lora_variant))
         if isinstance(module, ModulesToSave):
             copies = list(module.modules_to_save)
             modules.append((copies, module.active_adapter, module.enabled))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import lora_ext
 from lora_ext.errors import AlreadyMergedError, NotMergedError
 from lora_ext.nn import Linear
 
@@ -272,3 +274,49 @@ def test_a_merged_adapter_is_neither_deleted_nor_scaled() -> None:
         layer.delete_adapter("default")
     with pytest.raises(ValueError, match="merged"):
         layer.set_scale("default", 2.0)
+
+
+class _Gated(nn.Module):
+    """A module with attributes of its own under names that a layer with adapters might use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4))
+        self._variant, self._alone, self._path = "swiglu", "alone", "path"
+
+    def explain(self) -> str:
+        return f"{self._variant} {self._alone} {self._path}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.explain() == "swiglu alone path"
+        return x @ self.w
+
+
+def test_attributes_of_the_base_stay_its_own() -> None:
+    model = nn.Sequential()
+    model.m = _Gated()
+    adapted = lora_ext.get_lora_model(model, lora_ext.LoraConfig(r=2, target_parameters=["m.w"]))
+    adapted(torch.randn(2, 4))
+    assert [row.path for row in lora_ext.explain(adapted)] == ["composed"]
+    assert adapted.unload().m.explain() == "swiglu alone path"
+
+
+def test_a_bias_of_lora_b_that_is_set_by_hand_runs() -> None:
+    layer = lora_ext.nn.Linear(4, 3, r=2, lora_alpha=4)
+    x = torch.randn(2, 4)
+    before = layer(x)
+    layer.lora_bias = nn.Parameter(torch.ones(3))
+    torch.testing.assert_close(layer(x), before + 2.0)
+
+
+def test_a_subclass_of_linear_may_change_what_runs() -> None:
+    class Doubled(lora_ext.nn.Linear):
+        def low_rank(self, prefix: str = "") -> list[Any]:
+            return [one._replace(scaling=2 * one.scaling) for one in super().low_rank(prefix)]
+
+    torch.manual_seed(0)
+    layer, x = Doubled(4, 3, r=2, init_lora_weights=False), torch.randn(2, 4)
+    plain = lora_ext.nn.Linear(4, 3, r=2, init_lora_weights=False)
+    plain.load_state_dict(layer.state_dict())
+    plain.set_scale("default", 2.0)
+    torch.testing.assert_close(layer(x), plain(x))

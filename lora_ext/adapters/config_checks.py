@@ -164,7 +164,7 @@ _CHECKS = {
     "rank_pattern": _pattern(_is_rank, f"ranks, {_RANK} each"),
     "alpha_pattern": _pattern(_is_alpha, f"alphas, {_ALPHA} each"),
     "megatron_core": _TEXT,
-    "use_dora": _FLAG,
+    **dict.fromkeys(VARIANTS, _FLAG),
     "qalora_group_size": _Check((int,), lambda v: v >= 1, "an integer of at least 1"),
     "layer_replication": _Check(
         (list, tuple, NoneType),
@@ -303,7 +303,7 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
         raise ValueError(_message("lora_bias", True, f"False with init_lora_weights={init!r}"))
     for flag, excluded in EXCLUDED.items():
         for field in excluded:
-            if values[flag] and values.get(field):
+            if values[flag] and field in _CHECKS and values[field]:
                 raise ValueError(_message(field, True, f"False with {flag}=True"))
     if values["target_parameters"]:
         for field in ("lora_dropout", "fan_in_fan_out", "lora_bias", *VARIANTS):

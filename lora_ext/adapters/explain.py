@@ -45,7 +45,7 @@ def explain(model: nn.Module, tokens: int = 2048) -> Explanation:
     rows = Explanation()
     for name, module in named_modules(model):
         if isinstance(module, LoraLayer):
-            rows.append(LayerPath(name, *module.explain(tokens)))
+            rows.append(LayerPath(name, *module._lora_explain(tokens)))
         elif isinstance(module, MergingLayer):
-            rows.append(LayerPath(name, *module._explain(tokens)))
+            rows.append(LayerPath(name, *module._lora_explain(tokens)))
     return rows

@@ -119,7 +119,7 @@ class Linear(_LinearBase):
         """x [..., in_features] → [..., out_features]."""
         return self._run(x, self.lora_B if self.r > 0 and not self.merged else None)
 
-    def _path(self, tokens: int) -> tuple[str, str]:
+    def _lora_path(self, tokens: int) -> tuple[str, str]:
         dropout_p = self.dropout_p()
         if dropout_p is None:
             return "composed", "lora_dropout was replaced, so the update is added in plain PyTorch"
@@ -188,7 +188,7 @@ class MergedLinear(_LinearBase):
         blocks = [next(own) if enabled else none for enabled in self.enable_lora]
         return self._run(x, torch.block_diag(*blocks))  # type: ignore[no-untyped-call]
 
-    def _path(self, tokens: int) -> tuple[str, str]:
+    def _lora_path(self, tokens: int) -> tuple[str, str]:
         return "lora_linear", "one call with a block-diagonal lora_B"
 
     def zero_pad(self, x: Tensor) -> Tensor:
@@ -272,7 +272,7 @@ class Embedding(MergingLayer, nn.Embedding):
         hidden = self._look_up(x, self.lora_A.t(), sparse=False)
         return self._look_up(x, self.weight, self.sparse) + hidden @ self.lora_B.t() * self.scaling
 
-    def _path(self, tokens: int) -> tuple[str, str]:
+    def _lora_path(self, tokens: int) -> tuple[str, str]:
         return lora_embedding_path(self.weight, self.max_norm, self.sparse)
 
     def _look_up(self, x: Tensor, table: Tensor, sparse: bool) -> Tensor:
@@ -399,7 +399,7 @@ class ConvLoRA(MergingLayer):
             check_kinds(type(self).__name__, x=x)
             raise
 
-    def _path(self, tokens: int) -> tuple[str, str]:
+    def _lora_path(self, tokens: int) -> tuple[str, str]:
         return "composed", "each call adds the adapter to the weight and convolves once"
 
     def _adapted_weight(self) -> Tensor:

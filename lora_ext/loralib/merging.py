@@ -114,15 +114,15 @@ class MergingLayer(nn.Module, LoRALayer):
 
     # Modes
 
-    def _explain(self, tokens: int) -> tuple[str, str]:
+    def _lora_explain(self, tokens: int) -> tuple[str, str]:
         """(path, reason), as `lora_ext.nn.LoraLayer.explain`."""
         if not hasattr(self, "lora_A"):
             return "composed", "there is no adapter"
         if self.merged:
             return "composed", "merged: the adapter is in the weight"
-        return self._path(tokens)
+        return self._lora_path(tokens)
 
-    def _path(self, tokens: int) -> tuple[str, str]:
+    def _lora_path(self, tokens: int) -> tuple[str, str]:
         """That of a forward that adds the adapter."""
         raise NotImplementedError
 

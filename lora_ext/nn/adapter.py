@@ -24,7 +24,7 @@ EXCLUDED = {
         "that links channels of different groups is none of the weight; PEFT takes another norm",
     }
 }
-_FLAGS = ("use_rslora", "lora_bias", "use_dora", "autocast_adapter_dtype", "ungrouped_lora_A")
+_FLAGS = ("use_rslora", "lora_bias", *VARIANTS, "autocast_adapter_dtype", "ungrouped_lora_A")
 
 
 @suggests_names
@@ -85,6 +85,8 @@ class AdapterSettings:
             values[name] = as_flag(getattr(self, name), "adapter", name)
         for name, value in values.items():  # of Python, whatever they were
             object.__setattr__(self, name, value)
+        if sum(getattr(self, flag) for flag in VARIANTS) > 1:
+            raise ValueError(f"adapter: got several of {list(VARIANTS)}, expected one at most")
         for other, why in EXCLUDED.get(variant_of(self), {}).items():
             if getattr(self, other):
                 raise ValueError(

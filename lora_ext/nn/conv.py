@@ -133,8 +133,8 @@ class LoraConv(LoraLayer, _ConvNd):
             input = named_x(type(self).__name__, x, input)
         x = input
         try:
-            if self._variant is not None:
-                return self._variant.forward(self, x)
+            if self._lora_variant is not None:
+                return self._lora_variant.forward(self, x)
             stacks = self.low_rank() if self._running else []
             y = self._convolve(x, self.weight, self._bias_with(stacks))
             for stack in stacks:

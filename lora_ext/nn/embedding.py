@@ -152,8 +152,8 @@ class Embedding(LoraLayer, nn.Embedding):
         """input [...], int64 or int32 → [..., embedding_dim], dtype of `weight`."""
         if not self._running:
             y = self._look_up(input, self.weight, self.sparse)
-        elif self._variant is not None:
-            y = self._variant.forward(self, input)
+        elif self._lora_variant is not None:
+            y = self._lora_variant.forward(self, input)
         elif self._is_fused():
             y = self._fused_look_up(input, self._running)
         else:
@@ -170,7 +170,7 @@ class Embedding(LoraLayer, nn.Embedding):
         """Whether the fused call does what the base's options ask for."""
         return not why_no_lora_embedding(self.weight, self.max_norm, self.sparse)
 
-    def _path(self, tokens: int) -> tuple[str, str]:
+    def _product_path(self, tokens: int) -> tuple[str, str]:
         return lora_embedding_path(self.weight, self.max_norm, self.sparse)
 
     def _fused_look_up(self, input: Tensor, names: Sequence[str]) -> Tensor:

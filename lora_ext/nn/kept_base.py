@@ -157,9 +157,9 @@ class KeptBase(LoraLayer):
             total = total + update
         return total.to(y.dtype)  # under autocast the update may be wider
 
-    def _path(self, tokens: int) -> tuple[str, str]:
+    def _lora_path(self, tokens: int) -> tuple[str, str]:
         if not self.reason_to_call:
-            return super()._path(tokens)
+            return super()._lora_path(tokens)
         beside = "; merged beside the weight, of which the result is no product"
         reason = f"{self.reason_to_call}: it is called, and the update added to its result"
         return "composed", reason + (beside if self.merged else "")

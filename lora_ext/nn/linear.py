@@ -206,10 +206,10 @@ class Linear(LinearBase):
         if input is None or x is not None:
             input = named_x(type(self).__name__, x, input)
         x = input
-        if self._variant is not None:
-            return self._variant.forward(self, x)
-        if self._alone is not None:  # nearly always: at one row every Python call shows
-            part_A, part_B, part_bias = self._alone
+        if self._lora_variant is not None:
+            return self._lora_variant.forward(self, x)
+        if self._lora_alone is not None:  # nearly always: at one row every Python call shows
+            part_A, part_B, part_bias, has_bias = self._lora_alone
             name, parameters = self._running[0], self._parameters
             weight: Any
             A: Any
@@ -217,7 +217,7 @@ class Linear(LinearBase):
             try:
                 weight, bias = parameters["weight"], parameters["bias"]
                 A, B = parameters[part_A], parameters[part_B]
-                lora_bias = parameters[part_bias] if part_bias else None
+                lora_bias = parameters[part_bias] if has_bias else parameters.get(part_bias)
             except KeyError:
                 pass  # one of them is computed, or this is a replica
             else:
@@ -233,6 +233,11 @@ class Linear(LinearBase):
                 )
         return adapted_linear(x, self._weight_matrix(), self.bias, self.low_rank())
 
+    def _choose_running(self) -> None:
+        super()._choose_running()
+        if any(getattr(type(self), name) is not getattr(Linear, name) for name in _SHORT_CUT):
+            self._lora_alone = None
+
     def part_shapes(self, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {
             "lora_A": (settings.r, self.in_features),
@@ -242,7 +247,7 @@ class Linear(LinearBase):
             shapes["lora_bias"] = (self.out_features,)
         return shapes | self._variant_shapes(settings)
 
-    def _path(self, tokens: int) -> tuple[str, str]:
+    def _product_path(self, tokens: int) -> tuple[str, str]:
         first, *others = self.low_rank()
         path, reason = lora_linear_path(
             self._weight_matrix(), first.lora_A, first.dropout_p, tokens
@@ -298,6 +303,9 @@ def adapted_linear(
         y = y + lora_update(x, *other)
     return y
 
+
+# What the short way of a forward stands for, unless a subclass has its own.
+_SHORT_CUT = ("low_rank", "_stack", "_part", "_scale_of", "_weight_matrix")
 
 # Subclasses of nn.Linear that write the same product in another way.
 _TWINS = {"transformers.models.falcon.modeling_falcon.FalconLinear"}

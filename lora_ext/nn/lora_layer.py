@@ -49,12 +49,12 @@ class LoraLayer(DefaultAdapter, RunningLayer):
     # What `_adopt` and the constructors add to the base's attributes.
     _STATE: ClassVar[frozenset[str]] = frozenset(
         "adapters active_adapters merged_adapters merge_weights "
-        "_base_class _scaling _enabled _running _alone _variant _aside".split()
+        "_base_class _scaling _enabled _running _lora_alone _lora_variant _aside".split()
     )
     # What changes with adapters: that of a draft becomes the layer's (see `transaction`).
     DRAFTED: ClassVar[tuple[str, ...]] = (
         *("_parameters", "adapters", "active_adapters", "merged_adapters", "_aside"),
-        *("_scaling", "_enabled", "_running", "_alone", "_variant"),
+        *("_scaling", "_enabled", "_running", "_lora_alone", "_lora_variant"),
     )
 
     adapters: dict[str, AdapterSettings]
@@ -104,7 +104,7 @@ class LoraLayer(DefaultAdapter, RunningLayer):
         self._scaling = {}
         self._enabled = True
         self._running = ()
-        self._alone = self._variant = None
+        self._lora_alone = self._lora_variant = None
         for part in self.PARTS:
             self.register_parameter(part, None)
 
@@ -119,7 +119,7 @@ class LoraLayer(DefaultAdapter, RunningLayer):
 
         Raises:
             ValueError: the name is taken or cannot be one, a setting is out of range, or this kind
-                of layer has no DoRA.
+                of layer has no such variant.
         """
         check_adapter_name(adapter_name, self.adapters, type(self).__name__)
         check_setting_names(type(self).__name__, settings)

@@ -23,28 +23,28 @@ class RunningLayer(AdoptingLayer):
     PATH: ClassVar[tuple[str, str]] = ("composed", "in plain PyTorch")
     _scaling: dict[str, float]
     _running: tuple[str, ...]
-    # The names of lora_A, lora_B and lora_bias ("" without) of the one adapter that runs; None
-    # where another number does.
-    _alone: tuple[str, str, str] | None
-    _variant: AnyVariant | None  # of those that run
+    # The names of lora_A, lora_B and lora_bias of the one adapter that runs, and whether it has the
+    # last; None where another number does.
+    _lora_alone: tuple[str, str, str, bool] | None
+    _lora_variant: AnyVariant | None  # of those that run
 
     def _choose_running(self) -> None:
         runs = self._enabled and not self.merged_adapters
         self._running = tuple(n for n in self.active_adapters if runs and self._scaling[n] != 0.0)
-        self._variant = self._first_variant(self._running)
-        self._alone = None
+        self._lora_variant = self._first_variant(self._running)
+        self._lora_alone = None
         if len(self._running) == 1:
             name = self._running[0]
-            bias = part_name("lora_bias", name) if self.adapters[name].lora_bias else ""
-            self._alone = part_name("lora_A", name), part_name("lora_B", name), bias
+            A, B, bias = (part_name(part, name) for part in ("lora_A", "lora_B", "lora_bias"))
+            self._lora_alone = A, B, bias, self.adapters[name].lora_bias
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A pickle of 0.1.0 says `_runs_dora` of what runs, and no more."""
         super().__setstate__(state)
-        self.__dict__.pop("_runs_dora", None)
-        self._choose_running()
+        if self.__dict__.pop("_runs_dora", None) is not None:
+            self._choose_running()
 
-    def explain(self, tokens: int) -> tuple[str, str]:
+    def _lora_explain(self, tokens: int) -> tuple[str, str]:
         """(path, reason): the code that a call with so many rows runs now; see
         `lora_ext.explain`."""
         kind = self._base_class.__name__
@@ -56,13 +56,17 @@ class RunningLayer(AdoptingLayer):
             return base, "merged: the adapter is in the weight"
         if not self.running_adapters:
             return base, "no adapter runs: disabled, not active, or of scale 0"
-        path, reason = self._path(tokens)
-        return path, reason if self._variant is None else (
-            f"{reason}; {self._variant.explain(self, tokens)}"
-        )
+        return self._lora_path(tokens)
 
-    def _path(self, tokens: int) -> tuple[str, str]:
+    def _lora_path(self, tokens: int) -> tuple[str, str]:
         """That of a forward where adapters run."""
+        path, reason = self._product_path(tokens)
+        if self._lora_variant is not None:
+            reason += f"; {self._lora_variant.explain(self, tokens)}"
+        return path, reason
+
+    def _product_path(self, tokens: int) -> tuple[str, str]:
+        """The same for low-rank products."""
         return self.PATH
 
     @property
@@ -164,5 +168,10 @@ class RunningLayer(AdoptingLayer):
         return (None, None) if variant is None else variant.merge_factors(self, names)
 
     def _first_variant(self, names: Iterable[str]) -> AnyVariant | None:
-        found = (self._variant_of(self.adapters[name]) for name in names)
-        return next((variant for variant in found if variant is not None), None)
+        flags = dict.fromkeys(filter(None, (variant_of(self.adapters[name]) for name in names)))
+        if len(flags) > 1:
+            raise ValueError(
+                f"{type(self).__name__}: adapters of several variants ({', '.join(flags)}) cannot "
+                "run or be merged together; make those of one variant active"
+            )
+        return next((one for one in self.VARIANTS if one.FLAG in flags), None)

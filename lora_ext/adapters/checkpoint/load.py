@@ -26,7 +26,7 @@ from lora_ext.adapters.plan import Plan
 from lora_ext.adapters.targets import matches, saved_modules
 from lora_ext.arguments import as_flag, as_path
 from lora_ext.errors import AdapterFileError
-from lora_ext.io.adapter_folder import AdapterFolder, open_adapter
+from lora_ext.io.adapter_folder import CONFIG_NAME, AdapterFolder, open_adapter
 from lora_ext.io.files import short
 from lora_ext.nn.adapter import check_adapter_name
 from lora_ext.nn.transaction import Transaction
@@ -56,7 +56,7 @@ def load_adapter(
     """
     check_adapter_name(adapter_name, model.peft_config, "LoraModel.load_adapter")
     is_trainable = as_flag(is_trainable, "LoraModel.load_adapter", "is_trainable")
-    path = as_path(folder, "LoraModel.load_adapter", "folder")
+    path = as_path(folder, "load_adapter")
     own = Transaction() if transaction is None else transaction
     names = sum(1 for _ in model.modules())
 
@@ -120,7 +120,7 @@ def read_config(files: AdapterFolder) -> LoraConfig:
     try:
         return LoraConfig.from_dict(files.config)
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise AdapterFileError(f"{files.path / 'adapter_config.json'}: {error}") from error
+        raise AdapterFileError(f"{files.path / CONFIG_NAME}: {error}") from error
 
 
 def _tied_as_in_the_file(plan: Plan, file: FileTensors) -> Plan:
