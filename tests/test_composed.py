@@ -1,4 +1,4 @@
-"""The composed path of the CUDA backend (csrc/ops/lora_linear_blas.cpp), which runs on any device."""
+"""The composed path of the CUDA backend (csrc/ops/lora_linear_blas.cpp): it runs on any device."""
 
 from __future__ import annotations
 
