@@ -1,11 +1,11 @@
+// Which of its instruction sets this CPU has, and which of them the environment allows.
+#include "cpu/capability.h"
+
 #include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <cstdlib>
 #include <string>
-
-// Which of its instruction sets this CPU has, and which of them the environment allows.
-#include "cpu/capability.h"
 
 namespace lora_ext {
 namespace {

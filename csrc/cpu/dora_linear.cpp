@@ -97,7 +97,7 @@ std::tuple<Tensor, Tensor> dora_linear_fwd_cpu(const DoraLinearCall& call) {
   if (!dora_linear_path(M, K, x.scalar_type(), call.dropout_p).skips) {
     return dora_linear_fwd_composed(call);
   }
-  auto [y, h, low_rank] = prepare_forward(call.lora_linear(), /*return_h=*/false);
+  auto [y, h, low_rank] = lora_linear_prepare_fwd(call.lora_linear(), /*return_h=*/false);
   Tensor v = at::empty(y.sizes(), y.options());
   if (y.numel() == 0) return {y, v};
   low_rank_forward(low_rank);
@@ -132,7 +132,8 @@ DoraGradients dora_linear_bwd_cpu(const DoraLinearBackwardCall& call, DoraMask m
   const Tensor c = (as_vector(call.scale, compute) - 1) * dropout.survivor + 1;
   auto [u, dscale, dbias] =
       column_scale_bwd(dy, call.v, c, {mask[kDoraX], mask[kDoraScale], mask[kDoraBias]});
-  auto [gradients, low_rank, done] = prepare_backward(call.lora_linear(), lora_linear_mask(mask));
+  auto [gradients, low_rank, done] =
+      lora_linear_prepare_bwd(call.lora_linear(), lora_linear_mask(mask));
   auto& [dx, dweight, no_bias, dA, dB, no_lora_bias] = gradients;
   if (!done) low_rank_backward(low_rank);
   if (!done && mask[kDoraX]) {

@@ -10,8 +10,8 @@ extern const LoraLinearKernels kBf16Kernels;
 const LoraLinearKernels kBf16Kernels = {.scratch_bytes = Panel<Bf16DotMath>::bytes,
                                         .packed_bytes = packed_pairs_bytes,
                                         .pack = pack_pairs,
-                                        .forward_rows = forward_rows<Bf16DotMath>,
-                                        .backward_rows = backward_rows<Bf16DotMath>,
+                                        .forward_rows = lora_linear_forward_rows<Bf16DotMath>,
+                                        .backward_rows = lora_linear_backward_rows<Bf16DotMath>,
                                         .reduce_a = reduce<float, BFloat16>,
                                         .reduce_b = reduce_transposed<float, BFloat16>};
 

@@ -50,7 +50,7 @@ CpuPath path_for(int64_t M, int64_t N, const Tensor& lora_A, at::ScalarType base
 
 std::tuple<Tensor, Tensor> lora_linear_fwd_cpu(const LoraLinearCall& call, bool return_h) {
   check_lora_linear(call);
-  auto [y, h, low_rank] = prepare_forward(with_scaling_read(call), return_h);
+  auto [y, h, low_rank] = lora_linear_prepare_fwd(with_scaling_read(call), return_h);
   if (y.numel() == 0) return {y, h.zero_()};
   const BaseProduct base(call.weight);
   if (makes_base_apart(low_rank.y)) {
@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor> lora_linear_fwd_cpu(const LoraLinearCall& call, bool 
 
 Gradients lora_linear_bwd_cpu(const LoraLinearBackwardCall& call, GradientMask mask) {
   check_lora_linear_bwd(call, mask);
-  auto [gradients, low_rank, done] = prepare_backward(with_scaling_read(call), mask);
+  auto [gradients, low_rank, done] = lora_linear_prepare_bwd(with_scaling_read(call), mask);
   if (done) return gradients;
   low_rank_backward(low_rank);
   if (!mask[kGradX]) return gradients;

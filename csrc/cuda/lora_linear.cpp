@@ -156,7 +156,7 @@ std::tuple<Tensor, Tensor> lora_linear_fwd_cuda(const LoraLinearCall& call, bool
   using Kernels = CudaPath::Kernels;
   check_lora_linear(call);
   const c10::cuda::CUDAGuard guard(call.x.device());
-  const auto [y, h, low_rank] = prepare_forward(call, return_h);
+  const auto [y, h, low_rank] = lora_linear_prepare_fwd(call, return_h);
   if (y.numel() == 0) return {y, h.zero_()};
   const BaseProduct base(call.weight);
   const CudaPath path = path_for(false, low_rank.x, Tensor(), call.weight, low_rank.lora_A,
@@ -175,7 +175,7 @@ Gradients lora_linear_bwd_cuda(const LoraLinearBackwardCall& call, GradientMask 
   using Kernels = CudaPath::Kernels;
   check_lora_linear_bwd(call, mask);
   const c10::cuda::CUDAGuard guard(call.dy.device());
-  const auto [gradients, low_rank, done] = prepare_backward(call, mask);
+  const auto [gradients, low_rank, done] = lora_linear_prepare_bwd(call, mask);
   if (done) return gradients;
   const CudaPath path = path_for(true, low_rank.dy, low_rank.x, call.weight, low_rank.lora_A,
                                  low_rank.lora_B, call.dropout);

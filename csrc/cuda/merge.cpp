@@ -13,8 +13,8 @@ namespace lora_ext {
 namespace {
 
 template <class T, class TA>
-void merge_pass(const at::Tensor& weight, const at::Tensor& lora_A, const at::Tensor& lora_B,
-                double scaling, bool write, at::Tensor& finite) {
+void merge_typed(const at::Tensor& weight, const at::Tensor& lora_A, const at::Tensor& lora_B,
+                 double scaling, bool write, at::Tensor& finite) {
   const MergeCall<T, TA> call{static_cast<T*>(weight.data_ptr()),
                               weight.size(0),
                               weight.size(1),
@@ -28,8 +28,8 @@ void merge_pass(const at::Tensor& weight, const at::Tensor& lora_A, const at::Te
   merge(call, at::cuda::getCurrentCUDAStream());
 }
 
-void pass(const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B, double scaling,
-          bool write, at::Tensor& finite) {
+void merge_pass(const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B, double scaling,
+                bool write, at::Tensor& finite) {
   const auto base = weight.scalar_type();
   const bool mixed = A.scalar_type() == at::kFloat;
   if (base == at::kDouble) {  // rare: ATen's product, with a temporary
@@ -40,13 +40,13 @@ void pass(const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B, do
       finite.zero_();
     }
   } else if (base == at::kFloat) {
-    merge_pass<float, float>(weight, A, B, scaling, write, finite);
+    merge_typed<float, float>(weight, A, B, scaling, write, finite);
   } else if (base == at::kBFloat16) {
-    mixed ? merge_pass<Bf16, float>(weight, A, B, scaling, write, finite)
-          : merge_pass<Bf16, Bf16>(weight, A, B, scaling, write, finite);
+    mixed ? merge_typed<Bf16, float>(weight, A, B, scaling, write, finite)
+          : merge_typed<Bf16, Bf16>(weight, A, B, scaling, write, finite);
   } else {
-    mixed ? merge_pass<Fp16, float>(weight, A, B, scaling, write, finite)
-          : merge_pass<Fp16, Fp16>(weight, A, B, scaling, write, finite);
+    mixed ? merge_typed<Fp16, float>(weight, A, B, scaling, write, finite)
+          : merge_typed<Fp16, Fp16>(weight, A, B, scaling, write, finite);
   }
 }
 
@@ -72,9 +72,9 @@ void merge_cuda(at::Tensor& weight, const at::Tensor& lora_A, const at::Tensor& 
   }
   const MergeOperands operands = merge_operands("merge_", weight, lora_A, lora_B);
   at::Tensor finite = at::ones({1}, weight.options().dtype(at::kInt));
-  pass(operands.weight, operands.lora_A, operands.lora_B, scaling, false, finite);
+  merge_pass(operands.weight, operands.lora_A, operands.lora_B, scaling, false, finite);
   check_merged_finite(finite.item<int>() != 0, weight);
-  pass(operands.weight, operands.lora_A, operands.lora_B, scaling, true, finite);
+  merge_pass(operands.weight, operands.lora_A, operands.lora_B, scaling, true, finite);
   if (!weight.is_inference()) weight.unsafeGetTensorImpl()->bump_version();
 }
 

@@ -113,7 +113,7 @@ void low_rank_backward_blas(const LowRankBackward& problem) {
 
 std::tuple<Tensor, Tensor> lora_linear_fwd_composed(const LoraLinearCall& call, bool return_h) {
   check_lora_linear(call);
-  auto [y, h, low_rank] = prepare_forward(call, return_h);
+  auto [y, h, low_rank] = lora_linear_prepare_fwd(call, return_h);
   if (y.numel() == 0) return {y, h.zero_()};
   low_rank_forward_blas(low_rank);
   BaseProduct(call.weight).add(low_rank.y, low_rank.x);
@@ -122,7 +122,7 @@ std::tuple<Tensor, Tensor> lora_linear_fwd_composed(const LoraLinearCall& call, 
 
 Gradients lora_linear_bwd_composed(const LoraLinearBackwardCall& call, GradientMask mask) {
   check_lora_linear_bwd(call, mask);
-  auto [gradients, low_rank, done] = prepare_backward(call, mask);
+  auto [gradients, low_rank, done] = lora_linear_prepare_bwd(call, mask);
   if (done) return gradients;
   low_rank_backward_blas(low_rank);
   if (mask[kGradX]) BaseProduct(*call.weight).add_gradient(low_rank.dx, low_rank.dy);

@@ -20,7 +20,7 @@ Tensor total_bias(const LoraLinearCall& call, at::ScalarType dtype) {
 
 }  // namespace
 
-PreparedForward prepare_forward(const LoraLinearCall& call, bool return_h) {
+PreparedForward lora_linear_prepare_fwd(const LoraLinearCall& call, bool return_h) {
   const auto &lora_A = call.lora_A, &lora_B = call.lora_B;
   const Tensor rows = as_rows(call.x);
   const int64_t M = rows.size(0), N = lora_B.size(0), r = lora_A.size(0);
@@ -33,7 +33,8 @@ PreparedForward prepare_forward(const LoraLinearCall& call, bool return_h) {
                          call.scaling, call.dropout, y.view({M, N}), return_h ? h : Tensor()}};
 }
 
-PreparedBackward prepare_backward(const LoraLinearBackwardCall& call, const GradientMask& mask) {
+PreparedBackward lora_linear_prepare_bwd(const LoraLinearBackwardCall& call,
+                                         const GradientMask& mask) {
   const auto &dy = call.dy, &lora_A = call.lora_A, &lora_B = call.lora_B;
   const Tensor dy_rows = as_rows(dy), x_rows = call.x.has_value() ? as_rows(*call.x) : Tensor();
   const int64_t M = dy_rows.size(0), K = lora_A.size(1);

@@ -36,14 +36,15 @@ struct PreparedForward {
   Tensor h;                 // [M, r] compute type, to be written; [0] if it is not wanted
   LowRankForward low_rank;  // into y and h
 };
-PreparedForward prepare_forward(const LoraLinearCall& call, bool return_h);
+PreparedForward lora_linear_prepare_fwd(const LoraLinearCall& call, bool return_h);
 
 struct PreparedBackward {
   Gradients gradients;       // dx, dA, dB to be written; dweight, dbias, dlora_bias are right
   LowRankBackward low_rank;  // into dx, dA and dB
   bool done;                 // nothing is left to write
 };
-PreparedBackward prepare_backward(const LoraLinearBackwardCall& call, const GradientMask& mask);
+PreparedBackward lora_linear_prepare_bwd(const LoraLinearBackwardCall& call,
+                                         const GradientMask& mask);
 
 // The same call with its scaling tensor read into the number.
 template <class Call>

@@ -24,7 +24,7 @@ struct StoreLookedUp {
 };
 
 template <class Math>
-int64_t embedding_bytes(int64_t r) {
+int64_t lora_embedding_bytes(int64_t r) {
   return Panel<Math>::bytes(0, r);
 }
 
@@ -42,8 +42,8 @@ void gather_columns(const TA* lora_A, int64_t V, int64_t r, const int64_t* token
 }
 
 template <class Math, class TA>
-void embedding_forward_rows(const LoraEmbeddingForwardArgs& args, int64_t begin, int64_t end,
-                            void* scratch) {
+void lora_embedding_forward_rows(const LoraEmbeddingForwardArgs& args, int64_t begin, int64_t end,
+                                 void* scratch) {
   using T = typename Math::Base;
   using S = typename Math::Sum;
   const int64_t D = args.D, r = args.r;
@@ -61,8 +61,8 @@ void embedding_forward_rows(const LoraEmbeddingForwardArgs& args, int64_t begin,
 }
 
 template <class Math, class TA>
-void embedding_backward_rows(const LoraEmbeddingBackwardArgs& args, int64_t begin, int64_t end,
-                             void* dB_sum, void* scratch) {
+void lora_embedding_backward_rows(const LoraEmbeddingBackwardArgs& args, int64_t begin, int64_t end,
+                                  void* dB_sum, void* scratch) {
   using T = typename Math::Base;
   using S = typename Math::Sum;
   const int64_t D = args.D, r = args.r;

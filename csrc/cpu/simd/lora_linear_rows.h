@@ -94,7 +94,8 @@ void down_project(const Panel<Math>& panel, const typename Math::Base* x, int64_
 }
 
 template <class Math>
-void forward_rows(const LoraLinearForwardArgs& args, int64_t begin, int64_t end, void* scratch) {
+void lora_linear_forward_rows(const LoraLinearForwardArgs& args, int64_t begin, int64_t end,
+                              void* scratch) {
   using T = typename Math::Base;
   using S = typename Math::Sum;
   const int64_t K = args.K, N = args.N, r = args.r;
@@ -122,8 +123,8 @@ void forward_rows(const LoraLinearForwardArgs& args, int64_t begin, int64_t end,
 }
 
 template <class Math>
-void backward_rows(const LoraLinearBackwardArgs& args, int64_t begin, int64_t end, void* dA_sum,
-                   void* dB_sum, void* scratch) {
+void lora_linear_backward_rows(const LoraLinearBackwardArgs& args, int64_t begin, int64_t end,
+                               void* dA_sum, void* dB_sum, void* scratch) {
   using T = typename Math::Base;
   using S = typename Math::Sum;
   const int64_t K = args.K, N = args.N, r = args.r;
