@@ -4,7 +4,7 @@ that has it, in the manner of PEFT's LoraVariant. `lora_ext.nn.variants` says wh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from torch import Tensor
 
@@ -19,6 +19,9 @@ class LoraVariant(Generic[Layer]):
 
     FLAG: ClassVar[str]  # of AdapterSettings and LoraConfig, which asks for it
     READS_WEIGHT: ClassVar[bool]  # whether the base's weight is needed to add an adapter
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
 
     def part_shapes(self, layer: Layer, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
         """Of the parts beside those of a low-rank product; ValueError where there can be none."""
