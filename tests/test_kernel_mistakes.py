@@ -14,33 +14,33 @@ from emulated import ROOT, compile_source
 # The product's kernels and the low-rank passes of sm_90a are checked by programs of tests/simt:
 # program → what is planted → (file, what stands there, what is put in its place)
 PRODUCTS = {
-    "test_gemm_sm80": {
+    "test_product_sm80": {
         "no wait for the copies": (
-            "gemm_sm80.h", "arch::cp_async_wait<Shape::kRing - 2>();", "",
+            "product_sm80.h", "arch::cp_async_wait<Shape::kRing - 2>();", "",
         ),
         "a wait for one group too few": (
-            "gemm_sm80.h", "cp_async_wait<Shape::kRing - 2>", "cp_async_wait<Shape::kRing - 1>",
+            "product_sm80.h", "cp_async_wait<Shape::kRing - 2>", "cp_async_wait<Shape::kRing - 1>",
         ),
         "no barrier after the wait": (
-            "gemm_sm80.h", "__syncthreads();", "",
+            "product_sm80.h", "__syncthreads();", "",
         ),
         "a slot filled while it is read": (
-            "gemm_sm80.h",
-            "G::load(stage(step + Shape::kRing - 1), params, loading, m, n, thread);",
-            "G::load(stage(step), params, loading, m, n, thread);",
+            "product_sm80.h",
+            "P::load(stage(step + Shape::kRing - 1), params, loading, m, n, thread);",
+            "P::load(stage(step), params, loading, m, n, thread);",
         ),
         "stores below the last row": (
-            "gemm_sm80.h", "if (m >= params.M) continue;", "",
+            "product_sm80.h", "if (m >= params.M) continue;", "",
         ),
         "stores right of the last column": (
-            "gemm_sm80.h", "if (n >= params.N) continue;", "",
+            "product_sm80.h", "if (n >= params.N) continue;", "",
         ),
         "a segment one step too long": (
-            "gemm_sm80.h", "if (k >= params.segments[segment].a.columns)",
+            "product_sm80.h", "if (k >= params.segments[segment].a.columns)",
             "if (k > params.segments[segment].a.columns)",
         ),
         "a mask of the wrong rows": (
-            "gemm_sm80.h", "params.threshold, m + warp_row,", "params.threshold, m,",
+            "product_sm80.h", "params.threshold, m + warp_row,", "params.threshold, m,",
         ),
         "rows read beyond the matrix": (
             "tile_sm80.h", "bool inside = r < rows;", "bool inside = r <= rows;",
@@ -50,82 +50,82 @@ PRODUCTS = {
             "(row + lane % 16) * Tile::kChunks * 16 + (column / 8 + lane / 16) * 16",
         ),
     },
-    "test_gemm_sm90": {
+    "test_product_sm90": {
         "sm90: no wait for a full slot": (
-            "gemm_sm90.h", "arch::mbarrier_wait(ring.full(at.slot), at.parity);", "",
+            "product_sm90.h", "arch::mbarrier_wait(ring.full(at.slot), at.parity);", "",
         ),
         "sm90: no wait for an empty slot": (
-            "gemm_sm90.h", "arch::mbarrier_wait(ring.empty(at.slot), at.parity ^ 1);", "",
+            "product_sm90.h", "arch::mbarrier_wait(ring.empty(at.slot), at.parity ^ 1);", "",
         ),
         "sm90: a wait for the turn before": (
-            "gemm_sm90.h", "ring.empty(at.slot), at.parity ^ 1", "ring.empty(at.slot), at.parity",
+            "product_sm90.h", "ring.empty(at.slot), at.parity ^ 1", "ring.empty(at.slot), at.parity",
         ),
         "sm90: turns that are not counted": (
-            "gemm_sm90.h", "slot = 0, parity ^= 1;", "slot = 0;",
+            "product_sm90.h", "slot = 0, parity ^= 1;", "slot = 0;",
         ),
         "sm90: a slot that is not released": (
-            "gemm_sm90.h", "arch::mbarrier_arrive(ring.empty(held));", "{}",
+            "product_sm90.h", "arch::mbarrier_arrive(ring.empty(held));", "{}",
         ),
         "sm90: a slot released by too few warps": (
-            "gemm_sm90.h", "Shape::kMultipliers * kWarpgroup / 32);", "1);",
+            "product_sm90.h", "Shape::kMultipliers * kWarpgroup / 32);", "1);",
         ),
         "sm90: a slot released while it is read": (
-            "gemm_sm90.h", "release();\n          held = at.slot;",
+            "product_sm90.h", "release();\n          held = at.slot;",
             "held = at.slot;\n          release();",
         ),
         "sm90: no wait for the products of a slot": (
-            "gemm_sm90.h", "arch::wgmma_wait<1>();", "",
+            "product_sm90.h", "arch::wgmma_wait<1>();", "",
         ),
         "sm90: no wait before the mask": (
-            "gemm_sm90.h", "arch::wgmma_wait<0>();\n          arch::wgmma_fence_sums",
+            "product_sm90.h", "arch::wgmma_wait<0>();\n          arch::wgmma_fence_sums",
             "arch::wgmma_fence_sums",
         ),
         "sm90: no wait before the store": (
-            "gemm_sm90.h", "arch::wgmma_wait<0>();\n      arch::wgmma_fence_sums",
+            "product_sm90.h", "arch::wgmma_wait<0>();\n      arch::wgmma_fence_sums",
             "arch::wgmma_fence_sums",
         ),
         "sm90: too few bytes expected": (
-            "gemm_sm90.h", "mbarrier_arrive_expect_tx(full, Shape::kStageBytes)",
+            "product_sm90.h", "mbarrier_arrive_expect_tx(full, Shape::kStageBytes)",
             "mbarrier_arrive_expect_tx(full, Shape::kStageBytes - 128)",
         ),
         "sm90: no fence after the barriers are made": (
-            "gemm_sm90.h", "arch::fence_mbarrier_init();", "",
+            "product_sm90.h", "arch::fence_mbarrier_init();", "",
         ),
         "sm90: no barrier after the barriers are made": (
-            "gemm_sm90.h", "__syncthreads();", "",
+            "product_sm90.h", "__syncthreads();", "",
         ),
         "sm90: no fence before wgmma": (
-            "gemm_sm90.h", "arch::wgmma_fence();", "",
+            "product_sm90.h", "arch::wgmma_fence();", "",
         ),
         "sm90: sums that begin with those of the last tile": (
-            "gemm_sm90.h", "bool accumulate = false;", "bool accumulate = index > blockIdx.x;",
+            "product_sm90.h", "bool accumulate = false;", "bool accumulate = index > blockIdx.x;",
         ),
         "sm90: a segment without its last columns": (
-            "gemm_sm90.h", "k < depth; k += 16", "k + 16 < depth; k += 16",
+            "product_sm90.h", "k < depth; k += 16", "k + 16 < depth; k += 16",
         ),
         "sm90: a segment one stage too long": (
-            "gemm_sm90.h", "k < params.depth[segment]; k", "k <= params.depth[segment]; k",
+            "product_sm90.h", "k < params.depth[segment]; k", "k <= params.depth[segment]; k",
         ),
         "sm90: stores below the last row": (
-            "gemm_sm90.h", "if (m < params.M && n < params.N)", "if (n < params.N)",
+            "product_sm90.h", "if (m < params.M && n < params.N)", "if (n < params.N)",
         ),
         "sm90: stores right of the last column": (
-            "gemm_sm90.h", "if (m < params.M && n < params.N)", "if (m < params.M)",
+            "product_sm90.h", "if (m < params.M && n < params.N)", "if (m < params.M)",
         ),
         "sm90: both warpgroups multiply the same rows": (
-            "gemm_sm90.h", "number * 64 * kRowBytes", "0 * kRowBytes",
+            "product_sm90.h", "number * 64 * kRowBytes", "0 * kRowBytes",
         ),
         "sm90: a mask of the wrong columns": (
-            "gemm_sm90.h", "column / kDropoutBlock + block", "block",
+            "product_sm90.h", "column / kDropoutBlock + block", "block",
         ),
         "sm90: boxes of the weight at the wrong distance": (
-            "gemm_sm90.h", "Shape::kK * kRowBytes,", "kRowBytes,",
+            "product_sm90.h", "Shape::kK * kRowBytes,", "kRowBytes,",
         ),
         "sm90: tiles left out": (
-            "gemm_sm90.h", "index / (kBand * columns) * kBand", "0",
+            "product_sm90.h", "index / (kBand * columns) * kBand", "0",
         ),
         "sm90: no wait for the kernel before": (
-            "gemm_sm90.h", "arch::wait_for_previous_kernel();", "",
+            "product_sm90.h", "arch::wait_for_previous_kernel();", "",
         ),
     },
     "test_low_rank_sm90": {
@@ -250,34 +250,34 @@ PRODUCTS = {
 # The others by forward and backward as a whole.
 LAUNCHES = {
     "down: no wait for the copies": (
-        "lora_down_sm80.h", "arch::cp_async_wait<Shape::kRing - 2>();", "",
+        "low_rank_down_sm80.h", "arch::cp_async_wait<Shape::kRing - 2>();", "",
     ),
     "down: splits that overlap": (
-        "lora_down_sm80.h", "const int64_t first = steps * blockIdx.y / params.splits;",
+        "low_rank_down_sm80.h", "const int64_t first = steps * blockIdx.y / params.splits;",
         "const int64_t first = 0;",
     ),
     "up_grad: no barrier after the wait": (
-        "lora_up_grad_sm80.h",
+        "low_rank_up_grad_sm80.h",
         "__syncthreads();  // the stage", "// the stage",
     ),
     "up_grad: h of the next rows over those that are read": (
-        "lora_up_grad_sm80.h", "const int turn = step / column_tiles % 2;", "const int turn = 0;",
+        "low_rank_up_grad_sm80.h", "const int turn = step / column_tiles % 2;", "const int turn = 0;",
     ),
     "up_grad: no barrier before the sums are stored": (
-        "lora_up_grad_sm80.h", "  if (params.dB) {\n    __syncthreads();", "  if (params.dB) {",
+        "low_rank_up_grad_sm80.h", "  if (params.dB) {\n    __syncthreads();", "  if (params.dB) {",
     ),
     "down_grad: no wait for the copies": (
-        "lora_down_grad_sm80.h", "arch::cp_async_wait<0>();", "",
+        "low_rank_down_grad_sm80.h", "arch::cp_async_wait<0>();", "",
     ),
     "down_grad: a mask of the wrong columns": (
-        "lora_down_grad_sm80.h", "params.threshold, m + k, blockIdx.x, warp * kSlots, lane",
+        "low_rank_down_grad_sm80.h", "params.threshold, m + k, blockIdx.x, warp * kSlots, lane",
         "params.threshold, m + k, blockIdx.x, 0, lane",
     ),
     "no wait for the kernel before": (
         "elementwise.h", "arch::wait_for_previous_kernel();", "",
     ),
     "a factor of the scaling that is not read": (
-        "family.h", "factor ? value * *factor : value", "value",
+        "lora_linear_passes.h", "factor ? value * *factor : value", "value",
     ),
 }  # fmt: skip
 

@@ -1,11 +1,12 @@
 // merge_ on CUDA: a pass that only looks, then one that writes.
+#include "kernels/merge.h"
+
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
-#include "kernels/lora_linear.h"
 #include "ops/checks.h"
 
 namespace lora_ext {

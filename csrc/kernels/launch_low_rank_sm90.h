@@ -99,8 +99,8 @@ LowRankLayout layout_for(int L_terms, int R_terms, int64_t tiles) {
 
 // One group of the ranks, those of L and R.
 template <class T, class Shape>
-void launch_group(const LowRankPass<T>& pass, const LowRankCut& cut, const LowRankParams<T>& whole,
-                  Stream stream) {
+void launch_low_rank_group(const LowRankPass<T>& pass, const LowRankCut& cut,
+                           const LowRankParams<T>& whole, Stream stream) {
   LowRankParams<T> params = whole;
   params.X = tensor_map(pass.X, Shape::kRows, 64, Swizzle::k128);
   if constexpr (Shape::kMajorL == Major::kMN) {
@@ -112,7 +112,7 @@ void launch_group(const LowRankPass<T>& pass, const LowRankCut& cut, const LowRa
   params.layout =
       layout_for<Shape>(params.L_terms, params.R_terms, cut.row_tiles * cut.column_tiles);
   const dim3 grid(static_cast<unsigned>(cut.column_blocks), static_cast<unsigned>(cut.row_blocks));
-  arch::launch_dependent(low_rank_kernel<T, Shape>, grid, Shape::kThreads, params.layout.bytes,
+  arch::launch_dependent(low_rank_sm90_kernel<T, Shape>, grid, Shape::kThreads, params.layout.bytes,
                          stream, params);
 }
 
@@ -158,20 +158,20 @@ LowRankParts launch_low_rank(const LowRankPass<T>& pass, const Allocator& scratc
     params.P_stride = r, params.P = P ? P + first : nullptr;
     params.Q_row = pass.Q_transposed ? 1 : r, params.Q_column = pass.Q_transposed ? C : 1;
     params.Q_part = C * r, params.Q = Q ? Q + first * params.Q_column : nullptr;
-    launch_group<T, Shape>(group, cut, params, stream);
+    launch_low_rank_group<T, Shape>(group, cut, params, stream);
   });
   return {{P, static_cast<int>(cut.column_blocks)}, {Q, static_cast<int>(cut.row_blocks)}};
 }
 
 template <class T>
-Parts down(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout, const Allocator& scratch,
-           Stream stream) {
+Parts launch_down(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout,
+                  const Allocator& scratch, Stream stream) {
   const LowRankPass<T> pass{x, A, {}, A.value.rows, dropout, false};
   return launch_low_rank<T, false, Major::kK>(pass, scratch, stream).P;
 }
 
 template <class T>
-UpGradParts up_grad(const UpGrad<T>& call, const Allocator& scratch, Stream stream) {
+UpGradParts launch_up_grad(const UpGrad<T>& call, const Allocator& scratch, Stream stream) {
   const LowRankPass<T> pass{
       call.dy, call.wants_dh ? call.B : Split<T>{}, call.h, call.B.value.columns, {}, false};
   const auto [dh, dB] = launch_low_rank<T, true, Major::kMN>(pass, scratch, stream);
@@ -179,8 +179,8 @@ UpGradParts up_grad(const UpGrad<T>& call, const Allocator& scratch, Stream stre
 }
 
 template <class T>
-Parts down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
-                const Allocator& scratch, Stream stream) {
+Parts launch_down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
+                       const Allocator& scratch, Stream stream) {
   const LowRankPass<T> pass{x, {}, dh, dh.value.columns, dropout, true};
   return launch_low_rank<T, true, Major::kMN>(pass, scratch, stream).Q;
 }

@@ -250,7 +250,7 @@ struct LowRank {
 
 template <class T, class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
-    low_rank_kernel(const __grid_constant__ LowRankParams<T> params) {
+    low_rank_sm90_kernel(const __grid_constant__ LowRankParams<T> params) {
 #if defined(LORA_EXT_SM90A)
   using Pass = LowRank<T, Shape>;
   LORA_EXT_DYNAMIC_SHARED(shared);

@@ -3,7 +3,7 @@
 
 #include "../common/dropout.h"
 #include "arch/arch.h"
-#include "gemm_sm90.h"
+#include "product_sm90.h"
 
 namespace lora_ext::sm90 {
 

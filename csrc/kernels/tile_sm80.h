@@ -2,7 +2,7 @@
 #pragma once
 
 #include "arch/arch.h"
-#include "family.h"
+#include "lora_linear_passes.h"
 
 namespace lora_ext::sm80 {
 
@@ -12,6 +12,9 @@ constexpr int kLeastSharedBytes = 99 * 1024;
 // Of a multiprocessor, for __launch_bounds__: without a number ptxas spills registers to fit more
 // blocks than shared memory lets in.
 constexpr int kLeastBlocks = 1;
+
+// Blocks for every multiprocessor of the device to have about two.
+inline int64_t wanted_blocks() { return 2 * int64_t{arch::multiprocessors()}; }
 
 // kRows x kColumns elements, row by row, in chunks of 8 elements (16 bytes). The chunks are
 // permuted by the number of their row, so that the eight rows of a matrix of ldmatrix lie in

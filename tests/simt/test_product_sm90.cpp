@@ -1,19 +1,19 @@
-// csrc/kernels/gemm_sm90.h against float64, with what it reads and multiplies.
+// csrc/kernels/product_sm90.h against float64, with what it reads and multiplies.
 
 #include <set>
 
-#include "gemm_check.h"
-#include "kernels/launch_sm90.h"
+#include "kernels/launch_product_sm90.h"
+#include "product_check.h"
 
 namespace {
 
 using namespace simt_test;
 
 // A ring of two stages, so that it turns often.
-using Small = sm90::GemmShape<128, 2>;
+using Small = sm90::ProductShape<128, 2>;
 
 template <class T, class Shape, BLayout kLayout>
-void check_gemm(Sizes size, double unit) {
+void check_product(Sizes size, double unit) {
   constexpr bool kColumns = kLayout == BLayout::kColumns;
   ProductCheck<T, kLayout> problem(size);
   constexpr int kMultiprocessors = 2;
@@ -21,7 +21,7 @@ void check_gemm(Sizes size, double unit) {
   const auto steps = [](int64_t depth, int step) { return (depth + step - 1) / step; };
   const int64_t tiles = steps(size.M, 128) * steps(size.N, Shape::kN);
   for_each_schedule([&] {
-    sm90::launch<T, Shape, kMajor>(problem.product(), kMultiprocessors, nullptr);
+    sm90::launch_product_tiles<T, Shape, kMajor>(problem.product(), kMultiprocessors, nullptr);
     problem.check(unit);
     const simt::Statistics& counts = simt::statistics();
     EXPECT(counts.tma_bytes ==
@@ -34,13 +34,13 @@ constexpr Sizes kOneTile = {37, 72, 328, 16};
 constexpr Sizes kSeveralTiles = {200, 264, 128, 80};
 
 CASE(bf16_weight_as_in_forward) {
-  check_gemm<Bf16, Small, BLayout::kColumns>(kOneTile, kBf16Unit);
-  check_gemm<Bf16, Small, BLayout::kColumns>(kSeveralTiles, kBf16Unit);
+  check_product<Bf16, Small, BLayout::kColumns>(kOneTile, kBf16Unit);
+  check_product<Bf16, Small, BLayout::kColumns>(kSeveralTiles, kBf16Unit);
 }
 
 CASE(bf16_weight_as_in_backward) {
-  check_gemm<Bf16, Small, BLayout::kRows>(kOneTile, kBf16Unit);
-  check_gemm<Bf16, Small, BLayout::kRows>(kSeveralTiles, kBf16Unit);
+  check_product<Bf16, Small, BLayout::kRows>(kOneTile, kBf16Unit);
+  check_product<Bf16, Small, BLayout::kRows>(kSeveralTiles, kBf16Unit);
 }
 
 // ---- The order of tiles ------------------------------------------------------------------------
@@ -70,11 +70,11 @@ CASE(tiles_of_one_wave_are_a_square) {
 
 #if !defined(BF16_ONLY)
 CASE(fp16_and_other_tiles) {
-  using Wide = sm90::GemmShape<256, 4>;
-  using Narrow = sm90::GemmShape<64, 8>;
-  check_gemm<Fp16, Wide, BLayout::kColumns>({129, 328, 200, 24}, kFp16Unit);
-  check_gemm<Fp16, Wide, BLayout::kRows>({65, 264, 72, 8}, kFp16Unit);
-  check_gemm<Fp16, Narrow, BLayout::kRows>({129, 200, 72, 8}, kFp16Unit);
+  using Wide = sm90::ProductShape<256, 4>;
+  using Narrow = sm90::ProductShape<64, 8>;
+  check_product<Fp16, Wide, BLayout::kColumns>({129, 328, 200, 24}, kFp16Unit);
+  check_product<Fp16, Wide, BLayout::kRows>({65, 264, 72, 8}, kFp16Unit);
+  check_product<Fp16, Narrow, BLayout::kRows>({129, 200, 72, 8}, kFp16Unit);
 }
 
 CASE(tensor_map_that_the_driver_refuses) {

@@ -1,16 +1,16 @@
-// The product of several segments (family.h) for sm_80 and later. The segments are walked as one
-// loop over k through one ring of shared memory, so that a low-rank segment costs ceil(r / 64)
-// trips more and nothing else.
+// The product of several segments (lora_linear_passes.h) for sm_80 and later. The segments are
+// walked as one loop over k through one ring of shared memory, so that a low-rank segment costs
+// ceil(r / 64) trips more and nothing else.
 #pragma once
 
 #include "../common/dropout.h"
-#include "family.h"
+#include "lora_linear_passes.h"
 #include "tile_sm80.h"
 
 namespace lora_ext::sm80 {
 
 template <int kTileM, int kTileN, int kWarpM, int kWarpN, int kStages>
-struct GemmShape {
+struct ProductShape {
   static constexpr int kM = kTileM, kN = kTileN, kK = 64;
   static constexpr int kWarpRows = kWarpM, kWarpColumns = kWarpN;
   static constexpr int kWarpsM = kTileM / kWarpM, kWarpsN = kTileN / kWarpN;
@@ -66,7 +66,7 @@ struct WarpSums {
 };
 
 template <class T, class Shape, BLayout kLayout>
-struct Gemm {
+struct ProductTile {
   using TileA = Tile<Shape::kM, Shape::kK>;
   using TileB = Tile<kLayout == BLayout::kColumns ? Shape::kN : Shape::kK,
                      kLayout == BLayout::kColumns ? Shape::kK : Shape::kN>;
@@ -172,8 +172,8 @@ struct Gemm {
 
 template <class T, class Shape, BLayout kLayout>
 __global__ void __launch_bounds__(Shape::kThreads, kLeastBlocks)
-    gemm_kernel(const __grid_constant__ Product<T> params) {
-  using G = Gemm<T, Shape, kLayout>;
+    product_sm80_kernel(const __grid_constant__ Product<T> params) {
+  using P = ProductTile<T, Shape, kLayout>;
   LORA_EXT_DYNAMIC_SHARED(shared);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int warp_row = warp / Shape::kWarpsN * Shape::kWarpRows;
@@ -189,12 +189,12 @@ __global__ void __launch_bounds__(Shape::kThreads, kLeastBlocks)
 
   WarpSums<Shape> sums;
   sums.clear();
-  const int64_t steps = G::steps(params);
-  typename G::Position loading, multiplying;
+  const int64_t steps = P::steps(params);
+  typename P::Position loading, multiplying;
 #pragma unroll
   for (int s = 0; s < Shape::kRing - 1; ++s) {
     if (s < steps) {
-      G::load(stage(s), params, loading, m, n, thread);
+      P::load(stage(s), params, loading, m, n, thread);
       loading.advance(params);
     }
     arch::cp_async_commit();
@@ -204,12 +204,12 @@ __global__ void __launch_bounds__(Shape::kThreads, kLeastBlocks)
     __syncthreads();  // the stage has arrived for every thread, and every thread is done with the
                       // last
     if (step + Shape::kRing - 1 < steps) {
-      G::load(stage(step + Shape::kRing - 1), params, loading, m, n, thread);
+      P::load(stage(step + Shape::kRing - 1), params, loading, m, n, thread);
       loading.advance(params);
     }
     arch::cp_async_commit();
     const int64_t depth = params.segments[multiplying.segment].a.columns - multiplying.k;
-    G::multiply(sums, arch::shared_address(stage(step)), depth, warp_row, warp_column, lane);
+    P::multiply(sums, arch::shared_address(stage(step)), depth, warp_row, warp_column, lane);
     multiplying.advance(params);
     if (multiplying.k == 0 && multiplying.segment == params.masked) {
       sums.drop(
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(Shape::kThreads, kLeastBlocks)
           params.threshold, m + warp_row, n + warp_column, lane);
     }
   }
-  G::store(sums, params, m + warp_row, n + warp_column, lane);
+  P::store(sums, params, m + warp_row, n + warp_column, lane);
 }
 
 }  // namespace lora_ext::sm80

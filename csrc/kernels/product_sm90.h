@@ -1,18 +1,18 @@
-// The product of several segments (family.h) for sm_90a: one warp copies tiles with TMA into a
-// ring of shared memory, two warpgroups multiply them with wgmma, and blocks stay for all their
-// tiles, so that the ring is filled for the next tile while the last one is stored.
+// The product of several segments (lora_linear_passes.h) for sm_90a: one warp copies tiles with TMA
+// into a ring of shared memory, two warpgroups multiply them with wgmma, and blocks stay for all
+// their tiles, so that the ring is filled for the next tile while the last one is stored.
 #pragma once
 
 #include "../common/dropout.h"
 #include "arch/arch.h"
-#include "family.h"
+#include "lora_linear_passes.h"
 
 namespace lora_ext::sm90 {
 
 using arch::Major, arch::Swizzle;
 
 template <class T>
-struct GemmParams {
+struct ProductParams {
   arch::TensorMap a[kMaxSegments];  // [M, depth]
   arch::TensorMap b[kMaxSegments];  // [N, depth], or [depth, N] for Major::kMN
   int64_t depth[kMaxSegments];
@@ -33,7 +33,7 @@ constexpr int kRowBytes = 128;  // of a box of TMA: the span of its swizzle, 64 
 constexpr int kLoadRegisters = 40, kMultiplyRegisters = 232;
 
 template <int kTileN, int kStages>
-struct GemmShape {
+struct ProductShape {
   static constexpr int kM = 128, kN = kTileN, kK = kRowBytes / 2;
   static constexpr int kMultipliers = 2;  // warpgroups, 64 rows of the tile each
   static constexpr int kThreads = (1 + kMultipliers) * kWarpgroup;
@@ -105,13 +105,13 @@ LORA_EXT_HOST_DEVICE int64_t column_tiles(int64_t N) {
 }
 
 template <class T, class Shape, Major kMajorB>
-struct Gemm {
+struct ProductTile {
   static constexpr int kSums = Shape::kN / 2;  // of a thread
 
   // ---- The thread that loads -------------------------------------------------------------------
 
   // What is outside of a matrix arrives as zero and counts as much.
-  LORA_EXT_DEVICE static void load(const GemmParams<T>& params, int segment, uint32_t stage,
+  LORA_EXT_DEVICE static void load(const ProductParams<T>& params, int segment, uint32_t stage,
                                    uint32_t full, int m, int n, int k) {
     arch::mbarrier_arrive_expect_tx(full, Shape::kStageBytes);
     arch::tma_load_2d(stage, params.a[segment], full, k, m);
@@ -127,7 +127,7 @@ struct Gemm {
     }
   }
 
-  LORA_EXT_DEVICE static void load_tiles(const GemmParams<T>& params, Ring<Shape> ring) {
+  LORA_EXT_DEVICE static void load_tiles(const ProductParams<T>& params, Ring<Shape> ring) {
     const int64_t rows = row_tiles<Shape>(params.M), columns = column_tiles<Shape>(params.N);
     RingPosition<Shape> at;
     for (int64_t index = blockIdx.x; index < rows * columns; index += gridDim.x) {
@@ -179,8 +179,8 @@ struct Gemm {
 
   // Zeroes what dropout drops; (row, column) is this thread's row and the tile's column. One Philox
   // call decides for up to eight columns, 16 apart.
-  LORA_EXT_DEVICE static void drop(float (&sums)[kSums], const GemmParams<T>& params, int64_t row,
-                                   int64_t column, int lane) {
+  LORA_EXT_DEVICE static void drop(float (&sums)[kSums], const ProductParams<T>& params,
+                                   int64_t row, int64_t column, int lane) {
     constexpr int kWidth = Shape::kN < kDropoutBlock ? Shape::kN : kDropoutBlock;
     const auto seed = static_cast<uint64_t>(params.rng_state[0]);
     const auto offset = static_cast<uint64_t>(params.rng_state[1]);
@@ -228,7 +228,7 @@ struct Gemm {
   };
 
   // (row, column) as for drop.
-  LORA_EXT_DEVICE static void store(const float (&sums)[kSums], const GemmParams<T>& params,
+  LORA_EXT_DEVICE static void store(const float (&sums)[kSums], const ProductParams<T>& params,
                                     int64_t row, int64_t column, int lane) {
 #pragma unroll
     for (int first = 0; first < Shape::kN / 8; first += 4) {
@@ -257,7 +257,7 @@ struct Gemm {
   }
 
   // `thread` of the warpgroup `number`.
-  LORA_EXT_DEVICE static void multiply_tiles(const GemmParams<T>& params, Ring<Shape> ring,
+  LORA_EXT_DEVICE static void multiply_tiles(const ProductParams<T>& params, Ring<Shape> ring,
                                              int number, int thread) {
     const int64_t rows = row_tiles<Shape>(params.M), columns = column_tiles<Shape>(params.N);
     const int lane = thread % 32;
@@ -301,9 +301,9 @@ struct Gemm {
 
 template <class T, class Shape, Major kMajorB>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
-    gemm_kernel(const __grid_constant__ GemmParams<T> params) {
+    product_sm90_kernel(const __grid_constant__ ProductParams<T> params) {
 #if defined(LORA_EXT_SM90A)
-  using G = Gemm<T, Shape, kMajorB>;
+  using P = ProductTile<T, Shape, kMajorB>;
   LORA_EXT_DYNAMIC_SHARED(shared);
   const Ring<Shape> ring{arch::shared_address(shared)};
   const int thread = static_cast<int>(threadIdx.x);
@@ -319,10 +319,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   arch::let_next_kernel_start();
   if (thread < kWarpgroup) {
     arch::register_decrease<kLoadRegisters>();
-    if (thread == 0) G::load_tiles(params, ring);
+    if (thread == 0) P::load_tiles(params, ring);
   } else {
     arch::register_increase<kMultiplyRegisters>();
-    G::multiply_tiles(params, ring, thread / kWarpgroup - 1, thread % kWarpgroup);
+    P::multiply_tiles(params, ring, thread / kWarpgroup - 1, thread % kWarpgroup);
   }
 #endif
 }

@@ -3,7 +3,7 @@
 // fixed order afterwards.
 #pragma once
 
-#include "lora_down_sm80.h"
+#include "low_rank_down_sm80.h"
 
 namespace lora_ext::sm80 {
 
@@ -57,7 +57,7 @@ LORA_EXT_DEVICE void drop_operands(uint32_t (&b)[kSlots][2][2], DropoutRng rng, 
 
 template <class T, int kRank>
 __global__ void __launch_bounds__(128, kLeastBlocks)
-    lora_down_grad_kernel(const __grid_constant__ DownGradParams<T> params) {
+    low_rank_down_grad_sm80_kernel(const __grid_constant__ DownGradParams<T> params) {
   using Shape = DownGradShape<kRank>;
   using TileX = typename Shape::TileX;
   using TileDh = typename Shape::TileDh;

@@ -1,10 +1,10 @@
 // h = dropout(x) A^T: a product of few columns that reads x once. Each block has kM rows and all
-// columns, and a range of k if there are several splits; finish_kernel then adds these in a fixed
-// order.
+// columns, and a range of k if there are several splits; lora_linear_finish_kernel then adds these
+// in a fixed order.
 #pragma once
 
 #include "elementwise.h"
-#include "gemm_sm80.h"
+#include "product_sm80.h"
 
 namespace lora_ext::sm80 {
 
@@ -66,7 +66,7 @@ struct OperandMask {
 
 template <class T, int kColumns>
 __global__ void __launch_bounds__(DownShape<kColumns>::kThreads, kLeastBlocks)
-    lora_down_kernel(const __grid_constant__ DownParams<T> params) {
+    low_rank_down_sm80_kernel(const __grid_constant__ DownParams<T> params) {
   using Shape = DownShape<kColumns>;
   using TileX = Tile<Shape::kM, Shape::kK>;
   using TileA = Tile<Shape::kN, Shape::kK>;

@@ -1,10 +1,10 @@
-// The product of several segments (csrc/kernels/family.h) with random matrices, and its result
-// against float64. The programs of both families share it.
+// The product of several segments (csrc/kernels/lora_linear_passes.h) with random matrices, and its
+// result against float64. The programs of both families share it.
 #pragma once
 
 #include "check.h"
 #include "common/dropout.h"
-#include "kernels/family.h"
+#include "kernels/lora_linear_passes.h"
 
 namespace simt_test {
 

@@ -1,5 +1,5 @@
 // What a family of kernels (sm_80, sm_90a) provides: the passes over x, dy and the weight that
-// forward and backward are made of. forward_backward.h puts them together.
+// forward and backward are made of. lora_linear_run.h puts them together.
 #pragma once
 
 #include "lora_linear.h"
@@ -103,18 +103,19 @@ struct Family {
 namespace sm80 {
 
 template <class T>
-Parts down(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout, const Allocator& scratch,
-           Stream stream);
+Parts launch_down(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout,
+                  const Allocator& scratch, Stream stream);
 template <class T>
-UpGradParts up_grad(const UpGrad<T>& call, const Allocator& scratch, Stream stream);
+UpGradParts launch_up_grad(const UpGrad<T>& call, const Allocator& scratch, Stream stream);
 template <class T>
-Parts down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
-                const Allocator& scratch, Stream stream);
+Parts launch_down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
+                       const Allocator& scratch, Stream stream);
 template <class T>
-void product(const Product<T>& call, BLayout layout, Stream stream);
+void launch_product(const Product<T>& call, BLayout layout, Stream stream);
 
 template <class T>
-constexpr Family<T> kFamily{&down<T>, &up_grad<T>, &down_grad<T>, &product<T>};
+constexpr Family<T> kFamily{&launch_down<T>, &launch_up_grad<T>, &launch_down_grad<T>,
+                            &launch_product<T>};
 
 }  // namespace sm80
 
@@ -123,18 +124,19 @@ constexpr Family<T> kFamily{&down<T>, &up_grad<T>, &down_grad<T>, &product<T>};
 namespace sm90 {
 
 template <class T>
-Parts down(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout, const Allocator& scratch,
-           Stream stream);
+Parts launch_down(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout,
+                  const Allocator& scratch, Stream stream);
 template <class T>
-UpGradParts up_grad(const UpGrad<T>& call, const Allocator& scratch, Stream stream);
+UpGradParts launch_up_grad(const UpGrad<T>& call, const Allocator& scratch, Stream stream);
 template <class T>
-Parts down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
-                const Allocator& scratch, Stream stream);
+Parts launch_down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
+                       const Allocator& scratch, Stream stream);
 template <class T>
-void product(const Product<T>& call, BLayout layout, Stream stream);
+void launch_product(const Product<T>& call, BLayout layout, Stream stream);
 
 template <class T>
-constexpr Family<T> kFamily{&down<T>, &up_grad<T>, &down_grad<T>, &product<T>};
+constexpr Family<T> kFamily{&launch_down<T>, &launch_up_grad<T>, &launch_down_grad<T>,
+                            &launch_product<T>};
 
 }  // namespace sm90
 

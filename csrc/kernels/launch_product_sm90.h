@@ -1,14 +1,14 @@
 // The product of the sm_90a family: its tensor maps, tiles and grids. Host code without torch.
 #pragma once
 
-#include "gemm_sm90.h"
+#include "product_sm90.h"
 #include "tensor_map_sm90.h"
 
 namespace lora_ext::sm90 {
 
 template <class T, class Shape, Major kMajorB>
-void launch(const Product<T>& product, int multiprocessors, Stream stream) {
-  GemmParams<T> params{};
+void launch_product_tiles(const Product<T>& product, int multiprocessors, Stream stream) {
+  ProductParams<T> params{};
   for (int s = 0; s < product.count; ++s) {
     const auto& [a, b] = product.segments[s];
     params.a[s] = tensor_map(a, Shape::kM, Shape::kK, Swizzle::k128);
@@ -22,16 +22,16 @@ void launch(const Product<T>& product, int multiprocessors, Stream stream) {
   params.M = product.M, params.N = product.N;
   const int64_t tiles = row_tiles<Shape>(product.M) * column_tiles<Shape>(product.N);
   const auto blocks = static_cast<unsigned>(tiles < multiprocessors ? tiles : multiprocessors);
-  arch::launch_dependent(gemm_kernel<T, Shape, kMajorB>, dim3(blocks), Shape::kThreads,
+  arch::launch_dependent(product_sm90_kernel<T, Shape, kMajorB>, dim3(blocks), Shape::kThreads,
                          Shape::kSharedBytes, stream, params);
 }
 
 // The widest tile, unless with another one the busiest block has less to bring to shared memory.
 template <class T, Major kMajorB>
-void launch(const Product<T>& product, Stream stream) {
-  using Wide = GemmShape<256, 4>;
-  using Middle = GemmShape<128, 6>;
-  using Narrow = GemmShape<64, 8>;
+void launch_product_of_layout(const Product<T>& product, Stream stream) {
+  using Wide = ProductShape<256, 4>;
+  using Middle = ProductShape<128, 6>;
+  using Narrow = ProductShape<64, 8>;
   const int blocks = arch::multiprocessors();
   const auto bytes = [&]<class Shape>(Shape) {
     const int64_t tiles = row_tiles<Shape>(product.M) * column_tiles<Shape>(product.N);
@@ -39,20 +39,20 @@ void launch(const Product<T>& product, Stream stream) {
   };
   const int64_t wide = bytes(Wide{}), middle = bytes(Middle{}), narrow = bytes(Narrow{});
   if (wide <= middle && wide <= narrow) {
-    launch<T, Wide, kMajorB>(product, blocks, stream);
+    launch_product_tiles<T, Wide, kMajorB>(product, blocks, stream);
   } else if (middle <= narrow) {
-    launch<T, Middle, kMajorB>(product, blocks, stream);
+    launch_product_tiles<T, Middle, kMajorB>(product, blocks, stream);
   } else {
-    launch<T, Narrow, kMajorB>(product, blocks, stream);
+    launch_product_tiles<T, Narrow, kMajorB>(product, blocks, stream);
   }
 }
 
 template <class T>
-void product(const Product<T>& product, BLayout layout, Stream stream) {
+void launch_product(const Product<T>& product, BLayout layout, Stream stream) {
   if (layout == BLayout::kColumns) {
-    launch<T, Major::kK>(product, stream);
+    launch_product_of_layout<T, Major::kK>(product, stream);
   } else {
-    launch<T, Major::kMN>(product, stream);
+    launch_product_of_layout<T, Major::kMN>(product, stream);
   }
 }
 

@@ -43,7 +43,7 @@ static_assert(UpGradShape<32>::shared_bytes(kMostUpGradColumns) <= kLeastSharedB
 
 template <class T, int kRank>
 __global__ void __launch_bounds__(128, kLeastBlocks)
-    lora_up_grad_kernel(const __grid_constant__ UpGradParams<T> params) {
+    low_rank_up_grad_sm80_kernel(const __grid_constant__ UpGradParams<T> params) {
   using Shape = UpGradShape<kRank>;
   using TileDy = typename Shape::TileDy;
   using TileB = typename Shape::TileB;
