@@ -104,11 +104,19 @@ class Launch(NamedTuple):
 class EmulatedKernels:
     library: ctypes.CDLL
 
-    @classmethod
-    def build(cls, folder: Path, *options: str, csrc: Path = ROOT / "csrc") -> EmulatedKernels:
+    @staticmethod
+    def compile(folder: Path, *options: str, csrc: Path = ROOT / "csrc") -> Path:
         target = folder / "liblora_linear.so"
         compile_source(SOURCE, target, "-O2", "-fPIC", "-shared", *options, csrc=csrc)
-        library = ctypes.CDLL(str(target))
+        return target
+
+    @classmethod
+    def build(cls, folder: Path, *options: str) -> EmulatedKernels:
+        return cls.load(cls.compile(folder, *options))
+
+    @classmethod
+    def load(cls, compiled: Path) -> EmulatedKernels:
+        library = ctypes.CDLL(str(compiled))
         library.last_error.restype = library.last_path.restype = ctypes.c_char_p
         return cls(library)
 
