@@ -49,7 +49,7 @@ PRODUCTS = {
             "k > params.segments[segment].a.columns",
         ),
         "a mask of the wrong rows": (
-            "product_sm80.h", "params.threshold, `m + warp_row`,", "m",
+            "product_sm80.h", "params.dropout.threshold, `m + warp_row`,", "m",
         ),
         "rows read beyond the matrix": (
             "tile_sm80.h", "bool inside = `r < rows`;", "r <= rows",
@@ -71,7 +71,7 @@ PRODUCTS = {
             "arch::mbarrier_wait(ring.empty(at.slot), at.parity);",
         ),
         "sm90: turns that are not counted": (
-            "product_sm90.h", "slot = 0, parity ^= 1;", "slot = 0;",
+            "ring_sm90.h", "slot = 0, parity ^= 1;", "slot = 0;",
         ),
         "sm90: a slot that is not released": (
             "product_sm90.h", "arch::mbarrier_arrive(ring.empty(held));", "{}",
@@ -108,7 +108,7 @@ PRODUCTS = {
             "product_sm90.h", "arch::wgmma_fence();", "",
         ),
         "sm90: sums that begin with those of the last tile": (
-            "product_sm90.h", "bool accumulate = `false`;", "index > blockIdx.x",
+            "product_sm90.h", "bool accumulate = `false`;", "walk.index > blockIdx.x",
         ),
         "sm90: a segment without its last columns": (
             "product_sm90.h", "`k < depth`; k += 16", "k + 16 < depth",
@@ -132,7 +132,7 @@ PRODUCTS = {
             "product_sm90.h", "`Shape::kK * kRowBytes`,", "kRowBytes",
         ),
         "sm90: tiles left out": (
-            "product_sm90.h", "index / (kBand * columns) * kBand", "0",
+            "tile_walk.h", "index / (kBand * columns) * kBand", "0",
         ),
         "sm90: no wait for the kernel before": (
             "product_sm90.h", "arch::wait_for_previous_kernel();", "",
@@ -152,7 +152,7 @@ PRODUCTS = {
             "low_rank_sm90.h", "arch::mbarrier_wait(Rs.empty(at_R.slot), at_R.parity ^ 1);", "",
         ),
         "low rank: turns that are not counted": (
-            "low_rank_sm90.h", "slot = 0, parity ^= 1;", "slot = 0;",
+            "ring_sm90.h", "slot = 0, parity ^= 1;", "slot = 0;",
         ),
         "low rank: a slot released while it is read": (
             "low_rank_sm90.h",
@@ -207,8 +207,9 @@ PRODUCTS = {
             "low_rank_sm90.h", "row_ends ? walk.first_column : tile + 1", "tile",
         ),
         "low rank: a mask for a tile beyond the last": (
-            "low_rank_sm90.h", "params.dropout && !(row_ends && row_tile + 1 == walk.last_row)",
-            "params.dropout",
+            "low_rank_sm90.h",
+            "params.dropout.enabled && !(row_ends && row_tile + 1 == walk.last_row)",
+            "params.dropout.enabled",
         ),
         "low rank: a mask that is not swizzled": (
             "low_rank_tile_sm90.h",
@@ -282,7 +283,7 @@ LAUNCHES = {
         "low_rank_down_grad_sm80.h", "arch::cp_async_wait<0>();", "",
     ),
     "down_grad: a mask of the wrong columns": (
-        "low_rank_down_grad_sm80.h", "params.threshold, m + k, blockIdx.x, `warp * kSlots`, lane",
+        "low_rank_down_grad_sm80.h", "`warp * kSlots`, lane);",
         "0",
     ),
     "no wait for the kernel before": (

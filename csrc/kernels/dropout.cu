@@ -30,10 +30,9 @@ __global__ void __launch_bounds__(kElementThreads)
     dropout_mask_kernel(const __grid_constant__ DropoutMaskParams params) {
   const int64_t i = element_index();
   if (i >= params.rows * params.columns) return;
-  const DropoutRng rng{static_cast<uint64_t>(params.rng_state[0]),
-                       static_cast<uint64_t>(params.rng_state[1])};
-  params.keep[i] = dropout_keep(rng, params.first_row + i / params.columns, i % params.columns,
-                                params.threshold);
+  params.keep[i] =
+      dropout_keep(dropout_rng(params.rng_state), params.first_row + i / params.columns,
+                   i % params.columns, params.threshold);
 }
 
 }  // namespace

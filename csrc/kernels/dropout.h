@@ -2,15 +2,20 @@
 #pragma once
 
 #include "../common/dropout.h"
+#include "element.h"
 #include "stream.h"
 
 namespace lora_ext {
 
+// Dropout of x: what the kernels of a call are told of it.
 struct Dropout {
   bool enabled;
   uint32_t threshold;
-  float scale;
-  const int64_t* rng_state;  // [2] on the device
+  float scale;               // of what is kept
+  const int64_t* rng_state;  // [2]: seed and offset; on the device, for CUDA graphs
+
+  // Where `enabled`.
+  LORA_EXT_DEVICE DropoutRng rng() const { return dropout_rng(rng_state); }
 };
 
 // state[0], state[1] = seed, offset, as torch's Philox generator holds them: on the device while a

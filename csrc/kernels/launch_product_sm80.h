@@ -10,8 +10,7 @@ template <class T, BLayout kLayout>
 void launch_product_of_layout(const Product<T>& params, Stream stream) {
   const auto run = [&](auto shape) {
     using Shape = decltype(shape);
-    const int64_t tiles = ceil_div(params.M, Shape::kM) * ceil_div(params.N, Shape::kN);
-    const dim3 grid(static_cast<unsigned>(tiles));
+    const dim3 grid(static_cast<unsigned>(TileWalk<Shape>::tiles(params.M, params.N)));
     static_assert(Shape::kSharedBytes <= kLeastSharedBytes);
     arch::launch(product_sm80_kernel<T, Shape, kLayout>, grid, Shape::kThreads, Shape::kSharedBytes,
                  stream, params);

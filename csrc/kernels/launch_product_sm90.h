@@ -1,6 +1,9 @@
 // The product of the sm_90a family: its tensor maps, tiles and grids. Host code without torch.
 #pragma once
 
+#include <algorithm>
+#include <iterator>
+
 #include "product_sm90.h"
 #include "tensor_map_sm90.h"
 
@@ -17,33 +20,48 @@ void launch_product_tiles(const Product<T>& product, int multiprocessors, Stream
     params.depth[s] = a.columns;
   }
   params.count = product.count, params.masked = product.masked;
-  params.threshold = product.threshold, params.rng_state = product.rng_state;
+  params.dropout = product.dropout;
   params.bias = product.bias, params.out = product.out;
   params.M = product.M, params.N = product.N;
-  const int64_t tiles = row_tiles<Shape>(product.M) * column_tiles<Shape>(product.N);
+  const int64_t tiles = TileWalk<Shape>::tiles(product.M, product.N);
   const auto blocks = static_cast<unsigned>(tiles < multiprocessors ? tiles : multiprocessors);
   arch::launch_dependent(product_sm90_kernel<T, Shape, kMajorB>, dim3(blocks), Shape::kThreads,
                          Shape::kSharedBytes, stream, params);
 }
 
-// The widest tile, unless with another one the busiest block has less to bring to shared memory.
+using WideProduct = ProductShape<256, 4>;
+using MiddleProduct = ProductShape<128, 6>;
+using NarrowProduct = ProductShape<64, 8>;
+
+// A width of the tiles, and what it costs: bytes that the busiest block brings to shared memory.
+struct ProductTiles {
+  int columns;
+  int64_t bytes;
+};
+
+// The cheapest; among equals the widest.
+inline ProductTiles choose_tiles(int64_t M, int64_t N, int64_t multiprocessors) {
+  const auto cost = [&]<class Shape>(Shape) -> ProductTiles {
+    const int64_t tiles = TileWalk<Shape>::tiles(M, N);
+    return {Shape::kN, (tiles + multiprocessors - 1) / multiprocessors * Shape::kStageBytes};
+  };
+  const ProductTiles candidates[] = {cost(WideProduct{}), cost(MiddleProduct{}),
+                                     cost(NarrowProduct{})};
+  return *std::min_element(
+      std::begin(candidates), std::end(candidates),
+      [](const ProductTiles& a, const ProductTiles& b) { return a.bytes < b.bytes; });
+}
+
 template <class T, Major kMajorB>
 void launch_product_of_layout(const Product<T>& product, Stream stream) {
-  using Wide = ProductShape<256, 4>;
-  using Middle = ProductShape<128, 6>;
-  using Narrow = ProductShape<64, 8>;
   const int blocks = arch::multiprocessors();
-  const auto bytes = [&]<class Shape>(Shape) {
-    const int64_t tiles = row_tiles<Shape>(product.M) * column_tiles<Shape>(product.N);
-    return (tiles + blocks - 1) / blocks * Shape::kStageBytes;
-  };
-  const int64_t wide = bytes(Wide{}), middle = bytes(Middle{}), narrow = bytes(Narrow{});
-  if (wide <= middle && wide <= narrow) {
-    launch_product_tiles<T, Wide, kMajorB>(product, blocks, stream);
-  } else if (middle <= narrow) {
-    launch_product_tiles<T, Middle, kMajorB>(product, blocks, stream);
-  } else {
-    launch_product_tiles<T, Narrow, kMajorB>(product, blocks, stream);
+  switch (choose_tiles(product.M, product.N, blocks).columns) {
+    case WideProduct::kN:
+      return launch_product_tiles<T, WideProduct, kMajorB>(product, blocks, stream);
+    case MiddleProduct::kN:
+      return launch_product_tiles<T, MiddleProduct, kMajorB>(product, blocks, stream);
+    default:
+      return launch_product_tiles<T, NarrowProduct, kMajorB>(product, blocks, stream);
   }
 }
 

@@ -5,6 +5,7 @@
 
 #include "dropout.h"
 #include "element.h"
+#include "family.h"
 #include "stream.h"
 
 namespace lora_ext {
@@ -30,10 +31,6 @@ struct Weight {
   int64_t N() const { return transposed ? stored.columns : stored.rows; }
   int64_t K() const { return transposed ? stored.rows : stored.columns; }
 };
-
-// For GPUs from sm_80 on; and with TMA and wgmma for sm_90a, which read what Rows::Tma of
-// cuda/path.h says.
-enum class KernelFamily { Sm80, Sm90 };
 
 // Scratch that lives until the kernels launched so far have run.
 struct Allocator {

@@ -22,7 +22,7 @@ template <class T>
 struct ReduceParams {
   const float* parts;  // [count, elements]
   int64_t count, elements;
-  Scale scale;
+  HiddenFactor scale;
   T* out;  // [elements]: scale * sum over the parts, in their order
 };
 
@@ -44,7 +44,7 @@ struct FinishParams {
   int64_t M;
   int r, padded;   // padded: r rounded up to a multiple of 16
   float survivor;  // dropout's 1 / (1 - p)
-  Scale scaling;
+  HiddenFactor scaling;
   float* sums;   // [M, r]: survivor * sum over the parts; or null
   T* value;      // [M, padded]: scaling * sums rounded, zero beyond r
   T* remainder;  // [M, padded]: what that rounding left; or null

@@ -6,8 +6,9 @@
 
 namespace lora_ext {
 
-// ---- The product that ends forward and backward, y or dx: several segments into the same sums
-// ----
+// ---- The product that ends forward and backward: y or dx ---------------------------------------
+//
+// Several segments into the same sums:
 //
 //   out [M, N] = round(sum over segments of A_i [M, K_i] B_i [K_i, N] + bias)
 //
@@ -31,18 +32,17 @@ struct Product {
   int count;
   bool aligned;  // every matrix is
   int masked;    // dropout is applied to the sums of the first `masked` segments
-  uint32_t threshold;
-  const int64_t* rng_state;  // [2]: seed and offset; on the device, for CUDA graphs
-  const float* bias;         // [N] or null
-  T* out;                    // [M, N], contiguous
+  Dropout dropout;
+  const float* bias;  // [N] or null
+  T* out;             // [M, N], contiguous
   int64_t M, N;
 };
 
-// ---- The low-rank passes
-// -------------------------------------------------------------------------
+// ---- The low-rank passes -----------------------------------------------------------------------
 
-// A number of the call, times one that only the device knows, so that nobody waits for it.
-struct Scale {
+// What h and dh are multiplied by, the same for all of their elements: a number of the call, times
+// one that only the device knows, so that nobody waits for it. Kernels read it here alone.
+struct HiddenFactor {
   float value;
   const float* factor;  // or null
 

@@ -53,7 +53,7 @@ Split<T> split_transposed(const TA* in, int64_t rows, int64_t columns, const All
 // The parts of h or dh [M, r], added: times `survivor` into `sums` in float if that is not null;
 // and times `scaling` as well as an operand of the passes.
 template <class T>
-Split<T> finish(const Parts& parts, int64_t M, int64_t r, float survivor, Scale scaling,
+Split<T> finish(const Parts& parts, int64_t M, int64_t r, float survivor, HiddenFactor scaling,
                 float* sums, bool wants_remainder, const Allocator& scratch, Stream stream) {
   const int64_t padded = round_up(r, 16);
   const FinishParams<T> params{.parts = parts.data,
@@ -72,7 +72,7 @@ Split<T> finish(const Parts& parts, int64_t M, int64_t r, float survivor, Scale 
 
 // out [elements] = scale * the sum of the parts
 template <class TA>
-void reduce(const Parts& parts, int64_t elements, Scale scale, TA* out, Stream stream) {
+void reduce(const Parts& parts, int64_t elements, HiddenFactor scale, TA* out, Stream stream) {
   launch_elements(lora_linear_reduce_kernel<TA>, elements, stream,
                   ReduceParams<TA>{parts.data, parts.count, elements, scale, out});
 }
@@ -117,7 +117,7 @@ template <class T, class TA>
 void backward(const Family<T>& family, const BackwardCall<T, TA>& call, const Allocator& scratch,
               Stream stream) {
   const int64_t M = call.dy.rows, N = call.dy.columns, K = call.weight.K(), r = call.r;
-  const Scale scaling{call.scaling, call.scaling_factor};
+  const HiddenFactor scaling{call.scaling, call.scaling_factor};
   const bool by_columns = call.weight.transposed, makes_h = call.dB && !call.h;
   Split<T> A{}, h{};
   if (makes_h || (call.dx && !by_columns)) A = split<T>(call.lora_A, r, K, scratch, stream);
@@ -144,7 +144,7 @@ void backward(const Family<T>& family, const BackwardCall<T, TA>& call, const Al
     add_segments(dx, dh.value,
                  by_columns ? split_transposed<T>(call.lora_A, r, K, scratch, stream) : A);
     dx.masked = call.dropout.enabled ? dx.count : 0;
-    dx.threshold = call.dropout.threshold, dx.rng_state = call.dropout.rng_state;
+    dx.dropout = call.dropout;
     if (call.weight.stored.data) dx.segments[dx.count++] = {call.dy, call.weight.stored};
     dx.out = call.dx, dx.M = M, dx.N = K;
     launch_product(family, dx, by_columns ? BLayout::kColumns : BLayout::kRows, stream);

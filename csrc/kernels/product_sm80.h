@@ -3,9 +3,9 @@
 // ceil(r / 64) trips more and nothing else.
 #pragma once
 
-#include "../common/dropout.h"
 #include "lora_linear_passes.h"
 #include "tile_sm80.h"
+#include "tile_walk.h"
 
 namespace lora_ext::sm80 {
 
@@ -24,7 +24,7 @@ struct ProductShape {
 template <class Shape>
 struct WarpSums {
   static constexpr int kRowTiles = Shape::kWarpRows / 16, kColumnTiles = Shape::kWarpColumns / 8;
-  float value[kRowTiles][kColumnTiles][4];
+  arch::FragmentC value[kRowTiles][kColumnTiles];
 
   LORA_EXT_DEVICE void clear() {
 #pragma unroll
@@ -50,9 +50,8 @@ struct WarpSums {
 #pragma unroll
         for (int c = 0; c < 4; ++c) {  // columns 2t, 2t + 1, 2t + 8, 2t + 9 of every 16
           const int in_slot = lane % 4 * 2 + c % 2 + c / 2 * 8;
-          const PhiloxBlock bits = philox(
-              dropout_counter(rng.offset, row + i * 16 + half * 8 + lane / 4, block, in_slot),
-              static_cast<uint32_t>(rng.seed), static_cast<uint32_t>(rng.seed >> 32));
+          const PhiloxBlock bits =
+              dropout_bits(rng, row + i * 16 + half * 8 + lane / 4, block, in_slot);
 #pragma unroll
           for (int j = 0; j < kColumnTiles / 2; ++j) {
             if (!keeps(bits, first_slot + j, threshold)) {
@@ -116,7 +115,8 @@ struct ProductTile {
 #pragma unroll
     for (int k = 0; k < Shape::kK; k += 16) {
       if (k >= depth) break;
-      uint32_t a[kRowTiles][4], b[kColumnTiles / 2][2][2];
+      arch::FragmentA a[kRowTiles];
+      arch::FragmentB b[kColumnTiles / 2][2];
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i) {
         load_a<TileA>(a[i], stage, warp_row + i * 16, k, lane);
@@ -178,11 +178,7 @@ __global__ void __launch_bounds__(Shape::kThreads, kLeastBlocks)
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int warp_row = warp / Shape::kWarpsN * Shape::kWarpRows;
   const int warp_column = warp % Shape::kWarpsN * Shape::kWarpColumns;
-  // Tiles along the columns first: blocks that run together share rows of A. The grid has one
-  // dimension, since the others end at 65,535.
-  const auto column_tiles = static_cast<unsigned>((params.N + Shape::kN - 1) / Shape::kN);
-  const int64_t m = int64_t{blockIdx.x / column_tiles} * Shape::kM;
-  const int64_t n = int64_t{blockIdx.x % column_tiles} * Shape::kN;
+  const auto [m, n] = TileWalk<Shape>::tile(params.N);
   const auto stage = [&](int64_t step) {
     return shared + step % Shape::kRing * Shape::kStageBytes;
   };
@@ -212,9 +208,8 @@ __global__ void __launch_bounds__(Shape::kThreads, kLeastBlocks)
     P::multiply(sums, arch::shared_address(stage(step)), depth, warp_row, warp_column, lane);
     multiplying.advance(params);
     if (multiplying.k == 0 && multiplying.segment == params.masked) {
-      sums.drop(
-          {static_cast<uint64_t>(params.rng_state[0]), static_cast<uint64_t>(params.rng_state[1])},
-          params.threshold, m + warp_row, n + warp_column, lane);
+      sums.drop(params.dropout.rng(), params.dropout.threshold, m + warp_row, n + warp_column,
+                lane);
     }
   }
   P::store(sums, params, m + warp_row, n + warp_column, lane);

@@ -60,7 +60,7 @@ class ProductCheck {
     if (kColumns) {
       product.bias = bias_.matrix().data;
     } else {
-      product.masked = 1, product.threshold = kThreshold, product.rng_state = kRngState;
+      product.masked = 1, product.dropout = {true, kThreshold, 1.0f, kRngState};
     }
     product.out = out_.data() + kMargin;
     product.M = size_.M, product.N = size_.N;

@@ -68,6 +68,22 @@ CASE(tiles_of_one_wave_are_a_square) {
   EXPECT(rows.size() == 16 && columns.size() == 8);
 }
 
+// ---- The width of tiles ------------------------------------------------------------------------
+
+// On 132 multiprocessors; a stage has (128 + width) rows of 128 bytes.
+CASE(the_cheapest_tiles_are_chosen) {
+  const auto chosen = [](int64_t M, int64_t N, int columns, int64_t bytes) {
+    const sm90::ProductTiles tiles = sm90::choose_tiles(M, N, 132);
+    return tiles.columns == columns && tiles.bytes == bytes;
+  };
+  EXPECT(chosen(8192, 8192, 256, 16 * 384 * 128));  // 2048 tiles
+  EXPECT(chosen(1024, 2048, 128, 1 * 256 * 128));   // narrower ones would take two turns
+  EXPECT(chosen(128, 1024, 64, 1 * 192 * 128));
+  EXPECT(chosen(1, 1, 64, 1 * 192 * 128));
+  // Of 768 rows and 11264 columns 264 wide tiles and 1056 narrow ones cost the same
+  EXPECT(chosen(768, 11264, 256, 2 * 384 * 128));
+}
+
 #if !defined(BF16_ONLY)
 CASE(fp16_and_other_tiles) {
   using Wide = sm90::ProductShape<256, 4>;
