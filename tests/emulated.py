@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import lora_ext
+
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "tests" / "simt" / "lora_linear.cpp"
 TYPES = {
@@ -28,7 +30,7 @@ LIE = ("x", "weight", "dy")  # whose rows may lie anyhow
 RESULTS = ("y", "dx", "dA", "dB", "h")
 MOST_LAUNCHES = 4096  # that take_launches tells of
 COMPLETIONS = ("eager", "deferred", "random")
-WISHES = ("auto", "fused", "hybrid", "composed")
+WISHES = tuple(lora_ext.build_info()["cuda_paths"])
 # A GPU that runs the kernels of a family, of sm_80's one with the least shared memory.
 GPUS = {"sm80": 86, "sm90": 90}
 

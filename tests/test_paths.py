@@ -229,6 +229,33 @@ def test_cuda_path(
     assert reason in path.reason.decode()
 
 
+class Candidate(ctypes.Structure):
+    _fields_ = (("fits", ctypes.c_bool), ("path", ctypes.c_int), ("reason", ctypes.c_char_p))
+
+
+@pytest.mark.parametrize(("facts", "name", "reason"), CUDA_CASES.values(), ids=CUDA_CASES.keys())
+def test_the_first_candidate_that_fits_is_the_path(
+    library: ctypes.CDLL, facts: dict[str, int | str | None], name: str, reason: str
+) -> None:
+    """All of them can be asked for, each with its reason."""
+    values = CUDA | facts
+    for key in ("wish", "fastest"):
+        values[key] = -1 if values[key] is None else WISHES.index(str(values[key]))
+    out = (Candidate * 16)()
+    kinds = [kind or ctypes.c_int64 for kind in CUDA_FACTS.values()]
+    arguments = [kind(value) for kind, value in zip(kinds, values.values(), strict=True)]
+    candidates = out[: library.cuda_path_candidates(out, *arguments)]
+    assert candidates[-1].fits and len({c.reason for c in candidates}) == len(candidates)
+    told = library.cuda_path(*values.values()).reason
+    if told in {c.reason for c in candidates}:  # the kernels can run the call
+        winner = next(c for c in candidates if c.fits)
+        assert winner.reason == told
+        path = {"auto": "fused", "composed": "cublas"}.get(WISHES[winner.path], WISHES[winner.path])
+        assert name.split()[1] == path
+    else:
+        assert name == CUBLAS
+
+
 # Targets of a build: the GPUs that run it
 BUILDS = {
     "80 90a-real": {80, 86, 87, 89, 90, 100, 103, 110, 120},
