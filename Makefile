@@ -62,7 +62,7 @@ gpu-build:
 		env $(GPU_ENV) LORA_EXT_CUDA=1 LORA_EXT_BUILD_DIR="$(GPU_BUILD)" TORCH_CUDA_ARCH_LIST="$$architecture" \
 		$(PYTHON) setup.py -q egg_info build_ext --inplace
 
-# All tests, then those with tensors on the GPU once more for each other path of csrc/cuda/path.h,
+# All tests, then those with tensors on the GPU once more for each other path of csrc/cuda/lora_linear_path.h,
 # whatever failed before. Tests that need a package index are left out. Two threads each, as in
 # `make test` on two cores.
 GPU_JOBS ?= 12

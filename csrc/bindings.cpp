@@ -7,7 +7,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/lora_linear.h"
-#include "cuda/path.h"
+#include "cuda/lora_linear_path.h"
 #include "ops/composed.h"
 #include "ops/dropout.h"
 #include "ops/lora_linear.h"

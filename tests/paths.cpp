@@ -1,8 +1,8 @@
 // choose_cpu_path and choose_cuda_path for tests/test_paths.py: what they say about the facts
 // given.
 #include "cpu/path.h"
-#include "cuda/path.h"
-#include "cuda/tuned.h"
+#include "cuda/lora_linear_path.h"
+#include "cuda/lora_linear_tuned.h"
 
 using namespace lora_ext;
 

@@ -1,5 +1,5 @@
 """How the backends choose between kernels and BLAS: every branch of csrc/cpu/path.h and
-csrc/cuda/path.h, whatever this machine is."""
+csrc/cuda/lora_linear_path.h, whatever this machine is."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CUDA_FACTS = {"M": None, "N": None, "K": None, "r": None, "half": ctypes.c_bool}
 CUDA_FACTS |= {"rows": ctypes.c_int, "compute_capability": ctypes.c_int, "built": ctypes.c_bool}
 CUDA_FACTS |= {"sm90": ctypes.c_bool, "wish": ctypes.c_int, "fastest": ctypes.c_int}
 CPU_KERNELS = ("blas", "vector", "bf16 dot")
-ANY, ALIGNED, TMA = range(3)  # Rows of csrc/cuda/path.h
+ANY, ALIGNED, TMA = range(3)  # Rows of csrc/cuda/lora_linear_path.h
 
 
 class ChosenPath(ctypes.Structure):

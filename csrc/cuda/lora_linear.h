@@ -7,8 +7,8 @@
 #include <string>
 #include <utility>
 
-#include "cuda/path.h"
-#include "cuda/tuned.h"
+#include "cuda/lora_linear_path.h"
+#include "cuda/lora_linear_tuned.h"
 
 namespace lora_ext {
 

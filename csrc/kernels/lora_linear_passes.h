@@ -120,7 +120,7 @@ constexpr Family<T> kFamily{&launch_down<T>, &launch_up_grad<T>, &launch_down_gr
 }  // namespace sm80
 
 // For matrices whose rows TMA can read, and whose numbers of columns are multiples of 8:
-// cuda/path.h takes this family for no others.
+// cuda/lora_linear_path.h takes this family for no others.
 namespace sm90 {
 
 template <class T>

@@ -10,7 +10,7 @@
 #include "kernels/launch_low_rank_sm90.h"
 #include "kernels/launch_product_sm90.h"
 #endif
-#include "cuda/path.h"
+#include "cuda/lora_linear_path.h"
 #include "kernels/launch_low_rank_sm80.h"
 #include "kernels/launch_product_sm80.h"
 #include "kernels/lora_linear_run.h"

@@ -1,5 +1,6 @@
-// What path.h's rules are asked with: the environment, what was measured, how tensors lie.
-#include "cuda/path.h"
+// What lora_linear_path.h's candidates are judged by: the environment, what was measured, how
+// tensors lie.
+#include "cuda/lora_linear_path.h"
 
 #include <c10/util/Exception.h>
 
