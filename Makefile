@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
-CXX_SOURCES := $(shell find csrc tests/simt tests/gpu -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: setup demo test bench cuda-check gpu gpu-build gpu-test gpu-sanitize gpu-bench lint format clean
 
@@ -62,15 +62,15 @@ gpu-build:
 		env $(GPU_ENV) LORA_EXT_CUDA=1 LORA_EXT_BUILD_DIR="$(GPU_BUILD)" TORCH_CUDA_ARCH_LIST="$$architecture" \
 		$(PYTHON) setup.py -q egg_info build_ext --inplace
 
-# All tests, then those with tensors on the GPU once more for each other path of csrc/cuda/path.h,
+# All tests, then those with tensors on the GPU once more for each other path of csrc/cuda/lora_linear_path.h,
 # whatever failed before. Tests that need a package index are left out. Two threads each, as in
 # `make test` on two cores.
 GPU_JOBS ?= 12
 GPU_PYTEST = env $(GPU_ENV) OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(PYTHON) -m pytest tests -n $(GPU_JOBS)
-CUDA_PATHS = $(shell sed -n 's/.*kCudaWishNames\[\] = {"auto", \(.*\)};/\1/p' csrc/cuda/path.h | tr -d '",')
+CUDA_PATHS = $(shell env $(GPU_ENV) $(PYTHON) -c 'import lora_ext; print(*lora_ext.build_info()["cuda_paths"][1:])')
 gpu-test: gpu-build
-	@test -n "$(CUDA_PATHS)" || { echo "make gpu-test: csrc/cuda/path.h has no line kCudaWishNames[] = {\"auto\", ...};"; exit 1; }
 	cd tests && env $(GPU_ENV) $(PYTHON) cuda_check.py
+	@test -n "$(CUDA_PATHS)"
 	status=0; $(GPU_PYTEST) --dist loadfile -m "not network" || status=1; \
 		for path in $(CUDA_PATHS); do LORA_EXT_CUDA_PATH=$$path $(GPU_PYTEST) -m cuda || status=1; done; \
 		exit $$status

@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 from torch.utils.benchmark import Timer
 
+from lora_ext import build_info
 from lora_ext.bench.grid import FWD
 from lora_ext.bench.report import print_report
 from lora_ext.bench.results import Report, Row
@@ -48,10 +49,7 @@ class Part:
 
 def cuda_paths() -> list[str]:
     """The values of LORA_EXT_CUDA_PATH, the default first."""
-    source = (ROOT / "csrc" / "cuda" / "path.h").read_text(encoding="utf-8")
-    names = re.search(r"kCudaWishNames\[\] = \{(.*?)\}", source, re.DOTALL)
-    assert names, "csrc/cuda/path.h no longer names the paths as this program reads them"
-    return re.findall(r'"(\w+)"', names[1])
+    return list(build_info()["cuda_paths"])
 
 
 def plan(rivals: Sequence[str], budget: float) -> list[Part]:

@@ -8,6 +8,7 @@
 #include "cpu/capability.h"
 #include "cpu/dora_linear.h"
 #include "cpu/lora_linear.h"
+#include "cuda/lora_linear_path.h"
 #include "ops/dropout.h"
 #include "ops/lora_linear_blas.h"
 #include "ops/operator.h"
@@ -42,11 +43,14 @@ py::dict build_info() {
   info["torch"] = LORA_EXT_TORCH_VERSION;
 #if defined(LORA_EXT_CUDA_VERSION)
   info["cuda"] = LORA_EXT_CUDA_VERSION;
-  info["cuda_path"] = kCudaWishNames[static_cast<int>(cuda_wish())];
+  info["cuda_path"] = name_of(cuda_wish()).name;
 #else
   info["cuda"] = py::none();
   info["cuda_path"] = py::none();
 #endif
+  py::list cuda_paths;
+  for (const CudaPathName& path : kCudaPaths) cuda_paths.append(path.name);
+  info["cuda_paths"] = cuda_paths;
   info["cpu_capability"] = cpu_capability_name(cpu_capability());
   info["compiler"] = __VERSION__;
   return info;

@@ -21,7 +21,7 @@ from lora_ext.arguments import check_module, refuse, warn
 from lora_ext.nn import Linear
 
 # In the order in which they are preferred where the clock sees no difference.
-PATHS = ("fused", "hybrid", "composed")
+PATHS = tuple(build_info()["cuda_paths"][1:])
 NOISE = 0.02  # of the fastest time
 
 

@@ -102,7 +102,7 @@ if torch.cuda.is_available():
 
 # The environment variable, in processes of their own since it is read once
 if "LORA_EXT_CUDA_PATH" not in os.environ:
-    for wish in ("fused", "hybrid", "composed"):
+    for wish in info["cuda_paths"][1:]:
         environment = os.environ | {"LORA_EXT_CUDA_PATH": wish}
         subprocess.run([sys.executable, __file__], env=environment, check=True)
     environment = os.environ | {"LORA_EXT_CUDA_PATH": "fast"}

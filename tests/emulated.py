@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import lora_ext
+
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "tests" / "simt" / "lora_linear.cpp"
 TYPES = {
@@ -28,7 +30,7 @@ LIE = ("x", "weight", "dy")  # whose rows may lie anyhow
 RESULTS = ("y", "dx", "dA", "dB", "h")
 MOST_LAUNCHES = 4096  # that take_launches tells of
 COMPLETIONS = ("eager", "deferred", "random")
-WISHES = ("auto", "fused", "hybrid", "composed")
+WISHES = tuple(lora_ext.build_info()["cuda_paths"])
 # A GPU that runs the kernels of a family, of sm_80's one with the least shared memory.
 GPUS = {"sm80": 86, "sm90": 90}
 
@@ -104,11 +106,19 @@ class Launch(NamedTuple):
 class EmulatedKernels:
     library: ctypes.CDLL
 
-    @classmethod
-    def build(cls, folder: Path, *options: str, csrc: Path = ROOT / "csrc") -> EmulatedKernels:
+    @staticmethod
+    def compile(folder: Path, *options: str, csrc: Path = ROOT / "csrc") -> Path:
         target = folder / "liblora_linear.so"
         compile_source(SOURCE, target, "-O2", "-fPIC", "-shared", *options, csrc=csrc)
-        library = ctypes.CDLL(str(target))
+        return target
+
+    @classmethod
+    def build(cls, folder: Path, *options: str) -> EmulatedKernels:
+        return cls.load(cls.compile(folder, *options))
+
+    @classmethod
+    def load(cls, compiled: Path) -> EmulatedKernels:
+        library = ctypes.CDLL(str(compiled))
         library.last_error.restype = library.last_path.restype = ctypes.c_char_p
         return cls(library)
 

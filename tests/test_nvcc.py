@@ -13,6 +13,16 @@ from emulated import ROOT
 
 KERNELS = ROOT / "csrc" / "kernels"
 SOURCES = sorted(path.name for path in KERNELS.glob("*.cu"))
+FOR_ANY_GPU = ("dropout.cu", "merge.cu")  # before sm_80 too, as setup.py tells CMake
+# As CMakeLists.txt compiles them: those for tensor cores once for each type of the base.
+COMPILED = [
+    (name, base) for name in SOURCES for base in ([""] if name in FOR_ANY_GPU else ["Bf16", "Fp16"])
+]
+
+
+def compile_command(nvcc: str, name: str, base: str) -> list[str]:
+    command = [nvcc, "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "-DLORA_EXT_SM90"]
+    return [*command, *([f"-DLORA_EXT_BASE={base}"] if base else []), str(KERNELS / name)]
 
 
 def test_there_are_sources() -> None:
@@ -22,20 +32,19 @@ def test_there_are_sources() -> None:
 @pytest.mark.skipif(
     "LORA_EXT_CUDA_CHECK" in os.environ, reason="make cuda-check reads the same off its own build"
 )
-@pytest.mark.parametrize("name", SOURCES)
-def test_no_spills_and_no_local_memory(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "base"), COMPILED)
+def test_no_spills_and_no_local_memory(name: str, base: str, tmp_path: Path) -> None:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc; pip install nvidia-cuda-nvcc and its headers to compile the kernels")
     # One of the family for sm_90a has no code elsewhere; the others run there as well.
     targets = ["90a"] if "sm90" in name else ["80", "90a"]
-    if name == "elementwise.cu":  # on GPUs before sm_80 too, as setup.py tells CMake
+    if name in FOR_ANY_GPU:
         targets.insert(0, "75")
-    command = [nvcc, "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v", "--threads", "2"]
-    command.append("-DLORA_EXT_SM90")  # as CMakeLists.txt does for these targets
+    command = [*compile_command(nvcc, name, base), "-Xptxas", "-v", "--threads", "2"]
     for target in targets:
         command += ["-gencode", f"arch=compute_{target},code=sm_{target}"]
-    command += ["-c", str(KERNELS / name), "-o", str(tmp_path / "kernels.o")]
+    command += ["-c", "-o", str(tmp_path / "kernels.o")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
     used = re.findall(r"(\d+) bytes (stack frame|spill stores|spill loads)", result.stderr)
@@ -58,8 +67,8 @@ def test_the_program_for_a_gpu_compiles(tmp_path: Path) -> None:
 
 
 # Whose kernels arch::launch_dependent starts, all but fill_rng_state's.
-OVERLAPPING = ("elementwise.cu", "forward_backward_bf16.cu", "low_rank_bf16_sm90.cu")
-OVERLAPPING += ("product_bf16_sm90.cu",)
+OVERLAPPING = ("dropout.cu", "merge.cu", "lora_linear_run.cu", "low_rank_sm90.cu")
+OVERLAPPING += ("product_sm90.cu",)
 
 
 @pytest.mark.parametrize("name", OVERLAPPING)
@@ -70,8 +79,8 @@ def test_kernels_that_overlap_wait_before_they_touch_global_memory(
     if nvcc is None:
         pytest.skip("no nvcc to compile the kernels to PTX with")
     ptx = tmp_path / "kernels.ptx"
-    command = [nvcc, "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "-DLORA_EXT_SM90", "-ptx"]
-    command += ["-arch=compute_90a", str(KERNELS / name), "-o", str(ptx)]
+    command = compile_command(nvcc, name, "" if name in FOR_ANY_GPU else "Bf16")
+    command += ["-ptx", "-arch=compute_90a", "-o", str(ptx)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
     kernels = ptx.read_text().split(".entry ")[1:]

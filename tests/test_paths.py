@@ -1,5 +1,5 @@
 """How the backends choose between kernels and BLAS: every branch of csrc/cpu/lora_linear_path.h and
-csrc/cuda/path.h, whatever this machine is."""
+csrc/cuda/lora_linear_path.h, whatever this machine is."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CUDA_FACTS = {"M": None, "N": None, "K": None, "r": None, "half": ctypes.c_bool}
 CUDA_FACTS |= {"rows": ctypes.c_int, "compute_capability": ctypes.c_int, "built": ctypes.c_bool}
 CUDA_FACTS |= {"sm90": ctypes.c_bool, "wish": ctypes.c_int, "fastest": ctypes.c_int}
 CPU_KERNELS = ("blas", "vector", "bf16 dot")
-ANY, ALIGNED, TMA = range(3)  # Rows of csrc/cuda/path.h
+ANY, ALIGNED, TMA = range(3)  # Rows of csrc/cuda/lora_linear_path.h
 
 
 class ChosenPath(ctypes.Structure):
@@ -227,6 +227,33 @@ def test_cuda_path(
     path = library.cuda_path(*values.values())
     assert path.name.decode() == name
     assert reason in path.reason.decode()
+
+
+class Candidate(ctypes.Structure):
+    _fields_ = (("fits", ctypes.c_bool), ("path", ctypes.c_int), ("reason", ctypes.c_char_p))
+
+
+@pytest.mark.parametrize(("facts", "name", "reason"), CUDA_CASES.values(), ids=CUDA_CASES.keys())
+def test_the_first_candidate_that_fits_is_the_path(
+    library: ctypes.CDLL, facts: dict[str, int | str | None], name: str, reason: str
+) -> None:
+    """All of them can be asked for, each with its reason."""
+    values = CUDA | facts
+    for key in ("wish", "fastest"):
+        values[key] = -1 if values[key] is None else WISHES.index(str(values[key]))
+    out = (Candidate * 16)()
+    kinds = [kind or ctypes.c_int64 for kind in CUDA_FACTS.values()]
+    arguments = [kind(value) for kind, value in zip(kinds, values.values(), strict=True)]
+    candidates = out[: library.cuda_path_candidates(out, *arguments)]
+    assert candidates[-1].fits and len({c.reason for c in candidates}) == len(candidates)
+    told = library.cuda_path(*values.values()).reason
+    if told in {c.reason for c in candidates}:  # the kernels can run the call
+        winner = next(c for c in candidates if c.fits)
+        assert winner.reason == told
+        path = {"auto": "fused", "composed": "cublas"}.get(WISHES[winner.path], WISHES[winner.path])
+        assert name.split()[1] == path
+    else:
+        assert name == CUBLAS
 
 
 # Targets of a build: the GPUs that run it

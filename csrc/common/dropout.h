@@ -23,6 +23,11 @@ struct DropoutRng {
   uint64_t offset;
 };
 
+// The two words of an rng_state.
+LORA_EXT_HOST_DEVICE DropoutRng dropout_rng(const int64_t* rng_state) {
+  return {static_cast<uint64_t>(rng_state[0]), static_cast<uint64_t>(rng_state[1])};
+}
+
 // Keep when the 16 random bits are below this: keep probability rounded to 1/65536.
 LORA_EXT_HOST_DEVICE uint32_t dropout_threshold(double dropout_p) {
   return static_cast<uint32_t>((1.0 - dropout_p) * 65536.0 + 0.5);
@@ -43,6 +48,13 @@ LORA_EXT_HOST_DEVICE PhiloxBlock dropout_counter(uint64_t offset, int64_t row, i
            static_cast<uint32_t>(offset)}};
 }
 
+// The bits of the 8 decisions of one lane.
+LORA_EXT_HOST_DEVICE PhiloxBlock dropout_bits(DropoutRng rng, int64_t row, int64_t block,
+                                              int lane) {
+  return philox(dropout_counter(rng.offset, row, block, lane), static_cast<uint32_t>(rng.seed),
+                static_cast<uint32_t>(rng.seed >> 32));
+}
+
 // One of the 8 decisions in these bits.
 LORA_EXT_HOST_DEVICE bool keeps(const PhiloxBlock& bits, int slot, uint32_t threshold) {
   return (word_of(bits, slot / 2) >> (slot % 2 * 16) & 0xFFFFu) < threshold;
@@ -53,10 +65,7 @@ LORA_EXT_HOST_DEVICE bool dropout_keep(DropoutRng rng, int64_t row, int64_t colu
   const int64_t block = column / kDropoutBlock;
   const int lane = static_cast<int>(column % kDropoutLanes);
   const int slot = static_cast<int>(column % kDropoutBlock) / kDropoutLanes;
-  const PhiloxBlock bits =
-      philox(dropout_counter(rng.offset, row, block, lane), static_cast<uint32_t>(rng.seed),
-             static_cast<uint32_t>(rng.seed >> 32));
-  return keeps(bits, slot, threshold);
+  return keeps(dropout_bits(rng, row, block, lane), slot, threshold);
 }
 
 }  // namespace lora_ext

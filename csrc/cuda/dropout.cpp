@@ -10,7 +10,7 @@
 #include <mutex>
 
 #include "../common/dropout.h"
-#include "kernels/lora_linear.h"
+#include "kernels/dropout.h"
 
 namespace lora_ext {
 namespace {

@@ -1,5 +1,5 @@
-// lora_linear on CUDA, by the kernels of csrc/kernels or composed of ATen's products; path.h
-// chooses.
+// lora_linear on CUDA, by the kernels of csrc/kernels or composed of ATen's products;
+// lora_linear_path.h chooses.
 #include "cuda/lora_linear.h"
 
 #include <ATen/ATen.h>

@@ -7,8 +7,8 @@
 #include <string>
 #include <utility>
 
-#include "cuda/path.h"
-#include "cuda/tuned.h"
+#include "cuda/lora_linear_path.h"
+#include "cuda/lora_linear_tuned.h"
 
 namespace lora_ext {
 
@@ -34,7 +34,7 @@ bool has_cuda_kernels(const CudaCall& call, int compute_capability);
 // sm_80).
 std::pair<std::string, std::string> explain_lora_linear_cuda(CudaCall call, int compute_capability);
 
-// `path` is "fused", "hybrid" or "composed"; none forgets what was measured.
+// `path` is one of kCudaPaths but "auto"; none forgets what was measured.
 void set_tuned_cuda_path(const CudaCall& call, const std::optional<std::string>& path);
 
 }  // namespace lora_ext

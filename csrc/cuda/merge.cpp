@@ -7,7 +7,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
-#include "kernels/lora_linear.h"
+#include "kernels/merge.h"
 
 namespace lora_ext {
 namespace {

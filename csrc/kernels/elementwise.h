@@ -1,9 +1,9 @@
-// The small kernels: sums of parts, adapters prepared for tensor cores, dropout's mask, merging.
-// One thread an element, any architecture.
+// Kernels of one thread an element, for any architecture: how they begin and are launched; and the
+// whole numbers of their grids.
 #pragma once
 
 #include "arch/arch.h"
-#include "family.h"
+#include "stream.h"
 
 namespace lora_ext {
 
@@ -26,107 +26,6 @@ void launch_elements(void (*kernel)(Params), int64_t elements, Stream stream,
                      const Params& params) {
   const auto blocks = static_cast<unsigned>(ceil_div(elements, kElementThreads));
   arch::launch_dependent(kernel, dim3(blocks), kElementThreads, 0, stream, params);
-}
-
-// Element i of a Split, whose remainder may be null.
-template <class T>
-LORA_EXT_DEVICE void store_split(float full, T* value, T* remainder, int64_t i) {
-  const T near = rounded<T>(full);
-  value[i] = near;
-  if (remainder) {
-    const float left = full - to_float(near);
-    remainder[i] = rounded<T>(left == left ? left : 0.0f);  // of infinity nothing is left
-  }
-}
-
-template <class T>
-struct ReduceParams {
-  const float* parts;  // [count, elements]
-  int64_t count, elements;
-  Scale scale;
-  T* out;  // [elements]: scale * sum over the parts, in their order
-};
-
-template <class T>
-__global__ void __launch_bounds__(kElementThreads)
-    reduce_kernel(const __grid_constant__ ReduceParams<T> params) {
-  const int64_t i = element_index();
-  if (i >= params.elements) return;
-  float sum = 0.0f;
-  for (int64_t p = 0; p < params.count; ++p) sum += params.parts[p * params.elements + i];
-  params.out[i] = rounded<T>(params.scale.get() * sum);
-}
-
-// h or dh from its parts.
-template <class T>
-struct FinishParams {
-  const float* parts;  // [count, M, r]
-  int count;
-  int64_t M;
-  int r, padded;   // padded: r rounded up to a multiple of 16
-  float survivor;  // dropout's 1 / (1 - p)
-  Scale scaling;
-  float* sums;   // [M, r]: survivor * sum over the parts; or null
-  T* value;      // [M, padded]: scaling * sums rounded, zero beyond r
-  T* remainder;  // [M, padded]: what that rounding left; or null
-};
-
-template <class T>
-__global__ void __launch_bounds__(kElementThreads)
-    finish_kernel(const __grid_constant__ FinishParams<T> params) {
-  const int64_t i = element_index();
-  const int64_t row = i / params.padded;
-  const int column = static_cast<int>(i % params.padded);
-  if (row >= params.M) return;
-  float sum = 0.0f;
-  if (column < params.r) {
-    for (int p = 0; p < params.count; ++p) {
-      sum += params.parts[(p * params.M + row) * params.r + column];
-    }
-    sum *= params.survivor;
-    if (params.sums) params.sums[row * params.r + column] = sum;
-  }
-  store_split(params.scaling.get() * sum, params.value, params.remainder, i);
-}
-
-// A matrix as a Split, filled up with zero columns so that 16-byte copies may read it.
-template <class T, class TA>
-struct PackParams {
-  const TA* in;  // [rows, columns], their elements `row_step` and `column_step` apart
-  int64_t rows, columns, row_step, column_step, padded;
-  T* value;      // [rows, padded]
-  T* remainder;  // [rows, padded] or null
-};
-
-template <class T, class TA>
-__global__ void __launch_bounds__(kElementThreads)
-    pack_kernel(const __grid_constant__ PackParams<T, TA> params) {
-  const int64_t i = element_index();
-  if (i >= params.rows * params.padded) return;
-  const int64_t row = i / params.padded, column = i % params.padded;
-  const bool inside = column < params.columns;
-  const int64_t at = row * params.row_step + column * params.column_step;
-  const float full = inside ? to_float(params.in[at]) : 0.0f;
-  store_split(full, params.value, params.remainder, i);
-}
-
-// Summed in float and rounded once.
-template <class T, class TA>
-__global__ void __launch_bounds__(kElementThreads)
-    merge_kernel(const __grid_constant__ MergeCall<T, TA> params) {
-  const int64_t i = element_index();
-  if (i >= params.N * params.K) return;
-  const int64_t n = i / params.K, k = i % params.K;
-  float sum = 0.0f;
-  for (int j = 0; j < params.rank; ++j) {
-    sum += params.scaling * to_float(params.lora_B[n * params.rank + j]) *
-           to_float(params.lora_A[j * params.K + k]);
-  }
-  T* weight = params.weight + n * params.stride + k;
-  const T result = rounded<T>(to_float(*weight) + sum);
-  const float back = to_float(result);
-  if (back - back != 0.0f) *params.finite = 0;  // every thread that gets here writes the same
-  if (params.write) *weight = result;
 }
 
 }  // namespace lora_ext

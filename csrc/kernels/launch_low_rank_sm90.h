@@ -2,6 +2,8 @@
 // scratch. Host code without torch.
 #pragma once
 
+#include <limits>
+
 #include "elementwise.h"
 #include "low_rank_sm90.h"
 #include "rank_groups.h"
@@ -18,24 +20,22 @@ struct LowRankSize {
   bool Q;
 };
 
-// The tiles of a block, and how many blocks that makes.
+// The tiles of a block, how many blocks that makes, and what it costs.
 struct LowRankCut {
   int64_t row_tiles, column_tiles;
   int64_t row_blocks, column_blocks;
+  int64_t bytes = std::numeric_limits<int64_t>::max();  // that the busiest multiprocessor moves
 };
 
 inline LowRankCut cut_of(const LowRankSize& size, int64_t column_tiles, int64_t multiprocessors) {
   const int64_t column_blocks = ceil_div(size.column_tiles, column_tiles);
   const int64_t wanted = larger(1, smaller(size.row_tiles, multiprocessors / column_blocks));
   const int64_t row_tiles = ceil_div(size.row_tiles, wanted);
-  return {row_tiles, column_tiles, ceil_div(size.row_tiles, row_tiles), column_blocks};
-}
-
-// Bytes that the busiest multiprocessor moves.
-inline int64_t cost_of(const LowRankCut& cut, const LowRankSize& size, int64_t multiprocessors) {
-  const int64_t turns = ceil_div(cut.row_blocks * cut.column_blocks, multiprocessors);
-  return turns * (cut.row_tiles * (cut.column_tiles * size.stage_bytes + size.row_bytes) +
-                  cut.column_tiles * size.column_bytes);
+  const int64_t row_blocks = ceil_div(size.row_tiles, row_tiles);
+  const int64_t turns = ceil_div(row_blocks * column_blocks, multiprocessors);
+  const int64_t bytes = turns * (row_tiles * (column_tiles * size.stage_bytes + size.row_bytes) +
+                                 column_tiles * size.column_bytes);
+  return {row_tiles, column_tiles, row_blocks, column_blocks, bytes};
 }
 
 // Of a few cuts that keep every multiprocessor busy the one with the least to move: few parts of P
@@ -44,11 +44,9 @@ template <int kMostColumnTiles>
 LowRankCut choose_cut(const LowRankSize& size, int64_t multiprocessors) {
   constexpr int64_t kTried = 8;
   LowRankCut best{};
-  int64_t least = -1;
   const auto consider = [&](int64_t column_tiles) {
     const LowRankCut cut = cut_of(size, column_tiles, multiprocessors);
-    const int64_t cost = cost_of(cut, size, multiprocessors);
-    if (least < 0 || cost < least) best = cut, least = cost;
+    if (cut.bytes < best.bytes) best = cut;
   };
   if (size.Q) {
     const int64_t most = smaller(kMostColumnTiles, size.column_tiles);
@@ -99,8 +97,8 @@ LowRankLayout layout_for(int L_terms, int R_terms, int64_t tiles) {
 
 // One group of the ranks, those of L and R.
 template <class T, class Shape>
-void launch_group(const LowRankPass<T>& pass, const LowRankCut& cut, const LowRankParams<T>& whole,
-                  Stream stream) {
+void launch_low_rank_group(const LowRankPass<T>& pass, const LowRankCut& cut,
+                           const LowRankParams<T>& whole, Stream stream) {
   LowRankParams<T> params = whole;
   params.X = tensor_map(pass.X, Shape::kRows, 64, Swizzle::k128);
   if constexpr (Shape::kMajorL == Major::kMN) {
@@ -112,7 +110,7 @@ void launch_group(const LowRankPass<T>& pass, const LowRankCut& cut, const LowRa
   params.layout =
       layout_for<Shape>(params.L_terms, params.R_terms, cut.row_tiles * cut.column_tiles);
   const dim3 grid(static_cast<unsigned>(cut.column_blocks), static_cast<unsigned>(cut.row_blocks));
-  arch::launch_dependent(low_rank_kernel<T, Shape>, grid, Shape::kThreads, params.layout.bytes,
+  arch::launch_dependent(low_rank_sm90_kernel<T, Shape>, grid, Shape::kThreads, params.layout.bytes,
                          stream, params);
 }
 
@@ -153,25 +151,24 @@ LowRankParts launch_low_rank(const LowRankPass<T>& pass, const Allocator& scratc
     params.M = M, params.C = C, params.rank = static_cast<int>(count);
     params.row_tiles = static_cast<int>(cut.row_tiles);
     params.column_tiles = static_cast<int>(cut.column_tiles);
-    params.dropout = pass.dropout.enabled, params.threshold = pass.dropout.threshold;
-    params.rng_state = pass.dropout.rng_state;
+    params.dropout = pass.dropout;
     params.P_stride = r, params.P = P ? P + first : nullptr;
     params.Q_row = pass.Q_transposed ? 1 : r, params.Q_column = pass.Q_transposed ? C : 1;
     params.Q_part = C * r, params.Q = Q ? Q + first * params.Q_column : nullptr;
-    launch_group<T, Shape>(group, cut, params, stream);
+    launch_low_rank_group<T, Shape>(group, cut, params, stream);
   });
   return {{P, static_cast<int>(cut.column_blocks)}, {Q, static_cast<int>(cut.row_blocks)}};
 }
 
 template <class T>
-Parts down(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout, const Allocator& scratch,
-           Stream stream) {
+Parts launch_down(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout,
+                  const Allocator& scratch, Stream stream) {
   const LowRankPass<T> pass{x, A, {}, A.value.rows, dropout, false};
   return launch_low_rank<T, false, Major::kK>(pass, scratch, stream).P;
 }
 
 template <class T>
-UpGradParts up_grad(const UpGrad<T>& call, const Allocator& scratch, Stream stream) {
+UpGradParts launch_up_grad(const UpGrad<T>& call, const Allocator& scratch, Stream stream) {
   const LowRankPass<T> pass{
       call.dy, call.wants_dh ? call.B : Split<T>{}, call.h, call.B.value.columns, {}, false};
   const auto [dh, dB] = launch_low_rank<T, true, Major::kMN>(pass, scratch, stream);
@@ -179,8 +176,8 @@ UpGradParts up_grad(const UpGrad<T>& call, const Allocator& scratch, Stream stre
 }
 
 template <class T>
-Parts down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
-                const Allocator& scratch, Stream stream) {
+Parts launch_down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
+                       const Allocator& scratch, Stream stream) {
   const LowRankPass<T> pass{x, {}, dh, dh.value.columns, dropout, true};
   return launch_low_rank<T, true, Major::kMN>(pass, scratch, stream).Q;
 }

@@ -1,15 +1,14 @@
-// What the CUDA backend asks of the kernels: plain data, no CUDA headers.
+// What the CUDA backend asks of the kernels of lora_linear: plain data, no CUDA headers.
 #pragma once
 
 #include <cstdint>
 
+#include "dropout.h"
 #include "element.h"
-
-struct CUstream_st;
+#include "family.h"
+#include "stream.h"
 
 namespace lora_ext {
-
-using Stream = CUstream_st*;  // cudaStream_t
 
 // A matrix in global memory, rows of `columns` elements `stride` apart.
 template <class T>
@@ -33,10 +32,6 @@ struct Weight {
   int64_t K() const { return transposed ? stored.rows : stored.columns; }
 };
 
-// For GPUs from sm_80 on; and with TMA and wgmma for sm_90a, which read what Rows::Tma of
-// cuda/path.h says.
-enum class KernelFamily { Sm80, Sm90 };
-
 // Scratch that lives until the kernels launched so far have run.
 struct Allocator {
   void* (*allocate)(void* context, int64_t bytes);
@@ -46,13 +41,6 @@ struct Allocator {
   E* get(int64_t count) const {
     return static_cast<E*>(allocate(context, count * static_cast<int64_t>(sizeof(E))));
   }
-};
-
-struct Dropout {
-  bool enabled;
-  uint32_t threshold;
-  float scale;
-  const int64_t* rng_state;  // [2] on the device
 };
 
 template <class T, class TA>
@@ -94,34 +82,5 @@ void run_forward(const ForwardCall<T, TA>& call, const Allocator& scratch, Strea
 template <class T, class TA>
 void run_backward(const BackwardCall<T, TA>& call, const Allocator& scratch, Stream stream,
                   KernelFamily family);
-
-// state[0], state[1] = seed, offset, as torch's Philox generator holds them: on the device while a
-// CUDA graph is captured (then seed and offset are added up there), else as numbers.
-struct PhiloxState {
-  bool captured;
-  uint64_t seed, offset;
-  const int64_t *seed_pointer, *offset_pointer;
-  uint32_t offset_in_graph;
-};
-void fill_rng_state(const PhiloxState& philox, int64_t* state, Stream stream);
-
-void dropout_mask(const int64_t* rng_state, uint32_t threshold, int64_t first_row, int64_t rows,
-                  int64_t columns, bool* keep, Stream stream);
-
-// weight += scaling * B A; false `write` only looks. *finite, on the device, becomes 0 where a
-// result is not finite.
-template <class T, class TA>
-struct MergeCall {
-  T* weight;  // [N, K], rows `stride` apart
-  int64_t N, K, stride;
-  const TA* lora_A;  // [rank, K]
-  const TA* lora_B;  // [N, rank]
-  int rank;
-  float scaling;
-  bool write;
-  int* finite;
-};
-template <class T, class TA>
-void merge(const MergeCall<T, TA>& call, Stream stream);
 
 }  // namespace lora_ext

@@ -10,39 +10,6 @@
 
 namespace lora_ext::sm90 {
 
-// Slots of shared memory with two mbarriers each: full when TMA has filled it, empty when every
-// warp that multiplies is done with it.
-struct Slots {
-  uint8_t* shared;
-  int first, bytes;  // of the slots
-  int barriers;      // where they begin
-  int count;
-
-  LORA_EXT_DEVICE uint8_t* data(int slot) const { return shared + first + slot * bytes; }
-  LORA_EXT_DEVICE uint32_t full(int slot) const {
-    return arch::shared_address(shared + barriers + slot * 16);
-  }
-  LORA_EXT_DEVICE uint32_t empty(int slot) const { return full(slot) + 8; }
-
-  LORA_EXT_DEVICE void initialise(int warps) const {
-    for (int slot = 0; slot < count; ++slot) {
-      arch::mbarrier_init(full(slot), 1);
-      arch::mbarrier_init(empty(slot), static_cast<uint32_t>(warps));
-    }
-  }
-};
-
-// Where a thread stands in a ring of slots: at which, in a turn of which parity.
-struct SlotPosition {
-  int slot = 0;
-  uint32_t parity = 0;
-
-  LORA_EXT_DEVICE void advance(int count) {
-    if (++slot < count) return;
-    slot = 0, parity ^= 1;
-  }
-};
-
 template <class T, class Shape>
 struct LowRank {
   using Params = LowRankParams<T>;
@@ -98,20 +65,20 @@ struct LowRank {
     }
   }
 
-  LORA_EXT_DEVICE static void load_tiles(const Params& params, const Walk& walk, Slots stages,
-                                         Slots Rs) {
-    SlotPosition at, at_R;
+  LORA_EXT_DEVICE static void load_tiles(const Params& params, const Walk& walk, Ring stages,
+                                         Ring Rs) {
+    RingPosition at, at_R;
     for (int row_tile = walk.first_row; row_tile < walk.last_row; ++row_tile) {
       const int row = row_tile * Shape::kRows;
       if (Shape::kQ && params.R_terms > 0) {
         arch::mbarrier_wait(Rs.empty(at_R.slot), at_R.parity ^ 1);
-        load_R(params, arch::shared_address(Rs.data(at_R.slot)), Rs.full(at_R.slot), Rs.bytes, row);
+        load_R(params, Rs.data(at_R.slot), Rs.full(at_R.slot), Rs.bytes, row);
         at_R.advance(Rs.count);
       }
       for (int tile = walk.first_column; tile < walk.last_column; ++tile) {
         arch::mbarrier_wait(stages.empty(at.slot), at.parity ^ 1);
-        load_stage(params, arch::shared_address(stages.data(at.slot)), stages.full(at.slot),
-                   stages.bytes, row, tile * Shape::kColumns);
+        load_stage(params, stages.data(at.slot), stages.full(at.slot), stages.bytes, row,
+                   tile * Shape::kColumns);
         at.advance(stages.count);
       }
     }
@@ -122,16 +89,21 @@ struct LowRank {
   // In P it has 64 rows of every tile, in Q the 64 columns of one box.
   struct Multiplier {
     const Params& params;
-    Slots stages, Rs;
+    uint8_t* shared;
+    Ring stages, Rs;
     int number, thread;  // of the warpgroup, and in it
     DropoutRng rng;
 
-    LORA_EXT_DEVICE Multiplier(const Params& params, Slots stages, Slots Rs, int number, int thread)
-        : params(params), stages(stages), Rs(Rs), number(number), thread(thread), rng{} {
-      if (params.dropout) {
-        rng = {static_cast<uint64_t>(params.rng_state[0]),
-               static_cast<uint64_t>(params.rng_state[1])};
-      }
+    LORA_EXT_DEVICE Multiplier(const Params& params, uint8_t* shared, Ring stages, Ring Rs,
+                               int number, int thread)
+        : params(params),
+          shared(shared),
+          stages(stages),
+          Rs(Rs),
+          number(number),
+          thread(thread),
+          rng{} {
+      if (params.dropout.enabled) rng = params.dropout.rng();
     }
 
     // The first of this thread's rows of what its warpgroup sums.
@@ -143,7 +115,7 @@ struct LowRank {
 
     // Each warpgroup drops its rows; of Q both read all.
     LORA_EXT_DEVICE void drop(uint8_t* stage, int row_tile, int column_tile) const {
-      Tile::drop(stage + number * 64 * kRowBytes, rng, params.threshold,
+      Tile::drop(stage + number * 64 * kRowBytes, rng, params.dropout.threshold,
                  int64_t{row_tile} * Shape::kRows + number * 64, column_tile, thread);
       arch::fence_proxy_async();
       if constexpr (Shape::kQ) {
@@ -199,15 +171,15 @@ struct LowRank {
     }
 
     // Waits for the tile in this slot, and drops what dropout drops of it.
-    LORA_EXT_DEVICE void prepare(SlotPosition at, int row_tile, int column_tile) const {
+    LORA_EXT_DEVICE void prepare(RingPosition at, int row_tile, int column_tile) const {
       arch::mbarrier_wait(stages.full(at.slot), at.parity);
-      if (params.dropout) drop(stages.data(at.slot), row_tile, column_tile);
+      if (params.dropout.enabled) drop(shared + stages.offset(at.slot), row_tile, column_tile);
     }
 
     LORA_EXT_DEVICE void run(const Walk& walk) const {
       constexpr int kQTiles = Shape::kQ ? Shape::kMostColumnTiles : 1;
       typename Tile::Sums p, q[kQTiles];
-      SlotPosition at, at_R;
+      RingPosition at, at_R;
       bool prepared = false;
       for (int row_tile = walk.first_row; row_tile < walk.last_row; ++row_tile) {
         if (Shape::kQ && params.R_terms > 0) {
@@ -215,10 +187,10 @@ struct LowRank {
         }
         for (int tile = walk.first_column; tile < walk.last_column; ++tile) {
           if (!prepared) prepare(at, row_tile, tile);
-          const uint32_t stage = arch::shared_address(stages.data(at.slot));
+          const uint32_t stage = stages.data(at.slot);
           multiply_p(p, stage, tile == walk.first_column);
           if constexpr (Shape::kQ) {
-            const uint32_t r = arch::shared_address(Rs.data(at_R.slot));
+            const uint32_t r = Rs.data(at_R.slot);
             with_sums<0>(q, tile - walk.first_column, [&](typename Tile::Sums& sums) {
               multiply_q(sums, stage, r, row_tile == walk.first_row);
             });
@@ -227,7 +199,7 @@ struct LowRank {
           at.advance(stages.count);
           // Dropout takes as long as a tile takes to arrive: the next one's while products run.
           const bool row_ends = tile + 1 == walk.last_column;
-          prepared = params.dropout && !(row_ends && row_tile + 1 == walk.last_row);
+          prepared = params.dropout.enabled && !(row_ends && row_tile + 1 == walk.last_row);
           if (prepared) prepare(at, row_tile + row_ends, row_ends ? walk.first_column : tile + 1);
           arch::wgmma_wait<0>();
           release(empty);
@@ -250,14 +222,22 @@ struct LowRank {
 
 template <class T, class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
-    low_rank_kernel(const __grid_constant__ LowRankParams<T> params) {
+    low_rank_sm90_kernel(const __grid_constant__ LowRankParams<T> params) {
 #if defined(LORA_EXT_SM90A)
   using Pass = LowRank<T, Shape>;
   LORA_EXT_DYNAMIC_SHARED(shared);
   const LowRankLayout& layout = params.layout;
-  const Slots stages{shared, 0, layout.stage_bytes, layout.barriers, layout.stages};
-  const Slots Rs{shared, layout.R_tiles, layout.R_bytes, layout.barriers + layout.stages * 16,
-                 kRSlots};
+  const uint32_t address = arch::shared_address(shared);
+  const Ring stages{.shared = address,
+                    .first = 0,
+                    .bytes = layout.stage_bytes,
+                    .barriers = layout.barriers,
+                    .count = layout.stages};
+  const Ring Rs{.shared = address,
+                .first = layout.R_tiles,
+                .bytes = layout.R_bytes,
+                .barriers = layout.barriers + layout.stages * 16,
+                .count = kRSlots};
   const typename Pass::Walk walk(params);
   const int thread = static_cast<int>(threadIdx.x);
   if (thread == 0) {
@@ -276,7 +256,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     if (thread == 0) Pass::load_tiles(params, walk, stages, Rs);
   } else {
     arch::register_increase<kMultiplyRegisters>();
-    const typename Pass::Multiplier multiplier(params, stages, Rs, thread / kWarpgroup - 1,
+    const typename Pass::Multiplier multiplier(params, shared, stages, Rs, thread / kWarpgroup - 1,
                                                thread % kWarpgroup);
     multiplier.run(walk);
   }

@@ -1,9 +1,8 @@
 // What the low-rank passes for sm_90a do with one tile of x or dy in shared memory.
 #pragma once
 
-#include "../common/dropout.h"
-#include "arch/arch.h"
-#include "gemm_sm90.h"
+#include "lora_linear_passes.h"
+#include "ring_sm90.h"
 
 namespace lora_ext::sm90 {
 
@@ -29,9 +28,7 @@ struct LowRankParams {
   int rank;
   int row_tiles, column_tiles;  // of a block
   LowRankLayout layout;
-  bool dropout;
-  uint32_t threshold;
-  const int64_t* rng_state;                   // [2] on the device
+  Dropout dropout;
   float* P;                                   // [column blocks, M, rank], rows P_stride apart
   float* Q;                                   // [row blocks] parts, Q_part apart, of [C, rank]
   int64_t P_stride, Q_row, Q_column, Q_part;  // Q's rows and columns are so far apart
@@ -76,8 +73,7 @@ struct LowRankTile {
                                    int64_t block, int thread) {
     const int own_row = thread % 64, half = thread / 64;
     const auto draw = [&](int lane) {
-      return philox(dropout_counter(rng.offset, row + own_row, block, half * 8 + lane),
-                    static_cast<uint32_t>(rng.seed), static_cast<uint32_t>(rng.seed >> 32));
+      return dropout_bits(rng, row + own_row, block, half * 8 + lane);
     };
     Chunk kept[kDropoutSlots];
 #pragma unroll

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "arch/arch.h"
-#include "family.h"
+#include "lora_linear_passes.h"
 
 namespace lora_ext::sm90 {
 

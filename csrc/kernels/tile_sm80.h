@@ -2,7 +2,7 @@
 #pragma once
 
 #include "arch/arch.h"
-#include "family.h"
+#include "lora_linear_passes.h"
 
 namespace lora_ext::sm80 {
 
@@ -12,6 +12,9 @@ constexpr int kLeastSharedBytes = 99 * 1024;
 // Of a multiprocessor, for __launch_bounds__: without a number ptxas spills registers to fit more
 // blocks than shared memory lets in.
 constexpr int kLeastBlocks = 1;
+
+// Blocks for every multiprocessor of the device to have about two.
+inline int64_t wanted_blocks() { return 2 * int64_t{arch::multiprocessors()}; }
 
 // kRows x kColumns elements, row by row, in chunks of 8 elements (16 bytes). The chunks are
 // permuted by the number of their row, so that the eight rows of a matrix of ldmatrix lie in
@@ -83,13 +86,13 @@ LORA_EXT_DEVICE void load_split(uint32_t shared, const Split<T>& matrix, int64_t
 
 // Operand A [16, 16] of mma_m16n8k16 at (row, column) of a tile of rows of A.
 template <class Tile>
-LORA_EXT_DEVICE void load_a(uint32_t (&a)[4], uint32_t tile, int row, int column, int lane) {
+LORA_EXT_DEVICE void load_a(arch::FragmentA& a, uint32_t tile, int row, int column, int lane) {
   arch::ldmatrix_x4<false>(a, tile + Tile::offset(row + lane % 16, column / 8 + lane / 16));
 }
 
 // The same of a tile that holds A transposed: (column, row) there.
 template <class Tile>
-LORA_EXT_DEVICE void load_a_transposed(uint32_t (&a)[4], uint32_t tile, int row, int column,
+LORA_EXT_DEVICE void load_a_transposed(arch::FragmentA& a, uint32_t tile, int row, int column,
                                        int lane) {
   const int matrix = lane / 8;
   arch::ldmatrix_x4<true>(
@@ -99,7 +102,7 @@ LORA_EXT_DEVICE void load_a_transposed(uint32_t (&a)[4], uint32_t tile, int row,
 // Two operands B [16, 8], side by side, at (k, column) of a tile of B transposed: rows are columns
 // of B, as those of a weight [N, K] are.
 template <class Tile>
-LORA_EXT_DEVICE void load_b(uint32_t (&b)[2][2], uint32_t tile, int k, int column, int lane) {
+LORA_EXT_DEVICE void load_b(arch::FragmentB (&b)[2], uint32_t tile, int k, int column, int lane) {
   uint32_t out[4];
   arch::ldmatrix_x4<false>(
       out, tile + Tile::offset(column + lane % 8 + lane / 16 * 8, k / 8 + lane / 8 % 2));
@@ -108,7 +111,8 @@ LORA_EXT_DEVICE void load_b(uint32_t (&b)[2][2], uint32_t tile, int k, int colum
 
 // The same of a tile whose rows are rows of B.
 template <class Tile>
-LORA_EXT_DEVICE void load_b_rows(uint32_t (&b)[2][2], uint32_t tile, int k, int column, int lane) {
+LORA_EXT_DEVICE void load_b_rows(arch::FragmentB (&b)[2], uint32_t tile, int k, int column,
+                                 int lane) {
   uint32_t out[4];
   arch::ldmatrix_x4<true>(out, tile + Tile::offset(k + lane % 16, column / 8 + lane / 16));
   b[0][0] = out[0], b[0][1] = out[1], b[1][0] = out[2], b[1][1] = out[3];

@@ -5,7 +5,7 @@
 //   kernels_on_gpu memcheck | racecheck | initcheck | synccheck   the mistake for this tool
 //
 // `make gpu-sanitize` builds and runs it (tests/gpu/test_sanitizer.py).
-#include "cuda/path.h"
+#include "cuda/lora_linear_path.h"
 #include "problem.h"
 
 using namespace lora_ext;

@@ -15,6 +15,7 @@
 
 #include "common/dropout.h"
 #include "kernels/lora_linear.h"
+#include "kernels/merge.h"
 
 namespace gpu_test {
 

@@ -8,11 +8,12 @@
 #if !defined(SM80_BF16_ONLY)  // compiled in a third of the time
 #define LORA_EXT_SM90
 #include "kernels/launch_low_rank_sm90.h"
-#include "kernels/launch_sm90.h"
+#include "kernels/launch_product_sm90.h"
 #endif
-#include "cuda/path.h"
-#include "kernels/forward_backward.h"
-#include "kernels/launch_sm80.h"
+#include "cuda/lora_linear_path.h"
+#include "kernels/launch_low_rank_sm80.h"
+#include "kernels/launch_product_sm80.h"
+#include "kernels/lora_linear_run.h"
 
 using namespace lora_ext;
 

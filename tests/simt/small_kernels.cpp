@@ -2,7 +2,8 @@
 // tests/test_small_kernels.py loads them with ctypes.
 #include <string>
 
-#include "kernels/elementwise.cu"
+#include "kernels/dropout.cu"
+#include "kernels/merge.cu"
 
 using namespace lora_ext;
 

@@ -149,7 +149,7 @@ struct DownCheck {
   void check() const {
     Scratch scratch;
     begin(size);
-    const Parts h = sm90::down(x.matrix(), A.split(), dropout, scratch.allocator(), nullptr);
+    const Parts h = sm90::launch_down(x.matrix(), A.split(), dropout, scratch.allocator(), nullptr);
     check_counts(size, size.remainders ? 2 : 1, 0, h.count, 128);
     check_sum(h, expected);
     scratch.check_margins();
@@ -179,9 +179,9 @@ struct UpGradCheck {
   void check(bool wants_dh = true, bool wants_dB = true) const {
     Scratch scratch;
     begin(size);
-    const auto [dh, dB] =
-        sm90::up_grad<T>({dy.matrix(), B.split(), wants_dB ? h.split() : Split<T>{}, wants_dh},
-                         scratch.allocator(), nullptr);
+    const auto [dh, dB] = sm90::launch_up_grad<T>(
+        {dy.matrix(), B.split(), wants_dB ? h.split() : Split<T>{}, wants_dh}, scratch.allocator(),
+        nullptr);
     check_counts(size, wants_dh ? (size.remainders ? 2 : 1) : 0, wants_dB ? 2 : 0, dh.count);
     EXPECT((dh.data != nullptr) == wants_dh && (dB.data != nullptr) == wants_dB);
     if (wants_dh) check_sum(dh, expected_dh);
@@ -209,7 +209,8 @@ struct DownGradCheck {
   void check() const {
     Scratch scratch;
     begin(size);
-    const Parts dA = sm90::down_grad(x.matrix(), dh.split(), dropout, scratch.allocator(), nullptr);
+    const Parts dA =
+        sm90::launch_down_grad(x.matrix(), dh.split(), dropout, scratch.allocator(), nullptr);
     EXPECT(static_cast<int64_t>(simt::launches().size()) == (size.r + 63) / 64);
     check_sum(dA, expected);
     scratch.check_margins();

@@ -34,13 +34,16 @@ LORA_EXT_DEVICE void let_next_kernel_start() {
 }
 
 // ---- mbarrier: 8 bytes of shared memory that count arrivals of threads and bytes of TMA ---------
+//
+// A barrier of threads cannot wait for a copy that no thread makes; and who arrives here need not
+// wait, so that loading and multiplying go on at their own pace.
 
 LORA_EXT_DEVICE void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier), "r"(arrivals)
                : "memory");
 }
 
-// After mbarrier_init and before TMA is told of the barrier.
+// After mbarrier_init and before TMA is told of the barrier, which it does not see otherwise.
 LORA_EXT_DEVICE void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
 }
@@ -76,6 +79,8 @@ LORA_EXT_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
 }
 
 // ---- Barriers 1 to 15 of a block, for some of its warps; 0 is that of __syncthreads ------------
+//
+// The warps that load never come to those of the warps that multiply.
 
 LORA_EXT_DEVICE void barrier_sync(int number, int threads) {
   asm volatile("bar.sync %0, %1;\n" ::"r"(number), "r"(threads) : "memory");
@@ -87,6 +92,9 @@ LORA_EXT_DEVICE void barrier_arrive(int number, int threads) {
 }
 
 // ---- Registers of the threads of a warpgroup ---------------------------------------------------
+//
+// A kernel starts with as many for every thread. The sums of a tile need more than that, a thread
+// that loads next to none: it gives up what the others take.
 
 template <int kRegisters>
 LORA_EXT_DEVICE void register_increase() {
@@ -106,12 +114,14 @@ LORA_EXT_DEVICE void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
 }
 
+// Into the cache of descriptors, or the first copy waits for it.
 LORA_EXT_DEVICE void tma_prefetch(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(&map) : "memory");
 }
 
 // One thread starts to copy the box at (row, column), zero outside of the matrix, and the barrier
-// counts its bytes, of the whole box. `shared` is a multiple of 128, of 1024 for Swizzle::k128.
+// counts its bytes, of the whole box. No thread makes addresses, and wgmma reads the box as it
+// lies. `shared` is a multiple of 128, of 1024 for Swizzle::k128.
 LORA_EXT_DEVICE void tma_load_2d(uint32_t shared, const TensorMap& map, uint32_t barrier,
                                  int column, int row) {
   asm volatile(

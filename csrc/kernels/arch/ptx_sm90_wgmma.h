@@ -5,6 +5,7 @@
 
 #include "../element.h"
 #include "descriptor_sm90.h"
+#include "fragments_sm80.h"
 
 namespace lora_ext::arch {
 
@@ -109,7 +110,9 @@ inline constexpr bool kWgmmaExists =
     (kN == 16 || kN == 32 || kN == 64 || kN == 128 || kN == 192 || kN == 256);
 
 // d [64, kN] (+)= A [64, 16] B [16, kN] of a warpgroup: 16-bit elements, sums in float. Both
-// operands are named by wgmma_descriptor. In thread t:
+// operands are named by wgmma_descriptor: it reads them from shared memory by itself and runs on,
+// so that only sums take registers; tensor cores of sm_90 reach their rate with nothing else. In
+// thread t, as FragmentC:
 //   d[i]  row t / 32 * 16 + t % 32 / 4 + 8 * (i / 2 % 2), column i / 4 * 8 + 2 * (t % 4) + i % 2
 template <class T, int kN, Major kMajorA = Major::kK, Major kMajorB = Major::kK>
 LORA_EXT_DEVICE void wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
@@ -122,10 +125,9 @@ LORA_EXT_DEVICE void wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accu
   LORA_EXT_WGMMA_SHARED(256, 128, 128, 129, 130, 131, 132);
 }
 
-// The same with A in registers, as mma_m16n8k16 holds it, 16 rows in each warp.
+// The same with A in registers, a FragmentA of 16 rows in each warp.
 template <class T, int kN, Major kMajorB = Major::kK>
-LORA_EXT_DEVICE void wgmma(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b,
-                           bool accumulate) {
+LORA_EXT_DEVICE void wgmma(float (&d)[kN / 2], const FragmentA& a, uint64_t b, bool accumulate) {
   static_assert(kWgmmaExists<T, kN>, "add the width below");
   LORA_EXT_WGMMA_REGISTERS(16, 8, 8, 9, 10, 11, 12, 13, 14);
   LORA_EXT_WGMMA_REGISTERS(32, 16, 16, 17, 18, 19, 20, 21, 22);

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstring>
 
+#include "kernels/arch/fragments_sm80.h"
 #include "kernels/element.h"
 #include "simt/block.h"
 
@@ -93,7 +94,7 @@ inline void ldmatrix_x4(uint32_t (&out)[4], uint32_t shared) {
 // Sums in float, one product after the other. Tensor cores add in another order and truncate, so
 // results agree up to rounding.
 template <class T>
-inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+inline void mma_m16n8k16(FragmentC& c, const FragmentA& a, const FragmentB& b) {
   struct Slot {
     float* c;
     const uint32_t* a;

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "kernels/arch/descriptor_sm90.h"
+#include "kernels/arch/fragments_sm80.h"
 #include "kernels/element.h"
 #include "simt/block.h"
 
@@ -192,7 +193,7 @@ inline void wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
 
 // The same with A in registers, as mma_m16n8k16 holds it, 16 rows in each warp.
 template <class T, int kN, Major kMajorB = Major::kK>
-inline void wgmma(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+inline void wgmma(float (&d)[kN / 2], const FragmentA& a, uint64_t b, bool accumulate) {
   simt::issue_wgmma<T, kN, Major::kK, kMajorB>({d, a, 0, b, accumulate});
 }
 

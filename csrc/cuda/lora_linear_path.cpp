@@ -1,30 +1,34 @@
-#include "cuda/path.h"
+// What lora_linear_path.h's candidates are judged by: the environment, what was measured, how
+// tensors lie.
+#include "cuda/lora_linear_path.h"
 
 #include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <cstdlib>
-#include <string_view>
+#include <iterator>
+#include <string>
 
 #include "cuda/lora_linear.h"
 
 namespace lora_ext {
 namespace {
 
-std::optional<CudaWish> named_wish(std::string_view name) {
-  for (const CudaWish wish :
-       {CudaWish::Auto, CudaWish::Fused, CudaWish::Hybrid, CudaWish::Composed}) {
-    if (name == kCudaWishNames[static_cast<int>(wish)]) return wish;
+// Of all paths from the `first` on: 'fused', 'hybrid', 'composed'
+std::string quoted_names(CudaWish first) {
+  std::string names;
+  for (size_t i = static_cast<size_t>(first); i < std::size(kCudaPaths); ++i) {
+    names += (names.empty() ? "'" : ", '") + std::string(kCudaPaths[i].name) + "'";
   }
-  return std::nullopt;
+  return names;
 }
 
 CudaWish read_wish() {
   const char* value = std::getenv("LORA_EXT_CUDA_PATH");
   if (value == nullptr || *value == '\0') return CudaWish::Auto;
-  if (const auto wish = named_wish(value)) return *wish;
-  TORCH_CHECK(false, "LORA_EXT_CUDA_PATH: got '", value,
-              "', expected 'auto', 'fused', 'hybrid' or 'composed'; unset it for 'auto'");
+  if (const auto wish = cuda_wish_named(value)) return *wish;
+  TORCH_CHECK(false, "LORA_EXT_CUDA_PATH: got '", value, "', expected ",
+              quoted_names(CudaWish::Auto), "; unset it for 'auto'");
 }
 
 }  // namespace
@@ -97,9 +101,9 @@ std::pair<std::string, std::string> explain_lora_linear_cuda(CudaCall call,
 
 void set_tuned_cuda_path(const CudaCall& call, const std::optional<std::string>& path) {
   std::optional<CudaWish> wish;
-  if (path) wish = named_wish(*path);
+  if (path) wish = cuda_wish_named(*path);
   TORCH_CHECK_VALUE(!path || (wish && *wish != CudaWish::Auto), "set_tuned_cuda_path: path: got '",
-                    path.value_or(""), "', expected 'fused', 'hybrid', 'composed' or None");
+                    path.value_or(""), "', expected ", quoted_names(CudaWish::Fused), " or None");
   tuned_paths().set(call, wish);
 }
 

@@ -1,39 +1,29 @@
-// The product of several segments (family.h) for sm_90a: one warp copies tiles with TMA into a
-// ring of shared memory, two warpgroups multiply them with wgmma, and blocks stay for all their
-// tiles, so that the ring is filled for the next tile while the last one is stored.
+// The product of several segments (lora_linear_passes.h) for sm_90a: one warp copies tiles with TMA
+// into a ring of shared memory, two warpgroups multiply them with wgmma, and blocks stay for all
+// their tiles, so that the ring is filled for the next tile while the last one is stored.
 #pragma once
 
-#include "../common/dropout.h"
-#include "arch/arch.h"
-#include "family.h"
+#include "lora_linear_passes.h"
+#include "ring_sm90.h"
+#include "tile_walk.h"
 
 namespace lora_ext::sm90 {
 
-using arch::Major, arch::Swizzle;
-
 template <class T>
-struct GemmParams {
+struct ProductParams {
   arch::TensorMap a[kMaxSegments];  // [M, depth]
   arch::TensorMap b[kMaxSegments];  // [N, depth], or [depth, N] for Major::kMN
   int64_t depth[kMaxSegments];
   int count;
   int masked;  // dropout is applied to the sums of the first `masked` segments
-  uint32_t threshold;
-  const int64_t* rng_state;  // [2] on the device
-  const float* bias;         // [N] or null
-  T* out;                    // [M, N], contiguous, 16-byte aligned, N a multiple of 8
+  Dropout dropout;
+  const float* bias;  // [N] or null
+  T* out;             // [M, N], contiguous, 16-byte aligned, N a multiple of 8
   int64_t M, N;
 };
 
-constexpr int kWarpgroup = 128;
-constexpr int kMostSharedBytes = 227 * 1024;  // that a block may have
-constexpr int kRowBytes = 128;  // of a box of TMA: the span of its swizzle, 64 elements
-
-// Registers of a thread that loads and of one that multiplies: those of a block are 65536.
-constexpr int kLoadRegisters = 40, kMultiplyRegisters = 232;
-
 template <int kTileN, int kStages>
-struct GemmShape {
+struct ProductShape {
   static constexpr int kM = 128, kN = kTileN, kK = kRowBytes / 2;
   static constexpr int kMultipliers = 2;  // warpgroups, 64 rows of the tile each
   static constexpr int kThreads = (1 + kMultipliers) * kWarpgroup;
@@ -46,72 +36,14 @@ struct GemmShape {
   static_assert(kStageBytes % 1024 == 0, "swizzled tiles begin at multiples of 1024 bytes");
 };
 
-// The slots of the ring and their two barriers: full when TMA has filled it, empty when every warp
-// that multiplies is done with it.
-template <class Shape>
-struct Ring {
-  uint32_t shared;
-
-  LORA_EXT_DEVICE uint32_t stage(int slot) const {
-    return shared + static_cast<uint32_t>(slot * Shape::kStageBytes);
-  }
-  LORA_EXT_DEVICE uint32_t full(int slot) const {
-    return stage(Shape::kRing) + static_cast<uint32_t>(slot * 16);
-  }
-  LORA_EXT_DEVICE uint32_t empty(int slot) const { return full(slot) + 8; }
-
-  LORA_EXT_DEVICE void initialise() const {
-    for (int slot = 0; slot < Shape::kRing; ++slot) {
-      arch::mbarrier_init(full(slot), 1);
-      arch::mbarrier_init(empty(slot), Shape::kMultipliers * kWarpgroup / 32);
-    }
-    arch::fence_mbarrier_init();
-  }
-};
-
-// Where a thread stands in the ring: which slot, in a turn of which parity.
-template <class Shape>
-struct RingPosition {
-  int slot = 0;
-  uint32_t parity = 0;
-
-  LORA_EXT_DEVICE void advance() {
-    if (++slot < Shape::kRing) return;
-    slot = 0, parity ^= 1;
-  }
-};
-
-// Tile `index` of rows x columns of them. Bands of kBand rows are walked column by column: blocks
-// that run at the same time share as much of A and B as fits L2, about a square of the result
-// (on 132 multiprocessors 16 tiles of 128 rows by 8 of 256 columns).
-struct TileIndex {
-  int64_t row, column;
-};
-constexpr int64_t kBand = 16;
-LORA_EXT_HOST_DEVICE TileIndex tile_at(int64_t index, int64_t rows, int64_t columns) {
-  const int64_t first = index / (kBand * columns) * kBand;
-  const int64_t height = rows - first < kBand ? rows - first : kBand;
-  const int64_t in_band = index - first * columns;
-  return {first + in_band % height, in_band / height};
-}
-
-template <class Shape>
-LORA_EXT_HOST_DEVICE int64_t row_tiles(int64_t M) {
-  return (M + Shape::kM - 1) / Shape::kM;
-}
-template <class Shape>
-LORA_EXT_HOST_DEVICE int64_t column_tiles(int64_t N) {
-  return (N + Shape::kN - 1) / Shape::kN;
-}
-
 template <class T, class Shape, Major kMajorB>
-struct Gemm {
+struct ProductTile {
   static constexpr int kSums = Shape::kN / 2;  // of a thread
 
   // ---- The thread that loads -------------------------------------------------------------------
 
   // What is outside of a matrix arrives as zero and counts as much.
-  LORA_EXT_DEVICE static void load(const GemmParams<T>& params, int segment, uint32_t stage,
+  LORA_EXT_DEVICE static void load(const ProductParams<T>& params, int segment, uint32_t stage,
                                    uint32_t full, int m, int n, int k) {
     arch::mbarrier_arrive_expect_tx(full, Shape::kStageBytes);
     arch::tma_load_2d(stage, params.a[segment], full, k, m);
@@ -127,18 +59,16 @@ struct Gemm {
     }
   }
 
-  LORA_EXT_DEVICE static void load_tiles(const GemmParams<T>& params, Ring<Shape> ring) {
-    const int64_t rows = row_tiles<Shape>(params.M), columns = column_tiles<Shape>(params.N);
-    RingPosition<Shape> at;
-    for (int64_t index = blockIdx.x; index < rows * columns; index += gridDim.x) {
-      const TileIndex tile = tile_at(index, rows, columns);
-      const int m = static_cast<int>(tile.row * Shape::kM);
-      const int n = static_cast<int>(tile.column * Shape::kN);
+  LORA_EXT_DEVICE static void load_tiles(const ProductParams<T>& params, Ring ring) {
+    RingPosition at;
+    for (TileWalk<Shape> walk(params.M, params.N); walk.goes_on(); walk.advance()) {
+      const TileCorner tile = walk.tile();
+      const int m = static_cast<int>(tile.m), n = static_cast<int>(tile.n);
       for (int segment = 0; segment < params.count; ++segment) {
         for (int64_t k = 0; k < params.depth[segment]; k += Shape::kK) {
           arch::mbarrier_wait(ring.empty(at.slot), at.parity ^ 1);
-          load(params, segment, ring.stage(at.slot), ring.full(at.slot), m, n, static_cast<int>(k));
-          at.advance();
+          load(params, segment, ring.data(at.slot), ring.full(at.slot), m, n, static_cast<int>(k));
+          at.advance(ring.count);
         }
       }
     }
@@ -179,11 +109,10 @@ struct Gemm {
 
   // Zeroes what dropout drops; (row, column) is this thread's row and the tile's column. One Philox
   // call decides for up to eight columns, 16 apart.
-  LORA_EXT_DEVICE static void drop(float (&sums)[kSums], const GemmParams<T>& params, int64_t row,
-                                   int64_t column, int lane) {
+  LORA_EXT_DEVICE static void drop(float (&sums)[kSums], const ProductParams<T>& params,
+                                   int64_t row, int64_t column, int lane) {
     constexpr int kWidth = Shape::kN < kDropoutBlock ? Shape::kN : kDropoutBlock;
-    const auto seed = static_cast<uint64_t>(params.rng_state[0]);
-    const auto offset = static_cast<uint64_t>(params.rng_state[1]);
+    const DropoutRng rng = params.dropout.rng();
     const int first_slot = static_cast<int>(column % kDropoutBlock) / kDropoutLanes;
 #pragma unroll
     for (int block = 0; block < Shape::kN / kWidth; ++block) {
@@ -191,15 +120,14 @@ struct Gemm {
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
         for (int c = 0; c < 4; ++c) {  // columns 2t, 2t + 1, 2t + 8, 2t + 9 of every 16
-          const PhiloxBlock bits =
-              philox(dropout_counter(offset, row + half * 8, column / kDropoutBlock + block,
-                                     lane % 4 * 2 + c % 2 + c / 2 * 8),
-                     static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+          const PhiloxBlock bits = dropout_bits(rng, row + half * 8, column / kDropoutBlock + block,
+                                                lane % 4 * 2 + c % 2 + c / 2 * 8);
 #pragma unroll
           for (int i = 0; i < kWidth / kDropoutLanes; ++i) {
             const int slot = kWidth == kDropoutBlock ? i : first_slot + i;
             const int eight = (block * kDropoutSlots + i) * 2 + c / 2;  // columns of the tile
-            if (!keeps(bits, slot, params.threshold)) sums[eight * 4 + half * 2 + c % 2] = 0.0f;
+            if (!keeps(bits, slot, params.dropout.threshold))
+              sums[eight * 4 + half * 2 + c % 2] = 0.0f;
           }
         }
       }
@@ -228,7 +156,7 @@ struct Gemm {
   };
 
   // (row, column) as for drop.
-  LORA_EXT_DEVICE static void store(const float (&sums)[kSums], const GemmParams<T>& params,
+  LORA_EXT_DEVICE static void store(const float (&sums)[kSums], const ProductParams<T>& params,
                                     int64_t row, int64_t column, int lane) {
 #pragma unroll
     for (int first = 0; first < Shape::kN / 8; first += 4) {
@@ -257,16 +185,15 @@ struct Gemm {
   }
 
   // `thread` of the warpgroup `number`.
-  LORA_EXT_DEVICE static void multiply_tiles(const GemmParams<T>& params, Ring<Shape> ring,
-                                             int number, int thread) {
-    const int64_t rows = row_tiles<Shape>(params.M), columns = column_tiles<Shape>(params.N);
+  LORA_EXT_DEVICE static void multiply_tiles(const ProductParams<T>& params, Ring ring, int number,
+                                             int thread) {
     const int lane = thread % 32;
     const int row_in_tile = number * 64 + thread / 32 * 16 + lane / 4;
     float sums[kSums];
-    RingPosition<Shape> at;
-    for (int64_t index = blockIdx.x; index < rows * columns; index += gridDim.x) {
-      const TileIndex tile = tile_at(index, rows, columns);
-      const int64_t row = tile.row * Shape::kM + row_in_tile, column = tile.column * Shape::kN;
+    RingPosition at;
+    for (TileWalk<Shape> walk(params.M, params.N); walk.goes_on(); walk.advance()) {
+      const TileCorner tile = walk.tile();
+      const int64_t row = tile.m + row_in_tile, column = tile.n;
       int held = -1;  // a slot whose products may be running
       const auto release = [&] {
         if (held >= 0 && lane == 0) arch::mbarrier_arrive(ring.empty(held));
@@ -275,14 +202,14 @@ struct Gemm {
       for (int segment = 0; segment < params.count; ++segment) {
         for (int64_t k = 0; k < params.depth[segment]; k += Shape::kK) {
           arch::mbarrier_wait(ring.full(at.slot), at.parity);
-          const uint32_t a = ring.stage(at.slot);
+          const uint32_t a = ring.data(at.slot);
           multiply(sums, a + static_cast<uint32_t>(number * 64 * kRowBytes), a + Shape::kABytes,
                    params.depth[segment] - k, accumulate);
           accumulate = true;
           arch::wgmma_wait<1>();  // the products of this stage run on, those of the last are done
           release();
           held = at.slot;
-          at.advance();
+          at.advance(ring.count);
         }
         if (segment + 1 == params.masked) {
           arch::wgmma_wait<0>();
@@ -301,28 +228,33 @@ struct Gemm {
 
 template <class T, class Shape, Major kMajorB>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
-    gemm_kernel(const __grid_constant__ GemmParams<T> params) {
+    product_sm90_kernel(const __grid_constant__ ProductParams<T> params) {
 #if defined(LORA_EXT_SM90A)
-  using G = Gemm<T, Shape, kMajorB>;
+  using P = ProductTile<T, Shape, kMajorB>;
   LORA_EXT_DYNAMIC_SHARED(shared);
-  const Ring<Shape> ring{arch::shared_address(shared)};
+  const Ring ring{.shared = arch::shared_address(shared),
+                  .first = 0,
+                  .bytes = Shape::kStageBytes,
+                  .barriers = Shape::kRing * Shape::kStageBytes,
+                  .count = Shape::kRing};
   const int thread = static_cast<int>(threadIdx.x);
   if (thread == 0) {
     for (int segment = 0; segment < params.count; ++segment) {
       arch::tma_prefetch(params.a[segment]);
       arch::tma_prefetch(params.b[segment]);
     }
-    ring.initialise();
+    ring.initialise(Shape::kMultipliers * kWarpgroup / 32);
+    arch::fence_mbarrier_init();
   }
   __syncthreads();
   arch::wait_for_previous_kernel();
   arch::let_next_kernel_start();
   if (thread < kWarpgroup) {
     arch::register_decrease<kLoadRegisters>();
-    if (thread == 0) G::load_tiles(params, ring);
+    if (thread == 0) P::load_tiles(params, ring);
   } else {
     arch::register_increase<kMultiplyRegisters>();
-    G::multiply_tiles(params, ring, thread / kWarpgroup - 1, thread % kWarpgroup);
+    P::multiply_tiles(params, ring, thread / kWarpgroup - 1, thread % kWarpgroup);
   }
 #endif
 }

@@ -9,7 +9,7 @@
 #include <mutex>
 #include <optional>
 
-#include "cuda/path.h"
+#include "cuda/lora_linear_path.h"
 
 namespace lora_ext {
 

@@ -1,5 +1,5 @@
-// The small kernels that the CUDA backend calls by themselves.
-#include "../common/dropout.h"
+// Dropout's state and mask by themselves, for any GPU.
+#include "dropout.h"
 #include "elementwise.h"
 
 namespace lora_ext {
@@ -30,10 +30,9 @@ __global__ void __launch_bounds__(kElementThreads)
     dropout_mask_kernel(const __grid_constant__ DropoutMaskParams params) {
   const int64_t i = element_index();
   if (i >= params.rows * params.columns) return;
-  const DropoutRng rng{static_cast<uint64_t>(params.rng_state[0]),
-                       static_cast<uint64_t>(params.rng_state[1])};
-  params.keep[i] = dropout_keep(rng, params.first_row + i / params.columns, i % params.columns,
-                                params.threshold);
+  params.keep[i] =
+      dropout_keep(dropout_rng(params.rng_state), params.first_row + i / params.columns,
+                   i % params.columns, params.threshold);
 }
 
 }  // namespace
@@ -47,16 +46,5 @@ void dropout_mask(const int64_t* rng_state, uint32_t threshold, int64_t first_ro
   launch_elements(dropout_mask_kernel, rows * columns, stream,
                   DropoutMaskParams{rng_state, threshold, first_row, rows, columns, keep});
 }
-
-template <class T, class TA>
-void merge(const MergeCall<T, TA>& call, Stream stream) {
-  launch_elements(merge_kernel<T, TA>, call.N * call.K, stream, call);
-}
-
-template void merge(const MergeCall<Bf16, Bf16>&, Stream);
-template void merge(const MergeCall<Bf16, float>&, Stream);
-template void merge(const MergeCall<Fp16, Fp16>&, Stream);
-template void merge(const MergeCall<Fp16, float>&, Stream);
-template void merge(const MergeCall<float, float>&, Stream);
 
 }  // namespace lora_ext

@@ -1,20 +1,41 @@
-// How the CUDA backend runs a call: decided here, from facts alone, so that it can be tested and
-// told.
+// How the CUDA backend runs a call. It is decided here, from facts alone: so `explain` can say what
+// a call would do, and tests reach every branch without a GPU.
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
+#include <iterator>
 #include <optional>
 #include <string_view>
 
-#include "kernels/lora_linear.h"
+#include "kernels/family.h"
 
 namespace lora_ext {
 
 // What LORA_EXT_CUDA_PATH asks for: the choice of choose_cuda_path; the kernels of csrc/kernels for
 // everything, or for all but the base product, wherever they can run; or never those.
 enum class CudaWish { Auto, Fused, Hybrid, Composed };
-constexpr const char* kCudaWishNames[] = {"auto", "fused", "hybrid", "composed"};
+
+// Their names, in the order of CudaWish: of those that are measured the first is taken where the
+// clock sees no difference. build_info()["cuda_paths"] is this list, in every build.
+struct CudaPathName {
+  const char* name;
+  const char* asked;  // the reason for a path that the environment asks for
+};
+constexpr CudaPathName kCudaPaths[] = {{"auto", "LORA_EXT_CUDA_PATH=auto"},
+                                       {"fused", "LORA_EXT_CUDA_PATH=fused"},
+                                       {"hybrid", "LORA_EXT_CUDA_PATH=hybrid"},
+                                       {"composed", "LORA_EXT_CUDA_PATH=composed"}};
+
+inline const CudaPathName& name_of(CudaWish wish) { return kCudaPaths[static_cast<int>(wish)]; }
+
+inline std::optional<CudaWish> cuda_wish_named(std::string_view name) {
+  for (size_t i = 0; i < std::size(kCudaPaths); ++i) {
+    if (name == kCudaPaths[i].name) return static_cast<CudaWish>(i);
+  }
+  return std::nullopt;
+}
 
 // How the rows of 16-bit matrices lie: what may read them. Each allows what those before it allow.
 enum class Rows {
@@ -109,55 +130,67 @@ inline const char* why_no_kernels(const CudaCall& call, int compute_capability, 
 // reads, where cuBLAS splits K. A prediction, until it is measured.
 constexpr int64_t kFewRows = 512;
 
-inline CudaPath choose_cuda_path(const CudaProblem& problem) {
-  using Kernels = CudaPath::Kernels;
-  constexpr const char* kAsked[] = {"", "LORA_EXT_CUDA_PATH=fused", "LORA_EXT_CUDA_PATH=hybrid",
-                                    "LORA_EXT_CUDA_PATH=composed"};
+// One way to run a call that the kernels can run, and when it is taken.
+struct CudaCandidate {
+  bool fits;
+  CudaWish path;
+  const char* reason;
+};
+
+// The kernels for sm_90a read by TMA alone, and store 16 bytes at a time.
+inline KernelFamily family_for(const CudaProblem& problem) {
+  const bool sm90 =
+      problem.sm90 && problem.compute_capability == 90 && problem.call.rows == Rows::Tma;
+  return sm90 ? KernelFamily::Sm90 : KernelFamily::Sm80;
+}
+
+// All candidates: the first that fits is taken, and the last one always fits.
+inline std::array<CudaCandidate, 7> cuda_candidates(const CudaProblem& problem) {
   const CudaCall& call = problem.call;
   const int capability = problem.compute_capability;
-  if (const char* reason = why_no_kernels(call, capability, problem.built)) {
+  const bool asked = problem.wish != CudaWish::Auto, measured = problem.fastest.has_value();
+  const bool unaligned = call.rows == Rows::Any;
+  const bool sm80 = family_for(problem) == KernelFamily::Sm80;
+  // Tensor cores of sm_90 and of sm_100 to sm_110 run at their rate for instructions of their own.
+  const bool slow_mma = sm80 && capability >= 90 && capability < 120;
+  const bool few_rows = call.M <= kFewRows;
+  return {{
+      {asked, problem.wish, name_of(problem.wish).asked},
+      {measured, problem.fastest.value_or(CudaWish::Auto),
+       "the fastest that autotune measured on this GPU"},
+      // Vocabularies are often of such sizes. The kernels would read element by element, each read
+      // waiting for the one before.
+      {unaligned, CudaWish::Composed,
+       "rows that begin at no multiple of 16 bytes, as where N or K is no multiple of 8, are "
+       "cuBLAS's"},
+      {slow_mma, CudaWish::Hybrid,
+       "mma.sync is slow on this GPU: cuBLAS makes the base product, kernels the rest"},
+      // Its main loop has about eight address instructions for each that multiplies: predicted at
+      // 55 to 62 % of cuBLAS on an A100, so that it needs a measurement before it is anyone's
+      // default.
+      {sm80, CudaWish::Hybrid,
+       "the base product of the kernels for sm_80 is not measured yet: cuBLAS makes it, kernels "
+       "the rest"},
+      {few_rows, CudaWish::Hybrid,
+       "few rows: cuBLAS makes the base product, which it can split along K, kernels the rest"},
+      {true, CudaWish::Fused,
+       "one pass over x and one over dy, low-rank products inside the base product's kernel"},
+  }};
+}
+
+inline CudaPath choose_cuda_path(const CudaProblem& problem) {
+  using Kernels = CudaPath::Kernels;
+  if (const char* reason =
+          why_no_kernels(problem.call, problem.compute_capability, problem.built)) {
     return {Kernels::Composed, KernelFamily::Sm80, reason};
   }
-  // The kernels for sm_90a read by TMA alone, and store 16 bytes at a time.
-  const bool sm90 = problem.sm90 && capability == 90 && call.rows == Rows::Tma;
-  const auto family = sm90 ? KernelFamily::Sm90 : KernelFamily::Sm80;
-  const auto path = [&](CudaWish wish, const char* reason) -> CudaPath {
-    if (wish == CudaWish::Composed) return {Kernels::Composed, family, reason};
-    return {wish == CudaWish::Hybrid ? Kernels::Hybrid : Kernels::Fused, family, reason};
-  };
-  if (problem.wish != CudaWish::Auto) {
-    return path(problem.wish, kAsked[static_cast<int>(problem.wish)]);
-  }
-  if (problem.fastest) {
-    return path(*problem.fastest, "the fastest that autotune measured on this GPU");
-  }
-  // Vocabularies are often of such sizes. The kernels would read element by element, each read
-  // waiting for the one before.
-  if (call.rows == Rows::Any) {
-    return path(CudaWish::Composed,
-                "rows that begin at no multiple of 16 bytes, as where N or K is no multiple of 8, "
-                "are cuBLAS's");
-  }
-  // Tensor cores of sm_90 and of sm_100 to sm_110 run at their rate for instructions of their own.
-  if (!sm90 && capability >= 90 && capability < 120) {
-    return path(CudaWish::Hybrid,
-                "mma.sync is slow on this GPU: cuBLAS makes the base product, kernels the rest");
-  }
-  // Its main loop has about eight address instructions for each that multiplies: predicted at 55 to
-  // 62 % of cuBLAS on an A100, so that it needs a measurement before it is anyone's default.
-  if (!sm90) {
-    return path(CudaWish::Hybrid,
-                "the base product of the kernels for sm_80 is not measured yet: cuBLAS makes it, "
-                "kernels the rest");
-  }
-  if (call.M <= kFewRows) {
-    return path(CudaWish::Hybrid,
-                "few rows: cuBLAS makes the base product, which it can split along K, kernels the "
-                "rest");
-  }
-  return path(
-      CudaWish::Fused,
-      "one pass over x and one over dy, low-rank products inside the base product's kernel");
+  const auto candidates = cuda_candidates(problem);
+  const auto& winner = *std::find_if(candidates.begin(), candidates.end(),
+                                     [](const CudaCandidate& candidate) { return candidate.fits; });
+  const Kernels kernels = winner.path == CudaWish::Composed ? Kernels::Composed
+                          : winner.path == CudaWish::Hybrid ? Kernels::Hybrid
+                                                            : Kernels::Fused;
+  return {kernels, family_for(problem), winner.reason};
 }
 
 inline const char* cuda_path_name(const CudaPath& path) {

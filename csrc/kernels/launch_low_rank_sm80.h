@@ -1,19 +1,16 @@
-// The passes of the sm_80 family: their grids, tiles and scratch. Host code without torch.
+// The low-rank passes of the sm_80 family: their grids, tiles and scratch. Host code without torch.
 #pragma once
 
 #include "elementwise.h"
-#include "lora_down_grad_sm80.h"
-#include "lora_up_grad_sm80.h"
+#include "low_rank_down_grad_sm80.h"
+#include "low_rank_up_grad_sm80.h"
 #include "rank_groups.h"
 
 namespace lora_ext::sm80 {
 
-// Blocks for every multiprocessor of the device to have about two.
-inline int64_t wanted_blocks() { return 2 * int64_t{arch::multiprocessors()}; }
-
 template <class T>
-Parts down(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout, const Allocator& scratch,
-           Stream stream) {
+Parts launch_down(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout,
+                  const Allocator& scratch, Stream stream) {
   const int64_t row_blocks = ceil_div(x.rows, 64), steps = ceil_div(x.columns, 64);
   const int64_t r = A.value.rows;
   const int splits = static_cast<int>(larger(1, smaller(steps, wanted_blocks() / row_blocks)));
@@ -25,23 +22,22 @@ Parts down(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout, const 
     const DownParams<T> params{.x = x,
                                .A = A.rows(first, count),
                                .aligned = x.aligned(),
-                               .dropout = dropout.enabled,
-                               .threshold = dropout.threshold,
-                               .rng_state = dropout.rng_state,
+                               .dropout = dropout,
                                .splits = splits,
                                .rank = static_cast<int>(count),
                                .stride = static_cast<int>(r),
                                .partial = parts + first};
     const dim3 grid(static_cast<unsigned>(row_blocks), static_cast<unsigned>(splits));
-    arch::launch(lora_down_kernel<T, kColumns>, grid, Shape::kThreads, Shape::kSharedBytes, stream,
-                 params);
+    arch::launch(low_rank_down_sm80_kernel<T, kColumns>, grid, Shape::kThreads, Shape::kSharedBytes,
+                 stream, params);
   });
   return {parts, splits};
 }
 
 // By groups of up to kMost ranks.
 template <int kMost, class T>
-UpGradParts up_grad_in_groups(const UpGrad<T>& call, const Allocator& scratch, Stream stream) {
+UpGradParts launch_up_grad_in_groups(const UpGrad<T>& call, const Allocator& scratch,
+                                     Stream stream) {
   const int64_t M = call.dy.rows, N = call.dy.columns, r = call.B.value.columns;
   const bool wants_dB = call.h.value.data;
   const int64_t columns_per_block = smaller(round_up(N, 64), kMostUpGradColumns);
@@ -64,7 +60,7 @@ UpGradParts up_grad_in_groups(const UpGrad<T>& call, const Allocator& scratch, S
                                  .dh = dh ? dh + first : nullptr,
                                  .dB = dB ? dB + first : nullptr};
     const dim3 grid(static_cast<unsigned>(column_blocks), static_cast<unsigned>(row_blocks));
-    arch::launch(lora_up_grad_kernel<T, kRank>, grid, 128,
+    arch::launch(low_rank_up_grad_sm80_kernel<T, kRank>, grid, 128,
                  UpGradShape<kRank>::shared_bytes(params.columns_per_block), stream, params);
   });
   return {{dh, static_cast<int>(column_blocks)}, {dB, static_cast<int>(row_blocks)}};
@@ -74,17 +70,17 @@ UpGradParts up_grad_in_groups(const UpGrad<T>& call, const Allocator& scratch, S
 // also fit, but make so many more parts of dh that these outweigh the second pass: for r = 64 and
 // columns of 256 or 64 bytes moved are 6 or 10 for each element of dy.
 template <class T>
-UpGradParts up_grad(const UpGrad<T>& call, const Allocator& scratch, Stream stream) {
+UpGradParts launch_up_grad(const UpGrad<T>& call, const Allocator& scratch, Stream stream) {
   const int columns = static_cast<int>(smaller(round_up(call.dy.columns, 64), kMostUpGradColumns));
   if (UpGradShape<64>::shared_bytes(columns) <= arch::most_shared_bytes()) {
-    return up_grad_in_groups<64>(call, scratch, stream);
+    return launch_up_grad_in_groups<64>(call, scratch, stream);
   }
-  return up_grad_in_groups<32>(call, scratch, stream);
+  return launch_up_grad_in_groups<32>(call, scratch, stream);
 }
 
 template <class T>
-Parts down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
-                const Allocator& scratch, Stream stream) {
+Parts launch_down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
+                       const Allocator& scratch, Stream stream) {
   const int64_t M = x.rows, K = x.columns, r = dh.value.columns;
   const int64_t column_blocks = ceil_div(K, DownGradShape<16>::kK);
   const int64_t wanted = larger(1, smaller(ceil_div(M, 64), wanted_blocks() / column_blocks));
@@ -99,43 +95,14 @@ Parts down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
                                    .rank = static_cast<int>(count),
                                    .stride = static_cast<int>(r),
                                    .aligned = x.aligned(),
-                                   .dropout = dropout.enabled,
-                                   .threshold = dropout.threshold,
-                                   .rng_state = dropout.rng_state,
+                                   .dropout = dropout,
                                    .rows_per_block = static_cast<int>(rows_per_block),
                                    .dA = parts + first * K};
     const dim3 grid(static_cast<unsigned>(column_blocks), static_cast<unsigned>(row_blocks));
-    arch::launch(lora_down_grad_kernel<T, kRank>, grid, 128, DownGradShape<kRank>::kSharedBytes,
-                 stream, params);
+    arch::launch(low_rank_down_grad_sm80_kernel<T, kRank>, grid, 128,
+                 DownGradShape<kRank>::kSharedBytes, stream, params);
   });
   return {parts, static_cast<int>(row_blocks)};
-}
-
-template <class T, BLayout kLayout>
-void launch_gemm(const Product<T>& params, Stream stream) {
-  const auto run = [&](auto shape) {
-    using Shape = decltype(shape);
-    const int64_t tiles = ceil_div(params.M, Shape::kM) * ceil_div(params.N, Shape::kN);
-    const dim3 grid(static_cast<unsigned>(tiles));
-    static_assert(Shape::kSharedBytes <= kLeastSharedBytes);
-    arch::launch(gemm_kernel<T, Shape, kLayout>, grid, Shape::kThreads, Shape::kSharedBytes, stream,
-                 params);
-  };
-  const int64_t large_tiles = ceil_div(params.M, 128) * ceil_div(params.N, 128);
-  if (large_tiles >= wanted_blocks() / 2) {
-    run(GemmShape<128, 128, 64, 32, 3>{});
-  } else {
-    run(GemmShape<64, 64, 32, 32, 4>{});
-  }
-}
-
-template <class T>
-void product(const Product<T>& call, BLayout layout, Stream stream) {
-  if (layout == BLayout::kColumns) {
-    launch_gemm<T, BLayout::kColumns>(call, stream);
-  } else {
-    launch_gemm<T, BLayout::kRows>(call, stream);
-  }
 }
 
 }  // namespace lora_ext::sm80

@@ -1,16 +1,16 @@
-// The product of several segments (family.h) for sm_80 and later. The segments are walked as one
-// loop over k through one ring of shared memory, so that a low-rank segment costs ceil(r / 64)
-// trips more and nothing else.
+// The product of several segments (lora_linear_passes.h) for sm_80 and later. The segments are
+// walked as one loop over k through one ring of shared memory, so that a low-rank segment costs
+// ceil(r / 64) trips more and nothing else.
 #pragma once
 
-#include "../common/dropout.h"
-#include "family.h"
+#include "lora_linear_passes.h"
 #include "tile_sm80.h"
+#include "tile_walk.h"
 
 namespace lora_ext::sm80 {
 
 template <int kTileM, int kTileN, int kWarpM, int kWarpN, int kStages>
-struct GemmShape {
+struct ProductShape {
   static constexpr int kM = kTileM, kN = kTileN, kK = 64;
   static constexpr int kWarpRows = kWarpM, kWarpColumns = kWarpN;
   static constexpr int kWarpsM = kTileM / kWarpM, kWarpsN = kTileN / kWarpN;
@@ -24,7 +24,7 @@ struct GemmShape {
 template <class Shape>
 struct WarpSums {
   static constexpr int kRowTiles = Shape::kWarpRows / 16, kColumnTiles = Shape::kWarpColumns / 8;
-  float value[kRowTiles][kColumnTiles][4];
+  arch::FragmentC value[kRowTiles][kColumnTiles];
 
   LORA_EXT_DEVICE void clear() {
 #pragma unroll
@@ -50,9 +50,8 @@ struct WarpSums {
 #pragma unroll
         for (int c = 0; c < 4; ++c) {  // columns 2t, 2t + 1, 2t + 8, 2t + 9 of every 16
           const int in_slot = lane % 4 * 2 + c % 2 + c / 2 * 8;
-          const PhiloxBlock bits = philox(
-              dropout_counter(rng.offset, row + i * 16 + half * 8 + lane / 4, block, in_slot),
-              static_cast<uint32_t>(rng.seed), static_cast<uint32_t>(rng.seed >> 32));
+          const PhiloxBlock bits =
+              dropout_bits(rng, row + i * 16 + half * 8 + lane / 4, block, in_slot);
 #pragma unroll
           for (int j = 0; j < kColumnTiles / 2; ++j) {
             if (!keeps(bits, first_slot + j, threshold)) {
@@ -66,7 +65,7 @@ struct WarpSums {
 };
 
 template <class T, class Shape, BLayout kLayout>
-struct Gemm {
+struct ProductTile {
   using TileA = Tile<Shape::kM, Shape::kK>;
   using TileB = Tile<kLayout == BLayout::kColumns ? Shape::kN : Shape::kK,
                      kLayout == BLayout::kColumns ? Shape::kK : Shape::kN>;
@@ -116,7 +115,8 @@ struct Gemm {
 #pragma unroll
     for (int k = 0; k < Shape::kK; k += 16) {
       if (k >= depth) break;
-      uint32_t a[kRowTiles][4], b[kColumnTiles / 2][2][2];
+      arch::FragmentA a[kRowTiles];
+      arch::FragmentB b[kColumnTiles / 2][2];
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i) {
         load_a<TileA>(a[i], stage, warp_row + i * 16, k, lane);
@@ -172,29 +172,25 @@ struct Gemm {
 
 template <class T, class Shape, BLayout kLayout>
 __global__ void __launch_bounds__(Shape::kThreads, kLeastBlocks)
-    gemm_kernel(const __grid_constant__ Product<T> params) {
-  using G = Gemm<T, Shape, kLayout>;
+    product_sm80_kernel(const __grid_constant__ Product<T> params) {
+  using P = ProductTile<T, Shape, kLayout>;
   LORA_EXT_DYNAMIC_SHARED(shared);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int warp_row = warp / Shape::kWarpsN * Shape::kWarpRows;
   const int warp_column = warp % Shape::kWarpsN * Shape::kWarpColumns;
-  // Tiles along the columns first: blocks that run together share rows of A. The grid has one
-  // dimension, since the others end at 65,535.
-  const auto column_tiles = static_cast<unsigned>((params.N + Shape::kN - 1) / Shape::kN);
-  const int64_t m = int64_t{blockIdx.x / column_tiles} * Shape::kM;
-  const int64_t n = int64_t{blockIdx.x % column_tiles} * Shape::kN;
+  const auto [m, n] = TileWalk<Shape>::tile(params.N);
   const auto stage = [&](int64_t step) {
     return shared + step % Shape::kRing * Shape::kStageBytes;
   };
 
   WarpSums<Shape> sums;
   sums.clear();
-  const int64_t steps = G::steps(params);
-  typename G::Position loading, multiplying;
+  const int64_t steps = P::steps(params);
+  typename P::Position loading, multiplying;
 #pragma unroll
   for (int s = 0; s < Shape::kRing - 1; ++s) {
     if (s < steps) {
-      G::load(stage(s), params, loading, m, n, thread);
+      P::load(stage(s), params, loading, m, n, thread);
       loading.advance(params);
     }
     arch::cp_async_commit();
@@ -204,20 +200,19 @@ __global__ void __launch_bounds__(Shape::kThreads, kLeastBlocks)
     __syncthreads();  // the stage has arrived for every thread, and every thread is done with the
                       // last
     if (step + Shape::kRing - 1 < steps) {
-      G::load(stage(step + Shape::kRing - 1), params, loading, m, n, thread);
+      P::load(stage(step + Shape::kRing - 1), params, loading, m, n, thread);
       loading.advance(params);
     }
     arch::cp_async_commit();
     const int64_t depth = params.segments[multiplying.segment].a.columns - multiplying.k;
-    G::multiply(sums, arch::shared_address(stage(step)), depth, warp_row, warp_column, lane);
+    P::multiply(sums, arch::shared_address(stage(step)), depth, warp_row, warp_column, lane);
     multiplying.advance(params);
     if (multiplying.k == 0 && multiplying.segment == params.masked) {
-      sums.drop(
-          {static_cast<uint64_t>(params.rng_state[0]), static_cast<uint64_t>(params.rng_state[1])},
-          params.threshold, m + warp_row, n + warp_column, lane);
+      sums.drop(params.dropout.rng(), params.dropout.threshold, m + warp_row, n + warp_column,
+                lane);
     }
   }
-  G::store(sums, params, m + warp_row, n + warp_column, lane);
+  P::store(sums, params, m + warp_row, n + warp_column, lane);
 }
 
 }  // namespace lora_ext::sm80

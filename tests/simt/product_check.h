@@ -1,10 +1,10 @@
-// The product of several segments (csrc/kernels/family.h) with random matrices, and its result
-// against float64. The programs of both families share it.
+// The product of several segments (csrc/kernels/lora_linear_passes.h) with random matrices, and its
+// result against float64. The programs of both families share it.
 #pragma once
 
 #include "check.h"
 #include "common/dropout.h"
-#include "kernels/family.h"
+#include "kernels/lora_linear_passes.h"
 
 namespace simt_test {
 
@@ -60,7 +60,7 @@ class ProductCheck {
     if (kColumns) {
       product.bias = bias_.matrix().data;
     } else {
-      product.masked = 1, product.threshold = kThreshold, product.rng_state = kRngState;
+      product.masked = 1, product.dropout = {true, kThreshold, 1.0f, kRngState};
     }
     product.out = out_.data() + kMargin;
     product.M = size_.M, product.N = size_.N;

@@ -43,7 +43,7 @@ static_assert(UpGradShape<32>::shared_bytes(kMostUpGradColumns) <= kLeastSharedB
 
 template <class T, int kRank>
 __global__ void __launch_bounds__(128, kLeastBlocks)
-    lora_up_grad_kernel(const __grid_constant__ UpGradParams<T> params) {
+    low_rank_up_grad_sm80_kernel(const __grid_constant__ UpGradParams<T> params) {
   using Shape = UpGradShape<kRank>;
   using TileDy = typename Shape::TileDy;
   using TileB = typename Shape::TileB;
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(128, kLeastBlocks)
   };
 
   for (int i = thread; i < params.columns_per_block * kRank; i += 128) dB_sums[i] = 0.0f;
-  float dh[kColumnTiles][4];
+  arch::FragmentC dh[kColumnTiles];
   load(0);
   arch::cp_async_commit();
   for (int step = 0; step < steps; ++step) {
@@ -109,11 +109,11 @@ __global__ void __launch_bounds__(128, kLeastBlocks)
         const uint32_t b_tile = stage + TileDy::kBytes + term * TileB::kBytes;
 #pragma unroll
         for (int k = 0; k < Shape::kN; k += 16) {
-          uint32_t a[4];
+          arch::FragmentA a;
           load_a<TileDy>(a, stage, warp * 16, k, lane);
 #pragma unroll
           for (int j = 0; j < kRank / 16; ++j) {
-            uint32_t b[2][2];
+            arch::FragmentB b[2];
             load_b_rows<TileB>(b, b_tile, k, j * 16, lane);
             arch::mma_m16n8k16<T>(dh[2 * j], a, b[0]);
             arch::mma_m16n8k16<T>(dh[2 * j + 1], a, b[1]);
@@ -124,17 +124,17 @@ __global__ void __launch_bounds__(128, kLeastBlocks)
 
     // dB [16 columns of dy of this warp] += dy^T h
     if (params.dB) {
-      float sums[kColumnTiles][4] = {};
+      arch::FragmentC sums[kColumnTiles] = {};
       const uint32_t h_tiles = arch::shared_address(h_tile(step));
 #pragma unroll
       for (int k = 0; k < Shape::kM; k += 16) {
-        uint32_t a[4];
+        arch::FragmentA a;
         load_a_transposed<TileDy>(a, stage, warp * 16, k, lane);
 #pragma unroll
         for (int term = 0; term < (params.h.remainder ? 2 : 1); ++term) {
 #pragma unroll
           for (int j = 0; j < kRank / 16; ++j) {
-            uint32_t b[2][2];
+            arch::FragmentB b[2];
             load_b_rows<TileH>(b, h_tiles + term * TileH::kBytes, k, j * 16, lane);
             arch::mma_m16n8k16<T>(sums[2 * j], a, b[0]);
             arch::mma_m16n8k16<T>(sums[2 * j + 1], a, b[1]);

@@ -3,7 +3,7 @@
 // fixed order afterwards.
 #pragma once
 
-#include "lora_down_sm80.h"
+#include "low_rank_down_sm80.h"
 
 namespace lora_ext::sm80 {
 
@@ -13,11 +13,9 @@ struct DownGradParams {
   Split<T> dh;       // [M, rank]
   int rank, stride;  // of dA
   bool aligned;      // x is
-  bool dropout;
-  uint32_t threshold;
-  const int64_t* rng_state;  // [2] on the device
-  int rows_per_block;        // a multiple of 64
-  float* dA;                 // [row blocks] parts of [rank, K], `stride` * K apart
+  Dropout dropout;
+  int rows_per_block;  // a multiple of 64
+  float* dA;           // [row blocks] parts of [rank, K], `stride` * K apart
 };
 
 template <int kRank>
@@ -33,17 +31,17 @@ struct DownGradShape {
 // Zeroes the dropped elements of two operands B side by side (see load_b_rows): rows of x from
 // `row`, its columns 16 * slot from `block`.
 template <int kSlots>
-LORA_EXT_DEVICE void drop_operands(uint32_t (&b)[kSlots][2][2], DropoutRng rng, uint32_t threshold,
-                                   int64_t row, int64_t block, int first_slot, int lane) {
+LORA_EXT_DEVICE void drop_operands(arch::FragmentB (&b)[kSlots][2], DropoutRng rng,
+                                   uint32_t threshold, int64_t row, int64_t block, int first_slot,
+                                   int lane) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {  // of the 16 columns of a slot
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const PhiloxBlock bits = philox(
-            dropout_counter(rng.offset, row + i * 8 + lane % 4 * 2 + e, block, half * 8 + lane / 4),
-            static_cast<uint32_t>(rng.seed), static_cast<uint32_t>(rng.seed >> 32));
+        const PhiloxBlock bits =
+            dropout_bits(rng, row + i * 8 + lane % 4 * 2 + e, block, half * 8 + lane / 4);
 #pragma unroll
         for (int s = 0; s < kSlots; ++s) {
           if (!keeps(bits, first_slot + s, threshold)) {
@@ -57,7 +55,7 @@ LORA_EXT_DEVICE void drop_operands(uint32_t (&b)[kSlots][2][2], DropoutRng rng, 
 
 template <class T, int kRank>
 __global__ void __launch_bounds__(128, kLeastBlocks)
-    lora_down_grad_kernel(const __grid_constant__ DownGradParams<T> params) {
+    low_rank_down_grad_sm80_kernel(const __grid_constant__ DownGradParams<T> params) {
   using Shape = DownGradShape<kRank>;
   using TileX = typename Shape::TileX;
   using TileDh = typename Shape::TileDh;
@@ -81,7 +79,7 @@ __global__ void __launch_bounds__(128, kLeastBlocks)
     load_split<TileDh, 128>(arch::shared_address(stage + TileX::kBytes), params.dh, m, 0, thread);
   };
 
-  float sums[kRank / 16][kSlots * 2][4] = {};
+  arch::FragmentC sums[kRank / 16][kSlots * 2] = {};
   load(0);
   arch::cp_async_commit();
   for (int step = 0; step < steps; ++step) {
@@ -94,22 +92,20 @@ __global__ void __launch_bounds__(128, kLeastBlocks)
     const uint32_t dh_tiles = stage + TileX::kBytes;
 #pragma unroll
     for (int k = 0; k < Shape::kM; k += 16) {
-      uint32_t b[kSlots][2][2];
+      arch::FragmentB b[kSlots][2];
 #pragma unroll
       for (int s = 0; s < kSlots; ++s) {
         load_b_rows<TileX>(b[s], stage, k, warp * Shape::kWarpColumns + s * 16, lane);
       }
-      if (params.dropout) {
-        drop_operands<kSlots>(b,
-                              {static_cast<uint64_t>(params.rng_state[0]),
-                               static_cast<uint64_t>(params.rng_state[1])},
-                              params.threshold, m + k, blockIdx.x, warp * kSlots, lane);
+      if (params.dropout.enabled) {
+        drop_operands<kSlots>(b, params.dropout.rng(), params.dropout.threshold, m + k, blockIdx.x,
+                              warp * kSlots, lane);
       }
 #pragma unroll
       for (int i = 0; i < kRank / 16; ++i) {
 #pragma unroll
         for (int term = 0; term < (params.dh.remainder ? 2 : 1); ++term) {
-          uint32_t a[4];
+          arch::FragmentA a;
           load_a_transposed<TileDh>(a, dh_tiles + term * TileDh::kBytes, i * 16, k, lane);
 #pragma unroll
           for (int j = 0; j < kSlots * 2; ++j) {

@@ -3,7 +3,7 @@
 // or float.
 #pragma once
 
-#include "elementwise.h"
+#include "lora_linear_elementwise.h"
 
 namespace lora_ext {
 
@@ -27,7 +27,7 @@ Split<T> packed(const TA* in, int64_t rows, int64_t columns, int64_t row_step, i
                          .value = scratch.get<T>(rows * padded),
                          .remainder = nullptr};
   if constexpr (!kSame<T, TA>) pack.remainder = scratch.get<T>(rows * padded);
-  launch_elements(pack_kernel<T, TA>, rows * padded, stream, pack);
+  launch_elements(lora_linear_pack_kernel<T, TA>, rows * padded, stream, pack);
   return {{pack.value, rows, columns, padded}, pack.remainder};
 }
 
@@ -53,7 +53,7 @@ Split<T> split_transposed(const TA* in, int64_t rows, int64_t columns, const All
 // The parts of h or dh [M, r], added: times `survivor` into `sums` in float if that is not null;
 // and times `scaling` as well as an operand of the passes.
 template <class T>
-Split<T> finish(const Parts& parts, int64_t M, int64_t r, float survivor, Scale scaling,
+Split<T> finish(const Parts& parts, int64_t M, int64_t r, float survivor, HiddenFactor scaling,
                 float* sums, bool wants_remainder, const Allocator& scratch, Stream stream) {
   const int64_t padded = round_up(r, 16);
   const FinishParams<T> params{.parts = parts.data,
@@ -66,14 +66,14 @@ Split<T> finish(const Parts& parts, int64_t M, int64_t r, float survivor, Scale 
                                .sums = sums,
                                .value = scratch.get<T>(M * padded),
                                .remainder = wants_remainder ? scratch.get<T>(M * padded) : nullptr};
-  launch_elements(finish_kernel<T>, M * padded, stream, params);
+  launch_elements(lora_linear_finish_kernel<T>, M * padded, stream, params);
   return {{params.value, M, padded, padded}, params.remainder};
 }
 
 // out [elements] = scale * the sum of the parts
 template <class TA>
-void reduce(const Parts& parts, int64_t elements, Scale scale, TA* out, Stream stream) {
-  launch_elements(reduce_kernel<TA>, elements, stream,
+void reduce(const Parts& parts, int64_t elements, HiddenFactor scale, TA* out, Stream stream) {
+  launch_elements(lora_linear_reduce_kernel<TA>, elements, stream,
                   ReduceParams<TA>{parts.data, parts.count, elements, scale, out});
 }
 
@@ -84,7 +84,7 @@ void add_segments(Product<T>& product, const Matrix<T>& a, const Split<T>& b) {
 }
 
 template <class T>
-void launch(const Family<T>& family, Product<T>& product, BLayout layout, Stream stream) {
+void launch_product(const Family<T>& family, Product<T>& product, BLayout layout, Stream stream) {
   product.aligned = true;
   for (int s = 0; s < product.count; ++s) {
     product.aligned &= product.segments[s].a.aligned() && product.segments[s].b.aligned();
@@ -110,14 +110,14 @@ void forward(const Family<T>& family, const ForwardCall<T, TA>& call, const Allo
   add_segments(y, h.value, B);
   y.bias = call.bias;
   y.out = call.y, y.M = M, y.N = N;
-  launch(family, y, by_columns ? BLayout::kRows : BLayout::kColumns, stream);
+  launch_product(family, y, by_columns ? BLayout::kRows : BLayout::kColumns, stream);
 }
 
 template <class T, class TA>
 void backward(const Family<T>& family, const BackwardCall<T, TA>& call, const Allocator& scratch,
               Stream stream) {
   const int64_t M = call.dy.rows, N = call.dy.columns, K = call.weight.K(), r = call.r;
-  const Scale scaling{call.scaling, call.scaling_factor};
+  const HiddenFactor scaling{call.scaling, call.scaling_factor};
   const bool by_columns = call.weight.transposed, makes_h = call.dB && !call.h;
   Split<T> A{}, h{};
   if (makes_h || (call.dx && !by_columns)) A = split<T>(call.lora_A, r, K, scratch, stream);
@@ -144,10 +144,10 @@ void backward(const Family<T>& family, const BackwardCall<T, TA>& call, const Al
     add_segments(dx, dh.value,
                  by_columns ? split_transposed<T>(call.lora_A, r, K, scratch, stream) : A);
     dx.masked = call.dropout.enabled ? dx.count : 0;
-    dx.threshold = call.dropout.threshold, dx.rng_state = call.dropout.rng_state;
+    dx.dropout = call.dropout;
     if (call.weight.stored.data) dx.segments[dx.count++] = {call.dy, call.weight.stored};
     dx.out = call.dx, dx.M = M, dx.N = K;
-    launch(family, dx, by_columns ? BLayout::kColumns : BLayout::kRows, stream);
+    launch_product(family, dx, by_columns ? BLayout::kColumns : BLayout::kRows, stream);
   }
 }
 

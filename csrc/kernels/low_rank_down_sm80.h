@@ -1,10 +1,10 @@
 // h = dropout(x) A^T: a product of few columns that reads x once. Each block has kM rows and all
-// columns, and a range of k if there are several splits; finish_kernel then adds these in a fixed
-// order.
+// columns, and a range of k if there are several splits; lora_linear_finish_kernel then adds these
+// in a fixed order.
 #pragma once
 
 #include "elementwise.h"
-#include "gemm_sm80.h"
+#include "product_sm80.h"
 
 namespace lora_ext::sm80 {
 
@@ -13,10 +13,8 @@ struct DownParams {
   Matrix<T> x;   // [M, K]
   Split<T> A;    // [rank, K]
   bool aligned;  // x is
-  bool dropout;
-  uint32_t threshold;
-  const int64_t* rng_state;  // [2] on the device
-  int splits;                // blocks along K
+  Dropout dropout;
+  int splits;  // blocks along K
   int rank, stride;
   float* partial;  // [splits, M, rank], rows `stride` apart
 };
@@ -42,9 +40,7 @@ struct OperandMask {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         const PhiloxBlock bits =
-            philox(dropout_counter(rng.offset, row + half * 8 + lane / 4, block,
-                                   lane % 4 * 2 + c % 2 + c / 2 * 8),
-                   static_cast<uint32_t>(rng.seed), static_cast<uint32_t>(rng.seed >> 32));
+            dropout_bits(rng, row + half * 8 + lane / 4, block, lane % 4 * 2 + c % 2 + c / 2 * 8);
         keep[half][c] = 0;
 #pragma unroll
         for (int slot = 0; slot < kDropoutSlots; ++slot) {
@@ -54,7 +50,7 @@ struct OperandMask {
     }
   }
 
-  LORA_EXT_DEVICE void apply(uint32_t (&a)[4], int slot) const {
+  LORA_EXT_DEVICE void apply(arch::FragmentA& a, int slot) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t first = keep[i % 2][i / 2 * 2] >> slot & 1u;
@@ -66,7 +62,7 @@ struct OperandMask {
 
 template <class T, int kColumns>
 __global__ void __launch_bounds__(DownShape<kColumns>::kThreads, kLeastBlocks)
-    lora_down_kernel(const __grid_constant__ DownParams<T> params) {
+    low_rank_down_sm80_kernel(const __grid_constant__ DownParams<T> params) {
   using Shape = DownShape<kColumns>;
   using TileX = Tile<Shape::kM, Shape::kK>;
   using TileA = Tile<Shape::kN, Shape::kK>;
@@ -106,17 +102,15 @@ __global__ void __launch_bounds__(DownShape<kColumns>::kThreads, kLeastBlocks)
     arch::cp_async_commit();
     const uint32_t stage = arch::shared_address(shared + step % Shape::kRing * Shape::kStageBytes);
     const int64_t block = step * Shape::kK / kDropoutBlock;
-    if (params.dropout && block != masked_block) {
-      mask.draw(
-          {static_cast<uint64_t>(params.rng_state[0]), static_cast<uint64_t>(params.rng_state[1])},
-          params.threshold, m + warp * 16, block, lane);
+    if (params.dropout.enabled && block != masked_block) {
+      mask.draw(params.dropout.rng(), params.dropout.threshold, m + warp * 16, block, lane);
       masked_block = block;
     }
 #pragma unroll
     for (int k = 0; k < Shape::kK; k += 16) {
-      uint32_t a[4];
+      arch::FragmentA a;
       load_a<TileX>(a, stage, warp * 16, k, lane);
-      if (params.dropout) {
+      if (params.dropout.enabled) {
         mask.apply(a, static_cast<int>((step * Shape::kK + k) % kDropoutBlock) / kDropoutLanes);
       }
 #pragma unroll 1
@@ -124,7 +118,7 @@ __global__ void __launch_bounds__(DownShape<kColumns>::kThreads, kLeastBlocks)
         const uint32_t b_tile = stage + TileX::kBytes + term * TileA::kBytes;
 #pragma unroll
         for (int j = 0; j < Shape::kN / 16; ++j) {
-          uint32_t b[2][2];
+          arch::FragmentB b[2];
           load_b<TileA>(b, b_tile, k, j * 16, lane);
           arch::mma_m16n8k16<T>(sums.value[0][2 * j], a, b[0]);
           arch::mma_m16n8k16<T>(sums.value[0][2 * j + 1], a, b[1]);

@@ -1,0 +1,143 @@
+// What a family of kernels (sm_80, sm_90a) provides: the passes over x, dy and the weight that
+// forward and backward are made of. lora_linear_run.h puts them together.
+#pragma once
+
+#include "lora_linear.h"
+
+namespace lora_ext {
+
+// ---- The product that ends forward and backward: y or dx ---------------------------------------
+//
+// Several segments into the same sums:
+//
+//   out [M, N] = round(sum over segments of A_i [M, K_i] B_i [K_i, N] + bias)
+//
+// Forward is (x, weight), (h, lora_B); backward's dx is (dh, lora_A), dropout's mask, (dy, weight).
+
+constexpr int kMaxSegments = 3;
+
+// B is read as it lies: kColumns rows are columns of B (a weight [N, K] in forward), kRows rows are
+// rows of B (the same weight in backward). Of a weight that lies transposed the other way round.
+enum class BLayout { kColumns, kRows };
+
+template <class T>
+struct Segment {
+  Matrix<T> a;  // [M, K_i]
+  Matrix<T> b;  // [N, K_i] or [K_i, N], by the layout
+};
+
+template <class T>
+struct Product {
+  Segment<T> segments[kMaxSegments];
+  int count;
+  bool aligned;  // every matrix is
+  int masked;    // dropout is applied to the sums of the first `masked` segments
+  Dropout dropout;
+  const float* bias;  // [N] or null
+  T* out;             // [M, N], contiguous
+  int64_t M, N;
+};
+
+// ---- The low-rank passes -----------------------------------------------------------------------
+
+// What h and dh are multiplied by, the same for all of their elements: a number of the call, times
+// one that only the device knows, so that nobody waits for it. Kernels read it here alone.
+struct HiddenFactor {
+  float value;
+  const float* factor;  // or null
+
+  LORA_EXT_DEVICE float get() const { return factor ? value * *factor : value; }
+};
+
+// A matrix as tensor cores read it: 16-bit rows that begin at multiples of 16 bytes, and of a float
+// one also what rounding it to 16 bits left.
+template <class T>
+struct Split {
+  Matrix<T> value;
+  const T* remainder;  // laid out like value; or null
+
+  Matrix<T> rest() const { return {remainder, value.rows, value.columns, value.stride}; }
+  // `count` columns from `first`
+  Split columns(int64_t first, int64_t count) const {
+    return {{value.data + first, value.rows, count, value.stride},
+            remainder ? remainder + first : nullptr};
+  }
+  Split rows(int64_t first, int64_t count) const {
+    const int64_t skipped = first * value.stride;
+    return {{value.data + skipped, count, value.columns, value.stride},
+            remainder ? remainder + skipped : nullptr};
+  }
+};
+
+// [count, rows, columns] in float, to be added in their order; data null where nothing was wanted.
+struct Parts {
+  float* data;
+  int count;
+};
+
+template <class T>
+struct UpGrad {
+  Matrix<T> dy;  // [M, N]
+  Split<T> B;    // [N, r]
+  Split<T> h;    // [M, r]; data null if dB is not wanted
+  bool wants_dh;
+};
+
+struct UpGradParts {
+  Parts dh;  // of dy B [M, r]
+  Parts dB;  // of dy^T h [N, r]
+};
+
+template <class T>
+struct Family {
+  // dropout(x) A^T [M, r] without dropout's factor, in parts
+  Parts (*down)(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout,
+                const Allocator& scratch, Stream stream);
+  UpGradParts (*up_grad)(const UpGrad<T>& call, const Allocator& scratch, Stream stream);
+  // dh^T dropout(x) [r, K] without dropout's factor, in parts
+  Parts (*down_grad)(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
+                     const Allocator& scratch, Stream stream);
+  void (*product)(const Product<T>& call, BLayout layout, Stream stream);
+};
+
+namespace sm80 {
+
+template <class T>
+Parts launch_down(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout,
+                  const Allocator& scratch, Stream stream);
+template <class T>
+UpGradParts launch_up_grad(const UpGrad<T>& call, const Allocator& scratch, Stream stream);
+template <class T>
+Parts launch_down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
+                       const Allocator& scratch, Stream stream);
+template <class T>
+void launch_product(const Product<T>& call, BLayout layout, Stream stream);
+
+template <class T>
+constexpr Family<T> kFamily{&launch_down<T>, &launch_up_grad<T>, &launch_down_grad<T>,
+                            &launch_product<T>};
+
+}  // namespace sm80
+
+// For matrices whose rows TMA can read, and whose numbers of columns are multiples of 8:
+// cuda/lora_linear_path.h takes this family for no others.
+namespace sm90 {
+
+template <class T>
+Parts launch_down(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout,
+                  const Allocator& scratch, Stream stream);
+template <class T>
+UpGradParts launch_up_grad(const UpGrad<T>& call, const Allocator& scratch, Stream stream);
+template <class T>
+Parts launch_down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
+                       const Allocator& scratch, Stream stream);
+template <class T>
+void launch_product(const Product<T>& call, BLayout layout, Stream stream);
+
+template <class T>
+constexpr Family<T> kFamily{&launch_down<T>, &launch_up_grad<T>, &launch_down_grad<T>,
+                            &launch_product<T>};
+
+}  // namespace sm90
+
+}  // namespace lora_ext

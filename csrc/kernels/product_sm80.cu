@@ -1,0 +1,9 @@
+// The product of the sm_80 family, compiled once for each type of the base (LORA_EXT_BASE).
+#include "launch_product_sm80.h"
+
+namespace lora_ext::sm80 {
+
+using Base = LORA_EXT_BASE;
+template void launch_product(const Product<Base>&, BLayout, Stream);
+
+}  // namespace lora_ext::sm80
