@@ -185,10 +185,10 @@ def lora_update(
     Args: as for `lora_linear`. Returns [..., out_features], dtype of x.
     """
     if rng_state is None:
-        dropped = torch.nn.functional.dropout(x.to(lora_A.dtype), dropout_p)
+        d = torch.nn.functional.dropout(x.to(lora_A.dtype), dropout_p)
     else:
-        dropped = dropout(x, rng_state, dropout_p).to(lora_A.dtype)
-    update = dropped @ lora_A.t() @ lora_B.t()
+        d = dropout(x, rng_state, dropout_p).to(lora_A.dtype)
+    update = d @ lora_A.t() @ lora_B.t()
     if lora_bias is not None:
         update = update + lora_bias
     return (update * scaling).to(x.dtype)

@@ -40,8 +40,8 @@ def lora_linear(
     dtype, its result in that of x.
     """
     y = torch.nn.functional.linear(x, weight, bias)
-    dropped = dropout(x.to(lora_A.dtype), dropout_p, mask)
-    low_rank = dropped @ lora_A.t() @ lora_B.t()
+    d = dropout(x.to(lora_A.dtype), dropout_p, mask)
+    low_rank = d @ lora_A.t() @ lora_B.t()
     if lora_bias is not None:
         low_rank = low_rank + lora_bias
     return y + (low_rank * scaling).to(y.dtype)
@@ -80,8 +80,8 @@ def dora_linear(
     if mask is None:
         y: Tensor = factor.to(x.dtype) * torch.nn.functional.linear(x, direction)
     else:
-        dropped = dropout(x, dropout_p, mask)
-        low_rank = dropped @ lora_A.t() @ lora_B.t() * scaling
-        base = (factor - 1) * torch.nn.functional.linear(dropped, weight)
+        d = dropout(x, dropout_p, mask)
+        low_rank = d @ lora_A.t() @ lora_B.t() * scaling
+        base = (factor - 1) * torch.nn.functional.linear(d, weight)
         y = torch.nn.functional.linear(x, weight) + base + factor * low_rank
     return y if bias is None else y + bias

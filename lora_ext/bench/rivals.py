@@ -147,23 +147,23 @@ class _AddmmFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dropped: Tensor | None, weight: Tensor, lora_A: Tensor, lora_B: Tensor
+        ctx: Any, x: Tensor, d: Tensor | None, weight: Tensor, lora_A: Tensor, lora_B: Tensor
     ) -> Tensor:
-        ctx.has_dropout = dropped is not None
-        dropped = x if dropped is None else dropped
-        h = dropped @ lora_A.T  # [M, r]
+        ctx.has_dropout = d is not None
+        d = x if d is None else d
+        h = d @ lora_A.T  # [M, r]
         y = F.linear(x, weight)  # [M, N]
         y.addmm_(h, lora_B.T, alpha=SCALING)
-        ctx.save_for_backward(dropped, h, weight, lora_A, lora_B)
+        ctx.save_for_backward(d, h, weight, lora_A, lora_B)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grad_outputs
-        dropped, h, weight, lora_A, lora_B = ctx.saved_tensors
+        d, h, weight, lora_A, lora_B = ctx.saved_tensors
         dh = SCALING * (dy @ lora_B)  # [M, r]
         dB = SCALING * (dy.T @ h)  # [N, r]
-        dA = dh.T @ dropped  # [r, K]
+        dA = dh.T @ d  # [r, K]
         dx = dy @ weight  # [M, K]
         if ctx.has_dropout:
             return dx, dh @ lora_A, None, dA, dB
@@ -181,9 +181,9 @@ class AddmmLora(nn.Module):
         self.lora_B = nn.Parameter(problem.lora_B.clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        dropped = F.dropout(x, self.p) if self.p else None
+        d = F.dropout(x, self.p) if self.p else None
         lora_linear: Callable[..., Tensor] = _AddmmFunction.apply
-        return lora_linear(x, dropped, self.weight, self.lora_A, self.lora_B)
+        return lora_linear(x, d, self.weight, self.lora_A, self.lora_B)
 
 
 def _build_addmm(problem: Problem) -> Contender:

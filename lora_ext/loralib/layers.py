@@ -71,8 +71,8 @@ class _LinearBase(MergingLayer, nn.Linear):
         if dropout_p is not None:
             call = x, weight, self.bias, self.lora_A, lora_B
             return lora_linear(*call, scaling=self.scaling, dropout_p=dropout_p)
-        dropped = self.lora_dropout(x)
-        update = lora_update(dropped, self.lora_A, lora_B, scaling=self.scaling)
+        d = self.lora_dropout(x)
+        update = lora_update(d, self.lora_A, lora_B, scaling=self.scaling)
         return F.linear(x, weight, self.bias) + update
 
     def dropout_p(self) -> float | None:

@@ -170,9 +170,9 @@ class LoraConv(LoraLayer, _ConvNd):
 
     def _update(self, x: Tensor, stack: LowRank) -> Tensor:
         """scaling * conv1x1(conv(dropout(x), lora_A), lora_B), in the adapters' dtype."""
-        dropped = F.dropout(x.to(stack.lora_A.dtype), stack.dropout_p)
+        d = F.dropout(x.to(stack.lora_A.dtype), stack.dropout_p)
         convolve = self._convolve_ungrouped if self._is_ungrouped(stack.lora_A) else self._convolve
-        hidden = convolve(dropped, stack.lora_A, None)
+        hidden = convolve(d, stack.lora_A, None)
         scaled = stack.lora_B if stack.scaling == 1.0 else stack.lora_B * stack.scaling
         return type(self)._CONVOLVE(hidden, scaled, groups=self.groups)
 

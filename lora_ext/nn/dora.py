@@ -83,7 +83,7 @@ class Dora(LoraVariant[Layer]):
 
     def explain(self, layer: Layer, tokens: int) -> str:
         assert isinstance(layer, LoraLayer)
-        if not _dropped(layer):
+        if not _with_dropout(layer):
             return "DoRA scales y, and dy, in one more pass"
         return "DoRA with dropout needs a second base product, forward and backward"
 
@@ -125,19 +125,19 @@ class LinearDora(Dora[Linear]):
                     scaling=low_rank.scaling, dropout_p=dropout_p[name], rng_state=rng_state,
                 )  # fmt: skip
                 continue
-            dropped = dropout(x, rng_state, dropout_p[name])
+            d = dropout(x, rng_state, dropout_p[name])
             y = add(y, low_rank, rng_state)
-            y = y + column_scale(torch.nn.functional.linear(dropped, weight), g - 1)
+            y = y + column_scale(torch.nn.functional.linear(d, weight), g - 1)
         assert y is not None
         return y
 
     def explain(self, layer: Linear, tokens: int) -> str:
-        dropped, dense = _dropped(layer), super().explain(layer, tokens)
-        if not dropped:
+        drops, dense = _with_dropout(layer), super().explain(layer, tokens)
+        if not drops:
             return dense
-        dropout_p = layer.adapters[dropped[0]].lora_dropout
+        dropout_p = layer.adapters[drops[0]].lora_dropout
         path, reason = dora_linear_path(layer.weight, dropout_p, tokens)
-        if path and dropped != [layer._running[0]]:
+        if path and drops != [layer._running[0]]:
             path, reason = "", "another adapter runs before it"
         return f"DoRA with dropout: {reason}" if path else f"{dense}: {reason}".rstrip(": ")
 
@@ -159,9 +159,9 @@ class ConvDora(Dora[LoraConv]):
             if p == 0.0:
                 y = g * (y + layer._update(x, low_rank))
                 continue
-            dropped = torch.nn.functional.dropout(x, p)
-            update = layer._update(dropped, low_rank._replace(dropout_p=0.0))
-            y = y + (g - 1) * layer._convolve(dropped, layer.weight, None) + g * update
+            d = torch.nn.functional.dropout(x, p)
+            update = layer._update(d, low_rank._replace(dropout_p=0.0))
+            y = y + (g - 1) * layer._convolve(d, layer.weight, None) + g * update
         if layer.bias is not None:
             y = y + layer.bias.view(channels)
         return y.to(dtype)
@@ -208,7 +208,7 @@ def _dropout_p(layer: LoraLayer) -> dict[str, float]:
     return {n: layer.adapters[n].lora_dropout if layer.training else 0.0 for n in layer._running}
 
 
-def _dropped(layer: LoraLayer) -> list[str]:
+def _with_dropout(layer: LoraLayer) -> list[str]:
     """Those of them that are of DoRA, and have dropout now."""
     dropout_p = _dropout_p(layer)
     return [n for n in layer._running if layer.adapters[n].use_dora and dropout_p[n] > 0.0]
