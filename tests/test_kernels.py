@@ -91,12 +91,13 @@ def check(
     family: str = "sm80",
     base: bool = True,
     transposed: bool = False,
+    has: Options | None = None,
 ) -> None:
     """Forward and backward of one problem under one schedule; `base`: with the base product;
-    `transposed`: the weight lies as [K, N]."""
+    `transposed`: the weight lies as [K, N]; `has`: other options than those of so many rows."""
     M, K, N, r = size
     dtype, adapter = (DTYPES[name] for name in (types.split("-") * 2)[:2])
-    has = OPTIONS.get(M, Options())
+    has = has or OPTIONS.get(M, Options())
     kernels.gpu(GPUS[family], has.processors)
     p = make_problem(
         (M,), K, N, r, dtype=dtype, adapter_dtype=adapter, dropout_p=dropout_p, bias=has.bias
