@@ -17,7 +17,7 @@ from lora_ext.adapters.plan import only_on
 from lora_ext.adapters.targets import saved_modules
 from lora_ext.arguments import names_of, refuse, warn
 from lora_ext.nn import Embedding, LoraLayer
-from lora_ext.nn.adapter import check_adapter_name, variant_of
+from lora_ext.nn.adapter import VARIANTS, check_adapter_name, variant_of
 from lora_ext.nn.init import mutates_weight
 from lora_ext.nn.transaction import Transaction
 
@@ -157,8 +157,7 @@ def _check_combinable(model: AdaptedModel, names: Sequence[str]) -> None:
     for name in names:
         if flag := variant_of(model.peft_config[name]):
             raise ValueError(
-                f"{where}: '{name}' is more than a low-rank product ({flag}), which cannot be "
-                "combined"
+                f"{where}: '{name}' is of {VARIANTS[flag]} ({flag}), which cannot be combined"
             )
         if model.peft_config[name].target_parameters:
             raise ValueError(f"{where}: '{name}' has target_parameters, which cannot be combined")
