@@ -176,7 +176,7 @@ DOCUMENTED: tuple[Exempt, ...] = (
     (
         ("combine",),
         "a magnitude cannot be combined; PEFT leaves it out",
-        lambda _, text: "is of DoRA (use_dora), which cannot be combined" in text,
+        lambda _, text: "uses DoRA (use_dora), which cannot be combined" in text,
     ),
     (
         ("combine",),

@@ -157,7 +157,7 @@ def _check_combinable(model: AdaptedModel, names: Sequence[str]) -> None:
     for name in names:
         if flag := variant_of(model.peft_config[name]):
             raise ValueError(
-                f"{where}: '{name}' is of {VARIANTS[flag]} ({flag}), which cannot be combined"
+                f"{where}: '{name}' uses {VARIANTS[flag]} ({flag}), which cannot be combined"
             )
         if model.peft_config[name].target_parameters:
             raise ValueError(f"{where}: '{name}' has target_parameters, which cannot be combined")
