@@ -309,15 +309,15 @@ inline const int planted_mistake = planted_text ? std::atoi(planted_text) : 0;
 SCRIPT = """
 import itertools, sys
 from pathlib import Path
-import test_kernels
+import kernel_checks
 from emulated import COMPLETIONS, EmulatedKernels
 kernels = EmulatedKernels.load(Path(sys.argv[1]))
 print("loaded", flush=True)
-few = (37, 192, 200, 16), test_kernels.Options(bias=False, processors=132)
-many = (364, 200, 72, 8), test_kernels.Options(h=False, processors=1)
+few = (37, 192, 200, 16), kernel_checks.Options(bias=False, processors=132)
+many = (364, 200, 72, 8), kernel_checks.Options(h=False, processors=1)
 for (size, has), schedule in itertools.product([few, many],
                                                itertools.product(COMPLETIONS, range(4))):
-    test_kernels.check(kernels, size, "bf16", 0.1, schedule, has=has)
+    kernel_checks.check(kernels, size, "bf16", 0.1, schedule, has=has)
 print("no mistake noticed")
 """
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable
-from typing import NamedTuple
 
 import pytest
 import torch
-from emulated import COMPLETIONS, GPUS, TYPES, EmulatedKernels, Launch
-from problems import exact_results, expected_sizes, kernel_bound, make_problem, plain_results, rms
+from emulated import COMPLETIONS, GPUS, TYPES, EmulatedKernels
+from kernel_checks import OPTIONS, Options, check
+from problems import make_problem, rms
 
 import lora_ext
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # M, K, N, r. Every size meets every type and dropout, so every value does; and every two values of
 # a family meet in PAIRS.
 SIZES = {
@@ -46,99 +45,12 @@ PAIRS = [
     for (i, K), (j, N) in itertools.product(enumerate(values), repeat=2)
 ]
 
-
-class Options(NamedTuple):
-    """What a call has besides its sizes and types."""
-
-    bias: bool = True
-    factor: bool = True  # the scaling is a tensor's, too
-    h: bool = True  # kept for backward, which makes it again otherwise
-    processors: int = 3
-
-    def __str__(self) -> str:
-        words = [name for name in ("bias", "factor", "h") if getattr(self, name)]
-        return ",".join([*words, f"{self.processors}SM"])
-
-
-# Of the calls with so many rows; of all others the default
-OPTIONS = {
-    1: Options(factor=False, processors=132),
-    37: Options(bias=False, processors=1),
-    130: Options(h=False),
-    200: Options(h=False),
-}
+SCHEDULES = [(completion, seed) for seed in range(4) for completion in COMPLETIONS]
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernels:
     return EmulatedKernels.build(tmp_path_factory.mktemp("kernels"))
-
-
-def check_instructions(launches: list[Launch], tma: list[bool]) -> None:
-    """Which of the launches that copy and multiply do it by TMA and wgmma, and nothing else."""
-    busy = [launch for launch in launches if launch != (0, 0, 0, 0)]
-    for launch, wanted in zip(busy, tma, strict=True):
-        assert (launch.tma_bytes > 0, launch.wgmma > 0) == (wanted, wanted)
-        assert (launch.copied_bytes + launch.mma == 0) == wanted
-
-
-def check(
-    kernels: EmulatedKernels,
-    size: tuple[int, int, int, int],
-    types: str,
-    dropout_p: float,
-    schedule: tuple[str, int],
-    family: str = "sm80",
-    base: bool = True,
-    transposed: bool = False,
-    has: Options | None = None,
-) -> None:
-    """Forward and backward of one problem under one schedule; `base`: with the base product;
-    `transposed`: the weight lies as [K, N]; `has`: other options than those of so many rows."""
-    M, K, N, r = size
-    dtype, adapter = (DTYPES[name] for name in (types.split("-") * 2)[:2])
-    has = has or OPTIONS.get(M, Options())
-    kernels.gpu(GPUS[family], has.processors)
-    p = make_problem(
-        (M,), K, N, r, dtype=dtype, adapter_dtype=adapter, dropout_p=dropout_p, bias=has.bias
-    )
-    if not base:
-        p.weight.data.zero_()
-    kernels.schedule(*schedule)
-    factor = torch.tensor(4.0) if has.factor else None
-    scaling = p.scaling if factor is None else p.scaling / 4
-    options = {"scaling": scaling, "scaling_factor": factor}
-    options |= {"dropout_p": dropout_p, "rng_state": p.rng_state}
-    x, weight, bias, A, B, _ = (t if t is None else t.detach() for t in p.operands)
-    bias = bias if bias is None else bias.float()
-    weight = weight.t().contiguous().t() if transposed else weight
-    weight = weight if base else None
-    kernels.take_launches()
-    y, h = kernels.forward(x, weight, bias, A, B, **options)
-    forward = kernels.take_launches()
-    dx, dA, dB = kernels.backward(p.dy, x, h if has.h else None, weight, A, B, **options)
-    backward = kernels.take_launches()
-    # TMA reads x, dy and weight where all their rows begin at multiples of 16 bytes.
-    tma = family == "sm90" and K % 8 == 0 and N % 8 == 0
-    assert kernels.path == f"cuda fused {'sm_90a' if tma else 'sm_80'}"
-    down = [tma] * -(-r // (128 if tma else 64))  # h; computed anew if it is not given
-    up_ranks = 32 if GPUS[family] == 86 and N > 64 else 64
-    passes = [tma] * (-(-r // up_ranks) + -(-r // 64))
-    check_instructions(forward, [*down, tma])
-    check_instructions(backward, [*([] if has.h else down), *passes, tma])
-    want, sizes, plain = exact_results(p), expected_sizes(p), plain_results(p)
-    for name, got in (("y", y), ("x", dx), ("lora_A", dA), ("lora_B", dB)):
-        bound = kernel_bound(p, got.dtype)
-        error = rms(got.double() - want[name])
-        assert error <= bound * sizes[name], name
-        if base and got.dtype == x.dtype:
-            # Of plain PyTorch on the CPU. The RMS of n roundings tells their size to 1 / sqrt(2 n),
-            # four times of which both may be off.
-            noise = 1 + 8 / (2 * got.numel()) ** 0.5
-            assert error <= noise * rms(plain[name].double() - want[name]), name
-
-
-SCHEDULES = [(completion, seed) for seed in range(4) for completion in COMPLETIONS]
 
 
 def readable(value: object) -> str | None:

@@ -16,6 +16,7 @@ import itertools, os, sys
 del os.environ["LD_PRELOAD"]  # for this process, not for the compiler
 from pathlib import Path
 import test_kernels
+from kernel_checks import check
 from emulated import COMPLETIONS, TYPES, EmulatedKernels
 options = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 kernels = EmulatedKernels.build(Path(sys.argv[1]), *options)
@@ -24,7 +25,7 @@ for size, types, (seed, family) in itertools.product(
     sizes, TYPES.values(), enumerate(test_kernels.SIZES)
 ):
     completion = COMPLETIONS[(size[0] + seed) % 3]
-    test_kernels.check(kernels, size, types, 0.1, (completion, seed), family)
+    check(kernels, size, types, 0.1, (completion, seed), family)
 print("clean")
 """
 

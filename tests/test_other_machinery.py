@@ -66,7 +66,7 @@ def test_a_model_that_is_offloaded_with_its_adapters() -> None:
     for change in (model.merge_adapter, model.merge_and_unload, model.unload):
         with pytest.raises(ValueError, match="remove_hook_from_module"):
             change()
-    with pytest.raises(ValueError, match="read the layer's weight, but a hook offloads it"):
+    with pytest.raises(ValueError, match="reads the layer's weight, but a hook offloads it"):
         model.add_adapter("dora", LoraConfig(r=2, target_modules=["1"], use_dora=True))
     model.add_adapter("second", ALL)
     model.set_adapter(["default", "second"])

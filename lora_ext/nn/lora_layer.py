@@ -142,9 +142,9 @@ class LoraLayer(DefaultAdapter, RunningLayer):
             variant is not None and variant.READS_WEIGHT
         )
         if needs_weight and base.device.type == "meta" and device.type != "meta":
+            asked = f"{flag}=True" if variant else f"init_lora_weights={chosen.init_lora_weights!r}"
             raise ValueError(
-                f"{type(self).__name__}.add_adapter: got {flag or 'use_dora'}={bool(flag)} and "
-                f"init_lora_weights={chosen.init_lora_weights!r}, which read the layer's weight, "
+                f"{type(self).__name__}.add_adapter: got {asked}, which reads the layer's weight, "
                 "but a hook offloads it; take the hooks off first "
                 "(accelerate.hooks.remove_hook_from_module(model, recurse=True))"
             )

@@ -27,6 +27,7 @@ def layers_in_file(model: AdaptedModel, adapter_name: str) -> Iterator[tuple[str
 
 
 def saved_in_file(model: AdaptedModel, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the adapter's copies of modules to save, by their keys."""
     around = around_others(model.layers_with(adapter_name))
     own = {id(saved): name for name, saved in model.saved_modules()}
     # A module may have several names, of which the config need not mean the first.
@@ -52,6 +53,7 @@ def own_tensors(model: AdaptedModel, adapter_name: str) -> Iterator[tuple[str, T
 
 
 def expected(plan: Plan) -> Iterator[tuple[str, TensorSpec]]:
+    """What a file of the planned adapter holds, by key: its parts, and its copies of modules."""
     around = around_planned(plan)
     for planned in plan.layers.values():
         held_in = planned.layer.adapter_dtype(planned.settings)
