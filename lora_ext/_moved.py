@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import sys
-import warnings
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
-from types import FrameType, ModuleType
+from types import ModuleType
 from typing import Any
+
+from lora_ext.arguments import warn
 
 MOVED = {
     "lora_ext.nn.arguments": "lora_ext.arguments",
@@ -59,28 +60,11 @@ class _FormerName:
 
     def exec_module(self, module: ModuleType) -> None:
         now = MOVED[module.__name__]
-        _warn(f"{module.__name__} is {now} now")
+        warn(f"{module.__name__} is {now} now", DeprecationWarning)
         found = vars(importlib.import_module(now))
         vars(module).update({key: value for key, value in found.items() if key[:2] != "__"})
         module.__doc__ = f"The former name of {now}."
         _resolve_names_in(module)
-
-
-def _warn(text: str) -> None:
-    """At the line that asks, outside of the machinery of imports."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and ("importlib" in frame.f_code.co_filename or _is_here(frame)):
-        frame = frame.f_back
-    if frame is None:
-        warnings.warn(text, DeprecationWarning, stacklevel=2)
-        return
-    registry = frame.f_globals.setdefault("__warningregistry__", {})
-    where = frame.f_code.co_filename, frame.f_lineno, frame.f_globals.get("__name__")
-    warnings.warn_explicit(text, DeprecationWarning, *where, registry)
-
-
-def _is_here(frame: FrameType) -> bool:
-    return frame.f_code.co_filename == __file__
 
 
 def _resolve_names_in(module: ModuleType) -> None:
@@ -93,7 +77,7 @@ def _resolve_names_in(module: ModuleType) -> None:
         now = RENAMED.get(f"{where}.{name}")
         if now is None:
             raise AttributeError(f"module {where!r} has no attribute {name!r}")
-        _warn(f"{where}.{name} is {now} now")
+        warn(f"{where}.{name} is {now} now", DeprecationWarning)
         path, _, name = now.rpartition(".")
         return getattr(importlib.import_module(path), name)
 

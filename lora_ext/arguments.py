@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import inspect
 import itertools
 import numbers
@@ -25,6 +26,8 @@ _BETWEEN = (
     str(Path(__file__).parent),
     contextlib.__file__,
     torch.utils._contextlib.__file__,
+    importlib.__file__,
+    "<frozen importlib",
 )
 # What others call an argument of ours.
 _OTHER_NAMES = {
@@ -69,12 +72,15 @@ def refuse(where: str, argument: str, got: object, expected: str) -> NoReturn:
     raise TypeError(f"{where}: {argument}: got {describe(got)}, expected {expected}")
 
 
-def warn(text: str) -> None:
-    """A UserWarning at the line outside of this package that all calls come from."""
-    level, frame = 1, sys._getframe()
+def warn(text: str, category: type[Warning] = UserWarning) -> None:
+    """A warning at the line outside of this package that all calls, or imports, come from."""
+    frame = sys._getframe()
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_BETWEEN):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(text, stacklevel=level)
+        frame = frame.f_back
+    registry = frame.f_globals.setdefault("__warningregistry__", {})
+    where = frame.f_code.co_filename, frame.f_lineno, frame.f_globals.get("__name__")
+    # Not by a stacklevel, in which the frames of an import do not count.
+    warnings.warn_explicit(text, category, *where, registry)
 
 
 def describe(value: object) -> str:

@@ -16,6 +16,7 @@ before it made.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -33,10 +34,11 @@ from lora_ext.nn.conv import LoraConv
 from lora_ext.nn.embedding import Embedding
 from lora_ext.nn.linear import Linear
 from lora_ext.nn.lora_layer import LoraLayer
-from lora_ext.nn.variant import Layer, LoraVariant
+from lora_ext.nn.variant import LoraVariant
 from lora_ext.paths import dora_linear_path
 
 MAGNITUDE = "lora_magnitude_vector"
+Kind = TypeVar("Kind", bound=LoraLayer)
 
 
 def magnitude_scale(layer: LoraLayer, name: str) -> Tensor:
@@ -47,27 +49,24 @@ def magnitude_scale(layer: LoraLayer, name: str) -> Tensor:
     return magnitude.to(norm.dtype) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
 
-class Dora(LoraVariant[Layer]):
+class Dora(LoraVariant[Kind]):
     """What DoRA is for every kind of layer: one magnitude for each output feature."""
 
     FLAG = "use_dora"
     READS_WEIGHT = True
 
-    def part_shapes(self, layer: Layer, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
-        assert isinstance(layer, LoraLayer)
+    def part_shapes(self, layer: Kind, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
         return {MAGNITUDE: layer._weight_norm_shape()}
 
     @torch.no_grad()
-    def initialise(self, layer: Layer, adapter_name: str) -> None:
+    def initialise(self, layer: Kind, adapter_name: str) -> None:
         """Makes the magnitude the norm, so that it scales by 1."""
-        assert isinstance(layer, LoraLayer)
         layer._part(MAGNITUDE, adapter_name).copy_(layer._weight_norm(adapter_name))
 
     def merge_factors(
-        self, layer: Layer, names: Sequence[str]
+        self, layer: Kind, names: Sequence[str]
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Each DoRA adapter scales what is there."""
-        assert isinstance(layer, LoraLayer)
         factors: dict[str, Tensor] = {}
         factor: Tensor | None = None
         for name in reversed(names):
@@ -81,8 +80,7 @@ class Dora(LoraVariant[Layer]):
                 factors[name] = factor
         return factors, factor
 
-    def explain(self, layer: Layer, tokens: int) -> str:
-        assert isinstance(layer, LoraLayer)
+    def explain(self, layer: Kind, tokens: int) -> str:
         if not _with_dropout(layer):
             return "DoRA scales y, and dy, in one more pass"
         return "DoRA with dropout needs a second base product, forward and backward"
