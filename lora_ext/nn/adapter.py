@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple, Self, TypedDict
 
+import torch
 from torch import Tensor
 
 from lora_ext.arguments import as_flag, as_number, check_names, describe, suggests_names
@@ -166,6 +167,30 @@ class LowRank(NamedTuple):
     lora_bias: Tensor | None
     scaling: float
     dropout_p: float
+
+
+def stacked(adapters: Sequence[LowRank], factors: Sequence[Tensor] | None = None) -> LowRank:
+    """Adapters, whose dropout if any is the same, as one of the sum of their ranks. `factors`
+    [rows of lora_B] multiply the output features of each."""
+    # The scalings go into lora_B, and with it into float32: there they cost no accuracy.
+    compute = torch.promote_types(adapters[0].lora_A.dtype, torch.float32)
+
+    def scaled(tensor: Tensor, i: int) -> Tensor:
+        tensor = tensor.to(compute) * adapters[i].scaling
+        if factors is not None:
+            tensor = tensor * factors[i].view(-1, *[1] * (tensor.dim() - 1))
+        return tensor
+
+    biases = [
+        scaled(one.lora_bias, i) for i, one in enumerate(adapters) if one.lora_bias is not None
+    ]
+    return LowRank(
+        torch.cat([one.lora_A.to(compute) for one in adapters], 0),
+        torch.cat([scaled(one.lora_B, i) for i, one in enumerate(adapters)], 1),
+        torch.stack(biases).sum(0) if biases else None,
+        1.0,
+        adapters[0].dropout_p,
+    )
 
 
 class DefaultAdapter:

@@ -29,7 +29,7 @@ from lora_ext.functional import (
     lora_linear,
     lora_update,
 )
-from lora_ext.nn.adapter import AdapterSettings, LowRank
+from lora_ext.nn.adapter import AdapterSettings, LowRank, stacked
 from lora_ext.nn.conv import LoraConv
 from lora_ext.nn.embedding import Embedding
 from lora_ext.nn.linear import Linear
@@ -42,10 +42,13 @@ Kind = TypeVar("Kind", bound=LoraLayer)
 
 
 def magnitude_scale(layer: LoraLayer, name: str) -> Tensor:
-    """g, in the shape of the magnitude. A row of zeros has no direction: its norm counts as the
-    smallest normal number, so that its magnitude, 0 at first, keeps it zero."""
-    norm = layer._weight_norm(name)
-    magnitude: Tensor = layer._part(MAGNITUDE, name)
+    """g, in the shape of the magnitude."""
+    return scale_of(layer._part(MAGNITUDE, name), layer._weight_norm(name))
+
+
+def scale_of(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """g. A row of zeros has no direction: its norm counts as the smallest normal number, so that
+    its magnitude, 0 at first, keeps it zero."""
     return magnitude.to(norm.dtype) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
 
@@ -86,48 +89,63 @@ class Dora(LoraVariant[Kind]):
         return "DoRA with dropout needs a second base product, forward and backward"
 
 
+def dora(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: Sequence[tuple[LowRank, Tensor | None]],
+) -> Tensor:
+    """A linear layer's forward with adapters in their order, each with the g of its DoRA, or None.
+
+    x [..., in_features], weight [out_features, in_features], g [out_features] →
+    [..., out_features].
+    """
+    scaled = [i for i, (one, g) in enumerate(adapters) if g is not None and one.dropout_p == 0.0]
+    first_bias = None if scaled else bias  # the bias comes after the last scale
+
+    def add(y: Tensor | None, low_rank: LowRank, rng_state: Tensor | None = None) -> Tensor:
+        """y plus an adapter's product, or the first with the base's."""
+        A, B, lora_bias, scaling, p = low_rank
+        if y is not None:
+            return y + lora_update(x, A, B, lora_bias, scaling, p, rng_state)
+        return lora_linear(
+            x, weight, first_bias, A, B, lora_bias, scaling=scaling, dropout_p=p,
+            rng_state=rng_state,
+        )  # fmt: skip
+
+    y: Tensor | None = None
+    for i, (low_rank, g) in enumerate(adapters):
+        dropout_p = low_rank.dropout_p
+        if g is None:
+            y = add(y, low_rank)
+            continue
+        if dropout_p == 0.0:
+            y = column_scale(add(y, low_rank), g, bias if i == scaled[-1] else None)
+            continue
+        rng_state = draw_rng_state(x)
+        low_rank = stacked([low_rank], [g])
+        if y is None:
+            y = dora_linear(
+                x, weight, first_bias, low_rank.lora_A, low_rank.lora_B, g,
+                scaling=low_rank.scaling, dropout_p=dropout_p, rng_state=rng_state,
+            )  # fmt: skip
+            continue
+        d = dropout(x, rng_state, dropout_p)
+        y = add(y, low_rank, rng_state)
+        y = y + column_scale(torch.nn.functional.linear(d, weight), g - 1)
+    assert y is not None
+    return y
+
+
 class LinearDora(Dora[Linear]):
     """DoRA on a linear layer."""
 
     def forward(self, layer: Linear, x: Tensor) -> Tensor:
-        names, weight = layer._running, layer._weight_matrix()
-        dropout_p = _dropout_p(layer)
-        scaled = [n for n in names if layer.adapters[n].use_dora and dropout_p[n] == 0.0]
-        first_bias = None if scaled else layer.bias  # the bias comes after the last scale
-
-        def add(y: Tensor | None, low_rank: LowRank, rng_state: Tensor | None = None) -> Tensor:
-            """y plus an adapter's product, or the first with the base's."""
-            A, B, lora_bias, scaling, p = low_rank
-            if y is not None:
-                return y + lora_update(x, A, B, lora_bias, scaling, p, rng_state)
-            return lora_linear(
-                x, weight, first_bias, A, B, lora_bias, scaling=scaling, dropout_p=p,
-                rng_state=rng_state,
-            )  # fmt: skip
-
-        y: Tensor | None = None
-        for name in names:
-            low_rank = layer._stack([name], dropout_p[name])
-            if not layer.adapters[name].use_dora:
-                y = add(y, low_rank)
-                continue
-            g = magnitude_scale(layer, name)
-            if dropout_p[name] == 0.0:
-                y = column_scale(add(y, low_rank), g, layer.bias if name == scaled[-1] else None)
-                continue
-            rng_state = draw_rng_state(x)
-            low_rank = layer._stack([name], dropout_p[name], factors={name: g})
-            if y is None:
-                y = dora_linear(
-                    x, weight, first_bias, low_rank.lora_A, low_rank.lora_B, g,
-                    scaling=low_rank.scaling, dropout_p=dropout_p[name], rng_state=rng_state,
-                )  # fmt: skip
-                continue
-            d = dropout(x, rng_state, dropout_p[name])
-            y = add(y, low_rank, rng_state)
-            y = y + column_scale(torch.nn.functional.linear(d, weight), g - 1)
-        assert y is not None
-        return y
+        adapters = []
+        for name, p in _dropout_p(layer).items():
+            g = magnitude_scale(layer, name) if layer.adapters[name].use_dora else None
+            adapters.append((layer._stack([name], p), g))
+        return dora(x, layer._weight_matrix(), layer.bias, adapters)
 
     def explain(self, layer: Linear, tokens: int) -> str:
         drops, dense = _with_dropout(layer), super().explain(layer, tokens)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from lora_ext.nn.adapter import AdapterSettings, LowRank, part_name, variant_of
+from lora_ext.nn.adapter import AdapterSettings, LowRank, part_name, stacked, variant_of
 from lora_ext.nn.adoption import AdoptingLayer
 from lora_ext.nn.variant import AnyVariant
 
@@ -114,28 +113,22 @@ class RunningLayer(AdoptingLayer):
         """Adapters as one of the sum of their ranks: their dropout, if any, is then the same.
         `factors` [rows of lora_B] multiply an adapter's output features."""
         a, b, c = prefix + "lora_A", prefix + "lora_B", prefix + "lora_bias"
-        if len(names) == 1 and not factors:
-            name = names[0]
-            A, B, bias = self._part(a, name), self._part(b, name), self._part(c, name)
-            return LowRank(A, B, bias, self._scale_of(name, prefix), dropout_p)
-        # The scalings go into lora_B, and with it into float32: there they cost no accuracy.
-        A_parts = self._alike([self._part(a, name) for name in names])
-        compute = torch.promote_types(A_parts[0].dtype, torch.float32)
-
-        def scaled(part: str, name: str) -> Tensor:
-            tensor: Tensor = self._part(part, name).to(compute) * self._scale_of(name, prefix)
-            if factors:
-                tensor = tensor * factors[name].view(-1, *[1] * (tensor.dim() - 1))
-            return tensor
-
-        B_parts = [scaled(b, name) for name in names]
-        biases = [scaled(c, n) for n in names if self._part(c, n) is not None]
-        return LowRank(
-            torch.cat([A.to(compute) for A in A_parts], 0),
-            torch.cat(B_parts, 1),
-            torch.stack(biases).sum(0) if biases else None,
-            1.0,
-            dropout_p,
+        adapters = [
+            LowRank(
+                self._part(a, name),
+                self._part(b, name),
+                self._part(c, name),
+                self._scale_of(name, prefix),
+                dropout_p,
+            )
+            for name in names
+        ]
+        if len(adapters) == 1 and not factors:
+            return adapters[0]
+        alike = self._alike([one.lora_A for one in adapters])
+        return stacked(
+            [one._replace(lora_A=A) for one, A in zip(adapters, alike, strict=True)],
+            [factors[name] for name in names] if factors else None,
         )
 
     def _alike(self, lora_A: list[Tensor]) -> list[Tensor]:

@@ -1,0 +1,1 @@
+"""Other libraries' own objects on the operators here, one package for each."""

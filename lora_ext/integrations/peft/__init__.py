@@ -1,0 +1,27 @@
+"""PEFT's own models on the fused operators.
+
+    import lora_ext.integrations.peft as fused
+
+    fused.patch()                    # all of this process, from now on
+    fused.accelerate(model)          # or one model
+    print(fused.report(model))       # which layers run fused, and why others do not
+
+or, for one config, `config._register_custom_module({torch.nn.Linear: fused.Linear})`.
+"""
+
+from lora_ext.integrations.peft.layers import Embedding, Linear, calls
+from lora_ext.integrations.peft.patching import accelerate, is_patched, patch, unpatch
+from lora_ext.integrations.peft.report import LayerReport, Report, report
+
+__all__ = [
+    "Embedding",
+    "LayerReport",
+    "Linear",
+    "Report",
+    "accelerate",
+    "calls",
+    "is_patched",
+    "patch",
+    "report",
+    "unpatch",
+]
