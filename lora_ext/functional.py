@@ -178,11 +178,15 @@ def lora_update(
     scaling: float = 1.0,
     dropout_p: float = 0.0,
     rng_state: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`scaling * (dropout(x) @ lora_A.T @ lora_B.T + lora_bias)` in plain PyTorch, for what cannot
     join a fused call.
 
-    Args: as for `lora_linear`. Returns [..., out_features], dtype of x.
+    Args: as for `lora_linear`; dtype is that of the result, and that of x if None.
+
+    Returns: [..., out_features].
     """
     if rng_state is None:
         d = torch.nn.functional.dropout(x.to(lora_A.dtype), dropout_p)
@@ -191,7 +195,7 @@ def lora_update(
     update = d @ lora_A.t() @ lora_B.t()
     if lora_bias is not None:
         update = update + lora_bias
-    return (update * scaling).to(x.dtype)
+    return (update * scaling).to(dtype or x.dtype)
 
 
 def column_scale(z: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -74,3 +74,16 @@ def test_float32_adapters_stay_as_they_are(
     dy = p.dy.to(autocast_dtype)
     for got, want in zip(gradients(y, leaves, dy), gradients(by_hand, leaves, dy), strict=True):
         assert got.dtype == torch.float32 and torch.equal(got, want)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_adapters_that_are_added_do_not_widen_the_result(
+    weight_dtype: torch.dtype, use_dora: bool
+) -> None:
+    """Those with another dropout probability than the first are added to the result, in PyTorch."""
+    layer = lora_ext.nn.Linear(6, 4, r=2, lora_dropout=0.1, use_dora=use_dora, dtype=weight_dtype)
+    layer.add_adapter("other", r=3, lora_dropout=0.0)
+    layer.set_adapter(["default", "other"])
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert layer(torch.randn(5, 6)).dtype == torch.float16

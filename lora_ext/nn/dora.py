@@ -107,7 +107,8 @@ def dora(
         """y plus an adapter's product, or the first with the base's."""
         A, B, lora_bias, scaling, p = low_rank
         if y is not None:
-            return y + lora_update(x, A, B, lora_bias, scaling, p, rng_state)
+            update = lora_update(x, A, B, lora_bias, scaling, p, rng_state, dtype=A.dtype)
+            return (y + update).to(y.dtype)
         return lora_linear(
             x, weight, first_bias, A, B, lora_bias, scaling=scaling, dropout_p=p,
             rng_state=rng_state,

@@ -299,9 +299,14 @@ def adapted_linear(
         scaling=first.scaling,
         dropout_p=first.dropout_p,
     )
-    for other in others:
-        y = y + lora_update(x, *other)
-    return y
+    if not others:
+        return y
+    dtype = y.dtype  # under autocast another one than that of x
+    for (
+        other
+    ) in others:  # in the dtype of the adapter, float32 by default, with one rounding at the end
+        y = y + lora_update(x, *other, dtype=other.lora_A.dtype)
+    return y.to(dtype)
 
 
 # What the short way of a forward stands for, unless a subclass has its own.

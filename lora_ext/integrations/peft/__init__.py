@@ -9,11 +9,20 @@
 or, for one config, `config._register_custom_module({torch.nn.Linear: fused.Linear})`.
 """
 
-from lora_ext.integrations.peft.layers import Embedding, Linear, calls
+try:
+    import peft as _peft  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "lora_ext.integrations.peft needs peft, which is not installed: pip install peft"
+    ) from error
+
+from lora_ext.integrations.peft.layers import BASE_ALONE, FUSED, Embedding, Linear, calls
 from lora_ext.integrations.peft.patching import accelerate, is_patched, patch, unpatch
 from lora_ext.integrations.peft.report import LayerReport, Report, report
 
 __all__ = [
+    "BASE_ALONE",
+    "FUSED",
     "Embedding",
     "LayerReport",
     "Linear",

@@ -163,14 +163,16 @@ def _mixed(
         raise LeftToPeft("adapter_names with adapters of several dtypes")
     if sum(len(one.lora_A) for one in adapters) > MOST_RANKS:
         raise LeftToPeft(f"adapter_names with adapters of more than {MOST_RANKS} ranks in all")
+    with torch.autocast(x.device.type, enabled=False):  # it refuses to stack another 16-bit type
+        lora_A = torch.cat([one.lora_A for one in adapters])
+        lora_B = torch.cat([one.lora_B * one.scaling for one in adapters], 1)
     y = F.linear(x, weight, bias)
     rows = (len(names), *[1] * (x.dim() - 2), -1)
     member = torch.tensor([[n == name for name in asked] for n in names], device=x.device)
     ranks = torch.tensor([len(one.lora_A) for one in adapters], device=x.device)
     own = member.repeat_interleave(ranks, 1).view(rows)
-    h = F.linear(x.to(adapters[0].lora_A.dtype), torch.cat([one.lora_A for one in adapters]))
-    h = h.masked_fill(~own, 0.0)
-    update = F.linear(h, torch.cat([one.lora_B * one.scaling for one in adapters], 1))
+    h = F.linear(x.to(lora_A.dtype), lora_A).masked_fill(~own, 0.0)
+    update = F.linear(h, lora_B)
     for i, one in enumerate(adapters):
         if one.lora_bias is not None:
             update = update + (member[:, i].view(rows) * (one.lora_bias * one.scaling))
