@@ -36,6 +36,11 @@ _LOADER = (
         f"compile it again: {AGAIN}",
     ),
     (
+        r"ended by signal",
+        "it ends the process that loads it: its file is damaged, or compiled for another torch",
+        f"compile it again: {AGAIN}",
+    ),
+    (
         r"was built for torch",
         "it was compiled for another release of torch",
         f"compile it again for this torch: {AGAIN}",

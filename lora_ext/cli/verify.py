@@ -25,7 +25,7 @@ class Problem:
     """What is wrong.
 
     Attributes:
-        kind: "files", "config", "keys", "shape", "rank", "values" or "model".
+        kind: "files", "config", "keys", "dtype", "shape", "rank", "values" or "model".
         where: the key or the module; "" for all of it.
     """
 
@@ -50,7 +50,7 @@ def verify(folder: Path, model: Path | None) -> Answer:
     Exit code 1 if there is a problem.
 
     JSON: folder, model, ok, problems (a list of kind, where, says; kinds: files, config, keys,
-    shape, rank, values, model), notes (a list of texts), tensors and bytes (counts).
+    dtype, shape, rank, values, model), notes (a list of texts), tensors and bytes (counts).
     """
     from lora_ext.cli.adapters import HEADER, facts_of
     from lora_ext.io import open_adapter
@@ -116,7 +116,7 @@ def _contents(facts: list[TensorFacts], config: LoraConfig | None) -> Iterator[P
     """What keys and shapes have to be, by themselves and by the config."""
     from lora_ext.adapters.checkpoint.keys import PREFIX
     from lora_ext.adapters.patterns import FILE_SECONDS, in_time
-    from lora_ext.cli.by_name import adapted_modules
+    from lora_ext.cli.by_name import adapted_modules, split_key
 
     shapes = {one.key: one.shape for one in facts}
     modules = adapted_modules(shapes)
@@ -125,6 +125,9 @@ def _contents(facts: list[TensorFacts], config: LoraConfig | None) -> Iterator[P
     for key in shapes:
         if not key.startswith(PREFIX):
             yield Problem("keys", key, f"does not begin with {PREFIX!r}, as PEFT's do")
+    for one in facts:
+        if split_key(one.key) is not None and "float" not in one.dtype:
+            yield Problem("dtype", one.key, f"is {one.dtype}, expected floating-point numbers")
     for name, parts in modules.items():
         for pair in PAIRS:
             for have, lack in (pair, pair[::-1]):
@@ -172,6 +175,15 @@ def _notes(facts: list[TensorFacts], config: LoraConfig | None) -> Iterator[str]
     ups = [one for one in facts if one.key.endswith(("lora_B.weight", "lora_embedding_B"))]
     if ups and all(one.norm == 0.0 for one in ups):
         yield "every lora_B is zero: the adapter does nothing; it was never trained"
+    shapes = {one.key: one.shape for one in facts}
+    for key, A in shapes.items():
+        B = shapes.get(key.replace("lora_A.weight", "lora_B.weight"), ())
+        if key.endswith("lora_A.weight") and len(B) > 1 and A and B[1] and A[0] > B[1]:
+            yield (
+                f"{key}: has {A[0]} rows for rank {B[1]}: only a MergedLinear, or a stack of "
+                "experts, has more than one for each"
+            )
+            break
     dtypes = sorted({one.dtype for one in facts})
     if len(dtypes) > 1:
         yield f"tensors have several dtypes: {', '.join(dtypes)}"

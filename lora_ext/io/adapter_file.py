@@ -171,7 +171,7 @@ class TensorFile:
         entry = self._header.entries[key]
         return entry.end - entry.begin
 
-    def blocks(self, key: str, elements: int = 1 << 20) -> Iterator[Tensor]:
+    def blocks(self, key: str, elements: int = 1 << 18) -> Iterator[Tensor]:
         """A tensor's elements, flat, at most so many at a time: memory stays small whatever size
         a header claims."""
         entry = self._header.entries[key]
