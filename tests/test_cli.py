@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -326,7 +327,8 @@ def test_merged_model_computes_what_base_and_adapter_do(
         expected, found = adapted(**inputs).logits, merged(**inputs).logits
     assert_close(found, expected, 48)
     file = place / "llama" / "model.safetensors"
-    assert run("merge", file, place / name, tmp_path / "by name").code == 0
+    by_name = run("merge", file, place / name, tmp_path / "by name")
+    assert by_name.code == 0 and ("is merged by its name" in by_name.err) == ("embed" in name)
     same = run("diff", tmp_path / "out" / "model.safetensors", tmp_path / "by name")
     assert same.code == 0, same.out
 
@@ -571,3 +573,20 @@ def test_explain_and_verify_do_not_initialise_from_weights_that_are_not_there(
     for option in ("--adapter", "--config"):
         assert run("explain", place / "llama", option, place / "pissa").code == 0
     assert run("verify", place / "pissa", "--model", place / "llama").code == 0
+
+
+def test_only_what_needs_transformers_asks_for_it(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not installed
+    plain, file = place / "plain", place / "llama" / "model.safetensors"
+    for command in (
+        ("merge", place / "llama", plain, tmp_path / "out"),
+        ("verify", plain, "--model", place / "llama"),
+        ("explain", place / "llama"),
+    ):
+        assert "pip install transformers" in failed(*command, code=2)
+    assert run("merge", file, plain, tmp_path / "out").code == 0
+    assert run("inspect", plain).code == run("verify", plain).code == 0
+    assert run("convert", plain, tmp_path / "converted").code == run("info").code == 0
+    assert run("diff", plain, tmp_path / "converted").code == 0

@@ -153,11 +153,16 @@ def _text(data: dict[str, Any]) -> str:
     for side, key in (("A", "only_a"), ("B", "only_b")):
         lines += [f"only {side}   {name}" for name in data[key]]
     rows = [
-        (one["key"], _pair(one, "shape"), _pair(one, "dtype"), _gap(one))
+        (
+            one["key"].removeprefix("base_model.model."),
+            _pair(one, "shape"),
+            _pair(one, "dtype"),
+            _gap(one),
+        )
         for one in data["different"]
     ]
     if rows:
-        lines += ["", table(rows, ("tensor", "shape", "dtype", "difference")), ""]
+        lines += [*[""] * bool(lines), table(rows, ("tensor", "shape", "dtype", "difference")), ""]
     lines.append(f"{len(rows)} tensors differ, {data['equal']} are the same")
     return "\n".join(lines)
 

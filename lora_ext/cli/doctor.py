@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import click
 
-from lora_ext.cli.answers import Answer, telling
+from lora_ext.cli.answers import Answer, counted, telling
 
 
 @click.command(short_help="Find why lora_ext does not work here, and what helps.")
@@ -32,9 +32,7 @@ def doctor() -> Answer:
         lines.append(f"{mark:<8} {one.check}: {one.says}")
         if one.cure:
             lines.append(f"{'':<8}   -> {one.cure}")
-    count = len(problems)
-    lines.append(
-        f"{count} problem{'s' if count > 1 else ''} found" if count else "lora_ext works here"
-    )
-    data = {"problems": count, "checks": [asdict(one) for one in findings]}
+    found = f"{counted(len(problems), 'problem')} found"
+    lines.append(found if problems else "lora_ext works here")
+    data = {"problems": len(problems), "checks": [asdict(one) for one in findings]}
     return Answer(data, "\n".join(lines), ok=not problems)

@@ -9,6 +9,8 @@ import click
 # What lora_ext, torch and the system raise of bad input, whose texts are meant to be read.
 _EXPECTED = (ValueError, TypeError, OSError, ImportError, NotImplementedError, RuntimeError)
 
+_LONGEST = 900
+
 
 class WrongUse(click.ClickException):
     """What cannot be done as it was asked, exit code 2; without the line of usage."""
@@ -32,7 +34,7 @@ def sentence(error: Exception) -> str:
         text = f"{type(error).__name__}: {text}; --traceback shows where"
     if isinstance(error, ImportError) and "lora_ext" in text:
         text += "; `lora-ext doctor` says more"
-    return text
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def wants_traceback(arguments: Sequence[str]) -> bool:

@@ -43,7 +43,7 @@ def info() -> Answer:
     data = {
         "versions": {"lora_ext": lora_ext.__version__, "python": platform.python_version()}
         | {name: _version(name) for name in _PACKAGES},
-        "platform": platform.platform(),
+        "platform": " ".join((platform.system(), platform.machine(), *platform.libc_ver())),
         "folder": str(lora_ext.__path__[0]),
         "build": {name: _json_value(value) for name, value in build.items()},
         "cpu": cpu,

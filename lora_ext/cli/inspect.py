@@ -15,11 +15,11 @@ from lora_ext.cli.progress import progress
 if TYPE_CHECKING:
     from lora_ext.cli.adapters import TensorFacts
 
-_SHOWN = ("r", "lora_alpha", "lora_dropout", "bias", "task_type", "target_modules")
+_SHOWN = ("r", "lora_alpha", "lora_dropout", "bias", "target_modules")
 _IF_SET = (
     *("use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save"),
     *("target_parameters", "layers_to_transform", "layer_replication", "fan_in_fan_out"),
-    *("exclude_modules", "init_lora_weights", "base_model_name_or_path"),
+    *("exclude_modules", "task_type", "base_model_name_or_path"),
 )
 
 
@@ -84,6 +84,8 @@ def _text(folder: Path, data: dict[str, Any], facts: list[TensorFacts]) -> str:
     config = data["config"]
     names = [name for name in _SHOWN if name in config]
     names += [name for name in _IF_SET if config.get(name)]
+    if config.get("init_lora_weights", True) is not True:
+        names.append("init_lora_weights")
     rows = [(name, _value(config[name])) for name in names]
     dtypes = ", ".join(f"{count} {name}" for name, count in data["dtypes"].items())
     ranks = ", ".join(f"{rank} ({count} modules)" for rank, count in data["ranks"].items())

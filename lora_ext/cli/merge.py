@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_ext.cli.answers import Answer, size, telling
+from lora_ext.cli.answers import Answer, counted, size, telling
 from lora_ext.cli.errors import WrongUse
 from lora_ext.cli.progress import progress
 
@@ -64,8 +65,8 @@ def merge(base: Path, adapter: Path, out: Path) -> Answer:
         "base": str(base), "adapter": str(adapter), "out": str(out),
         "layers": layers, "files": files, "bytes": total,
     }  # fmt: skip
-    text = f"{out}: {len(layers)} layers merged, {len(files)} files, {size(total)}"
-    return Answer(data, text)
+    parts = (f"{counted(len(layers), 'layer')} merged", counted(len(files), "file"), size(total))
+    return Answer(data, f"{out}: {', '.join(parts)}")
 
 
 def _merge_model(base: Path, adapter: Path, out: Path) -> list[str]:
@@ -128,6 +129,13 @@ def _merge_tensors(base: Path, adapter: Path, out: Path) -> list[str]:
     model = model_of(tensors, shapes, str(base))
     tensors.clear()
     lora = LoraModel.from_pretrained(model, adapter)
+    if any("lora_embedding_" in key for key in shapes):
+        warnings.warn(
+            f"{base}: an embedding is merged by its name: where the model ties another weight to "
+            "it, that one changes too; give the folder of the model, with its config.json, to keep "
+            "them apart",
+            stacklevel=2,
+        )
     layers = _merge(lora)
     state = lora.base_model.state_dict()
     with new_folder(out) as folder, progress(f"Writing {out}"):

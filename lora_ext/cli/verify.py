@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_ext.cli.answers import Answer, telling
+from lora_ext.cli.answers import Answer, counted, telling
 from lora_ext.cli.errors import sentence
 from lora_ext.cli.progress import progress
 
@@ -90,8 +90,8 @@ def _text(
     lines = [f"PROBLEM  {p.kind}: {p.where + ': ' if p.where else ''}{p.says}" for p in problems]
     lines += [f"note     {note}" for note in notes]
     fits = f", and fits {model}" if model is not None else ""
-    number = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-    lines.append(f"{folder}: {number if problems else f'{count} tensors, all is well{fits}'}")
+    well = f"{counted(count, 'tensor')}, all is well{fits}"
+    lines.append(f"{folder}: {counted(len(problems), 'problem') if problems else well}")
     return "\n".join(lines)
 
 
@@ -178,7 +178,14 @@ def _notes(facts: list[TensorFacts], config: LoraConfig | None) -> Iterator[str]
     shapes = {one.key: one.shape for one in facts}
     for key, A in shapes.items():
         B = shapes.get(key.replace("lora_A.weight", "lora_B.weight"), ())
-        if key.endswith("lora_A.weight") and len(B) > 1 and A and B[1] and A[0] > B[1]:
+        if (
+            key.endswith("lora_A.weight")
+            and len(B) > 1
+            and A
+            and B[1]
+            and A[0] > B[1]
+            and not A[0] % B[1]
+        ):
             yield (
                 f"{key}: has {A[0]} rows for rank {B[1]}: only a MergedLinear, or a stack of "
                 "experts, has more than one for each"
