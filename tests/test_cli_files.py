@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -169,3 +170,29 @@ def test_new_folder(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "never") as folder:
         raise ZeroDivisionError
     assert sorted(path.name for path in tmp_path.iterdir()) == ["above", "empty"]
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (("q.weight", "q"), "is a tensor and a module|is no name that a module can have"),
+        (("q.weight", "a", "a.b"), "is a tensor and a module|is no name that a module can have"),
+        (("q.weight", "a..b"), "is no name that a module can have"),
+        (("q.weight", "forward.weight"), "is no name that a module can have"),
+        (("r.weight",), "has no tensor 'q.weight'"),
+    ],
+    ids=lambda one: " ".join(one) if isinstance(one, tuple) else "",
+)
+def test_names_that_no_model_can_have(tmp_path: Path, names: tuple[str, ...], says: str) -> None:
+    folder = adapter(tmp_path / "adapter", pack(ENTRIES))
+    base = tmp_path / "base.safetensors"
+    save_file({name: torch.ones(6, 8) for name in names}, base)
+    assert re.search(says, failed("merge", base, folder, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_shapes_that_do_not_tell_a_layer(tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "adapter", pack(ENTRIES))
+    base = tmp_path / "base.safetensors"
+    save_file({"q.weight": torch.ones(3, 6, 8)}, base)
+    assert "one cannot tell" in failed("merge", base, folder, tmp_path / "out")

@@ -236,6 +236,12 @@ RULES: dict[str, tuple[dict[str, Any], str, str, str]] = {
         PROBLEM,
         "newer system",
     ),
+    "environment": (
+        {"build": None, "import_error": "RuntimeError: LORA_EXT_CPU_CAPABILITY: got 'x'"},
+        "extension",
+        PROBLEM,
+        "unset the variable",
+    ),
     "anything else": (
         {"build": None, "import_error": "ImportError: oops"},
         "extension",

@@ -36,6 +36,11 @@ _LOADER = (
         f"compile it again: {AGAIN}",
     ),
     (
+        r"LORA_EXT_[A-Z_]+: got",
+        "an environment variable has a value that it does not know",
+        "unset the variable, or give it one of the values that it expects",
+    ),
+    (
         r"ended by signal",
         "it ends the process that loads it: its file is damaged, or compiled for another torch",
         f"compile it again: {AGAIN}",

@@ -72,10 +72,11 @@ def merge(base: Path, adapter: Path, out: Path) -> Answer:
 def _merge_model(base: Path, adapter: Path, out: Path) -> list[str]:
     from lora_ext.adapters import LoraModel
     from lora_ext.cli import models
-    from lora_ext.cli.adapters import task_of
+    from lora_ext.cli.adapters import check_memory, task_of
     from lora_ext.io import new_folder
 
     task = task_of(adapter)  # a damaged adapter is refused before gigabytes are read
+    check_memory(sum(one.stat().st_size for one in base.glob("*.safetensors")), f"loading {base}")
     with progress(f"Loading {base}"):
         model, missing = models.load(base, task)
     with progress(f"Loading {adapter}"):
