@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ import lora_ext
 from lora_ext import LoraConfig, LoraModel
 from lora_ext.cli.program import program
 
+Model = TypeVar("Model", bound=torch.nn.Module)
 A, B = "lora_A.weight", "lora_B.weight"
 Q = "model.layers.0.self_attn.q_proj"
 EPS32, EPS_BF16 = 2.0**-24, 2.0**-8  # units of rounding
@@ -45,7 +47,7 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def randomise(model: LoraModel) -> LoraModel:
+def randomise(model: Model) -> Model:
     """Values as after training: of everything that trains."""
     with torch.no_grad():
         for parameter in model.parameters():
@@ -345,6 +347,30 @@ def test_merge_of_a_transposed_weight(place: Path, tmp_path: Path) -> None:
     assert_close(found, expected, 32)
     file = place / "gpt2" / "model.safetensors"
     assert "fan_in_fan_out" in failed("merge", file, place / "for gpt2", tmp_path / "no")
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"bias": "all"}], ids=str)
+def test_what_peft_wrote(place: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    """PEFT rounds as often in float32: its merged weights are the same but for that."""
+    peft = pytest.importorskip("peft")
+    base = transformers.AutoModelForCausalLM.from_pretrained(place / "llama")
+    config = peft.LoraConfig(
+        r=4,
+        target_modules=["q_proj"],
+        modules_to_save=["lm_head"],
+        task_type="CAUSAL_LM",
+        **options,
+    )
+    model = randomise(peft.get_peft_model(base, config))
+    model.save_pretrained(tmp_path / "adapter")
+    assert run("verify", tmp_path / "adapter", "--model", place / "llama").code == 0
+    assert run("merge", place / "llama", tmp_path / "adapter", tmp_path / "out").code == 0
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    expected = model.merge_and_unload().state_dict()
+    assert merged.keys() == expected.keys()
+    for key, tensor in expected.items():
+        bound = 8 * EPS32 * float(tensor.abs().max())
+        torch.testing.assert_close(merged[key], tensor, rtol=0, atol=bound)
 
 
 def test_merge_by_name_keeps_shards_and_convolutions(tmp_path: Path) -> None:

@@ -120,11 +120,11 @@ def test_longest_header(tmp_path: Path) -> None:
 
 
 def test_control_sequences_of_a_file_do_not_reach_the_terminal(tmp_path: Path) -> None:
-    folder = adapter(tmp_path / "adapter", pack({"\x1b[2Jq": ENTRIES[A], B: ENTRIES[B]}))
+    folder = adapter(tmp_path / "adapter", pack({"\x1b[2Jq\nok": ENTRIES[A], B: ENTRIES[B]}))
     (folder / CONFIG_NAME).write_text(json.dumps({"peft_type": "LORA", "r": 4, "bias": "\x1b[31m"}))
     for command in ("inspect", "verify"):
         found = run(command, folder)
-        assert "?[2Jq" in found.out and "\x1b" not in found.out + found.err
+        assert "?[2Jq?ok" in found.out and "\x1b" not in found.out + found.err
 
 
 def test_tensor_file(tmp_path: Path) -> None:

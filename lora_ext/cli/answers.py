@@ -68,11 +68,16 @@ def _plain(value: Any) -> Any:
 def table(rows: Sequence[Sequence[object]], heads: Sequence[str] = ()) -> str:
     """Columns that are as wide as their widest entry."""
     lines = [list(heads), *rows] if heads else list(rows)
-    cells = [[" ".join(str(one).splitlines()) for one in line] for line in lines]
+    cells = [[one_line(str(one)) for one in line] for line in lines]
     if not cells:
         return ""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
+
+
+def one_line(text: str) -> str:
+    """What a file says, without line breaks that could pass for lines of the answer."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _printable(text: str) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_ext.cli.answers import Answer, table, telling
+from lora_ext.cli.answers import Answer, one_line, table, telling
 from lora_ext.cli.errors import WrongUse
 from lora_ext.cli.progress import progress
 
@@ -151,7 +151,7 @@ def _text(data: dict[str, Any]) -> str:
         return f"no difference in {data['equal']} tensors"
     lines = [f"config   {one['field']}: {one['a']!r} -> {one['b']!r}" for one in data["config"]]
     for side, key in (("A", "only_a"), ("B", "only_b")):
-        lines += [f"only {side}   {name}" for name in data[key]]
+        lines += [one_line(f"only {side}   {name}") for name in data[key]]
     rows = [
         (
             one["key"].removeprefix("base_model.model."),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_ext.cli.answers import Answer, counted, telling
+from lora_ext.cli.answers import Answer, counted, one_line, telling
 from lora_ext.cli.errors import sentence
 from lora_ext.cli.progress import progress
 
@@ -53,6 +53,7 @@ def verify(folder: Path, model: Path | None) -> Answer:
     dtype, shape, rank, values, model), notes (a list of texts), tensors and bytes (counts).
     """
     from lora_ext.cli.adapters import HEADER, facts_of
+    from lora_ext.errors import AdapterFileError
     from lora_ext.io import open_adapter
 
     problems, notes, facts, config = [], list[str](), list["TensorFacts"](), None
@@ -64,7 +65,7 @@ def verify(folder: Path, model: Path | None) -> Answer:
             total = sum(map(file.bytes_of, file.specs))
             with progress(f"Reading {folder}", total) as advance:
                 facts = [facts_of(file, key, advance) for key in sorted(file.specs)]
-    except ValueError as error:
+    except AdapterFileError as error:
         problems.append(Problem("files", "", sentence(error)))
     problems += _values(facts)
     if facts or not problems:
@@ -88,7 +89,7 @@ def _text(
     folder: Path, model: Path | None, problems: list[Problem], notes: list[str], count: int
 ) -> str:
     lines = [f"PROBLEM  {p.kind}: {p.where + ': ' if p.where else ''}{p.says}" for p in problems]
-    lines += [f"note     {note}" for note in notes]
+    lines = list(map(one_line, [*lines, *(f"note     {note}" for note in notes)]))
     fits = f", and fits {model}" if model is not None else ""
     well = f"{counted(count, 'tensor')}, all is well{fits}"
     lines.append(f"{folder}: {counted(len(problems), 'problem') if problems else well}")
