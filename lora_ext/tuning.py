@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -195,6 +194,8 @@ def medians(
 ) -> dict[str, float]:
     """Milliseconds of a call of each: medians over rounds in which they take turns, each called for
     about `least` milliseconds at a time."""
+
+    import statistics  # with fractions and decimal, for those who measure
 
     def timed(run: Callable[[], None], count: int) -> float:
         if device.type == "cuda":

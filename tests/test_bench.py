@@ -277,7 +277,7 @@ def test_markdown_replaces_only_what_is_between_the_markers(quick_run: Path) -> 
 def test_a_missing_package_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def without_matplotlib() -> int:
+    def without_matplotlib(arguments: object) -> int:
         raise ModuleNotFoundError(name="matplotlib")
 
     monkeypatch.setattr("lora_ext.bench.cli.main", without_matplotlib)

@@ -92,6 +92,7 @@ def test_sdist_installs_from_build_isolation(tmp_path: Path, sdist: Path) -> Non
     assert not [name for name in names if name.startswith(("tests/", "csrc/", "benchmarks/"))]
     assert len([name for name in names if name.endswith(".so")]) == 1
     assert [name for name in names if name.endswith(".dist-info/licenses/LICENSE")]
+    assert [name for name in names if name.endswith(".dist-info/entry_points.txt")]
 
     # It tells nothing of the machine that built it, and finds torch wherever that is.
     binary = tmp_path / "installed" / extension

@@ -1,16 +1,17 @@
 """Entry point of `python -m lora_ext.bench`."""
 
 import sys
+from collections.abc import Sequence
 
 OPTIONAL = ("rich", "matplotlib")
 
 
-def run() -> int:
+def run(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; tables and plots need packages that the rest of lora_ext does not."""
     try:
         from lora_ext.bench.cli import main
 
-        return main()
+        return main(arguments)
     except ModuleNotFoundError as error:
         if error.name not in OPTIONAL:
             raise

@@ -1,6 +1,13 @@
 """Adapter files: checked reading, durable and atomic writing."""
 
-from lora_ext.io.adapter_file import TensorSpec, adapter_bytes, read_adapter_tensors, read_header
+from lora_ext.io.adapter_file import (
+    TensorFile,
+    TensorSpec,
+    adapter_bytes,
+    open_tensors,
+    read_adapter_tensors,
+    read_header,
+)
 from lora_ext.io.adapter_folder import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -10,16 +17,20 @@ from lora_ext.io.adapter_folder import (
 )
 from lora_ext.io.atomic import open_files, recover, save_files
 from lora_ext.io.files import inside
+from lora_ext.io.whole_folder import new_folder
 
 __all__ = [
     "CONFIG_NAME",
     "WEIGHTS_NAME",
     "AdapterFolder",
+    "TensorFile",
     "TensorSpec",
     "adapter_bytes",
     "inside",
+    "new_folder",
     "open_adapter",
     "open_files",
+    "open_tensors",
     "read_adapter_tensors",
     "read_header",
     "recover",

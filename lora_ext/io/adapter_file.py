@@ -151,6 +151,54 @@ def read_adapter_tensors(
         return {key: _read_tensor(file, header, key, spec) for key, spec in expected.items()}
 
 
+class TensorFile:
+    """An open safetensors file whose tensors are read one by one, in blocks where they may be of
+    any size; NaN and Inf as they are. From `open_tensors`.
+
+    Attributes:
+        path: the file's.
+        specs: shape and dtype by key, in the order of the data.
+    """
+
+    def __init__(self, file: io.FileIO, max_header_bytes: int) -> None:
+        self._file, self._header = file, _read_header(file, max_header_bytes)
+        self.path = str(file.name)
+        entries = sorted(self._header.entries.items(), key=lambda item: item[1].begin)
+        self.specs = {k: TensorSpec(one.shape, frozenset({one.dtype})) for k, one in entries}
+
+    def bytes_of(self, key: str) -> int:
+        """The size of a tensor's data."""
+        entry = self._header.entries[key]
+        return entry.end - entry.begin
+
+    def blocks(self, key: str, elements: int = 1 << 18) -> Iterator[Tensor]:
+        """A tensor's elements, flat, at most so many at a time: memory stays small whatever size
+        a header claims."""
+        entry = self._header.entries[key]
+        count, place = math.prod(entry.shape), self._header.data_start + entry.begin
+        for begin in range(0, count, elements):
+            block = torch.empty(min(elements, count - begin), dtype=entry.dtype, device="cpu")
+            with typed_errors(self.path):
+                self._file.seek(place + begin * entry.dtype.itemsize)
+                read_into(self._file, block.view(torch.uint8).numpy().data)
+            yield block
+
+    def tensor(self, key: str) -> Tensor:
+        """A whole tensor, on the CPU."""
+        entry = self._header.entries[key]
+        with typed_errors(self.path):
+            return _read_data(self._file, self._header, entry)
+
+
+@contextmanager
+def open_tensors(
+    source: StrPath | io.FileIO, *, max_header_bytes: int = MAX_HEADER_BYTES
+) -> Iterator[TensorFile]:
+    """Opens a safetensors file, whatever it holds; arguments and errors as of `read_header`."""
+    with _opened(source, "open_tensors") as file:
+        yield TensorFile(file, max_header_bytes)
+
+
 def adapter_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     """The safetensors file of these tensors, byte for byte as PEFT writes it.
 
@@ -308,10 +356,7 @@ def _compare(path: str, entries: Mapping[str, _Entry], expected: Mapping[str, Te
 
 
 def _read_tensor(file: io.FileIO, header: _Header, key: str, spec: TensorSpec) -> Tensor:
-    entry = header.entries[key]
-    tensor = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")  # not the default device
-    file.seek(header.data_start + entry.begin)
-    read_into(file, tensor.reshape(-1).view(torch.uint8).numpy().data)
+    tensor = _read_data(file, header, header.entries[key])
     if not _is_finite(tensor):
         raise AdapterFileError(
             f"{file.name}: {short(key)} has NaN or Inf; its training went wrong, "
@@ -323,6 +368,13 @@ def _read_tensor(file: io.FileIO, header: _Header, key: str, spec: TensorSpec) -
             f"{file.name}: {short(key)} has values that are too large for {spec.held_in}, in which "
             "the model holds them; load with autocast_adapter_dtype=True, or into a wider model"
         )
+    return tensor
+
+
+def _read_data(file: io.FileIO, header: _Header, entry: _Entry) -> Tensor:
+    tensor = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")  # not the default device
+    file.seek(header.data_start + entry.begin)
+    read_into(file, tensor.reshape(-1).view(torch.uint8).numpy().data)
     return tensor
 
 

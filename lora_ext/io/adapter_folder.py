@@ -20,6 +20,7 @@ from lora_ext.io.adapter_file import (
     MAX_HEADER_BYTES,
     PICKLE,
     PICKLE_SUFFIXES,
+    TensorFile,
     TensorSpec,
     adapter_bytes,
     check_finite,
@@ -53,6 +54,11 @@ class AdapterFolder:
     def header(self, *, max_header_bytes: int = MAX_HEADER_BYTES) -> dict[str, TensorSpec]:
         """See `read_header`."""
         return read_header(self._weights, max_header_bytes=max_header_bytes)
+
+    def open_tensors(self, *, max_header_bytes: int = MAX_HEADER_BYTES) -> TensorFile:
+        """The tensors one by one, without a model to compare with; valid in the `with` block of
+        `open_adapter`."""
+        return TensorFile(self._weights, max_header_bytes)
 
     def tensors(self, expected: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
         """See `read_adapter_tensors`."""

@@ -1,0 +1,163 @@
+"""`lora-ext convert`: an adapter in another dtype or form."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from lora_ext.cli.answers import Answer, size, telling
+from lora_ext.cli.errors import WrongUse
+from lora_ext.cli.formats import FORMATS, LoadedAdapter, recognised
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+
+
+@click.command(short_help="Write an adapter in another dtype or form.")
+@click.argument("adapter", type=click.Path(exists=True, path_type=Path))
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--dtype", type=click.Choice(_DTYPES), help="That of all its tensors.")
+@click.option(
+    "--initial",
+    type=_FOLDER,
+    help="For pissa and olora: the adapter as it was right after its initialisation. Writes a "
+    "plain adapter of twice the rank, for the original base.",
+)
+@click.option(
+    "--no-embeddings",
+    is_flag=True,
+    help="Leave out the embeddings of the base that PEFT saves beside an adapter.",
+)
+@click.option("--from", "source", type=click.Choice(list(FORMATS)), help="Default: recognised.")
+@click.option("--to", "target", type=click.Choice(list(FORMATS)), default="peft", show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace the adapter that is in OUT.")
+@telling
+def convert(
+    adapter: Path,
+    out: Path,
+    dtype: str | None,
+    initial: Path | None,
+    no_embeddings: bool,
+    source: str | None,
+    target: str,
+    overwrite: bool,
+) -> Answer:
+    """Write the adapter in ADAPTER into folder OUT, changed as the options say. Without options it
+    is the same adapter, as lora_ext writes it. Both files of OUT are replaced as one, or none.
+
+    Formats: peft (adapter_config.json and adapter_model.safetensors). Pickles (.bin) are not read:
+    they can run code.
+
+    \b
+    Examples:
+      lora-ext convert ./adapter ./adapter-bf16 --dtype bfloat16
+      lora-ext convert ./pissa ./plain --initial ./pissa-before-training
+
+    JSON: adapter, out, from, to, changes (a list of texts), tensors and bytes (counts).
+    """
+    name = source or recognised(adapter)
+    if name is None:
+        raise WrongUse(f"{adapter}: is no adapter in a known format ({', '.join(FORMATS)})")
+    if recognised(out) is not None and not overwrite:
+        raise WrongUse(f"{out}: has an adapter already; --overwrite replaces it")
+    loaded, changes = FORMATS[name].read(adapter), list[str]()
+    if no_embeddings:
+        loaded = _without_embeddings(loaded, changes)
+    if initial is not None:
+        loaded = _plain(loaded, initial, changes)
+    if dtype is not None:
+        loaded = LoadedAdapter(loaded.config, _cast(loaded.tensors, dtype, changes))
+    FORMATS[target].write(out, loaded)
+    count = sum(tensor.nbytes for tensor in loaded.tensors.values())
+    data = {
+        "adapter": str(adapter), "out": str(out), "from": name, "to": target,
+        "changes": changes, "tensors": len(loaded.tensors), "bytes": count,
+    }  # fmt: skip
+    what = "; ".join(changes) or "the same adapter"
+    return Answer(data, f"{out}: {what}; {len(loaded.tensors)} tensors, {size(count)}")
+
+
+def _cast(tensors: dict[str, Tensor], dtype: str, changes: list[str]) -> dict[str, Tensor]:
+    import torch
+
+    wanted: torch.dtype = getattr(torch, dtype)
+    result, changed = {}, 0
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dtype != wanted:
+            result[key] = tensor.to(wanted)
+            changed += 1
+            if not bool(torch.isfinite(result[key]).all()):
+                largest = float(tensor.double().abs().max())
+                raise ValueError(
+                    f"{key}: has values up to {largest:.3g}, too large for {dtype}; use bfloat16"
+                )
+        else:
+            result[key] = tensor
+    changes.append(f"{changed} tensors to {dtype}")
+    return result
+
+
+def _without_embeddings(loaded: LoadedAdapter, changes: list[str]) -> LoadedAdapter:
+    """Without the weights of embeddings that the config does not ask to save."""
+    from lora_ext.adapters.checkpoint.base_tensors import EMBEDDINGS
+    from lora_ext.cli.by_name import split_key
+
+    asked = loaded.config.get("modules_to_save") or ()
+    dropped = [
+        key
+        for key in loaded.tensors
+        if split_key(key) is None
+        and key.endswith((".weight", ".bias"))
+        and (parts := key.replace(".base_layer", "").split("."))[-2] in EMBEDDINGS
+        and not any(".".join(parts[:-1]).endswith(one) for one in asked)
+        and not (parts[-1] == "bias" and loaded.config.get("bias", "none") != "none")
+    ]
+    changes.append(f"{len(dropped)} tensors of embeddings left out")
+    kept = {key: tensor for key, tensor in loaded.tensors.items() if key not in dropped}
+    return LoadedAdapter(loaded.config, kept)
+
+
+def _plain(loaded: LoadedAdapter, initial: Path, changes: list[str]) -> LoadedAdapter:
+    """What the adapter does beyond its initial state, as `save_pretrained` converts it, in a model
+    made of its own tensors."""
+    import torch
+
+    from lora_ext.adapters import LoraModel
+    from lora_ext.adapters.checkpoint.keys import PREFIX
+    from lora_ext.cli.by_name import adapted_modules, model_of
+    from lora_ext.io import save_adapter
+    from lora_ext.nn.init import mutates_weight
+
+    kind = loaded.config.get("init_lora_weights")
+    if not isinstance(kind, (str, bool)) or not mutates_weight(kind):
+        raise WrongUse(f"--initial: its init_lora_weights is {kind!r}, expected pissa or olora")
+    shapes = {key: tuple(tensor.shape) for key, tensor in loaded.tensors.items()}
+    base: dict[str, Tensor] = {}
+    for key, tensor in loaded.tensors.items():
+        if "lora_" not in key:
+            base[key.removeprefix(PREFIX).replace(".base_layer", "")] = torch.empty_like(tensor)
+    for name, parts in adapted_modules(shapes).items():
+        ends = ("lora_A.weight", "lora_B.weight")
+        if not {*ends} <= parts or f"{name}.weight" in base:
+            continue
+        A, B = (shapes[f"{PREFIX}{name}.{end}"] for end in ends)
+        # Never written, so that it takes no memory.
+        base[f"{name}.weight"] = torch.empty(B[0], *A[1:])
+    with tempfile.TemporaryDirectory(prefix="lora_ext-") as place:
+        # Not initialised again, which would factorise weights that are not there.
+        fields = {**loaded.config, "init_lora_weights": True}
+        save_adapter(Path(place, "in"), fields, loaded.tensors)
+        model = LoraModel.from_pretrained(
+            model_of(base, shapes, "the adapter"), Path(place, "in"), autocast_adapter_dtype=False
+        )
+        model.save_pretrained(
+            Path(place, "out"), path_initial_model_for_weight_conversion=str(initial)
+        )
+        changes.append(f"{kind} to plain LoRA of twice the rank")
+        return FORMATS["peft"].read(Path(place, "out"))

@@ -1,0 +1,105 @@
+"""A folder that is there whole or not at all: for what is too large to be held in memory as the
+files of `save_files` are.
+
+The files are written into a hidden folder beside the place, synced, and the folder is renamed into
+the place, which is one step. A killed writer leaves the hidden folder, which the next one of the
+same place removes: it can tell, as the lock that a writer has on its hidden folder ends with its
+process.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from lora_ext.arguments import as_path
+from lora_ext.io.files import StrPath
+
+SUFFIX = ".lora_ext-new-"
+
+
+@contextmanager
+def new_folder(place: StrPath) -> Iterator[Path]:
+    """A folder to write files into, which becomes `place` when the `with` block ends, and is
+    removed if an exception ends it.
+
+    Raises:
+        FileExistsError: `place` is there and is no empty folder; also when it appears meanwhile.
+        OSError: it cannot be written.
+    """
+    place = Path(os.path.abspath(as_path(place, "new_folder", "place")))
+    check_free(place)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    _remove_left_behind(place)
+    folder = Path(tempfile.mkdtemp(prefix=f".{place.name}{SUFFIX}", dir=place.parent))
+    descriptor = -1
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield folder
+        # The usual modes: what mkdtemp makes, and safetensors writes, is for its owner alone.
+        usual = ~_umask()
+        for path in (folder, *folder.rglob("*")):
+            path.chmod((0o777 if path.is_dir() else 0o666) & usual)
+            _sync(path)
+        try:
+            os.rename(folder, place)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise _taken(place) from error
+        _sync(place.parent)
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_free(place: StrPath) -> None:
+    """FileExistsError if there is something: before long work is begun for it."""
+    place = Path(place)
+    if place.is_symlink() or (place.exists() and not (place.is_dir() and not any(place.iterdir()))):
+        raise _taken(place)
+
+
+def _taken(place: Path) -> FileExistsError:
+    text = "is there already, expected a name that is free, or an empty folder"
+    return FileExistsError(errno.EEXIST, text, str(place))
+
+
+def _remove_left_behind(place: Path) -> None:
+    for folder in place.parent.iterdir():
+        if not folder.name.startswith(f".{place.name}{SUFFIX}"):
+            continue
+        with suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+
+
+def _umask() -> int:
+    """Linux tells it without changing it."""
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    return 0o022
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):  # a file system that cannot
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
