@@ -98,9 +98,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the rows")
     arguments = parser.parse_args()
     load, rows = OtherLoad(), []
-    print(
-        f"{'config':6} {'dtype':20} {'p':>4} {'tokens':>7} {'PEFT ms':>9} {'patched':>9} {'ratio':>6}"
-    )
+    print(HEAD)
     for name, fields in CONFIGS.items():
         for dtype_name, (dtype, fp32_adapters) in DTYPES.items():
             for batch in arguments.batch:

@@ -76,8 +76,18 @@ def _pytest(
             raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
         if done.returncode > 1:
             print(done.stdout[-2000:])
+        if mode == "patched":
+            print(fused_share(json.loads(Path(f"{report}.calls").read_text())))
         result: dict[str, dict[str, str]] = json.loads(report.read_text())
         return result
+
+
+def fused_share(calls: dict[str, int]) -> str:
+    """How many calls of PEFT's linear layers and embeddings ran fused, of those with adapters."""
+    with_adapters = {reason: n for reason, n in calls.items() if reason != "base alone"}
+    share = with_adapters.get("fused", 0) / max(sum(with_adapters.values()), 1)
+    rows = sorted(with_adapters.items(), key=lambda row: -row[1])
+    return "\n".join([f"{share:.1%} fused", *(f"{n:7d}  {reason}" for reason, n in rows)])
 
 
 def grouped(ended: dict[str, dict[str, str]]) -> list[tuple[str, list[str]]]:

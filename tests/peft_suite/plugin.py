@@ -65,3 +65,8 @@ def pytest_sessionfinish(session: Any) -> None:
     if path and not hasattr(session.config, "workerinput"):
         with open(path, "w") as file:
             json.dump(_ended, file, indent=1, sort_keys=True)
+        if os.environ["PEFT_SUITE_MODE"] == "patched":
+            from lora_ext.integrations.peft import calls
+
+            with open(f"{path}.calls", "w") as file:
+                json.dump(calls, file)
