@@ -157,6 +157,35 @@ def test_as_a_custom_module_of_a_config() -> None:
     close(model.merge_and_unload()(x), y)
 
 
+def test_configs_of_lora_ext_as_those_of_peft() -> None:
+    fields = {"r": 5, "target_modules": ["q_proj"], "use_dora": True, "rank_pattern": {"0": 2}}
+    ours, theirs = lora_ext.LoraConfig(**fields), peft.LoraConfig(**fields)
+    assert fused.peft_config(ours).to_dict() == theirs.to_dict()
+    with pytest.raises(TypeError, match="peft_config"):
+        fused.peft_config(3)  # type: ignore[arg-type]
+
+
+def test_add_adapter_of_a_model_of_transformers(tmp_path: Path) -> None:
+    config = lora_ext.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    model, inputs = llama()
+    base = model(**inputs).logits
+    fused.patch()
+    try:
+        model.add_adapter(config, "mine")
+    except ValueError as error:
+        pytest.skip(f"transformers wants another PEFT for this: {error}")
+    adapted = model(**inputs).logits
+    assert fused.calls == {fused.FUSED: 3} and not torch.allclose(adapted, base)
+    model.disable_adapters()
+    close(model(**inputs).logits, base)
+    model.enable_adapters()
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(llama()[0], tmp_path)
+    close(again(**inputs).logits, adapted)
+    fused.unpatch()
+    close(model(**inputs).logits, adapted)
+
+
 # What runs
 
 

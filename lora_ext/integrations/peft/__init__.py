@@ -16,6 +16,7 @@ except ImportError as error:
         "lora_ext.integrations.peft needs peft, which is not installed: pip install peft"
     ) from error
 
+from lora_ext.integrations.peft.config import peft_config
 from lora_ext.integrations.peft.layers import BASE_ALONE, FUSED, Embedding, Linear, calls
 from lora_ext.integrations.peft.patching import accelerate, is_patched, patch, unpatch
 from lora_ext.integrations.peft.report import LayerReport, Report, report
@@ -31,6 +32,7 @@ __all__ = [
     "calls",
     "is_patched",
     "patch",
+    "peft_config",
     "report",
     "unpatch",
 ]

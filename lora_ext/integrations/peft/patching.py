@@ -6,15 +6,17 @@ from typing import Any, TypeVar
 
 from peft.tuners.lora import layer as peft_layer
 from torch import nn
+from transformers.integrations.peft import PeftAdapterMixin
 
 from lora_ext.arguments import check_module
-from lora_ext.integrations.peft import layers
+from lora_ext.integrations.peft import config, layers
 
 Model = TypeVar("Model", bound=nn.Module)
-# PEFT's class, its own forward, and that with the operators here.
-_PATCHES: tuple[tuple[Any, Any, Any], ...] = (
-    (peft_layer.Linear, layers.PEFT_LINEAR_FORWARD, layers.linear_forward),
-    (peft_layer.Embedding, layers.PEFT_EMBEDDING_FORWARD, layers.embedding_forward),
+# A class, what is replaced in it, its own, and that of lora_ext.
+_PATCHES: tuple[tuple[Any, str, Any, Any], ...] = (
+    (peft_layer.Linear, "forward", layers.PEFT_LINEAR_FORWARD, layers.linear_forward),
+    (peft_layer.Embedding, "forward", layers.PEFT_EMBEDDING_FORWARD, layers.embedding_forward),
+    (PeftAdapterMixin, "add_adapter", config.TRANSFORMERS_ADD_ADAPTER, config.add_adapter),
 )
 _ACCELERATED: dict[Any, Any] = {
     peft_layer.Linear: layers.Linear,
@@ -25,40 +27,42 @@ _ACCELERATED: dict[Any, Any] = {
 def patch() -> None:
     """Lets PEFT's LoRA layers run the fused operators in this process: those of models that are
     there and of models to come, loaded ones too. What cannot be fused PEFT runs as before, and
-    `report` says why. State dicts, hooks, autocast and repr are PEFT's. Patching twice is as once.
+    `report` says why. State dicts, hooks, autocast and repr are PEFT's. `add_adapter` of a model of
+    transformers takes a `lora_ext.LoraConfig` too. Patching twice is as once.
 
     Code that torch.compile made before goes on as it was.
 
     Raises:
-        RuntimeError: something else has replaced a forward of PEFT's.
+        RuntimeError: something else has replaced one of these functions.
     """
-    _replace("patch", {ours: True for _, _, ours in _PATCHES})
+    _replace("patch", patched=True)
 
 
 def unpatch() -> None:
     """Takes back what `patch` did.
 
     Raises:
-        RuntimeError: something else has replaced the forward since.
+        RuntimeError: something else has replaced one of these functions since.
     """
-    _replace("unpatch", {ours: False for _, _, ours in _PATCHES})
+    _replace("unpatch", patched=False)
 
 
 def is_patched() -> bool:
     """Whether `patch` is in force."""
-    return all(kind.forward is ours for kind, _, ours in _PATCHES)
+    return all(getattr(kind, name) is ours for kind, name, _, ours in _PATCHES)
 
 
-def _replace(operation: str, fused: dict[object, bool]) -> None:
-    for kind, peft, ours in _PATCHES:
-        if kind.forward not in (peft, ours):
-            module = getattr(kind.forward, "__module__", "?")
+def _replace(operation: str, patched: bool) -> None:
+    for kind, name, own, ours in _PATCHES:
+        now = getattr(kind, name)
+        if now not in (own, ours):
             raise RuntimeError(
-                f"{operation}: peft.tuners.lora.{kind.__name__}.forward: got one of {module}, "
-                "expected PEFT's own or the one of lora_ext; undo the other patch first"
+                f"{operation}: {kind.__module__}.{kind.__name__}.{name}: got one of "
+                f"{getattr(now, '__module__', '?')}, expected its own or the one of lora_ext; undo "
+                "the other patch first"
             )
-    for kind, peft, ours in _PATCHES:
-        kind.forward = ours if fused[ours] else peft
+    for kind, name, own, ours in _PATCHES:
+        setattr(kind, name, ours if patched else own)
 
 
 def accelerate(model: Model) -> Model:
