@@ -8,7 +8,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help setup demo test bench cuda-check gpu gpu-build gpu-test gpu-sanitize gpu-bench lint format clean
+.PHONY: docs help setup demo test bench cuda-check gpu gpu-build gpu-test gpu-sanitize gpu-bench lint format clean
 
 .DEFAULT_GOAL := setup
 
@@ -91,6 +91,9 @@ gpu-bench: gpu-build ## measure on the GPU; GPU_BENCH_ARGS
 # The grid of the README's table; results go where --compare finds them.
 bench: setup ## measure the table of the README; BENCH_ARGS="--quick" for a first look
 	$(BIN)/python -m lora_ext.bench $(BENCH_ARGS)
+
+docs: setup ## make the documentation's site in build/site
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/site
 
 lint: setup ## check style and types: ruff, mypy, clang-format
 	$(BIN)/ruff check .

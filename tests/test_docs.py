@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -46,3 +48,30 @@ def test_block(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             exec(compile(block, "a block of the documentation", "exec"), given())
     finally:
         fused.unpatch()
+
+
+def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
+    pytest.importorskip("myst_parser", reason="sphinx and myst-parser are not installed")
+    if not (ROOT / "docs" / "conf.py").exists():
+        pytest.skip("docs/ is not here: an installed copy is tested")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html"]
+    done = subprocess.run(
+        [*command, "docs", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "lora_linear" in (tmp_path / "reference" / "functional.html").read_text()
+
+
+def test_errors_of_the_troubleshooting_page_are_those_of_the_code() -> None:
+    page = ROOT / "docs" / "troubleshooting.md"
+    if not page.exists():
+        pytest.skip("docs/ is not here: an installed copy is tested")
+    python = [*ROOT.glob("lora_ext/**/*.py"), ROOT / "setup.py"]
+    code = re.sub(r"\{[^{}]*\}", "", "".join(path.read_text() for path in python))  # values
+    code += "".join(path.read_text() for path in ROOT.glob("csrc/**/*.cpp"))
+    code = re.sub(r"\"\s*f?\"", "", code)  # sentences over several lines
+    said = re.findall(r"^\| `([^`]+)` \|", page.read_text(), re.M)
+    assert len(said) > 12
+    torchs = {"element 0 of tensors does not require grad"}
+    missing = [text for text in said if text not in code and text not in torchs]
+    assert not missing, missing

@@ -17,7 +17,7 @@ def _check(model: nn.Module, bias: str, operation: str) -> None:
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
-    """Freezes every parameter whose name is without "lora_"; what has it keeps its requires_grad.
+    """Freezes every parameter whose name is without `lora_`; what has it keeps its requires_grad.
 
     Args:
         bias: which others train too: "none"; "all", every parameter with "bias" in its name;
@@ -41,7 +41,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
 
 
 def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
-    """The entries of `model.state_dict()` with "lora_" in their names, and the biases that `bias`
+    """The entries of `model.state_dict()` with `lora_` in their names, and the biases that `bias`
     adds as in `mark_only_lora_as_trainable`. Load it with `load_state_dict(..., strict=False)`.
 
     Raises:

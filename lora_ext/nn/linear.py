@@ -104,8 +104,8 @@ class Linear(LinearBase):
     Args:
         in_features, out_features: sizes of the last dimension of input and output.
         r: rank; 0 is a plain linear layer, without an adapter.
-        lora_alpha, lora_dropout, use_rslora, lora_bias, init_lora_weights, use_dora,
-            autocast_adapter_dtype: see `AdapterSettings`.
+        lora_alpha, lora_dropout: see `AdapterSettings`, as use_rslora, lora_bias,
+            init_lora_weights, use_dora and autocast_adapter_dtype.
         fan_in_fan_out: `weight` is stored as [in_features, out_features] (GPT-2's Conv1D).
         merge_weights: eval() merges and train() unmerges, as loralib does.
         bias: whether the base has a bias.
