@@ -22,13 +22,14 @@ from lora_ext.adapters.checkpoint.reading import (
 )
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.patterns import FILE_SECONDS, in_time
-from lora_ext.adapters.plan import Plan
+from lora_ext.adapters.plan import Plan, make_plan
 from lora_ext.adapters.targets import matches, saved_modules
 from lora_ext.arguments import as_flag, as_path
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_folder import CONFIG_NAME, AdapterFolder, open_adapter
 from lora_ext.io.files import short
-from lora_ext.nn.adapter import check_adapter_name
+from lora_ext.nn.adapter import VARIANTS, check_adapter_name
+from lora_ext.nn.sharded import has_shards, is_sharded, like, to_rest
 from lora_ext.nn.transaction import Transaction
 
 
@@ -45,6 +46,10 @@ def load_adapter(
     checked against the model before anything of the adapter's size is allocated, and nothing is
     changed if they do not fit.
 
+    Where parameters are DTensors every process reads the file, of which each keeps its part. In a
+    model of FSDP2, which cannot get new parameters, the adapter has to be there before
+    `fully_shard`, with a config like the file's, and gets its values.
+
     Args:
         is_trainable: whether it trains when it is active.
         transaction: of what else is to be done or undone with it.
@@ -54,7 +59,9 @@ def load_adapter(
             the key.
         ValueError: the name is taken, or the model is merged and the file holds biases of the base.
     """
-    check_adapter_name(adapter_name, model.peft_config, "LoraModel.load_adapter")
+    into_present = adapter_name in model.peft_config and has_shards(model)
+    if not into_present:
+        check_adapter_name(adapter_name, model.peft_config, "LoraModel.load_adapter")
     is_trainable = as_flag(is_trainable, "LoraModel.load_adapter", "is_trainable")
     path = as_path(folder, "load_adapter")
     own = Transaction() if transaction is None else transaction
@@ -64,8 +71,12 @@ def load_adapter(
         with open_adapter(path) as files:
             config = read_config(files)
             config.inference_mode = not is_trainable
-            replicate(model, config, own)
-            plan = plan_for(model, config, autocast_adapter_dtype)
+            if into_present:
+                to_rest(model)
+                plan = make_plan(model.base_model, config, autocast_adapter_dtype)
+            else:
+                replicate(model, config, own)
+                plan = plan_for(model, config, autocast_adapter_dtype)
             check_loadable(model, plan)
             file = FileTensors(files, possible_keys(model, plan))
             plan = planned_as_in(file, _tied_as_in_the_file(plan, file))
@@ -75,14 +86,46 @@ def load_adapter(
         tensors = with_plain_keys(found)
         bases.check(tensors)
         plan = grouped_where_possible(plan, tensors)
-        add_planned(model, adapter_name, plan, own)
-        _fill(model, adapter_name, tensors, file.path)
+        if into_present:
+            _check_alike(model, adapter_name, plan)
+            for key, tensor in own_tensors(model, adapter_name):
+                own.write(tensor, like(tensors[key], tensor))
+        else:
+            add_planned(model, adapter_name, plan, own)
+            _fill(model, adapter_name, tensors, file.path)
         for key, tensor in bases.targets.items():
-            own.write(tensor, tensors[key])
+            own.write(tensor, like(tensors[key], tensor))
         own.commit()
 
     with own, typed_content(path):
         in_time(FILE_SECONDS, names, load)
+
+
+def _check_alike(model: AdaptedModel, adapter_name: str, plan: Plan) -> None:
+    """ValueError unless an adapter that is there is what a plan would add, but for its values."""
+    present = {id(layer): name for name, layer in model.layers_with(adapter_name)}
+    planned = {id(one.layer): one for one in plan.layers.values()}
+    copies = {name for name, saved in model.saved_modules() if adapter_name in saved.modules_to_save}
+    for place in present.keys() ^ planned.keys():
+        name = present[place] if place in present else planned[place].name
+        there = "the model" if place in present else "the file"
+        raise ValueError(f"'{adapter_name}' has an adapter in '{name}' in {there} only")
+    if copies != set(plan.saved):
+        raise ValueError(
+            f"modules_to_save: got {sorted(plan.saved)}, expected the model's {sorted(copies)}"
+        )
+    for one in planned.values():
+        own = one.layer.adapters[adapter_name]
+        for field in _OF_THE_VALUES:
+            if getattr(own, field) != getattr(one.settings, field):
+                raise ValueError(
+                    f"'{one.name}': {field}: got {getattr(one.settings, field)}, expected that of "
+                    f"the adapter '{adapter_name}' in the model, {getattr(own, field)}"
+                )
+
+
+# Settings that the values of an adapter go with.
+_OF_THE_VALUES = ("r", "scaling", "lora_bias", *VARIANTS, "ungrouped_lora_A", "weights")
 
 
 @torch.no_grad()
@@ -92,13 +135,14 @@ def _fill(
     """Gives an adapter the values that a file has for it."""
     first: dict[tuple[int, torch.Size], str] = {}
     for key, tensor in own_tensors(model, adapter_name):
-        other = first.setdefault((tensor.data_ptr(), tensor.shape), key)
+        local = tensor.to_local() if is_sharded(tensor) else tensor
+        other = first.setdefault((local.data_ptr(), tensor.shape), key)
         if other != key and not torch.equal(tensors[other], tensors[key]):
             raise AdapterFileError(
                 f"{path}: {short(key)}: differs from {short(other)}, which is the same "
                 "module in this model; give it modules of their own"
             )
-        tensor.copy_(tensors[key])
+        tensor.copy_(like(tensors[key], tensor))
 
 
 @contextmanager
