@@ -1,4 +1,4 @@
-"""Checks that run in two processes at a time, one start for all of a file.
+"""Checks that run in several processes at a time, one start for all of a file.
 
 A file of tests defines functions `check_...()`, which every process calls, one after another, and
 
@@ -22,7 +22,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-PROCESSES = 2
 SECONDS = 240  # for all checks of a file; a process waits half a minute for another
 
 
@@ -31,18 +30,25 @@ def names_of_checks(space: Mapping[str, Any]) -> list[str]:
 
 
 @cache
-def _outcomes(file: str) -> dict[str, str]:
+def _outcomes(file: str, processes: int) -> dict[str, str]:
     """What became of each check: "" or the error, of whichever process had one."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "WORLD_SIZE": str(processes),
+        }
         output = Path(folder) / "output"
         with output.open("wb") as log:
             running = [
                 subprocess.Popen(
                     [sys.executable, file, folder, str(rank)],
-                    env=environment, stdout=log, stderr=subprocess.STDOUT,
+                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
                 )  # fmt: skip
-                for rank in range(PROCESSES)
+                for rank in range(processes)
             ]
             try:
                 for process in running:
@@ -54,7 +60,7 @@ def _outcomes(file: str) -> dict[str, str]:
                     process.kill()
                     process.wait()
         said: dict[str, str] = {"output": output.read_text(errors="replace")[-3000:]}
-        for rank in range(PROCESSES):
+        for rank in range(processes):
             path = Path(folder) / f"outcomes{rank}"
             for line in path.read_text().splitlines() if path.exists() else ():
                 for name, error in json.loads(line).items():
@@ -62,9 +68,9 @@ def _outcomes(file: str) -> dict[str, str]:
         return said
 
 
-def assert_passed(file: str, check: str) -> None:
-    """Fails with what a check said in either process."""
-    outcomes = _outcomes(file)
+def assert_passed(file: str, check: str, processes: int = 2) -> None:
+    """Fails with what a check said in any of the processes."""
+    outcomes = _outcomes(file, processes)
     assert check in outcomes, f"did not run to its end:\n{outcomes['output']}"
     assert outcomes[check] == "", outcomes[check]
 
@@ -77,7 +83,7 @@ def run_checks(space: Mapping[str, Any]) -> None:
     folder, rank = sys.argv[1], int(sys.argv[2])
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES,
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=int(os.environ["WORLD_SIZE"]),
         timeout=timedelta(seconds=30),
     )  # fmt: skip
     os.environ["LORA_EXT_TEST_FOLDER"] = folder
@@ -97,7 +103,9 @@ def run_checks(space: Mapping[str, Any]) -> None:
 def _error_of(check: Callable[[], object]) -> str:
     try:
         check()
-    except Exception:
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # pytest's failures are no Exceptions
         return traceback.format_exc()
     return ""
 

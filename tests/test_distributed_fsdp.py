@@ -3,7 +3,6 @@ and checkpointed from parts."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,13 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor
 
 import lora_ext
-import lora_ext.nn as lora
 from lora_ext import LoraConfig, LoraModel, get_lora_model
 from lora_ext.errors import AdapterFileError
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-TOKENS = torch.randint(3, tiny_models.VOCABULARY, (4, 7), generator=torch.Generator().manual_seed(1))
+TOKENS = torch.randint(
+    3, tiny_models.VOCABULARY, (4, 7), generator=torch.Generator().manual_seed(1)
+)
 
 
 def config(**options: Any) -> LoraConfig:
@@ -179,7 +179,9 @@ def check_fsdp_of_layers_of_other_kinds() -> None:
 
     def build() -> LoraModel:
         torch.manual_seed(2)
-        model = get_lora_model(Net(), LoraConfig(r=2, target_modules=names, init_lora_weights=False))
+        model = get_lora_model(
+            Net(), LoraConfig(r=2, target_modules=names, init_lora_weights=False)
+        )
         model.add_adapter("dora", LoraConfig(r=2, target_modules=["head"], use_dora=True))
         model.set_adapter(["default", "dora"])
         return model
@@ -306,7 +308,9 @@ def check_merging_parts() -> None:
     model.merge_adapter()
     whole_one.merge_adapter()
     for (name, one), (_, other) in zip(model.lora_layers(), whole_one.lora_layers(), strict=True):
-        assert isinstance(one.weight, DTensor) and torch.equal(whole(one.weight), other.weight), name
+        assert isinstance(one.weight, DTensor) and torch.equal(whole(one.weight), other.weight), (
+            name
+        )
     with torch.no_grad():
         torch.testing.assert_close(loss_of(model, TOKENS), before, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(loss_of(model, TOKENS), loss_of(whole_one, TOKENS))

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+import json
+import warnings
 from typing import Any
 
 import pytest
 import tiny_models
 import torch
 import torch.distributed as dist
+import transformers
 from processes import assert_passed, names_of_checks, run_checks, shared_folder
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -40,6 +43,7 @@ def layer_with(
 ) -> lora.Linear:
     """With adapters that are not zero."""
     torch.manual_seed(1)
+    trains_weight = options.pop("trains_weight", False)
     base = nn.Linear(K, N, bias=options.pop("bias", True), dtype=dtype)
     layer = lora.Linear.from_linear(base, r=R, lora_alpha=6, lora_dropout=p, **options)
     names = ["default", *(f"more{i}" for i in range(1, adapters))]
@@ -49,7 +53,7 @@ def layer_with(
     for name in names:
         for parameter in layer.adapter_parameters(name).values():
             nn.init.normal_(parameter, std=0.5)
-    layer.weight.requires_grad_(False)
+    layer.weight.requires_grad_(trains_weight)
     return layer
 
 
@@ -107,6 +111,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "without a bias": {"bias": False},
     "lora_bias": {"lora_bias": True},
+    "a trained weight": {"trains_weight": True},
     "three adapters": {"adapters": 3},
     "three adapters with lora_bias": {"adapters": 3, "lora_bias": True},
 }
@@ -385,6 +390,19 @@ def check_a_model() -> None:
         torch.testing.assert_close(own, parameter, rtol=1e-4, atol=1e-4)
 
 
+def check_a_model_with_a_module_to_save() -> None:
+    """The head and its copy are both divided."""
+    options: dict[str, Any] = {"target_modules": TARGETS[:-1], "modules_to_save": ["lm_head"]}
+    want, model = step(llama(**options)), divided(llama(**options))
+    got = step(model)
+    name = "base_model.lm_head.modules_to_save.default.weight"
+    assert name in got and model.get_parameter(name).placements == (Shard(0),)
+    assert_alike(got, want)
+    model.save_pretrained(shared_folder("with a head"))
+    read = load_file(shared_folder("with a head") / "adapter_model.safetensors")
+    assert read["base_model.model.lm_head.weight"].shape == (tiny_models.VOCABULARY, 32)
+
+
 def check_files_of_a_model() -> None:
     """What is saved is bit for bit what one process saves, and loads into a model that is divided
     already, before or after it has adapters."""
@@ -429,6 +447,46 @@ def check_merging_a_model() -> None:
         model.enable_adapters()
         plain_model = model.merge_and_unload()
         torch.testing.assert_close(plain_model(**inputs).logits, before, rtol=1e-4, atol=1e-5)
+
+
+def check_a_model_that_transformers_divided() -> None:
+    """Its forwards are put around the layers with adapters, in their place."""
+    folder, inputs = shared_folder("base"), tiny_models.llama()[1]
+    if dist.get_rank() == 0:
+        tiny_models.llama()[0].save_pretrained(folder)
+    dist.barrier()
+
+    def base() -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return transformers.LlamaForCausalLM.from_pretrained(folder, tp_plan="auto")
+
+    torch.manual_seed(4)
+    settings: dict[str, Any] = {"r": 4, "target_modules": TARGETS, "init_lora_weights": False}
+    model = get_lora_model(base(), LoraConfig(**settings)).train()
+    whole = llama()
+    assert sum(isinstance(p, DTensor) for p in model.parameters()) >= 3 * (7 * 3) + 3
+    assert_alike(step(model), step(whole))
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        torch.testing.assert_close(logits, whole(**inputs).logits, rtol=1e-4, atol=1e-5)
+    whole.save_pretrained(shared_folder(f"one {dist.get_rank()}"))
+    model.save_pretrained(shared_folder("transformers"))
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        one = shared_folder(f"one {dist.get_rank()}") / name
+        text, other = one.read_bytes(), (shared_folder("transformers") / name).read_bytes()
+        if name.endswith("json"):  # which knows where the base came from
+            text, other = (json.loads(t) | {"base_model_name_or_path": None} for t in (text, other))
+        assert text == other, name
+    model.merge_adapter()
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, logits, rtol=1e-4, atol=1e-5)
+    plain = model.unload()
+    assert type(plain.model.layers[0].self_attn.q_proj) is nn.Linear
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**inputs).logits, logits, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="lora_bias: got True"):
+        get_lora_model(base(), LoraConfig(r=2, target_modules=["o_proj"], lora_bias=True))
 
 
 @pytest.mark.parametrize("check", names_of_checks(globals()))

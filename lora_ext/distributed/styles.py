@@ -11,6 +11,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from lora_ext.nn import Linear, LoraLayer, MergedLinear
 from lora_ext.nn.kept_base import KeptBase
+from lora_ext.nn.modules_to_save import ModulesToSave
 from lora_ext.nn.tensor_parallel import place_layer
 
 
@@ -28,11 +29,13 @@ class ColwiseLora(ColwiseParallel):
         if isinstance(module, LoraLayer):
             place_layer(module, device_mesh, 0, self.src_data_rank)
         else:
-            super()._partition_linear_fn(name, module, device_mesh)
+            super()._partition_linear_fn(name, module, device_mesh)  # type: ignore[no-untyped-call]
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        _check_kind("ColwiseLora", module)
-        return super()._apply(module, device_mesh)
+        for one in _parts(module):
+            _check_kind("ColwiseLora", one)
+            super()._apply(one, device_mesh)
+        return module
 
 
 class RowwiseLora(RowwiseParallel):
@@ -48,11 +51,20 @@ class RowwiseLora(RowwiseParallel):
         if isinstance(module, LoraLayer):
             place_layer(module, device_mesh, 1, self.src_data_rank)
         else:
-            super()._partition_linear_fn(name, module, device_mesh)
+            super()._partition_linear_fn(name, module, device_mesh)  # type: ignore[no-untyped-call]
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        _check_kind("RowwiseLora", module)
-        return super()._apply(module, device_mesh)
+        for one in _parts(module):
+            _check_kind("RowwiseLora", one)
+            super()._apply(one, device_mesh)
+        return module
+
+
+def _parts(module: nn.Module) -> list[nn.Module]:
+    """The module itself; of a module to save what is saved, and its copies."""
+    if isinstance(module, ModulesToSave):
+        return [module.original_module, *module.modules_to_save.values()]
+    return [module]
 
 
 def _check_kind(where: str, module: nn.Module) -> None:

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from lora_ext.arguments import warn
 from lora_ext.nn.adapter import DEFAULT, part_name
+from lora_ext.nn.installed_forward import install_like
 from lora_ext.nn.mergeable import MergeableLayer
 from lora_ext.nn.sharded import is_sharded, refuse_fsdp
 
@@ -251,6 +252,7 @@ class AdoptingLayer(MergeableLayer):
                     "off (accelerate.hooks.remove_hook_from_module(model, recurse=True))"
                 )
         base = self._plain_base()
+        install_like(self, base)
         move_hook(self, base)
         return base
 

@@ -12,10 +12,11 @@ from torch.nn import Parameter
 
 from lora_ext.arguments import as_flag, check_place, check_sizes, named_x, suggests_names
 from lora_ext.functional import lora_linear, lora_update, weight_norm
+from lora_ext.nn import tensor_parallel
 from lora_ext.nn.adapter import DEFAULT, AdapterOptions, AdapterSettings, LowRank
 from lora_ext.nn.adoption import belongs_to_its_class
+from lora_ext.nn.installed_forward import install_like, installed_style, without_forward
 from lora_ext.nn.kept_base import KeptBase
-from lora_ext.nn import tensor_parallel
 from lora_ext.nn.lora_layer import LoraLayer
 from lora_ext.nn.sharded import is_sharded
 from lora_ext.paths import lora_linear_path
@@ -52,10 +53,15 @@ class LinearBase(LoraLayer, nn.Linear):
     def _from_linear(cls, linear: nn.Linear) -> Self:
         """A layer, without adapters, in the place of a linear one or over it."""
         twin = _full_name(type(linear)) in _TWINS
+        if type(linear) is nn.Linear and installed_style(linear) is not None:
+            self: Self = cls._adopt(without_forward(linear), nn.Linear)
+            self.fan_in_fan_out = False
+            install_like(linear, self)
+            return self
         if isinstance(linear, nn.Linear) and not belongs_to_its_class(
             linear, type(linear) if twin else nn.Linear
         ):
-            self: Self = cls._KEPT._over(linear, nn.Linear, any_forward=True)
+            self = cls._KEPT._over(linear, nn.Linear, any_forward=True)
         else:
             self = cls._adopt(linear, nn.Linear, any_forward=twin)
         self.fan_in_fan_out = False
@@ -255,10 +261,12 @@ class Linear(LinearBase):
 
     def _product_path(self, tokens: int) -> tuple[str, str]:
         first, *others = self.low_rank()
-        weight, lora_A, where = self._weight_matrix(), first.lora_A, ""
+        weight: Any = self._weight_matrix()
+        lora_A: Any = first.lora_A
+        where = ""
         if is_sharded(weight):
-            weight, where = weight.to_local(), "; weight of this process's part of it"
-            lora_A = lora_A.new_empty(lora_A.shape[0], weight.shape[1])
+            weight, where = weight.to_local(), f"; of this process's part {list(weight.shape)}"
+            lora_A = torch.empty_like(lora_A.to_local()[:, :1]).expand(-1, weight.shape[1])
         path, reason = lora_linear_path(weight, lora_A, first.dropout_p, tokens)
         reason += where
         if others:

@@ -103,4 +103,3 @@ def refuse_fsdp(module: nn.Module, where: str, todo: str) -> None:
             f"{where}: got a layer whose parameters FSDP2 (fully_shard) holds, expected one before "
             f"that: {todo}"
         )
-

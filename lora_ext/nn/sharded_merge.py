@@ -31,6 +31,6 @@ def write_whole(
         name: copied.get_parameter(name).detach().clone() for name in vars(draft)["_aside"]
     }
     write(copied)
-    for name, parameter in written.items():
-        if is_sharded(parameter):
-            parameter.copy_(like(copied.get_parameter(name).detach(), parameter))
+    for name, target in written.items():
+        if is_sharded(target):
+            target.copy_(like(copied.get_parameter(name).detach(), target))

@@ -19,6 +19,7 @@ Communication is DTensor's own: `redistribute`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
 
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.functional import draw_rng_state, dropout, lora_linear, lora_update
-from lora_ext.nn.adapter import AdapterSettings, LowRank, part_name, variant_of
+from lora_ext.nn.adapter import AdapterSettings, part_name, variant_of
 from lora_ext.nn.init import mutates_weight
 from lora_ext.nn.sharded import is_sharded
 from lora_ext.nn.transaction import shallow
@@ -34,8 +35,6 @@ from lora_ext.nn.transaction import shallow
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Placement
-
-    from lora_ext.nn.running_layer import RunningLayer
 
 STYLES = "lora_ext.distributed.ColwiseLora and RowwiseLora, or lora_plan(plan)"
 # Of the dimension of W [N, K] that is divided: that of each part. None is whole everywhere.
@@ -75,7 +74,12 @@ def division(layer: Any) -> Division:
 
 def check_placeable(layer: Any, settings: AdapterSettings) -> None:
     """ValueError where an adapter cannot be added beside a weight that is divided already."""
-    division(layer)
+    _, dim = division(layer)
+    if dim == 1 and settings.lora_bias and "forward" in vars(layer):
+        raise ValueError(
+            f"{type(layer).__name__}.add_adapter: lora_bias: got True, expected False: without "
+            "gradients transformers' row-wise forward would add it once for each process"
+        )
     flag = variant_of(settings)
     if flag or mutates_weight(settings.init_lora_weights):
         asked = f"{flag}=True" if flag else f"init_lora_weights={settings.init_lora_weights!r}"
@@ -128,16 +132,14 @@ def _divided(
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     placement: Placement = Replicate() if dim is None else Shard(dim)
-    parts = distribute_tensor(
-        parameter.detach(), mesh, [placement], src_data_rank=src_data_rank
-    )
+    parts = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=src_data_rank)
     return nn.Parameter(parts, requires_grad=parameter.requires_grad)
 
 
 # Calls
 
 
-def forward(layer: RunningLayer, x: Tensor) -> Tensor:
+def forward(layer: Any, x: Any) -> Tensor:
     """x [..., K], a DTensor that is whole (column-wise) or divided along K (row-wise) → y [..., N],
     a DTensor divided along N, or partial sums.
 
@@ -153,13 +155,14 @@ def forward(layer: RunningLayer, x: Tensor) -> Tensor:
             f"{where}: x: got a plain tensor, expected a DTensor beside a weight that is one; "
             f"divide layers by parallelize_module, whose hooks make it, with {STYLES}"
         )
-    weight: Any = layer._weight_matrix()
+    weight = layer._weight_matrix()
     if not layer._running:
         return nn.functional.linear(x, weight, layer.bias)
     mesh, dim = division(layer)
     if x.device_mesh != mesh:
         raise ValueError(f"{where}: x: got it on {x.device_mesh}, expected the weight's {mesh}")
-    N, K, last = *weight.shape, x.ndim - 1
+    N, K = weight.shape
+    last = x.ndim - 1
     M = x.numel() // K if K else 0
     # Whether those of lora_A, or lora_B, are summed: they are less than dh, or h.
     sums_gradient = layer._lora_variant is not None or M >= (N if dim else K)
@@ -174,7 +177,7 @@ def forward(layer: RunningLayer, x: Tensor) -> Tensor:
         y = _adapted(local, layer, x_local, mesh, dim, sums_gradient)
     if dim == 1:
         return DTensor.from_local(y, mesh, [Partial()], run_check=False)
-    shape = (*x.shape[:-1], N)
+    shape = torch.Size((*x.shape[:-1], N))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(y, mesh, [Shard(last)], run_check=False, shape=shape, stride=stride)
 
@@ -203,9 +206,9 @@ def _adapted(
                 rng_state=state,
             )
         else:
-            y = y + lora_update(x, *call, state)
+            y = y + lora_update(x, call.lora_A, call.lora_B, lora_bias, scaling, p, state)
         if not sums_gradient:
-            y = _FromHidden.apply(y, A, B, x, state, scaling, p, mesh, dim)
+            y = _with_hidden_gradient(y, A, B, x, state, scaling, p, mesh, dim)
     assert y is not None
     return y
 
@@ -244,7 +247,7 @@ def _bias(layer: Any, name: str, dim: int) -> Tensor:
     """This process's part of a bias: of partial sums the same share in each."""
     bias: DTensor = layer._parameters[name]
     local = bias.to_local()
-    return _Share.apply(local, bias.device_mesh.size()) if dim else local
+    return _share(local, bias.device_mesh.size()) if dim else local
 
 
 def _check_part(
@@ -330,7 +333,7 @@ class _FromHidden(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         A, B, x, state = ctx.saved_tensors
         dA = dB = None
@@ -356,3 +359,7 @@ class _Share(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return gradient, None
+
+
+_with_hidden_gradient: Callable[..., Tensor] = _FromHidden.apply
+_share: Callable[[Tensor, int], Tensor] = _Share.apply

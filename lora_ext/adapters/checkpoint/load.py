@@ -105,7 +105,9 @@ def _check_alike(model: AdaptedModel, adapter_name: str, plan: Plan) -> None:
     """ValueError unless an adapter that is there is what a plan would add, but for its values."""
     present = {id(layer): name for name, layer in model.layers_with(adapter_name)}
     planned = {id(one.layer): one for one in plan.layers.values()}
-    copies = {name for name, saved in model.saved_modules() if adapter_name in saved.modules_to_save}
+    copies = {
+        name for name, saved in model.saved_modules() if adapter_name in saved.modules_to_save
+    }
     for place in present.keys() ^ planned.keys():
         name = present[place] if place in present else planned[place].name
         there = "the model" if place in present else "the file"
