@@ -162,10 +162,7 @@ def main() -> None:
         if first and (step % 5 == 0 or step == options.steps - 1):
             print(f"step {step:3d}  loss {losses[-1]:.4f}", flush=True)
     if options.checkpoint:
-        states = get_state_dict(model, optimizer, options=ADAPTERS)
-        dcp.save(
-            dict(zip(("model", "optimizer"), states, strict=True)), checkpoint_id=options.checkpoint
-        )
+        dcp.save(states_of(model, optimizer), checkpoint_id=options.checkpoint)
     if options.out and (options.plan != "ddp" or first):
         model.save_pretrained(options.out)  # of shards all processes call it, and the first writes
     if first:
@@ -183,10 +180,15 @@ def main() -> None:
     dist.destroy_process_group()
 
 
+def states_of(model: LoraModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Of the adapters alone."""
+    states = get_state_dict(model, optimizer, options=ADAPTERS)
+    return dict(zip(("model", "optimizer"), states, strict=True))
+
+
 def resume(model: LoraModel, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Adapters and optimizer of a checkpoint, whatever the mesh was that wrote it."""
-    states = get_state_dict(model, optimizer, options=ADAPTERS)
-    loaded = dict(zip(("model", "optimizer"), states, strict=True))
+    loaded = states_of(model, optimizer)
     dcp.load(loaded, checkpoint_id=folder)
     set_state_dict(
         model,

@@ -1,5 +1,5 @@
-"""Four processes in a mesh of three dimensions: FSDP2 of what tensor parallelism divided, and copies
-of that."""
+"""Four processes in a mesh of three dimensions: FSDP2 of what tensor parallelism divided, and
+copies of that."""
 
 from __future__ import annotations
 

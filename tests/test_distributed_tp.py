@@ -229,7 +229,7 @@ def check_dropout_under_checkpointing() -> None:
 def check_other_seeds_in_a_group_are_refused() -> None:
     layer = parallelize_module(layer_with(p=0.5), mesh(), ColwiseLora())
     torch.manual_seed(mesh().get_local_rank())
-    with pytest.raises(ValueError, match="different dropout states.*seed them alike"):
+    with pytest.raises(ValueError, match=r"different dropout states.*seed them alike"):
         layer(torch.randn(4, K))
 
 
@@ -278,7 +278,7 @@ def check_a_base_divided_before() -> None:
         layer(x1).backward(dy)
         layer.delete_adapter("other")
         for options in ({"use_dora": True}, {"init_lora_weights": "pissa"}):
-            with pytest.raises(ValueError, match="reads the whole weight.*add the adapter first"):
+            with pytest.raises(ValueError, match=r"reads the whole weight.*add the adapter first"):
                 layer.add_adapter("more", r=2, **options)
         assert list(layer.adapters) == ["default"]
 
@@ -301,7 +301,7 @@ def check_what_is_not_placed_is_refused() -> None:
     with pytest.raises(ValueError, match=r"expected \[Shard\(0\)\] or \[Shard\(1\)\]"):
         layer(x)
     for other in (lora.Embedding(8, 4, r=2), lora.MergedLinear(8, 4, r=2, enable_lora=[True])):
-        with pytest.raises(TypeError, match="expected a lora_ext.nn.Linear"):
+        with pytest.raises(TypeError, match=r"expected a lora_ext\.nn\.Linear"):
             parallelize_module(other, mesh(), ColwiseLora())
     merged = layer_with()
     merged.merge()

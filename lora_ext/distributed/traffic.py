@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """As a context: counts the bytes of tensors that this process gives to collectives, of
-    DTensor, FSDP2 and torch.distributed's functions. What DDP sums within C++ is not seen.
+    DTensor, FSDP2, torch.distributed's functions, and DDP on the CPU. On a GPU it was not tried.
 
     A number of bytes is that of the tensor that goes in: an all-reduce of n bytes counts n,
     whatever the algorithm then sends (a ring of p processes: 2 n (p-1)/p).
