@@ -143,6 +143,30 @@ def check_fsdp_with_cpu_offload() -> None:
     model = divided(model_of(), offload_policy=CPUOffloadPolicy(pin_memory=False))
     loss_of(model, my_tokens()).backward()
     assert_alike(gradients(model), want, 1e-6)
+    model.save_pretrained(shared_folder("offloaded"))
+    model.load_adapter(shared_folder("offloaded"), "default")
+    model.merge_adapter()
+    model.unmerge_adapter()
+    model.zero_grad()
+    loss_of(model, my_tokens()).backward()
+    assert_alike(gradients(model), want, 1e-6)
+
+
+def check_fsdp_of_trained_parameters_of_two_dtypes() -> None:
+    """Torch refuses them in one unit; a unit of their own, as docs/scale.md says, is fine."""
+
+    def build() -> LoraModel:
+        model = model_of(torch.bfloat16)
+        model.base_model.model.norm.weight.requires_grad_(True)  # type: ignore[union-attr]
+        return model
+
+    model = build()
+    fully_shard(model)
+    with pytest.raises(AssertionError, match="uniform original parameter dtype"):
+        loss_of(model, my_tokens())
+    model = divided(build())  # the norm is in the root's unit, where no adapters are
+    loss_of(model, my_tokens()).backward()
+    assert_alike(gradients(model), of_halves(build()), 2**-8)  # reduced in bfloat16
 
 
 def check_fsdp_in_mixed_precision() -> None:

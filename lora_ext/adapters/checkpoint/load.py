@@ -13,6 +13,7 @@ from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.adding import add_planned, plan_for, replicate
 from lora_ext.adapters.checkpoint.grouped_convolutions import grouped_where_possible, planned_as_in
 from lora_ext.adapters.checkpoint.keys import PREFIX, expected, own_tensors, possible_keys
+from lora_ext.adapters.checkpoint.present import give_present, is_present, plan_for_present
 from lora_ext.adapters.checkpoint.reading import (
     BaseTensors,
     FileTensors,
@@ -22,14 +23,14 @@ from lora_ext.adapters.checkpoint.reading import (
 )
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.patterns import FILE_SECONDS, in_time
-from lora_ext.adapters.plan import Plan, make_plan
+from lora_ext.adapters.plan import Plan
 from lora_ext.adapters.targets import matches, saved_modules
 from lora_ext.arguments import as_flag, as_path
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_folder import CONFIG_NAME, AdapterFolder, open_adapter
 from lora_ext.io.files import short
-from lora_ext.nn.adapter import VARIANTS, check_adapter_name
-from lora_ext.nn.sharded import has_shards, is_sharded, like, to_rest
+from lora_ext.nn.adapter import check_adapter_name
+from lora_ext.nn.sharded import is_sharded, like
 from lora_ext.nn.transaction import Transaction
 
 
@@ -59,7 +60,7 @@ def load_adapter(
             the key.
         ValueError: the name is taken, or the model is merged and the file holds biases of the base.
     """
-    into_present = adapter_name in model.peft_config and has_shards(model)
+    into_present = is_present(model, adapter_name)
     if not into_present:
         check_adapter_name(adapter_name, model.peft_config, "LoraModel.load_adapter")
     is_trainable = as_flag(is_trainable, "LoraModel.load_adapter", "is_trainable")
@@ -72,8 +73,7 @@ def load_adapter(
             config = read_config(files)
             config.inference_mode = not is_trainable
             if into_present:
-                to_rest(model)
-                plan = make_plan(model.base_model, config, autocast_adapter_dtype)
+                plan = plan_for_present(model, config, autocast_adapter_dtype)
             else:
                 replicate(model, config, own)
                 plan = plan_for(model, config, autocast_adapter_dtype)
@@ -87,9 +87,7 @@ def load_adapter(
         bases.check(tensors)
         plan = grouped_where_possible(plan, tensors)
         if into_present:
-            _check_alike(model, adapter_name, plan)
-            for key, tensor in own_tensors(model, adapter_name):
-                own.write(tensor, like(tensors[key], tensor))
+            give_present(model, adapter_name, plan, tensors, own)
         else:
             add_planned(model, adapter_name, plan, own)
             _fill(model, adapter_name, tensors, file.path)
@@ -99,35 +97,6 @@ def load_adapter(
 
     with own, typed_content(path):
         in_time(FILE_SECONDS, names, load)
-
-
-def _check_alike(model: AdaptedModel, adapter_name: str, plan: Plan) -> None:
-    """ValueError unless an adapter that is there is what a plan would add, but for its values."""
-    present = {id(layer): name for name, layer in model.layers_with(adapter_name)}
-    planned = {id(one.layer): one for one in plan.layers.values()}
-    copies = {
-        name for name, saved in model.saved_modules() if adapter_name in saved.modules_to_save
-    }
-    for place in present.keys() ^ planned.keys():
-        name = present[place] if place in present else planned[place].name
-        there = "the model" if place in present else "the file"
-        raise ValueError(f"'{adapter_name}' has an adapter in '{name}' in {there} only")
-    if copies != set(plan.saved):
-        raise ValueError(
-            f"modules_to_save: got {sorted(plan.saved)}, expected the model's {sorted(copies)}"
-        )
-    for one in planned.values():
-        own = one.layer.adapters[adapter_name]
-        for field in _OF_THE_VALUES:
-            if getattr(own, field) != getattr(one.settings, field):
-                raise ValueError(
-                    f"'{one.name}': {field}: got {getattr(one.settings, field)}, expected that of "
-                    f"the adapter '{adapter_name}' in the model, {getattr(own, field)}"
-                )
-
-
-# Settings that the values of an adapter go with.
-_OF_THE_VALUES = ("r", "scaling", "lora_bias", *VARIANTS, "ungrouped_lora_A", "weights")
 
 
 @torch.no_grad()
