@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import sys
 from collections.abc import Callable
@@ -26,6 +27,7 @@ def called(run: Callable[[], object]) -> list[tuple[str, str]]:
         if event == "call":
             found.append((frame.f_code.co_filename, frame.f_code.co_name))
 
+    gc.collect()  # generators that earlier tests left suspended would be entered to be closed
     sys.setprofile(note)
     try:
         run()

@@ -303,6 +303,16 @@ def check_what_is_not_placed_is_refused() -> None:
     for other in (lora.Embedding(8, 4, r=2), lora.MergedLinear(8, 4, r=2, enable_lora=[True])):
         with pytest.raises(TypeError, match=r"expected a lora_ext\.nn\.Linear"):
             parallelize_module(other, mesh(), ColwiseLora())
+    table = parallelize_module(nn.Embedding(8, 4), mesh(), ColwiseParallel())
+    with pytest.raises(ValueError, match=r"only lora_ext\.nn\.Linear has adapters"):
+        lora.Embedding.from_embedding(table, r=2)
+
+    class Own(nn.Linear):
+        pass
+
+    own = parallelize_module(Own(K, N), mesh(), ColwiseParallel())
+    with pytest.raises(ValueError, match=r"Own, has to be called itself.*DTensor"):
+        lora.Linear.from_linear(own, r=2)
     merged = layer_with()
     merged.merge()
     with pytest.raises(ValueError, match="it is merged"):

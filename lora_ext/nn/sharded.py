@@ -72,7 +72,12 @@ def by_first_process(action: Callable[[], object], what: str) -> None:
 
 def is_fsdp(module: nn.Module) -> bool:
     """Whether parameters of this module, not of its children, are FSDP2's."""
-    return any(map(_of_fsdp, module._load_state_dict_post_hooks.values()))
+    return any(map(_of_fsdp, _after_loading(module)))
+
+
+def _after_loading(module: nn.Module) -> list[Any]:
+    hooks = module.__dict__.get("_load_state_dict_post_hooks")  # a scripted module has none
+    return list(hooks.values()) if hooks else []
 
 
 def _of_fsdp(hook: object) -> bool:
@@ -91,7 +96,7 @@ def tell_fsdp(module: nn.Module) -> None:
     """Makes FSDP2 take the parameters that a module has now for its own."""
     for one in module.modules():
         if is_fsdp(one):
-            for hook in one._load_state_dict_post_hooks.values():
+            for hook in _after_loading(one):
                 if _of_fsdp(hook):
                     hook(one, None)
 

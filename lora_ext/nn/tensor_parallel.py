@@ -76,6 +76,13 @@ def division(layer: Any) -> Division:
 def check_placeable(layer: Any, settings: AdapterSettings) -> None:
     """ValueError where an adapter cannot be added beside a weight that is divided already."""
     _, dim = division(layer)
+    if "base_layer" in layer._modules:
+        raise ValueError(
+            f"{type(layer).__name__}.add_adapter: the base, a "
+            f"{type(layer.base_layer).__qualname__}, has to be called itself and its weight is a "
+            "DTensor (tensor parallel), expected a plain torch.nn.Linear; leave this layer out "
+            "with exclude_modules"
+        )
     if dim == 1 and settings.lora_bias and "forward" in vars(layer):
         raise ValueError(
             f"{type(layer).__name__}.add_adapter: lora_bias: got True, expected False: without "
