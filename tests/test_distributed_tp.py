@@ -180,6 +180,27 @@ def check_bytes_are_a_frozen_layers_and_M_r() -> None:
         assert after == forward, traffic.calls  # one for base and adapter together
 
 
+def check_sequence_parallel_layouts() -> None:
+    """x divided along tokens goes in, y comes out so: gathered and scattered instead of summed."""
+    rank = dist.get_rank()
+    for style in STYLES:
+        layer = layer_with(lora_bias=True)
+        x, dy = torch.randn(2, 6, K), torch.randn(2, 6, N)
+        layouts = {"input_layouts": Shard(1), "output_layouts": Shard(1)}
+        divided = parallelize_module(copy.deepcopy(layer), mesh(), style(**layouts))
+        x0, x1 = x.clone().requires_grad_(), x.chunk(2, 1)[rank].clone().requires_grad_()
+        y0, y1 = layer(x0), divided(x1)
+        y0.backward(dy)
+        y1.backward(dy.chunk(2, 1)[rank])
+        torch.testing.assert_close(y1, y0.chunk(2, 1)[rank], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(x1.grad, x0.grad.chunk(2, 1)[rank], rtol=1e-5, atol=1e-5)
+        found = gradients(divided)
+        for name, grad in gradients(layer).items():
+            torch.testing.assert_close(found[name], grad, rtol=1e-5, atol=1e-5)
+        with torch.no_grad():
+            assert torch.equal(divided(x1), y1)
+
+
 def check_dropout() -> None:
     """Column-wise the mask is that of one process; row-wise each process has its own, of the same
     probability, and the gradients fit it; checkpointing makes the same again."""

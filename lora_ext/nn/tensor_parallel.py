@@ -171,7 +171,7 @@ def forward(layer: Any, x: Any) -> Tensor:
         raise ValueError(f"{where}: x: got it on {x.device_mesh}, expected the weight's {mesh}")
     N, K = weight.shape
     last = x.ndim - 1
-    M = x.numel() // K if K else 0
+    M = math.prod(x.shape[:-1])
     # Whether those of lora_A, or lora_B, are summed: they are less than dh, or h.
     sums_gradient = layer._lora_variant is not None or M >= (N if dim else K)
     wanted = Shard(last) if dim else Replicate()
