@@ -63,9 +63,8 @@ def main() -> None:
     x_bytes = LAYERS * x.numel() * x.element_size()
     for name, model in (("plain PyTorch", plain), ("lora_ext", ours)):
         model(x).float().square().mean().backward()
-        print(
-            f"{name:14} keeps {kept_bytes(model, x) / x_bytes:5.2f} times its inputs for backward"
-        )
+        kept = kept_bytes(model, x) / x_bytes
+        print(f"{name:14} keeps {kept:.2f} times its layers' inputs for backward")
     print(lora_ext.explain(ours, tokens=TOKENS))
 
     with torch.autocast("cpu", dtype=torch.bfloat16):  # or a float32 base, under autocast

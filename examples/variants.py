@@ -27,9 +27,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     torch.manual_seed(0)
-    base = nn.Sequential(
-        nn.Linear(32, 96), nn.GELU(), nn.Linear(96, 96), nn.GELU(), nn.Linear(96, 8)
-    )
+    first, middle, last = nn.Linear(32, 96), nn.Linear(96, 96), nn.Linear(96, 8)
+    base = nn.Sequential(first, nn.GELU(), middle, nn.GELU(), last)
     x = torch.randn(512, 32)
     with torch.no_grad():  # the base with other directions in its middle layer
         other = copy.deepcopy(base)

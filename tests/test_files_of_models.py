@@ -304,17 +304,6 @@ def empty(model: LoraModel) -> None:
     model.base_model.lin.lora_A.data = torch.empty(0)
 
 
-class Sharded(Tensor):
-    """What a DTensor shows of itself."""
-
-    placements, full_tensor = (), None
-
-
-def shard(model: LoraModel) -> None:
-    layer = model.base_model.lin
-    layer._parameters["lora_B"] = layer.lora_B.detach().as_subclass(Sharded)
-
-
 REFUSED: dict[str, tuple[Callable[[LoraModel], object], str]] = {
     "a layer was replaced": (replace_a_layer, "'lin', which has it no longer"),
     "a copy was replaced": (replace_a_copy, "'head' whole, which has no copy"),
@@ -324,7 +313,6 @@ REFUSED: dict[str, tuple[Callable[[LoraModel], object], str]] = {
     "ZeRO-3, a bias": (split("norm.bias"), "DeepSpeed ZeRO-3"),
     "ZeRO-3, a copy": (split("head.modules_to_save.default.weight"), "DeepSpeed ZeRO-3"),
     "empty": (empty, "split between processes"),
-    "DTensor": (shard, "a DTensor"),
     "another config": (
         lambda m: m.peft_config["default"].target_modules.append("conv1"), "'conv1', which has it"
     ),

@@ -23,8 +23,8 @@ ROOT = Path(lora_ext.__file__).parent
 # From below to above: each may import what stands before it.
 PACKAGES = (
     *("_startup", "_missing", "_extension", "errors", "arguments", "reference", "functional"),
-    *("paths", "loralib", "nn", "io", "adapters", "integrations", "tuning", "_moved"),
-    *("", "bench", "cli", "__main__"),
+    *("paths", "loralib", "nn", "io", "adapters", "distributed", "integrations", "tuning"),
+    *("_moved", "", "bench", "cli", "__main__"),
 )
 FOR_IO = {"io", "errors", "arguments"}  # it is about files, not about modules
 # What 0.1.0 had without promising it: functions of DoRA on private methods, limits that are others.

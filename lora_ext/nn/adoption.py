@@ -12,7 +12,9 @@ from torch.nn.parameter import is_lazy
 
 from lora_ext.arguments import warn
 from lora_ext.nn.adapter import DEFAULT, part_name
+from lora_ext.nn.installed_forward import install_like
 from lora_ext.nn.mergeable import MergeableLayer
+from lora_ext.nn.sharded import is_sharded, refuse_fsdp
 
 # Attributes of an instance that are bound to it: the compiled call of `Module.compile()`, and what
 # accelerate's hooks put around its forward. Another module with them would run that instance.
@@ -54,7 +56,8 @@ def check_base(
             )
     for name, parameter in base._parameters.items():
         if parameter is not None and (
-            type(parameter) is not nn.Parameter or not parameter.is_floating_point()
+            not (type(parameter) is nn.Parameter or is_sharded(parameter))
+            or not parameter.is_floating_point()
         ):
             todo = (
                 "call the model once first"
@@ -241,6 +244,7 @@ class AdoptingLayer(MergeableLayer):
         """
         where = f"{type(self).__name__}.get_base_layer"
         self._check_not_computed(where)
+        refuse_fsdp(self, where, "take the adapters out, then call fully_shard")
         for name, parameter in self._parameters.items():
             if parameter is not None and is_offloaded(self, parameter):
                 raise ValueError(
@@ -248,6 +252,7 @@ class AdoptingLayer(MergeableLayer):
                     "off (accelerate.hooks.remove_hook_from_module(model, recurse=True))"
                 )
         base = self._plain_base()
+        install_like(self, base)
         move_hook(self, base)
         return base
 

@@ -22,6 +22,7 @@ from lora_ext.nn.adoption import (
 from lora_ext.nn.init import mutates_weight
 from lora_ext.nn.lora_layer import LoraLayer
 from lora_ext.nn.mergeable import base_of
+from lora_ext.nn.sharded import refuse_fsdp
 
 
 class ParameterOfBaseError(KeyError):
@@ -115,9 +116,11 @@ class KeptBase(LoraLayer):
         Raises:
             ValueError: adapters are merged that cannot be in its weight.
         """
+        where = f"{type(self).__name__}.get_base_layer"
+        refuse_fsdp(self, where, "take the adapters out, then call fully_shard")
         if self.merged and not self._merged_parameters(self.merged_adapters):
             raise ValueError(
-                f"{type(self).__name__}.get_base_layer: {self._base_class.__qualname__} computes "
+                f"{where}: {self._base_class.__qualname__} computes "
                 f"something else than a product with its weight, so the weight cannot hold "
                 f"{list(self.merged_adapters)}; keep the layer, or call unmerge() first"
             )

@@ -8,13 +8,17 @@ from typing import Any, ClassVar, Self, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 from lora_ext.arguments import as_flag, check_place, check_sizes, named_x, suggests_names
 from lora_ext.functional import lora_linear, lora_update, weight_norm
+from lora_ext.nn import tensor_parallel
 from lora_ext.nn.adapter import DEFAULT, AdapterOptions, AdapterSettings, LowRank
 from lora_ext.nn.adoption import belongs_to_its_class
+from lora_ext.nn.installed_forward import install_like, installed_style, without_forward
 from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.lora_layer import LoraLayer
+from lora_ext.nn.sharded import is_sharded
 from lora_ext.paths import lora_linear_path
 
 
@@ -49,10 +53,15 @@ class LinearBase(LoraLayer, nn.Linear):
     def _from_linear(cls, linear: nn.Linear) -> Self:
         """A layer, without adapters, in the place of a linear one or over it."""
         twin = _full_name(type(linear)) in _TWINS
+        if type(linear) is nn.Linear and installed_style(linear) is not None:
+            self: Self = cls._adopt(without_forward(linear), nn.Linear)
+            self.fan_in_fan_out = False
+            install_like(linear, self)
+            return self
         if isinstance(linear, nn.Linear) and not belongs_to_its_class(
             linear, type(linear) if twin else nn.Linear
         ):
-            self: Self = cls._KEPT._over(linear, nn.Linear, any_forward=True)
+            self = cls._KEPT._over(linear, nn.Linear, any_forward=True)
         else:
             self = cls._adopt(linear, nn.Linear, any_forward=twin)
         self.fan_in_fan_out = False
@@ -206,12 +215,15 @@ class Linear(LinearBase):
         if input is None or x is not None:
             input = named_x(type(self).__name__, x, input)
         x = input
+        parameters = self._parameters
+        weight: Any = parameters.get("weight")
+        if type(weight) is not Parameter and is_sharded(weight):
+            return tensor_parallel.forward(self, x)
         if self._lora_variant is not None:
             return self._lora_variant.forward(self, x)
         if self._lora_alone is not None:  # nearly always: at one row every Python call shows
             part_A, part_B, part_bias, has_bias = self._lora_alone
-            name, parameters = self._running[0], self._parameters
-            weight: Any
+            name = self._running[0]
             A: Any
             B: Any
             try:
@@ -249,12 +261,23 @@ class Linear(LinearBase):
 
     def _product_path(self, tokens: int) -> tuple[str, str]:
         first, *others = self.low_rank()
-        path, reason = lora_linear_path(
-            self._weight_matrix(), first.lora_A, first.dropout_p, tokens
-        )
+        weight: Any = self._weight_matrix()
+        lora_A: Any = first.lora_A
+        where = ""
+        if is_sharded(weight):
+            weight, where = weight.to_local(), f"; of this process's part {list(weight.shape)}"
+            lora_A = torch.empty_like(lora_A.to_local()[:, :1]).expand(-1, weight.shape[1])
+        path, reason = lora_linear_path(weight, lora_A, first.dropout_p, tokens)
+        reason += where
         if others:
             reason += f"; {len(others)} more for other dropout probabilities, composed"
         return path, reason
+
+    def _check_placeable(self, settings: AdapterSettings) -> None:
+        tensor_parallel.check_placeable(self, settings)
+
+    def _place(self, adapter_name: str) -> None:
+        tensor_parallel.place_parts(self, adapter_name)
 
     def _weight_norm_shape(self) -> tuple[int, ...]:
         return (self.out_features,)

@@ -24,6 +24,7 @@ from lora_ext.nn.adapter import (
 from lora_ext.nn.adoption import adapter_device, offload_with
 from lora_ext.nn.init import initialise, mutates_weight
 from lora_ext.nn.running_layer import RunningLayer
+from lora_ext.nn.sharded import is_sharded, refuse_fsdp, whole
 from lora_ext.nn.transaction import all_or_nothing
 
 
@@ -124,6 +125,12 @@ class LoraLayer(DefaultAdapter, RunningLayer):
         check_adapter_name(adapter_name, self.adapters, type(self).__name__)
         check_setting_names(type(self).__name__, settings)
         chosen = AdapterSettings(**settings)
+        refuse_fsdp(
+            self,
+            f"{type(self).__name__}.add_adapter",
+            "add adapters first, then call fully_shard; LoraModel.load_adapter gives an adapter "
+            "that is there the values of a file",
+        )
         shapes = self.part_shapes(chosen)
         variant, flag = self._variant_of(chosen), variant_of(chosen)
         if flag and variant is None:
@@ -148,6 +155,8 @@ class LoraLayer(DefaultAdapter, RunningLayer):
                 "but a hook offloads it; take the hooks off first "
                 "(accelerate.hooks.remove_hook_from_module(model, recurse=True))"
             )
+        if is_sharded(base):
+            self._check_placeable(chosen)
         for part, shape in shapes.items():
             tensor = torch.empty(shape, device=device, dtype=dtype)
             self.register_parameter(part_name(part, adapter_name), nn.Parameter(tensor))
@@ -157,6 +166,8 @@ class LoraLayer(DefaultAdapter, RunningLayer):
             self._initialise_from_base(adapter_name)
         else:
             self._initialise(adapter_name)
+        if is_sharded(base):
+            self._place(adapter_name)
         offload_with(self, self.adapter_parameters(adapter_name))
         if len(self.adapters) == 1:
             self.active_adapters = (adapter_name,)
@@ -164,6 +175,18 @@ class LoraLayer(DefaultAdapter, RunningLayer):
             for parameter in self.adapter_parameters(adapter_name).values():
                 parameter.requires_grad_(False)
         self._choose_running()
+
+    def _check_placeable(self, settings: AdapterSettings) -> None:
+        """ValueError where an adapter cannot be divided as the base's weight is, a DTensor."""
+        raise ValueError(
+            f"{type(self).__name__}.add_adapter: the layer's weight is a DTensor (tensor parallel),"
+            " for which only lora_ext.nn.Linear has adapters; leave this layer out with "
+            "exclude_modules"
+        )
+
+    def _place(self, adapter_name: str) -> None:
+        """Divides an adapter between the processes as the base's weight is."""
+        raise NotImplementedError
 
     def adapter_dtype(self, settings: AdapterSettings) -> torch.dtype:
         """That of an adapter with these settings."""
@@ -188,6 +211,8 @@ class LoraLayer(DefaultAdapter, RunningLayer):
             ValueError: there is none of that name, or it is merged.
         """
         self._check_names([adapter_name])
+        where = f"{type(self).__name__}.delete_adapter"
+        refuse_fsdp(self, where, "delete it, then call fully_shard, or switch it off (set_adapter)")
         if adapter_name in self.merged_adapters:
             raise ValueError(
                 f"{type(self).__name__}.delete_adapter: adapter_name: '{adapter_name}' is merged; "
@@ -208,7 +233,9 @@ class LoraLayer(DefaultAdapter, RunningLayer):
         """Gives an adapter another name; the parameters themselves stay."""
         self._check_names([old], "old")
         check_adapter_name(new, self.adapters, f"{type(self).__name__}.rename_adapter", "new")
-        self._check_not_computed(f"{type(self).__name__}.rename_adapter", old)
+        where = f"{type(self).__name__}.rename_adapter"
+        self._check_not_computed(where, old)
+        refuse_fsdp(self, where, "rename it, then call fully_shard")
         for part in self.PARTS:
             parameter = self._parameters.get(part_name(part, old))
             if parameter is not None:
@@ -281,9 +308,10 @@ class LoraLayer(DefaultAdapter, RunningLayer):
         return {key: shapes[part] for part, key in self.PEFT_NAMES.items() if part in shapes}
 
     def peft_tensors(self, adapter_name: str) -> dict[str, Tensor]:
-        """What a checkpoint holds of one adapter: `peft_parameters`, in PEFT's shapes."""
+        """What a checkpoint holds of one adapter: `peft_parameters`, in PEFT's shapes. DTensors are
+        gathered, for which all their processes call this."""
         self._check_not_computed(f"{type(self).__name__}.peft_tensors", adapter_name)
-        return {key: p.detach() for key, p in self.peft_parameters(adapter_name).items()}
+        return {key: whole(p.detach()) for key, p in self.peft_parameters(adapter_name).items()}
 
     def plain_parts(self, adapter_name: str) -> dict[str, Tensor] | None:
         """The parts of a plain adapter that does the same and that PEFT knows, of another rank;

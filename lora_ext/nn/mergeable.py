@@ -14,6 +14,8 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from lora_ext.arguments import names_of, warn
 from lora_ext.errors import AlreadyMergedError, NotMergedError
 from lora_ext.nn.adapter import AdapterSettings, LowRank
+from lora_ext.nn.sharded import is_sharded
+from lora_ext.nn.sharded_merge import write_whole
 from lora_ext.nn.transaction import Transaction, all_or_nothing, put_parameter
 
 
@@ -124,7 +126,11 @@ class MergeableLayer(nn.Module):
         self._aside = self._put_own(parameters)
         for name in train.keys() & self._aside.keys():
             attrgetter(name)(self).requires_grad_(train[name])
-        self._write_merged(names)
+        if any(is_sharded(parameter) for parameter in self.parameters()):
+            own = {name: attrgetter(name)(self) for name in parameters}
+            write_whole(self, own, lambda layer: layer._write_merged(names))
+        else:
+            self._write_merged(names)
         self.merged_adapters = names
         self._choose_running()
 

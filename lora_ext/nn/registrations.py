@@ -24,6 +24,8 @@ def _tell_of_lost_adapters(parent: nn.Module, name: str, child: nn.Module | None
     layer = parent._modules.get(name)
     if not isinstance(layer, LoraLayer) or not layer.adapters or child is None:
         return
+    if getattr(child, "_is_replica", False):  # of nn.DataParallel, which has them as attributes
+        return
     kept = any(module is layer for module in child.modules())
     kept |= any(own is one for own in child.parameters() for one in layer.parameters())
     if not kept:

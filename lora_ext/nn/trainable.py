@@ -61,8 +61,11 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
 
 def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     """The part of `model.state_dict()` that is adapters and their copies of modules to save; `bias`
-    as for `mark_only_lora_as_trainable`. Load it with `load_state_dict(..., strict=False)`."""
+    as for `mark_only_lora_as_trainable`. Load it with `load_state_dict(..., strict=False)`. Of a
+    model of FSDP2 it holds DTensors, as the model's own does."""
     names = _adapter_names(model, bias, "lora_state_dict")
+    # FSDP1's wrappers are levels in the names of modules, not in those of the state dict.
+    names |= {name.replace("_fsdp_wrapped_module.", "") for name in names}
     return {name: tensor for name, tensor in model.state_dict().items() if name in names}
 
 

@@ -20,6 +20,8 @@ from typing import Any, Self, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from lora_ext.nn.sharded import tell_fsdp, to_rest
+
 Step = tuple[Any, ...]  # a function of C and its arguments
 Module = TypeVar("Module", bound=nn.Module)
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -34,12 +36,14 @@ class Transaction:
         self._steps: list[Step] = []
         self._undo: list[Step] = []
         self._written: list[Tensor] = []
+        self._changed: list[nn.Module] = []
 
     def draft(self, layer: Module) -> Module:
         """A copy of a layer whose parameters and other state can be replaced; `commit()` makes that
         the layer's. What both share, tensors, must not be changed in place."""
         if id(layer) not in self._drafts:
-            draft = _shallow(layer)
+            to_rest(layer)
+            draft = shallow(layer)
             space = vars(draft)
             for name in layer.DRAFTED:  # type: ignore[union-attr]
                 if isinstance(space[name], dict):
@@ -83,6 +87,7 @@ class Transaction:
     def commit(self) -> None:
         """Makes all changes since the last time, or none if that fails."""
         steps = [*self._draft_steps(), *self._steps]
+        self._changed += [layer for layer, _ in self._drafts.values()]
         with self._writing():
             undo = [_inverse(step) for step in reversed(steps)]
             self._undo[:0] = undo  # first: an exception may come as soon as the steps are done
@@ -91,6 +96,8 @@ class Transaction:
             except BaseException:
                 _at_once(undo)
                 raise
+            finally:
+                self._tell_fsdp()
         self._drafts, self._steps = {}, []
 
     def __enter__(self) -> Self:
@@ -105,6 +112,11 @@ class Transaction:
         if kind is not None:
             with self._writing():
                 _at_once(self._undo)
+                self._tell_fsdp()
+
+    def _tell_fsdp(self) -> None:
+        for layer in self._changed:
+            tell_fsdp(layer)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -167,13 +179,13 @@ def put_parameter(draft: nn.Module, name: str, parameter: nn.Parameter) -> None:
     for part in path:
         child = owner._modules[part]
         assert child is not None
-        copied = _shallow(child)
+        copied = shallow(child)
         owner._modules[part] = copied
         owner = copied
     owner._parameters[attribute] = parameter
 
 
-def _shallow(module: Module) -> Module:
+def shallow(module: Module) -> Module:
     """A module of its own with the same parameters, children and attributes."""
     copied: Module = object.__new__(type(module))
     vars(copied).update(vars(module))

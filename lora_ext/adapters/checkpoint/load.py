@@ -13,6 +13,7 @@ from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.adding import add_planned, plan_for, replicate
 from lora_ext.adapters.checkpoint.grouped_convolutions import grouped_where_possible, planned_as_in
 from lora_ext.adapters.checkpoint.keys import PREFIX, expected, own_tensors, possible_keys
+from lora_ext.adapters.checkpoint.present import give_present, is_present, plan_for_present
 from lora_ext.adapters.checkpoint.reading import (
     BaseTensors,
     FileTensors,
@@ -29,6 +30,7 @@ from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_folder import CONFIG_NAME, AdapterFolder, open_adapter
 from lora_ext.io.files import short
 from lora_ext.nn.adapter import check_adapter_name
+from lora_ext.nn.sharded import is_sharded, like
 from lora_ext.nn.transaction import Transaction
 
 
@@ -45,6 +47,10 @@ def load_adapter(
     checked against the model before anything of the adapter's size is allocated, and nothing is
     changed if they do not fit.
 
+    Where parameters are DTensors every process reads the file, of which each keeps its part. In a
+    model of FSDP2, which cannot get new parameters, the adapter has to be there before
+    `fully_shard`, with a config like the file's, and gets its values.
+
     Args:
         is_trainable: whether it trains when it is active.
         transaction: of what else is to be done or undone with it.
@@ -54,7 +60,9 @@ def load_adapter(
             the key.
         ValueError: the name is taken, or the model is merged and the file holds biases of the base.
     """
-    check_adapter_name(adapter_name, model.peft_config, "LoraModel.load_adapter")
+    into_present = is_present(model, adapter_name)
+    if not into_present:
+        check_adapter_name(adapter_name, model.peft_config, "LoraModel.load_adapter")
     is_trainable = as_flag(is_trainable, "LoraModel.load_adapter", "is_trainable")
     path = as_path(folder, "load_adapter")
     own = Transaction() if transaction is None else transaction
@@ -64,8 +72,11 @@ def load_adapter(
         with open_adapter(path) as files:
             config = read_config(files)
             config.inference_mode = not is_trainable
-            replicate(model, config, own)
-            plan = plan_for(model, config, autocast_adapter_dtype)
+            if into_present:
+                plan = plan_for_present(model, config, autocast_adapter_dtype)
+            else:
+                replicate(model, config, own)
+                plan = plan_for(model, config, autocast_adapter_dtype)
             check_loadable(model, plan)
             file = FileTensors(files, possible_keys(model, plan))
             plan = planned_as_in(file, _tied_as_in_the_file(plan, file))
@@ -75,10 +86,13 @@ def load_adapter(
         tensors = with_plain_keys(found)
         bases.check(tensors)
         plan = grouped_where_possible(plan, tensors)
-        add_planned(model, adapter_name, plan, own)
-        _fill(model, adapter_name, tensors, file.path)
+        if into_present:
+            give_present(model, adapter_name, plan, tensors, own)
+        else:
+            add_planned(model, adapter_name, plan, own)
+            _fill(model, adapter_name, tensors, file.path)
         for key, tensor in bases.targets.items():
-            own.write(tensor, tensors[key])
+            own.write(tensor, like(tensors[key], tensor))
         own.commit()
 
     with own, typed_content(path):
@@ -92,13 +106,14 @@ def _fill(
     """Gives an adapter the values that a file has for it."""
     first: dict[tuple[int, torch.Size], str] = {}
     for key, tensor in own_tensors(model, adapter_name):
-        other = first.setdefault((tensor.data_ptr(), tensor.shape), key)
+        local = tensor.to_local() if is_sharded(tensor) else tensor
+        other = first.setdefault((local.data_ptr(), tensor.shape), key)
         if other != key and not torch.equal(tensors[other], tensors[key]):
             raise AdapterFileError(
                 f"{path}: {short(key)}: differs from {short(other)}, which is the same "
                 "module in this model; give it modules of their own"
             )
-        tensor.copy_(tensors[key])
+        tensor.copy_(like(tensors[key], tensor))
 
 
 @contextmanager

@@ -101,11 +101,6 @@ def check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:
 def _why_incomplete(tensor: Tensor) -> str:
     if tensor.is_meta:
         return "is on the device meta, where there are no values; load or initialise it first"
-    if hasattr(tensor, "placements") and hasattr(tensor, "full_tensor"):
-        return (
-            "is a DTensor, of which this process has a part (FSDP2, tensor parallel); expected "
-            "whole tensors: save in a process that holds the model unsharded"
-        )
     whole = getattr(tensor, "ds_shape", None)
     if whole is not None and tuple(whole) != tuple(tensor.shape):
         return (

@@ -28,6 +28,7 @@ from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_file import TensorSpec
 from lora_ext.io.adapter_folder import check_adapter_files, open_adapter, save_adapters
 from lora_ext.nn.adapter import DEFAULT
+from lora_ext.nn.sharded import by_first_process, has_shards, whole
 
 
 def adapter_state_dict(
@@ -37,7 +38,8 @@ def adapter_state_dict(
     save_embedding_layers: bool | str = "auto",
 ) -> dict[str, Tensor]:
     """An adapter by PEFT's keys, in which its name does not occur. What belongs to the base is the
-    base's own also while the model is merged.
+    base's own also while the model is merged. DTensors (FSDP2, tensor parallel) are gathered: all
+    processes have to call this, and each gets all.
 
     Args:
         save_embedding_layers: whether to add the base's input and output embeddings; "auto" adds
@@ -49,10 +51,11 @@ def adapter_state_dict(
     for name, layer in layers_in_file(model, adapter_name):
         for key, tensor in layer.peft_tensors(adapter_name).items():
             tensors[f"{PREFIX}{name}.{key}"] = tensor
-    tensors.update(saved_in_file(model, adapter_name))
+    copies = saved_in_file(model, adapter_name)
+    tensors.update({key: whole(tensor.detach()) for key, tensor in copies})
     bases = dict(_base_tensors(model, adapter_name, config, save_embedding_layers))
     check_tensors(bases, f"save_pretrained: '{adapter_name}'")
-    tensors.update({key: tensor.detach() for key, tensor in bases.items()})
+    tensors.update({key: whole(tensor.detach()) for key, tensor in bases.items()})
     return tensors
 
 
@@ -90,6 +93,9 @@ def save_pretrained(
     """Writes adapters so that PEFT loads them: "default" into `folder`, others into subfolders of
     their names. Each pair of files is replaced as one, see `lora_ext.io.save_adapter`; if one
     cannot be written, all stay as they were.
+
+    Of a model whose parameters are DTensors (FSDP2, tensor parallel) all processes call this: it
+    gathers what process 0 then writes, and returns, or fails, in all of them when that is done.
 
     Args:
         adapter_names: all, if None.
@@ -161,7 +167,10 @@ def save_pretrained(
         )
     for place, fields, tensors in ready[1:]:  # before a folder is made
         check_adapter_files(place, fields, tensors)
-    save_adapters(ready)
+    if has_shards(model):
+        by_first_process(lambda: save_adapters(ready), "save_pretrained")
+    else:
+        save_adapters(ready)
 
 
 def _is_scaled(model: AdaptedModel, adapter_name: str) -> bool:
