@@ -1,0 +1,75 @@
+"""Our classes in the places of PEFT's, in every module of PEFT that has a name of them."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from typing import Any
+
+import peft
+
+import lora_ext
+from lora_ext import nn
+
+# PEFT's object, as module:name, and what stands for it: everything public that has a counterpart.
+NAMES = (
+    *("LoraConfig", "get_peft_model", "PeftModel", "PeftConfig", "TaskType", "PeftType"),
+    *("get_peft_model_state_dict", "set_peft_model_state_dict", "inject_adapter_in_model"),
+    *("prepare_model_for_kbit_training", "get_layer_status", "get_model_status"),
+    *("PeftModelForCausalLM", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification"),
+    *("PeftModelForTokenClassification", "PeftModelForQuestionAnswering"),
+    "PeftModelForFeatureExtraction",
+)
+ELSEWHERE = {
+    "peft.helpers": ("check_if_peft_model", "rescale_adapter_scale"),
+    "peft.utils.hotswap": ("hotswap_adapter", "prepare_model_for_compiled_hotswap"),
+}
+LAYERS = {
+    "peft.tuners.lora.layer": {
+        "LoraLayer": nn.LoraLayer,
+        "Linear": nn.Linear,
+        "Embedding": nn.Embedding,
+        "Conv1d": nn.Conv1d,
+        "Conv2d": nn.Conv2d,
+        "Conv3d": nn.Conv3d,
+        "MultiheadAttention": nn.MultiheadAttention,
+        "ParamWrapper": nn.ParamLayer,
+    },
+    "peft.utils.other": {"ModulesToSaveWrapper": nn.modules_to_save.ModulesToSave},
+}
+
+
+def swap() -> list[str]:
+    """Puts what `lora_ext` has into `peft` and its modules; returns the names that were swapped."""
+    for module in pkgutil.walk_packages(peft.__path__, "peft."):
+        if "bnb" not in module.name:
+            _import(module.name)
+    ours: dict[int, Any] = {}
+    swapped = []
+    for name in NAMES:
+        if hasattr(lora_ext, name):
+            ours[id(getattr(peft, name))] = getattr(lora_ext, name)
+            swapped.append(name)
+    for module, names in ELSEWHERE.items():
+        for name in names:
+            if hasattr(lora_ext, name):
+                ours[id(getattr(sys.modules[module], name))] = getattr(lora_ext, name)
+                swapped.append(name)
+    for module, layers in LAYERS.items():
+        for name, layer in layers.items():
+            ours[id(getattr(sys.modules[module], name))] = layer
+            swapped.append(f"{module}.{name}")
+    for name, module in list(sys.modules.items()):
+        if name == "peft" or name.startswith("peft."):
+            for attribute, value in list(vars(module).items()):
+                if id(value) in ours and not attribute.startswith("__"):
+                    setattr(module, attribute, ours[id(value)])
+    return swapped
+
+
+def _import(name: str) -> None:
+    try:
+        importlib.import_module(name)
+    except ImportError:  # of what is not installed
+        pass
