@@ -31,7 +31,7 @@ def activate(
     wanted = {id(bias) for name in active for bias in base_biases(model, name)}
     for bias in [bias for name in model.peft_config for bias in base_biases(model, name)]:
         transaction.require_grad(bias, id(bias) in wanted)
-    transaction.set(model, active_adapters=tuple(dict.fromkeys(names)))
+    transaction.set(model, active_adapters=list(dict.fromkeys(names)))
 
 
 def is_enabled(model: AdaptedModel) -> bool:
@@ -80,7 +80,7 @@ def base_biases(model: AdaptedModel, adapter_name: str) -> Iterator[nn.Parameter
     if choice == "none":
         return
     whole = {id(part) for _, module in model.saved_modules() for part in module.modules()}
-    for module in model.base_model.modules():
+    for module in model.get_base_model().modules():
         if id(module) in whole:
             continue
         if isinstance(module, LoraLayer) and (choice == "all" or adapter_name in module.adapters):

@@ -10,11 +10,12 @@ from typing import Any
 import peft
 
 import lora_ext
+import lora_ext.adapters.also_peft  # noqa: F401 - derived from PEFT's own, before the swap
 from lora_ext import nn
 
 # PEFT's object, as module:name, and what stands for it: everything public that has a counterpart.
 NAMES = (
-    *("LoraConfig", "get_peft_model", "PeftModel", "PeftConfig", "TaskType", "PeftType"),
+    *("LoraConfig", "get_peft_model", "PeftModel", "PeftConfig"),
     *("get_peft_model_state_dict", "set_peft_model_state_dict", "inject_adapter_in_model"),
     *("prepare_model_for_kbit_training", "get_layer_status", "get_model_status"),
     *("PeftModelForCausalLM", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification"),

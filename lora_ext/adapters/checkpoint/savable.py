@@ -59,7 +59,7 @@ def check_adapter(model: AdaptedModel, adapter_name: str, config: LoraConfig) ->
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            plan = make_plan(model.base_model, config, autocast_adapter_dtype=True)
+            plan = make_plan(model.get_base_model(), config, autocast_adapter_dtype=True)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(
             f"{where}: its config could not be loaded into this model again: {error}; {NOTHING}"
