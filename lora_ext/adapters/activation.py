@@ -21,7 +21,8 @@ def activate(
         if len(mine) > 1:
             raise ValueError(
                 f"LoraModel.set_adapter: adapter_names: {mine} have a copy of '{where}' each "
-                "(modules_to_save), expected at most one of them"
+                "(modules_to_save), expected at most one of them: Only one adapter can be set at a "
+                "time for ModulesToSaveWrapper"
             )
         module.set_adapter(mine[0] if mine else None, inference_mode, transaction)
     for _, layer in model.lora_layers():

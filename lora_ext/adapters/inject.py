@@ -73,13 +73,14 @@ def inject_adapter_in_model(
 
 
 def adapted(model: nn.Module, where: str) -> tuple[AdaptedModel, bool]:
-    """The LoraModel itself; or of a model with adapters injected what is one for a while, and True.
+    """The LoraModel itself, also in wrappers of DDP, FSDP and torch.compile; or what stands for one
+    for a while, of a model with adapters injected, and True.
 
     Raises:
         TypeError: it is neither.
     """
     check_module(where, "model", model)
-    for level in ("_orig_mod", "module"):
+    for level in ("_orig_mod", "module", "_fsdp_wrapped_module", "_orig_mod"):
         model = model._modules.get(level) or model
     if isinstance(model, AdaptedModel):
         return model, False

@@ -21,7 +21,7 @@ from lora_ext.adapters.saving import SavableModel
 from lora_ext.adapters.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from lora_ext.adapters.switching import SwitchableModel
 from lora_ext.adapters.training import prepare_model_for_gradient_checkpointing
-from lora_ext.arguments import as_flag, former_names
+from lora_ext.arguments import as_flag, former_names, short
 from lora_ext.nn.adapter import DEFAULT, check_adapter_name
 from lora_ext.nn.trainable import count_parameters, print_trainable_parameters
 from lora_ext.nn.transaction import Transaction
@@ -135,12 +135,17 @@ class LoraModel(SwitchableModel, MergeableModel, SavableModel):
         Raises:
             ValueError: there is none of that name, or it is merged. Nothing is changed then.
         """
-        self._check_names([adapter_name])
+        where = "LoraModel.delete_adapter: adapter_name"
+        if adapter_name not in self.peft_config:
+            raise ValueError(
+                f"{where}: Adapter {short(adapter_name)[1:-1]} does not exist, expected one of "
+                f"{list(self.peft_config)}"
+            )
         for name, layer in self.lora_layers():
             if adapter_name in layer.merged_adapters:
                 raise ValueError(
-                    f"LoraModel.delete_adapter: adapter_name: '{adapter_name}' is merged in "
-                    f"'{name}'; call unmerge_adapter() first"
+                    f"{where}: Cannot delete adapter(s) ['{adapter_name}'] while they are merged. "
+                    f"Please unmerge them first. (In '{name}'; unmerge_adapter() does it)"
                 )
         active = [name for name in self.active_adapters if name != adapter_name]
         trained = False

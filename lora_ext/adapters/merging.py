@@ -69,6 +69,11 @@ def merge_layers(
             else:
                 draft.merge(names)
         except (ValueError, RuntimeError) as error:
+            if "NaN" in str(error):  # and in PEFT's words
+                error.args = (
+                    f"{error}; NaNs detected in the merged weights. The adapter "
+                    f"{', '.join(names)} seems to be broken",
+                )
             raise of_layer(error, name) from None
         if any(id(parameter) in shared for parameter in draft.base_parameters.values()):
             separated.append(name)

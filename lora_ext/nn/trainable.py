@@ -38,6 +38,11 @@ def _adapter_names(model: nn.Module, bias: str, operation: str) -> set[str]:
     return names
 
 
+def adapter_names(model: nn.Module) -> set[str]:
+    """The names in a model's state dict of its adapters and of their copies of modules to save."""
+    return _adapter_names(model, "none", "adapter_names")
+
+
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     """Sets requires_grad on the adapters, with their copies of modules to save, and clears it on
     everything else.

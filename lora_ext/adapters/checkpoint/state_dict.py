@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.adapters.adapted_model import AdaptedModel
+from lora_ext.adapters.checkpoint.base_tensors import places
 from lora_ext.adapters.checkpoint.keys import PREFIX, layers_in_file, saved_in_file
-from lora_ext.adapters.checkpoint.save import adapter_state_dict, base_tensors
+from lora_ext.adapters.checkpoint.save import adapter_state_dict
 from lora_ext.adapters.checkpoint.values import values_of
 from lora_ext.adapters.inject import adapted, off_meta
 from lora_ext.adapters.names import plain_name
@@ -48,11 +49,18 @@ def get_peft_model_state_dict(
     """
     found, plain = adapted(model, "get_peft_model_state_dict")
     check_known("get_peft_model_state_dict", "adapter_name", [adapter_name], found.peft_config)
+    if state_dict is None and _is_sharded(model):
+        state_dict = model.state_dict()  # of whole tensors, by names without its levels
     with values_of(found, state_dict):
         tensors = adapter_state_dict(
             found, adapter_name, save_embedding_layers=save_embedding_layers
         )
     return {key.removeprefix(PREFIX) if plain else key: value for key, value in tensors.items()}
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP1 is around it. By name: importing torch.distributed.fsdp takes long."""
+    return any(kind.__name__ == "FullyShardedDataParallel" for kind in type(model).__mro__)
 
 
 @torch.no_grad()
@@ -121,9 +129,14 @@ def set_peft_model_state_dict(
 
 def _targets(model: AdaptedModel, adapter_name: str) -> dict[str, tuple[Tensor, nn.Module | None]]:
     """What an adapter's file may hold, and the layer or copy that it is of; None of the base."""
-    config = model.peft_config[adapter_name]
+    base = model.get_base_model()
+    adapted_ = {id(layer): layer for _, layer in model.layers_with(adapter_name)}
+    whole = {id(m) for _, m in model.saved_modules() if adapter_name in m.modules_to_save}
     targets: dict[str, tuple[Tensor, nn.Module | None]] = {
-        key: (tensor, None) for key, tensor in base_tensors(model, adapter_name, config, True)
+        PREFIX + place.key_of(part): (tensor, None)
+        for place in places(base, adapted_, whole, aliases=True)
+        for part, tensor in {**place.owner._parameters, **place.owner._buffers}.items()
+        if tensor is not None and "lora_" not in part
     }
     for name, layer in layers_in_file(model, adapter_name):
         for key, parameter in layer.peft_parameters(adapter_name).items():
