@@ -228,15 +228,15 @@ def suggests_names(kind: Kind) -> Kind:
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def former_names(**names: str) -> Callable[[Function], Function]:
-    """A function whose arguments are also taken under the names that they had, `former="now"`,
-    with a DeprecationWarning."""
+def former_names(where: str, **names: str) -> Callable[[Function], Function]:
+    """A function, called `where` in messages, whose arguments are also taken under the names that
+    they had, `former="now"`, with a DeprecationWarning."""
 
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
         def renamed(*args: Any, **kwargs: Any) -> Any:
             for former in names.keys() & kwargs.keys():
-                now, where = names[former], function.__qualname__
+                now = names[former]
                 if now in kwargs:
                     raise TypeError(f"{where}: got {now} and {former}, its former name")
                 warn(f"{where}: {former} is {now} now", DeprecationWarning)

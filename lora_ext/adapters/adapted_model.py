@@ -51,7 +51,7 @@ class AdaptedModel(nn.Module):
         # stay as they are: of a LoraModel inside it, or put there by hand.
         self._own: frozenset[nn.Module] = frozenset()
         self.training = model.training
-        self.register_load_state_dict_pre_hook(_with_present_keys)
+        self.register_load_state_dict_pre_hook(_with_present_keys)  # type: ignore[no-untyped-call]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_model.model(*args, **_without_special(kwargs))

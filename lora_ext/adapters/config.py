@@ -92,7 +92,7 @@ class LoraConfig:
     """
 
     task_type: str | None = None
-    peft_type: str = PeftType.LORA
+    peft_type: PeftType = PeftType.LORA
     auto_mapping: dict[str, Any] | None = None
     peft_version: str | None = None
     base_model_name_or_path: str | None = None
@@ -154,7 +154,9 @@ class LoraConfig:
         if type(config).__module__.partition(".")[0] == "peft" and hasattr(config, "to_dict"):
             values = config.to_dict()
         if not isinstance(values, Mapping):
-            refuse(where, "config", config, "a LoraConfig, one of PEFT's, or a dict of its fields")
+            refuse(
+                where, "peft_config", config, "a LoraConfig, one of PEFT's, or a dict of its fields"
+            )
         result = cls.from_dict(values)
         result.absent_fields = frozenset()  # it is no file that is to be written back as it was
         return result
@@ -249,7 +251,7 @@ class LoraConfig:
         return in_time(FILE_SECONDS, 0, lambda: cls._from_values(_copied(dict(values))))
 
     @classmethod
-    @former_names(folder_or_file="pretrained_model_name_or_path")
+    @former_names("LoraConfig.from_pretrained", folder_or_file="pretrained_model_name_or_path")
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
@@ -264,7 +266,7 @@ class LoraConfig:
 
         Args:
             subfolder: of the folder or the hub's repository.
-            options: fields that are to have other values than the file's, and those of
+            options: values of fields that the file does not have, and those of
                 `huggingface_hub.hf_hub_download`.
 
         Raises:
@@ -284,7 +286,7 @@ class LoraConfig:
         if "peft_type" not in values:
             raise ValueError(f"{path}: LoraConfig: peft_type: is missing, expected 'LORA'")
         try:
-            return in_time(FILE_SECONDS, 0, lambda: cls._from_values(values | own))
+            return in_time(FILE_SECONDS, 0, lambda: cls._from_values(own | values))
         except (TypeError, ValueError, NotImplementedError) as error:
             raise type(error)(f"{path}: {error}") from None
 

@@ -31,8 +31,8 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> Model:
-    """Puts an adapter into `model`, in place, and makes it run; another one beside those that are
-    there, if it has some.
+    """Puts an adapter into `model`, in place, and makes it run; another one in the stead of those
+    that are there and run, if it has some.
 
     Args:
         low_cpu_mem_usage: the adapter is on "meta"; `set_peft_model_state_dict` gives it values.
@@ -64,7 +64,7 @@ def inject_adapter_in_model(
         add_planned(found, adapter_name, plan_for(found, config), transaction)
         if first:
             freeze_base(found, transaction)
-            activate(found, [adapter_name], config.inference_mode, transaction)
+        activate(found, [adapter_name], config.inference_mode, transaction)
         transaction.commit()
         if as_flag(low_cpu_mem_usage, where, "low_cpu_mem_usage"):
             on_meta(found, adapter_name)

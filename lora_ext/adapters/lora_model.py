@@ -26,6 +26,8 @@ from lora_ext.nn.adapter import DEFAULT, check_adapter_name
 from lora_ext.nn.trainable import count_parameters, print_trainable_parameters
 from lora_ext.nn.transaction import Transaction
 
+QUOTES = "'"
+
 
 @for_task(None)
 class LoraModel(SwitchableModel, MergeableModel, SavableModel):
@@ -49,7 +51,7 @@ class LoraModel(SwitchableModel, MergeableModel, SavableModel):
 
     FOLLOWS_TASK: ClassVar[bool] = True
 
-    @former_names(config="peft_config")
+    @former_names("LoraModel", config="peft_config")
     def __init__(
         self,
         model: nn.Module,
@@ -97,7 +99,7 @@ class LoraModel(SwitchableModel, MergeableModel, SavableModel):
 
     # Adapters
 
-    @former_names(config="peft_config")
+    @former_names("LoraModel.add_adapter", config="peft_config")
     def add_adapter(
         self,
         adapter_name: str,
@@ -136,10 +138,10 @@ class LoraModel(SwitchableModel, MergeableModel, SavableModel):
             ValueError: there is none of that name, or it is merged. Nothing is changed then.
         """
         where = "LoraModel.delete_adapter: adapter_name"
-        if adapter_name not in self.peft_config:
+        if not isinstance(adapter_name, str) or adapter_name not in self.peft_config:
             raise ValueError(
-                f"{where}: Adapter {short(adapter_name)[1:-1]} does not exist, expected one of "
-                f"{list(self.peft_config)}"
+                f"{where}: got {short(adapter_name)}: Adapter {short(adapter_name).strip(QUOTES)} "
+                f"does not exist, expected one of {list(self.peft_config)}"
             )
         for name, layer in self.lora_layers():
             if adapter_name in layer.merged_adapters:

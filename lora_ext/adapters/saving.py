@@ -20,7 +20,7 @@ from lora_ext.adapters.classes import class_for
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.arguments import as_flag, former_names, names_of, warn
 from lora_ext.io.hub import adapter_folder, push_folder
-from lora_ext.nn.adapter import DEFAULT
+from lora_ext.nn.adapter import DEFAULT, check_adapter_name
 from lora_ext.nn.transaction import Transaction
 
 
@@ -35,7 +35,7 @@ class SavableModel(AdaptedModel):
         cls.FOLLOWS_TASK = "FOLLOWS_TASK" in vars(cls)
 
     @classmethod
-    @former_names(folder="model_id")
+    @former_names("LoraModel.from_pretrained", folder="model_id")
     def from_pretrained(
         cls,
         model: nn.Module,
@@ -61,6 +61,7 @@ class SavableModel(AdaptedModel):
         """
         check_model(model)
         is_trainable = as_flag(is_trainable, "LoraModel.from_pretrained", "is_trainable")
+        check_adapter_name(adapter_name, (), "LoraModel.from_pretrained")
         folder, key_mapping = adapter_folder("LoraModel.from_pretrained", model_id, options)
         if key_mapping is None:  # of models of transformers that were written anew
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
@@ -84,7 +85,7 @@ class SavableModel(AdaptedModel):
             self.__class__ = class_for(model, self.peft_config[adapter_name].task_type)
         return self if is_trainable else self.eval()
 
-    @former_names(folder="model_id")
+    @former_names("LoraModel.load_adapter", folder="model_id")
     def load_adapter(
         self,
         model_id: str | os.PathLike[str],
@@ -107,6 +108,7 @@ class SavableModel(AdaptedModel):
             `missing_keys` and `unexpected_keys`, both empty: a file that lacks keys, or has others,
             is refused.
         """
+        check_adapter_name(adapter_name, (), "LoraModel.load_adapter")
         folder, key_mapping = adapter_folder("LoraModel.load_adapter", model_id, options)
         load_adapter(
             self,
@@ -120,7 +122,9 @@ class SavableModel(AdaptedModel):
             self.eval()
         return LoadResult([], [])
 
-    @former_names(folder="save_directory", adapter_names="selected_adapters")
+    @former_names(
+        "LoraModel.save_pretrained", folder="save_directory", adapter_names="selected_adapters"
+    )
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
@@ -146,7 +150,7 @@ class SavableModel(AdaptedModel):
         where = "LoraModel.save_pretrained"
         if isinstance(safe_serialization, str | list | tuple):
             warn(f"{where}: adapters are selected_adapters=... now", DeprecationWarning)
-            safe_serialization, selected_adapters = True, safe_serialization
+            selected_adapters, safe_serialization = safe_serialization, True
         if not as_flag(safe_serialization, where, "safe_serialization"):
             raise ValueError(
                 f"{where}: safe_serialization: got False, expected True: a pickle runs code when "
@@ -154,7 +158,9 @@ class SavableModel(AdaptedModel):
             )
         if not as_flag(is_main_process, where, "is_main_process"):
             return
-        names = None if selected_adapters is None else names_of(selected_adapters, where)
+        names = selected_adapters
+        if names is not None:
+            names = names_of(names, where, "selected_adapters")
         save_pretrained(
             self,
             save_directory,

@@ -6,7 +6,7 @@ hand those that are given on to the model.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -18,8 +18,17 @@ from lora_ext.errors import NotBuiltError
 from lora_ext.nn.adapter import DEFAULT
 
 
+class GeneratingModel(LoraModel):
+    """For tasks whose models have `generate`."""
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's."""
+        base: Any = self.get_base_model()
+        return base.prepare_inputs_for_generation(*args, **kwargs)
+
+
 @for_task("CAUSAL_LM")
-class PeftModelForCausalLM(LoraModel):
+class PeftModelForCausalLM(GeneratingModel):
     """For `task_type="CAUSAL_LM"`."""
 
     def forward(
@@ -45,13 +54,9 @@ class PeftModelForCausalLM(LoraModel):
             return_dict=return_dict,
         )
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's."""
-        return cast(Any, self.get_base_model()).prepare_inputs_for_generation(*args, **kwargs)
-
 
 @for_task("SEQ_2_SEQ_LM")
-class PeftModelForSeq2SeqLM(PeftModelForCausalLM):
+class PeftModelForSeq2SeqLM(GeneratingModel):
     """For `task_type="SEQ_2_SEQ_LM"`."""
 
     def forward(
@@ -199,7 +204,7 @@ def get_lora_model(
         raise NotBuiltError(f"{where}: mixed: got True, which is not built: there is LoRA alone")
     config = LoraConfig.of(peft_config, where)
     kind = class_for(model, config.task_type) if isinstance(model, nn.Module) else LoraModel
-    made = kind(
+    made: LoraModel = kind(
         model,
         config,
         adapter_name,
@@ -210,7 +215,7 @@ def get_lora_model(
     return made
 
 
-get_lora_model = former_names(config="peft_config")(get_lora_model)
+get_lora_model = former_names("get_lora_model", config="peft_config")(get_lora_model)
 get_peft_model = get_lora_model
 
 

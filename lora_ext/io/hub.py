@@ -81,7 +81,8 @@ def options_of(where: str, options: Mapping[str, Any]) -> dict[str, Any]:
 def is_hub_id(text: str) -> bool:
     """Whether it can be an id on the hub, `name` or `owner/name`, and huggingface_hub is there."""
     try:
-        from huggingface_hub.utils import HFValidationError, validate_repo_id
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils._validators import validate_repo_id
     except ImportError:
         return False
     try:

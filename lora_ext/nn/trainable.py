@@ -20,6 +20,8 @@ def _adapter_names(model: nn.Module, bias: str, operation: str) -> set[str]:
         raise ValueError(f"{operation}: bias: got {bias!r}, expected one of {_BIAS}")
     names: set[str] = set()
     for module_name, module in model.named_modules(remove_duplicate=False):
+        # FSDP1's wrappers leave their level out of the names of tensors.
+        module_name = ".".join(p for p in module_name.split(".") if p != "_fsdp_wrapped_module")
         prefix = f"{module_name}." if module_name else ""
         adapted = isinstance(module, LoraLayer)
         if isinstance(module, LoraLayer):

@@ -27,7 +27,7 @@ from lora_ext.adapters.checkpoint.values import values_of
 from lora_ext.adapters.combine.tensors import Adapter, alpha_factor, subtract_mutated_init
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.names import unwrapped
-from lora_ext.arguments import as_flag, as_path, names_of, warn
+from lora_ext.arguments import as_flag, as_path, former_names, names_of, warn
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_file import TensorSpec
 from lora_ext.io.adapter_folder import check_adapter_files, open_adapter, save_adapters
@@ -85,22 +85,23 @@ def base_tensors(
         yield PREFIX + place.key_of(part), place.unmerged(part)
 
 
+@former_names("save_pretrained", folder="save_directory", adapter_names="selected_adapters")
 def save_pretrained(
     model: AdaptedModel,
-    folder: str | os.PathLike[str],
-    adapter_names: str | list[str] | None = None,
+    save_directory: str | os.PathLike[str],
+    selected_adapters: str | list[str] | None = None,
     *,
     save_embedding_layers: bool | str = "auto",
     path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
     as_plain_lora: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes adapters so that PEFT loads them: "default" into `folder`, others into subfolders of
-    their names. Each pair of files is replaced as one, see `lora_ext.io.save_adapter`; if one
-    cannot be written, all stay as they were.
+    """Writes adapters so that PEFT loads them: "default" into `save_directory`, others into
+    subfolders of their names. Each pair of files is replaced as one, see
+    `lora_ext.io.save_adapter`; if one cannot be written, all stay as they were.
 
     Args:
-        adapter_names: all, if None.
+        selected_adapters: all, if None.
         path_initial_model_for_weight_conversion: the folder of the adapter as it was right after an
             initialisation that changed the base's weights ("pissa", "olora"). What is written then
             is a plain adapter of twice the rank for the original weights.
@@ -119,7 +120,7 @@ def save_pretrained(
             vdim other than embed_dim. Nothing is written then.
         AdapterFileError: NaN or Inf; the initial adapter's files are damaged or do not fit.
     """
-    folder = as_path(folder, "save_pretrained")
+    folder = as_path(save_directory, "save_pretrained", "save_directory")
     initial = None
     if path_initial_model_for_weight_conversion is not None:
         initial = as_path(
@@ -128,17 +129,17 @@ def save_pretrained(
             "path_initial_model_for_weight_conversion",
         )
     names = list(model.peft_config)
-    if adapter_names is not None:
-        names = names_of(adapter_names, "save_pretrained")
+    if selected_adapters is not None:
+        names = names_of(selected_adapters, "save_pretrained", "selected_adapters")
     for name in names:
         if name not in model.peft_config:
             raise ValueError(
-                f"save_pretrained: adapter_names: got {name!r}, "
+                f"save_pretrained: selected_adapters: got {name!r}, "
                 f"expected some of {list(model.peft_config)}"
             )
     if not names:
         raise ValueError(
-            f"save_pretrained: adapter_names: got {adapter_names}, with adapters "
+            f"save_pretrained: selected_adapters: got {selected_adapters}, with adapters "
             f"{list(model.peft_config)} in the model, expected at least one; nothing is written"
         )
     as_plain_lora = as_flag(as_plain_lora, "save_pretrained", "as_plain_lora")
