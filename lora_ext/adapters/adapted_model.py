@@ -29,7 +29,7 @@ class AdaptedModel(nn.Module):
             it, as `get_base_model()` is.
         peft_config: the configs, by the adapters' names.
         active_adapters: the names of the adapters that run.
-        targeted_module_names, targeted_parameter_names: what the last adapter is on.
+        targeted_module_names, targeted_parameter_names: what the adapters are on.
     """
 
     # Here and not only of instances: a class that is also PEFT's has properties of these names.

@@ -92,8 +92,10 @@ def add_planned(
         model,
         _own=model._own | own,
         peft_config={**model.peft_config, adapter_name: resolved(model.get_base_model(), plan)},
-        targeted_module_names=plan.names,
-        targeted_parameter_names=plan.parameters,
+        targeted_module_names=list(dict.fromkeys([*model.targeted_module_names, *plan.names])),
+        targeted_parameter_names=list(
+            dict.fromkeys([*model.targeted_parameter_names, *plan.parameters])
+        ),
     )
     transaction.commit()
 

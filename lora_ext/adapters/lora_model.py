@@ -20,7 +20,7 @@ from lora_ext.adapters.names import unwrapped
 from lora_ext.adapters.saving import SavableModel
 from lora_ext.adapters.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from lora_ext.adapters.switching import SwitchableModel
-from lora_ext.adapters.training import prepare_model_for_gradient_checkpointing
+from lora_ext.adapters.training import is_checkpointing, prepare_model_for_gradient_checkpointing
 from lora_ext.arguments import as_flag, former_names, short
 from lora_ext.nn.adapter import DEFAULT, check_adapter_name
 from lora_ext.nn.trainable import count_parameters, print_trainable_parameters
@@ -70,7 +70,7 @@ class LoraModel(SwitchableModel, MergeableModel, SavableModel):
             transaction.commit()
             if as_flag(low_cpu_mem_usage, "LoraModel", "low_cpu_mem_usage"):
                 on_meta(self, adapter_name)
-        if getattr(model, "is_gradient_checkpointing", False):
+        if is_checkpointing(model):
             prepare_model_for_gradient_checkpointing(model)
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:

@@ -18,6 +18,7 @@ from lora_ext.adapters.checkpoint.model_card import write_model_card
 from lora_ext.adapters.checkpoint.state_dict import LoadResult
 from lora_ext.adapters.classes import class_for
 from lora_ext.adapters.config import LoraConfig
+from lora_ext.adapters.training import is_checkpointing, prepare_model_for_gradient_checkpointing
 from lora_ext.arguments import as_flag, former_names, names_of, warn
 from lora_ext.io.hub import adapter_folder, push_folder
 from lora_ext.nn.adapter import DEFAULT, check_adapter_name
@@ -81,6 +82,8 @@ class SavableModel(AdaptedModel):
             freeze_base(self, transaction)
             activate(self, [adapter_name], not is_trainable, transaction)
             transaction.commit()
+        if is_checkpointing(model):
+            prepare_model_for_gradient_checkpointing(model)
         if cls.FOLLOWS_TASK:
             self.__class__ = class_for(model, self.peft_config[adapter_name].task_type)
         return self if is_trainable else self.eval()

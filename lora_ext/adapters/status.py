@@ -133,7 +133,9 @@ def get_model_status(model: nn.Module) -> ModelStatus:
     return ModelStatus(
         base_model_type=type(model if found is None else found.get_base_model()).__name__,
         adapter_model_type="None" if found is None else type(found).__name__,
-        peft_types={} if found is None else {n: str(c.peft_type.value) for n, c in found.peft_config.items()},
+        peft_types={}
+        if found is None
+        else {n: str(c.peft_type.value) for n, c in found.peft_config.items()},
         trainable_params=trainable,
         total_params=total,
         num_adapter_layers=len(rows),

@@ -14,6 +14,13 @@ from lora_ext.arguments import as_flag, check_module
 _KEEPS_16_BITS = frozenset({"gptq", "aqlm", "eetq", "hqq", "torchao"})
 
 
+def is_checkpointing(model: nn.Module) -> bool:
+    """Whether a model of transformers was told to use gradient checkpointing; newer versions have
+    another name for it, and warn of the former one."""
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")
+    return bool(next((getattr(model, name) for name in names if hasattr(model, name)), False))
+
+
 def prepare_model_for_gradient_checkpointing(model: nn.Module) -> nn.Module:
     """Makes the output of the input embedding of a model of transformers require gradients, as
     checkpoints that are recomputed with `use_reentrant=True` need where all else is frozen.

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.peft_suite.differences import kind_of
 from tests.peft_suite.fetch import BUILD, PACKAGES, ROOT, SUITE, fetch
 from tests.peft_suite.hub import make_hub
 from tests.peft_suite.plugin import MODES
@@ -105,9 +106,14 @@ def main() -> None:
         by_file[test.partition("::")[0]][how["outcome"]] += 1
     for reason, tests in grouped(ended)[: arguments.groups]:
         print(f"{len(tests):5d}  {reason}\n         such as {tests[0]}")
+    kinds = collections.Counter(
+        kind_of(test, how["reason"]) for test, how in ended.items() if how["outcome"] == "failed"
+    )
     for name, counts in by_file.items():
         print(f"{name}: {dict(counts)}")
     print(f"{arguments.mode}: {dict(outcomes)} of {len(ended)}")
+    if arguments.mode == "swapped":
+        print(f"of those that fail: {dict(kinds)} (tests/peft_suite/differences.py)")
     report = BUILD / f"{arguments.mode}.json"
     report.write_text(json.dumps(ended, indent=1, sort_keys=True))
     print(f"each test's end is in {report.relative_to(ROOT)}")

@@ -6,6 +6,7 @@ import functools
 import importlib
 import pkgutil
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -52,32 +53,37 @@ LAYERS = {
 }
 
 
-def swap() -> list[str]:
-    """Puts what `lora_ext` has into `peft` and its modules; returns the names that were swapped."""
+def swap() -> Callable[[], None]:
+    """Puts what `lora_ext` has into `peft` and its modules, from which tests import it.
+
+    Returns:
+        What takes it out again: PEFT's own code is to find its own, for other kinds of adapters.
+    """
     for module in pkgutil.walk_packages(peft.__path__, "peft."):
         if "bnb" not in module.name:
             _import(module.name)
     ours: dict[int, Any] = {}
-    swapped = []
     for name in NAMES:
-        if hasattr(lora_ext, name):
-            ours[id(getattr(peft, name))] = _for_lora(getattr(peft, name), getattr(lora_ext, name))
-            swapped.append(name)
-    for module, names in ELSEWHERE.items():
+        ours[id(getattr(peft, name))] = _for_lora(getattr(peft, name), getattr(lora_ext, name))
+    for where, names in ELSEWHERE.items():
         for name in names:
-            if hasattr(lora_ext, name):
-                ours[id(getattr(sys.modules[module], name))] = getattr(lora_ext, name)
-                swapped.append(name)
-    for module, layers in LAYERS.items():
+            ours[id(getattr(sys.modules[where], name))] = getattr(lora_ext, name)
+    for where, layers in LAYERS.items():
         for name, layer in layers.items():
-            ours[id(getattr(sys.modules[module], name))] = layer
-            swapped.append(f"{module}.{name}")
-    for name, module in list(sys.modules.items()):
-        if name == "peft" or name.startswith("peft."):
-            for attribute, value in list(vars(module).items()):
-                if id(value) in ours and not attribute.startswith("__"):
-                    setattr(module, attribute, ours[id(value)])
-    return swapped
+            ours[id(getattr(sys.modules[where], name))] = layer
+    before: list[tuple[Any, str, Any]] = []
+    for where, module in list(sys.modules.items()):
+        if where == "peft" or where.startswith("peft."):
+            for name, value in list(vars(module).items()):
+                if id(value) in ours and not name.startswith("__"):
+                    before.append((module, name, value))
+                    setattr(module, name, ours[id(value)])
+
+    def restore() -> None:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+    return restore
 
 
 def _for_lora(theirs: Any, own: Any) -> Any:
