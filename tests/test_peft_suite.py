@@ -10,11 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# One kind of layer each, with and without DoRA; what is quick of a model of transformers.
-WHICH = (
-    "Vanilla MLP 1 LoRA-MLP or Conv2d 1 LoRA-Conv2d or MHA 1 LoRA-MHA "
-    "or Embedding + transformers Conv1D 1 LoRA-Emb or Vanilla MLP 7 LoRA with DoRA-MLP"
-)
+# One base of each kind of layer, plain.
+WHICH = "LoRA-MHA-LoraConfig or LoRA-Conv2d-LoraConfig or LoRA-EmbConv1D-LoraConfig"
 
 
 @pytest.mark.network
@@ -32,5 +29,5 @@ def test_of_a_part_nothing_fails_that_is_not_explained(monkeypatch: pytest.Monke
         pytest.skip(f"PEFT's tests cannot be fetched: {error}")
     outcomes = collections.Counter(how["outcome"] for how in ended.values())
     failed = {test: how["reason"] for test, how in ended.items() if how["outcome"] == "failed"}
-    assert outcomes["passed"] >= 150, outcomes
+    assert outcomes["passed"] >= 250, outcomes
     assert [text for text in failed.items() if kind_of(*text) == REAL] == []
