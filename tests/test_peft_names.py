@@ -468,6 +468,27 @@ def test_a_given_state_dict_is_what_is_saved(tmp_path: Path) -> None:
     assert changed == [f"{PREFIX}first.lora_A.weight"]
 
 
+@pytest.mark.parametrize("lib", [peft, lora_ext])
+def test_pefts_way_to_convert_an_adapter_that_changed_the_base(lib: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(3, 8)
+    config = lib.LoraConfig(init_lora_weights="pissa", target_modules=["0"], r=2)
+    model = lib.get_peft_model(copy.deepcopy(base), config)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(str(tmp_path / "initial"))
+    model.peft_config["default"].init_lora_weights = "pissa"
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(2.0)
+    model.save_pretrained(
+        str(tmp_path / "plain"), path_initial_model_for_weight_conversion=str(tmp_path / "initial")
+    )
+    plain = lib.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "plain"))
+    assert plain.peft_config["default"].r == 4
+    torch.testing.assert_close(plain(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_only_the_main_process_writes_and_no_pickle(tmp_path: Path) -> None:
     model = get_lora_model(Net(), config_of(lora_ext))
     model.save_pretrained(tmp_path / "not", is_main_process=False)

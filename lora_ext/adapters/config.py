@@ -32,7 +32,7 @@ Names = str | list[str] | set[str] | None
 
 # Not PEFT's, or not for the file.
 _MAX_UNKNOWN = 1000  # fields of other versions in a file
-_UNSAVED = ("runtime_config", "unknown_fields", "absent_fields")
+_UNSAVED = ("runtime_config", "unknown_fields", "absent_fields", "combined")
 
 
 class LayerSettings(NamedTuple):
@@ -83,6 +83,7 @@ class LoraConfig:
             embedding are tied as well; both are saved whole if one of them is named.
         megatron_core, qalora_group_size: kept, without effect while what they belong to is off.
         unknown_fields: what a file has beyond these fields; written back.
+        combined: whether `add_weighted_adapter` made it.
         absent_fields: which of these fields a file does not have; left out again while they have
             their default.
 
@@ -135,6 +136,7 @@ class LoraConfig:
     ensure_weight_tying: bool = False
     unknown_fields: dict[str, Any] = field(default_factory=dict, repr=False)
     absent_fields: frozenset[str] = field(default_factory=frozenset, repr=False, compare=False)
+    combined: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.validate()

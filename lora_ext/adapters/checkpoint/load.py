@@ -89,7 +89,8 @@ def load_adapter(
             plan = grouped_where_possible(plan, tensors)
             add_planned(model, adapter_name, plan, own)
             if isinstance(config, LoraConfig):  # it is to be the model's, as in PEFT
-                own.set(config, **vars(model.peft_config[adapter_name]))
+                resolved = vars(model.peft_config[adapter_name])
+                own.set(config, **{name: resolved[name] for name in vars(config)})
                 own.put(model.peft_config, adapter_name, config)
         _fill(model, adapter_name, tensors, file.path, own if known else None)
         for key, tensor in bases.targets.items():

@@ -84,6 +84,7 @@ def add_weighted_adapter(
         with torch.no_grad():
             for part, parameter in draft.parts(adapter_name).items():
                 parameter.copy_(parts[part])
+    config.combined = True
     transaction.set(model, peft_config={**model.peft_config, adapter_name: config})
     transaction.commit()
     whole = [p for p, m in model.saved_modules() if m.modules_to_save.keys() & set(adapters)]
