@@ -192,7 +192,11 @@ NEEDED = "peft_type inference_mode r lora_alpha lora_dropout fan_in_fan_out bias
 NEEDED += (
     "init_lora_weights use_dora qalora_group_size lora_bias ensure_weight_tying unknown_fields"
 )
-FIELDS = [name for name in LoraConfig.__dataclass_fields__ if name != "absent_fields"]
+FIELDS = [
+    name
+    for name, field in LoraConfig.__dataclass_fields__.items()
+    if field.init and name != "absent_fields"
+]
 SWEEP = [
     pytest.param(name, argument, id=f"{name}-{argument}")
     for name, call in CALLS.items()
