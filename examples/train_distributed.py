@@ -95,7 +95,7 @@ def build(options: argparse.Namespace, device: str) -> LoraModel:
 
 def divide(model: LoraModel, mesh: DeviceMesh, options: argparse.Namespace) -> nn.Module:
     """What is called in a step. Order matters: adapters, tensor parallelism, then FSDP2 or DDP."""
-    base: Any = model.base_model
+    base: Any = model.get_base_model()
     if mesh["tp"].size() > 1:
         plan = {f"model.{name}": style for name, style in base.config.base_model_tp_plan.items()}
         parallelize_module(base, mesh["tp"], lora_plan(plan))

@@ -33,6 +33,8 @@ MOVED = {
 # What has another place or name than before, in modules that are there and in those above.
 RENAMED = {
     "lora_ext.adapters.layers.adaptable": "lora_ext.nn.kinds.layer_for",
+    "lora_ext.adapters.lora_model.get_lora_model": "lora_ext.adapters.tasks.get_lora_model",
+    "lora_ext.adapters.lora_model.get_peft_model": "lora_ext.adapters.tasks.get_peft_model",
     "lora_ext.adapters.targets.ADAPTABLE": "lora_ext.nn.kinds.BASE_CLASSES",
     "lora_ext.adapters.targets.is_adaptable": "lora_ext.nn.kinds.is_of_a_kind",
     "lora_ext.io.base_tensors.around_others": "lora_ext.adapters.checkpoint.keys.around_others",

@@ -12,10 +12,10 @@ import os
 import reprlib
 import sys
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.utils._contextlib
@@ -223,6 +223,29 @@ def suggests_names(kind: Kind) -> Kind:
 
     kind.__init__ = checked  # type: ignore[misc]
     return kind
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def former_names(where: str, **names: str) -> Callable[[Function], Function]:
+    """A function, called `where` in messages, whose arguments are also taken under the names that
+    they had, `former="now"`, with a DeprecationWarning."""
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def renamed(*args: Any, **kwargs: Any) -> Any:
+            for former in names.keys() & kwargs.keys():
+                now = names[former]
+                if now in kwargs:
+                    raise TypeError(f"{where}: got {now} and {former}, its former name")
+                warn(f"{where}: {former} is {now} now", DeprecationWarning)
+                kwargs[now] = kwargs.pop(former)
+            return function(*args, **kwargs)
+
+        return cast(Function, renamed)
+
+    return decorate
 
 
 def check_place(

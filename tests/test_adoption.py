@@ -86,7 +86,7 @@ def test_merging_never_changes_what_the_layer_computes(kind: type[nn.Linear]) ->
         nn.Sequential(kind(8, 6)),
         LoraConfig(r=2, target_modules=["0"], init_lora_weights=False),
     )
-    base, x = model.base_model[0].base_layer, torch.randn(3, 8)
+    base, x = model.get_base_model()[0].base_layer, torch.randn(3, 8)
     weight, y = base.weight.clone(), model(x)
     model.merge_adapter()
     torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
@@ -168,7 +168,9 @@ def test_what_is_around_a_call_is_not_in_the_weight(double: Callable[[nn.Module]
         nn.Sequential(base), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
     )
     y = model(X)
-    torch.testing.assert_close(y, base(X) + update(model.base_model[0], X), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        y, base(X) + update(model.get_base_model()[0], X), rtol=1e-5, atol=1e-5
+    )
     model.merge_adapter()
     torch.testing.assert_close(model(X), y)
     with pytest.raises(ValueError, match="something else than a product with its weight"):

@@ -159,13 +159,13 @@ CALLS = {
     "combine": Call(lambda m, _, __: weighted(m), needs="weighted"),
     "wrap": Call(
         lambda m, k, _: get_lora_model(
-            m.base_model, config_of(k, bias="none", modules_to_save=["head"])
+            m.get_base_model(), config_of(k, bias="none", modules_to_save=["head"])
         ),
         lambda m: m.unload(),
         needs="plain",
     ),
     "load into a plain model": Call(
-        lambda m, _, folder: LoraModel.from_pretrained(m.base_model, folder),
+        lambda m, _, folder: LoraModel.from_pretrained(m.get_base_model(), folder),
         lambda m: m.unload(),
         needs="plain",
     ),
@@ -189,7 +189,7 @@ def bits(tensor: Tensor) -> Any:
 
 def state_of(model: LoraModel, kind: Kind) -> Any:
     """All that a user can see of it."""
-    net = model.base_model
+    net = model.get_base_model()
     modules: list[Any] = []
     for name, module in net.named_modules():
         assert "_transaction" not in vars(module)
@@ -326,10 +326,10 @@ def test_an_exception_while_a_merged_model_moves_leaves_no_stray_parameter(name:
         model.double()
     for n in range(1, lines.seen + 1):
         model = fresh()
-        names = [name for name, _ in model.base_model.named_parameters()]
+        names = [name for name, _ in model.get_base_model().named_parameters()]
         with contextlib.suppress(Interruption), AtLine(n):
             model.double()
-        assert [name for name, _ in model.base_model.named_parameters()] == names
+        assert [name for name, _ in model.get_base_model().named_parameters()] == names
         model.float().unmerge_adapter()
         assert state_of(model, kind) == unmerged
 

@@ -556,7 +556,7 @@ def test_diff(place: Path, tmp_path: Path) -> None:
 def test_explain(place: Path) -> None:
     base, _ = tiny_models.llama()
     adapted = LoraModel.from_pretrained(base, place / "plain")
-    expected = lora_ext.explain(adapted.base_model, 7)
+    expected = lora_ext.explain(adapted.get_base_model(), 7)
     arguments = ("explain", place / "llama", "--tokens", 7, "--device", "cpu")
     data = run(*arguments, "--adapter", place / "plain", "--json").json()
     rows = [(one["name"], one["path"], one["reason"]) for one in data["layers"]]

@@ -36,7 +36,7 @@ def divided(model: LoraModel, dp: int, fsdp: int, tp: int) -> LoraModel:
     """On a mesh of dp x fsdp x tp: what tp divides is divided once more in fsdp, with copies in
     dp."""
     mesh = init_device_mesh("cpu", (dp, fsdp, tp), mesh_dim_names=("dp", "fsdp", "tp"))
-    base: Any = model.base_model
+    base: Any = model.get_base_model()
     plan = {f"model.{name}": style for name, style in base.config.base_model_tp_plan.items()}
     parallelize_module(base, mesh["tp"], lora_plan(plan))
     for block in base.model.layers:

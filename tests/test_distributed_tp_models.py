@@ -39,7 +39,7 @@ def plan_of(base: Any) -> dict[str, Any]:
 
 
 def divided(model: LoraModel) -> LoraModel:
-    parallelize_module(model.base_model, mesh(), lora_plan(plan_of(model.base_model)))
+    parallelize_module(model.get_base_model(), mesh(), lora_plan(plan_of(model.get_base_model())))
     return model
 
 

@@ -277,15 +277,15 @@ def test_after_unload_nothing_is_written(tmp_path: Path) -> None:
 
 
 def replace_a_layer(model: LoraModel) -> None:
-    model.base_model.lin = nn.Linear(8, 8)
+    model.get_base_model().lin = nn.Linear(8, 8)
 
 
 def replace_a_copy(model: LoraModel) -> None:
-    model.base_model.head = nn.Linear(8, 5)
+    model.get_base_model().head = nn.Linear(8, 5)
 
 
 def resize_in_place(model: LoraModel) -> None:
-    words = model.base_model.words
+    words = model.get_base_model().words
     words.weight, words.num_embeddings = nn.Parameter(torch.zeros(13, 8)), 13
 
 
@@ -293,7 +293,7 @@ def split(part: str) -> Callable[[LoraModel], None]:
     """As DeepSpeed ZeRO-3 leaves parameters between calls."""
 
     def change(model: LoraModel) -> None:
-        parameter = model.base_model.get_parameter(part)
+        parameter = model.get_base_model().get_parameter(part)
         parameter.ds_id, parameter.ds_shape = 1, parameter.shape
         parameter.data = torch.empty(0)
 
@@ -301,7 +301,7 @@ def split(part: str) -> Callable[[LoraModel], None]:
 
 
 def empty(model: LoraModel) -> None:
-    model.base_model.lin.lora_A.data = torch.empty(0)
+    model.get_base_model().lin.lora_A.data = torch.empty(0)
 
 
 REFUSED: dict[str, tuple[Callable[[LoraModel], object], str]] = {

@@ -104,7 +104,7 @@ def test_peft_loads_ours(net: str, setting: dict[str, Any], tmp_path: Path) -> N
     ours = by_us(net, **setting)
     ours.save_pretrained(tmp_path)
     assert load_file(tmp_path / WEIGHTS)[FIRST_A].shape[:2] == (RANK, CHANNELS)
-    assert ours.base_model[0].lora_A.shape[1] == CHANNELS // ours.base_model[0].groups
+    assert ours.get_base_model()[0].lora_A.shape[1] == CHANNELS // ours.get_base_model()[0].groups
     theirs = peft.PeftModel.from_pretrained(base(net), tmp_path, is_trainable=True)
     agree(ours, theirs, net)
 
@@ -134,7 +134,7 @@ def test_we_run_what_peft_trained(net: str, setting: dict[str, Any], tmp_path: P
     theirs = by_peft(net, **setting)
     theirs.save_pretrained(tmp_path)
     ours = LoraModel.from_pretrained(base(net), tmp_path, is_trainable=True)
-    assert ours.base_model[0].lora_A.shape[:2] == (RANK, CHANNELS)
+    assert ours.get_base_model()[0].lora_A.shape[:2] == (RANK, CHANNELS)
     agree(ours, theirs, net)
     ours.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / WEIGHTS).read_bytes()
@@ -147,7 +147,7 @@ def test_several_adapters_and_scales(tmp_path: Path) -> None:
     for seed, name in enumerate(("second", "third"), start=4):
         by_peft(net, seed).save_pretrained(tmp_path / name)
         model.load_adapter(tmp_path / name, name)
-    layer, x = model.base_model[0], images(net)
+    layer, x = model.get_base_model()[0], images(net)
     shapes = [layer.parts(name)["lora_A"].shape[1] for name in layer.adapters]
     assert shapes == [CHANNELS // 2, CHANNELS, CHANNELS]
     y = expected = base(net)[0](x)
@@ -240,7 +240,7 @@ def test_combining(tmp_path: Path) -> None:
     model.add_adapter("ours", LoraConfig(r=RANK, target_modules=NAMES))
     with pytest.raises(ValueError, match="expected shapes that differ in the rank only"):
         model.add_weighted_adapter(["a", "ours"], [1.0, 1.0], "new", "cat")
-    assert "new" not in model.peft_config and "new" not in model.base_model[0].adapters
+    assert "new" not in model.peft_config and "new" not in model.get_base_model()[0].adapters
 
 
 def test_what_training_added_is_saved_for_peft(tmp_path: Path) -> None:
@@ -248,10 +248,10 @@ def test_what_training_added_is_saved_for_peft(tmp_path: Path) -> None:
     net, x = "2d groups", images("2d groups")
     ours = by_us(net)
     before = base(net)[0](x)
-    start = ours.base_model[0](x) - before
+    start = ours.get_base_model()[0](x) - before
     ours.save_pretrained(tmp_path / "initial")
     with torch.no_grad():
-        for parameter in ours.base_model[0].parts("default").values():
+        for parameter in ours.get_base_model()[0].parts("default").values():
             parameter.mul_(1.5)
     ours.save_pretrained(
         tmp_path / "added", path_initial_model_for_weight_conversion=tmp_path / "initial"
@@ -259,10 +259,10 @@ def test_what_training_added_is_saved_for_peft(tmp_path: Path) -> None:
     expected = before + (1.5**2 - 1) * start
     again = LoraModel.from_pretrained(base(net), tmp_path / "added")
     theirs = peft.PeftModel.from_pretrained(base(net), tmp_path / "added")
-    for model in (again.base_model, theirs.base_model.model):
+    for model in (again.get_base_model(), theirs.base_model.model):
         assert (model[0](x) - expected).abs().max() <= 1e-5
     again.merge_adapter()
-    assert (again.base_model[0](x) - expected).abs().max() <= 1e-5
+    assert (again.get_base_model()[0](x) - expected).abs().max() <= 1e-5
 
 
 # Files that do not fit
@@ -293,10 +293,10 @@ def test_huge_rank_is_refused_unread(tmp_path: Path) -> None:
 def test_own_shape_is_loaded_too(tmp_path: Path) -> None:
     ours = by_us("2d depthwise")
     ours.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / WEIGHTS) | {FIRST_A: ours.base_model[0].lora_A.detach()}
+    tensors = load_file(tmp_path / WEIGHTS) | {FIRST_A: ours.get_base_model()[0].lora_A.detach()}
     save_file(tensors, tmp_path / WEIGHTS)
     again = LoraModel.from_pretrained(base("2d depthwise"), tmp_path)
-    assert torch.equal(again.base_model[0].lora_A, ours.base_model[0].lora_A)
+    assert torch.equal(again.get_base_model()[0].lora_A, ours.get_base_model()[0].lora_A)
 
 
 def test_dora_keeps_its_own_shape_and_pefts_is_refused(tmp_path: Path) -> None:

@@ -260,7 +260,7 @@ def test_configs_layers_and_peft_take_the_same_names(kind: str) -> None:
     def model() -> Any:
         named = lora_ext.LoraConfig(target_modules=["0"], init_lora_weights=kind, **config)
         net = nn.Sequential(copy.deepcopy(base))
-        return lora_ext.get_lora_model(net, named).base_model[0]
+        return lora_ext.get_lora_model(net, named).get_base_model()[0]
 
     def layer() -> Any:
         return lora_ext.nn.Linear.from_linear(copy.deepcopy(base), init_lora_weights=kind, **config)

@@ -261,7 +261,7 @@ def test_no_adapter_is_written_if_one_cannot_be(tmp_path: Path) -> None:
     model = get_lora_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
     model.add_adapter("two", LoraConfig(r=2, target_modules=["0"]))
     with torch.no_grad():
-        model.base_model[0].lora_B_two[0, 0] = torch.nan
+        model.get_base_model()[0].lora_B_two[0, 0] = torch.nan
     with pytest.raises(AdapterFileError, match="NaN"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -272,7 +272,7 @@ def test_a_scale_that_the_files_do_not_hold_is_told(tmp_path: Path) -> None:
     model.set_scale("default", 0.5)
     with pytest.warns(UserWarning, match=r"\['default'\]: set_scale .* files do not hold"):
         model.save_pretrained(tmp_path)
-    model.base_model[0].unscale_layer(0.5)
+    model.get_base_model()[0].unscale_layer(0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.save_pretrained(tmp_path)
@@ -281,17 +281,21 @@ def test_a_scale_that_the_files_do_not_hold_is_told(tmp_path: Path) -> None:
 def test_a_path_with_a_null_character_is_refused_by_name() -> None:
     model = get_lora_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
     with pytest.raises(
-        ValueError, match=r"save_pretrained: folder: got 'a\\x00b', expected a path"
+        ValueError, match=r"save_pretrained: save_directory: got 'a\\x00b', expected a path"
     ):
         model.save_pretrained("a\0b")
-    with pytest.raises(ValueError, match=r"load_adapter: folder: got 'a\\x00b', expected a path"):
+    with pytest.raises(
+        ValueError, match=r"from_pretrained: model_id: got 'a\\x00b', expected a path"
+    ):
         LoraModel.from_pretrained(nn.Sequential(nn.Linear(4, 4)), "a\0b")
 
 
 def test_saving_no_adapter_is_refused(tmp_path: Path) -> None:
     model = get_lora_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
-    with pytest.raises(ValueError, match=r"adapter_names: got \[\], with adapters \['default'\]"):
-        model.save_pretrained(tmp_path, [])
+    with pytest.raises(
+        ValueError, match=r"selected_adapters: got \[\], with adapters \['default'\]"
+    ):
+        model.save_pretrained(tmp_path, selected_adapters=[])
     model.delete_adapter("default")
-    with pytest.raises(ValueError, match=r"adapter_names: got None, with adapters \[\]"):
+    with pytest.raises(ValueError, match=r"selected_adapters: got None, with adapters \[\]"):
         model.save_pretrained(tmp_path)

@@ -37,7 +37,7 @@ class Rows(nn.Embedding):
 def kept(base: nn.Module | None = None) -> Any:
     linear = Halves(4, 4) if base is None else base
     config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
-    return get_lora_model(nn.Sequential(linear), config).base_model[0]
+    return get_lora_model(nn.Sequential(linear), config).get_base_model()[0]
 
 
 DENSE = torch.randn(8, 8)

@@ -142,7 +142,7 @@ def test_many_names_of_nothing_in_a_deep_model(good: Path, tmp_path: Path) -> No
 
 
 def test_good_one_is_loaded(good: Path) -> None:
-    assert LoraModel.from_pretrained(net(), good).active_adapters == ("default",)
+    assert LoraModel.from_pretrained(net(), good).active_adapters == ["default"]
 
 
 def test_values_too_large_for_the_models_dtype(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_values_too_large_for_the_models_dtype(tmp_path: Path) -> None:
     LoraModel.from_pretrained(make(), tmp_path)  # in float32 it is what it is
     put(key, torch.full((4, 6), 65519.0))(tmp_path)  # rounds to the largest float16
     adapted = LoraModel.from_pretrained(make(), tmp_path, autocast_adapter_dtype=False)
-    assert adapted.base_model[0].lora_A.max() == 65504
+    assert adapted.get_base_model()[0].lora_A.max() == 65504
 
 
 def test_initial_adapter_is_compared_with_the_model(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import LoraConfig, LoraModel, get_lora_model
-from lora_ext.errors import AlreadyMergedError, NotMergedError
 from lora_ext.nn import Linear
 
 
@@ -97,7 +96,7 @@ def test_several_adapters() -> None:
     model, x = model_of(), rows()
     default = model(x)
     model.add_adapter("other", config_of(r=3, target_modules=["first", "head"]))
-    assert torch.equal(model(x), default) and model.active_adapters == ("default",)
+    assert torch.equal(model(x), default) and model.active_adapters == ["default"]
     model.set_adapter("other")
     other = model(x)
     net = model.get_base_model()
@@ -113,7 +112,7 @@ def test_several_adapters() -> None:
     assert not torch.equal(model(x), default) and not torch.equal(model(x), other)
     model.rename_adapter("other", "third")
     model.delete_adapter("default")
-    assert model.active_adapters == ("third",) and torch.equal(model(x), other)
+    assert model.active_adapters == ["third"] and torch.equal(model(x), other)
     assert list(model.peft_config) == ["third"]
 
 
@@ -168,31 +167,32 @@ def test_modules_to_save_are_copies_that_train() -> None:
 def test_merging_and_unmerging_give_back_every_bit(dtype: torch.dtype) -> None:
     model = get_lora_model(net_of(dtype), config_of(bias="all"))
     before, x = weights(model), rows(dtype)
-    parameters = [p.detach().clone() for p in model.base_model.parameters()]
+    parameters = [p.detach().clone() for p in model.get_base_model().parameters()]
     y = model(x)
     model.merge_adapter()
     assert same(model, before)  # a state dict is always the base's
     limit = 4 * torch.finfo(dtype).eps * y.abs().max()
     assert (model(x) - y).abs().max() <= limit
-    with pytest.raises(AlreadyMergedError):
+    with pytest.warns(UserWarning, match="already merged, nothing to do"):
         model.merge_adapter()
     model.unmerge_adapter()
     assert all(
-        torch.equal(p, q) for p, q in zip(model.base_model.parameters(), parameters, strict=True)
+        torch.equal(p, q)
+        for p, q in zip(model.get_base_model().parameters(), parameters, strict=True)
     )
-    with pytest.raises(NotMergedError):
+    with pytest.warns(UserWarning, match="Already unmerged"):
         model.unmerge_adapter()
 
 
 def test_one_layer_that_cannot_be_merged_leaves_all_as_they_were() -> None:
     model = model_of(target_modules=["first", "second", "head"])
     with torch.no_grad():
-        model.base_model.head.lora_B[0, 0] = torch.nan
-    pointers = [p.detach().clone() for p in model.base_model.parameters()]
+        model.get_base_model().head.lora_B[0, 0] = torch.nan
+    pointers = [p.detach().clone() for p in model.get_base_model().parameters()]
     with pytest.raises(ValueError, match="NaN") as raised:
         model.merge_adapter()
     assert "layer 'head'" in str(raised.value) and "no layer" in str(raised.value)
-    now = list(model.base_model.parameters())
+    now = list(model.get_base_model().parameters())
     assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(now, pointers, strict=True))
     assert not any(layer.merged for _, layer in model.lora_layers())
 
@@ -225,7 +225,9 @@ def test_unload_gives_the_base_back() -> None:
 
 def test_training_reduces_the_loss_and_moves_only_the_adapter() -> None:
     model, x = model_of(init_lora_weights=True), rows()
-    frozen = {n: p.clone() for n, p in model.base_model.named_parameters() if not p.requires_grad}
+    frozen = {
+        n: p.clone() for n, p in model.get_base_model().named_parameters() if not p.requires_grad
+    }
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.05)
     losses = []
     for _ in range(40):
@@ -235,7 +237,7 @@ def test_training_reduces_the_loss_and_moves_only_the_adapter() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
-    now = dict(model.base_model.named_parameters())
+    now = dict(model.get_base_model().named_parameters())
     assert all(torch.equal(now[name], value) for name, value in frozen.items())
 
 
@@ -244,7 +246,7 @@ def test_copies_are_independent() -> None:
     other = copy.deepcopy(model)
     assert torch.equal(other(x), model(x))
     other.merge_adapter()
-    assert not model.base_model.first.merged
+    assert not model.get_base_model().first.merged
 
 
 def test_adding_an_adapter_leaves_modes_and_merges_alone() -> None:
@@ -254,16 +256,16 @@ def test_adding_an_adapter_leaves_modes_and_merges_alone() -> None:
     y = model(x)
     model.add_adapter("other", config_of(target_modules=["first", "head"]))
     model.add_weighted_adapter(["default", "other"], [1, 1], "both", "cat")
-    assert torch.equal(model(x), y) and model.base_model.first.merged
+    assert torch.equal(model(x), y) and model.get_base_model().first.merged
     assert not any(p.requires_grad for p in model.parameters())
     model.unmerge_adapter()
     model.delete_adapter("default")
-    assert model.active_adapters == ("other",)
+    assert model.active_adapters == ["other"]
     assert not any(p.requires_grad for p in model.parameters())
     model.delete_adapter("other")
     model.delete_adapter("both")
     model.add_adapter("late", config_of())
-    assert model.active_adapters == () and torch.equal(model(x), net_of()(x))
+    assert model.active_adapters == [] and torch.equal(model(x), net_of()(x))
 
 
 @pytest.mark.parametrize("active", [["default"], ["default", "other"]], ids=["one", "several"])
@@ -274,7 +276,7 @@ def test_what_is_active_after_a_deletion_trains_as_before(frozen: bool, active: 
     model.add_adapter("other", config_of(r=3, target_modules=["first", "head"]))
     model.set_adapter(active, inference_mode=frozen)
     model.delete_adapter("default")
-    assert model.active_adapters == ("other",)
+    assert model.active_adapters == ["other"]
     net = model.get_base_model()
     trains = {name for name, p in net.named_parameters() if p.requires_grad}
     others = {f"{n}.lora_{part}_other" for n in ("first", "head") for part in "AB"}
@@ -336,7 +338,7 @@ def test_set_adapter_says_that_it_unmerges() -> None:
     model.merge_adapter()
     with pytest.warns(UserWarning, match=r"set_adapter: the model was merged.*merge_adapter\(\)"):
         model.set_adapter("default")
-    assert not model.base_model[0].merged
+    assert not model.get_base_model()[0].merged
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.set_adapter("default")
@@ -345,8 +347,6 @@ def test_set_adapter_says_that_it_unmerges() -> None:
 def test_errors_of_layers_name_the_layer_and_what_the_model_can_do() -> None:
     model = model_of()
     model.merge_adapter()
-    with pytest.raises(AlreadyMergedError, match=r"layer 'first': .*call unmerge_adapter\(\)"):
-        model.merge_adapter()
     with pytest.raises(ValueError, match=r"layer 'first': .*call unmerge_adapter\(\)"):
         model.set_scale("default", 2.0)
 

@@ -80,7 +80,7 @@ def near(actual: Tensor, exact: Tensor) -> bool:
 @pytest.mark.parametrize("targets", [NAMES, ["embed", "twin"], ["head", "first"]], ids=str)
 def test_each_layer_gets_its_own_update(targets: list[str], dtype: torch.dtype) -> None:
     model = model_of(targets, dtype)
-    net, before = model.base_model, parameters(model.base_model)
+    net, before = model.get_base_model(), parameters(model.get_base_model())
     base = {"embed": net.embed.weight, "first": net.first.weight}
     base |= {"head": base["embed"], "twin": base["first"]}
     y = model(TOKENS)
@@ -131,7 +131,7 @@ def test_more_adapters_are_merged_on_top() -> None:
     model = model_of(["first"])
     config = LoraConfig(r=2, target_modules=["first", "twin"], init_lora_weights=False)
     model.add_adapter("other", config)
-    net, before = model.base_model, parameters(model.base_model)
+    net, before = model.get_base_model(), parameters(model.get_base_model())
     weight = net.first.weight.detach().clone()
     merge(model)
     merge(model, ["other"])  # "twin" alone still holds the shared weight
@@ -145,20 +145,20 @@ def test_more_adapters_are_merged_on_top() -> None:
 
 def test_state_dict_is_the_base_and_tied_while_merged() -> None:
     model = model_of()
-    before = {k: v.clone() for k, v in model.base_model.state_dict().items()}
+    before = {k: v.clone() for k, v in model.get_base_model().state_dict().items()}
     merge(model)
-    now = model.base_model.state_dict()
+    now = model.get_base_model().state_dict()
     assert list(now) == list(before) and all(torch.equal(now[k], before[k]) for k in now)
     assert now["embed.weight"].data_ptr() == now["head.weight"].data_ptr()
-    kept = model.base_model.state_dict(keep_vars=True)
+    kept = model.get_base_model().state_dict(keep_vars=True)
     assert kept["first.weight"] is kept["twin.weight"]
 
 
 @pytest.mark.parametrize("targets", [NAMES, ["embed"]], ids=str)
 def test_loading_into_a_merged_model(targets: list[str]) -> None:
     model, other = model_of(targets), model_of(targets)
-    net, before = model.base_model, parameters(model.base_model)
-    state = {k: v * 0.5 for k, v in other.base_model.state_dict().items()}
+    net, before = model.get_base_model(), parameters(model.get_base_model())
+    state = {k: v * 0.5 for k, v in other.get_base_model().state_dict().items()}
     merge(model)
     net.load_state_dict(state)
     assert all(layer.merged for _, layer in model.lora_layers())
@@ -173,7 +173,7 @@ def test_loading_into_a_merged_model(targets: list[str]) -> None:
 @pytest.mark.parametrize("targets", [NAMES, ["embed", "twin"]], ids=str)
 def test_moving_and_casting_while_merged(targets: list[str]) -> None:
     model = model_of(targets)
-    net, before = model.base_model, parameters(model.base_model)
+    net, before = model.get_base_model(), parameters(model.get_base_model())
     merge(model)
     model.to(torch.float64)
     assert net.embed.weight.dtype == torch.float64
@@ -200,18 +200,18 @@ def copied(model: LoraModel, how: str) -> LoraModel:
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies_of_a_merged_model(how: str) -> None:
     model = model_of()
-    before = parameters(model.base_model)
+    before = parameters(model.get_base_model())
     merge(model)
     other = copied(model, how)
     assert torch.equal(other(TOKENS), model(TOKENS))
     other.unmerge_adapter()
-    net = other.base_model
+    net = other.get_base_model()
     assert net.embed.weight is net.head.weight and net.first.weight is net.twin.weight
     assert net.embed.weight is not before["embed.weight"][0]
     assert torch.equal(net.embed.weight, before["embed.weight"][1])
     assert all(layer.merged for _, layer in model.lora_layers())
     model.unmerge_adapter()
-    assert as_before(model.base_model, before)
+    assert as_before(model.get_base_model(), before)
 
 
 def test_a_failure_in_the_last_layer_leaves_all_tied() -> None:
@@ -243,7 +243,7 @@ def test_an_interrupted_merge_leaves_all_tied(
     model = model_of()
     config = LoraConfig(r=3, target_modules=["embed", "twin"], init_lora_weights=False)
     model.add_adapter("other", config)
-    net, before = model.base_model, parameters(model.base_model)
+    net, before = model.get_base_model(), parameters(model.get_base_model())
     if on_top:
         merge(model)
     y = model(TOKENS)
@@ -269,7 +269,7 @@ def test_an_interrupted_merge_leaves_all_tied(
 
 def test_layers_that_share_a_weight_merge_by_themselves_in_any_order() -> None:
     model = model_of()
-    net, before, y = model.base_model, parameters(model.base_model), model(TOKENS)
+    net, before, y = model.get_base_model(), parameters(model.get_base_model()), model(TOKENS)
     for order in (NAMES, NAMES[::-1]):
         for name in order:
             getattr(net, name).merge()
@@ -326,7 +326,7 @@ def test_tying_again_while_merged(targets: list[str], how: str, kind: type[nn.Li
     assert torch.equal(model(TOKENS), y) and list(model.state_dict()) == names
     merge(model)
     model = copied(model, how)
-    net, y = model.base_model, model(TOKENS)
+    net, y = model.get_base_model(), model(TOKENS)
     (base,) = getattr(net, targets[0]).base_parameters.values()
     for name, source in (("head", "embed"), ("embed", "head")):
         getattr(net, name).weight = getattr(net, source).weight
@@ -338,7 +338,7 @@ def test_tying_again_while_merged(targets: list[str], how: str, kind: type[nn.Li
 def test_another_module_can_be_given_a_merged_weight() -> None:
     model = model_of(["first"])
     merge(model)
-    layer, plain = model.base_model.first, nn.Linear(6, 6)
+    layer, plain = model.get_base_model().first, nn.Linear(6, 6)
     plain.weight = layer.weight
     assert plain.weight is layer.weight
 
@@ -346,7 +346,7 @@ def test_another_module_can_be_given_a_merged_weight() -> None:
 def test_a_weight_given_to_a_merged_layer_is_its_base() -> None:
     model = model_of(["first"])
     merge(model)
-    layer, values = model.base_model.first, torch.randn(6, 6)
+    layer, values = model.get_base_model().first, torch.randn(6, 6)
     given = nn.Parameter(values.clone())
     layer.weight = given
     assert layer.merged and near(layer.weight, formula(layer, values))
@@ -369,7 +369,7 @@ def test_tie_weights_of_transformers_while_merged(target: str) -> None:
 
 def test_unloading_gives_untied_modules() -> None:
     model = model_of()
-    y, base = model(TOKENS), model.base_model.first.weight
+    y, base = model(TOKENS), model.get_base_model().first.weight
     values = base.detach().clone()
     with pytest.warns(UserWarning, match="for good"):
         net = model.merge_and_unload()

@@ -62,7 +62,7 @@ def test_adapters_in_an_offloaded_model(tmp_path: Any) -> None:
 def test_a_model_that_is_offloaded_with_its_adapters() -> None:
     model = get_lora_model(small_net(), ALL).eval()
     want = model(NUMBERS).detach()
-    cpu_offload(model.base_model, execution_device="cpu")
+    cpu_offload(model.get_base_model(), execution_device="cpu")
     for change in (model.merge_adapter, model.merge_and_unload, model.unload):
         with pytest.raises(ValueError, match="remove_hook_from_module"):
             change()

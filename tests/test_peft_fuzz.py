@@ -355,14 +355,14 @@ def same_training(
 def merges(case: Case, model: LoraModel, inputs: Any, names: list[str]) -> None:
     for name in names:
         model.set_adapter(name)
-        before = {n: p.detach().clone() for n, p in model.base_model.named_parameters()}
+        before = {n: p.detach().clone() for n, p in model.get_base_model().named_parameters()}
         try:
             model.merge_adapter()
         except Exception as error:
             check("merge", case, False, f"{type(error).__name__}: {error}")
             return
         model.unmerge_adapter()
-        same = all(torch.equal(p, before[n]) for n, p in model.base_model.named_parameters())
+        same = all(torch.equal(p, before[n]) for n, p in model.get_base_model().named_parameters())
         check("unmerge", case, same, f"{name}: not bit for bit")
         precise = exact(model)
         y = outputs(precise, inputs)

@@ -123,7 +123,7 @@ def test_initialisation_beside_a_shared_weight(kind: str) -> None:
     assert all(torch.equal(*pair) for pair in pairs)
     fields = config_of(target_modules=["0", "1"], init_lora_weights=kind)
     model = get_lora_model(net(), LoraConfig(**fields))
-    assert not torch.equal(model.base_model[1].weight, base[1].weight)
+    assert not torch.equal(model.get_base_model()[1].weight, base[1].weight)
     torch.testing.assert_close(model(tokens), base(tokens), rtol=1e-5, atol=1e-5)
 
 
@@ -132,8 +132,8 @@ def test_status() -> None:
     model = get_lora_model(base, LoraConfig(**config_of()))
     model.add_adapter("other", LoraConfig(**config_of(target_modules=["q_proj"], lora_alpha=4)))
     rows = {row.name: row for row in model.get_layer_status()}
-    first = rows["model.layers.0.self_attn.q_proj"]
-    assert first.module_type == "lora_ext.nn.Linear" and first.enabled
+    first = rows["model.model.layers.0.self_attn.q_proj"]
+    assert first.module_type == "lora.Linear" and first.enabled
     assert first.available_adapters == ["default", "other"]
     assert first.active_adapters == ["default"] and first.merged_adapters == []
     assert first.requires_grad == {"default": True, "other": False}

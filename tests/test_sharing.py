@@ -113,7 +113,7 @@ def test_adapters_without_biases_may_be_beside_it() -> None:
 @pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
 def test_the_biases_that_train_are_pefts(bias: str) -> None:
     fields = {"r": 2, "target_modules": ["attention", "first"], "bias": bias}
-    ours = get_lora_model(Net(), LoraConfig(**fields)).base_model
+    ours = get_lora_model(Net(), LoraConfig(**fields)).get_base_model()
     theirs = peft.get_peft_model(Net(), peft.LoraConfig(**fields)).base_model.model
 
     def trained(net: nn.Module) -> set[str]:
@@ -128,7 +128,7 @@ def test_the_biases_that_train_are_pefts(bias: str) -> None:
 
 def test_a_merged_bias_trains_as_the_config_says() -> None:
     model = model_of(bias="lora_only", lora_bias=True)
-    layer: Any = model.base_model.first
+    layer: Any = model.get_base_model().first
     bias = layer.bias
     model.merge_adapter()
     assert layer.bias is not bias
@@ -178,13 +178,15 @@ NAMES += ["weight", "lora_A", "A", "_modules", "adapters", "modules_to_save"]
 def test_names_that_modules_have_as_attributes(name: str, tmp_path: Path) -> None:
     model = get_lora_model(Net(), config_of(modules_to_save=["head"]), name)
     with torch.no_grad():
-        model.base_model.head.modules_to_save[name].weight.fill_(0.5)
+        model.get_base_model().head.modules_to_save[name].weight.fill_(0.5)
     y = model.eval().train()(X)
     model.save_pretrained(tmp_path)
     folder = tmp_path if name == "default" else tmp_path / name
     assert torch.equal(LoraModel.from_pretrained(Net(), folder, name)(X), y)
     model.rename_adapter(name, "other")
-    assert torch.equal(model(X), y) and list(model.base_model.head.modules_to_save) == ["other"]
+    assert torch.equal(model(X), y) and list(model.get_base_model().head.modules_to_save) == [
+        "other"
+    ]
     model.rename_adapter("other", name)
     model.merge_adapter()
     model.unmerge_adapter()
@@ -285,7 +287,7 @@ def test_a_module_with_two_names_is_saved_by_those_that_the_config_means(
     config = config_of(target_modules=["head"], modules_to_save=names)
     model = get_lora_model(copy.deepcopy(net), config)
     with torch.no_grad():
-        model.base_model.other.modules_to_save["default"].weight.mul_(2.0)
+        model.get_base_model().other.modules_to_save["default"].weight.mul_(2.0)
     model.save_pretrained(tmp_path)
     keys = load_file(tmp_path / "adapter_model.safetensors").keys()
     assert {key.split(".")[2] for key in keys} == {"head", *names}

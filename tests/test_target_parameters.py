@@ -131,12 +131,12 @@ def test_files_go_both_ways(fields: dict[str, Any], transposed: bool, tmp_path: 
             count += 1
     assert count == len(gradients)
 
-    before = {name: (p, p.detach().clone()) for name, p in read.base_model.named_parameters()}
+    before = {name: (p, p.detach().clone()) for name, p in read.get_base_model().named_parameters()}
     y = read(x)
     read.merge_adapter()
     torch.testing.assert_close(read(x), y, rtol=1e-5, atol=1e-5)
     read.unmerge_adapter()
-    now = dict(read.base_model.named_parameters())
+    now = dict(read.get_base_model().named_parameters())
     assert all(now[name] is p and torch.equal(p, values) for name, (p, values) in before.items())
     plain = read.merge_and_unload()
     assert [type(module) for module in plain.modules()] == [type(m) for m in base.modules()]

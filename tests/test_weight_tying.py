@@ -43,7 +43,7 @@ def disturb(model: nn.Module) -> None:
 
 def copies(model: LoraModel, embedding: str) -> tuple[Any, Any]:
     names = (f"{name}.modules_to_save.default" for name in (embedding, "lm_head"))
-    one, other = (model.base_model.get_submodule(name) for name in names)
+    one, other = (model.get_base_model().get_submodule(name) for name in names)
     return one, other
 
 
@@ -174,6 +174,6 @@ def test_loading_a_copy_of_the_embedding_leaves_the_base_alone(tmp_path: Path) -
     assert torch.equal(base.lm_head.weight, weight)
     original = base.transformer.wte.original_module.weight
     assert original is base.lm_head.weight
-    assert torch.equal(base.transformer.wte.weight, model.base_model.transformer.wte.weight)
+    assert torch.equal(base.transformer.wte.weight, model.get_base_model().transformer.wte.weight)
     with read.disable_adapter():
         assert torch.equal(base.transformer.wte.weight, weight)

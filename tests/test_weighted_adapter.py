@@ -76,7 +76,7 @@ def test_combinations_are_pefts(kind: str) -> None:
     ours.add_weighted_adapter(list(RANKS), WEIGHTS, "new", kind, **options)
     torch.manual_seed(5)
     theirs.base_model.add_weighted_adapter(list(RANKS), WEIGHTS, "new", kind, **options)
-    assert ours.active_adapters == ("one",)
+    assert ours.active_adapters == ["one"]
     ours.set_adapter("new")
     theirs.set_adapter("new")
     assert ours.peft_config["new"].r == theirs.peft_config["new"].r

@@ -123,18 +123,21 @@ CALLS = {
         LoraConfig, r=2, target_modules=["0"],
     ),
     "LoraConfig.from_dict": function(LoraConfig.from_dict, values={"r": 2}),
-    "LoraConfig.from_pretrained": function(LoraConfig.from_pretrained, folder_or_file="x"),
+    "LoraConfig.from_pretrained": function(
+        LoraConfig.from_pretrained, pretrained_model_name_or_path="x"
+    ),
     "get_lora_model": function(
-        get_lora_model, model=model(), config=CONFIG, adapter_name="default"
+        get_lora_model, model=model(), peft_config=CONFIG, adapter_name="default"
     ),
     "LoraModel.from_pretrained": function(
-        LoraModel.from_pretrained, model=model(), folder="x", adapter_name="default"
+        LoraModel.from_pretrained, model=model(), model_id="x", adapter_name="default"
     ),
-    "LoraModel.add_adapter": method(adapted, "add_adapter", adapter_name="a", config=CONFIG),
-    "LoraModel.load_adapter": method(adapted, "load_adapter", folder="x", adapter_name="a"),
+    "LoraModel.add_adapter": method(adapted, "add_adapter", adapter_name="a", peft_config=CONFIG),
+    "LoraModel.load_adapter": method(adapted, "load_adapter", model_id="x", adapter_name="a"),
     "LoraModel.save_pretrained": method(
         adapted, "save_pretrained",
-        folder="x", adapter_names=["default"], path_initial_model_for_weight_conversion=None,
+        save_directory="x", selected_adapters=["default"],
+        path_initial_model_for_weight_conversion=None,
     ),
     "LoraModel.set_adapter": method(adapted, "set_adapter", adapter_names=["default"]),
     "LoraModel.delete_adapter": method(adapted, "delete_adapter", **DEFAULT),
@@ -165,13 +168,15 @@ CALLS = {
 # What an argument takes of WRONG.
 TAKEN = {
     "None": "bias lora_bias rng_state padding_idx scale_grad_by_freq adapter_names scale task_type "
-    "auto_mapping enable_lora exclude_modules path_initial_model_for_weight_conversion",
-    "text": "adapter_name new folder folder_or_file exclude_modules target_modules "
+    "auto_mapping enable_lora exclude_modules path_initial_model_for_weight_conversion "
+    "selected_adapters",
+    "text": "adapter_name new model_id save_directory pretrained_model_name_or_path "
+    "exclude_modules target_modules "
     "path_initial_model_for_weight_conversion",
     "float": "lora_alpha scale scaling scale_grad_by_freq",
     "negative": "lora_alpha scale scaling scale_grad_by_freq padding_idx",
     "list": "kernel_size enable_lora weights tokens",
-    "dict": "values config",
+    "dict": "values peft_config",
     "tensor": "x z weight",
 }
 FIELDS_TAKEN = {
@@ -187,7 +192,11 @@ NEEDED = "peft_type inference_mode r lora_alpha lora_dropout fan_in_fan_out bias
 NEEDED += (
     "init_lora_weights use_dora qalora_group_size lora_bias ensure_weight_tying unknown_fields"
 )
-FIELDS = [name for name in LoraConfig.__dataclass_fields__ if name != "absent_fields"]
+FIELDS = [
+    name
+    for name, field in LoraConfig.__dataclass_fields__.items()
+    if field.init and name != "absent_fields"
+]
 SWEEP = [
     pytest.param(name, argument, id=f"{name}-{argument}")
     for name, call in CALLS.items()
@@ -260,9 +269,9 @@ ONE_NAME = {
     "set_adapter": lambda m: m.set_adapter("default"),
     "merge_adapter": lambda m: m.merge_adapter("default"),
     "merge_and_unload": lambda m: m.merge_and_unload(adapter_names="default"),
-    "save_pretrained": lambda m: m.save_pretrained("folder", "default"),
+    "save_pretrained": lambda m: m.save_pretrained("folder", selected_adapters="default"),
     "add_weighted_adapter": lambda m: m.add_weighted_adapter("default", [1.0], "w"),
-    "layer": lambda m: m.base_model[0].merge("default"),
+    "layer": lambda m: m.get_base_model()[0].merge("default"),
 }
 
 

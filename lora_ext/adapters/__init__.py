@@ -1,9 +1,40 @@
 """Working on whole models: putting adapters in, training, saving and inspecting them."""
 
-from lora_ext.adapters.config import LoraConfig
+from lora_ext.adapters.checkpoint.base_state_dict import (
+    get_base_model_state_dict,
+    set_base_model_state_dict,
+)
+from lora_ext.adapters.checkpoint.state_dict import (
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from lora_ext.adapters.config import LoraConfig, PeftConfig
 from lora_ext.adapters.explain import explain
-from lora_ext.adapters.lora_model import LoraModel, get_lora_model, get_peft_model
+from lora_ext.adapters.helpers import check_if_peft_model, rescale_adapter_scale
+from lora_ext.adapters.hotswap import (
+    hotswap_adapter,
+    prepare_model_for_compiled_hotswap,
+    replace_lora_weights_loftq,
+)
+from lora_ext.adapters.inject import inject_adapter_in_model
+from lora_ext.adapters.lora_model import LoraModel, PeftModel
 from lora_ext.adapters.replace_linear import replace_linear
+from lora_ext.adapters.status import get_layer_status, get_model_status
+from lora_ext.adapters.tasks import (
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+    get_lora_model,
+    get_peft_model,
+)
+from lora_ext.adapters.training import (
+    prepare_model_for_gradient_checkpointing,
+    prepare_model_for_kbit_training,
+)
+from lora_ext.adapters.types import PeftType, TaskType
 from lora_ext.nn.trainable import (
     lora_state_dict,
     mark_only_lora_as_trainable,
@@ -13,11 +44,35 @@ from lora_ext.nn.trainable import (
 __all__ = [
     "LoraConfig",
     "LoraModel",
+    "PeftConfig",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "PeftType",
+    "TaskType",
+    "check_if_peft_model",
     "explain",
+    "get_base_model_state_dict",
+    "get_layer_status",
     "get_lora_model",
+    "get_model_status",
     "get_peft_model",
+    "get_peft_model_state_dict",
+    "hotswap_adapter",
+    "inject_adapter_in_model",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
+    "prepare_model_for_compiled_hotswap",
+    "prepare_model_for_gradient_checkpointing",
+    "prepare_model_for_kbit_training",
     "print_trainable_parameters",
     "replace_linear",
+    "replace_lora_weights_loftq",
+    "rescale_adapter_scale",
+    "set_base_model_state_dict",
+    "set_peft_model_state_dict",
 ]

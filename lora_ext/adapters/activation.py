@@ -21,7 +21,8 @@ def activate(
         if len(mine) > 1:
             raise ValueError(
                 f"LoraModel.set_adapter: adapter_names: {mine} have a copy of '{where}' each "
-                "(modules_to_save), expected at most one of them"
+                "(modules_to_save), expected at most one of them: Only one adapter can be set at a "
+                "time for ModulesToSaveWrapper"
             )
         module.set_adapter(mine[0] if mine else None, inference_mode, transaction)
     for _, layer in model.lora_layers():
@@ -31,7 +32,7 @@ def activate(
     wanted = {id(bias) for name in active for bias in base_biases(model, name)}
     for bias in [bias for name in model.peft_config for bias in base_biases(model, name)]:
         transaction.require_grad(bias, id(bias) in wanted)
-    transaction.set(model, active_adapters=tuple(dict.fromkeys(names)))
+    transaction.set(model, active_adapters=list(dict.fromkeys(names)))
 
 
 def is_enabled(model: AdaptedModel) -> bool:
@@ -80,7 +81,7 @@ def base_biases(model: AdaptedModel, adapter_name: str) -> Iterator[nn.Parameter
     if choice == "none":
         return
     whole = {id(part) for _, module in model.saved_modules() for part in module.modules()}
-    for module in model.base_model.modules():
+    for module in model.get_base_model().modules():
         if id(module) in whole:
             continue
         if isinstance(module, LoraLayer) and (choice == "all" or adapter_name in module.adapters):

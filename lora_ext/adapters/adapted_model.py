@@ -3,16 +3,21 @@ other modules here, and methods of `LoraModel`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.names import named_modules
+from lora_ext.adapters.tuner import Tuner
 from lora_ext.arguments import check_known, check_module
+from lora_ext.errors import NotBuiltError
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.modules_to_save import ModulesToSave
+
+PREFIX = "base_model."
+_SPECIAL = frozenset({"adapter_names", "alora_offsets"})
 
 
 class AdaptedModel(nn.Module):
@@ -20,32 +25,53 @@ class AdaptedModel(nn.Module):
     go through to the base.
 
     Attributes:
-        base_model: the model itself, with the layers in it.
+        base_model: what holds the model: `base_model.model` is the model itself, with the layers in
+            it, as `get_base_model()` is.
         peft_config: the configs, by the adapters' names.
         active_adapters: the names of the adapters that run.
-        targeted_module_names, targeted_parameter_names: what the last adapter is on.
+        targeted_module_names, targeted_parameter_names: what the adapters are on.
     """
 
-    base_model: nn.Module
+    # Here and not only of instances: a class that is also PEFT's has properties of these names.
+    base_model: Tuner
+    peft_config: dict[str, LoraConfig] = {}  # noqa: RUF012 - of no instance
+    active_adapters: list[str] = []  # noqa: RUF012
+    prefix = "lora_"  # of the names of adapters' parameters
+    peft_type = "LORA"
+    training: bool
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.base_model = model
-        self.peft_config: dict[str, LoraConfig] = {}
-        self.active_adapters: tuple[str, ...] = ()
+        nn.Module.__init__(self)
+        self.base_model = Tuner(model, self)
+        self.peft_config = {}
+        self.active_adapters = []
         self.targeted_module_names: list[str] = []
         self.targeted_parameter_names: list[str] = []
         # What this model put there: layers and modules to save. The base may have others, which
         # stay as they are: of a LoraModel inside it, or put there by hand.
         self._own: frozenset[nn.Module] = frozenset()
         self.training = model.training
+        self.register_load_state_dict_pre_hook(_with_present_keys)  # type: ignore[no-untyped-call]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base_model(*args, **kwargs)
+        return self.base_model.model(*args, **_without_special(kwargs))
+
+    def _with_given(self, kwargs: dict[str, Any], **named: Any) -> Any:
+        """A call with those of the named arguments that are not None."""
+        given = {name: value for name, value in named.items() if value is not None}
+        return AdaptedModel.forward(self, **given, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As of a model of transformers, with the `generation_config` that this one was given."""
+        base: Any = self.get_base_model()
+        own = vars(self).get("generation_config")
+        if own is not None:
+            base.generation_config = own
+        return base.generate(*args, **_without_special(kwargs))
 
     def __getattr__(self, name: str) -> Any:
         try:
-            return super().__getattr__(name)
+            return nn.Module.__getattr__(self, name)
         except AttributeError:
             if name == "base_model":
                 raise
@@ -53,17 +79,17 @@ class AdaptedModel(nn.Module):
 
     def get_base_model(self) -> nn.Module:
         """The model itself, with the adapters in it; `unload()` takes them out."""
-        return self.base_model
+        return self.base_model.model
 
     def lora_layers(self) -> Iterator[tuple[str, LoraLayer]]:
         """The layers in which this model has adapters, by their names in the base model."""
-        for name, module in named_modules(self.base_model):
+        for name, module in named_modules(self.get_base_model()):
             if isinstance(module, LoraLayer) and module in self._own:
                 yield name, module
 
     def saved_modules(self) -> Iterator[tuple[str, ModulesToSave]]:
         """The modules of which this model has copies, by their names in the base model."""
-        for name, module in named_modules(self.base_model):
+        for name, module in named_modules(self.get_base_model()):
             if isinstance(module, ModulesToSave) and module in self._own:
                 yield name, module
 
@@ -73,8 +99,53 @@ class AdaptedModel(nn.Module):
             if adapter_name in layer.adapters:
                 yield name, layer
 
+    @property
+    def active_adapter(self) -> str:
+        """The first active adapter.
+
+        Raises:
+            ValueError: none is.
+        """
+        if not self.active_adapters:
+            raise ValueError(
+                f"LoraModel.active_adapter: no adapter is active, expected one of "
+                f"{list(self.peft_config)}; call set_adapter(), or see active_adapters"
+            )
+        return self.active_adapters[0]
+
+    @property
+    def active_peft_config(self) -> LoraConfig:
+        """The config of `active_adapter`."""
+        return self.peft_config[self.active_adapter]
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """The names that the configs save whole; None without."""
+        names = {n for config in self.peft_config.values() for n in config.modules_to_save or ()}
+        return names or None
+
+    @property
+    def base_model_torch_dtype(self) -> Any:
+        """The base's dtype, if it says one."""
+        return getattr(self.get_base_model(), "dtype", None)
+
     def _check_names(self, names: Iterable[str], argument: str = "adapter_name") -> None:
         check_known("LoraModel", argument, names, self.peft_config)
+
+
+def _without_special(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call without those that are PEFT's own.
+
+    Raises:
+        NotBuiltError: one of these asks for something.
+    """
+    for name in _SPECIAL & kwargs.keys():
+        if kwargs.pop(name) is not None:
+            raise NotBuiltError(
+                f"LoraModel: {name}: got a value, which is not built; leave it out, and choose "
+                "adapters for whole batches with set_adapter()"
+            )
+    return kwargs
 
 
 def check_model(model: nn.Module) -> None:
@@ -91,3 +162,16 @@ def check_model(model: nn.Module) -> None:
                 "they would be frozen and adapted once more; take PEFT's adapters out with "
                 "unload(), and load them from their folder with LoraModel.from_pretrained"
             )
+
+
+def _with_present_keys(
+    model: AdaptedModel, state_dict: dict[str, Any], prefix: str, *_: object
+) -> None:
+    """Gives the entries of a state dict from before `base_model` was PEFT's their present keys."""
+    start = f"{prefix}{PREFIX}"
+    former = [key for key in state_dict if key.startswith(start)]
+    present: Mapping[str, Any] = model.state_dict(prefix=prefix, keep_vars=True)
+    for key in former:
+        now = f"{start}model.{key.removeprefix(start)}"
+        if key not in present and now in present:
+            state_dict[now] = state_dict.pop(key)

@@ -28,7 +28,7 @@ def replicate(model: AdaptedModel, config: LoraConfig, transaction: Transaction)
                 "LoraConfig: layer_replication: expected only in the config of a model's first "
                 "adapter"
             )
-        replicate_layers(model.base_model, config.layer_replication, transaction)
+        replicate_layers(model.get_base_model(), config.layer_replication, transaction)
 
 
 def plan_for(model: AdaptedModel, config: LoraConfig, autocast_adapter_dtype: bool = True) -> Plan:
@@ -43,7 +43,7 @@ def plan_for(model: AdaptedModel, config: LoraConfig, autocast_adapter_dtype: bo
             f"{model.peft_config[biased[0]].bias!r}, expected 'none': the biases are the "
             "base's, of which there is one set; give one adapter only biases, or use lora_bias"
         )
-    plan = make_plan(model.base_model, config, autocast_adapter_dtype)
+    plan = make_plan(model.get_base_model(), config, autocast_adapter_dtype)
     for name, layer, _ in plan.layers.values():
         if layer.adapters and layer not in model._own:
             raise ValueError(
@@ -87,13 +87,15 @@ def add_planned(
     for names in plan.tied.items():
         copy_, source = (copies[id(plan.saved[name])] for name in names)
         copy_.weight = source.weight
-    swap_modules(model.base_model, replacements, transaction)
+    swap_modules(model.get_base_model(), replacements, transaction)
     transaction.set(
         model,
         _own=model._own | own,
-        peft_config={**model.peft_config, adapter_name: resolved(model.base_model, plan)},
-        targeted_module_names=plan.names,
-        targeted_parameter_names=plan.parameters,
+        peft_config={**model.peft_config, adapter_name: resolved(model.get_base_model(), plan)},
+        targeted_module_names=list(dict.fromkeys([*model.targeted_module_names, *plan.names])),
+        targeted_parameter_names=list(
+            dict.fromkeys([*model.targeted_parameter_names, *plan.parameters])
+        ),
     )
     transaction.commit()
 
@@ -101,13 +103,13 @@ def add_planned(
 def freeze_base(model: AdaptedModel, transaction: Transaction) -> None:
     """Freezes all but the adapters that are not this model's."""
     others: list[nn.Parameter] = []
-    for module in model.base_model.modules():
+    for module in model.get_base_model().modules():
         if isinstance(module, LoraLayer) and module not in model._own:
             for name in module.adapters:
                 others += module.adapter_parameters(name).values()
         elif isinstance(module, ModulesToSave) and module not in model._own:
             others += module.modules_to_save.parameters()
     keep = {id(parameter) for parameter in others}
-    for parameter in model.base_model.parameters():
+    for parameter in model.get_base_model().parameters():
         if id(parameter) not in keep:
             transaction.require_grad(parameter, False)

@@ -11,17 +11,28 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 from lora_ext.adapters.config_checks import ATOMS, NOT_BUILT, check_fields, is_off, plain_value
 from lora_ext.adapters.patterns import FILE_SECONDS, in_time, matching
-from lora_ext.arguments import as_path, did_you_mean, listed, refuse, short, suggests_names, warn
+from lora_ext.adapters.types import PeftType
+from lora_ext.arguments import (
+    as_path,
+    did_you_mean,
+    former_names,
+    listed,
+    refuse,
+    short,
+    suggests_names,
+    warn,
+)
 from lora_ext.io.adapter_folder import CONFIG_NAME, read_config_file
 from lora_ext.io.atomic import save_files
 from lora_ext.io.files import json_text
+from lora_ext.io.hub import downloaded, is_hub_id, options_of
 
 Number = TypeVar("Number", int, float)
 Names = str | list[str] | set[str] | None
 
 # Not PEFT's, or not for the file.
 _MAX_UNKNOWN = 1000  # fields of other versions in a file
-_UNSAVED = ("runtime_config", "unknown_fields", "absent_fields")
+_UNSAVED = ("runtime_config", "unknown_fields", "absent_fields", "combined")
 
 
 class LayerSettings(NamedTuple):
@@ -72,6 +83,7 @@ class LoraConfig:
             embedding are tied as well; both are saved whole if one of them is named.
         megatron_core, qalora_group_size: kept, without effect while what they belong to is off.
         unknown_fields: what a file has beyond these fields; written back.
+        combined: whether `add_weighted_adapter` made it.
         absent_fields: which of these fields a file does not have; left out again while they have
             their default.
 
@@ -81,7 +93,7 @@ class LoraConfig:
     """
 
     task_type: str | None = None
-    peft_type: str = "LORA"
+    peft_type: PeftType = PeftType.LORA
     auto_mapping: dict[str, Any] | None = None
     peft_version: str | None = None
     base_model_name_or_path: str | None = None
@@ -124,6 +136,7 @@ class LoraConfig:
     ensure_weight_tying: bool = False
     unknown_fields: dict[str, Any] = field(default_factory=dict, repr=False)
     absent_fields: frozenset[str] = field(default_factory=frozenset, repr=False, compare=False)
+    combined: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.validate()
@@ -143,7 +156,9 @@ class LoraConfig:
         if type(config).__module__.partition(".")[0] == "peft" and hasattr(config, "to_dict"):
             values = config.to_dict()
         if not isinstance(values, Mapping):
-            refuse(where, "config", config, "a LoraConfig, one of PEFT's, or a dict of its fields")
+            refuse(
+                where, "peft_config", config, "a LoraConfig, one of PEFT's, or a dict of its fields"
+            )
         result = cls.from_dict(values)
         result.absent_fields = frozenset()  # it is no file that is to be written back as it was
         return result
@@ -160,6 +175,10 @@ class LoraConfig:
         if twice:
             raise ValueError(f"LoraConfig: unknown_fields: got {twice}, which are fields")
         check_fields(self.unknown_fields | own)
+        self.peft_type = PeftType(self.peft_type)
+
+    # Of PEFT's configs: which other kinds they are.
+    is_prompt_learning = is_adaption_prompt = property(lambda self: False)
 
     def settings_for(self, name: str) -> LayerSettings:
         """Rank and alpha of the module of this dotted name."""
@@ -199,14 +218,26 @@ class LoraConfig:
         """
         return json_text(self.to_file())
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        auto_mapping_dict: dict[str, Any] | None = None,
+    ) -> None:
         """Writes adapter_config.json into the folder, which is made if there is none.
+
+        Args:
+            auto_mapping_dict: what the file's `auto_mapping` is to be.
 
         Raises:
             OSError: the folder or file cannot be written.
             TypeError, ValueError: see `to_json`; nothing is written then.
         """
-        save_files(save_directory, {CONFIG_NAME: self.to_json().encode()})
+        written = self
+        if auto_mapping_dict is not None:
+            written = copy.deepcopy(self)
+            written.auto_mapping = auto_mapping_dict
+        save_files(save_directory, {CONFIG_NAME: written.to_json().encode()})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -222,25 +253,42 @@ class LoraConfig:
         return in_time(FILE_SECONDS, 0, lambda: cls._from_values(_copied(dict(values))))
 
     @classmethod
-    def from_pretrained(cls, folder_or_file: str | os.PathLike[str]) -> Self:
-        """A config from a folder's adapter_config.json, or from the file itself.
+    @former_names("LoraConfig.from_pretrained", folder_or_file="pretrained_model_name_or_path")
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        subfolder: str | None = None,
+        **options: Any,
+    ) -> Self:
+        """A config from a folder's adapter_config.json, from the file itself, or from the hub.
 
         The file may come from anyone: it is read up to 1 MiB, as strict JSON, and nothing is
         allocated or executed for its values. Its regular expressions are compiled, and later
         matched, in bounded time.
 
+        Args:
+            subfolder: of the folder or the hub's repository.
+            options: values of fields that the file does not have, and those of
+                `huggingface_hub.hf_hub_download`.
+
         Raises:
             FileNotFoundError: there is no such file.
             TypeError, ValueError, NotBuiltError: see the class; the message starts with the path.
         """
-        path = as_path(folder_or_file, "LoraConfig.from_pretrained", "folder_or_file")
-        if path.is_dir():
-            path = path / CONFIG_NAME
+        where = "LoraConfig.from_pretrained"
+        path = as_path(pretrained_model_name_or_path, where, "pretrained_model_name_or_path")
+        names = {one.name for one in fields(cls)} - set(_UNSAVED[1:])
+        own = {name: options.pop(name) for name in options.keys() & names - {"revision"}}
+        options = options_of(where, options | {"subfolder": subfolder})
+        if not path.exists() and is_hub_id(str(path)):
+            (path,) = downloaded(str(path), (CONFIG_NAME,), options)
+        elif path.is_dir():
+            path = path / (subfolder or "") / CONFIG_NAME
         values = read_config_file(path)
         if "peft_type" not in values:
             raise ValueError(f"{path}: LoraConfig: peft_type: is missing, expected 'LORA'")
         try:
-            return in_time(FILE_SECONDS, 0, lambda: cls._from_values(values))
+            return in_time(FILE_SECONDS, 0, lambda: cls._from_values(own | values))
         except (TypeError, ValueError, NotImplementedError) as error:
             raise type(error)(f"{path}: {error}") from None
 
@@ -297,3 +345,6 @@ def _first_match(
         return patterns[pattern]
     # A name that is no expression for itself, as in PEFT.
     return patterns.get(name, default)
+
+
+PeftConfig = LoraConfig  # the one kind that there is here

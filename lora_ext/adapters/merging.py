@@ -8,6 +8,7 @@ from typing import TypeVar
 from torch import nn
 
 from lora_ext.adapters.ties import shared_parameters
+from lora_ext.arguments import warn
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.transaction import Transaction
 
@@ -24,24 +25,31 @@ def merge_layers(
     progressbar: bool = False,
 ) -> list[str]:
     """Merges adapters (the active ones, if None) in every one of these layers of `model` that has
-    them, beside those that are merged, or instead of them (`alone`; disabled ones are merged then,
+    them, beside what is merged already, or instead of them (`alone`; disabled ones are merged then,
     too). The layers change when `transaction` is committed.
 
     Returns:
         The names of the layers whose weight other modules share: theirs is their own then.
 
     Raises:
-        AlreadyMergedError: a layer has them merged.
         ValueError: a merged value would be NaN or infinite, the adapters are disabled, or no layer
             has such adapters.
     """
     wanted = [(name, layer, _names(layer, adapter_names)) for name, layer in layers]
-    chosen = [(name, layer, names) for name, layer, names in wanted if names]
+    wanted = [one for one in wanted if one[2]]
+    chosen = [
+        (name, layer, names)
+        for name, layer, names in wanted
+        if alone or not set(names) <= set(layer.merged_adapters)
+    ]
     if not layers:
         raise ValueError(
             "merge: got a model without adapter layers (merge_and_unload() and unload() take them "
             "out), expected one with adapters; make another with get_lora_model()"
         )
+    if wanted and not chosen:
+        warn("merge: All adapters are already merged, nothing to do.")
+        return []
     if not chosen:
         raise ValueError(
             "merge: no adapter is active, expected one; call set_adapter first, or give "
@@ -61,6 +69,11 @@ def merge_layers(
             else:
                 draft.merge(names)
         except (ValueError, RuntimeError) as error:
+            if "NaN" in str(error):  # and in PEFT's words
+                error.args = (
+                    f"{error}; NaNs detected in the merged weights. The adapter "
+                    f"{', '.join(names)} seems to be broken",
+                )
             raise of_layer(error, name) from None
         if any(id(parameter) in shared for parameter in draft.base_parameters.values()):
             separated.append(name)

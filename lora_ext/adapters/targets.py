@@ -184,7 +184,7 @@ def _default_targets(model: nn.Module, config: LoraConfig) -> str | list[str]:
     if targets is None:
         raise ValueError(
             "LoraConfig: target_modules: got None, and there is no default for a model of "
-            f"model_type {architecture!r}; name modules"
+            f"model_type {architecture!r}; Please specify `target_modules`: name modules"
         )
     if isinstance(targets, str):
         if config.layers_to_transform is not None:

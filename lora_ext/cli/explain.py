@@ -77,7 +77,7 @@ def explain(
         else:
             wanted.init_lora_weights = True  # there are no weights to initialise from
             lora = LoraModel(base, wanted)
-    rows = explain_model(lora.train(train).base_model, tokens)
+    rows = explain_model(lora.train(train).get_base_model(), tokens)
     held = str(next(base.parameters()).dtype).removeprefix("torch.")
     paths = Counter(row.path for row in rows)
     data = {

@@ -87,7 +87,7 @@ def _merge_model(base: Path, adapter: Path, out: Path) -> list[str]:
         raise ValueError(f"{base}: has no values for '{lost[0]}'; the model's files are incomplete")
     layers = _merge(lora)
     with new_folder(out) as folder, progress(f"Writing {out}"):
-        lora.base_model.save_pretrained(folder)  # type: ignore[operator]
+        lora.get_base_model().save_pretrained(folder)  # type: ignore[operator]
         _copy_others(base, folder)
     return layers
 
@@ -138,7 +138,7 @@ def _merge_tensors(base: Path, adapter: Path, out: Path) -> list[str]:
             stacklevel=2,
         )
     layers = _merge(lora)
-    state = lora.base_model.state_dict()
+    state = lora.get_base_model().state_dict()
     with new_folder(out) as folder, progress(f"Writing {out}"):
         for name, keys in places.items():
             target = WEIGHTS if len(places) == 1 else name

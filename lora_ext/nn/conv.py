@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, ClassVar, Self, Unpack
 
 import torch
@@ -284,6 +285,9 @@ class LoraConv(LoraLayer, _ConvNd):
         channels = torch.arange(sum(ranks), device=stack.lora_A.device).split(ranks)  # type: ignore[no-untyped-call]
         order = torch.cat([part.view(self.groups, -1) for part in channels], 1).flatten()
         return stack._replace(lora_A=stack.lora_A[order])
+
+    in_features = property(attrgetter("in_channels"), doc="PEFT's name of in_channels.")
+    out_features = property(attrgetter("out_channels"), doc="PEFT's name of out_channels.")
 
     def _weight_matrix(self, prefix: str = "") -> Tensor:
         return self.weight.flatten(1)

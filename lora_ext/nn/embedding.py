@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from typing import Any, ClassVar, Self, Unpack
 
 import torch
@@ -238,6 +239,9 @@ class Embedding(LoraLayer, nn.Embedding):
         torch.ops.lora_ext.merge_(
             self.weight.t(), lora_A, stack.lora_B, stack.scaling, weight_scale
         )
+
+    in_features = property(attrgetter("num_embeddings"), doc="PEFT's name of num_embeddings.")
+    out_features = property(attrgetter("embedding_dim"), doc="PEFT's name of embedding_dim.")
 
     def extra_repr(self) -> str:
         return super().extra_repr() + self.adapters_repr()

@@ -12,8 +12,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from lora_ext.arguments import names_of, warn
-from lora_ext.errors import AlreadyMergedError, NotMergedError
-from lora_ext.nn.adapter import AdapterSettings, LowRank
+from lora_ext.errors import AlreadyMergedError, NotBuiltError, NotMergedError
+from lora_ext.nn.adapter import AdapterSettings, LowRank, variant_of
 from lora_ext.nn.sharded import is_sharded
 from lora_ext.nn.sharded_merge import write_whole
 from lora_ext.nn.transaction import Transaction, all_or_nothing, put_parameter
@@ -147,6 +147,30 @@ class MergeableLayer(nn.Module):
         self._put_back()
         self.merged_adapters = ()
         self._choose_running()
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """What merging an adapter adds to `weight`, in the shape of that, in float32 (float64 for
+        float64).
+
+        Raises:
+            ValueError: no such adapter, or one that does not add to the weight: DoRA scales it.
+            NotBuiltError: the layer has several weights.
+        """
+        where = f"{type(self).__name__}.get_delta_weight"
+        self._check_names([adapter_name])
+        if variant_of(self.adapters[adapter_name]):
+            raise ValueError(f"{where}: '{adapter_name}' scales the weight, expected plain LoRA")
+        weights = [name for name in self._merged_parameters((adapter_name,)) if name[-4:] != "bias"]
+        if weights != [f"{self.BASE_PATH}weight"]:
+            raise NotBuiltError(f"{where}: is not built for a layer of several weights")
+        draft = Transaction().draft(self)
+        for name, parameter in self._merged_parameters((adapter_name,)).items():
+            compute = torch.promote_types(parameter.dtype, torch.float32)
+            put_parameter(draft, name, nn.Parameter(torch.zeros_like(parameter, dtype=compute)))
+        draft._write_merged((adapter_name,))
+        delta: Tensor = attrgetter(weights[0])(draft)
+        return delta.detach()
 
     def _put_own(self, parameters: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
         """Gives a draft copies of these parameters, which are returned, in their places."""

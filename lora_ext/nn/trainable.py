@@ -20,6 +20,8 @@ def _adapter_names(model: nn.Module, bias: str, operation: str) -> set[str]:
         raise ValueError(f"{operation}: bias: got {bias!r}, expected one of {_BIAS}")
     names: set[str] = set()
     for module_name, module in model.named_modules(remove_duplicate=False):
+        # FSDP1's wrappers leave their level out of the names of tensors.
+        module_name = ".".join(p for p in module_name.split(".") if p != "_fsdp_wrapped_module")
         prefix = f"{module_name}." if module_name else ""
         adapted = isinstance(module, LoraLayer)
         if isinstance(module, LoraLayer):
@@ -36,6 +38,11 @@ def _adapter_names(model: nn.Module, bias: str, operation: str) -> set[str]:
         if has_bias and (bias == "all" or (bias == "lora_only" and adapted)):
             names.add(f"{prefix}{own}")
     return names
+
+
+def adapter_names(model: nn.Module) -> set[str]:
+    """The names in a model's state dict of its adapters and of their copies of modules to save."""
+    return _adapter_names(model, "none", "adapter_names")
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.peft_suite.differences import kind_of
 from tests.peft_suite.fetch import BUILD, PACKAGES, ROOT, SUITE, fetch
 from tests.peft_suite.hub import make_hub
 from tests.peft_suite.plugin import MODES
@@ -85,9 +86,8 @@ def _pytest(
 def fused_share(calls: dict[str, int]) -> str:
     """How many calls of PEFT's linear layers and embeddings ran fused, of those with adapters that
     are no variants of LoRA but DoRA."""
-    rows = sorted(
-        ((n, reason) for reason, n in calls.items() if reason != "base alone"), reverse=True
-    )
+    counted = ((n, reason) for reason, n in calls.items() if reason != "base alone")
+    rows = sorted(counted, reverse=True)
     plain = sum(n for n, reason in rows if "variant" not in reason)
     share = calls.get("fused", 0) / max(plain, 1)
     return "\n".join([f"{share:.1%} fused", *(f"{n:7d}  {reason}" for n, reason in rows)])
@@ -118,9 +118,14 @@ def main() -> None:
         by_file[test.partition("::")[0]][how["outcome"]] += 1
     for reason, tests in grouped(ended)[: arguments.groups]:
         print(f"{len(tests):5d}  {reason}\n         such as {tests[0]}")
+    kinds = collections.Counter(
+        kind_of(test, how["reason"]) for test, how in ended.items() if how["outcome"] == "failed"
+    )
     for name, counts in by_file.items():
         print(f"{name}: {dict(counts)}")
     print(f"{arguments.mode}: {dict(outcomes)} of {len(ended)}")
+    if arguments.mode == "swapped":
+        print(f"of those that fail: {dict(kinds)} (tests/peft_suite/differences.py)")
     report = BUILD / f"{arguments.mode}.json"
     report.write_text(json.dumps(ended, indent=1, sort_keys=True))
     print(f"each test's end is in {report.relative_to(ROOT)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,18 +13,20 @@ import pytest
 MODES = ("plain", "swapped", "patched")
 
 
-def _enter(mode: str) -> None:
+def _enter(mode: str) -> Callable[[], None]:
+    """Returns what is to be called when the tests are imported."""
     if mode == "swapped":
         from tests.peft_suite.swap import swap
 
-        swap()
-    elif mode == "patched":
+        return swap()
+    if mode == "patched":
         from lora_ext.integrations.peft import patch
 
         patch()
+    return lambda: None
 
 
-_enter(os.environ.get("PEFT_SUITE_MODE", "plain"))
+_imported = _enter(os.environ.get("PEFT_SUITE_MODE", "plain"))
 _ended: dict[str, dict[str, str]] = {}
 
 
@@ -40,6 +43,10 @@ def pytest_runtest_makereport(item: Any, call: Any) -> Any:
             )
         )
     return report
+
+
+def pytest_collection_finish(session: Any) -> None:
+    _imported()
 
 
 def pytest_collectreport(report: Any) -> None:

@@ -33,7 +33,7 @@ def saved_in_file(model: AdaptedModel, adapter_name: str) -> Iterator[tuple[str,
     # A module may have several names, of which the config need not mean the first.
     is_meant = ends_in(saved_modules(model.peft_config[adapter_name]))
     names: dict[int, list[str]] = {}
-    for name, saved in named_modules(model.base_model, remove_duplicate=False):
+    for name, saved in named_modules(model.get_base_model(), remove_duplicate=False):
         if id(saved) in own and is_meant(name):
             names.setdefault(id(saved), []).append(name)
     for first, saved in model.saved_modules():
@@ -70,7 +70,7 @@ def expected(plan: Plan) -> Iterator[tuple[str, TensorSpec]]:
 def possible_keys(model: AdaptedModel, plan: Plan) -> Iterator[str]:
     """Keys as many and as long as a file for the model can have."""
     yield from (key for key, _ in expected(plan))
-    for name, _ in model.base_model.named_parameters(remove_duplicate=False):
+    for name, _ in model.get_base_model().named_parameters(remove_duplicate=False):
         yield f"{PREFIX}{name}.base_layer.original_module"
 
 

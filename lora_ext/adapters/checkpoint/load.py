@@ -13,24 +13,22 @@ from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.adding import add_planned, plan_for, replicate
 from lora_ext.adapters.checkpoint.grouped_convolutions import grouped_where_possible, planned_as_in
 from lora_ext.adapters.checkpoint.keys import PREFIX, expected, own_tensors, possible_keys
-from lora_ext.adapters.checkpoint.present import give_present, is_present, plan_for_present
 from lora_ext.adapters.checkpoint.reading import (
     BaseTensors,
     FileTensors,
     check_loadable,
     repeated,
-    with_plain_keys,
 )
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.patterns import FILE_SECONDS, in_time
-from lora_ext.adapters.plan import Plan
+from lora_ext.adapters.plan import Plan, PlannedLayer
 from lora_ext.adapters.targets import matches, saved_modules
 from lora_ext.arguments import as_flag, as_path
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_folder import CONFIG_NAME, AdapterFolder, open_adapter
 from lora_ext.io.files import short
 from lora_ext.nn.adapter import check_adapter_name
-from lora_ext.nn.sharded import is_sharded, like
+from lora_ext.nn.sharded import is_sharded, like, to_rest
 from lora_ext.nn.transaction import Transaction
 
 
@@ -41,9 +39,12 @@ def load_adapter(
     *,
     is_trainable: bool = False,
     autocast_adapter_dtype: bool = True,
+    config: LoraConfig | None = None,
+    key_mapping: Mapping[str, str] | None = None,
     transaction: Transaction | None = None,
 ) -> None:
-    """Adds an adapter from a folder that PEFT or `save_pretrained` wrote. Config and header are
+    """Adds an adapter from a folder that PEFT or `save_pretrained` wrote; one of that name that is
+    there gets the folder's values, and stays otherwise as it is, as in PEFT. Config and header are
     checked against the model before anything of the adapter's size is allocated, and nothing is
     changed if they do not fit.
 
@@ -53,16 +54,19 @@ def load_adapter(
 
     Args:
         is_trainable: whether it trains when it is active.
+        config: instead of the folder's.
+        key_mapping: regular expressions for parts of the file's keys, without "base_model.model.",
+            and what each is replaced by, as in PEFT.
         transaction: of what else is to be done or undone with it.
 
     Raises:
         AdapterFileError: a file is missing, damaged, or does not fit the model; names the file and
             the key.
-        ValueError: the name is taken, or the model is merged and the file holds biases of the base.
+        ValueError: the name cannot be one, or the model is merged and the file holds biases of the
+            base.
     """
-    into_present = is_present(model, adapter_name)
-    if not into_present:
-        check_adapter_name(adapter_name, model.peft_config, "LoraModel.load_adapter")
+    known = adapter_name in model.peft_config
+    check_adapter_name(adapter_name, (), "LoraModel.load_adapter")
     is_trainable = as_flag(is_trainable, "LoraModel.load_adapter", "is_trainable")
     path = as_path(folder, "load_adapter")
     own = Transaction() if transaction is None else transaction
@@ -70,27 +74,31 @@ def load_adapter(
 
     def load() -> None:
         with open_adapter(path) as files:
-            config = read_config(files)
-            config.inference_mode = not is_trainable
-            if into_present:
-                plan = plan_for_present(model, config, autocast_adapter_dtype)
+            if known:
+                to_rest(model)
+                plan = plan_of(model, adapter_name)
             else:
-                replicate(model, config, own)
-                plan = plan_for(model, config, autocast_adapter_dtype)
+                chosen = read_config(files) if config is None else LoraConfig.of(config, "config")
+                chosen.inference_mode = not is_trainable
+                replicate(model, chosen, own)
+                plan = plan_for(model, chosen, autocast_adapter_dtype)
             check_loadable(model, plan)
-            file = FileTensors(files, possible_keys(model, plan))
-            plan = planned_as_in(file, _tied_as_in_the_file(plan, file))
+            file = FileTensors(files, possible_keys(model, plan), key_mapping)
+            if not known:
+                plan = planned_as_in(file, _tied_as_in_the_file(plan, file))
             bases = BaseTensors(model, plan, file)
             own_keys = dict(expected(plan))
             found = file.read(own_keys | repeated(file, own_keys) | bases.expected())
-        tensors = with_plain_keys(found)
+        tensors = file.with_plain_keys(found)
         bases.check(tensors)
-        plan = grouped_where_possible(plan, tensors)
-        if into_present:
-            give_present(model, adapter_name, plan, tensors, own)
-        else:
+        if not known:
+            plan = grouped_where_possible(plan, tensors)
             add_planned(model, adapter_name, plan, own)
-            _fill(model, adapter_name, tensors, file.path)
+            if isinstance(config, LoraConfig):  # it is to be the model's, as in PEFT
+                resolved = vars(model.peft_config[adapter_name])
+                own.set(config, **{name: resolved[name] for name in vars(config)})
+                own.put(model.peft_config, adapter_name, config)
+        _fill(model, adapter_name, tensors, file.path, own if known else None)
         for key, tensor in bases.targets.items():
             own.write(tensor, like(tensors[key], tensor))
         own.commit()
@@ -99,11 +107,25 @@ def load_adapter(
         in_time(FILE_SECONDS, names, load)
 
 
+def plan_of(model: AdaptedModel, adapter_name: str) -> Plan:
+    """What an adapter that is there has, as the plan of it."""
+    layers = {
+        id(layer): PlannedLayer(name, layer, layer.adapters[adapter_name])
+        for name, layer in model.layers_with(adapter_name)
+    }
+    saved = {n: m for n, m in model.saved_modules() if adapter_name in m.modules_to_save}
+    return Plan(model.peft_config[adapter_name], [], [], layers, dict(saved), {})
+
+
 @torch.no_grad()
 def _fill(
-    model: AdaptedModel, adapter_name: str, tensors: Mapping[str, Tensor], path: Path
+    model: AdaptedModel,
+    adapter_name: str,
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    transaction: Transaction | None,
 ) -> None:
-    """Gives an adapter the values that a file has for it."""
+    """Gives an adapter the values that a file has for it; by a transaction, if it had others."""
     first: dict[tuple[int, torch.Size], str] = {}
     for key, tensor in own_tensors(model, adapter_name):
         local = tensor.to_local() if is_sharded(tensor) else tensor
@@ -113,7 +135,10 @@ def _fill(
                 f"{path}: {short(key)}: differs from {short(other)}, which is the same "
                 "module in this model; give it modules of their own"
             )
-        tensor.copy_(like(tensors[key], tensor))
+        if transaction is None:
+            tensor.copy_(like(tensors[key], tensor))
+        else:
+            transaction.write(tensor, like(tensors[key], tensor))
 
 
 @contextmanager

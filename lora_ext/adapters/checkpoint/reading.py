@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -24,12 +25,20 @@ class FileTensors:
 
     Args:
         keys: of what it may hold; a header longer than they justify is not read.
+        key_mapping: see `load_adapter`.
     """
 
-    def __init__(self, files: AdapterFolder, keys: Iterable[str]) -> None:
+    def __init__(
+        self,
+        files: AdapterFolder,
+        keys: Iterable[str],
+        key_mapping: Mapping[str, str] | None = None,
+    ) -> None:
         specs = files.header(max_header_bytes=max(MAX_HEADER_BYTES, header_limit(list(keys))))
         self._files = files
         self._keys = {plain_name(key): key for key in specs}
+        if key_mapping:
+            self._keys = {mapped(plain, key_mapping): key for plain, key in self._keys.items()}
         self.specs = {plain: specs[key] for plain, key in self._keys.items()}
         self.path = files.path / WEIGHTS_NAME
 
@@ -39,10 +48,20 @@ class FileTensors:
             {self._keys.get(key, key): spec for key, spec in expected.items()}
         )
 
+    def with_plain_keys(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What was read by keys without the levels of torch.compile, as the mapping has them."""
+        plain = {key: one for one, key in self._keys.items()}
+        return {plain[key]: tensor for key, tensor in tensors.items()}
 
-def with_plain_keys(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a file by keys without the levels of torch.compile."""
-    return {plain_name(key): tensor for key, tensor in tensors.items()}
+
+def mapped(key: str, key_mapping: Mapping[str, str]) -> str:
+    """A key as `key_mapping` has it: the first expression that is found in it counts."""
+    rest = key.removeprefix(PREFIX)
+    for pattern, replacement in key_mapping.items():
+        now, count = re.subn(pattern, replacement, rest)
+        if count:
+            return PREFIX + now
+    return key
 
 
 def repeated(file: FileTensors, expected: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
@@ -60,7 +79,7 @@ class BaseTensors:
     """
 
     def __init__(self, model: AdaptedModel, plan: Plan, file: FileTensors) -> None:
-        base = model.base_model
+        base = model.get_base_model()
         adapted = {place: planned.layer for place, planned in plan.layers.items()}
         whole = {
             id(module) for module in plan.saved.values()

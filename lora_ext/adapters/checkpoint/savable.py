@@ -34,7 +34,8 @@ def check_adapter(model: AdaptedModel, adapter_name: str, config: LoraConfig) ->
         )
     for name, layer in model.layers_with(adapter_name):
         init = layer.adapters[adapter_name].init_lora_weights
-        if mutates_weight(init) and not mutates_weight(config.init_lora_weights):
+        # (One whose config was changed to plain is PEFT's initial adapter of a conversion.)
+        if config.combined and mutates_weight(init):
             raise ValueError(
                 f"{where}: it was combined of adapters whose initialisation {init!r} changed the "
                 f"weight of '{name}', which the files of a plain adapter cannot say; {NOTHING}: "
@@ -59,7 +60,7 @@ def check_adapter(model: AdaptedModel, adapter_name: str, config: LoraConfig) ->
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            plan = make_plan(model.base_model, config, autocast_adapter_dtype=True)
+            plan = make_plan(model.get_base_model(), config, autocast_adapter_dtype=True)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(
             f"{where}: its config could not be loaded into this model again: {error}; {NOTHING}"

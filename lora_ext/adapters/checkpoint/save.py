@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -21,14 +23,18 @@ from lora_ext.adapters.checkpoint.base_tensors import (
 from lora_ext.adapters.checkpoint.keys import PREFIX, layers_in_file, saved_in_file
 from lora_ext.adapters.checkpoint.plain_lora import plain_lora
 from lora_ext.adapters.checkpoint.savable import check_adapter, check_tensors
+from lora_ext.adapters.checkpoint.values import values_of
 from lora_ext.adapters.combine.tensors import Adapter, alpha_factor, subtract_mutated_init
 from lora_ext.adapters.config import LoraConfig
-from lora_ext.arguments import as_flag, as_path, names_of, warn
+from lora_ext.adapters.names import unwrapped
+from lora_ext.arguments import as_flag, as_path, former_names, names_of, warn
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_file import TensorSpec
 from lora_ext.io.adapter_folder import check_adapter_files, open_adapter, save_adapters
 from lora_ext.nn.adapter import DEFAULT
 from lora_ext.nn.sharded import by_first_process, has_shards, whole
+
+PEFT_VERSION = "0.21.2"  # whose files these are
 
 
 def adapter_state_dict(
@@ -53,16 +59,17 @@ def adapter_state_dict(
             tensors[f"{PREFIX}{name}.{key}"] = tensor
     copies = saved_in_file(model, adapter_name)
     tensors.update({key: whole(tensor.detach()) for key, tensor in copies})
-    bases = dict(_base_tensors(model, adapter_name, config, save_embedding_layers))
+    bases = dict(base_tensors(model, adapter_name, config, save_embedding_layers))
     check_tensors(bases, f"save_pretrained: '{adapter_name}'")
     tensors.update({key: whole(tensor.detach()) for key, tensor in bases.items()})
     return tensors
 
 
-def _base_tensors(
+def base_tensors(
     model: AdaptedModel, adapter_name: str, config: LoraConfig, save_embedding_layers: bool | str
 ) -> Iterator[tuple[str, Tensor]]:
-    base = model.base_model
+    """Those of the base that are saved with an adapter, by their keys."""
+    base = model.get_base_model()
     adapted = {id(layer): layer for _, layer in model.layers_with(adapter_name)}
     whole = {id(m) for _, m in model.saved_modules() if adapter_name in m.modules_to_save}
     found = list(places(base, adapted, whole))
@@ -81,24 +88,26 @@ def _base_tensors(
         yield PREFIX + place.key_of(part), place.unmerged(part)
 
 
+@former_names("save_pretrained", folder="save_directory", adapter_names="selected_adapters")
 def save_pretrained(
     model: AdaptedModel,
-    folder: str | Path,
-    adapter_names: str | list[str] | None = None,
+    save_directory: str | os.PathLike[str],
+    selected_adapters: str | list[str] | None = None,
     *,
     save_embedding_layers: bool | str = "auto",
-    path_initial_model_for_weight_conversion: str | Path | None = None,
+    path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
     as_plain_lora: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes adapters so that PEFT loads them: "default" into `folder`, others into subfolders of
-    their names. Each pair of files is replaced as one, see `lora_ext.io.save_adapter`; if one
-    cannot be written, all stay as they were.
+    """Writes adapters so that PEFT loads them: "default" into `save_directory`, others into
+    subfolders of their names. Each pair of files is replaced as one, see
+    `lora_ext.io.save_adapter`; if one cannot be written, all stay as they were.
 
     Of a model whose parameters are DTensors (FSDP2, tensor parallel) all processes call this: it
     gathers what process 0 then writes, and returns, or fails, in all of them when that is done.
 
     Args:
-        adapter_names: all, if None.
+        selected_adapters: all, if None.
         path_initial_model_for_weight_conversion: the folder of the adapter as it was right after an
             initialisation that changed the base's weights ("pissa", "olora"). What is written then
             is a plain adapter of twice the rank for the original weights.
@@ -106,6 +115,8 @@ def save_pretrained(
             `MultiheadAttention`, which PEFT has no keys for, as plain ones of the whole layer, of r
             times the number of slices, that do the same; rank_pattern and alpha_pattern say so. To
             be loaded into a model with plain layers, here or in PEFT.
+        state_dict: values to save instead of the model's, by the names of its `state_dict()`; what
+            it does not have is the model's.
 
     Raises:
         ValueError: no such adapter, or the model does not hold all of it (after `unload()`, under
@@ -115,50 +126,46 @@ def save_pretrained(
             vdim other than embed_dim. Nothing is written then.
         AdapterFileError: NaN or Inf; the initial adapter's files are damaged or do not fit.
     """
-    folder = as_path(folder, "save_pretrained")
+    folder = as_path(save_directory, "save_pretrained", "save_directory")
+    initial = None
     if path_initial_model_for_weight_conversion is not None:
-        path_initial_model_for_weight_conversion = as_path(
+        initial = as_path(
             path_initial_model_for_weight_conversion,
             "save_pretrained",
             "path_initial_model_for_weight_conversion",
         )
     names = list(model.peft_config)
-    if adapter_names is not None:
-        names = names_of(adapter_names, "save_pretrained")
+    if selected_adapters is not None:
+        names = names_of(selected_adapters, "save_pretrained", "selected_adapters")
     for name in names:
         if name not in model.peft_config:
             raise ValueError(
-                f"save_pretrained: adapter_names: got {name!r}, "
+                f"save_pretrained: selected_adapters: got {name!r}, "
                 f"expected some of {list(model.peft_config)}"
             )
     if not names:
         raise ValueError(
-            f"save_pretrained: adapter_names: got {adapter_names}, with adapters "
+            f"save_pretrained: selected_adapters: got {selected_adapters}, with adapters "
             f"{list(model.peft_config)} in the model, expected at least one; nothing is written"
         )
     as_plain_lora = as_flag(as_plain_lora, "save_pretrained", "as_plain_lora")
-    if as_plain_lora and path_initial_model_for_weight_conversion is not None:
+    if as_plain_lora and initial is not None:
         raise ValueError(
             "save_pretrained: as_plain_lora: got True with path_initial_model_for_weight_conversion"
             ", expected at most one of the two: each changes all ranks"
         )
-    ready = []  # all of them, before the first is written
-    for name in names:
-        config = copy.deepcopy(model.peft_config[name])
-        check_adapter(model, name, config)
-        tensors = adapter_state_dict(model, name, save_embedding_layers=save_embedding_layers)
-        if path_initial_model_for_weight_conversion is not None:
-            initial = Path(path_initial_model_for_weight_conversion)
-            tensors = _subtract_initial(model, name, tensors, initial)
-            config = _of_twice_the_rank(config)
-        if as_plain_lora:
-            config, tensors = plain_lora(model, name, config, tensors)
-        fields = config.to_file()
-        name_or_path = getattr(model.base_model, "name_or_path", None)
-        if name_or_path and fields.get("base_model_name_or_path") is None:
-            fields["base_model_name_or_path"] = name_or_path
-        place = Path(folder) if name == DEFAULT else Path(folder) / name
-        ready.append((place, fields, tensors))
+    with values_of(model, state_dict):
+        ready = [  # all of them, before the first is written
+            _files_of(
+                model,
+                name,
+                Path(folder) if name == DEFAULT else Path(folder) / name,
+                save_embedding_layers=save_embedding_layers,
+                initial=initial,
+                as_plain_lora=as_plain_lora,
+            )
+            for name in names
+        ]
     scaled = [name for name in names if _is_scaled(model, name)]
     if scaled:
         warn(
@@ -171,6 +178,39 @@ def save_pretrained(
         by_first_process(lambda: save_adapters(ready), "save_pretrained")
     else:
         save_adapters(ready)
+
+
+def _files_of(
+    model: AdaptedModel,
+    name: str,
+    place: Path,
+    *,
+    save_embedding_layers: bool | str,
+    initial: Path | None,
+    as_plain_lora: bool,
+) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
+    """What is written of one adapter: where, its config's fields and its tensors."""
+    config = copy.deepcopy(model.peft_config[name])
+    check_adapter(model, name, config)
+    tensors = adapter_state_dict(model, name, save_embedding_layers=save_embedding_layers)
+    if initial is not None:
+        tensors = _subtract_initial(model, name, tensors, initial)
+        config = _of_twice_the_rank(config)
+    if as_plain_lora:
+        config, tensors = plain_lora(model, name, config, tensors)
+    fields = config.to_file()
+    base = model.get_base_model()
+    name_or_path = getattr(base, "name_or_path", None)
+    if name_or_path and fields.get("base_model_name_or_path") is None:
+        fields["base_model_name_or_path"] = name_or_path
+    if config.task_type is None and fields.get("auto_mapping") is None:
+        # By this PEFT's AutoPeftModel finds the base's class.
+        kind = type(unwrapped(base))
+        names = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+        fields["auto_mapping"] = names
+    if fields.get("peft_version") is None:
+        fields["peft_version"] = PEFT_VERSION
+    return place, fields, tensors
 
 
 def _is_scaled(model: AdaptedModel, adapter_name: str) -> bool:

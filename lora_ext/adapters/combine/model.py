@@ -84,6 +84,7 @@ def add_weighted_adapter(
         with torch.no_grad():
             for part, parameter in draft.parts(adapter_name).items():
                 parameter.copy_(parts[part])
+    config.combined = True
     transaction.set(model, peft_config={**model.peft_config, adapter_name: config})
     transaction.commit()
     whole = [p for p, m in model.saved_modules() if m.modules_to_save.keys() & set(adapters)]
@@ -176,7 +177,7 @@ def _combined_config(
     """The first one's, but for what the new adapter has of the others or of its own: its layers,
     rank and scaling, biases, and no copies of modules."""
     configs = [model.peft_config[name] for name in dict.fromkeys(names)]
-    config = only_on(model.base_model, configs[0], where)
+    config = only_on(model.get_base_model(), configs[0], where)
     config.r, config.lora_alpha, config.use_rslora = rank, rank, False
     config.rank_pattern, config.alpha_pattern = {}, {}
     config.init_lora_weights = True

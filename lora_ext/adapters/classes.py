@@ -1,0 +1,37 @@
+"""Which class a model with adapters gets: that of its task."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import nn
+
+Kind = TypeVar("Kind", bound=type)
+_CLASSES: dict[str | None, type] = {}
+
+
+def for_task(task_type: str | None) -> Callable[[Kind], Kind]:
+    """Makes a class that of the models of a task."""
+
+    def register(kind: Kind) -> Kind:
+        _CLASSES[task_type] = kind
+        return kind
+
+    return register
+
+
+def class_for(model: nn.Module, task_type: str | None) -> Any:
+    """The class of a task, for a model that takes `input_ids` as the task's models do. With PEFT
+    installed a model of transformers gets one that is PEFT's, too: Trainers ask `isinstance` of
+    it for how to save and to go on training."""
+    takes_tokens = "input_ids" in inspect.signature(model.forward).parameters
+    kind = _CLASSES.get(task_type if takes_tokens else None, _CLASSES[None])
+    of_transformers = any(one.__module__.startswith("transformers.") for one in type(model).mro())
+    if of_transformers and ("peft" in sys.modules or importlib.util.find_spec("peft") is not None):
+        return getattr(importlib.import_module("lora_ext.adapters.also_peft"), kind.__name__)
+    return kind

@@ -1,0 +1,119 @@
+"""Adapters in a model without a LoraModel around it, as PEFT's `inject_adapter_in_model` puts them
+there: the model keeps its class and names, and its attribute `peft_config` says what it has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext.adapters.activation import activate
+from lora_ext.adapters.adapted_model import AdaptedModel, check_model
+from lora_ext.adapters.adding import add_planned, freeze_base, plan_for, replicate
+from lora_ext.adapters.config import LoraConfig
+from lora_ext.arguments import as_flag, check_module
+from lora_ext.errors import NotBuiltError
+from lora_ext.nn import LoraLayer
+from lora_ext.nn.adapter import DEFAULT, check_adapter_name
+from lora_ext.nn.adoption import adapter_device
+from lora_ext.nn.modules_to_save import ModulesToSave
+from lora_ext.nn.transaction import Transaction
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def inject_adapter_in_model(
+    peft_config: LoraConfig,
+    model: Model,
+    adapter_name: str = DEFAULT,
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> Model:
+    """Puts an adapter into `model`, in place, and makes it run; another one in the stead of those
+    that are there and run, if it has some.
+
+    Args:
+        low_cpu_mem_usage: the adapter is on "meta"; `set_peft_model_state_dict` gives it values.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        NotBuiltError: `state_dict`, which PEFT reads target modules off.
+        TypeError, ValueError: as `LoraModel`. The model is as it was then.
+    """
+    where = "inject_adapter_in_model"
+    if state_dict is not None:
+        raise NotBuiltError(
+            f"{where}: state_dict: finding target modules in a state dict is not built; name them "
+            "in target_modules"
+        )
+    check_module(where, "model", model)
+    config = LoraConfig.of(peft_config, where)
+    first = not isinstance(vars(model).get("peft_config"), dict)
+    if first:
+        check_model(model)
+        found = AdaptedModel(model)
+    else:
+        found, _ = adapted(model, where)
+    check_adapter_name(adapter_name, found.peft_config, where)
+    with Transaction() as transaction:
+        replicate(found, config, transaction)
+        add_planned(found, adapter_name, plan_for(found, config), transaction)
+        if first:
+            freeze_base(found, transaction)
+        activate(found, [adapter_name], config.inference_mode, transaction)
+        transaction.commit()
+        if as_flag(low_cpu_mem_usage, where, "low_cpu_mem_usage"):
+            on_meta(found, adapter_name)
+        vars(model)["peft_config"] = found.peft_config
+    return model
+
+
+def adapted(model: nn.Module, where: str) -> tuple[AdaptedModel, bool]:
+    """The LoraModel itself, also in wrappers of DDP, FSDP and torch.compile; or what stands for one
+    for a while, of a model with adapters injected, and True.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    check_module(where, "model", model)
+    for level in ("_orig_mod", "module", "_fsdp_wrapped_module", "_orig_mod"):
+        model = model._modules.get(level) or model
+    if isinstance(model, AdaptedModel):
+        return model, False
+    configs = vars(model).get("peft_config")
+    if not isinstance(configs, dict):
+        raise TypeError(
+            f"{where}: model: got a {type(model).__qualname__} without adapters, expected a "
+            "LoraModel, or a model that inject_adapter_in_model() returned"
+        )
+    found = AdaptedModel(model)
+    found.peft_config = configs
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer | ModulesToSave)]
+    found._own = frozenset(layers)
+    running = [name for m in layers if isinstance(m, LoraLayer) for name in m.active_adapters]
+    found.active_adapters = list(dict.fromkeys(running))
+    return found, True
+
+
+def on_meta(model: AdaptedModel, adapter_name: str) -> None:
+    """Takes an adapter's values away: its parameters are on "meta" then."""
+    _to(model, adapter_name, torch.device("meta"))
+
+
+def off_meta(model: AdaptedModel, adapter_name: str) -> None:
+    """Gives an adapter on "meta" tensors, without values, on the devices of its layers."""
+    _to(model, adapter_name, None)
+
+
+def _to(model: AdaptedModel, adapter_name: str, device: torch.device | None) -> None:
+    for _, layer in model.layers_with(adapter_name):
+        place = device or adapter_device(layer, layer._adapted_weight())
+        for name, parameter in layer.adapter_parameters(adapter_name).items():
+            if device is not None or parameter.is_meta:
+                empty = torch.empty_like(parameter, device=place)
+                layer._parameters[name] = nn.Parameter(empty, parameter.requires_grad)
+        layer._choose_running()

@@ -1,0 +1,211 @@
+"""The adapters of a model in files and on the hub, as methods."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+from lora_ext.adapters.activation import activate
+from lora_ext.adapters.adapted_model import AdaptedModel, check_model
+from lora_ext.adapters.adding import freeze_base
+from lora_ext.adapters.checkpoint import load_adapter, save_pretrained
+from lora_ext.adapters.checkpoint.model_card import write_model_card
+from lora_ext.adapters.checkpoint.state_dict import LoadResult
+from lora_ext.adapters.classes import class_for
+from lora_ext.adapters.config import LoraConfig
+from lora_ext.adapters.training import is_checkpointing, prepare_model_for_gradient_checkpointing
+from lora_ext.arguments import as_flag, former_names, names_of, warn
+from lora_ext.io.hub import adapter_folder, push_folder
+from lora_ext.nn.adapter import DEFAULT, check_adapter_name
+from lora_ext.nn.transaction import Transaction
+
+
+class SavableModel(AdaptedModel):
+    """Loading and saving: part of `LoraModel`."""
+
+    # Whether `from_pretrained` returns the class of the config's task; others return their own.
+    FOLLOWS_TASK: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.FOLLOWS_TASK = "FOLLOWS_TASK" in vars(cls)
+
+    @classmethod
+    @former_names("LoraModel.from_pretrained", folder="model_id")
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = DEFAULT,
+        is_trainable: bool = False,
+        config: LoraConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        **options: Any,
+    ) -> Self:
+        """`model` with an adapter from a folder, or the hub, that PEFT or `save_pretrained` wrote,
+        active; frozen and in evaluation mode unless `is_trainable`.
+
+        Args:
+            model_id: the folder, or an id on the hub of Hugging Face (from its cache, when
+                offline).
+            config: instead of the folder's; it becomes the model's.
+            options: see `load_adapter`.
+
+        Raises:
+            AdapterFileError: a file is missing, damaged, or does not fit the model, which is as it
+                was then.
+        """
+        check_model(model)
+        is_trainable = as_flag(is_trainable, "LoraModel.from_pretrained", "is_trainable")
+        check_adapter_name(adapter_name, (), "LoraModel.from_pretrained")
+        folder, key_mapping = adapter_folder("LoraModel.from_pretrained", model_id, options)
+        if key_mapping is None:  # of models of transformers that were written anew
+            key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+        self = cls.__new__(cls)
+        AdaptedModel.__init__(self, model)
+        with Transaction() as transaction:
+            load_adapter(
+                self,
+                folder,
+                adapter_name,
+                is_trainable=is_trainable,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                config=config,
+                key_mapping=key_mapping,
+                transaction=transaction,
+            )
+            freeze_base(self, transaction)
+            activate(self, [adapter_name], not is_trainable, transaction)
+            transaction.commit()
+        if is_checkpointing(model):
+            prepare_model_for_gradient_checkpointing(model)
+        if cls.FOLLOWS_TASK:
+            self.__class__ = class_for(model, self.peft_config[adapter_name].task_type)
+        return self if is_trainable else self.eval()
+
+    @former_names("LoraModel.load_adapter", folder="model_id")
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: Any = None,
+        autocast_adapter_dtype: bool = True,
+        **options: Any,
+    ) -> LoadResult:
+        """Adds an adapter from a folder, or gives one that is there the values of the folder; see
+        `lora_ext.adapters.checkpoint.load_adapter`.
+
+        Args:
+            torch_device: kept for PEFT's sake: values go to where the layer is.
+            options: of the hub: subfolder, revision, cache_dir, token, local_files_only, ...;
+                key_mapping as in PEFT. low_cpu_mem_usage changes nothing: nothing is allocated
+                twice.
+
+        Returns:
+            `missing_keys` and `unexpected_keys`, both empty: a file that lacks keys, or has others,
+            is refused.
+        """
+        check_adapter_name(adapter_name, (), "LoraModel.load_adapter")
+        folder, key_mapping = adapter_folder("LoraModel.load_adapter", model_id, options)
+        load_adapter(
+            self,
+            folder,
+            adapter_name,
+            is_trainable=is_trainable,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            key_mapping=key_mapping,
+        )
+        if not is_trainable:
+            self.eval()
+        return LoadResult([], [])
+
+    @former_names(
+        "LoraModel.save_pretrained", folder="save_directory", adapter_names="selected_adapters"
+    )
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool | str | Sequence[str] = True,
+        selected_adapters: str | Iterable[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
+        *,
+        as_plain_lora: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **_: Any,
+    ) -> None:
+        """Writes adapters in PEFT's format, with a model card; see
+        `lora_ext.adapters.checkpoint.save_pretrained`.
+
+        Args:
+            safe_serialization: True; pickles are not written.
+            selected_adapters: all, if None.
+            is_main_process: False writes nothing.
+            state_dict: values to save instead of the model's, by the names of its `state_dict()`.
+        """
+        where = "LoraModel.save_pretrained"
+        if isinstance(safe_serialization, str | list | tuple):
+            warn(f"{where}: adapters are selected_adapters=... now", DeprecationWarning)
+            selected_adapters, safe_serialization = safe_serialization, True
+        if not as_flag(safe_serialization, where, "safe_serialization"):
+            raise ValueError(
+                f"{where}: safe_serialization: got False, expected True: a pickle runs code when "
+                "it is loaded, so none is written or read"
+            )
+        if not as_flag(is_main_process, where, "is_main_process"):
+            return
+        names = selected_adapters
+        if names is not None:
+            names = names_of(names, where, "selected_adapters")
+        save_pretrained(
+            self,
+            save_directory,
+            names,
+            save_embedding_layers=save_embedding_layers,
+            path_initial_model_for_weight_conversion=path_initial_model_for_weight_conversion,
+            as_plain_lora=as_plain_lora,
+            state_dict=state_dict,
+        )
+        write_model_card(self, Path(save_directory))
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Writes README.md, with what the hub reads of it; the text of one that is there stays."""
+        write_model_card(self, Path(output_dir))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Uploads what `save_pretrained` writes (`options` are its) to the hub of Hugging Face; of
+        the base, nothing.
+
+        Raises:
+            ImportError: huggingface_hub is not installed.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **options)
+            return push_folder(
+                folder,
+                repo_id,
+                commit_message=commit_message or "Upload model",
+                commit_description=commit_description,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )
