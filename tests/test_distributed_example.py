@@ -36,6 +36,7 @@ def trained(plan: str, folder: Path, *more: str) -> dict[str, Any]:
     lines = [line for line in result.stdout.splitlines() if line.startswith("{")]
     report: dict[str, Any] = json.loads(lines[-1])
     assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     ]

@@ -46,7 +46,7 @@ def model_of(dtype: torch.dtype = torch.float32, seed: int = 1, **options: Any) 
 
 
 def divided(model: LoraModel, **options: Any) -> LoraModel:
-    for block in model.base_model.model.layers:  # type: ignore[union-attr]
+    for block in model.get_base_model().model.layers:  # type: ignore[union-attr]
         fully_shard(block, **options)
     fully_shard(model, **options)
     return model
@@ -157,7 +157,7 @@ def check_fsdp_of_trained_parameters_of_two_dtypes() -> None:
 
     def build() -> LoraModel:
         model = model_of(torch.bfloat16)
-        model.base_model.model.norm.weight.requires_grad_(True)  # type: ignore[union-attr]
+        model.get_base_model().model.norm.weight.requires_grad_(True)  # type: ignore[union-attr]
         return model
 
     model = build()
@@ -292,11 +292,8 @@ def check_loading_into_parts() -> None:
         other.load_adapter(folder, "default")
     assert all(torch.equal(before[n], whole(p.detach())) for n, p in other.named_parameters())
     like_it = divided(model_of(lora_alpha=16, modules_to_save=["lm_head"]))
-    with pytest.raises(AdapterFileError, match=r"scaling: got 2\.0, expected that of the adapter"):
+    with pytest.warns(UserWarning, match=r"lora_alpha: the file says \d+, but .* keeps 16"):
         like_it.load_adapter(folder, "default")
-    plain = model_of()
-    with pytest.raises(ValueError, match="there is an adapter 'default' already"):
-        plain.load_adapter(folder, "default")
 
 
 def check_what_fsdp_would_not_see_is_refused() -> None:

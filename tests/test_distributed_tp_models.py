@@ -86,7 +86,7 @@ def check_a_model_with_a_module_to_save() -> None:
     options: dict[str, Any] = {"target_modules": TARGETS[:-1], "modules_to_save": ["lm_head"]}
     want, model = step(llama(**options)), divided(llama(**options))
     got = step(model)
-    name = "base_model.lm_head.modules_to_save.default.weight"
+    name = "base_model.model.lm_head.modules_to_save.default.weight"
     assert name in got and model.get_parameter(name).placements == (Shard(0),)
     assert_alike(got, want)
     model.save_pretrained(shared_folder("with a head"))

@@ -23,13 +23,16 @@ from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.patterns import FILE_SECONDS, in_time
 from lora_ext.adapters.plan import Plan, PlannedLayer
 from lora_ext.adapters.targets import matches, saved_modules
-from lora_ext.arguments import as_flag, as_path
+from lora_ext.arguments import as_flag, as_path, warn
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_folder import CONFIG_NAME, AdapterFolder, open_adapter
 from lora_ext.io.files import short
 from lora_ext.nn.adapter import check_adapter_name
 from lora_ext.nn.sharded import is_sharded, like, to_rest
 from lora_ext.nn.transaction import Transaction
+
+# Fields of a config that the values of an adapter go with.
+_OF_THE_VALUES = ("lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "r", "rank_pattern")
 
 
 def load_adapter(
@@ -77,6 +80,7 @@ def load_adapter(
             if known:
                 to_rest(model)
                 plan = plan_of(model, adapter_name)
+                _warn_of_other_settings(read_config(files), plan.config)
             else:
                 chosen = read_config(files) if config is None else LoraConfig.of(config, "config")
                 chosen.inference_mode = not is_trainable
@@ -115,6 +119,17 @@ def plan_of(model: AdaptedModel, adapter_name: str) -> Plan:
     }
     saved = {n: m for n, m in model.saved_modules() if adapter_name in m.modules_to_save}
     return Plan(model.peft_config[adapter_name], [], [], layers, dict(saved), {})
+
+
+def _warn_of_other_settings(file: LoraConfig, config: LoraConfig) -> None:
+    """An adapter that is there keeps its config, as in PEFT; a file's values may want another."""
+    for field in _OF_THE_VALUES:
+        got, kept = getattr(file, field), getattr(config, field)
+        if got != kept:
+            warn(
+                f"LoraModel.load_adapter: {field}: the file says {short(repr(got))}, but the "
+                f"adapter is there already and keeps {short(repr(kept))}; delete_adapter() first to load it anew"
+            )
 
 
 @torch.no_grad()
