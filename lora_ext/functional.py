@@ -27,6 +27,10 @@ def draw_rng_state(x: Tensor) -> Tensor:
     Drawn from that device's torch generator, so `torch.manual_seed` and activation checkpointing
     govern it.
     """
+    if torch.compiler.is_compiling():
+        # Draws of the same tensor would be taken for the same subexpression, and the layers that
+        # read it would drop the same elements; tensors that are empty never are.
+        x = torch.empty(0, device=x.device)
     try:
         return torch.ops.lora_ext.draw_rng_state(x)  # type: ignore[no-any-return]
     except (TypeError, RuntimeError):
