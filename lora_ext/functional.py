@@ -21,6 +21,17 @@ __all__ = [
 ]
 
 
+def is_for_any(scaling: float | Tensor) -> bool:
+    """Whether this is being compiled for any value of scaling, as torch.compile does once it has
+    changed. Operators take a number as a constant of the graph, which each value would compile
+    again; a tensor that was multiplied by it is a value of the graph."""
+    if not torch.compiler.is_compiling() or isinstance(scaling, Tensor):
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # slow to import
+
+    return not has_static_value(scaling)
+
+
 def draw_rng_state(x: Tensor) -> Tensor:
     """The state of one dropout mask: int64 [2] (seed, offset), on the device of `x`.
 
@@ -105,6 +116,9 @@ def lora_linear(
             raise
     if dropout_p > 0.0 and rng_state is None:
         rng_state = draw_rng_state(x)
+    if is_for_any(scaling):
+        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+        scaling = torch.ones((), dtype=exact, device=x.device) * scaling
     factor, factor_tensor = (1.0, scaling) if isinstance(scaling, Tensor) else (scaling, None)
     return torch.ops.lora_ext.lora_linear(  # type: ignore[no-any-return]
         x, weight, bias, lora_A, lora_B, lora_bias, factor, factor_tensor, dropout_p, rng_state

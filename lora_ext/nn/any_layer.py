@@ -134,6 +134,8 @@ class AnyLayer(LoraLayer):
 
     def _scale_of(self, name: str, prefix: str) -> float:
         own, common, now = self._settings(name, prefix), self.adapters[name], self._scaling[name]
+        if own is common:
+            return now
         if now == common.scaling:
             return own.scaling
         return now * (own.scaling / common.scaling)  # set_scale; it is not called for 0 times 0

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lora_ext.functional import is_for_any
 from lora_ext.nn.adapter import AdapterSettings, LowRank, part_name, stacked, variant_of
 from lora_ext.nn.adoption import AdoptingLayer
 from lora_ext.nn.variant import AnyVariant
@@ -123,7 +124,7 @@ class RunningLayer(AdoptingLayer):
             )
             for name in names
         ]
-        if len(adapters) == 1 and not factors:
+        if len(adapters) == 1 and not factors and not is_for_any(adapters[0].scaling):
             return adapters[0]
         alike = self._alike([one.lora_A for one in adapters])
         return stacked(
