@@ -85,7 +85,7 @@ def made(kind: str, **options: Any) -> tuple[Any, tuple[Tensor, ...]]:
     if any(p.dim() == 1 and "magnitude" in n for n, p in layer.named_parameters()):
         with torch.no_grad():  # else DoRA is its base
             layer.lora_magnitude_vector.mul_(1.5)
-    return layer, args
+    return layer.double(), tuple(x.double() if x.is_floating_point() else x for x in args)
 
 
 def first(y: Any) -> Tensor:
@@ -125,7 +125,7 @@ def outcome(layer: nn.Module, call: Callable[..., Any], args: tuple[Tensor, ...]
 
 
 def same(got: list[Tensor], expected: list[Tensor]) -> None:
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
 @each_kind
