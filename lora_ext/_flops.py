@@ -82,7 +82,8 @@ def _lora_embedding(
 def _lora_embedding_bwd(
     dy: Shape, indices: Shape, lora_A: Shape, lora_B: Shape, *others: Any, **options: object
 ) -> int:
-    return 2 * prod(indices) * prod(lora_B) * sum(others[-1])
+    trained: Sequence[bool] = others[-1]
+    return 2 * prod(indices) * prod(lora_B) * sum(trained)
 
 
 def _update_of_weight(

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from lora_ext import LoraModel
 from lora_ext.nn import MergedLinear, MultiheadAttention
 
-
 KINDS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
     "Linear": (lambda: nn.Linear(64, 48), (37, 64), {}),
     "Linear, lora_bias": (lambda: nn.Linear(64, 48), (37, 64), {"lora_bias": True}),

@@ -79,6 +79,8 @@ class AnyLayer(LoraLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base's."""
+        if self.merged_adapters:
+            self._check_merged()
         base = self._plain_base()
         for name in self.WEIGHTS if self._running else ():
             base.__dict__.pop(name, None)  # of a replica (nn.DataParallel), or pruned

@@ -135,7 +135,7 @@ class LoraConv(LoraLayer, _ConvNd):
         try:
             if self._lora_variant is not None:
                 return self._lora_variant.forward(self, x)
-            stacks = self.low_rank() if self._running else []
+            stacks = self.low_rank()
             y = self._convolve(x, self.weight, self._bias_with(stacks))
             for stack in stacks:
                 # y is fresh, and a convolution keeps its inputs for backward, not its result. In
