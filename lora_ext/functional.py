@@ -32,6 +32,14 @@ def is_for_any(scaling: float | Tensor) -> bool:
     return not has_static_value(scaling)
 
 
+def _for_any(lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor, float]:
+    """The same product with a scaling that is a constant, if it was none."""
+    if not is_for_any(scaling):
+        return lora_A, lora_B, scaling
+    compute = torch.promote_types(lora_B.dtype, torch.float32)
+    return lora_A.to(compute), lora_B.to(compute) * scaling, 1.0
+
+
 def draw_rng_state(x: Tensor) -> Tensor:
     """The state of one dropout mask: int64 [2] (seed, offset), on the device of `x`.
 
@@ -171,6 +179,8 @@ def lora_embedding(
         IndexError: an index out of range (on the CPU).
         RuntimeError: tensors on different devices.
     """
+    if torch.compiler.is_compiling():
+        lora_A, lora_B, scaling = _for_any(lora_A, lora_B, scaling)
     try:
         padding = -1
         if padding_idx is not None and weight.dim():  # of a number the operator says what is wrong
@@ -279,6 +289,8 @@ def dora_linear(
         ValueError, TypeError: an argument of the wrong shape or range, or dtype.
         RuntimeError: tensors on different devices.
     """
+    if torch.compiler.is_compiling():
+        lora_A, lora_B, scaling = _for_any(lora_A, lora_B, scaling)
     try:
         return torch.ops.lora_ext.dora_linear(  # type: ignore[no-any-return]
             x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p, rng_state
@@ -316,6 +328,8 @@ def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float =
         NotImplementedError: an argument with a tangent of forward AD, which a constant would lose.
         RuntimeError: tensors on different devices.
     """
+    if torch.compiler.is_compiling():
+        lora_A, lora_B, scaling = _for_any(lora_A, lora_B, scaling)
     try:
         return torch.ops.lora_ext.weight_norm(  # type: ignore[no-any-return]
             weight, lora_A, lora_B, scaling

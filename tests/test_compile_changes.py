@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import lora_ext.nn as lora
-from lora_ext import LoraConfig, get_lora_model
+from lora_ext import LoraConfig, draw_rng_state, get_lora_model, lora_embedding, lora_linear
+from lora_ext.functional import dora_linear, weight_norm
 
 X, TOKENS, SEQUENCE = torch.randn(5, 8), torch.tensor([[1, 2], [3, 1]]), torch.randn(3, 2, 8)
 IMAGE = torch.randn(2, 4, 5, 5)
@@ -94,9 +95,9 @@ def first(y: Any) -> Tensor:
 
 
 class Graphs:
-    """A layer compiled without breaks, and how many graphs that took so far."""
+    """What is compiled without breaks, and how many graphs that took so far."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: Callable[..., Any]) -> None:
         torch._dynamo.reset()
         self.count = 0
         self.compiled = torch.compile(module, fullgraph=True, backend=self.backend)
@@ -174,6 +175,25 @@ def test_scales_are_two_graphs(kind: str) -> None:
     for i in range(12):
         layer.set_scale("default", 0.3 + 0.1 * i)  # 1.0 is one of them
         same(outcome(layer, graphs.compiled, args), outcome(layer, layer, args))
+    assert graphs.count == 2
+
+
+def test_scalings_of_functions_are_two_graphs() -> None:
+    W, A, B, x = (torch.randn(s) for s in ((6, 8), (2, 8), (6, 2), (3, 8)))
+    state, g = draw_rng_state(x), torch.rand(6)
+
+    def products(scaling: float) -> list[Tensor]:
+        options: dict[str, Any] = {"scaling": scaling, "dropout_p": 0.5, "rng_state": state}
+        return [
+            lora_linear(x, W, None, A, B, **options),
+            dora_linear(x, W, None, A, B, g, **options),
+            lora_embedding(TOKENS, W.t(), A, B, scaling=scaling),
+            weight_norm(W, A, B, scaling),
+        ]
+
+    graphs = Graphs(products)
+    for i in range(6):
+        torch.testing.assert_close(graphs.compiled(0.3 + 0.1 * i), products(0.3 + 0.1 * i))
     assert graphs.count == 2
 
 
