@@ -99,7 +99,7 @@ class AnyLayer(LoraLayer):
     def _adapted(self, name: str) -> Tensor:
         """W + scaling * lora_B lora_A, in float32 or better with one rounding, as merged."""
         weight = getattr(self, name)
-        stack = self._stack(self._running, prefix=f"{name}_")
+        stack = self._stack(self._running, prefix=f"{name}_").for_any()
         compute = torch.promote_types(weight.dtype, torch.float32)
         with torch.autocast(weight.device.type, enabled=False):
             total = torch.addmm(

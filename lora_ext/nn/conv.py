@@ -170,6 +170,7 @@ class LoraConv(LoraLayer, _ConvNd):
 
     def _update(self, x: Tensor, stack: LowRank) -> Tensor:
         """scaling * conv1x1(conv(dropout(x), lora_A), lora_B), in the adapters' dtype."""
+        stack = stack.for_any()
         d = F.dropout(x.to(stack.lora_A.dtype), stack.dropout_p)
         convolve = self._convolve_ungrouped if self._is_ungrouped(stack.lora_A) else self._convolve
         hidden = convolve(d, stack.lora_A, None)

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lora_ext.functional import is_for_any
 from lora_ext.nn.adapter import AdapterSettings, LowRank, part_name, stacked, variant_of
 from lora_ext.nn.adoption import AdoptingLayer
 from lora_ext.nn.variant import AnyVariant
@@ -128,7 +127,7 @@ class RunningLayer(AdoptingLayer):
             )
             for name in names
         ]
-        if len(adapters) == 1 and not factors and not is_for_any(adapters[0].scaling):
+        if len(adapters) == 1 and not factors:
             return adapters[0]
         alike = self._alike([one.lora_A for one in adapters])
         return stacked(
