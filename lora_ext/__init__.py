@@ -50,6 +50,7 @@ __all__ = [
 if _startup.is_program():
     _startup.load_when_asked(__name__, {*__all__, "nn"})
 else:
+    from lora_ext import _flops as _flops
     from lora_ext import nn as nn
     from lora_ext import reference
     from lora_ext._extension import __version__, build_info

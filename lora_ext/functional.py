@@ -21,12 +21,35 @@ __all__ = [
 ]
 
 
+def is_for_any(scaling: float | Tensor) -> bool:
+    """Whether this is being compiled for any value of scaling, as torch.compile does once it has
+    changed. Operators take a number as a constant of the graph, which each value would compile
+    again; a tensor that was multiplied by it is a value of the graph."""
+    if not torch.compiler.is_compiling() or isinstance(scaling, Tensor):
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # slow to import
+
+    return not has_static_value(scaling)
+
+
+def _for_any(lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor, float]:
+    """The same product with a scaling that is a constant, if it was none."""
+    if not is_for_any(scaling):
+        return lora_A, lora_B, scaling
+    compute = torch.promote_types(lora_B.dtype, torch.float32)
+    return lora_A.to(compute), lora_B.to(compute) * scaling, 1.0
+
+
 def draw_rng_state(x: Tensor) -> Tensor:
     """The state of one dropout mask: int64 [2] (seed, offset), on the device of `x`.
 
     Drawn from that device's torch generator, so `torch.manual_seed` and activation checkpointing
     govern it.
     """
+    if torch.compiler.is_compiling():
+        # Draws of the same tensor would be taken for the same subexpression, and the layers that
+        # read it would drop the same elements; tensors that are empty never are.
+        x = torch.empty(0, device=x.device)
     try:
         return torch.ops.lora_ext.draw_rng_state(x)  # type: ignore[no-any-return]
     except (TypeError, RuntimeError):
@@ -101,6 +124,9 @@ def lora_linear(
             raise
     if dropout_p > 0.0 and rng_state is None:
         rng_state = draw_rng_state(x)
+    if is_for_any(scaling):
+        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+        scaling = torch.ones((), dtype=exact, device=x.device) * scaling
     factor, factor_tensor = (1.0, scaling) if isinstance(scaling, Tensor) else (scaling, None)
     return torch.ops.lora_ext.lora_linear(  # type: ignore[no-any-return]
         x, weight, bias, lora_A, lora_B, lora_bias, factor, factor_tensor, dropout_p, rng_state
@@ -153,6 +179,8 @@ def lora_embedding(
         IndexError: an index out of range (on the CPU).
         RuntimeError: tensors on different devices.
     """
+    if torch.compiler.is_compiling():
+        lora_A, lora_B, scaling = _for_any(lora_A, lora_B, scaling)
     try:
         padding = -1
         if padding_idx is not None and weight.dim():  # of a number the operator says what is wrong
@@ -261,6 +289,8 @@ def dora_linear(
         ValueError, TypeError: an argument of the wrong shape or range, or dtype.
         RuntimeError: tensors on different devices.
     """
+    if torch.compiler.is_compiling():
+        lora_A, lora_B, scaling = _for_any(lora_A, lora_B, scaling)
     try:
         return torch.ops.lora_ext.dora_linear(  # type: ignore[no-any-return]
             x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p, rng_state
@@ -298,6 +328,8 @@ def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float =
         NotImplementedError: an argument with a tangent of forward AD, which a constant would lose.
         RuntimeError: tensors on different devices.
     """
+    if torch.compiler.is_compiling():
+        lora_A, lora_B, scaling = _for_any(lora_A, lora_B, scaling)
     try:
         return torch.ops.lora_ext.weight_norm(  # type: ignore[no-any-return]
             weight, lora_A, lora_B, scaling

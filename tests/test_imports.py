@@ -22,8 +22,18 @@ from lora_ext.nn.adapter import AdapterOptions, AdapterSettings
 ROOT = Path(lora_ext.__file__).parent
 # From below to above: each may import what stands before it.
 PACKAGES = (
-    *("_startup", "_missing", "_extension", "errors", "arguments", "reference", "functional"),
-    *("paths", "loralib", "nn", "io", "adapters", "distributed", "integrations", "tuning"),
+    *("_startup", "_missing", "_extension", "_flops", "errors", "arguments", "reference"),
+    *(
+        "functional",
+        "paths",
+        "loralib",
+        "nn",
+        "io",
+        "adapters",
+        "distributed",
+        "integrations",
+        "tuning",
+    ),
     *("_moved", "", "bench", "cli", "__main__"),
 )
 FOR_IO = {"io", "errors", "arguments"}  # it is about files, not about modules

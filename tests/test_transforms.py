@@ -3,6 +3,7 @@ what plain PyTorch makes of the formula."""
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -305,6 +306,47 @@ def test_a_batch_of_adapters(kind: str) -> None:
         warnings.filterwarnings("ignore", "There is a performance drop.*weight_norm")
         together = vmap(y)(batch)
     same(together, torch.stack([y({n: t[i] for n, t in batch.items()}) for i in range(3)]))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_functional_call_of_a_merged_layer(kind: str) -> None:
+    """Its parameters are the merged ones; with the base's, which a state_dict holds, the adapters
+    would be lost: refused."""
+    layer, x = layer_of(kind)
+    before = layer(x)
+    layer.merge()
+    given = {name: p.detach() for name, p in layer.named_parameters()}
+    same(functional_call(layer, given, (x,)), before)
+    state = layer.state_dict()
+
+    def total(state: dict[str, Tensor]) -> Tensor:
+        return functional_call(layer, state, (x,)).sum()
+
+    for call in (total, grad(total), lambda state: jvp(total, (state,), (state,))):
+        with pytest.raises(RuntimeError, match="merged, but its weight is the base's"):
+            call(state)
+    layer.unmerge()
+    same(functional_call(layer, state, (x,)), before)
+
+
+def dropping(kind: str) -> tuple[nn.Module, Tensor]:
+    """A layer whose adapter drops out half of a batch of three equal inputs."""
+    layer, x = layer_of(kind)
+    for name in layer.adapters:
+        layer.adapters[name] = dataclasses.replace(layer.adapters[name], lora_dropout=0.5)
+    return layer.train(), torch.stack([x] * 3)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in LAYERS if "Embedding" not in kind])
+def test_layers_obey_the_randomness_of_vmap(kind: str) -> None:
+    layer, x = dropping(kind)
+    with pytest.raises(RuntimeError, match="randomness"):
+        vmap(layer)(x)
+    alike = vmap(layer, randomness="same")(x)
+    assert torch.equal(alike[0], alike[1]) and torch.equal(alike[0], alike[2])
+    different = vmap(layer, randomness="different")(x)
+    assert not torch.equal(different[0], different[1])
+    assert not torch.equal(different[1], different[2])
 
 
 def test_autocast_is_obeyed_inside_transforms() -> None:

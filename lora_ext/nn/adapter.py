@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_ext.arguments import as_flag, as_number, check_names, describe, suggests_names
+from lora_ext.functional import is_for_any
 from lora_ext.nn.init import check_init
 
 DEFAULT = "default"  # the adapter that a constructor makes
@@ -167,6 +168,11 @@ class LowRank(NamedTuple):
     lora_bias: Tensor | None
     scaling: float
     dropout_p: float
+
+    def for_any(self) -> LowRank:
+        """The same with a scaling that is a constant, for what takes no other; see
+        `functional.is_for_any`."""
+        return stacked([self]) if is_for_any(self.scaling) else self
 
 
 def stacked(adapters: Sequence[LowRank], factors: Sequence[Tensor] | None = None) -> LowRank:

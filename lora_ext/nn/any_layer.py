@@ -79,6 +79,8 @@ class AnyLayer(LoraLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base's."""
+        if self.merged_adapters:
+            self._check_merged()
         base = self._plain_base()
         for name in self.WEIGHTS if self._running else ():
             base.__dict__.pop(name, None)  # of a replica (nn.DataParallel), or pruned
@@ -97,7 +99,7 @@ class AnyLayer(LoraLayer):
     def _adapted(self, name: str) -> Tensor:
         """W + scaling * lora_B lora_A, in float32 or better with one rounding, as merged."""
         weight = getattr(self, name)
-        stack = self._stack(self._running, prefix=f"{name}_")
+        stack = self._stack(self._running, prefix=f"{name}_").for_any()
         compute = torch.promote_types(weight.dtype, torch.float32)
         with torch.autocast(weight.device.type, enabled=False):
             total = torch.addmm(
@@ -134,6 +136,8 @@ class AnyLayer(LoraLayer):
 
     def _scale_of(self, name: str, prefix: str) -> float:
         own, common, now = self._settings(name, prefix), self.adapters[name], self._scaling[name]
+        if own is common:
+            return now
         if now == common.scaling:
             return own.scaling
         return now * (own.scaling / common.scaling)  # set_scale; it is not called for 0 times 0

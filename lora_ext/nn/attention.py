@@ -252,6 +252,8 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
             TypeError: a mask that is neither bool nor floating.
         """
         if not self._running:
+            if self.merged_adapters:
+                self._check_merged()
             base = self._plain_base()
             options = (need_weights, attn_mask, average_attn_weights, is_causal)
             return base.forward(query, key, value, key_padding_mask, *options)  # type: ignore[no-any-return]

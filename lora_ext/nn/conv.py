@@ -136,7 +136,7 @@ class LoraConv(LoraLayer, _ConvNd):
         try:
             if self._lora_variant is not None:
                 return self._lora_variant.forward(self, x)
-            stacks = self.low_rank() if self._running else []
+            stacks = self.low_rank()
             y = self._convolve(x, self.weight, self._bias_with(stacks))
             for stack in stacks:
                 # y is fresh, and a convolution keeps its inputs for backward, not its result. In
@@ -171,6 +171,7 @@ class LoraConv(LoraLayer, _ConvNd):
 
     def _update(self, x: Tensor, stack: LowRank) -> Tensor:
         """scaling * conv1x1(conv(dropout(x), lora_A), lora_B), in the adapters' dtype."""
+        stack = stack.for_any()
         d = F.dropout(x.to(stack.lora_A.dtype), stack.dropout_p)
         convolve = self._convolve_ungrouped if self._is_ungrouped(stack.lora_A) else self._convolve
         hidden = convolve(d, stack.lora_A, None)

@@ -152,6 +152,8 @@ class Embedding(LoraLayer, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """input [...], int64 or int32 → [..., embedding_dim], dtype of `weight`."""
         if not self._running:
+            if self.merged_adapters:
+                self._check_merged()
             y = self._look_up(input, self.weight, self.sparse)
         elif self._lora_variant is not None:
             y = self._lora_variant.forward(self, input)

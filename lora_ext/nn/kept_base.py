@@ -145,6 +145,8 @@ class KeptBase(LoraLayer):
         torch's, is x, and its result."""
         if len(args) == 1 and not kwargs and not self.reason_to_call:
             return super().forward(args[0])
+        if self.merged_adapters:
+            self._check_merged()
         y = self.base_layer(*args, **kwargs)
         x: Any = args[0] if args else self._x_by_name(kwargs)
         if self._running and not isinstance(y, Tensor):

@@ -285,8 +285,8 @@ class Linear(LinearBase):
     def _weight_norm(self, adapter_name: str) -> Tensor:
         weight = self.unmerged_weight()
         weight = weight.t() if self.fan_in_fan_out else weight
-        A, B = self._stack([adapter_name])[:2]
-        return weight_norm(weight, A.detach(), B.detach(), self._scaling[adapter_name])
+        A, B, _, scaling, _ = self._stack([adapter_name])
+        return weight_norm(weight, A.detach(), B.detach(), scaling)
 
     def _merged_parameters(self, names: Sequence[str]) -> dict[str, Tensor]:
         return self._weight_and_bias(names)

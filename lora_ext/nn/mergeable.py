@@ -233,6 +233,23 @@ class MergeableLayer(nn.Module):
         """The base's own parameters that `unmerge()` puts back, by name; none unless merged."""
         return dict(self._aside)
 
+    def _check_merged(self) -> None:
+        """RuntimeError where the base's own values stand in for the merged ones, as functional_call
+        puts those of a `state_dict` there: the adapters, which do not run, would be lost."""
+        for name, base in self._aside.items():
+            own = self._parameters
+            now: Any = own[name] if name in own else attrgetter(name)(self)
+            if type(now) is nn.Parameter or torch.compiler.is_compiling():  # nearly always
+                continue
+            while torch._C._functorch.is_functorch_wrapped_tensor(now):
+                now = torch._C._functorch.get_unwrapped(now)
+            if torch._C._is_alias_of(now, base):  # type: ignore[attr-defined]
+                raise RuntimeError(
+                    f"{type(self).__name__}: adapters {list(self.merged_adapters)} are merged, but "
+                    f"its {name} is the base's, as state_dict() has it, expected the merged one; "
+                    "give functional_call dict(model.named_parameters()), or unmerge first"
+                )
+
     def unmerged_weight(self) -> Tensor:
         """The base's own weight, also while merged."""
         weight: Tensor = self._aside.get(f"{self.BASE_PATH}weight", self.weight)

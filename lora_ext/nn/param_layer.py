@@ -79,7 +79,7 @@ class ParamLayer(AnyLayer):
         E = self._matrices(weight_name).shape[0]
         each = []
         for name in names:
-            stack = self._stack([name], prefix=f"{weight_name}_")
+            stack = self._stack([name], prefix=f"{weight_name}_").for_any()
             A = torch.unflatten(stack.lora_A, 0, (E, -1))
             B = torch.unflatten(stack.lora_B, 1, (-1, E)).permute(2, 0, 1)
             each.append(_Factors(A, B, stack.scaling))

@@ -89,6 +89,10 @@ class RunningLayer(AdoptingLayer):
         if len(self._running) == 1:  # nearly always
             dropout_p = self.adapters[self._running[0]].lora_dropout if self.training else 0.0
             return [self._stack(self._running, dropout_p, prefix)]
+        if not self._running:
+            if self.merged_adapters:
+                self._check_merged()
+            return []
         groups: dict[float, list[str]] = {}
         for name in self._running:
             dropout_p = self.adapters[name].lora_dropout if self.training else 0.0

@@ -127,8 +127,9 @@ def _warn_of_other_settings(file: LoraConfig, config: LoraConfig) -> None:
         got, kept = getattr(file, field), getattr(config, field)
         if got != kept:
             warn(
-                f"LoraModel.load_adapter: {field}: the file says {short(repr(got))}, but the "
-                f"adapter is there already and keeps {short(repr(kept))}; delete_adapter() first to load it anew"
+                f"LoraModel.load_adapter: {field}: the file says {str(got)[:200]}, but the "
+                f"adapter is there already and keeps {str(kept)[:200]}; delete_adapter() first to "
+                "load it anew"
             )
 
 

@@ -1,0 +1,107 @@
+"""What `torch.utils.flop_counter.FlopCounterMode` counts of the operators: the products of the same
+computation in plain PyTorch, also where a kernel makes one again instead of keeping it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from lora_ext._extension import _C as _C  # which defines the operators
+
+Shape = Sequence[int]  # the counter gives the shape of each tensor
+
+
+def _low_rank(rows: int, lora_A: Shape, lora_B: Shape) -> int:
+    """Of x A^T B^T: x [rows, K], A [r, K], B [N, r]."""
+    (r, K), N = lora_A, lora_B[0]
+    return 2 * rows * r * (K + N)
+
+
+def _backward(
+    dy: Shape, lora_A: Shape, lora_B: Shape, base: int, dx: bool, dA: bool, dB: bool
+) -> int:
+    """Of `base` products as large as the base's, and of the low-rank part's gradients."""
+    rows, (r, K), N = prod(dy[:-1]), lora_A, lora_B[0]
+    wide = (dx or dA) + dB  # dh = dy B, and dB = dy^T h
+    narrow = dx + dA  # dh A, and dA = dh^T x
+    return 2 * rows * (base * N * K + wide * N * r + narrow * r * K)
+
+
+def _lora_linear(
+    x: Shape,
+    weight: Shape,
+    bias: object,
+    lora_A: Shape,
+    lora_B: Shape,
+    *_: object,
+    **options: object,
+) -> int:
+    rows = prod(x[:-1])
+    return 2 * rows * prod(weight) + _low_rank(rows, lora_A, lora_B)
+
+
+def _lora_linear_bwd(
+    dy: Shape, x: object, h: object, weight: object, lora_A: Shape, lora_B: Shape, *others: Any,
+    **options: object,
+) -> int:  # fmt: skip
+    dx, dweight, _, dA, dB, _ = others[-1]
+    return _backward(dy, lora_A, lora_B, dx + dweight, dx, dA, dB)
+
+
+def _dora_linear(
+    x: Shape,
+    weight: Shape,
+    bias: object,
+    lora_A: Shape,
+    lora_B: Shape,
+    *_: object,
+    **options: object,
+) -> int:
+    rows = prod(x[:-1])
+    return 4 * rows * prod(weight) + _low_rank(rows, lora_A, lora_B)
+
+
+def _dora_linear_bwd(
+    dy: Shape, x: object, v: object, weight: object, lora_A: Shape, lora_B: Shape, *others: Any,
+    **options: object,
+) -> int:  # fmt: skip
+    dx, _, dA, dB, _ = others[-1]
+    return _backward(dy, lora_A, lora_B, 2 * dx, dx, dA, dB)
+
+
+def _lora_embedding(
+    indices: Shape, weight: Shape, lora_A: Shape, lora_B: Shape, *_: object, **options: object
+) -> int:
+    return 2 * prod(indices) * prod(lora_B)
+
+
+def _lora_embedding_bwd(
+    dy: Shape, indices: Shape, lora_A: Shape, lora_B: Shape, *others: Any, **options: object
+) -> int:
+    trained: Sequence[bool] = others[-1]
+    return 2 * prod(indices) * prod(lora_B) * sum(trained)
+
+
+def _update_of_weight(
+    weight: Shape, lora_A: Shape, lora_B: Shape, *_: object, **options: object
+) -> int:
+    return 2 * prod(lora_B) * lora_A[1]
+
+
+_FORMULAS: dict[Callable[..., int], tuple[str, ...]] = {
+    _lora_linear: ("lora_linear", "lora_linear_fwd"),
+    _lora_linear_bwd: ("lora_linear_bwd",),
+    _dora_linear: ("dora_linear", "dora_linear_fwd"),
+    _dora_linear_bwd: ("dora_linear_bwd",),
+    _lora_embedding: ("lora_embedding", "lora_embedding_fwd"),
+    _lora_embedding_bwd: ("lora_embedding_bwd",),
+    _update_of_weight: ("weight_norm", "merge_"),
+}
+for formula, names in _FORMULAS.items():
+    operators = [getattr(torch.ops.lora_ext, name) for name in names]
+    # Once, also where the package is imported again.
+    register_flop_formula([one for one in operators if one not in flop_registry])(formula)
