@@ -71,7 +71,7 @@ def test_damaged_folders(tmp_path: Path, case: str) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("case", SPARSE.keys() - {"rank 2^28"})
+@pytest.mark.parametrize("case", sorted(SPARSE.keys() - {"rank 2^28"}))
 def test_huge_files(tmp_path: Path, case: str) -> None:
     start, size, _ = SPARSE[case]
     folder = adapter(tmp_path / "adapter", start)
