@@ -15,6 +15,7 @@ from tiny_models import VOCABULARY, llama
 from trained_models import losses, models
 
 import lora_ext
+import lora_ext.integrations.peft as fused
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -128,8 +129,23 @@ def test_the_reference_of_dpo_is_the_base(tokenizer: Any, tmp_path: Path) -> Non
     assert not torch.equal(base, model(**rows).logits)
 
 
-def test_a_config_of_lora_ext_is_taken_by_trainers(tokenizer: Any, tmp_path: Path) -> None:
-    """As `peft_config` TRL wants one of PEFT's classes; a model that has adapters does instead."""
+def test_a_head_with_an_adapter_is_refused_as_peft_is(tokenizer: Any, tmp_path: Path) -> None:
+    """SFTTrainer multiplies by the head's weight itself: the adapter would not run."""
+    for name, model in models(target_modules=["q_proj", "lm_head"]).items():
+        with pytest.raises(ValueError, match="adapter"):
+            sft(model, tmp_path / name, tokenizer, max_steps=1).train()
+
+
+def test_a_config_of_lora_ext_as_pefts(tokenizer: Any, tmp_path: Path) -> None:
     config = lora_ext.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
-    model = lora_ext.get_peft_model(llama()[0], config)
-    sft(model, tmp_path, tokenizer, max_steps=2).train()
+    rows = datasets.Dataset.from_dict({"text": [text(i, 12) for i in range(8)]})
+    run = trl.SFTTrainer(
+        model=llama()[0],
+        args=trl.SFTConfig(output_dir=str(tmp_path), **of_both({"max_steps": 2})),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=fused.peft_config(config),
+    )
+    fused.accelerate(run.model)
+    run.train()
+    assert all(row.fused for row in fused.report(run.model))

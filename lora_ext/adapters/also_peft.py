@@ -6,8 +6,14 @@ PeftModel, too, whose methods they have of their own. Nothing of PEFT's runs for
 from __future__ import annotations
 
 import peft
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from lora_ext.adapters import lora_model, tasks
+from lora_ext.nn import LoraLayer
+
+# So that who asks whether a layer has adapters is told: TRL computes with the weight of a head
+# itself, and refuses one that has.
+BaseTunerLayer.register(LoraLayer)
 
 
 class LoraModel(lora_model.LoraModel, peft.PeftModel):
