@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 MAX_SECONDS, MAX_BYTES = 0.1, 64 << 20
 
 
@@ -32,6 +34,7 @@ def attempt(load: Callable[[], object], patience: int = 10) -> Outcome:
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
+        torch.set_num_threads(1)  # a fork is without the threads of its parent's pools
         gc.freeze()  # else a collection walks all of torch, and a fork copies each page it walks
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest-timeout has its own
         signal.alarm(patience)
