@@ -265,7 +265,7 @@ def test_an_expression_means_the_layers_it_matches(tmp_path: Path) -> None:
 def test_ranks_and_scales_of_single_parameters() -> None:
     fields = {"r": 2, "lora_alpha": 3, "target_modules": PROJECTIONS, "use_rslora": True}
     model = get_lora_model(build("Olmoe"), LoraConfig(**fields))
-    layer = model.base_model.model.layers[0].mlp.experts
+    layer = model.get_base_model().model.layers[0].mlp.experts
     assert isinstance(layer, ParamLayer)
     assert layer.gate_up_proj_lora_A.shape == (4 * 4, 32) and layer.down_proj_lora_A.shape[0] == 8
     disturb(model)

@@ -45,9 +45,11 @@ class Tuner(nn.Module):
         return names[0] if len(names) == 1 else names
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """What the model has is set there: `base_model` was the model itself once."""
+        """What the model has is set there: `base_model` was the model itself once. What nn.Module
+        keeps of this module stays here."""
         model = vars(self).get("_modules", {}).get("model")
-        if model is not None and name not in _OWN and hasattr(model, name):
+        own = name in _OWN or name.startswith("_")
+        if model is not None and not own and hasattr(model, name):
             setattr(model, name, value)
         else:
             super().__setattr__(name, value)
