@@ -95,12 +95,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32], help="texts per step")
     parser.add_argument("--length", type=int, default=64, help="tokens per text")
     parser.add_argument("--seconds", type=float, default=6.0, help="for each row")
+    parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=list(CONFIGS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--json", type=Path, help="where to write the rows")
     arguments = parser.parse_args()
     load, rows = OtherLoad(), []
     print(HEAD)
-    for name, fields in CONFIGS.items():
-        for dtype_name, (dtype, fp32_adapters) in DTYPES.items():
+    for name in arguments.configs:
+        fields = CONFIGS[name]
+        for dtype_name in arguments.dtypes:
+            dtype, fp32_adapters = DTYPES[dtype_name]
             for batch in arguments.batch:
                 tokens = torch.randint(1000, 20000, (batch, arguments.length))
                 difference = check(dtype, fp32_adapters, fields, tokens)
