@@ -32,7 +32,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COMBINATIONS = list(itertools.product(DTYPES[1:], DTYPES))  # of autocast and of x
 
 
-# DoRA rounds twice where PEFT may round once: the sum, and what it is multiplied to.
+# DoRA rounds twice where PEFT may round once: the sum, and what it is multiplied to. Two roundings
+# of the same size that do not depend on each other are sqrt(2) of one, in the mean square.
 FACTOR = {kind: 2**0.5 if "DoRA" in kind else 1.0 for kind in KINDS}
 
 
@@ -96,7 +97,7 @@ def test_dtype_and_values_are_those_of_peft(
 @pytest.mark.parametrize("kind", ["MultiheadAttention", "MergedLinear"])
 def test_dtype_and_values_are_those_of_merged_weights(kind: str, weight_dtype: torch.dtype) -> None:
     """Of those that PEFT has not, or computes otherwise. A merged weight rounds its sum once; ours
-    rounds the base's and the adapter's operands."""
+    rounds the base's and the adapter's operands: twice, so sqrt(2) as above."""
     torch.manual_seed(0)
     options: dict[str, Any] = {"r": 8, "lora_alpha": 16, "init_lora_weights": False}
     layer: Any

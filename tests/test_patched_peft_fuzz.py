@@ -13,6 +13,7 @@ import contextlib
 import copy
 import os
 import random
+import statistics
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -37,6 +38,9 @@ CHUNK = 50
 # Three layers, each with two roundings of its result (base and low-rank part) and one of
 # softsign's, in forward and in backward.
 ROUNDINGS = 3 * 3 * 2
+# Where both round as often, the logarithm of the ratio of their errors scatters around 0 with a
+# deviation of about 0.4, and the median of 25 of them by 1.25 * 0.4 / 5 = 0.1: two of these.
+MEDIAN = 1.22
 
 
 class Net(nn.Module):
@@ -181,13 +185,11 @@ def disturb(model: Any) -> None:
         noise = torch.randn(parameter.shape)
         if "magnitude" in name:
             parameter.mul_(1 + 0.3 * noise.to(parameter.dtype))
-        elif "lora_" in name and parameter.dim() == 2:
+        elif "lora_" in name:
             layer = model.get_submodule(name.split(".lora_")[0])
             scaling = next(s for a, s in layer.scaling.items() if f".{a}" in name)
-            noise /= parameter.shape[1] ** 0.5 * (max(scaling, 1) if "_B" in name else 1)
-            parameter.copy_(noise)
-        elif "lora_" in name:
-            parameter.copy_(0.3 * noise)
+            noise *= 0.3 if parameter.dim() == 1 else parameter.shape[1] ** -0.5
+            parameter.copy_(noise / (max(scaling, 1) if "_B" in name else 1))
 
 
 @contextlib.contextmanager
@@ -232,8 +234,9 @@ def results(case: Case, model: Any, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def compare(case: Case) -> Counter[str]:
-    """Raises AssertionError; returns how the patched calls ran."""
+def compare(case: Case) -> tuple[Counter[str], float | None]:
+    """Raises AssertionError. Returns how the patched calls ran, and how many times as wrong as PEFT
+    the worst tensor is, where PEFT's is not exact itself."""
     model, x, dy = built(case)
     if case.state == "merged":
         model.merge_adapter()
@@ -254,7 +257,8 @@ def compare(case: Case) -> Counter[str]:
     roundings = 1000 if case.dtype == torch.float64 else ROUNDINGS
     # What the net makes of a rounding, it makes in all of its gradients.
     net = exact.get_base_model()
-    yardstick = max(relative_error(eager[name], want) for name, want in truth.items())
+    of_peft = max(relative_error(eager[name], want) for name, want in truth.items())
+    yardstick = of_peft
     for net.roundings in (unit, -unit, 2 * unit):
         disturbed = results(case, exact, x64, dy.double())
         errors = [relative_error(disturbed[name], want) for name, want in truth.items()]
@@ -265,7 +269,8 @@ def compare(case: Case) -> Counter[str]:
         assert (got.dtype, got.shape) == (plain.dtype, plain.shape), name
         error = relative_error(got, want)
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
-    return fused.calls - before
+    worst = max(relative_error(patched[name], want) for name, want in truth.items())
+    return fused.calls - before, worst / of_peft if of_peft else None
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -276,15 +281,19 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 @pytest.mark.parametrize("first", range(FIRST, FIRST + COUNT, CHUNK))
 def test_patched_is_peft(first: int) -> None:
-    differences, ran = {}, Counter[str]()
+    differences, ran, times_peft = {}, Counter[str](), []
     for seed in range(first, min(first + CHUNK, FIRST + COUNT)):
         case = case_of(seed)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                ran += compare(case)
+                calls, times = compare(case)
+            ran += calls
+            times_peft += [] if times in (None, 1.0) else [times]  # 1.0: the same calls
         except Exception as error:
             differences[seed] = f"{error!r}\n    {case}"
     assert not differences, "\n".join(f"{seed}: {text}" for seed, text in differences.items())
     with_adapters = sum(ran.values()) - ran[fused.BASE_ALONE]
     assert ran[fused.FUSED] > 0.8 * with_adapters, ran
+    # Single cases scatter; a rounding more than PEFT's would move all of them.
+    assert len(times_peft) < 10 or statistics.median(times_peft) < MEDIAN, times_peft

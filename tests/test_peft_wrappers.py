@@ -146,7 +146,7 @@ def test_the_class_is_that_of_the_task(builder: str, task: str, kind: str, tmp_p
 
 def test_a_model_without_input_ids_keeps_its_own_arguments() -> None:
     model = get_lora_model(Net(), config_of(lora_ext, task_type="CAUSAL_LM"))
-    assert type(model) is LoraModel and model(TOKENS).shape == (2, 5, 3)
+    assert isinstance(model, LoraModel) and model(TOKENS).shape == (2, 5, 3)
 
 
 def test_generate_follows_the_generation_config_of_the_wrapper() -> None:

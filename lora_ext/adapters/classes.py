@@ -27,11 +27,11 @@ def for_task(task_type: str | None) -> Callable[[Kind], Kind]:
 
 def class_for(model: nn.Module, task_type: str | None) -> Any:
     """The class of a task, for a model that takes `input_ids` as the task's models do. With PEFT
-    installed a model of transformers gets one that is PEFT's, too: Trainers ask `isinstance` of
-    it for how to save and to go on training."""
+    imported, or installed for a model of transformers, it is PEFT's, too: Trainers ask `isinstance`
+    of it for how to call and to save it, and to go on training."""
     takes_tokens = "input_ids" in inspect.signature(model.forward).parameters
     kind = _CLASSES.get(task_type if takes_tokens else None, _CLASSES[None])
     of_transformers = any(one.__module__.startswith("transformers.") for one in type(model).mro())
-    if of_transformers and ("peft" in sys.modules or importlib.util.find_spec("peft") is not None):
+    if "peft" in sys.modules or (of_transformers and importlib.util.find_spec("peft") is not None):
         return getattr(importlib.import_module("lora_ext.adapters.also_peft"), kind.__name__)
     return kind

@@ -27,9 +27,8 @@ class GeneratingModel(LoraModel):
         return base.prepare_inputs_for_generation(*args, **kwargs)
 
 
-@for_task("CAUSAL_LM")
-class PeftModelForCausalLM(GeneratingModel):
-    """For `task_type="CAUSAL_LM"`."""
+class LabelledTokensModel(LoraModel):
+    """For tasks whose models take tokens and labels."""
 
     def forward(
         self,
@@ -53,6 +52,11 @@ class PeftModelForCausalLM(GeneratingModel):
             output_hidden_states=output_hidden_states,
             return_dict=return_dict,
         )
+
+
+@for_task("CAUSAL_LM")
+class PeftModelForCausalLM(GeneratingModel, LabelledTokensModel):
+    """For `task_type="CAUSAL_LM"`."""
 
 
 @for_task("SEQ_2_SEQ_LM")
@@ -90,31 +94,8 @@ class PeftModelForSeq2SeqLM(GeneratingModel):
 
 
 @for_task("SEQ_CLS")
-class PeftModelForSequenceClassification(LoraModel):
+class PeftModelForSequenceClassification(LabelledTokensModel):
     """For `task_type="SEQ_CLS"`: the head is saved whole with each adapter."""
-
-    def forward(
-        self,
-        input_ids: Any = None,
-        attention_mask: Any = None,
-        inputs_embeds: Any = None,
-        labels: Any = None,
-        output_attentions: Any = None,
-        output_hidden_states: Any = None,
-        return_dict: Any = None,
-        task_ids: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        return self._with_given(
-            kwargs,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-        )
 
 
 @for_task("TOKEN_CLS")

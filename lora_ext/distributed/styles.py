@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -15,7 +16,26 @@ from lora_ext.nn.modules_to_save import ModulesToSave
 from lora_ext.nn.tensor_parallel import place_layer
 
 
-class ColwiseLora(ColwiseParallel):
+class _DividesAdapters(ParallelStyle):
+    """A style of torch's that divides layers with adapters too, along one dimension of weight."""
+
+    _DIM: ClassVar[int]
+    src_data_rank: int | None
+
+    def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
+        if isinstance(module, LoraLayer):
+            place_layer(module, device_mesh, self._DIM, self.src_data_rank)
+        else:
+            super()._partition_linear_fn(name, module, device_mesh)  # type: ignore[misc]
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        for one in _parts(module):
+            _check_kind(type(self).__name__, one)
+            super()._apply(one, device_mesh)  # type: ignore[safe-super]
+        return module
+
+
+class ColwiseLora(_DividesAdapters, ColwiseParallel):
     """torch's ColwiseParallel, with its arguments, for `lora_ext.nn.Linear` too: weight [N, K] and
     lora_B [N, r] are divided along N, lora_A is everywhere. A module without adapters is divided as
     torch does it.
@@ -25,20 +45,10 @@ class ColwiseLora(ColwiseParallel):
         ValueError: the layer is merged.
     """
 
-    def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
-        if isinstance(module, LoraLayer):
-            place_layer(module, device_mesh, 0, self.src_data_rank)
-        else:
-            super()._partition_linear_fn(name, module, device_mesh)  # type: ignore[no-untyped-call]
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        for one in _parts(module):
-            _check_kind("ColwiseLora", one)
-            super()._apply(one, device_mesh)
-        return module
+    _DIM = 0
 
 
-class RowwiseLora(RowwiseParallel):
+class RowwiseLora(_DividesAdapters, RowwiseParallel):
     """torch's RowwiseParallel in the same way: weight [N, K] and lora_A [r, K] are divided along K,
     lora_B is everywhere.
 
@@ -47,17 +57,7 @@ class RowwiseLora(RowwiseParallel):
         ValueError: the layer is merged, or has an adapter with DoRA.
     """
 
-    def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
-        if isinstance(module, LoraLayer):
-            place_layer(module, device_mesh, 1, self.src_data_rank)
-        else:
-            super()._partition_linear_fn(name, module, device_mesh)  # type: ignore[no-untyped-call]
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        for one in _parts(module):
-            _check_kind("RowwiseLora", one)
-            super()._apply(one, device_mesh)
-        return module
+    _DIM = 1
 
 
 def _parts(module: nn.Module) -> list[nn.Module]:

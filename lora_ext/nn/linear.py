@@ -325,9 +325,7 @@ def adapted_linear(
     if not others:
         return y
     dtype = y.dtype  # under autocast another one than that of x
-    for (
-        other
-    ) in others:  # in the dtype of the adapter, float32 by default, with one rounding at the end
+    for other in others:  # in the adapter's dtype, float32 by default: one rounding at the end
         y = y + lora_update(x, *other, dtype=other.lora_A.dtype)
     return y.to(dtype)
 

@@ -68,8 +68,8 @@ def load_adapter(
         ValueError: the name cannot be one, or the model is merged and the file holds biases of the
             base.
     """
-    known = adapter_name in model.peft_config
     check_adapter_name(adapter_name, (), "LoraModel.load_adapter")
+    known = adapter_name in model.peft_config
     is_trainable = as_flag(is_trainable, "LoraModel.load_adapter", "is_trainable")
     path = as_path(folder, "load_adapter")
     own = Transaction() if transaction is None else transaction
