@@ -34,7 +34,7 @@ DTYPES = {  # of the base, and whether adapters are float32: PEFT's default
     "bf16": ("bfloat16", False),
     "bf16, fp32 adapters": ("bfloat16", True),
 }
-HEAD = "config dtype                   p  tokens   PEFT ms   patched  ratio"
+HEAD = "config dtype                   p  tokens   PEFT ms   patched  ratio    frozen"
 
 
 def peft_model(dtype: str, fp32_adapters: bool, dropout: float, **fields: Any) -> nn.Module:
@@ -70,6 +70,23 @@ def check(dtype: str, fp32_adapters: bool, fields: dict[str, Any], tokens: Tenso
     worst = max(((a - b).norm() / a.norm()).item() for a, b in zip(*grads, strict=True))
     assert worst < 5 * 36 * (2**-24 if dtype == "float32" else 2**-9), worst
     return worst
+
+
+def frozen_step(model: Any, tokens: Tensor) -> None:
+    """The same without adapters: forward, and backward to the first layer's input."""
+    x = model.get_input_embeddings()(tokens).detach().requires_grad_()
+    model(inputs_embeds=x).last_hidden_state.float().square().mean().backward()
+
+
+def timed_frozen(model: Any, tokens: Tensor, count: int = 5) -> float:
+    """The median time in ms."""
+    times = []
+    with model.disable_adapter():
+        for _ in range(count + 1):
+            start = time.perf_counter()
+            frozen_step(model, tokens)
+            times.append(time.perf_counter() - start)
+    return statistics.median(times[1:]) * 1e3
 
 
 def timed(model: nn.Module, tokens: Tensor, seconds: float) -> tuple[list[float], list[float]]:
@@ -117,11 +134,13 @@ def main() -> None:
                         "tokens": tokens.numel(), "difference": difference,
                         "peft_ms": statistics.median(own) * 1e3,
                         "patched_ms": statistics.median(patched) * 1e3, "times_faster": ratio,
+                        "frozen_ms": timed_frozen(model, tokens),
                     }  # fmt: skip
                     rows.append(row)
                     print(
                         f"{name:6} {dtype_name:20} {dropout:4} {tokens.numel():7} "
-                        f"{row['peft_ms']:9.1f} {row['patched_ms']:9.1f} {ratio:6.2f}", flush=True
+                        f"{row['peft_ms']:9.1f} {row['patched_ms']:9.1f} {ratio:6.2f} "
+                        f"{row['frozen_ms']:9.1f}", flush=True
                     )  # fmt: skip
     if arguments.json:
         about = describe(torch.device("cpu"), sys.argv[1:], "benchmarks/patched_peft.py")

@@ -410,6 +410,11 @@ def test_left_for_caching_of_dora(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dora, "ENABLE_DORA_CACHING", True)
     model(x)
     assert fused.calls == {"DoRA's caching is on": 2}
+    held = [part._dora_cache for part in model.modules() if hasattr(part, "_dora_cache")]
+    assert len(held) == 2 and all(held)
+    monkeypatch.setattr(dora, "ENABLE_DORA_CACHING", False)
+    model(x)
+    assert fused.calls[fused.FUSED] == 2 and not any(held)  # else it is used when it is on again
 
 
 def test_report_of_other_models() -> None:

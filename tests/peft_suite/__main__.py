@@ -78,7 +78,10 @@ def _pytest(
         if done.returncode > 1:
             print(done.stdout[-2000:])
         if mode == "patched":
-            print(fused_share(json.loads(Path(f"{report}.calls").read_text())))
+            calls: collections.Counter[str] = collections.Counter()
+            for path in report.parent.glob(f"{report.name}.calls.*"):
+                calls.update(json.loads(path.read_text()))
+            print(fused_share(calls))
         result: dict[str, dict[str, str]] = json.loads(report.read_text())
         return result
 

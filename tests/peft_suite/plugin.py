@@ -69,11 +69,11 @@ def pytest_runtest_logreport(report: Any) -> None:
 
 def pytest_sessionfinish(session: Any) -> None:
     path = os.environ.get("PEFT_SUITE_REPORT")
+    if path and os.environ["PEFT_SUITE_MODE"] == "patched":  # of each process of xdist, too
+        from lora_ext.integrations.peft import calls
+
+        with open(f"{path}.calls.{os.getpid()}", "w") as file:
+            json.dump(calls, file)
     if path and not hasattr(session.config, "workerinput"):
         with open(path, "w") as file:
             json.dump(_ended, file, indent=1, sort_keys=True)
-        if os.environ["PEFT_SUITE_MODE"] == "patched":
-            from lora_ext.integrations.peft import calls
-
-            with open(f"{path}.calls", "w") as file:
-                json.dump(calls, file)

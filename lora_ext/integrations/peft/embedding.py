@@ -20,6 +20,7 @@ from lora_ext.integrations.peft.fusible import (
     check_tensor,
     check_variant,
     check_x,
+    magnitude_of,
 )
 from lora_ext.nn.adapter import LowRank, stacked
 from lora_ext.nn.dora import scale_of
@@ -117,8 +118,6 @@ def adapters_of(layer: Any) -> list[tuple[LowRank, Tensor | None]]:
         magnitude = None
         if check_variant(layer, name, DoraEmbeddingVariant):
             part = layer.lora_magnitude_vector[name]
-            check_called_plainly(part, "lora_magnitude_vector", DoraEmbeddingLayer.forward)
-            magnitude = part.weight
-            check_tensor(magnitude, "lora_magnitude_vector")
+            magnitude = magnitude_of(part, DoraEmbeddingLayer.forward)
         adapters.append((LowRank(A, B, None, scaling, 0.0), magnitude))
     return adapters

@@ -121,6 +121,16 @@ def check_variant(layer: Any, name: str, dora_variant: type) -> bool:
     return True
 
 
+def magnitude_of(part: nn.Module, forward: Any) -> Tensor:
+    """Of a module of PEFT's that holds DoRA's magnitude."""
+    check_called_plainly(part, "lora_magnitude_vector", forward)
+    if part._dora_cache:  # as PEFT's own call without caching does: it would be out of date later
+        part._cache_clear()  # type: ignore[operator]
+    magnitude: Tensor = part.weight  # type: ignore[assignment]
+    check_tensor(magnitude, "lora_magnitude_vector")
+    return magnitude
+
+
 def dropout_p(module: nn.Module) -> float:
     """Of a dropout module as it would run now."""
     if type(module) is nn.Identity:

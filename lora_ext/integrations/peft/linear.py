@@ -24,6 +24,7 @@ from lora_ext.integrations.peft.fusible import (
     check_x,
     conv1d,
     dropout_p,
+    magnitude_of,
     own_tensor,
 )
 from lora_ext.nn.adapter import LowRank, stacked
@@ -128,9 +129,7 @@ def adapters_of(layer: Any, names: Sequence[str]) -> list[tuple[LowRank, Tensor 
         magnitude = None
         if check_variant(layer, name, DoraLinearVariant):
             part = modules["lora_magnitude_vector"]._modules[name]
-            check_called_plainly(part, "lora_magnitude_vector", DoraLinearLayer.forward)
-            magnitude = part.weight
-            check_tensor(magnitude, "lora_magnitude_vector")
+            magnitude = magnitude_of(part, DoraLinearLayer.forward)
             if lora_bias is not None:
                 raise LeftToPeft("DoRA's lora_B has a bias")
         adapters.append((LowRank(a, b, lora_bias, scaling, p), magnitude))
