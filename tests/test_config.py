@@ -306,7 +306,6 @@ NOT_BUILT: dict[str, Any] = {
     "monteclora_config": {"a": 1},
     "use_qalora": True,
     "megatron_config": {"a": 1},
-    "trainable_token_indices": [0],
     "loftq_config": {"loftq_bits": 4},
     "eva_config": {"rho": 2.0},
     "corda_config": {"corda_method": "ipm"},

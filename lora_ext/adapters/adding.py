@@ -11,8 +11,10 @@ from lora_ext.adapters.merging import of_layer
 from lora_ext.adapters.plan import Plan, make_plan, resolved
 from lora_ext.adapters.replication import replicate_layers
 from lora_ext.adapters.swap import swap_modules
+from lora_ext.adapters.tokens import add_tokens
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.modules_to_save import ModulesToSave
+from lora_ext.nn.trainable_tokens import TrainableTokensLayer
 from lora_ext.nn.transaction import Transaction
 
 
@@ -87,6 +89,9 @@ def add_planned(
     for names in plan.tied.items():
         copy_, source = (copies[id(plan.saved[name])] for name in names)
         copy_.weight = source.weight
+    wrappers, token_layers = add_tokens(adapter_name, plan.tokens, enabled, transaction)
+    replacements |= wrappers
+    own |= token_layers
     swap_modules(model.get_base_model(), replacements, transaction)
     transaction.set(
         model,
@@ -104,7 +109,7 @@ def freeze_base(model: AdaptedModel, transaction: Transaction) -> None:
     """Freezes all but the adapters that are not this model's."""
     others: list[nn.Parameter] = []
     for module in model.get_base_model().modules():
-        if isinstance(module, LoraLayer) and module not in model._own:
+        if isinstance(module, LoraLayer | TrainableTokensLayer) and module not in model._own:
             for name in module.adapters:
                 others += module.adapter_parameters(name).values()
         elif isinstance(module, ModulesToSave) and module not in model._own:

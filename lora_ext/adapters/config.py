@@ -79,6 +79,8 @@ class LoraConfig:
         target_parameters: names, or last parts of names, of parameters that get adapters although
             no module of their own computes with them, such as the stacked weights of experts; see
             `lora_ext.nn.ParamLayer`.
+        trainable_token_indices: numbers of rows that are trained with the adapter: of the model's
+            input embedding, or a dict of such by names of layers.
         ensure_weight_tying: whether the copies of modules_to_save that are tied to the input
             embedding are tied as well; both are saved whole if one of them is named.
         megatron_core, qalora_group_size: kept, without effect while what they belong to is off.

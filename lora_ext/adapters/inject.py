@@ -19,6 +19,7 @@ from lora_ext.nn import LoraLayer
 from lora_ext.nn.adapter import DEFAULT, check_adapter_name
 from lora_ext.nn.adoption import adapter_device
 from lora_ext.nn.modules_to_save import ModulesToSave
+from lora_ext.nn.trainable_tokens import TiedTokensLayer, TrainableTokensLayer
 from lora_ext.nn.transaction import Transaction
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -92,7 +93,8 @@ def adapted(model: nn.Module, where: str) -> tuple[AdaptedModel, bool]:
         )
     found = AdaptedModel(model)
     found.peft_config = configs
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer | ModulesToSave)]
+    kinds = (LoraLayer, ModulesToSave, TrainableTokensLayer, TiedTokensLayer)
+    layers = [m for m in model.modules() if isinstance(m, kinds)]
     found._own = frozenset(layers)
     running = [name for m in layers if isinstance(m, LoraLayer) for name in m.active_adapters]
     found.active_adapters = list(dict.fromkeys(running))
@@ -117,3 +119,10 @@ def _to(model: AdaptedModel, adapter_name: str, device: torch.device | None) -> 
                 empty = torch.empty_like(parameter, device=place)
                 layer._parameters[name] = nn.Parameter(empty, parameter.requires_grad)
         layer._choose_running()
+    for _, tokens in model.token_layers():
+        if adapter_name in tokens.adapters:
+            tables, place = tokens.trainable_tokens_delta, device or tokens.weight.device
+            if device is not None or tables[adapter_name].is_meta:
+                table = tables[adapter_name]
+                empty = torch.empty_like(table, device=place)
+                tables._parameters[adapter_name] = nn.Parameter(empty, table.requires_grad)

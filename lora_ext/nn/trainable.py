@@ -8,6 +8,7 @@ from lora_ext.arguments import check_module
 from lora_ext.loralib.merging import MergingLayer
 from lora_ext.nn.lora_layer import LoraLayer
 from lora_ext.nn.modules_to_save import ModulesToSave
+from lora_ext.nn.trainable_tokens import TokenTables
 
 _BIAS = ("none", "all", "lora_only")
 
@@ -30,6 +31,8 @@ def _adapter_names(model: nn.Module, bias: str, operation: str) -> set[str]:
         elif isinstance(module, MergingLayer):  # of lora_ext.loralib
             adapted = True
             names |= {prefix + name for name in module._parameters if name.startswith("lora_")}
+        elif isinstance(module, TokenTables):
+            names |= {prefix + name for name in module}
         elif isinstance(module, ModulesToSave):
             copies = module.modules_to_save.state_dict(prefix=f"{prefix}modules_to_save.")
             names |= copies.keys()

@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner
 import lora_ext
 import lora_ext.adapters.also_peft
 from lora_ext import nn
+from lora_ext.nn import trainable_tokens
 
 OTHERS = peft.PeftConfig  # ours are none
 # PEFT's object, as module:name, and what stands for it: everything public that has a counterpart.
@@ -51,6 +52,13 @@ LAYERS = {
     "peft.tuners.tuners_utils": {"BaseTunerLayer": nn.LoraLayer},
     "peft.utils.other": {"ModulesToSaveWrapper": nn.modules_to_save.ModulesToSave},
 }
+# Which also other kinds of adapters have, whose own stay PEFT's: tests ask for either.
+SHARED = {
+    "peft.utils.other": {"TrainableTokensWrapper": trainable_tokens.TrainableTokensWrapper},
+    "peft.tuners.trainable_tokens.layer": {
+        "TrainableTokensLayer": trainable_tokens.TrainableTokensLayer
+    },
+}
 
 
 def swap() -> Callable[[], None]:
@@ -71,6 +79,10 @@ def swap() -> Callable[[], None]:
     for where, layers in LAYERS.items():
         for name, layer in layers.items():
             ours[id(getattr(sys.modules[where], name))] = layer
+    for where, layers in SHARED.items():
+        for name, layer in layers.items():
+            theirs = getattr(sys.modules[where], name)
+            ours[id(theirs)] = _Either(name, (), {"kinds": (theirs, layer)})
     before: list[tuple[Any, str, Any]] = []
     for where, module in list(sys.modules.items()):
         if where == "peft" or where.startswith("peft."):
@@ -84,6 +96,14 @@ def swap() -> Callable[[], None]:
             setattr(module, name, value)
 
     return restore
+
+
+class _Either(type):
+    """Of classes whose instances are those of any of `kinds`."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        kinds: tuple[type, ...] = cls.kinds  # type: ignore[attr-defined]
+        return isinstance(instance, kinds)
 
 
 def _for_lora(theirs: Any, own: Any) -> Any:

@@ -23,6 +23,7 @@ from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.patterns import FILE_SECONDS, in_time
 from lora_ext.adapters.plan import Plan, PlannedLayer
 from lora_ext.adapters.targets import matches, saved_modules
+from lora_ext.adapters.tokens import tokens_of
 from lora_ext.arguments import as_flag, as_path, warn
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_folder import CONFIG_NAME, AdapterFolder, open_adapter
@@ -118,7 +119,8 @@ def plan_of(model: AdaptedModel, adapter_name: str) -> Plan:
         for name, layer in model.layers_with(adapter_name)
     }
     saved = {n: m for n, m in model.saved_modules() if adapter_name in m.modules_to_save}
-    return Plan(model.peft_config[adapter_name], [], [], layers, dict(saved), {})
+    tokens = tokens_of(model, adapter_name)
+    return Plan(model.peft_config[adapter_name], [], [], layers, dict(saved), {}, tokens)
 
 
 def _warn_of_other_settings(file: LoraConfig, config: LoraConfig) -> None:

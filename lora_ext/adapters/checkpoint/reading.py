@@ -100,7 +100,7 @@ class BaseTensors:
         self._path = file.path
         for key, tensor in self.targets.items():
             _check_target(file, key, tensor)
-        if self.targets and any(layer.merged for _, layer in model.lora_layers()):
+        if self.targets and any(layer.merged for _, layer in model.adapter_layers()):
             raise ValueError(
                 "LoraModel.load_adapter: the file holds tensors of the base, which has merged "
                 "adapters; call unmerge_adapter() first"
@@ -162,7 +162,7 @@ def check_loadable(model: AdaptedModel, plan: Plan) -> None:
 
 def _without_levels(key: str) -> str:
     """A key without PEFT's levels around modules."""
-    levels = ("base_layer", "original_module")
+    levels = ("base_layer", "original_module", "token_adapter")
     return ".".join(part for part in key.split(".") if part not in levels)
 
 
@@ -174,6 +174,8 @@ def _beside_adapter(plan: Plan) -> Iterator[tuple[str, Tensor]]:
     for name, module in plan.saved.items():
         for part, tensor in module.state_dict().items():
             yield f"{name}.{part}", tensor
+    for name, tokens in plan.tokens.items():
+        yield f"{name}.weight", tokens.layer.weight
 
 
 def _check_target(file: FileTensors, key: str, tensor: Tensor) -> None:
