@@ -204,7 +204,7 @@ def _make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: boo
                 f"LoraConfig: modules_to_save: '{name}' has adapters, expected a module without: "
                 "its copy would be trained beside them"
             )
-    tied = _tied(model, config, names, saved) if config.ensure_weight_tying else {}
+    tied = _tied(model, config, names, saved)
     for name in (*tied.values(), *tied):
         saved.setdefault(name, modules[name])
     tokens = plan_tokens(model, modules, config, autocast_adapter_dtype)
@@ -287,10 +287,18 @@ def _settings_of_parameters(
 def _tied(
     model: nn.Module, config: LoraConfig, names: list[str], saved: dict[str, nn.Module]
 ) -> dict[str, str]:
-    """`Plan.tied` with ensure_weight_tying."""
+    """`Plan.tied`."""
     tied = tied_to_embedding(model)
     together = {*tied, *tied.values()}
     adapted = sorted(together & set(names))
+    if not config.ensure_weight_tying:
+        mine = adapted or sorted(together & saved.keys())
+        if mine:
+            warn(
+                f"LoraConfig: {sorted(together)} share one weight, and {mine} will have another "
+                "each: `ensure_weight_tying` is not set to True"
+            )
+        return {}
     if adapted:
         raise NotBuiltError(
             f"LoraConfig: ensure_weight_tying: got True with target_modules that mean {adapted}: "
@@ -300,8 +308,10 @@ def _tied(
     if together & saved.keys():
         return tied
     if not config.trainable_token_indices:  # which warn themselves
-        warn(
-            "LoraConfig: ensure_weight_tying: modules_to_save names nothing that is tied to the "
-            "input embedding"
+        what = (
+            "no tied modules are added in either `modules_to_save` or `target_modules`"
+            if tied
+            else "no tied modules were found in the model"
         )
+        warn(f"LoraConfig: You have requested `ensure_weight_tying`, but {what}")
     return {}

@@ -65,7 +65,10 @@ def _extent(tensor: Tensor) -> tuple[int, int, int]:
 
 def tied_to_embedding(model: nn.Module) -> dict[str, str]:
     """The names of the modules with the weight of the model's input embedding, and its own name as
-    the value of each; none without such modules. Copies of modules to save do not count."""
+    the value of each; none without such modules, or where the model's config says that they are not
+    to be tied. Copies of modules to save do not count."""
+    if getattr(getattr(model, "config", None), "tie_word_embeddings", None) is False:
+        return {}
     embedding: Any = None
     with suppress(AttributeError, NotImplementedError):  # transformers' answer for a model without
         embedding = model.get_input_embeddings()  # type: ignore[operator]
