@@ -67,7 +67,7 @@ class LoraConfig:
         bias: which biases of the base train too: "none", "all" or "lora_only".
         use_rslora: the scale is lora_alpha / sqrt(r) (arXiv:2312.03732).
         modules_to_save: modules that are trained and saved whole; never adapted.
-        init_lora_weights: True, False, "gaussian", "orthogonal", "olora", "pissa" or
+        init_lora_weights: True, False, "gaussian", "orthogonal", "olora", "mica", "pissa" or
             "pissa_niter_N" (N subspace iterations of a fast SVD).
         layers_to_transform: numbers of the layers to adapt, with a list of target_modules.
         layers_pattern: what comes before the number in a name; any name when empty.

@@ -13,7 +13,7 @@ from lora_ext.adapters.patterns import SlowPatternError, compiled, is_plain, siz
 from lora_ext.arguments import short
 from lora_ext.errors import NotBuiltError
 from lora_ext.nn.adapter import EXCLUDED, VARIANTS
-from lora_ext.nn.init import check_init
+from lora_ext.nn.init import check_init, is_mica
 
 ATOMS = frozenset({str, int, float, bool, NoneType})
 ALL_LINEAR = "all-linear"
@@ -317,6 +317,9 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
     if values["lora_bias"] and not isinstance(values["init_lora_weights"], bool):
         init = values["init_lora_weights"]
         raise ValueError(_message("lora_bias", True, f"False with init_lora_weights={init!r}"))
+    for flag in VARIANTS:
+        if values[flag] and is_mica(values["init_lora_weights"]):
+            raise ValueError(_message(flag, True, "False with init_lora_weights='mica'"))
     for flag, excluded in EXCLUDED.items():
         for field in excluded:
             if values[flag] and field in _CHECKS and values[field]:

@@ -95,8 +95,9 @@ class SwitchableModel(AdaptedModel):
         for _, layer in self.adapter_layers():
             for name in names:
                 if name in layer.adapters:
-                    for parameter in layer.adapter_parameters(name).values():
-                        transaction.require_grad(parameter, requires_grad)
+                    frozen = layer.frozen_parameters(name)
+                    for key, parameter in layer.adapter_parameters(name).items():
+                        transaction.require_grad(parameter, requires_grad and key not in frozen)
         for _, module in self.saved_modules():
             for name in names:
                 if name in module.modules_to_save:

@@ -228,6 +228,10 @@ class TrainableTokensLayer(MergeableLayer):
         self._check_names([adapter_name])
         return {f"{DELTA}.{adapter_name}": self.trainable_tokens_delta[adapter_name]}
 
+    def frozen_parameters(self, adapter_name: str) -> frozenset[str]:
+        """Those of them that never train: none."""
+        return frozenset()
+
     def _choose_running(self) -> None:
         runs = self._enabled and not self.merged_adapters
         self._running = self.active_adapters if runs else ()

@@ -98,7 +98,7 @@ def load_adapter(
         bases.check(tensors)
         if not known:
             plan = grouped_where_possible(plan, tensors)
-            add_planned(model, adapter_name, plan, own)
+            add_planned(model, adapter_name, plan, own, is_filled=True)
             if isinstance(config, LoraConfig):  # it is to be the model's, as in PEFT
                 resolved = vars(model.peft_config[adapter_name])
                 own.set(config, **{name: resolved[name] for name in vars(config)})
