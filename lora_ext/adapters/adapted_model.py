@@ -15,7 +15,8 @@ from lora_ext.arguments import check_known, check_module
 from lora_ext.errors import NotBuiltError
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.modules_to_save import ModulesToSave
-from lora_ext.nn.trainable_tokens import TrainableTokensLayer, TrainableTokensWrapper
+from lora_ext.nn.token_wrappers import TrainableTokensWrapper
+from lora_ext.nn.trainable_tokens import TrainableTokensLayer
 
 PREFIX = "base_model."
 _SPECIAL = frozenset({"adapter_names", "alora_offsets"})

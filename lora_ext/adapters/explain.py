@@ -10,7 +10,7 @@ from lora_ext.adapters.names import named_modules
 from lora_ext.arguments import check_module, check_sizes
 from lora_ext.loralib.merging import MergingLayer
 from lora_ext.nn import LoraLayer
-from lora_ext.nn.trainable_tokens import TrainableTokensWrapper
+from lora_ext.nn.token_wrappers import TrainableTokensWrapper
 
 
 @dataclass(frozen=True)

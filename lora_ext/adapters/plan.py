@@ -40,7 +40,7 @@ from lora_ext.nn.init import mutates_weight
 from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.kinds import can_be_adapted, layer_for
 from lora_ext.nn.modules_to_save import ModulesToSave
-from lora_ext.nn.trainable_tokens import TrainableTokensWrapper
+from lora_ext.nn.token_wrappers import TrainableTokensWrapper
 
 # From so many on the ends of names are written instead of names, as in PEFT's files.
 _MANY_NAMES = 400

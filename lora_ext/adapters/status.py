@@ -11,8 +11,9 @@ from lora_ext.adapters.inject import adapted
 from lora_ext.arguments import check_module
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.modules_to_save import ModulesToSave
+from lora_ext.nn.token_wrappers import TiedTokensLayer
 from lora_ext.nn.trainable import count_parameters
-from lora_ext.nn.trainable_tokens import TiedTokensLayer, TrainableTokensLayer
+from lora_ext.nn.trainable_tokens import TrainableTokensLayer
 
 IRREGULAR = "irregular"  # layers, or parameters, differ
 SAVED_WHOLE = "ModulesToSaveWrapper"

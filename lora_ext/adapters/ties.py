@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_ext.adapters.names import named_modules, unwrapped
 from lora_ext.nn.mergeable import MergeableLayer
-from lora_ext.nn.trainable_tokens import TiedTokensLayer
+from lora_ext.nn.token_wrappers import TiedTokensLayer
 from lora_ext.nn.transaction import Transaction
 
 # Families of transformers in which tie_word_embeddings is also a factor of the outputs, or cannot

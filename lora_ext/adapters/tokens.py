@@ -17,11 +17,8 @@ from lora_ext.adapters.ties import tied_to_embedding
 from lora_ext.arguments import short, warn
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.modules_to_save import ModulesToSave
-from lora_ext.nn.trainable_tokens import (
-    TiedTokensLayer,
-    TrainableTokensLayer,
-    TrainableTokensWrapper,
-)
+from lora_ext.nn.token_wrappers import TiedTokensLayer, TrainableTokensWrapper
+from lora_ext.nn.trainable_tokens import TrainableTokensLayer
 from lora_ext.nn.transaction import Transaction
 
 _FIELD = "LoraConfig: trainable_token_indices"

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner
 import lora_ext
 import lora_ext.adapters.also_peft
 from lora_ext import nn
-from lora_ext.nn import trainable_tokens
+from lora_ext.nn import token_wrappers, trainable_tokens
 
 OTHERS = peft.PeftConfig  # ours are none
 # PEFT's object, as module:name, and what stands for it: everything public that has a counterpart.
@@ -54,7 +54,7 @@ LAYERS = {
 }
 # Which also other kinds of adapters have, whose own stay PEFT's: tests ask for either.
 SHARED = {
-    "peft.utils.other": {"TrainableTokensWrapper": trainable_tokens.TrainableTokensWrapper},
+    "peft.utils.other": {"TrainableTokensWrapper": token_wrappers.TrainableTokensWrapper},
     "peft.tuners.trainable_tokens.layer": {
         "TrainableTokensLayer": trainable_tokens.TrainableTokensLayer
     },
@@ -123,7 +123,10 @@ def _for_lora(theirs: Any, own: Any) -> Any:
         @functools.wraps(own)
         def by_model(model: Any, *args: Any, **kwargs: Any) -> Any:
             tuner = getattr(model, "base_model", None)
+            configs = getattr(model, "peft_config", None)  # of adapters that were injected
             is_theirs = type(model).__module__.startswith("peft.") or isinstance(tuner, BaseTuner)
+            if isinstance(configs, dict):
+                is_theirs |= any(isinstance(one, OTHERS) for one in configs.values())
             return (theirs if is_theirs else own)(model, *args, **kwargs)
 
         return by_model

@@ -19,7 +19,7 @@ from lora_ext.adapters.patterns import compiled
 from lora_ext.nn import LoraLayer, MultiheadAttention
 from lora_ext.nn.mergeable import base_of
 from lora_ext.nn.modules_to_save import ModulesToSave
-from lora_ext.nn.trainable_tokens import TrainableTokensWrapper
+from lora_ext.nn.token_wrappers import TrainableTokensWrapper
 
 # The names of embeddings that PEFT saves with an adapter that targets them.
 EMBEDDINGS = ("embed_tokens", "lm_head")
