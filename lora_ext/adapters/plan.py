@@ -199,10 +199,11 @@ def _make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: boo
             f"LoraConfig: modules_to_save: {short(config.modules_to_save)} matches no module"
         )
     for name, module in saved.items():
-        if any(isinstance(part, LoraLayer) for part in module.modules()):
+        trained = (LoraLayer, TrainableTokensWrapper)
+        if any(isinstance(part, trained) for part in module.modules()):
             raise TypeError(
-                f"LoraConfig: modules_to_save: '{name}' has adapters, expected a module without: "
-                "its copy would be trained beside them"
+                f"LoraConfig: modules_to_save: '{name}' has adapters, or trained rows, expected a "
+                "module without: its copy would be trained beside them"
             )
     tied = _tied(model, config, names, saved)
     for name in (*tied.values(), *tied):

@@ -41,6 +41,9 @@ class TokenTables(nn.Module):
     def __bool__(self) -> bool:
         return True
 
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}: {list(table.shape)}" for name, table in self.items())
+
     def keys(self) -> Iterable[str]:
         return self._parameters.keys()
 
