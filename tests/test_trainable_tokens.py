@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_ext
 from lora_ext import LoraConfig, LoraModel, get_lora_model
+from lora_ext.errors import AdapterFileError
 from lora_ext.nn.token_rows import TokenRows, reason_to_copy, run
 from lora_ext.nn.trainable_tokens import TrainableTokensLayer
 
@@ -372,6 +373,37 @@ def test_injected_on_meta() -> None:
     assert base["emb"].token_adapter.trainable_tokens_delta["default"].is_meta
     lora_ext.set_peft_model_state_dict(base, state, low_cpu_mem_usage=True)
     assert torch.equal(base["emb"](torch.arange(N)), emb(model)(torch.arange(N)))
+
+
+@pytest.mark.parametrize("name", ["embedding", "head"])
+def test_under_vmap(name: str) -> None:
+    base = BASES[name]().requires_grad_(False)
+    rows, tables = TokenRows.of(ROWS, torch.device("cpu")), torch.randn(4, len(ROWS), K)
+    x = torch.randn(3, K) if name == "head" else torch.arange(N)
+    together = torch.vmap(lambda table: run(base, rows, table, x))(tables)
+    for table, y in zip(tables, together, strict=True):
+        torch.testing.assert_close(y, run(base, rows, table, x))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_files_with_the_embeddings_themselves(tmp_path: Path) -> None:
+    theirs, ours, inputs = pair("gpt2", torch.float32, tmp_path / "first")
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
+    ours.merge_adapter()
+    ours.save_pretrained(tmp_path / "ours", save_embedding_layers=True)
+    for who in ("theirs", "ours"):
+        base = BUILDERS["gpt2"]()[0]
+        again = LoraModel.from_pretrained(base, tmp_path / who)
+        torch.testing.assert_close(again(**inputs).logits, theirs(**inputs).logits)
+        again.load_adapter(tmp_path / who, "default")  # into what is there
+    file = tmp_path / "theirs" / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    plain = BUILDERS["gpt2"]()[0].lm_head.weight
+    assert torch.equal(tensors["base_model.model.lm_head.token_adapter.base_layer.weight"], plain)
+    tensors[f"base_model.model.lm_head.{DELTA}"] += 1
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(AdapterFileError, match="which is the same here"):
+        LoraModel.from_pretrained(BUILDERS["gpt2"]()[0], tmp_path / "theirs")
 
 
 @pytest.mark.parametrize("name", ["embedding", "head"])

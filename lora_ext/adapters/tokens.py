@@ -234,10 +234,14 @@ def add_tokens(
 def tokens_of(model: AdaptedModel, adapter_name: str) -> dict[str, PlannedTokens]:
     """The rows that an adapter which is there has, as planned."""
     found: dict[str, PlannedTokens] = {}
+    sources = {id(layer): name for name, layer in model.token_layers()}
     for name, module in model.token_modules():
-        layer = module.token_adapter
-        if isinstance(layer, TrainableTokensLayer) and adapter_name in layer.adapters:
+        adapter = module.token_adapter
+        layer = adapter.tied_adapter or adapter
+        assert isinstance(layer, TrainableTokensLayer)
+        if adapter_name in layer.adapters:
+            source = None if layer is adapter else sources[id(layer)]
             held_in = layer.trainable_tokens_delta[adapter_name].dtype
             wide = held_in == layer.adapter_dtype(True)
-            found[name] = PlannedTokens(module, layer.adapters[adapter_name], None, wide)
+            found[name] = PlannedTokens(module, layer.adapters[adapter_name], source, wide)
     return found

@@ -60,8 +60,15 @@ def run(base: Any, rows: TokenRows, table: Tensor, *args: Any, **kwargs: Any) ->
         return _looked_up(base, rows, table, args[0])
     y: Tensor = base(args[0])
     bias = None if base.bias is None else base.bias[rows.rows]
-    columns = F.linear(args[0], table, bias)
-    return y.index_copy_(-1, rows.rows, columns.to(y.dtype))  # y is nobody else's
+    columns = F.linear(args[0], table, bias).to(y.dtype)
+    if not torch.compiler.is_compiling() and _is_transformed(columns):  # y may have fewer levels
+        return y.index_copy(-1, rows.rows, columns)
+    return y.index_copy_(-1, rows.rows, columns)  # y is nobody else's
+
+
+def _is_transformed(tensor: Tensor) -> bool:
+    """Whether it is one of torch.func's transforms."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def _looked_up(base: Any, rows: TokenRows, table: Tensor, x: Tensor) -> Tensor:

@@ -84,6 +84,15 @@ def expected(plan: Plan) -> Iterator[tuple[str, TensorSpec]]:
             yield key, TensorSpec(tokens.shape, held_in=tokens.dtype)
 
 
+def followers_in_file(plan: Plan) -> dict[str, str]:
+    """The keys under which PEFT writes rows of an embedding once more, for modules that share its
+    weight and are saved with it; and the keys of the rows themselves."""
+    around = around_planned(plan)
+    keys = {n: f"{PREFIX}{name_in_file(n, around)}.{TOKENS}" for n in plan.tokens}
+    tied = ((name, one.source) for name, one in plan.tokens.items())
+    return {keys[name]: keys[source] for name, source in tied if source is not None}
+
+
 def possible_keys(model: AdaptedModel, plan: Plan) -> Iterator[str]:
     """Keys as many and as long as a file for the model can have."""
     yield from (key for key, _ in expected(plan))

@@ -17,6 +17,7 @@ from lora_ext.adapters.checkpoint.reading import (
     BaseTensors,
     FileTensors,
     check_loadable,
+    check_repeated,
     repeated,
 )
 from lora_ext.adapters.config import LoraConfig
@@ -93,8 +94,11 @@ def load_adapter(
                 plan = planned_as_in(file, _tied_as_in_the_file(plan, file))
             bases = BaseTensors(model, plan, file)
             own_keys = dict(expected(plan))
-            found = file.read(own_keys | repeated(file, own_keys) | bases.expected())
+            again = repeated(file, plan, own_keys)
+            twice = {key: own_keys[own] for key, own in again.items()}
+            found = file.read(own_keys | twice | bases.expected())
         tensors = file.with_plain_keys(found)
+        check_repeated(file, again, tensors)
         bases.check(tensors)
         if not known:
             plan = grouped_where_possible(plan, tensors)

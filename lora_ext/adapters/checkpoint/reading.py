@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.checkpoint.base_tensors import BasePart, biases, embeddings, places
-from lora_ext.adapters.checkpoint.keys import PREFIX, around_planned, name_in_file, spec_of
+from lora_ext.adapters.checkpoint.keys import (
+    PREFIX,
+    around_planned,
+    followers_in_file,
+    name_in_file,
+    spec_of,
+)
 from lora_ext.adapters.names import plain_name, unwrapped
 from lora_ext.adapters.plan import Plan
 from lora_ext.errors import AdapterFileError
@@ -64,10 +70,23 @@ def mapped(key: str, key_mapping: Mapping[str, str]) -> str:
     return key
 
 
-def repeated(file: FileTensors, expected: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """The keys under which PEFT writes a magnitude once more, with an embedding that it saves."""
-    keys = ((key, f"{key}.weight") for key in expected if key.endswith(".lora_magnitude_vector"))
-    return {again: expected[key] for key, again in keys if again in file.specs}
+def repeated(file: FileTensors, plan: Plan, expected: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """The keys under which PEFT writes something once more, with an embedding that it saves: a
+    magnitude, or rows that it trains; and the keys that these have otherwise."""
+    keys = {f"{key}.weight": key for key in expected if key.endswith(".lora_magnitude_vector")}
+    keys |= followers_in_file(plan)
+    return {again: key for again, key in keys.items() if again in file.specs}
+
+
+def check_repeated(
+    file: FileTensors, again: Mapping[str, str], found: Mapping[str, Tensor]
+) -> None:
+    """AdapterFileError if the file says two things of what it has twice."""
+    for key, own in again.items():
+        if not torch.equal(found[key], found[own]):
+            raise AdapterFileError(
+                f"{file.path}: {short(key)}: differs from {short(own)}, which is the same here"
+            )
 
 
 class BaseTensors:
