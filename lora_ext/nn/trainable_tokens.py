@@ -13,7 +13,7 @@ from lora_ext.arguments import as_flag, check_known, names_of
 from lora_ext.nn.adapter import check_adapter_name
 from lora_ext.nn.adoption import computed_tensors
 from lora_ext.nn.mergeable import MergeableLayer
-from lora_ext.nn.sharded import is_sharded
+from lora_ext.nn.sharded import refuse_fsdp
 from lora_ext.nn.token_rows import TokenRows, reason_to_copy, run
 from lora_ext.nn.transaction import all_or_nothing, shallow
 
@@ -130,6 +130,7 @@ class TrainableTokensLayer(MergeableLayer):
             ValueError: the name is taken, or there is no such row.
         """
         check_adapter_name(adapter_name, self.adapters, type(self).__name__)
+        refuse_fsdp(self, f"{type(self).__name__}.add_adapter", "add it, then call fully_shard")
         weight = self.unmerged_weight()
         wrong = [index for index in indices if index >= weight.shape[0]]
         if wrong:
@@ -153,6 +154,9 @@ class TrainableTokensLayer(MergeableLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Forgets an adapter."""
         self._check_names([adapter_name])
+        refuse_fsdp(
+            self, f"{type(self).__name__}.delete_adapter", "delete it, then call fully_shard"
+        )
         if adapter_name in self.merged_adapters:
             raise ValueError(
                 f"{type(self).__name__}.delete_adapter: adapter_name: '{adapter_name}' is merged; "
@@ -168,7 +172,9 @@ class TrainableTokensLayer(MergeableLayer):
     def rename_adapter(self, old: str, new: str) -> None:
         """Gives an adapter another name; its rows stay."""
         self._check_names([old], "old")
-        check_adapter_name(new, self.adapters, f"{type(self).__name__}.rename_adapter", "new")
+        where = f"{type(self).__name__}.rename_adapter"
+        check_adapter_name(new, self.adapters, where, "new")
+        refuse_fsdp(self, where, "rename it, then call fully_shard")
 
         def now(name: str) -> str:
             return new if name == old else name
@@ -359,9 +365,4 @@ class TrainableTokensLayer(MergeableLayer):
                 f"{where}: the base's weight is computed from other tensors (pruning, "
                 "parametrization, weight_norm), expected a plain parameter; make that permanent "
                 "first"
-            )
-        if is_sharded(self.weight):
-            raise ValueError(
-                f"{where}: the base's weight is a DTensor, expected it whole; merge before it is "
-                "divided"
             )
