@@ -50,11 +50,13 @@ LAYERS = {
         "ParamWrapper": nn.ParamLayer,
     },
     "peft.tuners.tuners_utils": {"BaseTunerLayer": nn.LoraLayer},
-    "peft.utils.other": {"ModulesToSaveWrapper": nn.modules_to_save.ModulesToSave},
 }
 # Which also other kinds of adapters have, whose own stay PEFT's: tests ask for either.
 SHARED = {
-    "peft.utils.other": {"TrainableTokensWrapper": token_wrappers.TrainableTokensWrapper},
+    "peft.utils.other": {
+        "ModulesToSaveWrapper": nn.modules_to_save.ModulesToSave,
+        "TrainableTokensWrapper": token_wrappers.TrainableTokensWrapper,
+    },
     "peft.tuners.trainable_tokens.layer": {
         "TrainableTokensLayer": trainable_tokens.TrainableTokensLayer
     },
