@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_ext.arguments import as_flag, as_number, check_names, describe, suggests_names
 from lora_ext.functional import is_for_any
-from lora_ext.nn.init import check_init
+from lora_ext.nn.init import check_init, is_mica
 
 DEFAULT = "default"  # the adapter that a constructor makes
 # What an adapter may be beyond a low-rank product: the flag that asks for it, and its name.
@@ -42,8 +42,8 @@ class AdapterSettings:
         use_rslora: `scaling` is `lora_alpha / sqrt(r)` (arXiv:2312.03732).
         lora_bias: whether lora_B has a bias, scaled like the product.
         init_lora_weights: True, False (for tests), "gaussian", "orthogonal", "pissa",
-            "pissa_niter_N" or "olora"; see `lora_ext.nn.init`. The last three take the initial
-            product out of the base's weight.
+            "pissa_niter_N", "olora" or "mica"; see `lora_ext.nn.init`. PiSSA and OLoRA take the
+            initial product out of the base's weight; MiCA trains lora_A alone.
         use_dora: DoRA: a trained magnitude for each output feature (see `lora_ext.nn.dora`).
         autocast_adapter_dtype: keep the adapter in float32 on a bfloat16 or float16 base.
         ungrouped_lora_A: of a convolution with groups: lora_A reads all input channels, as PEFT's
@@ -95,6 +95,11 @@ class AdapterSettings:
                     f"adapter: {other}: got True with {variant_of(self)}=True, expected False: "
                     f"{why}"
                 )
+        if variant_of(self) and is_mica(self.init_lora_weights):
+            raise ValueError(
+                f"adapter: init_lora_weights: got 'mica' with {variant_of(self)}=True, expected "
+                "another kind: Invalid or unsupported variant combination"
+            )
         for name in self.weights:
             self.of(name)
 
