@@ -13,6 +13,7 @@ from lora_ext.adapters.replication import replicate_layers
 from lora_ext.adapters.swap import swap_modules
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.modules_to_save import ModulesToSave
+from lora_ext.nn.offloaded import check_values
 from lora_ext.nn.transaction import Transaction
 
 
@@ -52,7 +53,24 @@ def plan_for(model: AdaptedModel, config: LoraConfig, autocast_adapter_dtype: bo
                 "add_adapter() of the LoraModel that has them, or leave the layer out with "
                 "exclude_modules"
             )
+    _refuse_offloaded(model.get_base_model(), plan, config)
     return plan
+
+
+def _refuse_offloaded(base: nn.Module, plan: Plan, config: LoraConfig) -> None:
+    """ValueError for parameters of the base that shall train and that a hook offloads."""
+    for name, module in plan.saved.items():
+        for part in module.modules():
+            check_values(part, part._parameters, f"LoraConfig: modules_to_save: '{name}'")
+    if config.bias == "all":
+        for module in base.modules():
+            check_values(
+                module, ["bias"], f"LoraConfig: bias: got 'all', but of a {type(module).__name__}"
+            )
+    elif config.bias == "lora_only":
+        for name, layer, _ in plan.layers.values():
+            own = getattr(layer, "base_layer", layer)
+            check_values(own, ["bias"], f"LoraConfig: bias: got 'lora_only', but of '{name}'")
 
 
 def add_planned(

@@ -23,6 +23,7 @@ from lora_ext.nn.adapter import (
 )
 from lora_ext.nn.adoption import adapter_device, offload_with
 from lora_ext.nn.init import initialise, mutates_weight
+from lora_ext.nn.offloaded import check_values, hook_of_accelerate
 from lora_ext.nn.running_layer import RunningLayer
 from lora_ext.nn.sharded import is_sharded, refuse_fsdp, whole
 from lora_ext.nn.transaction import all_or_nothing
@@ -58,6 +59,7 @@ class LoraLayer(DefaultAdapter, RunningLayer):
         *("_scaling", "_enabled", "_running", "_lora_alone", "_lora_variant"),
     )
 
+    _hf_hook = hook_of_accelerate
     adapters: dict[str, AdapterSettings]
     active_adapters: tuple[str, ...]
     merged_adapters: tuple[str, ...]
@@ -235,6 +237,7 @@ class LoraLayer(DefaultAdapter, RunningLayer):
         check_adapter_name(new, self.adapters, f"{type(self).__name__}.rename_adapter", "new")
         where = f"{type(self).__name__}.rename_adapter"
         self._check_not_computed(where, old)
+        check_values(self, self.adapter_parameters(old), where)
         refuse_fsdp(self, where, "rename it, then call fully_shard")
         for part in self.PARTS:
             parameter = self._parameters.get(part_name(part, old))

@@ -19,6 +19,7 @@ from lora_ext.arguments import names_of, refuse, warn
 from lora_ext.nn import Embedding, LoraLayer
 from lora_ext.nn.adapter import VARIANTS, check_adapter_name, variant_of
 from lora_ext.nn.init import mutates_weight
+from lora_ext.nn.offloaded import check_values
 from lora_ext.nn.transaction import Transaction
 
 
@@ -101,6 +102,8 @@ def _combine_layer(
     """The parts of the layer's new adapter; none if no adapter of the layer takes part."""
     mine = _members(layer, combination)
     result: dict[str, Tensor] = {}
+    for name in mine:
+        check_values(layer, layer.adapter_parameters(name), where)
     for prefix in layer.PREFIXES:
         adapters = {}
         for name in mine:
