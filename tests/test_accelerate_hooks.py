@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import lora_ext
 import lora_ext.integrations.peft as fused
+import lora_ext.loralib as loralib
 from lora_ext import LoraConfig, LoraModel, get_lora_model
 
 # Parts of the small Llama that stay, and one layer that is on the disk.
@@ -239,6 +240,46 @@ def test_each_kind_of_layer_runs_under_an_offloading_hook(name: str, submodules:
     remove_hook_from_module(layer)
     first(layer(*args)).sum().backward()
     assert any(p.grad is not None for n, p in layer.named_parameters() if "lora" in n)
+
+
+# loralib's layers, which merge in eval()
+
+
+def loralib_net() -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(loralib.Linear(8, 8, r=2), nn.ReLU(), loralib.MergedLinear(8, 4, r=2))
+    for name, parameter in net.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    return net
+
+
+def test_loralibs_layers_that_are_offloaded_do_not_merge() -> None:
+    net, x = loralib_net(), torch.randn(3, 8)
+    want = net(x)
+    cpu_offload(net, execution_device="cpu")
+    for mode in (False, True, False):
+        net.train(mode)
+        torch.testing.assert_close(net(x), want, rtol=0, atol=0)
+    merged = loralib_net().eval()
+    cpu_offload(merged, execution_device="cpu")
+    torch.testing.assert_close(merged(x), want, rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError, match=r"was offloaded by a hook since the layer was merged"):
+        merged.train()
+    remove_hook_from_module(merged, recurse=True)
+    torch.testing.assert_close(merged.eval().train()(x), want, rtol=1e-5, atol=1e-5)
+
+
+def test_loralibs_convolutions_run_offloaded_only_merged() -> None:
+    for merged in (True, False):
+        net, x = nn.Sequential(loralib.Conv2d(1, 2, 3, r=2)).train(not merged), torch.randn(1, 5, 5)
+        want = net(x)
+        cpu_offload(net, execution_device="cpu")
+        if merged:
+            torch.testing.assert_close(net(x), want)
+        else:
+            with pytest.raises(RuntimeError, match=r"Conv2d: conv: its weight is offloaded by"):
+                net(x)
 
 
 # PEFT's models, patched: layers under hooks are PEFT's
