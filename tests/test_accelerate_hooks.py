@@ -247,7 +247,8 @@ def test_each_kind_of_layer_runs_under_an_offloading_hook(name: str, submodules:
 
 def loralib_net() -> nn.Module:
     torch.manual_seed(0)
-    net = nn.Sequential(loralib.Linear(8, 8, r=2), nn.ReLU(), loralib.MergedLinear(8, 4, r=2))
+    merged = loralib.MergedLinear(8, 4, r=2, enable_lora=[True, False])
+    net = nn.Sequential(loralib.Linear(8, 8, r=2), nn.ReLU(), merged)
     for name, parameter in net.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter)
@@ -261,6 +262,8 @@ def test_loralibs_layers_that_are_offloaded_do_not_merge() -> None:
     for mode in (False, True, False):
         net.train(mode)
         torch.testing.assert_close(net(x), want, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="is to be trained, but a hook offloads it"):
+        net(x).sum().backward()
     merged = loralib_net().eval()
     cpu_offload(merged, execution_device="cpu")
     torch.testing.assert_close(merged(x), want, rtol=1e-5, atol=1e-5)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lora_ext._offloaded import check_values
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.names import named_modules
 from lora_ext.adapters.tuner import Tuner
@@ -16,7 +17,6 @@ from lora_ext.errors import NotBuiltError
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.adoption import BOUND_CALLS
 from lora_ext.nn.modules_to_save import ModulesToSave
-from lora_ext.nn.offloaded import check_values
 
 PREFIX = "base_model."
 _SPECIAL = frozenset({"adapter_names", "alora_offsets"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from lora_ext._offloaded import check_values
 from lora_ext.adapters.activation import is_enabled
 from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.config import LoraConfig
@@ -13,7 +14,6 @@ from lora_ext.adapters.replication import replicate_layers
 from lora_ext.adapters.swap import swap_modules
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.modules_to_save import ModulesToSave
-from lora_ext.nn.offloaded import check_values
 from lora_ext.nn.transaction import Transaction
 
 

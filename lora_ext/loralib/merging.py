@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
+from lora_ext._offloaded import hook_of_accelerate
 from lora_ext.arguments import short
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -95,6 +96,7 @@ class MergingLayer(nn.Module, LoRALayer):
     scaling: float
     _WEIGHT: ClassVar[str] = "weight"  # its name in the state dict
     _merge: Merge | None = None
+    _hf_hook = hook_of_accelerate
     _loads = False
 
     # What a kind of layer says of itself

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from lora_ext._offloaded import check_values, hook_of_accelerate
 from lora_ext.arguments import as_flag, as_number, check_known, names_of
 from lora_ext.nn.adapter import (
     DEFAULT,
@@ -23,7 +24,6 @@ from lora_ext.nn.adapter import (
 )
 from lora_ext.nn.adoption import adapter_device, offload_with
 from lora_ext.nn.init import initialise, mutates_weight
-from lora_ext.nn.offloaded import check_values, hook_of_accelerate
 from lora_ext.nn.running_layer import RunningLayer
 from lora_ext.nn.sharded import is_sharded, refuse_fsdp, whole
 from lora_ext.nn.transaction import all_or_nothing

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
+from lora_ext._offloaded import check_values
 from lora_ext.arguments import names_of, warn
 from lora_ext.errors import AlreadyMergedError, NotBuiltError, NotMergedError
 from lora_ext.nn.adapter import AdapterSettings, LowRank, variant_of
-from lora_ext.nn.offloaded import check_values
 from lora_ext.nn.sharded import is_sharded
 from lora_ext.nn.sharded_merge import write_whole
 from lora_ext.nn.transaction import Transaction, all_or_nothing, put_parameter

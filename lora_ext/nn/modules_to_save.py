@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from lora_ext._offloaded import watch_gradients
 from lora_ext.nn.adapter import check_adapter_name
 from lora_ext.nn.adoption import BOUND_CALLS
-from lora_ext.nn.offloaded import watch_gradients
 from lora_ext.nn.transaction import Transaction
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_ext._offloaded import check_values
 from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.combine.request import Combination, plan_combination
 from lora_ext.adapters.combine.tensors import Adapter, combine
@@ -19,7 +20,6 @@ from lora_ext.arguments import names_of, refuse, warn
 from lora_ext.nn import Embedding, LoraLayer
 from lora_ext.nn.adapter import VARIANTS, check_adapter_name, variant_of
 from lora_ext.nn.init import mutates_weight
-from lora_ext.nn.offloaded import check_values
 from lora_ext.nn.transaction import Transaction
 
 

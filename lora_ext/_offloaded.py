@@ -83,7 +83,7 @@ def _refuse_backward(what: str) -> NoReturn:
 
 
 def _refuse_merged(layer: Any, args: Any) -> None:
-    if layer.merged_adapters:
+    if getattr(layer, "merged_adapters", ()):  # loralib's state_dict() has the merged weight
         raise ValueError(
             f"{type(layer).__name__}: adapters {list(layer.merged_adapters)} were merged when a "
             "hook began to offload the layer, and what it fetches is the base's own weight; call "
