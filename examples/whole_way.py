@@ -145,12 +145,12 @@ def rounding(model: LoraModel) -> float:
 
 def answers(logits: Tensor, task: Task) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 3))
-    for header in ("docstring, names of modules removed", "prediction", "right answer"):
+    for header in ("docstring (module names removed)", "prediction", "right answer"):
         table.add_column(header, no_wrap=True)
     shown = zip(task.data.held_out[:SHOWN], logits.argmax(-1).tolist(), strict=False)
     for (text, label), guess in shown:
         color = "green" if guess == label else "red"
-        cut = text if len(text) <= 40 else text[:39] + "…"
+        cut = text if len(text) <= 34 else text[:33] + "…"
         names = task.data.labels
         table.add_row(escape(cut), f"[{color}]{names[guess]}[/]", names[label])
     return table
