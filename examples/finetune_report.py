@@ -105,26 +105,50 @@ def kernel_table(explained: Mapping[str, Iterable[Any]]) -> Table:
 
 
 def save_plot(
-    path: Path, groups: Mapping[str, Sequence[Measurement]], environment: Environment
+    path: Path,
+    groups: Mapping[str, Sequence[Measurement]],
+    environment: Environment,
+    allowed: float,
 ) -> None:
-    """Loss curves of the first group; time per step and saved memory of every group as bars."""
-    figure, (loss_axis, time_axis, memory_axis) = plt.subplots(1, 3, figsize=(13, 4))
-    runs = next(iter(groups.values()))
-    for run, style in zip(runs, ("-", "--", ":"), strict=True):
-        loss_axis.plot(range(1, len(run.losses) + 1), run.losses, style, label=run.name)
-    largest = max(max_differences(runs).values())
+    """Loss curves of the first group and how far they are apart; time per step and saved memory of
+    every group as bars. `allowed`: the difference that the curves may have."""
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8))
+    (loss_axis, difference_axis), (time_axis, memory_axis) = axes
+    name, runs = next(iter(groups.items()))
+    reference = _reference(runs)
+    steps = range(1, len(reference.losses) + 1)
+    # They lie on one another: wide ones below narrow ones show all.
+    for i, run in enumerate(runs):
+        loss_axis.plot(steps, run.losses, color=f"C{i}", linewidth=7 - 3 * i, label=run.name)
+        if run is not reference:
+            differences = relative_differences(run.losses, reference.losses)
+            difference_axis.plot(steps, differences, ".-", color=f"C{i}", label=run.name)
     loss_axis.set(
-        title=f"Training loss (max rel. difference {largest:.0e})", xlabel="step", ylabel="loss"
+        title=f"Training loss, {name}: {len(runs)} curves on one another",
+        xlabel="training step",
+        ylabel="cross-entropy of the batch (nats)",
     )
-    loss_axis.legend()
+    difference_axis.axhline(allowed, color="red", linestyle="--", label="allowed")
+    # A line where differences are zero, which a logarithm has no place for.
+    difference_axis.set_yscale("symlog", linthresh=1e-8)
+    difference_axis.set(
+        title=f"Difference of these losses to {REFERENCE}'s",
+        xlabel="training step",
+        ylabel="relative difference of the loss",
+        ylim=(0, 10 * allowed),
+    )
+    for axis in (loss_axis, difference_axis):
+        axis.legend()
     _bars(time_axis, groups, lambda run: statistics.median(run.step_ms))
-    time_axis.set(title="Time per training step", ylabel="median ms")
+    time_axis.set(title="Time of a training step", ylabel="median time (ms)")
     _bars(memory_axis, groups, lambda run: run.saved_bytes / MIB)
-    memory_axis.set(title="Saved for the backward pass", ylabel="MiB")
+    memory_axis.set(title="Kept from forward for backward", ylabel="memory (MiB)")
+    for axis in (time_axis, memory_axis):
+        axis.set_xlabel("dropout of the LoRA layers")
     color = "red" if busy_warning(environment) else "gray"
     figure.supxlabel("\n".join(captions(environment)), fontsize=7, color=color)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
@@ -150,7 +174,7 @@ def _bars(
         for i, run in enumerate(runs):
             bar = axis.bar(column + (i - 1) * width, value(run), 0.9 * width, color=f"C{i}")
             axis.bar_label(bar, labels=[f"{run.name}\n{value(run):.0f}"], fontsize=8)
-    axis.set_xticks(range(len(groups)), list(groups))
+    axis.set_xticks(range(len(groups)), [name.removeprefix("dropout ") for name in groups])
     axis.margins(y=0.15)  # room for the labels on the bars
 
 

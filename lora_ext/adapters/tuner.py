@@ -7,6 +7,8 @@ from typing import Any, cast
 
 from torch import nn
 
+from lora_ext.nn.adoption import BOUND_CALLS
+
 # What PEFT's tuner does itself; here a LoraModel does it.
 _OF_THE_OWNER = frozenset(
     "active_adapters add_weighted_adapter delete_adapter disable_adapter_layers "
@@ -15,7 +17,7 @@ _OF_THE_OWNER = frozenset(
     "targeted_module_names targeted_parameter_names unload unmerge_adapter".split()
 )
 
-_OWN = frozenset({"model", "training"})
+_OWN = frozenset({"model", "training", "forward"})  # what hooks put around forward is this one's
 
 
 class Tuner(nn.Module):
@@ -72,6 +74,6 @@ class Tuner(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model":  # not yet made
+            if name == "model" or name in BOUND_CALLS:  # not yet made; hooks of the model's own
                 raise
             return getattr(self.model, name)

@@ -31,6 +31,7 @@ _EPILOG = (
 )
 _BUDGET = Budget(seconds=2.0)
 _QUICK_BUDGET = Budget(seconds=0.1, min_rounds=3, max_rounds=20)
+_LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
 # torch.compile takes longer than all of a quick run.
 _QUICK_RIVALS = tuple(name for name in RIVALS if name != "compile")
 
@@ -151,11 +152,14 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
     left_out: list[str] = []
     deadline = time.monotonic() + (options.deadline or float("inf"))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    console = Console(stderr=True)
+    console, told = Console(stderr=True), time.monotonic()
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
         task = progress.add_task("", total=len(cases) * len(modes))
-        for case in cases:
+        for number, case in enumerate(cases, start=1):
             progress.update(task, description=str(case))
+            if not console.is_terminal and time.monotonic() - told > _LINE_SECONDS:
+                console.print(f"case {number} of {len(cases)}: {case}")  # there is no bar
+                told = time.monotonic()
             if time.monotonic() > deadline:
                 left_out.append(str(case))
                 continue

@@ -16,7 +16,13 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lora_ext.arguments import check_kinds, check_place, check_sizes, refuse, warn
 from lora_ext.functional import lora_embedding, lora_linear, lora_update
-from lora_ext.loralib.merging import LoRALayer, MergingLayer, add_product, no_dropout
+from lora_ext.loralib.merging import (
+    LoRALayer,
+    MergingLayer,
+    add_product,
+    is_offloaded,
+    no_dropout,
+)
 from lora_ext.paths import lora_embedding_path, lora_linear_path, why_no_lora_embedding
 
 __all__ = [
@@ -404,6 +410,13 @@ class ConvLoRA(MergingLayer):
 
     def _adapted_weight(self) -> Tensor:
         weight: Tensor = self.conv.weight
+        if is_offloaded(self.conv):
+            raise RuntimeError(
+                f"{type(self).__name__}: conv: its weight is offloaded by a hook, which fetches it "
+                "for a call of conv alone, expected a parameter with values; merge before "
+                "offloading, in eval(), or take the hooks off "
+                "(accelerate.hooks.remove_hook_from_module(model, recurse=True))"
+            )
         A, B = self.lora_A, self.lora_B
         with torch.autocast(weight.device.type, enabled=False):  # the convolution casts the sum
             matrix = weight.reshape(len(B), -1).to(B.dtype)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
+from lora_ext._offloaded import hook_of_accelerate
 from lora_ext.arguments import short
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -95,6 +96,7 @@ class MergingLayer(nn.Module, LoRALayer):
     scaling: float
     _WEIGHT: ClassVar[str] = "weight"  # its name in the state dict
     _merge: Merge | None = None
+    _hf_hook = hook_of_accelerate
     _loads = False
 
     # What a kind of layer says of itself
@@ -142,7 +144,9 @@ class MergingLayer(nn.Module, LoRALayer):
             self.merged = True
             return
         base = self._owner._parameters.get("weight")
-        if base is None:  # computed in each call (weight_norm, pruning): it cannot hold an update
+        # Computed in each call (weight_norm, pruning), or made in each call by a hook of accelerate
+        # that offloads it: it cannot hold an update.
+        if base is None or is_offloaded(self._owner):
             return
         self._put(base, self._merged_values(base))
 
@@ -178,6 +182,13 @@ class MergingLayer(nn.Module, LoRALayer):
                 f"{type(self).__name__}.train: weight: is computed in each call (weight_norm, "
                 "pruning) since the layer was merged, expected a parameter; undo that first, or do "
                 "it in train()"
+            )
+        if hasattr(self, "lora_A") and is_offloaded(self._owner):
+            raise RuntimeError(
+                f"{type(self).__name__}.train: weight: was offloaded by a hook since the layer was "
+                "merged, expected a parameter with values; take the hooks off first "
+                "(accelerate.hooks.remove_hook_from_module(model, recurse=True)), or offload the "
+                "model in train()"
             )
         if merge is None or weight is None:
             if weight is not None and hasattr(self, "lora_A"):  # merged by other hands
@@ -310,6 +321,12 @@ class MergingLayer(nn.Module, LoRALayer):
             self.weight.data = values
         else:
             state_dict[key] = values
+
+
+def is_offloaded(owner: nn.Module) -> bool:
+    """Whether a hook of accelerate has the values of a module's weight between calls."""
+    weight = owner._parameters.get("weight")
+    return weight is not None and weight.is_meta and "_hf_hook" in vars(owner)
 
 
 def add_product(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:

@@ -203,10 +203,6 @@ class AdoptingLayer(MergeableLayer):
     def _init_adapters(self, base_class: type[nn.Module], merge_weights: bool = False) -> None:
         raise NotImplementedError
 
-    def adapter_parameters(self, adapter_name: str) -> dict[str, nn.Parameter]:
-        """The parameters of one adapter, by attribute name."""
-        raise NotImplementedError
-
     @classmethod
     def _adopt(cls, base: nn.Module, kind: type[nn.Module], *, any_forward: bool = False) -> Self:
         """A layer of this class with all that `base` is: its parameters, attributes, hooks and

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from lora_ext._offloaded import check_values, hook_of_accelerate
 from lora_ext.arguments import as_flag, as_number, check_known, names_of
 from lora_ext.nn.adapter import (
     DEFAULT,
@@ -60,6 +61,7 @@ class LoraLayer(DefaultAdapter, RunningLayer):
         *("_scaling", "_enabled", "_running", "_lora_alone", "_lora_variant"),
     )
 
+    _hf_hook = hook_of_accelerate
     adapters: dict[str, AdapterSettings]
     active_adapters: tuple[str, ...]
     merged_adapters: tuple[str, ...]
@@ -244,6 +246,7 @@ class LoraLayer(DefaultAdapter, RunningLayer):
         check_adapter_name(new, self.adapters, f"{type(self).__name__}.rename_adapter", "new")
         where = f"{type(self).__name__}.rename_adapter"
         self._check_not_computed(where, old)
+        check_values(self, self.adapter_parameters(old), where)
         refuse_fsdp(self, where, "rename it, then call fully_shard")
         for part in self.PARTS:
             parameter = self._parameters.get(part_name(part, old))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
+from lora_ext._offloaded import check_values
 from lora_ext.arguments import names_of, warn
 from lora_ext.errors import AlreadyMergedError, NotBuiltError, NotMergedError
 from lora_ext.nn.adapter import AdapterSettings, LowRank, variant_of
@@ -62,6 +63,10 @@ class MergeableLayer(nn.Module):
         raise NotImplementedError
 
     def _initialise(self, name: str) -> None:
+        raise NotImplementedError
+
+    def adapter_parameters(self, adapter_name: str) -> dict[str, nn.Parameter]:
+        """The parameters of one adapter, by attribute name."""
         raise NotImplementedError
 
     def _check_names(self, names: Iterable[str], argument: str = "adapter_name") -> None:
@@ -159,6 +164,8 @@ class MergeableLayer(nn.Module):
         """
         where = f"{type(self).__name__}.get_delta_weight"
         self._check_names([adapter_name])
+        own = self.adapter_parameters(adapter_name)
+        check_values(self, own, where)
         if variant_of(self.adapters[adapter_name]):
             raise ValueError(f"{where}: '{adapter_name}' scales the weight, expected plain LoRA")
         weights = [name for name in self._merged_parameters((adapter_name,)) if name[-4:] != "bias"]
@@ -167,7 +174,10 @@ class MergeableLayer(nn.Module):
         draft = Transaction().draft(self)
         for name, parameter in self._merged_parameters((adapter_name,)).items():
             compute = torch.promote_types(parameter.dtype, torch.float32)
-            put_parameter(draft, name, nn.Parameter(torch.zeros_like(parameter, dtype=compute)))
+            zeros = torch.zeros_like(parameter, dtype=compute)
+            if zeros.is_meta:  # the base's, where a hook offloads that
+                zeros = torch.zeros_like(zeros, device=next(iter(own.values())).device)
+            put_parameter(draft, name, nn.Parameter(zeros))
         draft._write_merged((adapter_name,))
         delta: Tensor = attrgetter(weights[0])(draft)
         return delta.detach()
@@ -351,6 +361,12 @@ class MergeableLayer(nn.Module):
                 for name in self._aside:  # its children keep theirs, too
                     state_dict[prefix + name] = attrgetter(name)(self).detach()
                 return
+        own = [name for name in self._parameters if prefix + name in state_dict]
+        try:
+            check_values(self, own, f"{prefix.removesuffix('.')}: load_state_dict")
+        except ValueError as error:
+            error_msgs.append(str(error))
+            return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

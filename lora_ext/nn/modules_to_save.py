@@ -6,9 +6,12 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
+import torch
 from torch import nn
 
+from lora_ext._offloaded import watch_gradients
 from lora_ext.nn.adapter import check_adapter_name
+from lora_ext.nn.adoption import BOUND_CALLS
 from lora_ext.nn.transaction import Transaction
 
 
@@ -96,13 +99,17 @@ class ModulesToSave(nn.Module):
         return self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.active_module(*args, **kwargs)
+        module = self.active_module
+        y = module(*args, **kwargs)
+        if (module._modules or hasattr(module, "_hf_hook")) and not torch.compiler.is_compiling():
+            watch_gradients(module, y)
+        return y
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("original_module", "modules_to_save"):
+            if name in ("original_module", "modules_to_save") or name in BOUND_CALLS:
                 raise
             return getattr(self.active_module, name)  # such as an embedding's weight
 

@@ -80,6 +80,7 @@ def load_adapter(
     def load() -> None:
         with open_adapter(path) as files:
             if known:
+                model.check_not_offloaded(adapter_name, "LoraModel.load_adapter")
                 to_rest(model)
                 plan = plan_of(model, adapter_name)
                 _warn_of_other_settings(read_config(files), plan.config)

@@ -118,7 +118,11 @@ def check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:
 
 def _why_incomplete(tensor: Tensor) -> str:
     if tensor.is_meta:
-        return "is on the device meta, where there are no values; load or initialise it first"
+        return (
+            "is on the device meta, where there are no values; load or initialise it first, or "
+            "take off the hooks that offload it "
+            "(accelerate.hooks.remove_hook_from_module(model, recurse=True))"
+        )
     whole = getattr(tensor, "ds_shape", None)
     if whole is not None and tuple(whole) != tuple(tensor.shape):
         return (

@@ -99,6 +99,7 @@ def set_peft_model_state_dict(
     check_known(where, "adapter_name", [adapter_name], found.peft_config)
     check_mapping(where, "peft_model_state_dict", peft_model_state_dict, Tensor, "tensors")
     as_flag(low_cpu_mem_usage, where, "low_cpu_mem_usage")
+    found.check_not_offloaded(adapter_name, where)
     given = {}
     for key, value in peft_model_state_dict.items():
         key = plain_name(key)

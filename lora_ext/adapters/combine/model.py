@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_ext._offloaded import check_values
 from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.combine.request import Combination, plan_combination
 from lora_ext.adapters.combine.tensors import Adapter, combine
@@ -102,6 +103,8 @@ def _combine_layer(
     """The parts of the layer's new adapter; none if no adapter of the layer takes part."""
     mine = _members(layer, combination)
     result: dict[str, Tensor] = {}
+    for name in mine:
+        check_values(layer, layer.adapter_parameters(name), where)
     for prefix in layer.PREFIXES:
         adapters = {}
         for name in mine:
