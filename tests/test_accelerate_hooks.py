@@ -160,6 +160,14 @@ def test_training_a_copy_that_is_offloaded_is_refused(first: str) -> None:
         losses(model)
 
 
+def test_training_rows_of_an_offloaded_embedding_is_refused() -> None:
+    base = llama()[0]
+    cpu_offload(base, execution_device="cpu")
+    fields: dict[str, Any] = FIELDS | {"trainable_token_indices": {"embed_tokens": [1, 2]}}
+    with pytest.raises(ValueError, match=r"indices: 'model.embed_tokens': weight is offloaded"):
+        get_lora_model(base, LoraConfig(**fields))
+
+
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_training_biases_that_are_offloaded_is_refused(bias: str) -> None:
     base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))

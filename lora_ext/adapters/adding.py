@@ -67,6 +67,9 @@ def _refuse_offloaded(base: nn.Module, plan: Plan, config: LoraConfig) -> None:
     for name, module in plan.saved.items():
         for part in module.modules():
             check_values(part, part._parameters, f"LoraConfig: modules_to_save: '{name}'")
+    for name, tokens in plan.tokens.items():
+        part = getattr(tokens.module, "original_module", tokens.module)
+        check_values(part, ["weight"], f"LoraConfig: trainable_token_indices: '{name}'")
     if config.bias == "all":
         for module in base.modules():
             check_values(
