@@ -22,7 +22,16 @@ from lora_ext.nn.adapter import AdapterOptions, AdapterSettings
 ROOT = Path(lora_ext.__file__).parent
 # From below to above: each may import what stands before it.
 PACKAGES = (
-    *("_startup", "_missing", "_extension", "_flops", "errors", "arguments", "reference"),
+    *(
+        "_startup",
+        "_missing",
+        "_extension",
+        "_flops",
+        "errors",
+        "arguments",
+        "batching",
+        "reference",
+    ),
     *(
         "functional",
         "paths",

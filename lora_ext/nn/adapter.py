@@ -6,13 +6,13 @@ import math
 import numbers
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple, Self, TypedDict
+from typing import Self, TypedDict
 
 import torch
 from torch import Tensor
 
+from lora_ext import functional
 from lora_ext.arguments import as_flag, as_number, check_names, describe, suggests_names
-from lora_ext.functional import is_for_any
 from lora_ext.nn.init import check_init
 
 DEFAULT = "default"  # the adapter that a constructor makes
@@ -160,19 +160,13 @@ def check_adapter_name(
         )
 
 
-class LowRank(NamedTuple):
+class LowRank(functional.LowRank):
     """Adapters that one fused call runs, stacked along the rank."""
-
-    lora_A: Tensor
-    lora_B: Tensor
-    lora_bias: Tensor | None
-    scaling: float
-    dropout_p: float
 
     def for_any(self) -> LowRank:
         """The same with a scaling that is a constant, for what takes no other; see
         `functional.is_for_any`."""
-        return stacked([self]) if is_for_any(self.scaling) else self
+        return stacked([self]) if functional.is_for_any(self.scaling) else self
 
 
 def stacked(adapters: Sequence[LowRank], factors: Sequence[Tensor] | None = None) -> LowRank:

@@ -7,8 +7,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lora_ext.batching import ENTERED
 from lora_ext.nn.adapter import AdapterSettings, LowRank, part_name, stacked, variant_of
 from lora_ext.nn.adoption import AdoptingLayer
+from lora_ext.nn.planned import follows_plan
 from lora_ext.nn.variant import AnyVariant
 
 
@@ -51,6 +53,8 @@ class RunningLayer(AdoptingLayer):
         base = f"torch.nn.functional.{kind.lower()}" if kind in functional else f"torch.nn.{kind}"
         if not self.adapters:
             return base, "there is no adapter"
+        if ENTERED.get() is not None and follows_plan(self):
+            return self._planned_path()
         if self.merged and not self.running_adapters:
             return base, "merged: the adapter is in the weight"
         if not self.running_adapters:
@@ -138,6 +142,15 @@ class RunningLayer(AdoptingLayer):
     def _alike(self, lora_A: list[Tensor]) -> list[Tensor]:
         """The same, in shapes that differ in the rank only."""
         return lora_A
+
+    # Under a plan of `lora_ext.batch`; see `lora_ext.nn.planned`
+
+    def _planned_path(self) -> tuple[str, str]:
+        return "composed", "the base once, then each adapter's update on its own rows"
+
+    def _update_of(self, x: Tensor, name: str) -> Tensor:
+        """What one adapter adds to the base's result of x, in its own dtype."""
+        raise NotImplementedError
 
     # Variants
 
