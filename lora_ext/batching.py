@@ -11,7 +11,8 @@ layer does not have leave its rows at the base.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -61,6 +62,17 @@ def current_plan() -> BatchPlan | None:
     """The plan that layers follow now."""
     entered = ENTERED.get()
     return None if entered is None else entered.plan
+
+
+@contextmanager
+def following(plan: BatchPlan) -> Iterator[None]:
+    """Within this context layers follow the plan, in a part of what it is for."""
+    outer = ENTERED.get()
+    ENTERED.set(Entered(plan, outer))
+    try:
+        yield
+    finally:
+        ENTERED.set(outer)
 
 
 class BatchPlan:
@@ -222,6 +234,7 @@ def batch(
     gates: Tensor | None = None,
     scale: Tensor | None = None,
     after: Sequence[int | None] | Tensor | None = None,
+    repeats: bool = False,
 ) -> BatchPlan:
     """Which adapter each request, segment or row of the next batch has, whatever is active.
 
@@ -238,6 +251,7 @@ def batch(
             one's rows. It may require grad.
         after: the position in its request, or segment, from which on each one's adapter takes
             effect; None is never.
+        repeats: of inputs that have each request several times in a row, as beam search does.
 
     Returns:
         The plan, a context manager. In it every layer of `lora_ext.nn` follows the plan, in this
@@ -295,6 +309,7 @@ def batch(
         per_row=ids is not None,
         scale=scale,
         after=after,
+        repeats=repeats,
     )
 
 
