@@ -11,6 +11,7 @@ layer does not have leave its rows at the base.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -55,24 +56,48 @@ class Entered(NamedTuple):
 
 
 # Of the thread, or of the task of asyncio: others do not see it.
-ENTERED: ContextVar[Entered | None] = ContextVar("lora_ext.batch", default=None)
+_ENTERED: ContextVar[Entered | None] = ContextVar("lora_ext.batch", default=None)
+
+# Whether any thread has a plan: what layers ask first, and compiled code may ask.
+in_use = False
+_users = 0
+_LOCK = threading.Lock()
 
 
 def current_plan() -> BatchPlan | None:
     """The plan that layers follow now."""
-    entered = ENTERED.get()
+    if not in_use:
+        return None
+    entered = _ENTERED.get()
     return None if entered is None else entered.plan
+
+
+def _enter(entered: Entered) -> None:
+    _count(1)
+    _ENTERED.set(entered)
+
+
+def _leave(outer: Entered | None) -> None:
+    _ENTERED.set(outer)
+    _count(-1)
+
+
+def _count(users: int) -> None:
+    global in_use, _users
+    with _LOCK:
+        _users += users
+        in_use = _users > 0
 
 
 @contextmanager
 def following(plan: BatchPlan) -> Iterator[None]:
     """Within this context layers follow the plan, in a part of what it is for."""
-    outer = ENTERED.get()
-    ENTERED.set(Entered(plan, outer))
+    outer = _ENTERED.get()
+    _enter(Entered(plan, outer))
     try:
         yield
     finally:
-        ENTERED.set(outer)
+        _leave(outer)
 
 
 class BatchPlan:
@@ -89,6 +114,7 @@ class BatchPlan:
         scale: Tensor | None = None,
         after: Tensor | None = None,
         repeats: bool = False,
+        zero_grads: bool = False,
     ) -> None:
         self.names = tuple(names)
         self._slots = slots  # int64, on the CPU: a slot for each request, segment or row
@@ -98,6 +124,7 @@ class BatchPlan:
         self._scale = scale
         self._after = after
         self._repeats = repeats
+        self._zero_grads = zero_grads
         self._made: dict[Any, tuple[Assignment, Tensor]] = {}
         self._found: set[str] = set()
         self._was_asked = False
@@ -107,7 +134,7 @@ class BatchPlan:
         return f"BatchPlan({len(self._slots)} {kind}, adapters={listed(self.names)})"
 
     def __enter__(self) -> Self:
-        ENTERED.set(Entered(self, ENTERED.get()))
+        _enter(Entered(self, _ENTERED.get()))
         return self
 
     def __exit__(
@@ -116,9 +143,9 @@ class BatchPlan:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        entered = ENTERED.get()
+        entered = _ENTERED.get()
         assert entered is not None and entered.plan is self, "plans are left in another order"
-        ENTERED.set(entered.outer)
+        _leave(entered.outer)
         unknown = [name for name in self.names if name not in self._found]
         if kind is None and self._was_asked and unknown:
             raise ValueError(
@@ -170,10 +197,12 @@ class BatchPlan:
     def _assign(
         self, leading: tuple[int, ...], device: torch.device, names: Sequence[str], where: str
     ) -> tuple[Assignment, Tensor]:
-        owners, positions = self._owners(leading, where)
+        owners, positions, lengths = self._owners(leading, where)
         slots = self._slots.index_select(0, owners)
         if self._after is not None:
-            slots = torch.where(positions >= self._after[owners], slots, -1)
+            after = self._after[owners]
+            after = torch.where(after < 0, after + lengths, after)
+            slots = torch.where(positions >= after, slots, -1)
         # In the order of `names`; others are the base's.
         places = torch.full((len(self.names) + 1,), -1)
         for place, name in enumerate(names):
@@ -182,7 +211,11 @@ class BatchPlan:
         order = slots.argsort(stable=True)
         counts = torch.bincount(slots + 1, minlength=len(names) + 1).tolist()
         order = order[counts[0] :]
-        having = [(name, count) for name, count in zip(names, counts[1:], strict=True) if count]
+        having = [
+            (name, count)
+            for name, count in zip(names, counts[1:], strict=True)
+            if count or self._zero_grads
+        ]
         assignment = Assignment(
             tuple(name for name, _ in having),
             order.to(device, torch.int32),
@@ -192,9 +225,9 @@ class BatchPlan:
         )
         return assignment, owners[order].to(device)
 
-    def _owners(self, leading: tuple[int, ...], where: str) -> tuple[Tensor, Tensor]:
-        """The request, segment or row of `ids` that each row of the input is of, and its place
-        there."""
+    def _owners(self, leading: tuple[int, ...], where: str) -> tuple[Tensor, Tensor, Tensor | int]:
+        """The request, segment or row of `ids` that each row of the input is of, its place there,
+        and how long that is."""
         total, count = math.prod(leading), len(self._slots)
         if self._per_row or self._lengths is not None:
             lengths = torch.ones_like(self._slots) if self._lengths is None else self._lengths
@@ -206,7 +239,7 @@ class BatchPlan:
                 )
             begins = lengths.cumsum(0) - lengths
             owners = torch.arange(count).repeat_interleave(lengths)
-            return owners, torch.arange(total) - begins[owners]
+            return owners, torch.arange(total) - begins[owners], lengths[owners]
         sequences = leading[0] if leading else 1
         if self._rows is not None and total == math.prod(self._rows):
             sequences = count
@@ -219,10 +252,12 @@ class BatchPlan:
             )
         each = total // sequences if sequences else 0
         owners = torch.arange(count).repeat_interleave(sequences // count if count else 0)
-        positions = torch.arange(each)
-        if self._rows is not None and each < self._rows[1]:
-            positions = positions + self._rows[1]  # tokens that follow those of the plan
-        return owners.repeat_interleave(each), positions.repeat(sequences)
+        positions, length = torch.arange(each), each
+        if self._rows is not None:
+            length = self._rows[1]
+            if each < length:
+                positions = positions + length  # tokens that follow those of the plan
+        return owners.repeat_interleave(each), positions.repeat(sequences), length
 
 
 def batch(
@@ -235,6 +270,7 @@ def batch(
     scale: Tensor | None = None,
     after: Sequence[int | None] | Tensor | None = None,
     repeats: bool = False,
+    zero_grads: bool = False,
 ) -> BatchPlan:
     """Which adapter each request, segment or row of the next batch has, whatever is active.
 
@@ -250,8 +286,10 @@ def batch(
         scale: floating [requests], or [segments], or with ids [rows]: multiplies the update of each
             one's rows. It may require grad.
         after: the position in its request, or segment, from which on each one's adapter takes
-            effect; None is never.
+            effect; negative ones count from its end, None is never.
         repeats: of inputs that have each request several times in a row, as beam search does.
+        zero_grads: whether the plan's adapters without a row get gradients of zero, instead of
+            None: for DDP, and where nothing else of the model is trained.
 
     Returns:
         The plan, a context manager. In it every layer of `lora_ext.nn` follows the plan, in this
@@ -310,6 +348,7 @@ def batch(
         scale=scale,
         after=after,
         repeats=repeats,
+        zero_grads=zero_grads,
     )
 
 

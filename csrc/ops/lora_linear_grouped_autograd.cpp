@@ -132,10 +132,9 @@ struct LoraLinearGrouped : torch::autograd::Function<LoraLinearGrouped> {
     mask[kGroupedX] = next(true);
     mask[kGroupedWeight] = next(true);
     mask[kGroupedBias] = next(has_bias);
-    // An adapter that has no row here has no gradient.
     std::vector<int64_t> wanted(slots, 0);
     const auto want = [&](size_t j, SlotGradient gradient, bool exists) {
-      if (next(true) && exists && counts[j] > 0) wanted[j] |= gradient;
+      if (next(true) && exists) wanted[j] |= gradient;
     };
     for (size_t j = 0; j < slots; ++j) want(j, kSlotA, true);
     for (size_t j = 0; j < slots; ++j) want(j, kSlotB, true);

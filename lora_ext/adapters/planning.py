@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
 
+from lora_ext.adapters.activated import plan_of_activated
 from lora_ext.adapters.training import is_checkpointing
 from lora_ext.arguments import check_known, refuse
 from lora_ext.batching import BASE, BatchPlan, batch, current_plan, following
-from lora_ext.errors import NotBuiltError
 
 Context = AbstractContextManager[Any]
 
@@ -26,12 +26,14 @@ def plan_of_call(
         ValueError: a name that is not of the model's adapters.
         TypeError: adapter_names is no list.
     """
-    names = kwargs.pop("adapter_names", None)
-    if kwargs.pop("alora_offsets", None) is not None:
-        raise NotBuiltError("LoraModel: alora_offsets: got a value, which is not built")
-    plan: BatchPlan | None = None
+    names, offsets = kwargs.pop("adapter_names", None), kwargs.pop("alora_offsets", None)
     if names is not None:
-        plan = _plan(model, names, generates)
+        _check_names(model, names)
+    plan: BatchPlan | None = None
+    if _activates(model, names, offsets):
+        plan = plan_of_activated(model, names, offsets, args, kwargs, generates)
+    elif names is not None:
+        plan = batch(names, repeats=generates)
     around = current_plan() if plan is None else plan
     if around is None:
         return nullcontext()
@@ -42,7 +44,7 @@ def plan_of_call(
     return nullcontext() if plan is None else plan
 
 
-def _plan(model: Any, names: Any, generates: bool) -> BatchPlan:
+def _check_names(model: Any, names: Any) -> None:
     if not isinstance(names, list | tuple):
         refuse("LoraModel", "adapter_names", names, "a list of names, one for each input")
     unknown = sorted({str(n) for n in names if n not in (None, BASE, *model.peft_config)})
@@ -51,7 +53,18 @@ def _plan(model: Any, names: Any, generates: bool) -> BatchPlan:
             f"LoraModel: adapter_names: got {unknown}, expected some of {list(model.peft_config)}, "
             f"or '{BASE}'. Trying to infer with non-existing adapter(s): {', '.join(unknown)}"
         )
-    return batch(names, repeats=generates)
+
+
+def _activates(model: Any, names: Iterable[str | None] | None, offsets: Any) -> bool:
+    """Whether tokens activate an adapter of this call (aLoRA)."""
+    activated = {n for n, config in model.peft_config.items() if config.alora_invocation_tokens}
+    if not activated:
+        return False
+    if names is not None:
+        return not activated.isdisjoint(names)
+    if offsets is None and current_plan() is not None:
+        return False  # which says it
+    return model.has_active_enabled_adapter and not activated.isdisjoint(model.active_adapters)
 
 
 class _Carrying:

@@ -6,7 +6,7 @@ import math
 import numbers
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Self, TypedDict
+from typing import Any, Self, TypedDict
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ VARIANTS = {"use_dora": "DoRA"}
 EXCLUDED = {
     "use_dora": {
         "lora_bias": "DoRA scales a weight, and a bias of lora_B is none",
+        "alora_invocation_tokens": "DoRA changes the whole weight, for all tokens",
         "ungrouped_lora_A": "DoRA divides by the norm of the weight plus the update, and an update "
         "that links channels of different groups is none of the weight; PEFT takes another norm",
     }
@@ -44,6 +45,8 @@ class AdapterSettings:
         init_lora_weights: True, False (for tests), "gaussian", "orthogonal", "pissa",
             "pissa_niter_N" or "olora"; see `lora_ext.nn.init`. The last three take the initial
             product out of the base's weight.
+        alora_invocation_tokens: of an activated LoRA: it runs under a plan alone (`lora_ext.batch`
+            with `after`), which a LoraModel makes of these tokens; elsewhere it is the base.
         use_dora: DoRA: a trained magnitude for each output feature (see `lora_ext.nn.dora`).
         autocast_adapter_dtype: keep the adapter in float32 on a bfloat16 or float16 base.
         ungrouped_lora_A: of a convolution with groups: lora_A reads all input channels, as PEFT's
@@ -64,6 +67,7 @@ class AdapterSettings:
     use_dora: bool = False
     autocast_adapter_dtype: bool = True
     ungrouped_lora_A: bool = False
+    alora_invocation_tokens: tuple[int, ...] | None = None
     weights: Mapping[str, tuple[int, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -82,18 +86,25 @@ class AdapterSettings:
             check_init(self.init_lora_weights)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise type(error)(f"adapter: {error}") from None
-        values = {"r": int(self.r), "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
+        values: dict[str, Any] = {
+            "r": int(self.r),
+            "lora_alpha": lora_alpha,
+            "lora_dropout": lora_dropout,
+        }
         for name in _FLAGS:
             values[name] = as_flag(getattr(self, name), "adapter", name)
+        if self.alora_invocation_tokens is not None:
+            values["alora_invocation_tokens"] = tuple(self.alora_invocation_tokens) or None
         for name, value in values.items():  # of Python, whatever they were
             object.__setattr__(self, name, value)
         if sum(getattr(self, flag) for flag in VARIANTS) > 1:
             raise ValueError(f"adapter: got several of {list(VARIANTS)}, expected one at most")
         for other, why in EXCLUDED.get(variant_of(self), {}).items():
             if getattr(self, other):
+                value = getattr(self, other)
                 raise ValueError(
-                    f"adapter: {other}: got True with {variant_of(self)}=True, expected False: "
-                    f"{why}"
+                    f"adapter: {other}: got {describe(value)} with {variant_of(self)}=True, "
+                    f"expected {'False' if value is True else 'None'}: {why}"
                 )
         for name in self.weights:
             self.of(name)
@@ -120,6 +131,7 @@ class AdapterOptions(TypedDict, total=False):
     use_dora: bool
     autocast_adapter_dtype: bool
     ungrouped_lora_A: bool
+    alora_invocation_tokens: tuple[int, ...] | None
 
 
 def variant_of(settings: object) -> str:

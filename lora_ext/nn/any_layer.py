@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Self, TypeVar, Unpack
 import torch
 from torch import Tensor, nn
 
+from lora_ext import batching
 from lora_ext.arguments import names_of
-from lora_ext.batching import ENTERED
 from lora_ext.nn.adapter import DEFAULT, AdapterOptions, AdapterSettings
 from lora_ext.nn.lora_layer import LoraLayer
 from lora_ext.nn.planned import follows_plan, planned_names, refuse_plan
@@ -82,7 +82,7 @@ class AnyLayer(LoraLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base's."""
         running = self._running
-        if ENTERED.get() is not None and follows_plan(self):
+        if batching.in_use and follows_plan(self):
             if planned_names(self):
                 refuse_plan(self, "the layer runs with one weight, W + scaling * B A, for all rows")
             running = ()

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self, Unpack
 import torch
 from torch import Tensor, nn
 
+from lora_ext import batching
 from lora_ext.arguments import check_kinds, check_place, check_sizes, names_of, suggests_names
 from lora_ext.nn.adapter import DEFAULT, AdapterOptions, AdapterSettings, LowRank
 from lora_ext.nn.linear import adapted_linear
@@ -258,7 +259,7 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
             ValueError: masks or inputs of the wrong shape.
             TypeError: a mask that is neither bool nor floating.
         """
-        planned = follows_plan(self)
+        planned = batching.in_use and follows_plan(self)
         if not self._running and not planned:
             if self.merged_adapters:
                 self._check_merged()
@@ -363,7 +364,7 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
                 return stack
             return stack._replace(lora_B=stack.lora_B.chunk(3)["qkv".index(projection)])
 
-        if follows_plan(self):
+        if batching.in_use and follows_plan(self):
             planned = {n: own(stack) for n, stack in stacks(self, prefix)} if has_adapters else {}
             return planned_linear(self, x, weight, bias, planned)
         running = [own(stack) for stack in self.low_rank(prefix)] if has_adapters else []

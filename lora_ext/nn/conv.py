@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
+from lora_ext import batching
 from lora_ext.arguments import check_kinds, check_place, check_sizes, named_x, suggests_names
-from lora_ext.batching import ENTERED
 from lora_ext.functional import weight_norm
 from lora_ext.nn.adapter import DEFAULT, AdapterOptions, AdapterSettings, LowRank, variant_of
 from lora_ext.nn.adoption import belongs_to_its_class
@@ -136,7 +136,7 @@ class LoraConv(LoraLayer, _ConvNd):
             input = named_x(type(self).__name__, x, input)
         x = input
         try:
-            if ENTERED.get() is not None and follows_plan(self):
+            if batching.in_use and follows_plan(self):
                 return self._planned_forward(x)
             if self._lora_variant is not None:
                 return self._lora_variant.forward(self, x, self._running)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_ext import batching
 from lora_ext.arguments import check_place, check_sizes, describe, suggests_names, warn
-from lora_ext.batching import ENTERED
 from lora_ext.functional import lora_embedding, weight_norm
 from lora_ext.nn.adapter import DEFAULT, AdapterOptions, AdapterSettings
 from lora_ext.nn.adoption import belongs_to_its_class
@@ -153,7 +153,7 @@ class Embedding(LoraLayer, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [...], int64 or int32 → [..., embedding_dim], dtype of `weight`."""
-        if ENTERED.get() is not None and follows_plan(self):
+        if batching.in_use and follows_plan(self):
             y = self._look_up(input, self.weight, self.sparse)
             y = planned_updates(self, y, input, input.dim(), self._update)
         elif not self._running:

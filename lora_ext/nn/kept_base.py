@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from lora_ext import batching
 from lora_ext.nn.adapter import AdapterSettings, variant_of
 from lora_ext.nn.adoption import (
     BOUND_CALLS,
@@ -147,7 +148,7 @@ class KeptBase(LoraLayer):
         torch's, is x, and its result."""
         if len(args) == 1 and not kwargs and not self.reason_to_call:
             return super().forward(args[0])
-        planned = follows_plan(self)
+        planned = batching.in_use and follows_plan(self)
         if self.merged_adapters:
             self._check_merged()
         y = self.base_layer(*args, **kwargs)

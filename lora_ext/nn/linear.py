@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from lora_ext import batching
 from lora_ext.arguments import as_flag, check_place, check_sizes, named_x, suggests_names
-from lora_ext.batching import ENTERED
 from lora_ext.functional import lora_linear, lora_update, weight_norm
 from lora_ext.nn import tensor_parallel
 from lora_ext.nn.adapter import DEFAULT, AdapterOptions, AdapterSettings, LowRank
@@ -141,6 +141,7 @@ class Linear(LinearBase):
     """
 
     weight: nn.Parameter
+    HAS_ALORA: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -226,7 +227,7 @@ class Linear(LinearBase):
         if input is None or x is not None:
             input = named_x(type(self).__name__, x, input)
         x = input
-        if ENTERED.get() is not None and follows_plan(self):
+        if batching.in_use and follows_plan(self):
             return self._planned_forward(x)
         parameters = self._parameters
         weight: Any = parameters.get("weight")

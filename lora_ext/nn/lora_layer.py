@@ -138,6 +138,12 @@ class LoraLayer(DefaultAdapter, RunningLayer):
                 f"{type(self).__name__}.add_adapter: {flag}: got True, expected False: "
                 f"this kind of layer has no {VARIANTS[flag]}"
             )
+        if chosen.alora_invocation_tokens and not self.HAS_ALORA:
+            raise ValueError(
+                f"{type(self).__name__}.add_adapter: alora_invocation_tokens: got "
+                f"{list(chosen.alora_invocation_tokens)}, expected None: only linear layers have "
+                "activated adapters; leave this layer out with exclude_modules"
+            )
         if chosen.ungrouped_lora_A and getattr(self, "groups", 1) == 1:
             raise ValueError(
                 f"{type(self).__name__}.add_adapter: ungrouped_lora_A: got True, expected False: "

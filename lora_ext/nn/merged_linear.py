@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Self, Unpack
 import torch
 from torch import Tensor, nn
 
+from lora_ext import batching
 from lora_ext.arguments import named_x, refuse, suggests_names
-from lora_ext.batching import ENTERED
 from lora_ext.functional import lora_update
 from lora_ext.nn.adapter import DEFAULT, AdapterOptions, AdapterSettings, LowRank
 from lora_ext.nn.linear import LinearBase, _KeptLinearBase, adapted_linear
@@ -176,7 +176,7 @@ class MergedLinear(LinearBase):
         if input is None or x is not None:
             input = named_x(type(self).__name__, x, input)
         x = input
-        if ENTERED.get() is not None and follows_plan(self):
+        if batching.in_use and follows_plan(self):
             wide = {
                 name: stack._replace(lora_B=self._block_diagonal(stack))
                 for name, stack in stacks(self)

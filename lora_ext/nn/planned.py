@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor
 
-from lora_ext.batching import ENTERED, Assignment, BatchPlan, current_plan
+from lora_ext.batching import Assignment, BatchPlan, current_plan
 from lora_ext.functional import lora_linear_grouped
 from lora_ext.nn.adapter import LowRank, variant_of
 
@@ -28,13 +28,14 @@ def _in_eager(function: Function) -> Function:
     return cast(Function, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
+@_in_eager
 def follows_plan(layer: Layer) -> bool:
     """Whether a forward of this layer follows a plan now.
 
     Raises:
         ValueError: it would, and has adapters in its weight.
     """
-    if ENTERED.get() is None or not layer.adapters or not layer._enabled:
+    if current_plan() is None or not layer.adapters or not layer._enabled:
         return False
     if layer.merged:
         raise ValueError(
