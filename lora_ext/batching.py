@@ -186,7 +186,8 @@ class BatchPlan:
         key = (tuple(leading), device, present)
         made = self._made.get(key)
         if made is None:
-            made = self._made[key] = self._assign(tuple(leading), device, present, where)
+            with torch.inference_mode(False):  # it may be kept for backward later
+                made = self._made[key] = self._assign(tuple(leading), device, present, where)
         assignment, owners = made
         if self._scale is None or not assignment.names:
             return assignment
@@ -204,7 +205,7 @@ class BatchPlan:
             after = torch.where(after < 0, after + lengths, after)
             slots = torch.where(positions >= after, slots, -1)
         # In the order of `names`; others are the base's.
-        places = torch.full((len(self.names) + 1,), -1)
+        places = torch.full((len(self.names) + 1,), -1, device="cpu")
         for place, name in enumerate(names):
             places[self.names.index(name)] = place
         slots = places[slots]  # -1 is the last one, which is -1
@@ -238,8 +239,8 @@ class BatchPlan:
                     f"expected {int(lengths.sum())}, as many as the plan is for"
                 )
             begins = lengths.cumsum(0) - lengths
-            owners = torch.arange(count).repeat_interleave(lengths)
-            return owners, torch.arange(total) - begins[owners], lengths[owners]
+            owners = torch.arange(count, device="cpu").repeat_interleave(lengths)
+            return owners, torch.arange(total, device="cpu") - begins[owners], lengths[owners]
         sequences = leading[0] if leading else 1
         if self._rows is not None and total == math.prod(self._rows):
             sequences = count
@@ -251,8 +252,10 @@ class BatchPlan:
                 f"{count} and {sequences} respectively."
             )
         each = total // sequences if sequences else 0
-        owners = torch.arange(count).repeat_interleave(sequences // count if count else 0)
-        positions, length = torch.arange(each), each
+        owners = torch.arange(count, device="cpu").repeat_interleave(
+            sequences // count if count else 0
+        )
+        positions, length = torch.arange(each, device="cpu"), each
         if self._rows is not None:
             length = self._rows[1]
             if each < length:
@@ -312,8 +315,8 @@ def batch(
             raise ValueError("batch: ids: got rows, lengths or after beside it, expected none")
         slots = _slots_of_rows(ids, given, names)
     else:
-        slots = torch.tensor([-1 if name is None else names.index(name) for name in given])
-        slots = slots.to(torch.int64)
+        places = [-1 if name is None else names.index(name) for name in given]
+        slots = torch.tensor(places, dtype=torch.int64, device="cpu")
     if lengths is not None:
         if rows is not None:
             raise ValueError("batch: lengths: got rows beside it, expected one of them")
@@ -372,7 +375,7 @@ def _slots_of_rows(ids: Any, given: Sequence[str | None], names: Sequence[str]) 
             f"batch: ids: got {bad}, expected -1 to {len(given) - 1}, places in adapters"
         )
     places = [-1 if name is None else names.index(name) for name in given]
-    return torch.tensor([*places, -1])[ids]
+    return torch.tensor([*places, -1], device="cpu")[ids]
 
 
 def _integers(values: Any, argument: str, count: int) -> Tensor:
@@ -380,7 +383,7 @@ def _integers(values: Any, argument: str, count: int) -> Tensor:
         found = values.detach().to("cpu")
     else:
         try:
-            found = torch.tensor(list(values), dtype=torch.int64)
+            found = torch.tensor(list(values), dtype=torch.int64, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             refuse("batch", argument, values, "integers")
     if found.is_floating_point() or found.dtype == torch.bool or list(found.shape) != [count]:

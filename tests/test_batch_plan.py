@@ -198,6 +198,21 @@ def test_gradients_only_for_adapters_that_have_rows() -> None:
     assert all(p.grad is not None for p in layer.parts("b").values())
 
 
+def test_zero_gradients_where_they_are_asked_for() -> None:
+    layer = linear(lora_bias=True)
+    for parameter in layer.parameters():
+        parameter.requires_grad_(True)
+    x = torch.randn(4, 16)
+    with lora_ext.batch(["a", "b"], ids=torch.tensor([1, -1, 1, -1]), zero_grads=True):
+        layer(x).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in layer.parts("a").values())
+    assert all(p.grad is not None and p.grad.any() for p in layer.parts("b").values())
+    with lora_ext.batch(["a"], after=[None], rows=(1, 4), zero_grads=True):
+        y = layer(x)
+    assert torch.equal(y, nn.functional.linear(x, layer.weight, layer.bias))
+    assert y.requires_grad
+
+
 def test_strengths_multiply_and_have_gradients() -> None:
     layer = linear(lora_bias=True)
     x = torch.randn(3, 5, 16)

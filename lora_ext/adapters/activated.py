@@ -79,7 +79,8 @@ def plan_of_activated(
             )
         cpu = tokens.cpu()
         after = [
-            _last(cpu[i], torch.tensor(one)) if one else 0 for i, one in enumerate(invocations)
+            _last(cpu[i], torch.tensor(one, device="cpu")) if one else 0
+            for i, one in enumerate(invocations)
         ]
     rows = None if tokens is None else (len(tokens), tokens.shape[1])
     return batch(given, rows=rows, after=after, repeats=generates, zero_grads=True)
