@@ -178,3 +178,22 @@ def test_what_cannot_be_is_refused() -> None:
     config = lora_ext.LoraConfig(target_modules=["embed_tokens"], **tokens)
     with pytest.raises(ValueError, match="only linear layers have activated adapters"):
         lora_ext.get_peft_model(tiny_models.llama()[0], config)
+
+
+def test_what_a_swap_brings_counts_and_mixtures_are_refused(tmp_path: Path) -> None:
+    model = activated()
+    model.save_pretrained(tmp_path / "activated")
+    tokens = {"input_ids": TOKENS}
+    with torch.no_grad():
+        wanted = model(**tokens).logits
+    base, _ = tiny_models.llama()
+    plain = lora_ext.LoraConfig(
+        r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"
+    )
+    swapped = lora_ext.get_peft_model(base, plain).eval()
+    lora_ext.hotswap_adapter(swapped, tmp_path / "activated", "default")
+    with torch.no_grad():
+        assert torch.equal(swapped(**tokens).logits, wanted)
+    model.add_adapter("plain", plain)
+    with pytest.raises(ValueError, match="different tokens activate"):
+        model.add_weighted_adapter(["default", "plain"], [1.0, 1.0], "both", "linear")
