@@ -12,7 +12,6 @@
 
 #include "cpu/backend.h"
 #include "cpu/lora_linear.h"
-#include "ops/base_product.h"
 #include "ops/lora_linear_grouped_composed.h"
 #include "ops/operator.h"
 
@@ -241,7 +240,6 @@ void fill_base_rows(const GroupedWork& work, const Tensor& out, const Tensor& bi
 
 // BLAS adds the product of a single row to what is there term by term, in memory (see
 // lora_linear.cpp): it is made apart.
-void add_base(const Tensor& out, const Tensor& product_of_one_row) { out.add_(product_of_one_row); }
 bool is_single_row(const GroupedWork& work) { return work.M == 1 && work.compute == work.base; }
 
 std::tuple<Tensor, Tensor> lora_linear_grouped_fwd_cpu(const LoraLinearGroupedCall& call,
@@ -292,13 +290,10 @@ std::tuple<Tensor, Tensor> lora_linear_grouped_fwd_cpu(const LoraLinearGroupedCa
     }
   }
 
-  const BaseProduct base(call.weight);
   if (is_single_row(work)) {
-    const Tensor product = at::empty_like(y_rows);
-    base.write(product, x);
-    add_base(y_rows, product);
+    y_rows.add_(at::mm(x, call.weight.t()));
   } else {
-    base.add(y_rows, x);
+    add_base(y_rows, x, call.weight);
   }
   return {y, h};
 }
@@ -404,11 +399,10 @@ GroupedResults lora_linear_grouped_bwd_cpu(const LoraLinearGroupedBackwardCall& 
   }
   auto [dweight, dbias] = base_gradients(dy, x, mask);
   if (mask[kGroupedX] && dx.numel() > 0) {
-    const BaseProduct base(*call.weight);
     if (is_single_row(work)) {
-      add_base(dx_rows, base.gradient(dy));
+      dx_rows.add_(at::mm(dy, *call.weight));
     } else {
-      base.add_gradient(dx_rows, dy);
+      add_base_gradient(dx_rows, dy, *call.weight);
     }
   }
   return {dx, dweight, dbias, dfactor, dA, dB, dlora_bias};

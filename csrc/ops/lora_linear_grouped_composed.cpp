@@ -3,7 +3,6 @@
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
 
-#include "ops/base_product.h"
 #include "ops/dropout.h"
 
 namespace lora_ext {
@@ -145,7 +144,7 @@ std::tuple<Tensor, Tensor> lora_linear_grouped_fwd_composed(const LoraLinearGrou
     composed_slot_forward(slot, x, call.order, call.factor, call.bias, y_rows,
                           return_h ? h : Tensor());
   }
-  if (y.numel() > 0) BaseProduct(call.weight).add(y_rows, x);
+  if (y.numel() > 0) add_base(y_rows, x, call.weight);
   return {y, h};
 }
 
@@ -170,7 +169,7 @@ GroupedResults lora_linear_grouped_bwd_composed(const LoraLinearGroupedBackwardC
     ++j;
   }
   if (mask[kGroupedX] && dx.numel() > 0) {
-    BaseProduct(*call.weight).add_gradient(dx_rows, dy);
+    add_base_gradient(dx_rows, dy, *call.weight);
   }
   auto [dweight, dbias] = base_gradients(dy, x, mask);
   return {dx, dweight, dbias, dfactor, dA, dB, dlora_bias};
