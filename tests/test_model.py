@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from platform import machine
 from typing import Any
 
 import pytest
@@ -222,9 +223,15 @@ def test_explain_tells_the_path_and_why(
 
 def test_explain_bf16_depends_on_the_cpu() -> None:
     layer = Linear(32, 16, 4, dtype=torch.bfloat16, autocast_adapter_dtype=False)
-    known = {"avx512_bf16": "cpu fused avx512_bf16", "avx512": "cpu blas"}
-    assert explained(layer)[0] == known.get(CAPABILITY, FUSED)
-    assert explained(layer, tokens=4)[0] == ("cpu blas" if CAPABILITY in known else FUSED)
+    dot = CAPABILITY == "avx512_bf16"
+    path, reason = explained(layer, tokens=16)
+    assert path == ("cpu fused avx512_bf16" if dot else FUSED)
+    widens = machine() in ("x86_64", "AMD64") and not dot
+    assert ("base product is float32's" in reason) == widens
+    assert explained(layer, tokens=4)[0] == ("cpu blas" if dot else FUSED)
+    one_row = explained(layer, tokens=1)
+    assert one_row[0] == ("cpu blas" if CAPABILITY.startswith("avx512") else FUSED)
+    assert "base product is float32's" not in one_row[1]
 
 
 def test_explain_follows_the_training_mode() -> None:

@@ -68,7 +68,7 @@ CPU_CASES = {
     "fp32, dropout": (DROPOUT, VECTOR, IN_CACHE),
     "fp32, dropout, few rows": (DROPOUT | {"M": 64, "r": 129}, "blas", FEW),
     "fp32, dropout, few rows, smaller adapter": (DROPOUT | {"M": 64, "r": 128}, VECTOR, IN_CACHE),
-    "bf16": (BF16, "blas", "twice the rate of float32 kernels"),
+    "bf16, one row": (BF16 | {"M": 1}, "blas", "too few rows for dot products"),
     "bf16, dropout": (BF16 | DROPOUT, VECTOR, IN_CACHE),
     "bf16 dot": (DOT, "bf16 dot", "bf16 is multiplied as it is"),
     "bf16 dot, dropout": (DOT | DROPOUT, "bf16 dot", "bf16 is multiplied as it is"),
@@ -78,7 +78,7 @@ CPU_CASES = {
         DOT | DROPOUT | {"M": 16, "r": 129}, "bf16 dot", "bf16 is multiplied as it is"
     ),
     "bf16 dot, 15 rows": (DOT | {"M": 15, "r": 33}, "blas", FEW),
-    "bf16 dot, 15 rows, small": (DOT | {"M": 15, "r": 32}, "blas", "twice the rate"),
+    "bf16 dot, 15 rows, small": (DOT | {"M": 15, "r": 32}, "blas", "too few rows"),
     "bf16 dot, 15 rows, dropout": (DOT | DROPOUT | {"M": 15}, VECTOR, IN_CACHE),
     "dot products without bf16": ({"bf16_dot": True}, VECTOR, ONE_PASS),
 }  # fmt: skip

@@ -110,6 +110,27 @@ def test_fp32_adapters_beside_16_bits(size: tuple[int, int, int, int], dtype: to
     assert all(ratio <= luck(size[0] * size[3] * seeds) for ratio in got.values()), got
 
 
+@pytest.mark.parametrize("size", [(2, 40, 24, 2), (258, 514, 300, 4)], ids=str)
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bits_across_blocks(
+    size: tuple[int, int, int, int], transposed: bool, dtype: torch.dtype
+) -> None:
+    """Where this CPU cannot multiply the dtype, products are those of float, block by block: the
+    second size is a little more than a block in each direction."""
+    seeds = SEEDS if size[0] == 2 else 3
+
+    def results_of(seed: int) -> tuple[Results, Results, Results]:
+        p = problem_of(size, 1.0, seed, dtype=dtype)
+        if transposed:
+            p.weight = p.weight.detach().t().contiguous().t().requires_grad_()
+            p.x = p.x.detach().t().contiguous().t().requires_grad_()
+        return three_results(p)
+
+    got = ratios(seeds, results_of)
+    assert all(ratio <= luck(size[0] * size[3] * seeds) for ratio in got.values()), got
+
+
 def test_fp32_sums_are_short() -> None:
     """A sum of n terms in a row errs like sqrt(n / 2) roundings. Ours are of at most kSumTerms =
     128, BLAS's of 384: 0.58 of plain PyTorch's error of h, of which y has nearly all here (0.63 is

@@ -25,11 +25,11 @@ inline const CpuKernels& cpu_kernels(at::ScalarType base, at::ScalarType adapter
 }
 inline const CpuKernels& cpu_kernels(at::ScalarType base) { return cpu_kernels(base, base); }
 
-// Whether ATen's BLAS multiplies the dtype at full speed on this CPU.
-inline bool has_fast_blas(at::ScalarType dtype) {
-  if (dtype == at::kFloat || dtype == at::kDouble) return true;
-  // oneDNN's bf16 product needs AVX-512; ATen's fallback, and all of its fp16, is scalar code.
-  return dtype == at::kBFloat16 && cpu_capability() >= CpuCapability::Avx512;
+// Whether ATen's BLAS multiplies M rows of the dtype at full speed on this CPU: a single row of
+// bf16 waits for the memory, in oneDNN's kernels for AVX-512, and not for instructions.
+inline bool has_fast_blas(at::ScalarType dtype, int64_t M) {
+  return cpu_multiplies(dtype) ||
+         (M == 1 && dtype == at::kBFloat16 && cpu_capability() >= CpuCapability::Avx512);
 }
 
 inline DropoutArgs dropout_args(double dropout_p, const OptionalTensor& rng_state) {

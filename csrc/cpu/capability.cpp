@@ -50,4 +50,13 @@ const char* cpu_capability_name(CpuCapability capability) {
   return kNames[static_cast<int>(capability)];
 }
 
+bool cpu_multiplies(at::ScalarType dtype) {
+  if (!at::isReducedFloatingType(dtype)) return true;
+  if (cpu_capability() < CpuCapability::Avx512Bf16) return false;
+#if defined(__x86_64__)
+  if (dtype == at::kHalf) return __builtin_cpu_supports("avx512fp16");
+#endif
+  return true;
+}
+
 }  // namespace lora_ext

@@ -1,6 +1,8 @@
 // What the vector kernels may use on this CPU.
 #pragma once
 
+#include <c10/core/ScalarType.h>
+
 namespace lora_ext {
 
 // The environment variable LORA_EXT_CPU_CAPABILITY (default, avx2, avx512, avx512_bf16) lowers it,
@@ -8,5 +10,8 @@ namespace lora_ext {
 enum class CpuCapability { Default, Avx2, Avx512, Avx512Bf16 };
 CpuCapability cpu_capability();
 const char* cpu_capability_name(CpuCapability capability);
+
+// Whether this CPU has instructions for products of the dtype, which ATen's BLAS then uses.
+bool cpu_multiplies(at::ScalarType dtype);
 
 }  // namespace lora_ext

@@ -26,7 +26,7 @@ const DoraLinearKernels& dora_linear_kernels(const Tensor& x) {
 }
 
 DoraLinearPath dora_linear_path(int64_t M, int64_t K, at::ScalarType base, double dropout_p) {
-  return choose_dora_linear_path(M, K, dropout_p, base == at::kBFloat16, has_fast_blas(base));
+  return choose_dora_linear_path(M, K, dropout_p, base == at::kBFloat16, has_fast_blas(base, M));
 }
 
 StridedWeight strided(const Tensor& weight) {

@@ -76,7 +76,7 @@ CpuPath path_for(int64_t M, int64_t N, const Tensor& lora_A, at::ScalarType base
   problem.mixed = lora_A.scalar_type() != base;
   problem.bf16 = base == at::kBFloat16 && !problem.mixed;
   problem.bf16_dot = bf16_dot_kernels() != nullptr;
-  problem.fast_blas = has_fast_blas(base);
+  problem.fast_blas = has_fast_blas(base, M);
   problem.compute_bytes = c10::elementSize(at::toOpMathType(base));
   problem.threads = at::get_num_threads();
   return choose_cpu_path(problem);
@@ -106,11 +106,15 @@ std::pair<std::string, std::string> explain_lora_linear_cpu(int64_t tokens, int6
                                                             const Tensor& lora_A,
                                                             at::ScalarType base, double dropout_p) {
   const CpuPath path = path_for(tokens, out_features, lora_A, base, dropout_p > 0.0);
-  if (path.kernels == CpuPath::Kernels::Blas) return {"cpu blas", path.reason};
+  std::string reason = path.reason;
+  if (widens_product(tokens, out_features, lora_A.size(1), base)) {
+    reason += "; the base product is float32's, of operands widened block by block";
+  }
+  if (path.kernels == CpuPath::Kernels::Blas) return {"cpu blas", reason};
   const CpuCapability capability = path.kernels == CpuPath::Kernels::Bf16Dot
                                        ? CpuCapability::Avx512Bf16
                                        : std::min(cpu_capability(), CpuCapability::Avx512);
-  return {std::string("cpu fused ") + cpu_capability_name(capability), path.reason};
+  return {std::string("cpu fused ") + cpu_capability_name(capability), reason};
 }
 
 TORCH_LIBRARY_IMPL(lora_ext, CPU, m) {

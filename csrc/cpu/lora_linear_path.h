@@ -15,7 +15,7 @@ struct CpuProblem {
   bool bf16;              // base and adapters
   bool bf16_dot;          // this CPU has kernels on bf16 dot products
   bool mixed;             // fp32 adapters on a 16-bit base
-  bool fast_blas;         // ATen's BLAS multiplies the base's dtype at full speed on this CPU
+  bool fast_blas;         // ATen's BLAS multiplies such rows of the base's dtype at full speed
   int64_t compute_bytes;  // size of the type that sums are kept in
   int64_t threads;
 };
@@ -66,7 +66,7 @@ inline CpuPath choose_cpu_path(const CpuProblem& problem) {
     path.reason = "dropout is made in cache, inside the low-rank products";
   } else if (problem.bf16) {
     path.kernels = CpuPath::Kernels::Blas;
-    path.reason = "no dropout, and BLAS multiplies bf16 at twice the rate of float32 kernels";
+    path.reason = "too few rows for dot products of vector kernels";
   } else {
     path.kernels = CpuPath::Kernels::Vector;
     path.reason = "one pass over x and one over dy";

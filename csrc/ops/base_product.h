@@ -2,7 +2,7 @@
 // part, or makes before it. Dense: a matrix, multiplied by BLAS.
 #pragma once
 
-#include "ops/tensors.h"
+#include "ops/product.h"
 
 namespace lora_ext {
 
@@ -12,13 +12,13 @@ class BaseProduct {
       : weight_(weight) {}  // [N, K], which has to outlive it
 
   // y [M, N] = x [M, K] W^T
-  void write(const Tensor& y, const Tensor& x) const { y.addmm_(x, weight_.t(), /*beta=*/0); }
+  void write(const Tensor& y, const Tensor& x) const { product_out(y, x, weight_.t()); }
   // y += x W^T, rounded once
-  void add(const Tensor& y, const Tensor& x) const { y.addmm_(x, weight_.t()); }
+  void add(const Tensor& y, const Tensor& x) const { add_product_(y, x, weight_.t()); }
   // dx [M, K] += dy [M, N] W, rounded once
-  void add_gradient(const Tensor& dx, const Tensor& dy) const { dx.addmm_(dy, weight_); }
+  void add_gradient(const Tensor& dx, const Tensor& dy) const { add_product_(dx, dy, weight_); }
   // dy W, apart
-  Tensor gradient(const Tensor& dy) const { return at::mm(dy, weight_); }
+  Tensor gradient(const Tensor& dy) const { return product(dy, weight_); }
 
  private:
   const Tensor& weight_;

@@ -11,6 +11,7 @@
 #include "ops/column_scale.h"
 #include "ops/dropout.h"
 #include "ops/operator.h"
+#include "ops/product.h"
 
 namespace lora_ext {
 namespace {
@@ -71,11 +72,11 @@ std::tuple<Tensor, Tensor> dora_linear_fwd_composed(const DoraLinearCall& call) 
   check_dora_linear(call);
   const auto &x = call.x, &weight = call.weight;
   const Tensor d = dropout(x, call.rng_state, call.dropout_p), factor = minus_one(call.scale, x);
-  const Tensor v = at::matmul(d, weight.t());
+  const Tensor v = linear_product(d, weight);
   if (factor.scalar_type() == x.scalar_type()) {
     // The low-rank product is the largest where most is dropped: it comes last, rounded once.
     const int64_t M = count_rows(x).expect_int(), N = weight.size(0);
-    Tensor y = at::linear(x, weight, call.bias).contiguous().addcmul_(v, factor);
+    Tensor y = linear_product(x, weight, call.bias).contiguous().addcmul_(v, factor);
     const Tensor h = at::mm(d.view({M, x.size(-1)}), call.lora_A.t());
     y.view({M, N}).addmm_(h, call.lora_B.t(), 1, call.scaling);
     return {y, v};
@@ -92,7 +93,7 @@ DoraGradients dora_linear_bwd_composed(const DoraLinearBackwardCall& call, DoraM
   auto [dx, dweight, no_bias, dA, dB, no_lora_bias] =
       lora_linear_bwd(call.lora_linear(), lora_linear_mask(mask));
   if (mask[kDoraX]) {
-    dx.add_(dropout(at::matmul(dv, *call.weight), call.rng_state, call.dropout_p));
+    dx.add_(dropout(linear_product(dv, call.weight->t()), call.rng_state, call.dropout_p));
   }
   return {dx, dbias.to(dy.scalar_type()), dA, dB, dscale};
 }

@@ -4,6 +4,8 @@
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
 
+#include "ops/product.h"
+
 namespace lora_ext {
 namespace {
 
@@ -41,7 +43,7 @@ PreparedBackward lora_linear_prepare_bwd(const LoraLinearBackwardCall& call,
   Tensor dx = gradient_or_empty(mask[kGradX], dy, with_width(dy, K));
   Tensor dA = gradient_or_empty(mask[kGradA], lora_A);
   Tensor dB = gradient_or_empty(mask[kGradB], lora_B);
-  Tensor dweight = mask[kGradWeight] ? at::mm(dy_rows.t(), x_rows) : at::empty({0}, dy.options());
+  Tensor dweight = mask[kGradWeight] ? product(dy_rows.t(), x_rows) : at::empty({0}, dy.options());
   Tensor dbias = at::empty({0}, dy.options()), dlora_bias = at::empty({0}, lora_B.options());
   if (mask[kGradBias] || mask[kGradLoraBias]) {
     const Tensor sum = dy_rows.sum(0, false, at::toOpMathType(dy.scalar_type()));

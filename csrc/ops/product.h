@@ -1,0 +1,19 @@
+// Matrix products by BLAS, rounded once. On a CPU without instructions for a 16-bit dtype ATen's
+// take three to thirty times as long as those of float, so that operands are widened for BLAS,
+// block by block: neither matrix is ever copied as a whole.
+#pragma once
+
+#include "ops/tensors.h"
+
+namespace lora_ext {
+
+Tensor product(const Tensor& a, const Tensor& b);                        // a [M, K] b [K, N]
+void product_out(const Tensor& out, const Tensor& a, const Tensor& b);   // out = a b
+void add_product_(const Tensor& out, const Tensor& a, const Tensor& b);  // out += a b
+// x [..., K] weight [N, K]^T + bias [N]
+Tensor linear_product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias = {});
+
+// Whether a CPU's operands are widened.
+bool widens_product(int64_t M, int64_t N, int64_t K, at::ScalarType dtype);
+
+}  // namespace lora_ext
