@@ -161,3 +161,30 @@ def test_disabled_adapters_stay_disabled() -> None:
     with torch.no_grad(), model.disable_adapter():
         base = model(input_ids=TOKENS).logits
         assert torch.equal(model(input_ids=TOKENS, adapter_names=NAMES).logits, base)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_trained_rows_of_an_embedding_follow(tied: bool) -> None:
+    torch.manual_seed(0)
+    base, _ = tiny_models.llama()
+    base.config.tie_word_embeddings = tied
+    if tied:
+        base.lm_head.weight = base.model.embed_tokens.weight
+    rows = TOKENS.unique()[:4].tolist()
+    options: dict[str, Any] = {"target_modules": ["q_proj"], "init_lora_weights": False}
+    config = lora_ext.LoraConfig(trainable_token_indices=rows, **options)
+    model: Any = lora_ext.get_peft_model(base, config, "a").eval()
+    model.add_adapter("b", lora_ext.LoraConfig(trainable_token_indices=rows[2:], **options))
+    for key, parameter in model.named_parameters():
+        if "trainable_tokens_delta" in key:
+            nn.init.normal_(parameter)
+    with torch.no_grad():
+        y = model(input_ids=TOKENS, adapter_names=NAMES).logits
+        for i, name in enumerate(NAMES):
+            if name == "__base__":
+                with model.disable_adapter():
+                    alone = model(input_ids=TOKENS[i : i + 1]).logits
+            else:
+                model.set_adapter(name)
+                alone = model(input_ids=TOKENS[i : i + 1]).logits
+            torch.testing.assert_close(y[i : i + 1], alone, rtol=1e-4, atol=1e-5)

@@ -32,6 +32,7 @@ from lora_ext import LoraConfig, LoraModel, get_lora_model, loralib
 from lora_ext.io import save_files
 from lora_ext.nn import AnyLayer, Linear, LoraLayer, MergedLinear
 from lora_ext.nn.modules_to_save import ModulesToSave
+from lora_ext.nn.trainable_tokens import TrainableTokensLayer
 
 ALL_POINTS = bool(os.environ.get("LORA_EXT_ALL_POINTS"))
 
@@ -43,6 +44,7 @@ class Kind(NamedTuple):
     fields: dict[str, Any]
     x: Tensor
     takes: frozenset[str] = frozenset({"pissa", "weighted", "plain"})
+    second: dict[str, Any] = {}  # noqa: RUF012 - of the second adapter alone
 
 
 def floats(*shape: int) -> Tensor:
@@ -75,6 +77,13 @@ KINDS = {
         lambda: nn.Linear(4, 4), TARGETS | {"bias": "all"}, floats(2, 4), frozenset()
     ),
     "Embedding": Kind(lambda: nn.Embedding(5, 4), TARGETS, torch.arange(5), WEIGHTED),
+    "tokens": Kind(
+        lambda: nn.Embedding(5, 4),
+        {"target_modules": ["plain"], "trainable_token_indices": {"a": [1, 3], "b": [0]}},
+        torch.arange(5),
+        WEIGHTED,
+        {"trainable_token_indices": {"a": [0, 2], "b": [4]}},
+    ),
     "Conv1d": Kind(lambda: nn.Conv1d(4, 4, 2), TARGETS, floats(1, 4, 3), WEIGHTED),
     "Conv2d": Kind(lambda: nn.Conv2d(4, 4, 2, groups=2), TARGETS, floats(1, 4, 3, 3), WEIGHTED),
     "Conv3d": Kind(lambda: nn.Conv3d(4, 4, 1), TARGETS, floats(1, 4, 2, 2, 2), WEIGHTED),
@@ -121,7 +130,7 @@ def model_of(name: str) -> LoraModel:
     kind = KINDS[name]
     torch.manual_seed(0)
     model = get_lora_model(Net(kind), config_of(kind, modules_to_save=["head"]))
-    model.add_adapter("two", config_of(kind, bias="none"))
+    model.add_adapter("two", config_of(kind, bias="none", **kind.second))
     return model.eval()
 
 
@@ -200,6 +209,9 @@ def state_of(model: LoraModel, kind: Kind) -> Any:
             lists = module.active_adapters, module.merged_adapters, module.running_adapters
             parts = [(n, list(module.parts(n))) for n in module.adapters]
             modules.append((scales, lists, parts, module.disable_adapters, module._lora_variant))
+        if isinstance(module, TrainableTokensLayer):
+            lists = module.active_adapters, module.merged_adapters, module.running_adapters
+            modules.append((lists, module.token_indices, module.disable_adapters))
         if isinstance(module, ModulesToSave):
             copies = list(module.modules_to_save)
             modules.append((copies, module.active_adapter, module.enabled))

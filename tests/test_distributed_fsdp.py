@@ -353,6 +353,43 @@ def check_merging_parts() -> None:
     assert not any(one.merged for _, one in model.lora_layers())
 
 
+def check_trained_rows_of_a_tied_embedding() -> None:
+    def made() -> LoraModel:
+        torch.manual_seed(1)
+        rows = sorted(set(TOKENS.flatten().tolist()))[:4]
+        fields = {"target_modules": ["c_attn", "c_fc"], "trainable_token_indices": rows}
+        return get_lora_model(tiny_models.gpt2()[0], config(**fields)).eval()
+
+    plain = made()
+    want = of_one_process(plain)
+    model = divided_blocks(made())
+    loss_of(model, my_tokens()).backward()
+    assert_alike(gradients(model), want, 1e-6)
+    for one in (plain, model):
+        trained(one, TOKENS)
+    right = plain(input_ids=TOKENS).logits
+    near = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(model(input_ids=TOKENS).logits, right, **near)
+    folder = shared_folder("rows")
+    model.save_pretrained(folder)
+    model.load_adapter(folder, "default")
+    before = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+    model.merge_adapter()
+    torch.testing.assert_close(model(input_ids=TOKENS).logits, right, **near)
+    model.unmerge_adapter()
+    after = model.state_dict()
+    assert all(torch.equal(whole(after[name]), tensor) for name, tensor in before.items())
+    with pytest.raises(ValueError, match="FSDP2"):
+        model.get_base_model().transformer.wte.token_adapter.delete_adapter("default")
+
+
+def divided_blocks(model: LoraModel) -> LoraModel:
+    for block in model.get_base_model().transformer.h:  # type: ignore[union-attr]
+        fully_shard(block)
+    fully_shard(model)
+    return model
+
+
 def check_choosing_adapters() -> None:
     """One trains at a time, and the gradients are its own."""
 

@@ -266,7 +266,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception]]] = {
     ),
     "state_dict": (
         lambda: lora_ext.inject_adapter_in_model(config_of(lora_ext), Net(), state_dict={}),
-        NotBuiltError,
+        ValueError,
     ),
     "ephemeral_gpu_offload": (
         lambda: LoraModel.from_pretrained(Net(), "x", ephemeral_gpu_offload=True),

@@ -51,6 +51,22 @@ def near(actual: Tensor, expected: Tensor) -> bool:
     return bool((actual - expected).abs() <= 1e-5 * expected.abs())
 
 
+@pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
+def test_a_tied_module_by_itself_is_warned_of(field: str) -> None:
+    base, _ = BUILDERS["gpt2"]()
+    with pytest.warns(UserWarning, match=r"\['lm_head'\] will have another each"):
+        get_lora_model(base, LoraConfig(**{"target_modules": ["c_attn"], field: ["lm_head"]}))
+
+
+@pytest.mark.parametrize("named", [["lm_head"], ["wte"]], ids=str)
+def test_nothing_is_tied_where_the_models_config_says_so(named: list[str]) -> None:
+    base, _ = BUILDERS["gpt2"]()
+    base.config.tie_word_embeddings = False
+    with pytest.warns(UserWarning, match="no tied modules were found in the model"):
+        model = get_lora_model(base, LoraConfig(**fields_of("c_attn", named)))
+    assert len(list(model.saved_modules())) == 1
+
+
 @each_choice
 @each_family
 def test_files_go_both_ways(

@@ -25,7 +25,7 @@ def activate(
                 "time for ModulesToSaveWrapper"
             )
         module.set_adapter(mine[0] if mine else None, inference_mode, transaction)
-    for _, layer in model.lora_layers():
+    for _, layer in model.adapter_layers():
         mine = [name for name in names if name in layer.adapters]
         transaction.draft(layer).set_adapter(mine, inference_mode)
     active = [] if inference_mode else names
@@ -37,7 +37,7 @@ def activate(
 
 def is_enabled(model: AdaptedModel) -> bool:
     """Whether adapters that are put into further layers run there: unless all are switched off."""
-    layers = [not layer.disable_adapters for _, layer in model.lora_layers()]
+    layers = [not layer.disable_adapters for _, layer in model.adapter_layers()]
     states = layers + [module.enabled for _, module in model.saved_modules()]
     return any(states) or not states
 
@@ -45,12 +45,14 @@ def is_enabled(model: AdaptedModel) -> bool:
 def switched_back(model: AdaptedModel) -> Callable[[], None]:
     """What switches everything on or off as it is now; what is added meanwhile, with the others."""
     before = is_enabled(model)
-    states: dict[nn.Module, bool] = {la: not la.disable_adapters for _, la in model.lora_layers()}
+    states: dict[nn.Module, bool] = {
+        la: not la.disable_adapters for _, la in model.adapter_layers()
+    }
     states |= {module: module.enabled for _, module in model.saved_modules()}
 
     def restore() -> None:
         transaction = Transaction()
-        for _, layer in model.lora_layers():
+        for _, layer in model.adapter_layers():
             transaction.draft(layer).enable_adapters(states.get(layer, before))
         for _, module in model.saved_modules():
             transaction.set(module, enabled=states.get(module, before))
@@ -62,7 +64,7 @@ def switched_back(model: AdaptedModel) -> Callable[[], None]:
 def check_held(model: AdaptedModel, where: str, names: Sequence[str]) -> None:
     """ValueError unless each adapter is in a layer or has a copy of a module to save."""
     missing = set(names)
-    layers = (layer.adapters.keys() for _, layer in model.lora_layers())
+    layers = (layer.adapters.keys() for _, layer in model.adapter_layers())
     copies = (module.modules_to_save.keys() for _, module in model.saved_modules())
     for held in chain(layers, copies):
         missing.difference_update(held)

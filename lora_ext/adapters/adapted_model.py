@@ -15,6 +15,8 @@ from lora_ext.adapters.tuner import Tuner
 from lora_ext.arguments import check_known, check_module
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.modules_to_save import ModulesToSave
+from lora_ext.nn.token_wrappers import TrainableTokensWrapper
+from lora_ext.nn.trainable_tokens import TrainableTokensLayer
 
 PREFIX = "base_model."
 
@@ -94,6 +96,23 @@ class AdaptedModel(nn.Module):
         for name, module in named_modules(self.get_base_model()):
             if isinstance(module, LoraLayer) and module in self._own:
                 yield name, module
+
+    def token_modules(self) -> Iterator[tuple[str, TrainableTokensWrapper]]:
+        """The modules of whose weight this model trains rows, by their names in the base model."""
+        for name, module in named_modules(self.get_base_model()):
+            if isinstance(module, TrainableTokensWrapper) and module.token_adapter in self._own:
+                yield name, module
+
+    def token_layers(self) -> Iterator[tuple[str, TrainableTokensLayer]]:
+        """The layers of these that have rows, by the same names: not those that follow another."""
+        for name, module in self.token_modules():
+            if isinstance(module.token_adapter, TrainableTokensLayer):
+                yield name, module.token_adapter
+
+    def adapter_layers(self) -> Iterator[tuple[str, LoraLayer | TrainableTokensLayer]]:
+        """All layers that have adapters, merge and are switched on and off."""
+        yield from self.lora_layers()
+        yield from self.token_layers()
 
     def saved_modules(self) -> Iterator[tuple[str, ModulesToSave]]:
         """The modules of which this model has copies, by their names in the base model."""

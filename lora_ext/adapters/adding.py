@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from lora_ext.adapters.activation import is_enabled
@@ -11,8 +13,11 @@ from lora_ext.adapters.merging import of_layer
 from lora_ext.adapters.plan import Plan, make_plan, resolved
 from lora_ext.adapters.replication import replicate_layers
 from lora_ext.adapters.swap import swap_modules
+from lora_ext.adapters.tokens import add_tokens
 from lora_ext.nn import LoraLayer
+from lora_ext.nn.init import is_mica
 from lora_ext.nn.modules_to_save import ModulesToSave
+from lora_ext.nn.trainable_tokens import TrainableTokensLayer
 from lora_ext.nn.transaction import Transaction
 
 
@@ -56,9 +61,18 @@ def plan_for(model: AdaptedModel, config: LoraConfig, autocast_adapter_dtype: bo
 
 
 def add_planned(
-    model: AdaptedModel, adapter_name: str, plan: Plan, transaction: Transaction
+    model: AdaptedModel,
+    adapter_name: str,
+    plan: Plan,
+    transaction: Transaction,
+    *,
+    is_filled: bool = False,
 ) -> None:
-    """Adds an adapter as `plan` says, which was made for this config and the present model."""
+    """Adds an adapter as `plan` says, which was made for this config and the present model.
+
+    Args:
+        is_filled: it gets the values of a file, so that none need be computed.
+    """
     active = tuple(name for name in model.active_adapters if name in model.peft_config)
     enabled = is_enabled(model)
     replacements: dict[int, nn.Module] = {}
@@ -66,7 +80,12 @@ def add_planned(
     for place, planned in plan.layers.items():
         layer = transaction.draft(planned.layer)
         try:
-            layer.add_adapter(adapter_name, **vars(planned.settings))
+            if is_filled and is_mica(planned.settings.init_lora_weights):
+                settings = replace(planned.settings, init_lora_weights=True)
+                layer.add_adapter(adapter_name, **vars(settings))
+                layer.adapters[adapter_name] = planned.settings
+            else:
+                layer.add_adapter(adapter_name, **vars(planned.settings))
         except (ValueError, TypeError) as error:
             raise of_layer(error, planned.name) from None
         mine = tuple(name for name in active if name in layer.adapters)
@@ -87,6 +106,9 @@ def add_planned(
     for names in plan.tied.items():
         copy_, source = (copies[id(plan.saved[name])] for name in names)
         copy_.weight = source.weight
+    wrappers, token_layers = add_tokens(adapter_name, plan.tokens, enabled, transaction)
+    replacements |= wrappers
+    own |= token_layers
     swap_modules(model.get_base_model(), replacements, transaction)
     transaction.set(
         model,
@@ -104,7 +126,7 @@ def freeze_base(model: AdaptedModel, transaction: Transaction) -> None:
     """Freezes all but the adapters that are not this model's."""
     others: list[nn.Parameter] = []
     for module in model.get_base_model().modules():
-        if isinstance(module, LoraLayer) and module not in model._own:
+        if isinstance(module, LoraLayer | TrainableTokensLayer) and module not in model._own:
             for name in module.adapters:
                 others += module.adapter_parameters(name).values()
         elif isinstance(module, ModulesToSave) and module not in model._own:

@@ -67,7 +67,7 @@ class LoraConfig:
         bias: which biases of the base train too: "none", "all" or "lora_only".
         use_rslora: the scale is lora_alpha / sqrt(r) (arXiv:2312.03732).
         modules_to_save: modules that are trained and saved whole; never adapted.
-        init_lora_weights: True, False, "gaussian", "orthogonal", "olora", "pissa" or
+        init_lora_weights: True, False, "gaussian", "orthogonal", "olora", "mica", "pissa" or
             "pissa_niter_N" (N subspace iterations of a fast SVD).
         layers_to_transform: numbers of the layers to adapt, with a list of target_modules.
         layers_pattern: what comes before the number in a name; any name when empty.
@@ -81,6 +81,8 @@ class LoraConfig:
         target_parameters: names, or last parts of names, of parameters that get adapters although
             no module of their own computes with them, such as the stacked weights of experts; see
             `lora_ext.nn.ParamLayer`.
+        trainable_token_indices: numbers of rows that are trained with the adapter: of the model's
+            input embedding, or a dict of such by names of layers.
         ensure_weight_tying: whether the copies of modules_to_save that are tied to the input
             embedding are tied as well; both are saved whole if one of them is named.
         megatron_core, qalora_group_size: kept, without effect while what they belong to is off.

@@ -13,7 +13,7 @@ from lora_ext.adapters.patterns import SlowPatternError, compiled, is_plain, siz
 from lora_ext.arguments import short
 from lora_ext.errors import NotBuiltError
 from lora_ext.nn.adapter import EXCLUDED, VARIANTS
-from lora_ext.nn.init import check_init
+from lora_ext.nn.init import check_init, is_mica
 
 ATOMS = frozenset({str, int, float, bool, NoneType})
 ALL_LINEAR = "all-linear"
@@ -48,7 +48,6 @@ NOT_BUILT = {
     "lora_ga_config": "the initialisation LoRA-GA",
     "megatron_config": "Megatron's parallel layers",
     "monteclora_config": "MonteCLoRA",
-    "trainable_token_indices": "training single tokens of an embedding",
     "use_bdlora": "block-diagonal LoRA",
     "use_qalora": "QALoRA",
     "velora_config": "VeLoRA",
@@ -97,6 +96,18 @@ def _are_layer_ranges(ranges: Any) -> bool:
             for pair in ranges or ()
         )
         and sum(end - start for start, end in ranges or ()) <= MAX_LAYERS
+    )
+
+
+def _are_tokens(given: Any) -> bool:
+    lists = given if isinstance(given, dict) else {"": given or (0,)}
+    return all(
+        isinstance(name, str)
+        and isinstance(indices, list | tuple)
+        and bool(indices)
+        and all(map(_is_index, indices))
+        and len(set(indices)) == len(indices)
+        for name, indices in lists.items()
     )
 
 
@@ -177,6 +188,11 @@ _CHECKS = {
     ),
     "lora_bias": _FLAG,
     "ensure_weight_tying": _FLAG,
+    "trainable_token_indices": _Check(
+        (list, tuple, dict, NoneType),
+        _are_tokens,
+        "None, a list of numbers of tokens from 0, each once, or a dict of such by names of layers",
+    ),
     "target_parameters": _Check(
         (list, tuple, set, frozenset, NoneType), _are_texts, f"None or {_A_LIST}"
     ),
@@ -305,6 +321,9 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
     if values["lora_bias"] and not isinstance(values["init_lora_weights"], bool):
         init = values["init_lora_weights"]
         raise ValueError(_message("lora_bias", True, f"False with init_lora_weights={init!r}"))
+    for flag in VARIANTS:
+        if values[flag] and is_mica(values["init_lora_weights"]):
+            raise ValueError(_message(flag, True, "False with init_lora_weights='mica'"))
     for flag, excluded in EXCLUDED.items():
         for field in excluded:
             if values[flag] and field in _CHECKS and values[field]:

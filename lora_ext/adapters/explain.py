@@ -10,6 +10,7 @@ from lora_ext.adapters.names import named_modules
 from lora_ext.arguments import check_module, check_sizes
 from lora_ext.loralib.merging import MergingLayer
 from lora_ext.nn import LoraLayer
+from lora_ext.nn.token_wrappers import TrainableTokensWrapper
 
 
 @dataclass(frozen=True)
@@ -48,4 +49,6 @@ def explain(model: nn.Module, tokens: int = 2048) -> Explanation:
             rows.append(LayerPath(name, *module._lora_explain(tokens)))
         elif isinstance(module, MergingLayer):
             rows.append(LayerPath(name, *module._lora_explain(tokens)))
+        elif isinstance(module, TrainableTokensWrapper):
+            rows.append(LayerPath(name, *module.token_adapter._lora_explain(tokens)))
     return rows

@@ -46,13 +46,14 @@ def hotswap_adapter(
 
     Raises:
         AdapterFileError: a file is missing, damaged, or has tensors that the adapter has not.
-        ValueError: no such adapter, or it is merged.
+        ValueError: no such adapter, it is merged, or one of the two trains other rows of embeddings
+            (trainable_token_indices).
         NotBuiltError: the files' tensors have another rank.
     """
     where = "hotswap_adapter"
     found, _ = adapted(model, where)
     check_known(where, "adapter_name", [adapter_name], found.peft_config)
-    for name, layer in found.layers_with(adapter_name):
+    for name, layer in found.adapter_layers():
         if adapter_name in layer.merged_adapters:
             raise ValueError(
                 f"{where}: adapter_name: '{adapter_name}' is merged in '{name}'; call "
@@ -79,6 +80,12 @@ def _swap(model: AdaptedModel, adapter_name: str, config: LoraConfig, file: File
         raise ValueError(
             "Hot swapping the adapter did not succeed, unexpected keys found: "
             f"{', '.join(unexpected[:20])}; nothing is changed"
+        )
+    own = model.peft_config[adapter_name].trainable_token_indices
+    if (config.trainable_token_indices or None) != (own or None):
+        raise ValueError(
+            "hotswap_adapter: trainable_token_indices: the files' are not those of "
+            f"'{adapter_name}', expected the same; use load_adapter() and set_adapter()"
         )
     expected = {}
     for key, spec in file.specs.items():

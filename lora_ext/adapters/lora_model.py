@@ -85,7 +85,8 @@ class LoraModel(SwitchableModel, MergeableModel, SavableModel):
                 the old vocabulary, or be gone. The model is as it was.
         """
         resize = self.__getattr__("resize_token_embeddings")
-        held = {id(m): name for ms in (self.lora_layers(), self.saved_modules()) for name, m in ms}
+        kinds = (self.lora_layers(), self.saved_modules(), self.token_modules())
+        held = {id(m): name for modules in kinds for name, m in modules}
         for getter in ("get_input_embeddings", "get_output_embeddings"):
             embedding = getattr(self.get_base_model(), getter, lambda: None)()
             name = isinstance(embedding, nn.Module) and held.get(id(unwrapped(embedding)))
@@ -143,7 +144,7 @@ class LoraModel(SwitchableModel, MergeableModel, SavableModel):
                 f"{where}: got {short(adapter_name)}: Adapter {short(adapter_name).strip(QUOTES)} "
                 f"does not exist, expected one of {list(self.peft_config)}"
             )
-        for name, layer in self.lora_layers():
+        for name, layer in self.adapter_layers():
             if adapter_name in layer.merged_adapters:
                 raise ValueError(
                     f"{where}: Cannot delete adapter(s) ['{adapter_name}'] while they are merged. "
@@ -152,7 +153,7 @@ class LoraModel(SwitchableModel, MergeableModel, SavableModel):
         active = [name for name in self.active_adapters if name != adapter_name]
         trained = False
         with Transaction() as transaction:
-            for _, layer in self.lora_layers():
+            for _, layer in self.adapter_layers():
                 if adapter_name in layer.adapters:
                     parameters = layer.adapter_parameters(adapter_name).values()
                     trained = trained or any(p.requires_grad for p in parameters)
@@ -172,7 +173,7 @@ class LoraModel(SwitchableModel, MergeableModel, SavableModel):
         self._check_names([old], "old")
         check_adapter_name(new, self.peft_config, "LoraModel.rename_adapter", "new")
         transaction = Transaction()
-        for _, layer in self.lora_layers():
+        for _, layer in self.adapter_layers():
             if old in layer.adapters:
                 transaction.draft(layer).rename_adapter(old, new)
         for _, module in self.saved_modules():

@@ -35,7 +35,7 @@ class MergeableModel(AdaptedModel):
             adapter_names = names_of(adapter_names, "LoraModel.merge_adapter")
             self._check_names(adapter_names)
         transaction = Transaction()
-        layers = list(self.lora_layers())
+        layers = list(self.adapter_layers())
         untied = merge_layers(self.get_base_model(), layers, transaction, adapter_names)
         transaction.commit()
         if untied:
@@ -45,7 +45,7 @@ class MergeableModel(AdaptedModel):
         """Gives the base's weights their places in all merged layers again; a warning says if no
         layer is merged."""
         transaction = Transaction()
-        if not unmerge_layers(list(self.lora_layers()), transaction):
+        if not unmerge_layers(list(self.adapter_layers()), transaction):
             warn("LoraModel.unmerge_adapter: Already unmerged. Nothing to do.")
         transaction.commit()
 
@@ -74,7 +74,7 @@ class MergeableModel(AdaptedModel):
         with Transaction() as transaction:
             untied = merge_layers(
                 self.get_base_model(),
-                list(self.lora_layers()),
+                list(self.adapter_layers()),
                 transaction,
                 adapter_names,
                 alone=True,
@@ -104,6 +104,8 @@ class MergeableModel(AdaptedModel):
             plain[id(layer)] = layer.get_base_layer()
         for _, module in self.saved_modules():
             plain[id(module)] = module.active_module
+        for _, wrapper in self.token_modules():
+            plain[id(wrapper)] = wrapper.original_module
         swap_modules(self.get_base_model(), plain, transaction)
         transaction.commit()
         if untie_embeddings(self.get_base_model(), transaction):

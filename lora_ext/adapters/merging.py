@@ -10,14 +10,16 @@ from torch import nn
 from lora_ext.adapters.ties import shared_parameters
 from lora_ext.arguments import warn
 from lora_ext.nn import LoraLayer
+from lora_ext.nn.trainable_tokens import TrainableTokensLayer
 from lora_ext.nn.transaction import Transaction
 
 Item = TypeVar("Item")
+AdapterLayer = LoraLayer | TrainableTokensLayer
 
 
 def merge_layers(
     model: nn.Module,
-    layers: Sequence[tuple[str, LoraLayer]],
+    layers: Sequence[tuple[str, AdapterLayer]],
     transaction: Transaction,
     adapter_names: Sequence[str] | None = None,
     *,
@@ -63,7 +65,7 @@ def merge_layers(
     separated: list[str] = []
     for name, layer, names in _tracked(chosen) if progressbar else chosen:
         try:
-            draft: LoraLayer = transaction.draft(layer)
+            draft: AdapterLayer = transaction.draft(layer)
             if alone:
                 draft._merge(names)
             else:
@@ -90,7 +92,7 @@ def of_layer(error: Error, name: str) -> Error:
     return error
 
 
-def unmerge_layers(layers: Sequence[tuple[str, LoraLayer]], transaction: Transaction) -> bool:
+def unmerge_layers(layers: Sequence[tuple[str, AdapterLayer]], transaction: Transaction) -> bool:
     """Gives every merged one of these layers its base's parameters back when `transaction` is
     committed; returns whether one is merged."""
     merged = [layer for _, layer in layers if layer.merged]
@@ -106,7 +108,7 @@ def _tracked(items: Sequence[Item]) -> Iterable[Item]:
     return track(items, "Merging")
 
 
-def _names(layer: LoraLayer, adapter_names: Iterable[str] | None) -> tuple[str, ...]:
+def _names(layer: AdapterLayer, adapter_names: Iterable[str] | None) -> tuple[str, ...]:
     names = layer.active_adapters if adapter_names is None else adapter_names
     return tuple(name for name in names if name in layer.adapters)
 

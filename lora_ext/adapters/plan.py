@@ -31,6 +31,7 @@ from lora_ext.adapters.targets import (
     warn_of_unused_patterns,
 )
 from lora_ext.adapters.ties import shared_parameters, tied_to_embedding
+from lora_ext.adapters.tokens import PlannedTokens, check_apart, plan_tokens
 from lora_ext.arguments import short, warn
 from lora_ext.errors import NotBuiltError
 from lora_ext.nn import AdapterSettings, Embedding, LoraLayer
@@ -39,6 +40,7 @@ from lora_ext.nn.init import mutates_weight
 from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.kinds import can_be_adapted, layer_for
 from lora_ext.nn.modules_to_save import ModulesToSave
+from lora_ext.nn.token_wrappers import TrainableTokensWrapper
 
 # From so many on the ends of names are written instead of names, as in PEFT's files.
 _MANY_NAMES = 400
@@ -61,6 +63,7 @@ class Plan(NamedTuple):
     layers: dict[int, PlannedLayer]  # by the id of the module that the layer stands for
     saved: dict[str, nn.Module]  # modules to save
     tied: dict[str, str]  # those whose copies get the weight of another's copy: that one's name
+    tokens: dict[str, PlannedTokens]  # modules of whose weight rows are trained
 
 
 def adapter_settings(
@@ -175,7 +178,8 @@ def _make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: boo
     config = with_experts(model, config)
     names = []
     if has_targets(model, config) or not config.target_parameters:
-        kinds, required = (LoraLayer, ModulesToSave), not config.target_parameters
+        kinds = (LoraLayer, ModulesToSave, TrainableTokensWrapper)
+        required = not config.target_parameters
         names = find_targets(model, config, can_be_adapted, kinds, required)
     modules = dict(named_modules(model, remove_duplicate=False))
     layers: dict[int, PlannedLayer] = {}
@@ -196,20 +200,23 @@ def _make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: boo
             f"LoraConfig: modules_to_save: {short(config.modules_to_save)} matches no module"
         )
     for name, module in saved.items():
-        if any(isinstance(part, LoraLayer) for part in module.modules()):
+        trained = (LoraLayer, TrainableTokensWrapper)
+        if any(isinstance(part, trained) for part in module.modules()):
             raise TypeError(
-                f"LoraConfig: modules_to_save: '{name}' has adapters, expected a module without: "
-                "its copy would be trained beside them"
+                f"LoraConfig: modules_to_save: '{name}' has adapters, or trained rows, expected a "
+                "module without: its copy would be trained beside them"
             )
-    tied = _tied(model, names, saved) if config.ensure_weight_tying else {}
+    tied = _tied(model, config, names, saved)
     for name in (*tied.values(), *tied):
         saved.setdefault(name, modules[name])
+    tokens = plan_tokens(model, modules, config, autocast_adapter_dtype)
+    check_apart(tokens, names, saved)
     parameters = [f"{one.name}.{part}" for one in targeted for part in one.parameters]
     if names:
         warn_of_unused_names("LoraConfig", config.target_modules, modules)
     warn_of_unused_patterns(config, [*names, *parameters])
     warn_of_unreached(model, given, names, parameters)
-    return Plan(config, names, parameters, layers, saved, tied)
+    return Plan(config, names, parameters, layers, saved, tied, tokens)
 
 
 def _find_saved(modules: Mapping[str, nn.Module], config: LoraConfig) -> dict[str, nn.Module]:
@@ -279,11 +286,21 @@ def _settings_of_parameters(
     return replace(first, weights=others)
 
 
-def _tied(model: nn.Module, names: list[str], saved: dict[str, nn.Module]) -> dict[str, str]:
-    """`Plan.tied` with ensure_weight_tying."""
+def _tied(
+    model: nn.Module, config: LoraConfig, names: list[str], saved: dict[str, nn.Module]
+) -> dict[str, str]:
+    """`Plan.tied`."""
     tied = tied_to_embedding(model)
     together = {*tied, *tied.values()}
     adapted = sorted(together & set(names))
+    if not config.ensure_weight_tying:
+        mine = adapted or sorted(together & saved.keys())
+        if mine:
+            warn(
+                f"LoraConfig: {sorted(together)} share one weight, and {mine} will have another "
+                "each: `ensure_weight_tying` is not set to True"
+            )
+        return {}
     if adapted:
         raise NotBuiltError(
             f"LoraConfig: ensure_weight_tying: got True with target_modules that mean {adapted}: "
@@ -292,8 +309,11 @@ def _tied(model: nn.Module, names: list[str], saved: dict[str, nn.Module]) -> di
         )
     if together & saved.keys():
         return tied
-    warn(
-        "LoraConfig: ensure_weight_tying: modules_to_save names nothing that is tied to the input "
-        "embedding"
-    )
+    if not config.trainable_token_indices:  # which warn themselves
+        what = (
+            "no tied modules are added in either `modules_to_save` or `target_modules`"
+            if tied
+            else "no tied modules were found in the model"
+        )
+        warn(f"LoraConfig: You have requested `ensure_weight_tying`, but {what}")
     return {}

@@ -11,9 +11,12 @@ from lora_ext.adapters.inject import adapted
 from lora_ext.arguments import check_module
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.modules_to_save import ModulesToSave
+from lora_ext.nn.token_wrappers import TiedTokensLayer
 from lora_ext.nn.trainable import count_parameters
+from lora_ext.nn.trainable_tokens import TrainableTokensLayer
 
 IRREGULAR = "irregular"  # layers, or parameters, differ
+SAVED_WHOLE = "ModulesToSaveWrapper"
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ def get_layer_status(model: nn.Module) -> list[LayerStatus]:
             rows.append(_of_layer(name, module))
         elif isinstance(module, ModulesToSave):
             rows.append(_of_saved(name, module))
+        elif isinstance(module, TrainableTokensLayer | TiedTokensLayer):
+            rows.append(_of_tokens(name, module))
     if not rows:
         raise ValueError(
             "get_layer_status: model: No adapter layers found in the model; expected a LoraModel "
@@ -99,13 +104,27 @@ def _of_saved(name: str, module: ModulesToSave) -> LayerStatus:
     copies = {n: list(copied.parameters()) for n, copied in module.modules_to_save.items()}
     return LayerStatus(
         name=name,
-        module_type="ModulesToSaveWrapper",
+        module_type=SAVED_WHOLE,
         enabled=module.enabled,
         active_adapters=[] if module.active_adapter is None else [module.active_adapter],
         merged_adapters=[],
         requires_grad={n: _common(p.requires_grad for p in ps) for n, ps in copies.items()},
         available_adapters=sorted(copies),
         devices={n: _devices(ps) for n, ps in copies.items()},
+    )
+
+
+def _of_tokens(name: str, layer: TrainableTokensLayer | TiedTokensLayer) -> LayerStatus:
+    tables = dict(layer.trainable_tokens_delta.items())
+    return LayerStatus(
+        name=name,
+        module_type="TrainableTokensLayer",
+        enabled=not layer.disable_adapters,
+        active_adapters=list(layer.active_adapters),
+        merged_adapters=list(layer.merged_adapters),
+        requires_grad={n: table.requires_grad for n, table in tables.items()},
+        available_adapters=sorted(tables),
+        devices={n: _devices([table]) for n, table in tables.items()},
     )
 
 
@@ -129,7 +148,7 @@ def get_model_status(model: nn.Module) -> ModelStatus:
     if found is not None:
         active = [name for name in found.active_adapters if name in available] or active
     merged = sorted({name for row in rows for name in row.merged_adapters})
-    mergeable = [row for row in rows if row.scaling]
+    mergeable = [row for row in rows if row.module_type != SAVED_WHOLE]
     return ModelStatus(
         base_model_type=type(model if found is None else found.get_base_model()).__name__,
         adapter_model_type="None" if found is None else type(found).__name__,

@@ -27,7 +27,7 @@ class SwitchableModel(AdaptedModel):
         names = names_of(adapter_names, "LoraModel.set_adapter")
         self._check_names(names)
         check_held(self, "LoraModel.set_adapter", names)
-        merged = any(layer.merged for _, layer in self.lora_layers())
+        merged = any(layer.merged for _, layer in self.adapter_layers())
         transaction = Transaction()
         activate(self, names, inference_mode, transaction)
         transaction.commit()
@@ -43,7 +43,7 @@ class SwitchableModel(AdaptedModel):
         layers are unmerged for it."""
         enabled = as_flag(enabled, "LoraModel.enable_adapters", "enabled")
         transaction = Transaction()
-        for _, layer in self.lora_layers():
+        for _, layer in self.adapter_layers():
             transaction.draft(layer).enable_adapters(enabled)
         for _, module in self.saved_modules():
             transaction.set(module, enabled=enabled)
@@ -92,11 +92,12 @@ class SwitchableModel(AdaptedModel):
         self._check_names(names, "adapter_names")
         requires_grad = as_flag(requires_grad, where, "requires_grad")
         transaction = Transaction()
-        for _, layer in self.lora_layers():
+        for _, layer in self.adapter_layers():
             for name in names:
                 if name in layer.adapters:
-                    for parameter in layer.adapter_parameters(name).values():
-                        transaction.require_grad(parameter, requires_grad)
+                    frozen = layer.frozen_parameters(name)
+                    for key, parameter in layer.adapter_parameters(name).items():
+                        transaction.require_grad(parameter, requires_grad and key not in frozen)
         for _, module in self.saved_modules():
             for name in names:
                 if name in module.modules_to_save:
@@ -118,5 +119,5 @@ class SwitchableModel(AdaptedModel):
     def has_active_enabled_adapter(self) -> bool:
         """Whether an adapter runs."""
         return bool(self.active_adapters) and any(
-            not layer.disable_adapters for _, layer in self.lora_layers()
+            not layer.disable_adapters for _, layer in self.adapter_layers()
         )

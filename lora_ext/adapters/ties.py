@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_ext.adapters.names import named_modules, unwrapped
-from lora_ext.nn import LoraLayer
+from lora_ext.nn.mergeable import MergeableLayer
+from lora_ext.nn.token_wrappers import TiedTokensLayer
 from lora_ext.nn.transaction import Transaction
 
 # Families of transformers in which tie_word_embeddings is also a factor of the outputs, or cannot
@@ -20,10 +21,12 @@ _TIED_FOR_GOOD = {"t5", "mt5", "umt5", "longt5", "switch_transformers", "udop", 
 
 def shared_parameters(model: nn.Module) -> set[int]:
     """The ids of all parameters that lie, in part at least, in memory that is also another
-    parameter's or buffer's; the base's own of merged layers count."""
+    parameter's or buffer's; the base's own of merged layers count, those of modules that follow an
+    embedding (`TiedTokensLayer`) do not."""
     groups: defaultdict[int, list[tuple[int, int, int]]] = defaultdict(list)
+    follow = {id(m.base_layer) for m in model.modules() if isinstance(m, TiedTokensLayer)}
     for module in model.modules():
-        for tensor in _tensors(module):
+        for tensor in _tensors(module) if id(module) not in follow else ():
             group, start, end = _extent(tensor)
             groups[group].append((start, end, id(tensor)))
     shared: set[int] = set()
@@ -42,7 +45,7 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
         for tensor in registry.values():
             if tensor is not None:
                 yield tensor
-    if isinstance(module, LoraLayer):
+    if isinstance(module, MergeableLayer):
         yield from module.base_parameters.values()
 
 
@@ -62,7 +65,10 @@ def _extent(tensor: Tensor) -> tuple[int, int, int]:
 
 def tied_to_embedding(model: nn.Module) -> dict[str, str]:
     """The names of the modules with the weight of the model's input embedding, and its own name as
-    the value of each; none without such modules. Copies of modules to save do not count."""
+    the value of each; none without such modules, or where the model's config says that they are not
+    to be tied. Copies of modules to save do not count."""
+    if getattr(getattr(model, "config", None), "tie_word_embeddings", None) is False:
+        return {}
     embedding: Any = None
     with suppress(AttributeError, NotImplementedError):  # transformers' answer for a model without
         embedding = model.get_input_embeddings()  # type: ignore[operator]
@@ -73,7 +79,7 @@ def tied_to_embedding(model: nn.Module) -> dict[str, str]:
     if weight is None:
         return {}
     holders = [
-        (name.removesuffix(".original_module"), module)
+        (name.removesuffix(".original_module").removesuffix(".token_adapter.base_layer"), module)
         for name, module in named_modules(model)
         if module._parameters.get("weight") is weight
     ]

@@ -17,7 +17,15 @@ if TYPE_CHECKING:
 
 _SHOWN = ("r", "lora_alpha", "lora_dropout", "bias", "target_modules")
 _IF_SET = (
-    *("use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save"),
+    *(
+        "use_rslora",
+        "use_dora",
+        "lora_bias",
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+        "trainable_token_indices",
+    ),
     *("target_parameters", "layers_to_transform", "layer_replication", "fan_in_fan_out"),
     *("exclude_modules", "task_type", "base_model_name_or_path"),
 )

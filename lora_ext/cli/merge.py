@@ -93,7 +93,7 @@ def _merge_model(base: Path, adapter: Path, out: Path) -> list[str]:
 
 
 def _merge(lora: LoraModel) -> list[str]:
-    layers = [name for name, _ in lora.lora_layers()]
+    layers = [name for name, _ in lora.adapter_layers()]
     with progress(f"Merging {len(layers)} layers"):
         lora.merge_and_unload()
     return layers
@@ -109,7 +109,10 @@ def _merge_tensors(base: Path, adapter: Path, out: Path) -> list[str]:
     from lora_ext.io import new_folder
 
     shapes, config = shapes_of(adapter)
-    for field in ("fan_in_fan_out", "target_parameters", "layer_replication"):
+    for field in (
+        *("fan_in_fan_out", "target_parameters", "layer_replication"),
+        "trainable_token_indices",
+    ):
         if config.get(field):
             raise ValueError(
                 f"{adapter}: its {field} needs the model itself, not only its tensors; give the "

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_ext import functional
 from lora_ext.arguments import as_flag, as_number, check_names, describe, suggests_names
-from lora_ext.nn.init import check_init
+from lora_ext.nn.init import check_init, is_mica
 
 DEFAULT = "default"  # the adapter that a constructor makes
 # What an adapter may be beyond a low-rank product: the flag that asks for it, and its name.
@@ -43,8 +43,8 @@ class AdapterSettings:
         use_rslora: `scaling` is `lora_alpha / sqrt(r)` (arXiv:2312.03732).
         lora_bias: whether lora_B has a bias, scaled like the product.
         init_lora_weights: True, False (for tests), "gaussian", "orthogonal", "pissa",
-            "pissa_niter_N" or "olora"; see `lora_ext.nn.init`. The last three take the initial
-            product out of the base's weight.
+            "pissa_niter_N", "olora" or "mica"; see `lora_ext.nn.init`. PiSSA and OLoRA take the
+            initial product out of the base's weight; MiCA trains lora_A alone.
         alora_invocation_tokens: of an activated LoRA: it runs under a plan alone (`lora_ext.batch`
             with `after`), which a LoraModel makes of these tokens; elsewhere it is the base.
         use_dora: DoRA: a trained magnitude for each output feature (see `lora_ext.nn.dora`).
@@ -106,6 +106,11 @@ class AdapterSettings:
                     f"adapter: {other}: got {describe(value)} with {variant_of(self)}=True, "
                     f"expected {'False' if value is True else 'None'}: {why}"
                 )
+        if variant_of(self) and is_mica(self.init_lora_weights):
+            raise ValueError(
+                f"adapter: init_lora_weights: got 'mica' with {variant_of(self)}=True, expected "
+                "another kind: Invalid or unsupported variant combination"
+            )
         for name in self.weights:
             self.of(name)
 

@@ -148,7 +148,8 @@ class Embedding(LoraLayer, nn.Embedding):
 
     def _initialise(self, name: str) -> None:
         lora_A, lora_B = (self._part(part, name) for part in ("lora_A", "lora_B"))
-        initialise_embedding(self.adapters[name].init_lora_weights, lora_A, lora_B)
+        kind = self.adapters[name].init_lora_weights
+        initialise_embedding(kind, lora_A, lora_B, self.unmerged_weight())
         self._initialise_variant(name)
 
     def forward(self, input: Tensor) -> Tensor:

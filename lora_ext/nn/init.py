@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from lora_ext.arguments import describe
 from lora_ext.errors import NotBuiltError
 
-KINDS = ("gaussian", "orthogonal", "pissa", "pissa_niter_<iterations>", "olora")
-NOT_BUILT = ("eva", "corda", "loftq", "mica", "lora_ga")
+KINDS = ("gaussian", "orthogonal", "pissa", "pissa_niter_<iterations>", "olora", "mica")
+NOT_BUILT = ("eva", "corda", "loftq", "lora_ga")
 
 # Kinds that start from the weight itself and leave `weight - scaling * B A` in its place;
 # "pissa_niter_<iterations>" is one of them too (see `mutates_weight`).
@@ -51,7 +51,7 @@ def check_init(kind: bool | str) -> bool | str:
             f"init_lora_weights: got {kind[:30]!r}, expected at most {MAX_PISSA_ITERATIONS} "
             "iterations"
         )
-    if name in ("gaussian", "orthogonal") or mutates_weight(name):
+    if name in ("gaussian", "orthogonal", "mica") or mutates_weight(name):
         return name
     if name in NOT_BUILT:
         raise NotBuiltError(
@@ -68,6 +68,16 @@ def mutates_weight(kind: bool | str) -> bool:
     return isinstance(kind, str) and (
         kind.lower() in MUTATING or _PISSA_NITER.fullmatch(kind.lower()) is not None
     )
+
+
+def is_mica(kind: bool | str) -> bool:
+    """Whether this initialisation is MiCA, of which lora_B is not trained."""
+    return isinstance(kind, str) and kind.lower() == "mica"
+
+
+def reads_weight(kind: bool | str) -> bool:
+    """Whether this initialisation depends on the base weight."""
+    return mutates_weight(kind) or is_mica(kind)
 
 
 @torch.no_grad()
@@ -87,9 +97,11 @@ def initialise(
     "orthogonal": rows of an orthogonal matrix shared out to lora_A and lora_B, so that B A = 0
     (https://datta0.github.io/posts/rethink-lora-init). "pissa": the r leading singular triplets of
     the weight (arXiv:2404.02948); "pissa_niter_<n>": by a randomised SVD with n subspace
-    iterations. "olora": the first r columns and rows of its QR factors (arXiv:2406.01775).
+    iterations. "olora": the first r columns and rows of its QR factors (arXiv:2406.01775). "mica":
+    lora_A zero, lora_B the r left singular vectors of the weight with the smallest singular values,
+    which is to stay as it is (arXiv:2604.01694).
 
-    The last three leave `weight - scaling * lora_B @ lora_A` in the weight, computed from the
+    "pissa" and "olora" leave `weight - scaling * lora_B @ lora_A` in the weight, computed from the
     stored lora_A and lora_B in float32 (float64 for float64) and rounded once: the layer's output
     stays what it was, within that rounding. If anything is wrong, nothing is changed. A meta
     adapter is left alone by the other kinds.
@@ -99,14 +111,14 @@ def initialise(
         lora_A: [r, K], or a convolution's [r, in, *kernel] for the kinds that ignore the weight.
         lora_B: [N, r], or a convolution's [N, r / groups, *ones] likewise.
         weight: [N, K], any dtype that `lora_linear` takes; a transposed view where it is stored as
-            [K, N]. Needed only where `mutates_weight(kind)`.
+            [K, N]. Needed only where `reads_weight(kind)`.
         scaling: of the adapter.
         lora_bias: [N], set to zero (except by False).
 
     Raises:
-        ValueError: kind is unknown; an odd r for "orthogonal"; where the weight is changed: r
-            above min(N, K), shapes that do not fit, a meta adapter, NaN or Inf, or a scaling that
-            is not above 0.
+        ValueError: kind is unknown; an odd r for "orthogonal"; where the weight is read: r
+            above min(N, K), shapes that do not fit, a meta weight, NaN or Inf; where it is changed
+            a meta adapter, or a scaling that is not above 0.
         TypeError: lora_A and lora_B have a dtype that the weight's cannot be merged with.
     """
     kind = check_init(kind)
@@ -116,6 +128,8 @@ def initialise(
         return
     if kind == "orthogonal":
         _check_orthogonal(lora_A, lora_B)
+    elif kind == "mica":
+        _check_mutation("MiCA", lora_A, lora_B, weight, 1.0)
     # PEFT constructs two nn.Linear first, which draw.
     plain_A, plain_B = _linear_like(lora_A), _linear_like(lora_B)
     plain_bias = None if lora_bias is None else _linear_bias_like(lora_bias, lora_B)
@@ -124,6 +138,8 @@ def initialise(
         lora_B.copy_(plain_B)
     elif kind == "orthogonal":
         _orthogonal(lora_A, lora_B)
+    elif kind == "mica" and weight is not None:
+        _minor(lora_A, lora_B, weight)
     elif isinstance(kind, str) and weight is not None and mutates_weight(kind):
         _take_from_weight(kind, lora_A, lora_B, weight, scaling)
     else:
@@ -137,29 +153,37 @@ def initialise(
 
 
 @torch.no_grad()
-def initialise_embedding(kind: bool | str, lora_A: Tensor, lora_B: Tensor) -> None:
+def initialise_embedding(
+    kind: bool | str, lora_A: Tensor, lora_B: Tensor, weight: Tensor | None = None
+) -> None:
     """Writes the initial values of an embedding's adapter, in place: lora_A zero, lora_B normal
     with deviation 1; with kind False both normal.
 
-    As in PEFT all other kinds mean the first, and none changes the weight: a PEFT checkpoint
-    trained after "pissa" counts on an embedding that was left alone.
+    As in PEFT all other kinds but "mica" mean the first, and none changes the weight: a PEFT
+    checkpoint trained after "pissa" counts on an embedding that was left alone. "mica" is as for a
+    linear layer with the weight's transpose.
 
     Args:
         kind: PEFT's init_lora_weights, see `check_init`.
         lora_A: [r, num_embeddings].
         lora_B: [embedding_dim, r].
+        weight: [num_embeddings, embedding_dim]; needed only for "mica".
 
     Raises:
-        ValueError: kind is unknown.
+        ValueError: kind is unknown; for "mica" as `initialise`.
         NotBuiltError: kind is not built.
     """
     kind = check_init(kind)
     if lora_A.is_meta:
         return
+    if kind == "mica":
+        _check_mutation("MiCA", lora_A, lora_B, None if weight is None else weight.t(), 1.0)
     plain_A, plain_B = _empty_like(lora_A).normal_(), _empty_like(lora_B).normal_()
     if kind is False:
         lora_A.copy_(plain_A)
         lora_B.copy_(plain_B)
+    elif kind == "mica" and weight is not None:
+        _minor(lora_A, lora_B, weight.t())
     else:
         lora_A.zero_()
         lora_B.copy_(_empty_like(lora_B).normal_())
@@ -224,12 +248,20 @@ def _check_mutation(
     if lora_A.size(0) > min(weight.shape):
         raise ValueError(
             f"{kind}: r: got {lora_A.size(0)} for a weight of shape {shapes[2]}, expected at most "
-            f"{min(weight.shape)}; give this layer a smaller rank with rank_pattern"
+            f"{min(weight.shape)}; give this layer a smaller rank with rank_pattern: {kind} "
+            "requires `r` <= min(in_features, out_features)"
         )
     if not (math.isfinite(scaling) and scaling > 0):
         raise ValueError(f"{kind}: scaling: got {scaling}, expected a finite number above 0")
     if not torch.isfinite(weight).all():
         raise ValueError(f"{kind}: weight: holds NaN or Inf, expected finite values")
+
+
+def _minor(lora_A: Tensor, lora_B: Tensor, weight: Tensor) -> None:
+    values = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    U, _, _ = torch.linalg.svd(values, full_matrices=False)
+    lora_A.zero_()
+    lora_B.copy_(U[:, -lora_A.size(0) :])
 
 
 def _take_from_weight(

@@ -22,7 +22,7 @@ from lora_ext.nn.adapter import (
     variant_of,
 )
 from lora_ext.nn.adoption import adapter_device, offload_with
-from lora_ext.nn.init import initialise, mutates_weight
+from lora_ext.nn.init import initialise, is_mica, mutates_weight, reads_weight
 from lora_ext.nn.running_layer import RunningLayer
 from lora_ext.nn.sharded import is_sharded, refuse_fsdp, whole
 from lora_ext.nn.transaction import all_or_nothing
@@ -47,6 +47,8 @@ class LoraLayer(DefaultAdapter, RunningLayer):
     # What stands before "lora_A", "lora_B" and "lora_bias" in PARTS: a kind of layer with several
     # products has one prefix for each.
     PREFIXES: ClassVar[tuple[str, ...]] = ("",)
+    # Whether the initialisation "mica" is for it; `lora_ext.nn.variants` says of which it is.
+    TAKES_MICA: ClassVar[bool] = False
     # What `_adopt` and the constructors add to the base's attributes.
     _STATE: ClassVar[frozenset[str]] = frozenset(
         "adapters active_adapters merged_adapters merge_weights "
@@ -144,6 +146,11 @@ class LoraLayer(DefaultAdapter, RunningLayer):
                 f"{list(chosen.alora_invocation_tokens)}, expected None: only linear layers have "
                 "activated adapters; leave this layer out with exclude_modules"
             )
+        if is_mica(chosen.init_lora_weights) and not self.TAKES_MICA:
+            raise ValueError(
+                f"{type(self).__name__}.add_adapter: init_lora_weights: got 'mica', expected "
+                "another kind: MiCA is for linear layers and embeddings"
+            )
         if chosen.ungrouped_lora_A and getattr(self, "groups", 1) == 1:
             raise ValueError(
                 f"{type(self).__name__}.add_adapter: ungrouped_lora_A: got True, expected False: "
@@ -151,7 +158,7 @@ class LoraLayer(DefaultAdapter, RunningLayer):
             )
         base = self._adapted_weight()
         device, dtype = adapter_device(self, base), self.adapter_dtype(chosen)
-        needs_weight = mutates_weight(chosen.init_lora_weights) or (
+        needs_weight = reads_weight(chosen.init_lora_weights) or (
             variant is not None and variant.READS_WEIGHT
         )
         if needs_weight and base.device.type == "meta" and device.type != "meta":
@@ -174,6 +181,8 @@ class LoraLayer(DefaultAdapter, RunningLayer):
             self._initialise(adapter_name)
         if is_sharded(base):
             self._place(adapter_name)
+        for name in self.frozen_parameters(adapter_name):
+            self._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
         offload_with(self, self.adapter_parameters(adapter_name))
         if len(self.adapters) == 1:
             self.active_adapters = (adapter_name,)
@@ -270,7 +279,9 @@ class LoraLayer(DefaultAdapter, RunningLayer):
             for key in self.adapter_state_names(name):
                 tensor = attrgetter(key)(self)
                 if isinstance(tensor, nn.Parameter):
-                    self._transaction.require_grad(tensor, name in names and not inference_mode)
+                    trains = name in names and not inference_mode
+                    trains = trains and key not in self.frozen_parameters(name)
+                    self._transaction.require_grad(tensor, trains)
         self._choose_running()
 
     @all_or_nothing
@@ -298,6 +309,11 @@ class LoraLayer(DefaultAdapter, RunningLayer):
         self._check_names([adapter_name])
         parts = self.parts(adapter_name)
         return {part_name(part, adapter_name): value for part, value in parts.items()}
+
+    def frozen_parameters(self, adapter_name: str) -> frozenset[str]:
+        """The names of those of them that never train: lora_B of MiCA."""
+        mica = is_mica(self.adapters[adapter_name].init_lora_weights)
+        return frozenset({part_name("lora_B", adapter_name)} if mica else ())
 
     def trained_biases(self) -> list[nn.Parameter]:
         """The base's biases that train with an adapter whose config says "lora_only"."""
@@ -344,9 +360,9 @@ class LoraLayer(DefaultAdapter, RunningLayer):
 
     def _initialise(self, name: str) -> None:
         settings = self.adapters[name]
-        if mutates_weight(settings.init_lora_weights) and self.merged:
+        if reads_weight(settings.init_lora_weights) and self.merged:
             raise ValueError(
-                f"{type(self).__name__}: init_lora_weights: {settings.init_lora_weights!r} changes "
+                f"{type(self).__name__}: init_lora_weights: {settings.init_lora_weights!r} reads "
                 "the base weight, which holds merged adapters; call unmerge() first"
             )
         for prefix in self.PREFIXES:
@@ -414,6 +430,15 @@ class LoraLayer(DefaultAdapter, RunningLayer):
         self._choose_running()
 
     # Checks
+
+    def _check_mergeable(self, where: str, names: Iterable[str]) -> None:
+        activated = [name for name in names if self.adapters[name].alora_invocation_tokens]
+        if activated:
+            raise ValueError(
+                f"{where}: adapter_names: '{activated[0]}' is activated by tokens "
+                "(alora_invocation_tokens), expected others: a weight has no tokens before them. "
+                "aLoRA does not support merging."
+            )
 
     def _check_names(self, names: Iterable[str], argument: str = "adapter_name") -> None:
         check_known(type(self).__name__, argument, names, self.adapters)

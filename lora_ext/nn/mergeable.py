@@ -106,18 +106,15 @@ class MergeableLayer(nn.Module):
             )
         self._merge(tuple(dict.fromkeys((*self.merged_adapters, *names))))
 
+    def _check_mergeable(self, where: str, names: Sequence[str]) -> None:
+        """ValueError for an adapter that no weight can hold."""
+
     @all_or_nothing
     @torch.no_grad()
     def _merge(self, names: tuple[str, ...]) -> None:
         """Makes exactly these adapters the merged ones."""
         where = f"{type(self).__name__}.merge"
-        activated = [n for n in names if self.adapters[n].alora_invocation_tokens]
-        if activated:
-            raise ValueError(
-                f"{where}: adapter_names: '{activated[0]}' is activated by tokens "
-                "(alora_invocation_tokens), expected others: a weight has no tokens before them. "
-                "aLoRA does not support merging."
-            )
+        self._check_mergeable(where, names)
         self._check_not_computed(where)
         train = {name: attrgetter(name)(self).requires_grad for name in self._aside}
         self._put_back()

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from lora_ext.functional import draw_rng_state, dropout, lora_linear, lora_update
 from lora_ext.nn.adapter import AdapterSettings, part_name, variant_of
-from lora_ext.nn.init import mutates_weight
+from lora_ext.nn.init import reads_weight
 from lora_ext.nn.sharded import is_sharded
 from lora_ext.nn.transaction import shallow
 
@@ -89,7 +89,7 @@ def check_placeable(layer: Any, settings: AdapterSettings) -> None:
             "gradients transformers' row-wise forward would add it once for each process"
         )
     flag = variant_of(settings)
-    if flag or mutates_weight(settings.init_lora_weights):
+    if flag or reads_weight(settings.init_lora_weights):
         asked = f"{flag}=True" if flag else f"init_lora_weights={settings.init_lora_weights!r}"
         raise ValueError(
             f"{type(layer).__name__}.add_adapter: got {asked}, which reads the whole weight, "

@@ -8,6 +8,7 @@ from lora_ext.arguments import check_module
 from lora_ext.loralib.merging import MergingLayer
 from lora_ext.nn.lora_layer import LoraLayer
 from lora_ext.nn.modules_to_save import ModulesToSave
+from lora_ext.nn.trainable_tokens import TokenTables
 
 _BIAS = ("none", "all", "lora_only")
 
@@ -30,6 +31,8 @@ def _adapter_names(model: nn.Module, bias: str, operation: str) -> set[str]:
         elif isinstance(module, MergingLayer):  # of lora_ext.loralib
             adapted = True
             names |= {prefix + name for name in module._parameters if name.startswith("lora_")}
+        elif isinstance(module, TokenTables):
+            names |= {prefix + name for name in module}
         elif isinstance(module, ModulesToSave):
             copies = module.modules_to_save.state_dict(prefix=f"{prefix}modules_to_save.")
             names |= copies.keys()
@@ -47,7 +50,7 @@ def adapter_names(model: nn.Module) -> set[str]:
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     """Sets requires_grad on the adapters, with their copies of modules to save, and clears it on
-    everything else.
+    everything else, and on what an adapter's initialisation keeps as it is ("mica").
 
     Args:
         bias: which base biases train too: "none", "all" (of every module), or "lora_only" (of the
@@ -62,6 +65,10 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if name in trainable
     }
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            frozen = [n for name in module.adapters for n in module.frozen_parameters(name)]
+            chosen -= {id(module._parameters.get(name)) for name in frozen}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
 

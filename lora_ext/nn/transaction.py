@@ -199,6 +199,9 @@ def _child_steps(module: nn.Module, draft: nn.Module) -> Iterator[Step]:
     for name, child in draft._modules.items():
         own = module._modules[name]
         if own is not None and child is not None and child is not own:
+            if own._parameters.keys() != child._parameters.keys():
+                yield dict.update, vars(own), {"_parameters": child._parameters}
+                continue
             changed = {
                 key: value
                 for key, value in child._parameters.items()

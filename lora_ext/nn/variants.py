@@ -11,3 +11,4 @@ def give_variants() -> None:
     Linear.VARIANTS = (LinearDora(),)
     LoraConv.VARIANTS = (ConvDora(),)
     Embedding.VARIANTS = (EmbeddingDora(),)
+    Linear.TAKES_MICA = Embedding.TAKES_MICA = True

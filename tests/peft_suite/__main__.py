@@ -31,7 +31,7 @@ WHOLE = (
     *("test_initialization.py", "test_lora_variants.py", "test_low_level_api.py"),
     *("test_tuners_utils.py", "test_target_parameters.py", "test_mapping.py"),
     *("test_other.py", "test_helpers.py", "test_auto.py", "test_hub_features.py"),
-    "test_integrations.py",
+    *("test_integrations.py", "test_trainable_tokens.py"),
 )
 OTHERS = (
     "AdaLora VBLora RandLora UniLora TinyLora Delora Glora GraLora XLora PveraConfig VeraConfig"

@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner
 import lora_ext
 import lora_ext.adapters.also_peft
 from lora_ext import nn
+from lora_ext.nn import token_wrappers, trainable_tokens
 
 OTHERS = peft.PeftConfig  # ours are none
 # PEFT's object, as module:name, and what stands for it: everything public that has a counterpart.
@@ -49,7 +50,16 @@ LAYERS = {
         "ParamWrapper": nn.ParamLayer,
     },
     "peft.tuners.tuners_utils": {"BaseTunerLayer": nn.LoraLayer},
-    "peft.utils.other": {"ModulesToSaveWrapper": nn.modules_to_save.ModulesToSave},
+}
+# Which also other kinds of adapters have, whose own stay PEFT's: tests ask for either.
+SHARED = {
+    "peft.utils.other": {
+        "ModulesToSaveWrapper": nn.modules_to_save.ModulesToSave,
+        "TrainableTokensWrapper": token_wrappers.TrainableTokensWrapper,
+    },
+    "peft.tuners.trainable_tokens.layer": {
+        "TrainableTokensLayer": trainable_tokens.TrainableTokensLayer
+    },
 }
 
 
@@ -71,6 +81,10 @@ def swap() -> Callable[[], None]:
     for where, layers in LAYERS.items():
         for name, layer in layers.items():
             ours[id(getattr(sys.modules[where], name))] = layer
+    for where, layers in SHARED.items():
+        for name, layer in layers.items():
+            theirs = getattr(sys.modules[where], name)
+            ours[id(theirs)] = _Either(name, (), {"kinds": (theirs, layer)})
     before: list[tuple[Any, str, Any]] = []
     for where, module in list(sys.modules.items()):
         if where == "peft" or where.startswith("peft."):
@@ -84,6 +98,14 @@ def swap() -> Callable[[], None]:
             setattr(module, name, value)
 
     return restore
+
+
+class _Either(type):
+    """Of classes whose instances are those of any of `kinds`."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        kinds: tuple[type, ...] = cls.kinds  # type: ignore[attr-defined]
+        return isinstance(instance, kinds)
 
 
 def _for_lora(theirs: Any, own: Any) -> Any:
@@ -103,7 +125,10 @@ def _for_lora(theirs: Any, own: Any) -> Any:
         @functools.wraps(own)
         def by_model(model: Any, *args: Any, **kwargs: Any) -> Any:
             tuner = getattr(model, "base_model", None)
+            configs = getattr(model, "peft_config", None)  # of adapters that were injected
             is_theirs = type(model).__module__.startswith("peft.") or isinstance(tuner, BaseTuner)
+            if isinstance(configs, dict):
+                is_theirs |= any(isinstance(one, OTHERS) for one in configs.values())
             return (theirs if is_theirs else own)(model, *args, **kwargs)
 
         return by_model

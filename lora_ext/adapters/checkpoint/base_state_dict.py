@@ -14,7 +14,7 @@ from lora_ext.adapters.names import plain_name
 from lora_ext.arguments import as_flag, check_mapping
 from lora_ext.nn.trainable import adapter_names
 
-_LEVELS = frozenset({"base_layer", "original_module"})
+_LEVELS = frozenset({"base_layer", "original_module", "token_adapter"})
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:

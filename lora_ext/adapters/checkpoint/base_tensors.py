@@ -17,7 +17,9 @@ from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.names import named_modules, unwrapped
 from lora_ext.adapters.patterns import compiled
 from lora_ext.nn import LoraLayer, MultiheadAttention
+from lora_ext.nn.mergeable import base_of
 from lora_ext.nn.modules_to_save import ModulesToSave
+from lora_ext.nn.token_wrappers import TrainableTokensWrapper
 
 # The names of embeddings that PEFT saves with an adapter that targets them.
 EMBEDDINGS = ("embed_tokens", "lm_head")
@@ -34,7 +36,7 @@ class Place(NamedTuple):
     def key_of(self, part: str) -> str:
         return joined(self.key, part)
 
-    def own(self, part: str) -> Tensor:
+    def own(self, part: str) -> nn.Parameter:
         """A parameter of the base."""
         tensor = self.owner._parameters[part]
         assert tensor is not None
@@ -43,7 +45,7 @@ class Place(NamedTuple):
     def unmerged(self, part: str) -> Tensor:
         """Its own values, also while the layer is merged."""
         if not isinstance(self.module, LoraLayer) or not self.module.merged:
-            return self.own(part)
+            return base_of(self.own(part))  # a module of which rows are trained may be merged
         state = self.module.state_dict(keep_vars=True)
         tensor: Tensor = state[part if part in state else f"base_layer.{part}"]
         return tensor
@@ -81,6 +83,11 @@ def _places(
         return
     if isinstance(module, ModulesToSave):
         module = unwrapped(module.original_module)
+    if isinstance(module, TrainableTokensWrapper):
+        yield from _places(
+            module.original_module, adapted, whole, seen, joined(key, "token_adapter", "base_layer")
+        )
+        return
     if seen is not None:
         if id(module) in seen:
             return
@@ -115,7 +122,7 @@ def embeddings(model: nn.Module, found: Iterator[Place]) -> Iterator[BasePart]:
             module = getattr(model, getter, lambda: None)()
             if isinstance(module, nn.Module):
                 module = unwrapped(module)
-                if isinstance(module, ModulesToSave):
+                if isinstance(module, ModulesToSave | TrainableTokensWrapper):
                     module = unwrapped(module.original_module)
                 chosen.add(id(module))
     for place in found if chosen else ():

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.names import ends_in, named_modules, plain_name
@@ -14,8 +14,10 @@ from lora_ext.adapters.plan import Plan
 from lora_ext.adapters.targets import saved_modules
 from lora_ext.io.adapter_file import TensorSpec
 from lora_ext.nn import AnyLayer, LoraLayer
+from lora_ext.nn.trainable_tokens import DELTA
 
 PREFIX = "base_model.model."
+TOKENS = f"token_adapter.{DELTA}"
 
 
 def layers_in_file(model: AdaptedModel, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
@@ -44,16 +46,27 @@ def saved_in_file(model: AdaptedModel, adapter_name: str) -> Iterator[tuple[str,
                     yield f"{PREFIX}{name_in_file(name, around)}.{plain_name(key)}", tensor
 
 
+def tokens_in_file(model: AdaptedModel, adapter_name: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """The rows that the adapter trains, by their keys."""
+    around = around_others(model.layers_with(adapter_name))
+    for name, layer in model.token_layers():
+        if adapter_name in layer.adapters:
+            key = f"{PREFIX}{name_in_file(name, around)}.{TOKENS}"
+            yield key, layer.trainable_tokens_delta[adapter_name]
+
+
 def own_tensors(model: AdaptedModel, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
     """What an adapter holds itself, by PEFT's keys."""
     for name, layer in layers_in_file(model, adapter_name):
         for key, parameter in layer.peft_parameters(adapter_name).items():
             yield f"{PREFIX}{name}.{key}", parameter
     yield from saved_in_file(model, adapter_name)
+    yield from tokens_in_file(model, adapter_name)
 
 
 def expected(plan: Plan) -> Iterator[tuple[str, TensorSpec]]:
-    """What a file of the planned adapter holds, by key: its parts, and its copies of modules."""
+    """What a file of the planned adapter holds, by key: its parts, its copies of modules and
+    the rows that it trains."""
     around = around_planned(plan)
     for planned in plan.layers.values():
         held_in = planned.layer.adapter_dtype(planned.settings)
@@ -65,6 +78,19 @@ def expected(plan: Plan) -> Iterator[tuple[str, TensorSpec]]:
         original = getattr(module, "original_module", module)
         for key, tensor in original.state_dict().items():
             yield f"{PREFIX}{name}.{plain_name(key)}", spec_of(tensor)
+    for name, tokens in plan.tokens.items():
+        if tokens.source is None:
+            key = f"{PREFIX}{name_in_file(name, around)}.{TOKENS}"
+            yield key, TensorSpec(tokens.shape, held_in=tokens.dtype)
+
+
+def followers_in_file(plan: Plan) -> dict[str, str]:
+    """The keys under which PEFT writes rows of an embedding once more, for modules that share its
+    weight and are saved with it; and the keys of the rows themselves."""
+    around = around_planned(plan)
+    keys = {n: f"{PREFIX}{name_in_file(n, around)}.{TOKENS}" for n in plan.tokens}
+    tied = ((name, one.source) for name, one in plan.tokens.items())
+    return {keys[name]: keys[source] for name, source in tied if source is not None}
 
 
 def possible_keys(model: AdaptedModel, plan: Plan) -> Iterator[str]:

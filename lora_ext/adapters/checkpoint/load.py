@@ -17,12 +17,14 @@ from lora_ext.adapters.checkpoint.reading import (
     BaseTensors,
     FileTensors,
     check_loadable,
+    check_repeated,
     repeated,
 )
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.patterns import FILE_SECONDS, in_time
 from lora_ext.adapters.plan import Plan, PlannedLayer
 from lora_ext.adapters.targets import matches, saved_modules
+from lora_ext.adapters.tokens import tokens_of
 from lora_ext.arguments import as_flag, as_path, warn
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_folder import CONFIG_NAME, AdapterFolder, open_adapter
@@ -95,12 +97,15 @@ def load_adapter(
                 plan = planned_as_in(file, _tied_as_in_the_file(plan, file))
             bases = BaseTensors(model, plan, file)
             own_keys = dict(expected(plan))
-            found = file.read(own_keys | repeated(file, own_keys) | bases.expected())
+            again = repeated(file, plan, own_keys)
+            twice = {key: own_keys[own] for key, own in again.items()}
+            found = file.read(own_keys | twice | bases.expected())
         tensors = file.with_plain_keys(found)
+        check_repeated(file, again, tensors)
         bases.check(tensors)
         if not known:
             plan = grouped_where_possible(plan, tensors)
-            add_planned(model, adapter_name, plan, own)
+            add_planned(model, adapter_name, plan, own, is_filled=True)
             if isinstance(config, LoraConfig):  # it is to be the model's, as in PEFT
                 resolved = vars(model.peft_config[adapter_name])
                 own.set(config, **{name: resolved[name] for name in vars(config)})
@@ -121,7 +126,8 @@ def plan_of(model: AdaptedModel, adapter_name: str) -> Plan:
         for name, layer in model.layers_with(adapter_name)
     }
     saved = {n: m for n, m in model.saved_modules() if adapter_name in m.modules_to_save}
-    return Plan(model.peft_config[adapter_name], [], [], layers, dict(saved), {})
+    tokens = tokens_of(model, adapter_name)
+    return Plan(model.peft_config[adapter_name], [], [], layers, dict(saved), {}, tokens)
 
 
 def _warn_of_other_settings(file: LoraConfig, config: LoraConfig) -> None:

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.checkpoint.base_tensors import BasePart, biases, embeddings, places
-from lora_ext.adapters.checkpoint.keys import PREFIX, around_planned, name_in_file, spec_of
+from lora_ext.adapters.checkpoint.keys import (
+    PREFIX,
+    around_planned,
+    followers_in_file,
+    name_in_file,
+    spec_of,
+)
 from lora_ext.adapters.names import plain_name, unwrapped
 from lora_ext.adapters.plan import Plan
 from lora_ext.errors import AdapterFileError
@@ -64,10 +70,23 @@ def mapped(key: str, key_mapping: Mapping[str, str]) -> str:
     return key
 
 
-def repeated(file: FileTensors, expected: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """The keys under which PEFT writes a magnitude once more, with an embedding that it saves."""
-    keys = ((key, f"{key}.weight") for key in expected if key.endswith(".lora_magnitude_vector"))
-    return {again: expected[key] for key, again in keys if again in file.specs}
+def repeated(file: FileTensors, plan: Plan, expected: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """The keys under which PEFT writes something once more, with an embedding that it saves: a
+    magnitude, or rows that it trains; and the keys that these have otherwise."""
+    keys = {f"{key}.weight": key for key in expected if key.endswith(".lora_magnitude_vector")}
+    keys |= followers_in_file(plan)
+    return {again: key for again, key in keys.items() if again in file.specs}
+
+
+def check_repeated(
+    file: FileTensors, again: Mapping[str, str], found: Mapping[str, Tensor]
+) -> None:
+    """AdapterFileError if the file says two things of what it has twice."""
+    for key, own in again.items():
+        if not torch.equal(found[key], found[own]):
+            raise AdapterFileError(
+                f"{file.path}: {short(key)}: differs from {short(own)}, which is the same here"
+            )
 
 
 class BaseTensors:
@@ -100,7 +119,7 @@ class BaseTensors:
         self._path = file.path
         for key, tensor in self.targets.items():
             _check_target(file, key, tensor)
-        if self.targets and any(layer.merged for _, layer in model.lora_layers()):
+        if self.targets and any(layer.merged for _, layer in model.adapter_layers()):
             raise ValueError(
                 "LoraModel.load_adapter: the file holds tensors of the base, which has merged "
                 "adapters; call unmerge_adapter() first"
@@ -162,7 +181,7 @@ def check_loadable(model: AdaptedModel, plan: Plan) -> None:
 
 def _without_levels(key: str) -> str:
     """A key without PEFT's levels around modules."""
-    levels = ("base_layer", "original_module")
+    levels = ("base_layer", "original_module", "token_adapter")
     return ".".join(part for part in key.split(".") if part not in levels)
 
 
@@ -174,6 +193,8 @@ def _beside_adapter(plan: Plan) -> Iterator[tuple[str, Tensor]]:
     for name, module in plan.saved.items():
         for part, tensor in module.state_dict().items():
             yield f"{name}.{part}", tensor
+    for name, tokens in plan.tokens.items():
+        yield f"{name}.weight", tokens.layer.weight
 
 
 def _check_target(file: FileTensors, key: str, tensor: Tensor) -> None:

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from lora_ext.adapters.adapted_model import AdaptedModel
+from lora_ext.adapters.checkpoint.keys import TOKENS
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.plan import make_plan
+from lora_ext.adapters.tokens import tokens_of
 from lora_ext.arguments import warn
 from lora_ext.io.files import short
 from lora_ext.nn.init import mutates_weight
@@ -27,7 +29,8 @@ def check_adapter(model: AdaptedModel, adapter_name: str, config: LoraConfig) ->
         for name, module in model.saved_modules()
         if adapter_name in module.modules_to_save
     }
-    if not layers and not copies:
+    tokens = tokens_of(model, adapter_name)
+    if not layers and not copies and not tokens:
         raise ValueError(
             f"{where}: no layer of the model has this adapter (any more): after unload() and "
             f"merge_and_unload() there is none to save, so {NOTHING}; save before"
@@ -57,6 +60,14 @@ def check_adapter(model: AdaptedModel, adapter_name: str, config: LoraConfig) ->
     for name, copied in copies.items():
         state = copied.state_dict(keep_vars=True)
         check_tensors({f"{name}.{part}": tensor for part, tensor in state.items()}, where)
+    for name, one in tokens.items():
+        table = one.layer.trainable_tokens_delta[adapter_name]
+        check_tensors({f"{name}.{TOKENS}": table}, where)
+        if tuple(table.shape) != one.shape:
+            raise ValueError(
+                f"{where}: {name}.{TOKENS} has shape {list(table.shape)}, expected "
+                f"{list(one.shape)}: it was replaced, or is split between processes; {NOTHING}"
+            )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -79,6 +90,12 @@ def check_adapter(model: AdaptedModel, adapter_name: str, config: LoraConfig) ->
             raise ValueError(
                 f"{where}: its config saves '{name}' whole, which has no copy for it (any more); "
                 f"{NOTHING}"
+            )
+    for name, one in plan.tokens.items():
+        if one.source is None and (name not in tokens or tokens[name].indices != one.indices):
+            raise ValueError(
+                f"{where}: its config trains rows {list(one.indices)[:8]} of '{name}', which "
+                f"has not these (any more); {NOTHING}"
             )
     for name, layer in model.layers_with(adapter_name):
         changing = {n for n, s in layer.adapters.items() if mutates_weight(s.init_lora_weights)}

@@ -20,7 +20,12 @@ from lora_ext.adapters.checkpoint.base_tensors import (
     targets_embeddings,
     was_resized,
 )
-from lora_ext.adapters.checkpoint.keys import PREFIX, layers_in_file, saved_in_file
+from lora_ext.adapters.checkpoint.keys import (
+    PREFIX,
+    layers_in_file,
+    saved_in_file,
+    tokens_in_file,
+)
 from lora_ext.adapters.checkpoint.plain_lora import plain_lora
 from lora_ext.adapters.checkpoint.savable import check_adapter, check_tensors
 from lora_ext.adapters.checkpoint.values import values_of
@@ -49,16 +54,17 @@ def adapter_state_dict(
 
     Args:
         save_embedding_layers: whether to add the base's input and output embeddings; "auto" adds
-            those that the adapter targets as "embed_tokens" or "lm_head", and both where the
-            vocabulary is not that of the files that the model was loaded from, as PEFT does.
+            those that the adapter targets as "embed_tokens" or "lm_head" (none with
+            trainable_token_indices), and both where the vocabulary is not that of the files that
+            the model was loaded from, as PEFT does.
     """
     config = model.peft_config[adapter_name]
     tensors: dict[str, Tensor] = {}
     for name, layer in layers_in_file(model, adapter_name):
         for key, tensor in layer.peft_tensors(adapter_name).items():
             tensors[f"{PREFIX}{name}.{key}"] = tensor
-    copies = saved_in_file(model, adapter_name)
-    tensors.update({key: whole(tensor.detach()) for key, tensor in copies})
+    for held in (saved_in_file(model, adapter_name), tokens_in_file(model, adapter_name)):
+        tensors.update({key: whole(tensor.detach()) for key, tensor in held})
     bases = dict(base_tensors(model, adapter_name, config, save_embedding_layers))
     check_tensors(bases, f"save_pretrained: '{adapter_name}'")
     tensors.update({key: whole(tensor.detach()) for key, tensor in bases.items()})
@@ -82,7 +88,9 @@ def base_tensors(
             "so its embeddings are saved too; save_embedding_layers=False leaves them out"
         )
         parts += embeddings(base, iter(found))
-    elif save_embedding_layers == "auto" and targets_embeddings(base, config):
+    elif save_embedding_layers == "auto" and (
+        targets_embeddings(base, config) and not config.trainable_token_indices
+    ):
         parts += [one for one in embeddings(base, iter(found)) if one[0].layer is not None]
     for place, part in parts:
         yield PREFIX + place.key_of(part), place.unmerged(part)

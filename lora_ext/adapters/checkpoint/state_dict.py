@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.checkpoint.base_tensors import places
-from lora_ext.adapters.checkpoint.keys import PREFIX, layers_in_file, saved_in_file
+from lora_ext.adapters.checkpoint.keys import (
+    PREFIX,
+    layers_in_file,
+    saved_in_file,
+    tokens_in_file,
+)
 from lora_ext.adapters.checkpoint.save import adapter_state_dict
 from lora_ext.adapters.checkpoint.values import values_of
 from lora_ext.adapters.inject import adapted, off_meta
@@ -142,8 +147,9 @@ def _targets(model: AdaptedModel, adapter_name: str) -> dict[str, tuple[Tensor, 
     for name, layer in layers_in_file(model, adapter_name):
         for key, parameter in layer.peft_parameters(adapter_name).items():
             targets[f"{PREFIX}{name}.{key}"] = parameter, layer
-    copies = {key: (tensor, model) for key, tensor in saved_in_file(model, adapter_name)}
-    return targets | copies
+    for held in (saved_in_file(model, adapter_name), tokens_in_file(model, adapter_name)):
+        targets |= {key: (tensor, model) for key, tensor in held}
+    return targets
 
 
 def as_the_layer_has_it(layer: nn.Module | None, target: Tensor, value: Tensor) -> Tensor:

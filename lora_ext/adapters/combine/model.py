@@ -88,10 +88,11 @@ def add_weighted_adapter(
     transaction.set(model, peft_config={**model.peft_config, adapter_name: config})
     transaction.commit()
     whole = [p for p, m in model.saved_modules() if m.modules_to_save.keys() & set(adapters)]
+    whole += [p for p, layer in model.token_layers() if layer.adapters.keys() & set(adapters)]
     if whole:
         warn(
             f"add_weighted_adapter: '{adapter_name}' has no copy of {whole}, which the adapters "
-            "save whole: the base's runs with it"
+            "save whole or of which they train rows: the base's runs with it"
         )
 
 
@@ -180,13 +181,14 @@ def _combined_config(
     model: AdaptedModel, names: Sequence[str], rank: int, where: Sequence[str]
 ) -> LoraConfig:
     """The first one's, but for what the new adapter has of the others or of its own: its layers,
-    rank and scaling, biases, and no copies of modules."""
+    rank and scaling, biases, and no copies or rows of modules."""
     configs = [model.peft_config[name] for name in dict.fromkeys(names)]
     config = only_on(model.get_base_model(), configs[0], where)
     config.r, config.lora_alpha, config.use_rslora = rank, rank, False
     config.rank_pattern, config.alpha_pattern = {}, {}
     config.init_lora_weights = True
-    config.modules_to_save, config.ensure_weight_tying = None, False
+    config.modules_to_save = config.trainable_token_indices = None
+    config.ensure_weight_tying = False
     if not all(one.task_type == config.task_type for one in configs) or saved_modules(config):
         config.task_type = None  # it would save the task's heads
     config.bias = next((one.bias for one in configs if one.bias != "none"), "none")
