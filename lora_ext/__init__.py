@@ -18,6 +18,7 @@ __all__ = [
     "TaskType",
     "__version__",
     "autotune",
+    "batch",
     "build_info",
     "check_if_peft_model",
     "draw_rng_state",
@@ -33,6 +34,7 @@ __all__ = [
     "inject_adapter_in_model",
     "lora_embedding",
     "lora_linear",
+    "lora_linear_grouped",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "prepare_model_for_compiled_hotswap",
@@ -90,7 +92,14 @@ else:
         set_base_model_state_dict,
         set_peft_model_state_dict,
     )
-    from lora_ext.functional import draw_rng_state, dropout_mask, lora_embedding, lora_linear
+    from lora_ext.batching import batch
+    from lora_ext.functional import (
+        draw_rng_state,
+        dropout_mask,
+        lora_embedding,
+        lora_linear,
+        lora_linear_grouped,
+    )
     from lora_ext.tuning import autotune
 
     _resolve_former_names()

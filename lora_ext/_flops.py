@@ -52,6 +52,35 @@ def _lora_linear_bwd(
     return _backward(dy, lora_A, lora_B, dx + dweight, dx, dA, dB)
 
 
+def _lora_linear_grouped(
+    x: Shape,
+    weight: Shape,
+    bias: object,
+    lora_A: Sequence[Shape],
+    lora_B: Sequence[Shape],
+    lora_bias: object,
+    order: object,
+    counts: Sequence[int],
+    *_: object,
+    **options: object,
+) -> int:
+    own = (_low_rank(rows, A, B) for rows, A, B in zip(counts, lora_A, lora_B, strict=True))
+    return 2 * prod(x[:-1]) * prod(weight) + sum(own)
+
+
+def _lora_linear_grouped_bwd(
+    dy: Shape, x: object, h: object, weight: object, lora_A: Sequence[Shape],
+    lora_B: Sequence[Shape], lora_bias: object, order: object, counts: Sequence[int], *others: Any,
+    **options: object,
+) -> int:  # fmt: skip
+    (dx, dweight, *_), wanted = others[-2], others[-1]
+    total = _backward(dy, (0, lora_A[0][1]), lora_B[0], dx + dweight, False, False, False)
+    for rows, A, B, gradients in zip(counts, lora_A, lora_B, wanted, strict=True):
+        dA, dB = bool(gradients & 1), bool(gradients & 2)
+        total += _backward((rows, dy[-1]), A, B, 0, dx, dA, dB)
+    return total
+
+
 def _dora_linear(
     x: Shape,
     weight: Shape,
@@ -95,6 +124,8 @@ def _update_of_weight(
 _FORMULAS: dict[Callable[..., int], tuple[str, ...]] = {
     _lora_linear: ("lora_linear", "lora_linear_fwd"),
     _lora_linear_bwd: ("lora_linear_bwd",),
+    _lora_linear_grouped: ("lora_linear_grouped", "lora_linear_grouped_fwd"),
+    _lora_linear_grouped_bwd: ("lora_linear_grouped_bwd",),
     _dora_linear: ("dora_linear", "dora_linear_fwd"),
     _dora_linear_bwd: ("dora_linear_bwd",),
     _lora_embedding: ("lora_embedding", "lora_embedding_fwd"),

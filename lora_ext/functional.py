@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from lora_ext._extension import _C
 from lora_ext.arguments import check_kinds
+from lora_ext.batching import BatchPlan
 
 __all__ = [
+    "LowRank",
     "column_scale",
     "dora_linear",
     "draw_rng_state",
@@ -16,6 +21,7 @@ __all__ = [
     "dropout_mask",
     "lora_embedding",
     "lora_linear",
+    "lora_linear_grouped",
     "lora_update",
     "weight_norm",
 ]
@@ -130,6 +136,83 @@ def lora_linear(
     factor, factor_tensor = (1.0, scaling) if isinstance(scaling, Tensor) else (scaling, None)
     return torch.ops.lora_ext.lora_linear(  # type: ignore[no-any-return]
         x, weight, bias, lora_A, lora_B, lora_bias, factor, factor_tensor, dropout_p, rng_state
+    )
+
+
+class LowRank(NamedTuple):
+    """An adapter as a call of an operator has it, or several stacked along the rank."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    lora_bias: Tensor | None
+    scaling: float
+    dropout_p: float
+
+
+def lora_linear_grouped(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: Mapping[str, LowRank],
+    plan: BatchPlan,
+    *,
+    rng_state: Tensor | None = None,
+    where: str = "lora_linear_grouped",
+) -> Tensor:
+    """`x @ weight.T + bias` once for all rows, and to each row `scaling * (dropout(x) @ lora_A.T @
+    lora_B.T + lora_bias)` of its own adapter, times its strength; fused on the CPU.
+
+    Rows of no adapter are the base's, bit for bit. On the CPU no bit of a row, or of a gradient of
+    an adapter, depends on which adapters other adapters' rows have; where all rows have one adapter
+    it is `lora_linear`. Differentiable twice, also in the strengths; adapters that have no row here
+    get no gradient. Keeps for backward x, and `dropout(x) @ lora_A.T` of each row.
+
+    Args:
+        x, weight, bias: as for `lora_linear`.
+        adapters: by name; each has a rank, scaling, dropout and dtype of its own. Rows whose
+            adapter is not there are the base's.
+        plan: which row has which, from `lora_ext.batch`.
+        rng_state: from `draw_rng_state`; drawn here if None and an adapter drops elements, whose
+            masks are all of this state.
+        where: who calls, for messages.
+
+    Returns:
+        [..., out_features], dtype of x (of autocast, where it is on).
+
+    Raises:
+        ValueError: x does not have the rows that the plan is for.
+        Others as `lora_linear`.
+    """
+    check_kinds(where, x=x)
+    plan.note(adapters)
+    rows = plan.assign(x.shape[:-1], x.device, adapters, where)
+    used = [adapters[name] for name in rows.names]
+    if not used:
+        return torch.nn.functional.linear(x, weight, bias)
+    if rows.alone:
+        A, B, lora_bias, scaling, p = used[0]
+        return lora_linear(
+            x, weight, bias, A, B, lora_bias, scaling=scaling, dropout_p=p, rng_state=rng_state
+        )
+    if rng_state is None and any(one.dropout_p > 0.0 for one in used):
+        rng_state = draw_rng_state(x)
+    biases: list[Tensor] = []
+    if any(one.lora_bias is not None for one in used):
+        none = weight.new_empty(0)
+        biases = [none if one.lora_bias is None else one.lora_bias for one in used]
+    return torch.ops.lora_ext.lora_linear_grouped(  # type: ignore[no-any-return]
+        x,
+        weight,
+        bias,
+        [one.lora_A for one in used],
+        [one.lora_B for one in used],
+        biases,
+        rows.order,
+        rows.counts,
+        rows.factor,
+        [one.scaling for one in used],
+        [one.dropout_p for one in used],
+        rng_state,
     )
 
 

@@ -229,19 +229,15 @@ void run_lora_linear(const Pair& pair, const LoraLinearKernels& kernels, const S
   const Buffer bias = integers(pair.compute, N);
   const Buffer scratch(1, kernels.scratch_bytes(K, r));
   const Buffer y = empty(pair.base, M * N), h = empty(pair.compute, M * r);
-  const LoraLinearForwardArgs forward{M,
-                                      K,
-                                      N,
-                                      r,
-                                      x.data(),
-                                      K + kPadding,
-                                      A_t.data(),
-                                      B_t.data(),
-                                      bias.data(),
-                                      kScaling,
-                                      dropout_of(dropout),
-                                      y.data(),
-                                      h.data()};
+  // Rows of the mask in another order than those of x, as rows of one adapter among many have them.
+  const bool turned = M % 2 == 1;
+  std::vector<int32_t> rows(M);
+  for (int64_t i = 0; i < M; ++i) rows[i] = static_cast<int32_t>(turned ? M - 1 - i : i);
+  DropoutArgs drops = dropout_of(dropout);
+  if (turned) drops.rows = rows.data();
+  const LoraLinearForwardArgs forward{
+      M,          K,           N,        r,     x.data(), K + kPadding, A_t.data(),
+      B_t.data(), bias.data(), kScaling, drops, y.data(), h.data()};
   in_two(M, [&](int, int64_t begin, int64_t end) {
     kernels.forward_rows(forward, begin, end, scratch.data());
   });
@@ -255,7 +251,7 @@ void run_lora_linear(const Pair& pair, const LoraLinearKernels& kernels, const S
     const Buffer keep(1, M * K);
     kKernels[0].dropout.mask_rows(dropout_of(true).rng, dropout_of(true).threshold, K, 0, M,
                                   keep.data());
-    for (int64_t i = 0; i < M * K; ++i) factors[i] = 2.0 * keep.data()[i];
+    for (int64_t i = 0; i < M * K; ++i) factors[i] = 2.0 * keep.data()[rows[i / K] * K + i % K];
   }
   for (int64_t i = 0; i < M * K; ++i) dropped[i] *= factors[i];
   const std::vector<double> exact_h = times(1.0, {dropped, K, 1}, {a, 1, K}, M, K, r);
@@ -284,17 +280,21 @@ void run_lora_linear(const Pair& pair, const LoraLinearKernels& kernels, const S
     backward.x = reads_x ? x.data() : nullptr, backward.ldx = reads_x ? K + kPadding : 0;
     backward.h = has_h ? h.data() : nullptr;
     backward.lora_A = A.data(), backward.lora_B = B.data(), backward.lora_A_t = A_t.data();
-    backward.scaling = kScaling, backward.dropout = dropout_of(dropout), backward.dx = dx.data();
-    if (M < 3) continue;  // a range without rows leaves its sums unwritten
-    in_two(M, [&](int part, int64_t begin, int64_t end) {
+    backward.scaling = kScaling, backward.dropout = drops, backward.dx = dx.data();
+    if (M < 3) continue;       // a range without rows leaves its sums unwritten
+    const bool adds = turned;  // both ranges into the same sums
+    in_two(M, [&](int range, int64_t begin, int64_t end) {
+      const int part = adds ? 0 : range;
+      backward.add = adds && range == 1;
       kernels.backward_rows(backward, begin, end, sums_A.at(part * r * K), sums_B.at(part * r * N),
                             scratch.data());
     });
     expect("dx", pair.base, dx, exact_dx);
     const Buffer dA = empty(pair.adapter, wants_dA ? r * K : 0);
     const Buffer dB = empty(pair.adapter, wants_dB ? N * r : 0);
-    if (wants_dA) kernels.reduce_a(sums_A.data(), 2, r * K, 1.0, r, K, 0, r, dA.data());
-    if (wants_dB) kernels.reduce_b(sums_B.data(), 2, r * N, kScaling, N, r, 0, N, dB.data());
+    if (wants_dA) kernels.reduce_a(sums_A.data(), adds ? 1 : 2, r * K, 1.0, r, K, 0, r, dA.data());
+    if (wants_dB)
+      kernels.reduce_b(sums_B.data(), adds ? 1 : 2, r * N, kScaling, N, r, 0, N, dB.data());
     expect("dA", pair.adapter, dA, exact_dA);
     expect("dB", pair.adapter, dB, exact_dB);
   }

@@ -299,7 +299,6 @@ def test_changed_config_is_checked_again() -> None:
 
 NOT_BUILT: dict[str, Any] = {
     "velora_config": {"num_groups": 64},
-    "alora_invocation_tokens": [1, 2],
     "arrow_config": {"top_k": 3},
     "use_bdlora": {"nblocks": 2},
     "kasa_config": {"beta": 1e-4},

@@ -216,6 +216,68 @@ RANGE_CASES: list[Case] = [
     ({"indices": T(2).long() + i}, IndexError, f"indices: index out of range: got {i}, expected 0")
     for i in (-1, 4)
 ]
+# Two slots, of rows 0 and 3, and of row 1.
+ROWS: Arguments = {"order": torch.tensor([0, 3, 1], dtype=torch.int32), "counts": [2, 1]}
+SLOTS: Arguments = {"lora_A": [T(2, 4), T(1, 4)], "lora_B": [T(3, 2), T(3, 1)], "lora_bias": []}
+SLOTS |= {**ROWS, "factor": None, "scaling": [1.0, 1.0], "dropout_p": [0.0, 0.0]}
+GROUPED: Arguments = {"x": T(5, 4), "weight": T(3, 4), "bias": T(3), **SLOTS, "rng_state": None}
+GROUPED_BWD: Arguments = {"dy": T(5, 3), "x": T(5, 4), "h": T(5), "weight": T(3, 4), **SLOTS}
+GROUPED_BWD |= {"rng_state": None, "mask": [True, True, True, False], "wanted": [3, 3]}
+SLOT_CASES: list[Case] = [
+    ({"lora_A": []}, ValueError, "lora_A: got no adapters, expected at least one"),
+    *(
+        ({name: value}, ValueError, f"{name}: got 1 entries, expected 2, one for each of lora_A")
+        for name, value in (
+            *(("lora_B", [T(3, 2)]), ("lora_bias", [T(3)]), ("counts", [3]), ("scaling", [1.0])),
+            ("dropout_p", [0.0]),
+        )
+    ),
+    ({"lora_A": [T(2, 4), T(1, 5)]}, ValueError, "lora_A: got shape [1, 5], expected [r, 4]"),
+    ({"lora_bias": [T(3), T(4)]}, ValueError, "lora_bias: got shape [4], expected [3]"),
+    ({"counts": [4, -1]}, ValueError, "counts: got -1, expected numbers of rows"),
+    ({"order": T(3)}, ValueError, "order: got Float of shape [3], expected int32 [3]"),
+    ({"counts": [2, 2]}, ValueError, "order: got Int of shape [3], expected int32 [4]"),
+    ({"factor": T(2)}, ValueError, "factor: got Float of shape [2], expected a floating-point [3]"),
+    ({"dropout_p": [0.0, 2.0]}, ValueError, "dropout_p: got 2, expected a probability from 0"),
+    ({"dropout_p": [0.0, 0.5]}, ValueError, "rng_state: got None with dropout, expected an int64"),
+]
+GROUPED_CASES: list[Case] = [
+    *SLOT_CASES,
+    ({"x": T(())}, ValueError, "x: got a 0-d tensor, expected [..., in_features]"),
+    ({"x": T(5, 6)}, ValueError, "x: got shape [5, 6], expected [..., 4]"),
+    ({"weight": T(4)}, ValueError, "weight: got shape [4], expected [out_features, in_features]"),
+    ({"weight": T(3, 4).half()}, TypeError, "weight: got dtype Half, expected the input's Float"),
+    ({"bias": T(4)}, ValueError, "bias: got shape [4], expected [3]"),
+]
+GROUPED_BWD_CASES: list[Case] = [
+    *SLOT_CASES,
+    ({"dy": T(())}, ValueError, "dy: got a 0-d tensor, expected [..., out_features]"),
+    ({"weight": None}, ValueError, "weight: got None, expected [out_features, in_features] for"),
+    ({"weight": T(2, 4)}, ValueError, "weight: got shape [2, 4], expected [3, 4]"),
+    ({"x": None}, ValueError, "x: got None, expected [..., in_features] for the gradient of"),
+    ({"x": T(6, 4)}, ValueError, "x: got shape [6, 4], expected dy's [5, 3] with in_features 4"),
+    ({"x": T(5, 4).half()}, TypeError, "x: got dtype Half, expected dy's Float"),
+    ({"h": T(6)}, ValueError, "h: got Float of shape [6], expected [5] of what _fwd returned"),
+    ({"wanted": [3]}, ValueError, "wanted: got 1 entries, expected 2, one for each of lora_A"),
+    (
+        {"x": None, "h": None, "mask": [False] * 4, "wanted": [2, 0]},
+        ValueError,
+        "h: got None without x, expected what _fwd returned for the gradient of lora_B",
+    ),
+    (
+        {"h": None, "factor": T(3), "mask": [False] * 3 + [True]},
+        ValueError,
+        "h: got None, expected what _fwd returned for the gradient of factor",
+    ),
+]
+ORDER_CASES: list[Case] = [
+    ({"order": torch.tensor(rows, dtype=torch.int32)}, error, f"order: got row {message}")
+    for rows, error, message in (
+        ([0, 5, 1], IndexError, "5, expected 0 to 4, the rows of the input"),
+        ([0, -1, 1], IndexError, "-1, expected 0 to 4, the rows of the input"),
+        ([0, 3, 3], ValueError, "3 twice, expected one slot for each row"),
+    )
+]
 OPERATORS = {
     "lora_embedding": (lora_ext.lora_embedding, "lora_embedding", LOOKUP, LOOKUP_CASES),
     "embedding bwd": (OPS.lora_embedding_bwd, "lora_embedding_bwd", LOOKUP_BWD, LOOKUP_BWD_CASES),
@@ -229,6 +291,14 @@ OPERATORS = {
     "lora_ext.lora_linear": (lora_linear, "lora_linear", FWD, FWD_CASES),
     "fwd": (OPS.lora_linear_fwd, "lora_linear", FWD, [*FWD_CASES, NO_STATE]),
     "bwd": (OPS.lora_linear_bwd, "lora_linear_bwd", BWD, BWD_CASES),
+    "grouped": (OPS.lora_linear_grouped, "lora_linear_grouped", GROUPED, GROUPED_CASES),
+    "grouped, on cpu": (OPS.lora_linear_grouped, "lora_linear_grouped", GROUPED, ORDER_CASES),
+    "grouped bwd": (
+        OPS.lora_linear_grouped_bwd,
+        "lora_linear_grouped_bwd",
+        GROUPED_BWD,
+        GROUPED_BWD_CASES,
+    ),
     "merge_": (OPS.merge_, "merge_", MERGE, MERGE_CASES),
     "merge_, on cpu": (OPS.merge_, "merge_", MERGE, MERGE_CPU_CASES),
     "merge_, scaled, on cpu": (
@@ -249,6 +319,10 @@ OPERATORS = {
 
 
 def on_meta(value: Any) -> Any:
+    if isinstance(value, list):
+        return [on_meta(one) for one in value]
+    if not isinstance(value, Tensor):
+        return value
     return value.to("meta").detach().requires_grad_(value.requires_grad)
 
 
@@ -267,7 +341,7 @@ def test_operator_refuses(operator: str, case: Case, device: str) -> None:
     changes, error, message = case
     arguments = {key: changes.get(key, right[key]) for key in right}
     if device == "meta":
-        arguments = {k: on_meta(v) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+        arguments = {k: on_meta(v) for k, v in arguments.items()}
     tensors = [t for t in arguments.values() if isinstance(t, Tensor) and not t.is_meta]
     before = [t.detach().clone() for t in tensors]
     with pytest.raises(error) as raised:

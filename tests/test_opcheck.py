@@ -179,6 +179,54 @@ def dora_linear_bwd_samples() -> Iterator[Sample]:
         yield (dy, x, v, weight, A, B, scale, scaling, dropout_p, state, mask), {}
 
 
+def grouped_operands() -> Iterator[tuple[Any, ...]]:
+    """x, weight, bias, the lists of adapters, and which rows have them: two, a third without."""
+    for i, ((dtype, adapter), p) in enumerate(itertools.product(DTYPES, (0.0, 0.3))):
+        first = make_problem((2, 3), 10, 6, 4, dtype=dtype, adapter_dtype=adapter, bias=i % 2 == 0)
+        other = make_problem((2, 3), 10, 6, 3, dtype=dtype)
+        biases = [first.lora_bias, other.weight.new_empty(0)] if first.lora_bias is not None else []
+        order = torch.tensor([0, 1, 5, 3], dtype=torch.int32)
+        factor = torch.rand(4, requires_grad=i % 4 < 2) if i % 3 == 0 else None
+        yield (
+            *(first.x, first.weight, first.bias, [first.lora_A, other.lora_A]),
+            *([first.lora_B, other.lora_B], biases, order, [3, 1], factor, [2.0, 0.5]),
+            *([p, 0.0], torch.tensor([7, 0]) if p else None),
+        )
+
+
+def detached_all(operands: tuple[Any, ...]) -> list[Any]:
+    return [
+        [t.detach() for t in one]
+        if isinstance(one, list) and one and isinstance(one[0], Tensor)
+        else one.detach()
+        if isinstance(one, Tensor)
+        else one
+        for one in operands
+    ]
+
+
+def lora_linear_grouped_samples() -> Iterator[Sample]:
+    for operands in grouped_operands():
+        yield operands, {}
+    yield tuple(detached_all(operands)), {}
+
+
+def lora_linear_grouped_fwd_samples() -> Iterator[Sample]:
+    for i, operands in enumerate(grouped_operands()):
+        yield (*detached_all(operands), i % 2 == 0), {}
+
+
+def lora_linear_grouped_bwd_samples() -> Iterator[Sample]:
+    for i, operands in enumerate(grouped_operands()):
+        detached_operands = detached_all(operands)
+        _, h = torch.ops.lora_ext.lora_linear_grouped_fwd(*detached_operands, True)
+        x, weight, _, *adapters = detached_operands
+        dy = torch.randn(2, 3, 6).to(x.dtype)
+        mask = [True, i % 2 == 0, i % 3 == 0, adapters[5] is not None]
+        wanted = [[3, 0], [7 if adapters[2] else 3, 3]][i % 2]
+        yield (dy, x, h if mask[3] or i % 2 else None, weight, *adapters, mask, wanted), {}
+
+
 SAMPLES = {
     "dora_linear": dora_linear_samples,
     "dora_linear_fwd": dora_linear_fwd_samples,
@@ -189,6 +237,9 @@ SAMPLES = {
     "lora_linear": lora_linear_samples,
     "lora_linear_fwd": lora_linear_fwd_samples,
     "lora_linear_bwd": lora_linear_bwd_samples,
+    "lora_linear_grouped": lora_linear_grouped_samples,
+    "lora_linear_grouped_fwd": lora_linear_grouped_fwd_samples,
+    "lora_linear_grouped_bwd": lora_linear_grouped_bwd_samples,
     "draw_rng_state": draw_rng_state_samples,
     "dropout_mask": dropout_mask_samples,
     "dropout": dropout_samples,

@@ -184,7 +184,7 @@ FIELDS_TAKEN = {
     "megatron_core",
     "float": "lora_alpha",
     "negative": "lora_alpha",
-    "list": "layers_to_transform trainable_token_indices",
+    "list": "layers_to_transform trainable_token_indices alora_invocation_tokens",
     "dict": "auto_mapping alpha_pattern runtime_config unknown_fields",
 }
 # Fields of a LoraConfig for which None is no value.

@@ -99,6 +99,7 @@ struct PartialSums {
 
   void reduce(decltype(LoraLinearKernels::reduce_a) kernel, double factor) const {
     if (!result.defined()) return;
+    if (sums.const_data_ptr() == result.const_data_ptr() && factor == 1.0) return;  // one part
     const int64_t rows = result.size(0), columns = result.size(1);
     const int64_t min_rows = at::divup(8192, std::max<int64_t>(columns, 1));
     at::parallel_for(0, rows, min_rows, [&](int64_t begin, int64_t end) {

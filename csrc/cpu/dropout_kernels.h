@@ -14,6 +14,7 @@ struct DropoutArgs {
   uint32_t threshold;
   double survivor;
   DropoutRng rng;
+  const int32_t* rows = nullptr;  // of the mask, for each row of x; null where they are the same
 };
 
 struct DropoutKernels {

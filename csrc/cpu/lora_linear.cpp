@@ -35,19 +35,6 @@ void add_row(const Tensor& out, const Tensor& row) {
   });
 }
 
-CpuPath path_for(int64_t M, int64_t N, const Tensor& lora_A, at::ScalarType base, bool dropout) {
-  CpuProblem problem{};
-  problem.M = M, problem.N = N, problem.K = lora_A.size(1), problem.r = lora_A.size(0);
-  problem.dropout = dropout;
-  problem.mixed = lora_A.scalar_type() != base;
-  problem.bf16 = base == at::kBFloat16 && !problem.mixed;
-  problem.bf16_dot = bf16_dot_kernels() != nullptr;
-  problem.fast_blas = has_fast_blas(base, M);
-  problem.compute_bytes = c10::elementSize(at::toOpMathType(base));
-  problem.threads = at::get_num_threads();
-  return choose_cpu_path(problem);
-}
-
 std::tuple<Tensor, Tensor> lora_linear_fwd_cpu(const LoraLinearCall& call, bool return_h) {
   check_lora_linear(call);
   auto [y, h, low_rank] = lora_linear_prepare_fwd(with_scaling_read(call), return_h);
@@ -81,6 +68,19 @@ Gradients lora_linear_bwd_cpu(const LoraLinearBackwardCall& call, GradientMask m
 }
 
 }  // namespace
+
+CpuPath path_for(int64_t M, int64_t N, const Tensor& lora_A, at::ScalarType base, bool dropout) {
+  CpuProblem problem{};
+  problem.M = M, problem.N = N, problem.K = lora_A.size(1), problem.r = lora_A.size(0);
+  problem.dropout = dropout;
+  problem.mixed = lora_A.scalar_type() != base;
+  problem.bf16 = base == at::kBFloat16 && !problem.mixed;
+  problem.bf16_dot = bf16_dot_kernels() != nullptr;
+  problem.fast_blas = has_fast_blas(base, M);
+  problem.compute_bytes = c10::elementSize(at::toOpMathType(base));
+  problem.threads = at::get_num_threads();
+  return choose_cpu_path(problem);
+}
 
 void low_rank_forward(const LowRankForward& problem) {
   const CpuPath path = path_for(problem.y.size(0), problem.y.size(1), problem.lora_A,

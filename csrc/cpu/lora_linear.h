@@ -5,6 +5,7 @@
 #include <string>
 #include <utility>
 
+#include "cpu/lora_linear_kernels.h"
 #include "cpu/lora_linear_path.h"
 #include "ops/lora_linear_prepare.h"
 
@@ -14,6 +15,10 @@ namespace lora_ext {
 // without a tensor.
 void low_rank_forward_fused(const LowRankForward& problem, const CpuPath& path);
 void low_rank_backward_fused(const LowRankBackward& problem, const CpuPath& path);
+
+// The way of a call with so many rows, and the vector kernels of one that has them.
+CpuPath path_for(int64_t M, int64_t N, const Tensor& lora_A, at::ScalarType base, bool dropout);
+const LoraLinearKernels& kernels_of(const CpuPath& path, const Tensor& base, const Tensor& adapter);
 
 // On the way that lora_linear_path.h chooses.
 void low_rank_forward(const LowRankForward& problem);

@@ -6,7 +6,6 @@
 #include "cpu/lora_linear.h"
 
 namespace lora_ext {
-namespace {
 
 const LoraLinearKernels& kernels_of(const CpuPath& path, const Tensor& base,
                                     const Tensor& adapter) {
@@ -14,8 +13,6 @@ const LoraLinearKernels& kernels_of(const CpuPath& path, const Tensor& base,
              ? *bf16_dot_kernels()
              : cpu_kernels(base.scalar_type(), adapter.scalar_type()).lora_linear;
 }
-
-}  // namespace
 
 void low_rank_forward_fused(const LowRankForward& problem, const CpuPath& path) {
   const Tensor &x = problem.x, &lora_A = problem.lora_A, &lora_B = problem.lora_B;

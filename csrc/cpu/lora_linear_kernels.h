@@ -33,7 +33,8 @@ struct LoraLinearBackwardArgs {
   const void* lora_A_t;  // lora_A packed; may be null if h is given or dB not wanted
   double scaling;
   DropoutArgs dropout;
-  void* dx;  // [M, K] base type, written, or null
+  void* dx;          // [M, K] base type, written, or null
+  bool add = false;  // to what dA and dB hold, of rows before these
 };
 
 struct LoraLinearKernels {

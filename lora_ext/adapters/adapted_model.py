@@ -11,9 +11,9 @@ from torch import nn
 from lora_ext._offloaded import check_values
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.names import named_modules
+from lora_ext.adapters.planning import plan_of_call
 from lora_ext.adapters.tuner import Tuner
 from lora_ext.arguments import check_known, check_module
-from lora_ext.errors import NotBuiltError
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.adoption import BOUND_CALLS
 from lora_ext.nn.modules_to_save import ModulesToSave
@@ -21,7 +21,6 @@ from lora_ext.nn.token_wrappers import TrainableTokensWrapper
 from lora_ext.nn.trainable_tokens import TrainableTokensLayer
 
 PREFIX = "base_model."
-_SPECIAL = frozenset({"adapter_names", "alora_offsets"})
 
 
 class AdaptedModel(nn.Module):
@@ -58,7 +57,14 @@ class AdaptedModel(nn.Module):
         self.register_load_state_dict_pre_hook(_with_present_keys)  # type: ignore[no-untyped-call]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base_model.model(*args, **_without_special(kwargs))
+        """As of the model in it.
+
+        Args:
+            adapter_names: as in PEFT, of the adapter that each input has, "__base__" for none; in
+                training, too. See `lora_ext.batch`, within which a call may also be.
+        """
+        with plan_of_call(self, args, kwargs):
+            return self.base_model.model(*args, **kwargs)
 
     def _with_given(self, kwargs: dict[str, Any], **named: Any) -> Any:
         """A call with those of the named arguments that are not None."""
@@ -66,12 +72,14 @@ class AdaptedModel(nn.Module):
         return AdaptedModel.forward(self, **given, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As of a model of transformers, with the `generation_config` that this one was given."""
+        """As of a model of transformers, with the `generation_config` that this one was given, and
+        `adapter_names` as in a forward."""
         base: Any = self.get_base_model()
         own = vars(self).get("generation_config")
         if own is not None:
             base.generation_config = own
-        return base.generate(*args, **_without_special(kwargs))
+        with plan_of_call(self, args, kwargs, generates=True):
+            return base.generate(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -161,21 +169,6 @@ class AdaptedModel(nn.Module):
 
     def _check_names(self, names: Iterable[str], argument: str = "adapter_name") -> None:
         check_known("LoraModel", argument, names, self.peft_config)
-
-
-def _without_special(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call without those that are PEFT's own.
-
-    Raises:
-        NotBuiltError: one of these asks for something.
-    """
-    for name in _SPECIAL & kwargs.keys():
-        if kwargs.pop(name) is not None:
-            raise NotBuiltError(
-                f"LoraModel: {name}: got a value, which is not built; leave it out, and choose "
-                "adapters for whole batches with set_adapter()"
-            )
-    return kwargs
 
 
 def check_model(model: nn.Module) -> None:

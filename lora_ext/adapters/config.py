@@ -74,6 +74,8 @@ class LoraConfig:
         rank_pattern, alpha_pattern: r and lora_alpha of layers that need others, by name, last
             parts of a name, or regular expression for these; the first that matches counts.
         use_dora: weight-decomposed LoRA (arXiv:2402.09353).
+        alora_invocation_tokens: of activated LoRA (arXiv:2504.12397): the adapter takes effect from
+            the last occurrence of these tokens in an input on; inputs without them are the base's.
         layer_replication: [start, end) ranges of layers to stack into a deeper model.
         lora_bias: whether lora_B has a bias, scaled like the product.
         target_parameters: names, or last parts of names, of parameters that get adapters although

@@ -39,7 +39,6 @@ TASK_TYPES = (
 
 # Fields that ask for something by not being empty, and what they ask for.
 NOT_BUILT = {
-    "alora_invocation_tokens": "activated LoRA",
     "arrow_config": "Arrow routing",
     "corda_config": "the initialisation CorDA",
     "enable_lora": "PEFT 0.2's merged linear layers",
@@ -174,6 +173,11 @@ _CHECKS = {
     ),
     "rank_pattern": _pattern(_is_rank, f"ranks, {_RANK} each"),
     "alpha_pattern": _pattern(_is_alpha, f"alphas, {_ALPHA} each"),
+    "alora_invocation_tokens": _Check(
+        (list, tuple, NoneType),
+        lambda v: all(map(_is_index, v or ())),
+        "None or a list of tokens, integers from 0",
+    ),
     "megatron_core": _TEXT,
     **dict.fromkeys(VARIANTS, _FLAG),
     "qalora_group_size": _Check((int,), lambda v: v >= 1, "an integer of at least 1"),
@@ -323,9 +327,11 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
     for flag, excluded in EXCLUDED.items():
         for field in excluded:
             if values[flag] and field in _CHECKS and values[field]:
-                raise ValueError(_message(field, True, f"False with {flag}=True"))
+                expected = "False" if values[field] is True else "None"
+                raise ValueError(_message(field, values[field], f"{expected} with {flag}=True"))
     if values["target_parameters"]:
-        for field in ("lora_dropout", "fan_in_fan_out", "lora_bias", *VARIANTS):
+        refused = ("lora_dropout", "fan_in_fan_out", "lora_bias", "alora_invocation_tokens")
+        for field in (*refused, *VARIANTS):
             if values[field]:
                 expected = "none with target_parameters: the update is one of the parameter"
                 raise ValueError(_message(field, values[field], expected))

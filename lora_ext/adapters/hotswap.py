@@ -109,7 +109,15 @@ def _swap(model: AdaptedModel, adapter_name: str, config: LoraConfig, file: File
             scaling = replace(new, init_lora_weights=True).scaling
             draft = transaction.draft(layer)
             alpha = scaling * (settings.r**0.5 if settings.use_rslora else settings.r)
-            draft.adapters[adapter_name] = replace(settings, lora_alpha=alpha)
+            tokens = new.alora_invocation_tokens
+            if tokens and not layer.HAS_ALORA:
+                raise ValueError(
+                    f"hotswap_adapter: alora_invocation_tokens: got {list(tokens)}, expected None: "
+                    f"'{name}' is no linear layer, and only these have activated adapters"
+                )
+            draft.adapters[adapter_name] = replace(
+                settings, lora_alpha=alpha, alora_invocation_tokens=tokens
+            )
             draft._scaling[adapter_name] = scaling
             draft._choose_running()
     kept = copy.deepcopy(config)

@@ -80,6 +80,7 @@ def adapter_settings(
         init_lora_weights=config.init_lora_weights,
         **{flag: getattr(config, flag) for flag in VARIANTS},
         autocast_adapter_dtype=autocast_adapter_dtype,
+        alora_invocation_tokens=tuple(config.alora_invocation_tokens or ()) or None,
     )
 
 

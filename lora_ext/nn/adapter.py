@@ -6,13 +6,13 @@ import math
 import numbers
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple, Self, TypedDict
+from typing import Any, Self, TypedDict
 
 import torch
 from torch import Tensor
 
+from lora_ext import functional
 from lora_ext.arguments import as_flag, as_number, check_names, describe, suggests_names
-from lora_ext.functional import is_for_any
 from lora_ext.nn.init import check_init, is_mica
 
 DEFAULT = "default"  # the adapter that a constructor makes
@@ -22,6 +22,7 @@ VARIANTS = {"use_dora": "DoRA"}
 EXCLUDED = {
     "use_dora": {
         "lora_bias": "DoRA scales a weight, and a bias of lora_B is none",
+        "alora_invocation_tokens": "DoRA changes the whole weight, for all tokens",
         "ungrouped_lora_A": "DoRA divides by the norm of the weight plus the update, and an update "
         "that links channels of different groups is none of the weight; PEFT takes another norm",
     }
@@ -44,6 +45,8 @@ class AdapterSettings:
         init_lora_weights: True, False (for tests), "gaussian", "orthogonal", "pissa",
             "pissa_niter_N", "olora" or "mica"; see `lora_ext.nn.init`. PiSSA and OLoRA take the
             initial product out of the base's weight; MiCA trains lora_A alone.
+        alora_invocation_tokens: of an activated LoRA: it runs under a plan alone (`lora_ext.batch`
+            with `after`), which a LoraModel makes of these tokens; elsewhere it is the base.
         use_dora: DoRA: a trained magnitude for each output feature (see `lora_ext.nn.dora`).
         autocast_adapter_dtype: keep the adapter in float32 on a bfloat16 or float16 base.
         ungrouped_lora_A: of a convolution with groups: lora_A reads all input channels, as PEFT's
@@ -64,6 +67,7 @@ class AdapterSettings:
     use_dora: bool = False
     autocast_adapter_dtype: bool = True
     ungrouped_lora_A: bool = False
+    alora_invocation_tokens: tuple[int, ...] | None = None
     weights: Mapping[str, tuple[int, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -82,18 +86,25 @@ class AdapterSettings:
             check_init(self.init_lora_weights)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise type(error)(f"adapter: {error}") from None
-        values = {"r": int(self.r), "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
+        values: dict[str, Any] = {
+            "r": int(self.r),
+            "lora_alpha": lora_alpha,
+            "lora_dropout": lora_dropout,
+        }
         for name in _FLAGS:
             values[name] = as_flag(getattr(self, name), "adapter", name)
+        if self.alora_invocation_tokens is not None:
+            values["alora_invocation_tokens"] = tuple(self.alora_invocation_tokens) or None
         for name, value in values.items():  # of Python, whatever they were
             object.__setattr__(self, name, value)
         if sum(getattr(self, flag) for flag in VARIANTS) > 1:
             raise ValueError(f"adapter: got several of {list(VARIANTS)}, expected one at most")
         for other, why in EXCLUDED.get(variant_of(self), {}).items():
             if getattr(self, other):
+                value = getattr(self, other)
                 raise ValueError(
-                    f"adapter: {other}: got True with {variant_of(self)}=True, expected False: "
-                    f"{why}"
+                    f"adapter: {other}: got {describe(value)} with {variant_of(self)}=True, "
+                    f"expected {'False' if value is True else 'None'}: {why}"
                 )
         if variant_of(self) and is_mica(self.init_lora_weights):
             raise ValueError(
@@ -125,6 +136,7 @@ class AdapterOptions(TypedDict, total=False):
     use_dora: bool
     autocast_adapter_dtype: bool
     ungrouped_lora_A: bool
+    alora_invocation_tokens: tuple[int, ...] | None
 
 
 def variant_of(settings: object) -> str:
@@ -165,19 +177,13 @@ def check_adapter_name(
         )
 
 
-class LowRank(NamedTuple):
+class LowRank(functional.LowRank):
     """Adapters that one fused call runs, stacked along the rank."""
-
-    lora_A: Tensor
-    lora_B: Tensor
-    lora_bias: Tensor | None
-    scaling: float
-    dropout_p: float
 
     def for_any(self) -> LowRank:
         """The same with a scaling that is a constant, for what takes no other; see
         `functional.is_for_any`."""
-        return stacked([self]) if is_for_any(self.scaling) else self
+        return stacked([self]) if functional.is_for_any(self.scaling) else self
 
 
 def stacked(adapters: Sequence[LowRank], factors: Sequence[Tensor] | None = None) -> LowRank:

@@ -9,9 +9,11 @@ from typing import Any, ClassVar, Self, TypeVar, Unpack
 import torch
 from torch import Tensor, nn
 
+from lora_ext import batching
 from lora_ext.arguments import names_of
 from lora_ext.nn.adapter import DEFAULT, AdapterOptions, AdapterSettings
 from lora_ext.nn.lora_layer import LoraLayer
+from lora_ext.nn.planned import follows_plan, planned_names, refuse_plan
 
 
 class AnyLayer(LoraLayer):
@@ -79,16 +81,24 @@ class AnyLayer(LoraLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base's."""
+        running = self._running
+        if batching.in_use and follows_plan(self):
+            if planned_names(self):
+                refuse_plan(self, "the layer runs with one weight, W + scaling * B A, for all rows")
+            running = ()
         if self.merged_adapters:
             self._check_merged()
         base = self._plain_base()
-        for name in self.WEIGHTS if self._running else ():
+        for name in self.WEIGHTS if running else ():
             base.__dict__.pop(name, None)  # of a replica (nn.DataParallel), or pruned
             base._parameters[name] = self._adapted(name)  # type: ignore[assignment]
-        if self._running and isinstance(base, nn.RNNBase):
+        if running and isinstance(base, nn.RNNBase):
             _list_weights(base)
             base._flat_weight_refs = [None] * len(base._flat_weights)  # else cuDNN flattens them
         return base.forward(*args, **kwargs)
+
+    def _planned_path(self) -> tuple[str, str]:
+        return "none", "one weight for all rows: a plan that names its adapters is refused"
 
     def _plain_base(self) -> nn.Module:
         base = super()._plain_base()

@@ -9,10 +9,18 @@ from typing import Any, ClassVar, Self, Unpack
 import torch
 from torch import Tensor, nn
 
+from lora_ext import batching
 from lora_ext.arguments import check_kinds, check_place, check_sizes, names_of, suggests_names
 from lora_ext.nn.adapter import DEFAULT, AdapterOptions, AdapterSettings, LowRank
 from lora_ext.nn.linear import adapted_linear
 from lora_ext.nn.lora_layer import LoraLayer
+from lora_ext.nn.planned import (
+    follows_plan,
+    planned_linear,
+    planned_linear_path,
+    refuse_plan,
+    stacks,
+)
 from lora_ext.nn.scaled_dot_product import Masks, attend
 
 PROJECTIONS = ("q", "k", "v", "o")
@@ -251,7 +259,8 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
             ValueError: masks or inputs of the wrong shape.
             TypeError: a mask that is neither bool nor floating.
         """
-        if not self._running:
+        planned = batching.in_use and follows_plan(self)
+        if not self._running and not planned:
             if self.merged_adapters:
                 self._check_merged()
             base = self._plain_base()
@@ -263,21 +272,28 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
                 f"{type(self).__name__}: is_causal: got True without attn_mask, expected the mask "
                 "that it is a hint about"
             )
+        if planned and not batched:
+            refuse_plan(self, "an input without batch is no batch of requests")
+        turn = batched and not self.batch_first
+        if planned and turn:  # rows of a plan are counted request by request
+            query, key, value = _turned(query, key, value)
         q, k, v = self._project_inputs(query, key, value)
         if not batched:
             q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-        elif not self.batch_first:
+        elif turn and not planned:
             q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
         masks = Masks(attn_mask, key_padding_mask, is_causal)
         masks.check(q.shape[0], self.num_heads, q.shape[1], k.shape[1])
         k, v = self._append(k, self.bias_k), self._append(v, self.bias_v)
         dropout_p = self.dropout if self.training else 0.0
         y, weights = attend(q, k, v, self.num_heads, masks, dropout_p, need_weights)
-        if batched and not self.batch_first:
+        if turn and not planned:
             y = y.transpose(0, 1)
         out = self.out_proj
-        y = adapted_linear(y.flatten(-2), out.weight, out.bias, self._adapters("o"))
+        y = self._project("o", y.flatten(-2), out.weight, out.bias)
+        if planned and turn:
+            y = y.transpose(0, 1)
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
         if not batched:
@@ -318,7 +334,7 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
         them; with three, separate calls are as fast as one with zeros in lora_B."""
         weight, bias = self.in_proj_weight, self.in_proj_bias
         if self.enable_lora is None and query is key and key is value:
-            q, k, v = adapted_linear(query, weight, bias, self.low_rank()).chunk(3, -1)
+            q, k, v = self._project("", query, weight, bias).chunk(3, -1)
             return q, k, v
         if weight is None:
             weights: Sequence[Tensor] = (
@@ -330,19 +346,29 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
             weights = weight.chunk(3)
         biases: Sequence[Tensor | None] = (None, None, None) if bias is None else bias.chunk(3)
         q, k, v = (
-            adapted_linear(x, weights[i], biases[i], self._adapters("qkv"[i]))
+            self._project("qkv"[i], x, weights[i], biases[i])
             for i, x in enumerate((query, key, value))
         )
         return q, k, v
 
-    def _adapters(self, projection: str) -> list[LowRank]:
-        """What runs on one projection."""
-        if self.enable_lora is not None:
-            return self.low_rank(f"{projection}_") if projection in self.enable_lora else []
-        if projection == "o":
-            return self.low_rank("o_")
-        i = "qkv".index(projection)
-        return [part._replace(lora_B=part.lora_B.chunk(3)[i]) for part in self.low_rank()]
+    def _planned_path(self) -> tuple[str, str]:
+        return planned_linear_path(self)
+
+    def _project(self, projection: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """One projection, "" of q, k and v together, with its adapters."""
+        prefix = f"{projection}_" if projection == "o" or self.enable_lora is not None else ""
+        has_adapters = self.enable_lora is None or projection in self.enable_lora
+
+        def own(stack: LowRank) -> LowRank:
+            if projection in ("", "o") or self.enable_lora is not None:
+                return stack
+            return stack._replace(lora_B=stack.lora_B.chunk(3)["qkv".index(projection)])
+
+        if batching.in_use and follows_plan(self):
+            planned = {n: own(stack) for n, stack in stacks(self, prefix)} if has_adapters else {}
+            return planned_linear(self, x, weight, bias, planned)
+        running = [own(stack) for stack in self.low_rank(prefix)] if has_adapters else []
+        return adapted_linear(x, weight, bias, running)
 
     def _append(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Keys or values [N, S, E] with those that the base appends to every sequence."""
@@ -354,3 +380,9 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
     def extra_repr(self) -> str:
         projections = "" if self.enable_lora is None else f", enable_lora={list(self.enable_lora)}"
         return f"{self.embed_dim}, {self.num_heads}{self.adapters_repr()}{projections}"
+
+
+def _turned(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch and length exchanged; tensors that are one stay one."""
+    turned = {id(x): x.transpose(0, 1) for x in (query, key, value)}
+    return turned[id(query)], turned[id(key)], turned[id(value)]

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
+from lora_ext import batching
 from lora_ext.arguments import check_kinds, check_place, check_sizes, named_x, suggests_names
 from lora_ext.functional import weight_norm
 from lora_ext.nn.adapter import DEFAULT, AdapterOptions, AdapterSettings, LowRank, variant_of
 from lora_ext.nn.adoption import belongs_to_its_class
 from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.lora_layer import LoraLayer
+from lora_ext.nn.planned import follows_plan, planned_updates, refuse_plan
 
 
 @suggests_names
@@ -134,8 +136,10 @@ class LoraConv(LoraLayer, _ConvNd):
             input = named_x(type(self).__name__, x, input)
         x = input
         try:
+            if batching.in_use and follows_plan(self):
+                return self._planned_forward(x)
             if self._lora_variant is not None:
-                return self._lora_variant.forward(self, x)
+                return self._lora_variant.forward(self, x, self._running)
             stacks = self.low_rank()
             y = self._convolve(x, self.weight, self._bias_with(stacks))
             for stack in stacks:
@@ -168,6 +172,21 @@ class LoraConv(LoraLayer, _ConvNd):
                 f"{where}: x: got dtype {x.dtype}, expected {self.weight.dtype}, the weight's; "
                 "convert with .to()"
             )
+
+    def _planned_forward(self, x: Tensor) -> Tensor:
+        if x.dim() != len(self.kernel_size) + 2:
+            refuse_plan(self, f"an input of shape {list(x.shape)} has no batch of requests")
+        return planned_updates(
+            self, self._convolve(x, self.weight, self.bias), x, 1, self._update_of
+        )
+
+    def _update_of(self, x: Tensor, name: str) -> Tensor:
+        stack = self._stack([name], self.adapters[name].lora_dropout if self.training else 0.0)
+        update = self._update(x, stack)
+        if stack.lora_bias is None:
+            return update
+        bias = stack.lora_bias * stack.scaling
+        return update + bias.view(-1, *[1] * len(self.kernel_size))
 
     def _update(self, x: Tensor, stack: LowRank) -> Tensor:
         """scaling * conv1x1(conv(dropout(x), lora_A), lora_B), in the adapters' dtype."""
@@ -364,6 +383,11 @@ class KeptConv(KeptBase, LoraConv):
     @property
     def _kind(self) -> type[nn.Module]:
         return self._KIND
+
+    def _dimensions_of_rows(self, x: Tensor) -> int:
+        if x.dim() != len(self.kernel_size) + 2:
+            refuse_plan(self, f"an input of shape {list(x.shape)} has no batch of requests")
+        return 1
 
     def _updates(self, x: Tensor) -> Iterator[Tensor]:
         for stack in self.low_rank():

@@ -141,9 +141,9 @@ def dora(
 class LinearDora(Dora[Linear]):
     """DoRA on a linear layer."""
 
-    def forward(self, layer: Linear, x: Tensor) -> Tensor:
+    def forward(self, layer: Linear, x: Tensor, names: Sequence[str]) -> Tensor:
         adapters = []
-        for name, p in _dropout_p(layer).items():
+        for name, p in _dropout_p(layer, names).items():
             g = magnitude_scale(layer, name) if layer.adapters[name].use_dora else None
             adapters.append((layer._stack([name], p), g))
         return dora(x, layer._weight_matrix(), layer.bias, adapters)
@@ -162,10 +162,10 @@ class LinearDora(Dora[Linear]):
 class ConvDora(Dora[LoraConv]):
     """DoRA on a convolution."""
 
-    def forward(self, layer: LoraConv, x: Tensor) -> Tensor:
+    def forward(self, layer: LoraConv, x: Tensor, names: Sequence[str]) -> Tensor:
         y = layer._convolve(x, layer.weight, None)
         dtype, channels = y.dtype, (-1, *[1] * len(layer.kernel_size))
-        for name, p in _dropout_p(layer).items():
+        for name, p in _dropout_p(layer, names).items():
             low_rank = layer._stack([name], p)
             if not layer.adapters[name].use_dora:
                 y = y + layer._update(x, low_rank)
@@ -198,15 +198,15 @@ class EmbeddingDora(Dora[Embedding]):
             )
         return super().part_shapes(layer, settings)
 
-    def forward(self, layer: Embedding, x: Tensor) -> Tensor:
-        first, *others = layer._running
+    def forward(self, layer: Embedding, x: Tensor, names: Sequence[str]) -> Tensor:
+        first, *others = names
         if layer._is_fused():
             y = self._scaled(layer, first, layer._fused_look_up(x, [first]))
             for name in others:
                 y = self._scaled(layer, name, y + layer._update(x, name).to(y.dtype))
             return y
         y = layer._look_up(x, layer.weight, layer.sparse)
-        for name in layer._running:  # lookups of their own, since max_norm is each one's
+        for name in names:  # lookups of their own, since max_norm is each one's
             y = self._scaled(layer, name, y + layer._update(x, name))
         return y.to(layer.weight.dtype)
 
@@ -220,12 +220,12 @@ class EmbeddingDora(Dora[Embedding]):
         return "DoRA scales y, and dy, in one more pass"  # token numbers: nothing is dropped
 
 
-def _dropout_p(layer: LoraLayer) -> dict[str, float]:
-    """Of the adapters that run, in their order."""
-    return {n: layer.adapters[n].lora_dropout if layer.training else 0.0 for n in layer._running}
+def _dropout_p(layer: LoraLayer, names: Sequence[str]) -> dict[str, float]:
+    """Of these adapters, in their order."""
+    return {n: layer.adapters[n].lora_dropout if layer.training else 0.0 for n in names}
 
 
 def _with_dropout(layer: LoraLayer) -> list[str]:
-    """Those of them that are of DoRA, and have dropout now."""
-    dropout_p = _dropout_p(layer)
+    """Those that run that are of DoRA, and have dropout now."""
+    dropout_p = _dropout_p(layer, layer._running)
     return [n for n in layer._running if layer.adapters[n].use_dora and dropout_p[n] > 0.0]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_ext import batching
 from lora_ext.arguments import check_place, check_sizes, describe, suggests_names, warn
 from lora_ext.functional import lora_embedding, weight_norm
 from lora_ext.nn.adapter import DEFAULT, AdapterOptions, AdapterSettings
@@ -17,6 +18,7 @@ from lora_ext.nn.adoption import belongs_to_its_class
 from lora_ext.nn.init import initialise_embedding
 from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.lora_layer import LoraLayer
+from lora_ext.nn.planned import follows_plan, planned_updates
 from lora_ext.nn.transaction import all_or_nothing
 from lora_ext.paths import lora_embedding_path, why_no_lora_embedding
 
@@ -152,12 +154,15 @@ class Embedding(LoraLayer, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [...], int64 or int32 → [..., embedding_dim], dtype of `weight`."""
-        if not self._running:
+        if batching.in_use and follows_plan(self):
+            y = self._look_up(input, self.weight, self.sparse)
+            y = planned_updates(self, y, input, input.dim(), self._update)
+        elif not self._running:
             if self.merged_adapters:
                 self._check_merged()
             y = self._look_up(input, self.weight, self.sparse)
         elif self._lora_variant is not None:
-            y = self._lora_variant.forward(self, input)
+            y = self._lora_variant.forward(self, input, self._running)
         elif self._is_fused():
             y = self._fused_look_up(input, self._running)
         else:
@@ -194,6 +199,10 @@ class Embedding(LoraLayer, nn.Embedding):
         stack = self._stack([name])
         hidden = self._look_up(input, stack.lora_A.t(), sparse=False)
         return hidden @ stack.lora_B.t() * stack.scaling
+
+    def _update_of(self, x: Tensor, name: str) -> Tensor:
+        scale: Any = getattr(self, "embed_scale", 1.0)
+        return self._update(x, name) * scale  # type: ignore[no-any-return]
 
     def _look_up(self, input: Tensor, weight: Tensor, sparse: bool) -> Tensor:
         return F.embedding(
@@ -257,10 +266,12 @@ class KeptEmbedding(KeptBase, Embedding):
     def _kind(self) -> type[nn.Module]:
         return self._base_class if is_scaled_word_embedding(self.base_layer) else nn.Embedding
 
+    def _dimensions_of_rows(self, x: Tensor) -> int:
+        return x.dim()
+
     def _updates(self, x: Tensor) -> Iterator[Tensor]:
-        scale: Any = getattr(self, "embed_scale", 1.0)
         for name in self._running:
-            yield (self._update(x, name) * scale).to(self.weight.dtype)
+            yield self._update_of(x, name).to(self.weight.dtype)
 
     def _write_merged(self, names: Sequence[str]) -> None:
         if self.max_norm is not None:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from lora_ext import batching
 from lora_ext.nn.adapter import AdapterSettings, variant_of
 from lora_ext.nn.adoption import (
     BOUND_CALLS,
@@ -22,6 +23,8 @@ from lora_ext.nn.adoption import (
 from lora_ext.nn.init import mutates_weight
 from lora_ext.nn.lora_layer import LoraLayer
 from lora_ext.nn.mergeable import base_of
+from lora_ext.nn.planned import follows_plan, planned_updates
+from lora_ext.nn.running_layer import RunningLayer
 from lora_ext.nn.sharded import refuse_fsdp
 
 
@@ -145,22 +148,32 @@ class KeptBase(LoraLayer):
         torch's, is x, and its result."""
         if len(args) == 1 and not kwargs and not self.reason_to_call:
             return super().forward(args[0])
+        planned = batching.in_use and follows_plan(self)
         if self.merged_adapters:
             self._check_merged()
         y = self.base_layer(*args, **kwargs)
         x: Any = args[0] if args else self._x_by_name(kwargs)
-        if self._running and not isinstance(y, Tensor):
+        if (self._running or planned) and not isinstance(y, Tensor):
             raise TypeError(
                 f"{type(self).__name__}: the base, a {self._base_class.__qualname__}, returned a "
                 f"{type(y).__qualname__}, expected a tensor, to which an update can be added; "
                 "leave this layer out with exclude_modules"
             )
+        if planned:
+            return planned_updates(self, y, x, self._dimensions_of_rows(x), self._update_of)
         if not self._running:
             return y
         total = y
         for update in self._updates(x):
             total = total + update
         return total.to(y.dtype)  # under autocast the update may be wider
+
+    def _planned_path(self) -> tuple[str, str]:
+        return RunningLayer._planned_path(self) if self.reason_to_call else super()._planned_path()
+
+    def _dimensions_of_rows(self, x: Tensor) -> int:
+        """How many of x's dimensions count what a plan may give adapters of its own."""
+        return x.dim() - 1
 
     def _lora_path(self, tokens: int) -> tuple[str, str]:
         if not self.reason_to_call:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from lora_ext import batching
 from lora_ext.arguments import as_flag, check_place, check_sizes, named_x, suggests_names
 from lora_ext.functional import lora_linear, lora_update, weight_norm
 from lora_ext.nn import tensor_parallel
@@ -18,6 +19,13 @@ from lora_ext.nn.adoption import belongs_to_its_class
 from lora_ext.nn.installed_forward import install_like, installed_style, without_forward
 from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.lora_layer import LoraLayer
+from lora_ext.nn.planned import (
+    follows_plan,
+    planned_linear,
+    planned_linear_path,
+    refuse_plan,
+    stacks,
+)
 from lora_ext.nn.sharded import is_sharded
 from lora_ext.paths import lora_linear_path
 
@@ -94,6 +102,9 @@ class LinearBase(LoraLayer, nn.Linear):
             )
         return base
 
+    def _planned_path(self) -> tuple[str, str]:
+        return planned_linear_path(self)
+
     def _weight_matrix(self, prefix: str = "") -> Tensor:
         return self.weight.t() if self.fan_in_fan_out else self.weight
 
@@ -130,6 +141,7 @@ class Linear(LinearBase):
     """
 
     weight: nn.Parameter
+    HAS_ALORA: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -215,12 +227,14 @@ class Linear(LinearBase):
         if input is None or x is not None:
             input = named_x(type(self).__name__, x, input)
         x = input
+        if batching.in_use and follows_plan(self):
+            return self._planned_forward(x)
         parameters = self._parameters
         weight: Any = parameters.get("weight")
         if type(weight) is not Parameter and is_sharded(weight):
             return tensor_parallel.forward(self, x)
         if self._lora_variant is not None:
-            return self._lora_variant.forward(self, x)
+            return self._lora_variant.forward(self, x, self._running)
         if self._lora_alone is not None:  # nearly always: at one row every Python call shows
             part_A, part_B, part_bias, has_bias = self._lora_alone
             name = self._running[0]
@@ -244,6 +258,15 @@ class Linear(LinearBase):
                     dropout_p=self.adapters[name].lora_dropout if self.training else 0.0,
                 )
         return adapted_linear(x, self._weight_matrix(), self.bias, self.low_rank())
+
+    def _planned_forward(self, x: Tensor) -> Tensor:
+        if is_sharded(self.weight):
+            refuse_plan(self, "its weight is divided between processes")
+        return planned_linear(self, x, self._weight_matrix(), self.bias, dict(stacks(self)))
+
+    def _update_of(self, x: Tensor, name: str) -> Tensor:
+        dropout_p = self.adapters[name].lora_dropout if self.training else 0.0
+        return lora_update(x, *self._stack([name], dropout_p))
 
     def _choose_running(self) -> None:
         super()._choose_running()

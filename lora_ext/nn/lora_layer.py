@@ -142,6 +142,12 @@ class LoraLayer(DefaultAdapter, RunningLayer):
                 f"{type(self).__name__}.add_adapter: {flag}: got True, expected False: "
                 f"this kind of layer has no {VARIANTS[flag]}"
             )
+        if chosen.alora_invocation_tokens and not self.HAS_ALORA:
+            raise ValueError(
+                f"{type(self).__name__}.add_adapter: alora_invocation_tokens: got "
+                f"{list(chosen.alora_invocation_tokens)}, expected None: only linear layers have "
+                "activated adapters; leave this layer out with exclude_modules"
+            )
         if is_mica(chosen.init_lora_weights) and not self.TAKES_MICA:
             raise ValueError(
                 f"{type(self).__name__}.add_adapter: init_lora_weights: got 'mica', expected "
@@ -427,6 +433,15 @@ class LoraLayer(DefaultAdapter, RunningLayer):
         self._choose_running()
 
     # Checks
+
+    def _check_mergeable(self, where: str, names: Iterable[str]) -> None:
+        activated = [name for name in names if self.adapters[name].alora_invocation_tokens]
+        if activated:
+            raise ValueError(
+                f"{where}: adapter_names: '{activated[0]}' is activated by tokens "
+                "(alora_invocation_tokens), expected others: a weight has no tokens before them. "
+                "aLoRA does not support merging."
+            )
 
     def _check_names(self, names: Iterable[str], argument: str = "adapter_name") -> None:
         check_known(type(self).__name__, argument, names, self.adapters)

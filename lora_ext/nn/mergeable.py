@@ -111,11 +111,15 @@ class MergeableLayer(nn.Module):
             )
         self._merge(tuple(dict.fromkeys((*self.merged_adapters, *names))))
 
+    def _check_mergeable(self, where: str, names: Sequence[str]) -> None:
+        """ValueError for an adapter that no weight can hold."""
+
     @all_or_nothing
     @torch.no_grad()
     def _merge(self, names: tuple[str, ...]) -> None:
         """Makes exactly these adapters the merged ones."""
         where = f"{type(self).__name__}.merge"
+        self._check_mergeable(where, names)
         self._check_not_computed(where)
         train = {name: attrgetter(name)(self).requires_grad for name in self._aside}
         self._put_back()

@@ -8,10 +8,12 @@ from typing import Any, ClassVar, Self, Unpack
 import torch
 from torch import Tensor, nn
 
+from lora_ext import batching
 from lora_ext.arguments import named_x, refuse, suggests_names
 from lora_ext.functional import lora_update
 from lora_ext.nn.adapter import DEFAULT, AdapterOptions, AdapterSettings, LowRank
 from lora_ext.nn.linear import LinearBase, _KeptLinearBase, adapted_linear
+from lora_ext.nn.planned import follows_plan, planned_linear, stacks
 
 # How many zeros per row of a block-diagonal lora_B, on average, are cheaper than calls of their
 # own: those read x again, add up their parts of dx, and copy y together. Measured forward and
@@ -174,12 +176,18 @@ class MergedLinear(LinearBase):
         if input is None or x is not None:
             input = named_x(type(self).__name__, x, input)
         x = input
+        if batching.in_use and follows_plan(self):
+            wide = {
+                name: stack._replace(lora_B=self._block_diagonal(stack))
+                for name, stack in stacks(self)
+            }
+            return planned_linear(self, x, self._weight_matrix(), self.bias, wide)
         adapters, weight = self.low_rank(), self._weight_matrix()
         sizes = self._enabled_sizes()
         zeros = len(sizes) - sum(sizes) / max(self.out_features, 1)
         if sum(adapter.lora_B.shape[1] for adapter in adapters) * zeros <= _FEW_ZEROS:
-            wide = [adapter._replace(lora_B=self._block_diagonal(adapter)) for adapter in adapters]
-            return adapted_linear(x, weight, self.bias, wide)
+            blocks = [one._replace(lora_B=self._block_diagonal(one)) for one in adapters]
+            return adapted_linear(x, weight, self.bias, blocks)
         # Each slice then has its own dropout mask, as layers of their own would.
         slices = [list(self._slices(adapter)) for adapter in adapters]
         parts = []
@@ -189,6 +197,11 @@ class MergedLinear(LinearBase):
             present = [adapter for adapter in own if adapter is not None]
             parts.append(adapted_linear(x, weight[rows], bias, present))
         return torch.cat(parts, -1)
+
+    def _update_of(self, x: Tensor, name: str) -> Tensor:
+        dropout_p = self.adapters[name].lora_dropout if self.training else 0.0
+        stack = self._stack([name], dropout_p)
+        return lora_update(x, *stack._replace(lora_B=self._block_diagonal(stack)))
 
     # Slices
 

@@ -7,12 +7,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_ext._offloaded import watch_gradients
+from lora_ext.batching import BatchPlan, current_plan
 from lora_ext.nn.adapter import check_adapter_name
 from lora_ext.nn.adoption import BOUND_CALLS
 from lora_ext.nn.transaction import Transaction
+
+# What a plan may divide between copies, row by row.
+_ROW_BY_ROW = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Copies(nn.ModuleDict):
@@ -99,11 +103,42 @@ class ModulesToSave(nn.Module):
         return self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        module = self.active_module
+        plan = current_plan()
+        if plan is not None and self.enabled and len(self.modules_to_save):
+            return self._planned_forward(plan, *args, **kwargs)
+        return self._call(self.active_module, *args, **kwargs)
+
+    def _call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         y = module(*args, **kwargs)
         if (module._modules or hasattr(module, "_hf_hook")) and not torch.compiler.is_compiling():
             watch_gradients(module, y)
         return y
+
+    def _planned_forward(self, plan: BatchPlan, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Each request by the copy of its adapter, or by the original."""
+        original = self.original_module
+        where = f"modules_to_save ({type(original).__name__})"
+        if not isinstance(original, _ROW_BY_ROW):
+            raise TypeError(
+                f"{where}: batch: got requests of several adapters, expected those of one. Mixed "
+                "batching is only supported for the following modules: "
+                f"{', '.join(kind.__name__ for kind in _ROW_BY_ROW)}."
+            )
+        names = list(self.modules_to_save)
+        plan.note(names)
+        # A plan of single rows counts all that the module treats one by one.
+        by_row = plan.requests is None and isinstance(original, nn.Linear | nn.Embedding)
+        leading = x.shape[: x.dim() - isinstance(original, nn.Linear) if by_row else 1]
+        rows = plan.assign(leading, x.device, names, where)
+        flat = x.reshape(-1, *x.shape[len(leading) :])
+        rest = torch.ones(len(flat), dtype=torch.bool, device=x.device)
+        rest[rows.order.long()] = False
+        parts: list[tuple[nn.Module, Tensor]] = [(original, rest.nonzero().flatten())]
+        parts += [(self.modules_to_save[name], index.long()) for name, index, _ in rows.by_name()]
+        parts = [(module, index) for module, index in parts if len(index)] or parts[:1]
+        y = torch.cat([self._call(module, flat[index], *args, **kwargs) for module, index in parts])
+        y = y[torch.cat([index for _, index in parts]).argsort()]
+        return y.reshape(*leading, *y.shape[1:])
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -7,8 +7,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lora_ext import batching
 from lora_ext.nn.adapter import AdapterSettings, LowRank, part_name, stacked, variant_of
 from lora_ext.nn.adoption import AdoptingLayer
+from lora_ext.nn.planned import follows_plan
 from lora_ext.nn.variant import AnyVariant
 
 
@@ -18,6 +20,8 @@ class RunningLayer(AdoptingLayer):
 
     # What its adapters can be beyond low-rank products, from `lora_ext.nn.variants`.
     VARIANTS: ClassVar[tuple[AnyVariant, ...]] = ()
+    # Whether its adapters may be activated by tokens, as PEFT's aLoRA.
+    HAS_ALORA: ClassVar[bool] = False
     # (path, reason) for `explain`, of the kinds that have only one.
     PATH: ClassVar[tuple[str, str]] = ("composed", "in plain PyTorch")
     _scaling: dict[str, float]
@@ -29,7 +33,13 @@ class RunningLayer(AdoptingLayer):
 
     def _choose_running(self) -> None:
         runs = self._enabled and not self.merged_adapters
-        self._running = tuple(n for n in self.active_adapters if runs and self._scaling[n] != 0.0)
+        self._running = tuple(
+            name
+            for name in self.active_adapters
+            if runs
+            and self._scaling[name] != 0.0
+            and not self.adapters[name].alora_invocation_tokens
+        )
         self._lora_variant = self._first_variant(self._running)
         self._lora_alone = None
         if len(self._running) == 1:
@@ -51,10 +61,14 @@ class RunningLayer(AdoptingLayer):
         base = f"torch.nn.functional.{kind.lower()}" if kind in functional else f"torch.nn.{kind}"
         if not self.adapters:
             return base, "there is no adapter"
+        if batching.in_use and follows_plan(self):
+            return self._planned_path()
         if self.merged and not self.running_adapters:
             return base, "merged: the adapter is in the weight"
         if not self.running_adapters:
-            return base, "no adapter runs: disabled, not active, or of scale 0"
+            return base, (
+                "no adapter runs: disabled, not active, of scale 0, or activated by tokens"
+            )
         return self._lora_path(tokens)
 
     def _lora_path(self, tokens: int) -> tuple[str, str]:
@@ -138,6 +152,15 @@ class RunningLayer(AdoptingLayer):
     def _alike(self, lora_A: list[Tensor]) -> list[Tensor]:
         """The same, in shapes that differ in the rank only."""
         return lora_A
+
+    # Under a plan of `lora_ext.batch`; see `lora_ext.nn.planned`
+
+    def _planned_path(self) -> tuple[str, str]:
+        return "composed", "the base once, then each adapter's update on its own rows"
+
+    def _update_of(self, x: Tensor, name: str) -> Tensor:
+        """What one adapter adds to the base's result of x, in its own dtype."""
+        raise NotImplementedError
 
     # Variants
 

@@ -9,10 +9,13 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from lora_ext import batching
 from lora_ext.arguments import as_flag, check_known, names_of
+from lora_ext.batching import current_plan
 from lora_ext.nn.adapter import check_adapter_name
 from lora_ext.nn.adoption import computed_tensors
 from lora_ext.nn.mergeable import MergeableLayer
+from lora_ext.nn.planned import follows_plan, refuse_plan
 from lora_ext.nn.sharded import refuse_fsdp
 from lora_ext.nn.token_rows import TokenRows, reason_to_copy, run
 from lora_ext.nn.transaction import all_or_nothing, shallow
@@ -260,6 +263,8 @@ class TrainableTokensLayer(MergeableLayer):
 
     def run(self, base: Any, *args: Any, **kwargs: Any) -> Any:
         """The same of any module with this weight."""
+        if batching.in_use and follows_plan(self):
+            return self._planned_run(base, *args, **kwargs)
         rows = self._rows
         if rows is not None:
             device = base.weight.device  # a replica's (nn.DataParallel) is another
@@ -269,6 +274,28 @@ class TrainableTokensLayer(MergeableLayer):
         if self.merged_adapters:
             self._check_merged()
         return base(*args, **kwargs)
+
+    def _planned_run(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+        """Under a plan of `lora_ext.batch`: the base once, then what has an adapter with its
+        rows."""
+        plan = current_plan()
+        if plan is None or kwargs or len(args) != 1:
+            refuse_plan(self, "the module was called with more than its input")
+        x: Tensor = args[0]
+        plan.note(self.adapters)
+        leading = x.shape if isinstance(base, nn.Embedding) else x.shape[:-1]
+        assigned = plan.assign(leading, x.device, self.adapters, type(self).__name__)
+        y: Tensor = base(x)
+        flat_x = x.reshape(leading.numel(), *x.shape[len(leading) :])
+        flat_y = y.reshape(leading.numel(), y.shape[-1])
+        for name, index, factor in assigned.by_name():
+            if factor is not None:
+                refuse_plan(self, "rows of a weight have no strength (scale)")
+            rows = TokenRows.of(self.adapters[name], x.device)
+            table = self.trainable_tokens_delta[name]
+            made = run(base, rows, table, flat_x.index_select(0, index))
+            flat_y = flat_y.index_copy(0, index.long(), made.to(flat_y.dtype))
+        return flat_y.view_as(y)
 
     def _table(self) -> Tensor:
         tables: list[Tensor] = [self.trainable_tokens_delta[name] for name in self._running]
@@ -286,6 +313,8 @@ class TrainableTokensLayer(MergeableLayer):
         """(path, reason) of a module with this weight, for `explain`."""
         kind = next(k for k in (nn.Embedding, nn.Linear) if isinstance(base, k))
         plain = f"torch.nn.{kind.__name__}"
+        if batching.in_use and follows_plan(self):
+            return "composed", "the base once, then what has an adapter once more, with its rows"
         if self._rows is None:
             if self.merged:
                 return plain, "merged: the trained rows are in the weight"

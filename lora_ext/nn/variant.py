@@ -31,8 +31,8 @@ class LoraVariant(Generic[Layer]):
         """Gives these parts their first values, after those of the low-rank product."""
         raise NotImplementedError
 
-    def forward(self, layer: Layer, x: Tensor) -> Tensor:
-        """What the layer makes of x where one of the adapters that run is of this variant; others
+    def forward(self, layer: Layer, x: Tensor, names: Sequence[str]) -> Tensor:
+        """What the layer makes of x with these adapters, of which one is of this variant; others
         may be plain."""
         raise NotImplementedError
 

@@ -138,7 +138,8 @@ void lora_linear_backward_rows(const LoraLinearBackwardArgs& args, int64_t begin
 
   for (int64_t m = begin; m < end; m += panel.kRows) {
     const int64_t rows = at_most(end - m, panel.kRows);
-    const bool later = m > begin;  // the first panel starts the sums, later ones add to them
+    // The first panel starts the sums, later ones add to them.
+    const bool later = args.add || m > begin;
     const T* x = row_of<T>(args.x, m, args.ldx);
     const T* dy = row_of<T>(args.dy, m, args.lddy);
     const uint16_t* keep = nullptr;

@@ -82,7 +82,8 @@ inline const uint16_t* fill_panel_bits(const DropoutArgs& dropout, int64_t first
                                        int64_t K, uint16_t* keep) {
   if (!dropout.enabled) return nullptr;
   for (int64_t i = 0; i < rows; ++i) {
-    fill_keep_bits(dropout.rng, first_row + i, K, dropout.threshold, keep + i * keep_words(K));
+    const int64_t row = dropout.rows ? dropout.rows[first_row + i] : first_row + i;
+    fill_keep_bits(dropout.rng, row, K, dropout.threshold, keep + i * keep_words(K));
   }
   return keep;
 }

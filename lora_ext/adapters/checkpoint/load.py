@@ -34,7 +34,10 @@ from lora_ext.nn.sharded import is_sharded, like, to_rest
 from lora_ext.nn.transaction import Transaction
 
 # Fields of a config that the values of an adapter go with.
-_OF_THE_VALUES = ("lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "r", "rank_pattern")
+_OF_THE_VALUES = (
+    *("lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "r", "rank_pattern"),
+    "alora_invocation_tokens",
+)
 
 
 def load_adapter(

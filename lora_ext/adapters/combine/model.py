@@ -166,6 +166,11 @@ def _check_combinable(model: AdaptedModel, names: Sequence[str]) -> None:
             )
         if model.peft_config[name].target_parameters:
             raise ValueError(f"{where}: '{name}' has target_parameters, which cannot be combined")
+    if len({tuple(model.peft_config[n].alora_invocation_tokens or ()) for n in names}) > 1:
+        raise ValueError(
+            f"{where}: got {list(names)}, which different tokens activate (alora_invocation_tokens)"
+            ", expected adapters of the same"
+        )
     biased = [n for n in dict.fromkeys(names) if model.peft_config[n].bias != "none"]
     if biased:
         raise ValueError(

@@ -1,0 +1,93 @@
+"""The plan of a call of a LoraModel: PEFT's `adapter_names` and `alora_offsets`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import nn
+
+from lora_ext.adapters.activated import plan_of_activated
+from lora_ext.adapters.training import is_checkpointing
+from lora_ext.arguments import check_known, refuse
+from lora_ext.batching import BASE, BatchPlan, batch, current_plan, following
+
+Context = AbstractContextManager[Any]
+
+
+def plan_of_call(
+    model: Any, args: Sequence[Any], kwargs: dict[str, Any], generates: bool = False
+) -> Context:
+    """What a call of the model runs in: the plan that its arguments, from which PEFT's own are
+    taken, ask for; else the one around it, if there is one.
+
+    Raises:
+        ValueError: a name that is not of the model's adapters.
+        TypeError: adapter_names is no list.
+    """
+    names, offsets = kwargs.pop("adapter_names", None), kwargs.pop("alora_offsets", None)
+    if names is not None:
+        _check_names(model, names)
+    plan: BatchPlan | None = None
+    if _activates(model, names, offsets):
+        plan = plan_of_activated(model, names, offsets, args, kwargs, generates)
+    elif names is not None:
+        plan = batch(names, repeats=generates)
+    around = current_plan() if plan is None else plan
+    if around is None:
+        return nullcontext()
+    check_known("LoraModel", "batch: adapters", around.names, model.peft_config)
+    around.note(around.names)
+    if is_checkpointing(model.get_base_model()):
+        _carry_into_checkpoints(model.get_base_model())
+    return nullcontext() if plan is None else plan
+
+
+def _check_names(model: Any, names: Any) -> None:
+    if not isinstance(names, list | tuple):
+        refuse("LoraModel", "adapter_names", names, "a list of names, one for each input")
+    unknown = sorted({str(n) for n in names if n not in (None, BASE, *model.peft_config)})
+    if unknown:
+        raise ValueError(
+            f"LoraModel: adapter_names: got {unknown}, expected some of {list(model.peft_config)}, "
+            f"or '{BASE}'. Trying to infer with non-existing adapter(s): {', '.join(unknown)}"
+        )
+
+
+def _activates(model: Any, names: Iterable[str | None] | None, offsets: Any) -> bool:
+    """Whether tokens activate an adapter of this call (aLoRA)."""
+    activated = {n for n, config in model.peft_config.items() if config.alora_invocation_tokens}
+    if not activated:
+        return False
+    if names is not None:
+        return not activated.isdisjoint(names)
+    if offsets is None and current_plan() is not None:
+        return False  # which says it
+    return model.has_active_enabled_adapter and not activated.isdisjoint(model.active_adapters)
+
+
+class _Carrying:
+    """A function that checkpoints another: what it runs again follows the plan of its first run."""
+
+    def __init__(self, checkpoint: Any) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        plan = current_plan()
+        if plan is None:
+            return self.checkpoint(function, *args, **kwargs)
+
+        def carried(*inputs: Any, **named: Any) -> Any:
+            with following(plan):
+                return function(*inputs, **named)
+
+        return self.checkpoint(carried, *args, **kwargs)
+
+
+def _carry_into_checkpoints(model: nn.Module) -> None:
+    """transformers' layers checkpoint by a function that they hold."""
+    for module in model.modules():
+        checkpoint = vars(module).get("_gradient_checkpointing_func")
+        if checkpoint is not None and not isinstance(checkpoint, _Carrying):
+            module._gradient_checkpointing_func = _Carrying(checkpoint)  # type: ignore[assignment]

@@ -1,0 +1,394 @@
+"""Which rows of a batch have which adapter: the plan of one forward of a model, for all its layers.
+
+    with lora_ext.batch(adapters=["french", None, "german"]):
+        model(x)
+
+A plan knows names alone. A layer asks it which rows of an input have which of its adapters
+(`BatchPlan.assign`); the answer is made once for each shape, not once for each layer. Names that a
+layer does not have leave its rows at the base.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from lora_ext.arguments import describe, listed, refuse
+from lora_ext.errors import NotBuiltError
+
+__all__ = ["BatchPlan", "batch"]
+
+BASE = "__base__"  # PEFT's name of the model without adapters
+_NEVER = torch.iinfo(torch.int64).max
+
+
+class Assignment(NamedTuple):
+    """Which rows of one input, counted over all its leading dimensions, have which adapter."""
+
+    names: tuple[str, ...]  # of the adapters that have a row
+    order: Tensor  # int32 [R]: the rows of the first name, of the second, ...; ascending in each
+    counts: tuple[int, ...]  # how many each has
+    factor: Tensor | None  # [R], floating: the strength of each of these rows
+    alone: bool  # one adapter has all rows, at its own strength
+
+    def by_name(self) -> list[tuple[str, Tensor, Tensor | None]]:
+        """(name, rows, factor) of each adapter."""
+        order = self.order.split_with_sizes(self.counts)
+        factors: Sequence[Tensor | None] = [None] * len(order)
+        if self.factor is not None:
+            factors = self.factor.split_with_sizes(self.counts)
+        return list(zip(self.names, order, factors, strict=True))
+
+
+class Entered(NamedTuple):
+    """A plan in a `with`, and the one around it."""
+
+    plan: BatchPlan
+    outer: Entered | None
+
+
+# Of the thread, or of the task of asyncio: others do not see it.
+_ENTERED: ContextVar[Entered | None] = ContextVar("lora_ext.batch", default=None)
+
+# Whether any thread has a plan: what layers ask first, and compiled code may ask.
+in_use = False
+_users = 0
+_LOCK = threading.Lock()
+
+
+def current_plan() -> BatchPlan | None:
+    """The plan that layers follow now."""
+    if not in_use:
+        return None
+    entered = _ENTERED.get()
+    return None if entered is None else entered.plan
+
+
+def _enter(entered: Entered) -> None:
+    _count(1)
+    _ENTERED.set(entered)
+
+
+def _leave(outer: Entered | None) -> None:
+    _ENTERED.set(outer)
+    _count(-1)
+
+
+def _count(users: int) -> None:
+    global in_use, _users
+    with _LOCK:
+        _users += users
+        in_use = _users > 0
+
+
+@contextmanager
+def following(plan: BatchPlan) -> Iterator[None]:
+    """Within this context layers follow the plan, in a part of what it is for."""
+    outer = _ENTERED.get()
+    _enter(Entered(plan, outer))
+    try:
+        yield
+    finally:
+        _leave(outer)
+
+
+class BatchPlan:
+    """Made by `batch`; a context manager, in which every layer of `lora_ext.nn` follows it."""
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        slots: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        rows: tuple[int, int] | None = None,
+        per_row: bool = False,
+        scale: Tensor | None = None,
+        after: Tensor | None = None,
+        repeats: bool = False,
+        zero_grads: bool = False,
+    ) -> None:
+        self.names = tuple(names)
+        self._slots = slots  # int64, on the CPU: a slot for each request, segment or row
+        self._lengths = lengths
+        self._rows = rows
+        self._per_row = per_row
+        self._scale = scale
+        self._after = after
+        self._repeats = repeats
+        self._zero_grads = zero_grads
+        self._made: dict[Any, tuple[Assignment, Tensor]] = {}
+        self._found: set[str] = set()
+        self._was_asked = False
+
+    def __repr__(self) -> str:
+        kind = "rows" if self._per_row else "requests" if self._lengths is None else "segments"
+        return f"BatchPlan({len(self._slots)} {kind}, adapters={listed(self.names)})"
+
+    def __enter__(self) -> Self:
+        _enter(Entered(self, _ENTERED.get()))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        entered = _ENTERED.get()
+        assert entered is not None and entered.plan is self, "plans are left in another order"
+        _leave(entered.outer)
+        unknown = [name for name in self.names if name not in self._found]
+        if kind is None and self._was_asked and unknown:
+            raise ValueError(
+                f"batch: adapters: got {unknown[0]!r}, which no layer that ran has: its rows were "
+                "the base's; expected names of adapters of the model, or None for the base"
+            )
+
+    @property
+    def requests(self) -> int | None:
+        """How many, of a plan for requests; None of one for segments or rows."""
+        return len(self._slots) if self._lengths is None and not self._per_row else None
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether rows have strengths."""
+        return self._scale is not None
+
+    @property
+    def has_after(self) -> bool:
+        """Whether adapters begin inside of a request."""
+        return self._after is not None
+
+    def note(self, names: Collection[str]) -> None:
+        """A layer, or a module to save, has these adapters."""
+        self._was_asked = True
+        self._found.update(names)
+
+    def assign(
+        self, leading: Sequence[int], device: torch.device, names: Collection[str], where: str
+    ) -> Assignment:
+        """Which rows of an input with these leading dimensions have which of the adapters `names`,
+        those of a layer.
+
+        Raises:
+            ValueError: the input does not have the rows that the plan is for; names the layer.
+        """
+        present = tuple(name for name in self.names if name in names)
+        key = (tuple(leading), device, present)
+        made = self._made.get(key)
+        if made is None:
+            with torch.inference_mode(False):  # it may be kept for backward later
+                made = self._made[key] = self._assign(tuple(leading), device, present, where)
+        assignment, owners = made
+        if self._scale is None or not assignment.names:
+            return assignment
+        # Not kept: its gradient is that of one backward.
+        factor = self._scale.to(device).index_select(0, owners)
+        return assignment._replace(factor=factor, alone=False)
+
+    def _assign(
+        self, leading: tuple[int, ...], device: torch.device, names: Sequence[str], where: str
+    ) -> tuple[Assignment, Tensor]:
+        owners, positions, lengths = self._owners(leading, where)
+        slots = self._slots.index_select(0, owners)
+        if self._after is not None:
+            after = self._after[owners]
+            after = torch.where(after < 0, after + lengths, after)
+            slots = torch.where(positions >= after, slots, -1)
+        # In the order of `names`; others are the base's.
+        places = torch.full((len(self.names) + 1,), -1, device="cpu")
+        for place, name in enumerate(names):
+            places[self.names.index(name)] = place
+        slots = places[slots]  # -1 is the last one, which is -1
+        order = slots.argsort(stable=True)
+        counts = torch.bincount(slots + 1, minlength=len(names) + 1).tolist()
+        order = order[counts[0] :]
+        having = [
+            (name, count)
+            for name, count in zip(names, counts[1:], strict=True)
+            if count or self._zero_grads
+        ]
+        assignment = Assignment(
+            tuple(name for name, _ in having),
+            order.to(device, torch.int32),
+            tuple(count for _, count in having),
+            None,
+            len(having) == 1 and len(order) == len(slots),
+        )
+        return assignment, owners[order].to(device)
+
+    def _owners(self, leading: tuple[int, ...], where: str) -> tuple[Tensor, Tensor, Tensor | int]:
+        """The request, segment or row of `ids` that each row of the input is of, its place there,
+        and how long that is."""
+        total, count = math.prod(leading), len(self._slots)
+        if self._per_row or self._lengths is not None:
+            lengths = torch.ones_like(self._slots) if self._lengths is None else self._lengths
+            if total != int(lengths.sum()):
+                what = "ids" if self._lengths is None else "lengths"
+                raise ValueError(
+                    f"{where}: batch: {what}: got an input of {total} rows, {list(leading)}, "
+                    f"expected {int(lengths.sum())}, as many as the plan is for"
+                )
+            begins = lengths.cumsum(0) - lengths
+            owners = torch.arange(count, device="cpu").repeat_interleave(lengths)
+            return owners, torch.arange(total, device="cpu") - begins[owners], lengths[owners]
+        sequences = leading[0] if leading else 1
+        if self._rows is not None and total == math.prod(self._rows):
+            sequences = count
+        elif sequences != count and not (self._repeats and count and sequences % count == 0):
+            raise ValueError(
+                f"{where}: batch: adapters: got {count} names for an input whose leading dimensions"
+                f" are {list(leading)}, expected one name for each of {sequences}. Length of "
+                "`adapter_names` should be the same as the number of inputs, but got "
+                f"{count} and {sequences} respectively."
+            )
+        each = total // sequences if sequences else 0
+        owners = torch.arange(count, device="cpu").repeat_interleave(
+            sequences // count if count else 0
+        )
+        positions, length = torch.arange(each, device="cpu"), each
+        if self._rows is not None:
+            length = self._rows[1]
+            if each < length:
+                positions = positions + length  # tokens that follow those of the plan
+        return owners.repeat_interleave(each), positions.repeat(sequences), length
+
+
+def batch(
+    adapters: Sequence[str | None] | None = None,
+    *,
+    rows: tuple[int, int] | None = None,
+    lengths: Sequence[int] | Tensor | None = None,
+    ids: Tensor | None = None,
+    gates: Tensor | None = None,
+    scale: Tensor | None = None,
+    after: Sequence[int | None] | Tensor | None = None,
+    repeats: bool = False,
+    zero_grads: bool = False,
+) -> BatchPlan:
+    """Which adapter each request, segment or row of the next batch has, whatever is active.
+
+    Args:
+        adapters: a name for each request; None, or PEFT's "__base__", is the base. With `ids`, the
+            names that the numbers stand for. An input's first dimension is that of the requests.
+        rows: (requests, rows of each), for inputs that have them in one dimension, and for `after`
+            where later inputs are the tokens that follow (a KV cache).
+        lengths: of segments that are packed one behind the other; `adapters` has one name for each.
+        ids: int [rows] or [requests, rows]: of each row the place of its adapter in `adapters`;
+            -1 is the base.
+        gates: of several adapters for each row; not built yet.
+        scale: floating [requests], or [segments], or with ids [rows]: multiplies the update of each
+            one's rows. It may require grad.
+        after: the position in its request, or segment, from which on each one's adapter takes
+            effect; negative ones count from its end, None is never.
+        repeats: of inputs that have each request several times in a row, as beam search does.
+        zero_grads: whether the plan's adapters without a row get gradients of zero, instead of
+            None: for DDP, and where nothing else of the model is trained.
+
+    Returns:
+        The plan, a context manager. In it every layer of `lora_ext.nn` follows the plan, in this
+        thread. It is made for one forward of a model, and may be used for more that have the same
+        requests. With activation checkpointing call backward within it too.
+
+    Raises:
+        ValueError, TypeError: arguments that do not go together, by name.
+        NotBuiltError: gates.
+    """
+    if gates is not None:
+        raise NotBuiltError(
+            "batch: gates: got a value, which is not built: each row has one adapter; add up the "
+            "outputs of several plans, or make one adapter with add_weighted_adapter()"
+        )
+    given = _names_of(adapters)
+    names = tuple(dict.fromkeys(name for name in given if name is not None))
+    if ids is not None:
+        if rows is not None or lengths is not None or after is not None:
+            raise ValueError("batch: ids: got rows, lengths or after beside it, expected none")
+        slots = _slots_of_rows(ids, given, names)
+    else:
+        places = [-1 if name is None else names.index(name) for name in given]
+        slots = torch.tensor(places, dtype=torch.int64, device="cpu")
+    if lengths is not None:
+        if rows is not None:
+            raise ValueError("batch: lengths: got rows beside it, expected one of them")
+        lengths = _integers(lengths, "lengths", len(given))
+        if (lengths < 0).any():
+            raise ValueError(f"batch: lengths: got {int(lengths.min())}, expected at least 0")
+    if rows is not None:
+        rows = (int(rows[0]), int(rows[1]))
+        if rows[0] != len(given):
+            raise ValueError(
+                f"batch: rows: got {rows} with {len(given)} adapters, expected ({len(given)}, rows "
+                "of each)"
+            )
+    if after is not None:
+        if not isinstance(after, Tensor):
+            after = [_NEVER if position is None else position for position in after]
+        after = _integers(after, "after", len(given))
+    if scale is not None:
+        if not isinstance(scale, Tensor) or not scale.is_floating_point():
+            refuse("batch", "scale", scale, "a floating-point tensor")
+        if list(scale.shape) != [len(slots)]:
+            raise ValueError(
+                f"batch: scale: got shape {list(scale.shape)}, expected [{len(slots)}], one number "
+                f"for each {'row' if ids is not None else 'adapter'}"
+            )
+    return BatchPlan(
+        names,
+        slots,
+        lengths=lengths,
+        rows=rows,
+        per_row=ids is not None,
+        scale=scale,
+        after=after,
+        repeats=repeats,
+        zero_grads=zero_grads,
+    )
+
+
+def _names_of(adapters: Any) -> list[str | None]:
+    if adapters is None or isinstance(adapters, str | bytes | Tensor):
+        refuse("batch", "adapters", adapters, "a list of names, None for the base")
+    given = list(adapters)
+    for name in given:
+        if name is not None and not isinstance(name, str):
+            refuse("batch", "adapters", name, "names, or None for the base")
+    return [None if name == BASE else name for name in given]
+
+
+def _slots_of_rows(ids: Any, given: Sequence[str | None], names: Sequence[str]) -> Tensor:
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() not in (1, 2):
+        refuse("batch", "ids", ids, "a tensor of integers [rows] or [requests, rows]")
+    ids = ids.detach().to("cpu", torch.int64).flatten()
+    if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < len(given):
+        bad = int(ids.min()) if int(ids.min()) < -1 else int(ids.max())
+        raise ValueError(
+            f"batch: ids: got {bad}, expected -1 to {len(given) - 1}, places in adapters"
+        )
+    places = [-1 if name is None else names.index(name) for name in given]
+    return torch.tensor([*places, -1], device="cpu")[ids]
+
+
+def _integers(values: Any, argument: str, count: int) -> Tensor:
+    if isinstance(values, Tensor):
+        found = values.detach().to("cpu")
+    else:
+        try:
+            found = torch.tensor(list(values), dtype=torch.int64, device="cpu")
+        except (TypeError, ValueError, RuntimeError):
+            refuse("batch", argument, values, "integers")
+    if found.is_floating_point() or found.dtype == torch.bool or list(found.shape) != [count]:
+        raise ValueError(
+            f"batch: {argument}: got {describe(values)}, expected {count} integers, one for each "
+            "of adapters"
+        )
+    return found.to(torch.int64)

@@ -1,0 +1,190 @@
+"""PEFT's `adapter_names` of a LoraModel: results and generated tokens are PEFT's, in training each
+request is what it is alone, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny_models
+import torch
+from torch import nn
+
+import lora_ext
+
+FAMILIES = ["llama", "gpt2", "bert", "t5"]
+NAMES = ["a", "__base__", "b", "a"]
+TOKENS = torch.randint(
+    3, tiny_models.VOCABULARY, (4, 7), generator=torch.Generator().manual_seed(5)
+)
+TARGETS = {
+    "llama": ["q_proj", "v_proj", "down_proj", "embed_tokens"],
+    "gpt2": ["c_attn", "c_proj", "wte"],
+    "bert": ["query", "value", "dense"],
+    "t5": ["q", "v", "wo"],
+}
+
+
+def two_adapters(family: str, **options: Any) -> Any:
+    torch.manual_seed(0)
+    base, _ = getattr(tiny_models, family)()
+    task = {"t5": "SEQ_2_SEQ_LM", "bert": None}.get(family, "CAUSAL_LM")
+    model: Any = None
+    for name, r, targets in (("a", 4, TARGETS[family]), ("b", 8, TARGETS[family][:2])):
+        config = lora_ext.LoraConfig(
+            r=r, lora_alpha=16, target_modules=targets, init_lora_weights=False, task_type=task,
+            **options,
+        )  # fmt: skip
+        if model is None:
+            model = lora_ext.get_peft_model(base, config, name)
+        else:
+            model.add_adapter(name, config)
+    return model.eval()
+
+
+def of_peft(ours: Any, family: str, folder: Path) -> Any:
+    ours.save_pretrained(folder)
+    base, _ = getattr(tiny_models, family)()
+    model = peft.PeftModel.from_pretrained(base, folder / "a", adapter_name="a")
+    model.load_adapter(folder / "b", "b")
+    return model.eval()
+
+
+def inputs(family: str) -> dict[str, Any]:
+    more = {"decoder_input_ids": TOKENS[:, :4]} if family == "t5" else {}
+    return {"input_ids": TOKENS, **more}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_results_are_pefts(family: str, tmp_path: Path) -> None:
+    ours = two_adapters(family)
+    theirs = of_peft(ours, family, tmp_path)
+    with torch.no_grad():
+        y = ours(**inputs(family), adapter_names=NAMES).logits
+        wanted = theirs(**inputs(family), adapter_names=NAMES).logits
+        plain = ours(**inputs(family)).logits
+    assert (y - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert (y - plain).abs().max() > 1e-3 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("beams", [1, 3], ids=["greedy", "beams"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_generated_tokens_are_pefts(family: str, beams: int, tmp_path: Path) -> None:
+    ours = two_adapters(family)
+    theirs = of_peft(ours, family, tmp_path)
+    options: dict[str, Any] = {
+        "input_ids": TOKENS, "max_new_tokens": 6, "num_beams": beams, "do_sample": False,
+        "attention_mask": torch.ones_like(TOKENS), "adapter_names": NAMES,
+    }  # fmt: skip
+    found, wanted = ours.generate(**options), theirs.generate(**options)
+    assert torch.equal(found, wanted)
+    assert not torch.equal(found, ours.generate(**{**options, "adapter_names": NAMES[::-1]}))
+
+
+def gradients(model: Any, run: Callable[[], None]) -> dict[str, torch.Tensor | None]:
+    model.zero_grad()
+    run()
+    return {name: p.grad for name, p in model.named_parameters() if "lora_" in name}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+def test_in_training_each_request_is_what_it_is_alone(checkpointing: bool) -> None:
+    model = two_adapters("llama").train()
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.set_adapter(["a", "b"])
+
+    def mixed() -> None:
+        model(input_ids=TOKENS, adapter_names=NAMES).logits.square().sum().backward()
+
+    found = gradients(model, mixed)
+    for name in ("a", "b"):
+        model.set_adapter(name)
+        requests = [i for i, one in enumerate(NAMES) if one == name]
+
+        def alone(rows: list[int] = requests) -> None:
+            model(input_ids=TOKENS[rows]).logits.square().sum().backward()
+
+        wanted = gradients(model, alone)
+        own = [key for key, value in wanted.items() if value is not None]
+        assert own
+        for key in own:
+            torch.testing.assert_close(found[key], wanted[key], rtol=1e-3, atol=1e-5)
+
+
+def test_within_a_plan_and_with_copies_of_modules() -> None:
+    model = two_adapters("llama", modules_to_save=["lm_head"])
+    for i, name in enumerate(("a", "b")):
+        head = model.base_model.model.lm_head.modules_to_save[name]
+        nn.init.normal_(head.weight, std=0.1 + i)
+    with torch.no_grad():
+        y = model(input_ids=TOKENS, adapter_names=NAMES).logits
+        with lora_ext.batch(NAMES):
+            assert torch.equal(model(input_ids=TOKENS).logits, y)
+        with lora_ext.batch(NAMES, rows=(4, 7)):
+            assert torch.equal(model(input_ids=TOKENS).logits, y)
+        for i, name in enumerate(NAMES):
+            if name == "__base__":
+                with model.disable_adapter():
+                    alone = model(input_ids=TOKENS[i : i + 1]).logits
+            else:
+                model.set_adapter(name)
+                alone = model(input_ids=TOKENS[i : i + 1]).logits
+            torch.testing.assert_close(y[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_names_that_do_not_fit_are_refused() -> None:
+    model = two_adapters("llama")
+    with pytest.raises(ValueError, match="got 3 names for an input"):
+        model(input_ids=TOKENS, adapter_names=NAMES[:3])
+    with pytest.raises(ValueError, match=r"adapter_names: got \['c'\], expected some of"):
+        model(input_ids=TOKENS, adapter_names=["a", "c", "a", "a"])
+    with pytest.raises(TypeError, match="adapter_names: got 'a', expected a list"):
+        model(input_ids=TOKENS, adapter_names="a")
+    with pytest.raises(ValueError, match="'c'"), lora_ext.batch(["c", None, None, None]):
+        model(input_ids=TOKENS)
+    before = copy.deepcopy(model.state_dict())
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="are merged into the weight"):
+        model(input_ids=TOKENS, adapter_names=NAMES)
+    model.unmerge_adapter()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_disabled_adapters_stay_disabled() -> None:
+    model = two_adapters("llama")
+    with torch.no_grad(), model.disable_adapter():
+        base = model(input_ids=TOKENS).logits
+        assert torch.equal(model(input_ids=TOKENS, adapter_names=NAMES).logits, base)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_trained_rows_of_an_embedding_follow(tied: bool) -> None:
+    torch.manual_seed(0)
+    base, _ = tiny_models.llama()
+    base.config.tie_word_embeddings = tied
+    if tied:
+        base.lm_head.weight = base.model.embed_tokens.weight
+    rows = TOKENS.unique()[:4].tolist()
+    options: dict[str, Any] = {"target_modules": ["q_proj"], "init_lora_weights": False}
+    config = lora_ext.LoraConfig(trainable_token_indices=rows, **options)
+    model: Any = lora_ext.get_peft_model(base, config, "a").eval()
+    model.add_adapter("b", lora_ext.LoraConfig(trainable_token_indices=rows[2:], **options))
+    for key, parameter in model.named_parameters():
+        if "trainable_tokens_delta" in key:
+            nn.init.normal_(parameter)
+    with torch.no_grad():
+        y = model(input_ids=TOKENS, adapter_names=NAMES).logits
+        for i, name in enumerate(NAMES):
+            if name == "__base__":
+                with model.disable_adapter():
+                    alone = model(input_ids=TOKENS[i : i + 1]).logits
+            else:
+                model.set_adapter(name)
+                alone = model(input_ids=TOKENS[i : i + 1]).logits
+            torch.testing.assert_close(y[i : i + 1], alone, rtol=1e-4, atol=1e-5)

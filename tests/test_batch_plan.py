@@ -1,0 +1,355 @@
+"""`lora_ext.batch`: which rows have which adapter, in which layers, in which thread; and every kind
+of layer under a plan, against the same rows by themselves."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lora_ext
+from lora_ext.batching import current_plan
+from lora_ext.errors import NotBuiltError
+from lora_ext.nn.lora_layer import LoraLayer
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "a": {"r": 4, "lora_alpha": 8, "init_lora_weights": False},
+    "b": {"r": 8, "lora_alpha": 4, "init_lora_weights": False},
+}
+NAMES = ["a", None, "b", "a", None]
+
+
+def linear(**more: Any) -> lora_ext.nn.Linear:
+    return with_adapters(lora_ext.nn.Linear(16, 12), **more)
+
+
+def with_adapters(layer: Any, **more: Any) -> Any:
+    for name, settings in SETTINGS.items():
+        layer.add_adapter(name, **settings, **more)
+    return layer
+
+
+def ids(plan: lora_ext.batching.BatchPlan, *leading: int) -> list[int]:
+    """The place of its name that each row has."""
+    rows = plan.assign(leading, torch.device("cpu"), plan.names, "test")
+    found = torch.full((torch.Size(leading).numel(),), -1)
+    for name, index, _ in rows.by_name():
+        found[index.long()] = plan.names.index(name)
+    return found.tolist()
+
+
+# Plans alone
+
+
+def test_a_name_for_each_request_holds_for_all_its_rows() -> None:
+    plan = lora_ext.batch(["a", None, "__base__", "b"])
+    assert ids(plan, 4) == [0, -1, -1, 1]
+    assert ids(plan, 4, 2) == [0, 0, -1, -1, -1, -1, 1, 1]
+    assert ids(plan, 4, 0) == []
+    flat = lora_ext.batch(["a", None], rows=(2, 3))
+    assert ids(flat, 6) == ids(flat, 2, 3) == [0, 0, 0, -1, -1, -1]
+    assert ids(flat, 2, 1) == [0, -1]  # a later token of each
+
+
+def test_segments_and_rows() -> None:
+    assert ids(lora_ext.batch(["a", "b", None, "a"], lengths=[2, 0, 1, 2]), 1, 5) == [
+        0,
+        0,
+        -1,
+        0,
+        0,
+    ]
+    plan = lora_ext.batch(["a", None, "b"], ids=torch.tensor([[2, 1], [-1, 0]]))
+    assert ids(plan, 4) == ids(plan, 2, 2) == [1, -1, -1, 0]
+
+
+def test_after_counts_within_a_request() -> None:
+    plan = lora_ext.batch(["a", "b", "a"], after=[1, 0, None])
+    assert ids(plan, 3, 2) == [-1, 0, 1, 1, -1, -1]
+    packed = lora_ext.batch(["a", "b"], lengths=[3, 2], after=torch.tensor([2, 1]))
+    assert ids(packed, 5) == [-1, -1, 0, -1, 1]
+    prompt = lora_ext.batch(["a", "b"], rows=(2, 4), after=[3, None])
+    assert ids(prompt, 2, 4) == [-1, -1, -1, 0] + 4 * [-1]
+    assert ids(prompt, 2, 1) == [0, -1]  # what follows the prompt, from a cache
+    assert ids(prompt, 2, 5) == [-1, -1, -1, 0, 0] + 5 * [-1]  # without a cache
+
+
+def test_one_adapter_on_all_rows_is_seen() -> None:
+    cpu = torch.device("cpu")
+    assert lora_ext.batch(["a", "a"]).assign((2, 3), cpu, ["a"], "test").alone
+    assert not lora_ext.batch(["a", "b"]).assign((2, 3), cpu, ["a"], "test").alone
+    strengths = lora_ext.batch(["a", "a"], scale=torch.ones(2))
+    assert not strengths.assign((2, 3), cpu, ["a"], "test").alone
+
+
+REFUSED: list[tuple[type[Exception], str, Callable[[], Any]]] = [
+    (TypeError, "adapters: got None", lambda: lora_ext.batch()),
+    (TypeError, "adapters: got 'a'", lambda: lora_ext.batch("a")),
+    (TypeError, "adapters: got 3", lambda: lora_ext.batch([3])),  # type: ignore[list-item]
+    (NotBuiltError, "gates", lambda: lora_ext.batch(["a"], gates=torch.ones(1, 1))),
+    (ValueError, "rows: got", lambda: lora_ext.batch(["a"], rows=(2, 3))),
+    (ValueError, "lengths: got", lambda: lora_ext.batch(["a"], lengths=[1, 2])),
+    (ValueError, "lengths: got -1", lambda: lora_ext.batch(["a"], lengths=[-1])),
+    (ValueError, "lengths: got rows", lambda: lora_ext.batch(["a"], lengths=[1], rows=(1, 1))),
+    (ValueError, "ids: got 1", lambda: lora_ext.batch(["a"], ids=torch.tensor([1]))),
+    (ValueError, "ids: got -2", lambda: lora_ext.batch(["a"], ids=torch.tensor([-2]))),
+    (TypeError, "ids: got", lambda: lora_ext.batch(["a"], ids=torch.tensor([0.5]))),
+    (ValueError, "ids: got rows", lambda: lora_ext.batch(["a"], ids=torch.tensor([0]), after=[0])),
+    (TypeError, "scale: got 2.0", lambda: lora_ext.batch(["a"], scale=2.0)),  # type: ignore[arg-type]
+    (ValueError, "scale: got shape", lambda: lora_ext.batch(["a"], scale=torch.ones(2))),
+    (ValueError, "after: got", lambda: lora_ext.batch(["a"], after=[1, 2])),
+]
+
+
+@pytest.mark.parametrize(("error", "message", "make"), REFUSED, ids=[one[1] for one in REFUSED])
+def test_arguments_that_do_not_fit(
+    error: type[Exception], message: str, make: Callable[[], Any]
+) -> None:
+    with pytest.raises(error, match=f"batch: {message}"):
+        make()
+
+
+# In layers
+
+
+def test_a_plan_that_does_not_fit_names_layer_and_rows() -> None:
+    layer = linear()
+    with lora_ext.batch(["a", "b"]), pytest.raises(ValueError, match=r"Linear: batch: .* 2 .* 3"):
+        layer(torch.randn(3, 16))
+    with (
+        lora_ext.batch(["a"], lengths=[4]),
+        pytest.raises(ValueError, match="Linear: batch: lengths: got an input of 3 rows"),
+    ):
+        layer(torch.randn(3, 16))
+    assert current_plan() is None
+
+
+def test_an_adapter_that_no_layer_has_is_an_error() -> None:
+    layer = linear()
+    with pytest.raises(ValueError, match="got 'typo', which no layer"), lora_ext.batch(["typo"]):
+        layer(torch.randn(1, 16))
+    with lora_ext.batch(["a"]), pytest.raises(KeyError):  # which stays what it was
+        raise KeyError
+
+
+def test_a_merged_layer_is_refused() -> None:
+    layer = linear()
+    layer.merge()
+    with lora_ext.batch(["a"]), pytest.raises(ValueError, match="merged"):
+        layer(torch.randn(1, 16))
+
+
+def test_plans_nest_and_end() -> None:
+    outer, inner = lora_ext.batch(["a"]), lora_ext.batch(["b"])
+    with outer:
+        with inner:
+            assert current_plan() is inner
+        assert current_plan() is outer
+    assert current_plan() is None
+
+
+def test_threads_do_not_see_each_others_plans() -> None:
+    layer = linear().eval()
+    x = torch.randn(4, 16)
+    alone = {}
+    for name in ("a", "b"):
+        layer.set_adapter(name)
+        alone[name] = layer(x)
+    wrong: list[str] = []
+    gate = threading.Barrier(8)
+
+    def serve(name: str) -> None:
+        gate.wait()
+        for _ in range(50):
+            with lora_ext.batch([name] * 4):
+                if not torch.equal(layer(x), alone[name]):
+                    wrong.append(name)
+
+    threads = [threading.Thread(target=serve, args=(name,)) for name in 4 * ["a", "b"]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == [] and torch.equal(layer(x), alone["b"])
+
+
+def test_a_compiled_layer_follows_the_plan_of_each_call() -> None:
+    layer = linear().eval()
+    compiled = torch.compile(layer, backend="eager")
+    x = torch.randn(2, 16)
+    assert torch.equal(compiled(x), layer(x))
+    for names in (["a", "b"], ["b", None], ["a", "a"]):
+        with lora_ext.batch(names):
+            assert torch.equal(compiled(x), layer(x))
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_gradients_only_for_adapters_that_have_rows() -> None:
+    layer = linear()
+    for parameter in layer.parameters():
+        parameter.requires_grad_(True)
+    with lora_ext.batch([None, "b"]):
+        layer(torch.randn(2, 3, 16)).sum().backward()
+    assert all(p.grad is None for p in layer.parts("a").values())
+    assert all(p.grad is not None for p in layer.parts("b").values())
+
+
+def test_zero_gradients_where_they_are_asked_for() -> None:
+    layer = linear(lora_bias=True)
+    for parameter in layer.parameters():
+        parameter.requires_grad_(True)
+    x = torch.randn(4, 16)
+    with lora_ext.batch(["a", "b"], ids=torch.tensor([1, -1, 1, -1]), zero_grads=True):
+        layer(x).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in layer.parts("a").values())
+    assert all(p.grad is not None and p.grad.any() for p in layer.parts("b").values())
+    with lora_ext.batch(["a"], after=[None], rows=(1, 4), zero_grads=True):
+        y = layer(x)
+    assert torch.equal(y, nn.functional.linear(x, layer.weight, layer.bias))
+    assert y.requires_grad
+
+
+def test_strengths_multiply_and_have_gradients() -> None:
+    layer = linear(lora_bias=True)
+    x = torch.randn(3, 5, 16)
+    scale = torch.tensor([2.0, 0.5, 1.0], requires_grad=True)
+    with lora_ext.batch(["a", "b", None], scale=scale):
+        y = layer(x)
+    with lora_ext.batch(["a", "b", None]):
+        once = layer(x)
+    base = nn.functional.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(y, base + scale[:, None, None] * (once - base))
+    y.sum().backward()
+    wanted = (once - base).sum((1, 2)).detach()
+    assert scale.grad is not None
+    torch.testing.assert_close(scale.grad, wanted, rtol=1e-4, atol=1e-4)
+
+
+def rows_alone(layer: Any, x: Any, run: Callable[[Any], Tensor]) -> Tensor:
+    """Each request by itself, with its adapter active."""
+    results = []
+    for i, name in enumerate(NAMES):
+        layer.enable_adapters(name in layer.adapters)
+        if name in layer.adapters:
+            layer.set_adapter(name)
+        results.append(run(x[i : i + 1]))
+    layer.enable_adapters(True)
+    return torch.cat(results)
+
+
+def call(layer: Any) -> Callable[[Any], Tensor]:
+    return lambda x: layer(x)
+
+
+def attention(batch_first: bool, **more: Any) -> tuple[Any, Callable[[Any], Tensor]]:
+    layer = lora_ext.nn.MultiheadAttention(16, 4, batch_first=batch_first, **more)
+
+    def run(x: Tensor) -> Tensor:
+        x = x if batch_first else x.transpose(0, 1)
+        other = torch.flip(x, [-1])
+        y = layer(x, x, x)[0] + layer(x, other, other)[0]
+        return y if batch_first else y.transpose(0, 1)
+
+    return with_adapters(layer), run
+
+
+class Called(nn.Linear):
+    """A base that is called."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + 1
+
+
+def layers() -> dict[str, tuple[Any, Callable[[Any], Tensor], Tensor]]:
+    torch.manual_seed(0)
+    floats, image = torch.randn(5, 6, 16), torch.randn(5, 4, 7, 7)
+    tokens = torch.randint(0, 30, (5, 6))
+    found: dict[str, Any] = {
+        "Linear": (linear(), floats),
+        "Linear-transposed": (
+            with_adapters(lora_ext.nn.Linear(16, 12, fan_in_fan_out=True)),
+            floats,
+        ),
+        "Linear-lora_bias": (linear(lora_bias=True), floats),
+        "Linear-DoRA": (linear(use_dora=True), floats),
+        "Linear-called": (with_adapters(lora_ext.nn.Linear.from_linear(Called(16, 12), 0)), floats),
+        "MergedLinear": (
+            with_adapters(lora_ext.nn.MergedLinear(16, 12, enable_lora=[True, False, True])),
+            floats,
+        ),
+        "Embedding": (with_adapters(lora_ext.nn.Embedding(30, 8)), tokens),
+        "Embedding-DoRA": (with_adapters(lora_ext.nn.Embedding(30, 8), use_dora=True), tokens),
+        "Conv1d": (with_adapters(lora_ext.nn.Conv1d(4, 8, 3)), image[:, :, 0]),
+        "Conv2d": (with_adapters(lora_ext.nn.Conv2d(4, 8, 3, groups=2)), image),
+        "Conv2d-DoRA": (with_adapters(lora_ext.nn.Conv2d(4, 8, 3), use_dora=True), image),
+        "Conv3d": (with_adapters(lora_ext.nn.Conv3d(4, 8, 3)), torch.randn(5, 4, 4, 4, 4)),
+    }
+    ready = {name: (layer, call(layer), x) for name, (layer, x) in found.items()}
+    for name, batch_first, more in (
+        ("MultiheadAttention", True, {}),
+        ("MultiheadAttention-PEFT", True, {"enable_lora": None}),
+        ("MultiheadAttention-length-first", False, {"enable_lora": None}),
+    ):
+        ready[name] = (*attention(batch_first, **more), floats)
+    return ready
+
+
+LAYERS = layers()
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_each_request_is_what_it_is_alone(kind: str) -> None:
+    layer, run, x = LAYERS[kind]
+    wanted = rows_alone(layer, x, run)
+    layer.set_adapter(["a", "b"])  # they train; which are active does not matter
+    with lora_ext.batch(NAMES):
+        y = run(x)
+        path = layer._lora_explain(8)
+    torch.testing.assert_close(y, wanted)
+    assert path[0] in ("lora_linear_grouped", "composed")
+
+    y.square().sum().backward()
+    found = {n: p.grad for n, p in layer.named_parameters() if "lora" in n}
+    layer.zero_grad()
+    for name in ("a", "b"):
+        layer.set_adapter(name)
+        requests = [i for i, one in enumerate(NAMES) if one == name]
+        run(x[requests]).square().sum().backward()
+        for attribute, parameter in layer.adapter_parameters(name).items():
+            torch.testing.assert_close(found[attribute], parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in LAYERS if "DoRA" not in kind])
+def test_requests_without_adapter_are_the_base(kind: str) -> None:
+    layer, run, x = LAYERS[kind]
+    layer.enable_adapters(False)
+    base = run(x)
+    layer.enable_adapters(True)
+    with lora_ext.batch(NAMES):
+        y = run(x)
+    rows = [1, 4]
+    if "Attention" in kind:  # its base is torch's own kernel
+        torch.testing.assert_close(y[rows], base[rows])
+    else:
+        assert torch.equal(y[rows], base[rows])
+
+
+@pytest.mark.parametrize(
+    ("layer", "x", "message"),
+    [
+        (with_adapters(lora_ext.nn.Conv1d(4, 8, 3)), torch.randn(4, 9), "no batch"),
+        (
+            lora_ext.nn.AnyLayer.from_module(nn.Bilinear(3, 3, 3), ["weight"], adapter_name="a"),
+            torch.randn(1, 3),
+            "one weight",
+        ),
+    ],
+    ids=["Conv1d-unbatched", "AnyLayer"],
+)
+def test_what_cannot_follow_a_plan_is_refused(layer: LoraLayer, x: Tensor, message: str) -> None:
+    with lora_ext.batch(["a"]), pytest.raises(ValueError, match=f"batch: .*{message}"):
+        layer(x) if message == "no batch" else layer(x, x)

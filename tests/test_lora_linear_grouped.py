@@ -1,0 +1,238 @@
+"""lora_linear_grouped: against float64 and plain PyTorch, mixed batches against isolated ones bit
+for bit, and what it keeps and refuses."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from grouped_problems import PAIRS, Grouped, bounds, make_adapter, make_grouped
+from problems import rms
+
+import lora_ext
+from lora_ext.functional import LowRank
+
+SEEDS = range(80)  # of each dtype
+DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in PAIRS]
+F = torch.nn.functional
+
+
+def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_and_gradients_are_those_of_float64(dtype: torch.dtype) -> None:
+    """And rows without adapter those of the base, bit for bit."""
+    for seed in SEEDS:
+        problem = make_grouped(seed, dtype)
+        exact = problem.in_double()
+        wanted = exact.results(exact.plain())
+        found = problem.results(problem.fused())
+        present = {f"a{i}." for i in problem.ids.unique().tolist() if i >= 0}
+        for name, bound in bounds(problem, wanted).items():
+            if name.startswith("a") and name.split(".")[0] + "." not in present:
+                assert name not in found, f"{seed}: a gradient of {name}, which has no row"
+                continue
+            if name == "scale" and not present:
+                continue
+            error = rms(found[name].double() - wanted[name])
+            assert error <= bound, f"{seed} {name}: error {error:.3g}, at most {bound:.3g} allowed"
+        base = F.linear(problem.x, problem.weight, problem.bias)
+        (dx,) = torch.autograd.grad(base, problem.x, problem.dy)
+        rows = problem.ids == -1
+        assert equal(found["y"][rows], base[rows]) and equal(found["x"][rows], dx[rows])
+
+
+def others_replaced(problem: Grouped, place: int, seed: int) -> Grouped:
+    """The same call, where rows of all other adapters have something else: the base, or adapters
+    of other ranks, dtypes and dropout."""
+    choice = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    name, kept = problem.names[place], list(problem.adapters.values())[place]
+    K, N, dtype = problem.x.shape[1], len(problem.weight), problem.x.dtype
+    others = {
+        f"b{i}": make_adapter(generator, problem.x, N, K, choice, choice.choice(PAIRS[dtype]))
+        for i in range(2)
+    }
+    ids = torch.randint(-1, 3, (len(problem.ids),), generator=generator)
+    ids[ids == 1] = -1  # the place of the adapter itself
+    ids = torch.where(problem.ids == place, 1, ids)
+    b0, b1 = others.items()
+    return replace(problem, adapters=dict([b0, (name, kept), b1]), ids=ids)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_other_rows_change_no_bit(dtype: torch.dtype) -> None:
+    compared = 0
+    for seed in SEEDS:
+        problem = make_grouped(seed, dtype)
+        mixed = problem.results(problem.fused())
+        for place, name in enumerate(problem.names):
+            rows = problem.ids == place
+            if not rows.any():
+                continue
+            isolated = others_replaced(problem, place, seed)
+            if (isolated.ids == 1).all() or rows.all():
+                continue  # lora_linear itself
+            alone = isolated.results(isolated.fused())
+            for value in ("y", "x"):
+                assert equal(mixed[value][rows], alone[value][rows]), f"{seed} {name} {value}"
+            own = [leaf for leaf in mixed if leaf.startswith(f"{name}.")]
+            assert own
+            for leaf in own:
+                assert equal(mixed[leaf], alone[leaf]), f"{seed} {leaf}"
+            compared += 1
+    assert compared > 80
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rank_zero_is_the_base(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(20, 40).to(dtype), torch.randn(30, 40).to(dtype)
+    none = LowRank(weight.new_empty(0, 40), weight.new_empty(30, 0), None, 1.0, 0.0)
+    some = LowRank(torch.randn(4, 40).to(dtype), torch.randn(30, 4).to(dtype), None, 1.0, 0.0)
+    plan = lora_ext.batch(["none", "some"], lengths=[12, 8])
+    y = lora_ext.lora_linear_grouped(x, weight, None, {"none": none, "some": some}, plan)
+    assert equal(y[:12], F.linear(x, weight)[:12])
+    assert not equal(y[12:], F.linear(x, weight)[12:])
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["plain", "dropout"])
+def test_one_adapter_on_all_rows_is_lora_linear(dropout_p: float) -> None:
+    problem = make_grouped(3, torch.float32)
+    one = problem.adapters["a0"]._replace(dropout_p=dropout_p)
+    everywhere = replace(
+        problem, adapters={"a0": one}, ids=torch.zeros_like(problem.ids), scale=None
+    )
+    y = lora_ext.lora_linear(
+        problem.x, problem.weight, problem.bias, *one[:3], scaling=one.scaling,
+        dropout_p=dropout_p, rng_state=problem.rng_state,
+    )  # fmt: skip
+    assert equal(everywhere.fused(), y)
+
+
+@pytest.mark.parametrize("rows", ["neighbours", "scattered"])
+def test_rows_of_a_chunk_are_those_of_lora_linear(rows: str) -> None:
+    """Vector kernels make the same of a row in any range, so that all but one row of an adapter
+    have the bits that they have where it is alone; dropout counts the call's rows."""
+    M, K, N = 200, 72, 48
+    x, weight = torch.randn(M, K), torch.randn(N, K)
+    A, B = torch.randn(8, K), torch.randn(N, 8)
+    state = lora_ext.draw_rng_state(x)
+    ids = torch.zeros(M, dtype=torch.int64)
+    ids[M - 1 if rows == "neighbours" else slice(5, None, 7)] = -1
+    plan = lora_ext.batch(["a"], ids=ids)
+    adapter = LowRank(A, B, None, 2.0, 0.25)
+    y = lora_ext.lora_linear_grouped(x, weight, None, {"a": adapter}, plan, rng_state=state)
+    alone = lora_ext.lora_linear(
+        x, weight, None, A, B, scaling=2.0, dropout_p=0.25, rng_state=state
+    )
+    assert equal(y[ids == 0], alone[ids == 0])
+
+
+def test_keeps_x_once_and_h_of_each_row() -> None:
+    problem = make_grouped(5, torch.float32)
+    problem = replace(
+        problem, adapters={n: a._replace(dropout_p=0.0) for n, a in problem.adapters.items()}
+    )
+    problem.weight.requires_grad_(False)
+    kept: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        problem.fused()
+    given = {leaf.data_ptr() for leaf in problem.leaves().values()}
+    floating = [t for t in kept if t.is_floating_point() and t.data_ptr() not in given]
+    ranks = [len(one.lora_A) for one in problem.adapters.values()]
+    counts = [int((problem.ids == place).sum()) for place in range(len(ranks))]
+    sizes = sum(r * count for r, count in zip(ranks, counts, strict=True))
+    assert sum(t.numel() for t in floating) <= sizes
+    assert sum(t.data_ptr() == problem.x.data_ptr() for t in kept) == 1
+
+
+def test_more_than_1023_adapters() -> None:
+    slots, K, N = 1500, 8, 6
+    adapters = {
+        f"a{i}": LowRank(torch.randn(1 + i % 3, K), torch.randn(N, 1 + i % 3), None, 1.0, 0.0)
+        for i in range(slots)
+    }
+    x, weight = torch.randn(slots, K), torch.randn(N, K)
+    plan = lora_ext.batch(list(adapters))
+    y = lora_ext.lora_linear_grouped(x, weight, None, adapters, plan)
+    wanted = [
+        (x[i] @ weight.T + x[i] @ one.lora_A.T @ one.lora_B.T)
+        for i, one in enumerate(adapters.values())
+    ]
+    torch.testing.assert_close(y, torch.stack(wanted))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_gradcheck(seed: int) -> None:
+    problem = make_grouped(100 + seed, torch.float64)
+    width = slice(0, 7)
+    adapters = {
+        n: a._replace(
+            lora_A=a.lora_A.detach()[:3, width].clone().requires_grad_(),
+            lora_B=a.lora_B.detach()[width, :3].clone().requires_grad_(),
+            lora_bias=None
+            if a.lora_bias is None
+            else a.lora_bias.detach()[width].clone().requires_grad_(),
+        )
+        for n, a in list(problem.adapters.items())[:2]
+    }
+    x = torch.randn(6, 7, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, 7, dtype=torch.float64, requires_grad=True)
+    scale = torch.rand(6, dtype=torch.float64, requires_grad=True) if seed % 2 else None
+    ids = torch.randint(-1, len(adapters), (6,))
+    ids[:2] = 0
+    small = replace(problem, x=x, weight=weight, bias=None, adapters=adapters, ids=ids, scale=scale)
+    leaves = [
+        leaf for name, leaf in small.leaves().items() if not name.startswith("a1") or 1 in ids
+    ]
+
+    def run(*_: torch.Tensor) -> torch.Tensor:
+        return small.fused()
+
+    assert torch.autograd.gradcheck(run, leaves)
+    assert torch.autograd.gradgradcheck(run, leaves)
+
+
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_autocast(adapter: torch.dtype) -> None:
+    problem = make_grouped(7, torch.float32)
+    bf16 = torch.bfloat16
+    adapters = {
+        n: a._replace(lora_A=a.lora_A.to(adapter), lora_B=a.lora_B.to(adapter), lora_bias=None)
+        for n, a in problem.adapters.items()
+    }
+    problem = replace(problem, adapters=adapters)
+    with torch.autocast("cpu", dtype=bf16):
+        y = problem.fused()
+    assert y.dtype == bf16
+    cast = replace(
+        problem, x=problem.x.to(bf16), weight=problem.weight.to(bf16),
+        bias=None if problem.bias is None else problem.bias.to(bf16),
+    )  # fmt: skip
+    assert equal(y, cast.fused())
+
+
+def test_forward_mode_and_vmap() -> None:
+    problem = make_grouped(9, torch.float64)
+    tangent = torch.randn_like(problem.x)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(problem.x.detach(), tangent)
+        y = replace(problem, x=dual).fused()
+        found = torch.autograd.forward_ad.unpack_dual(y).tangent
+        exact = replace(problem, x=dual).plain()
+        wanted = torch.autograd.forward_ad.unpack_dual(exact).tangent
+    torch.testing.assert_close(found, wanted)
+
+    several = torch.randn(3, *problem.x.shape, dtype=torch.float64)
+    mapped = torch.func.vmap(lambda x: replace(problem, x=x).fused())(several)
+    each = torch.stack([replace(problem, x=x).plain() for x in several])
+    torch.testing.assert_close(mapped, each)
