@@ -78,6 +78,11 @@ class MergeableLayer(nn.Module):
     # Merging
 
     @property
+    def active_adapter(self) -> list[str]:
+        """The active adapters, under the name that PEFT's layers have for them."""
+        return list(self.active_adapters)
+
+    @property
     def merged(self) -> bool:
         """Whether adapters are in the base's parameters."""
         return bool(self.merged_adapters)
