@@ -4,6 +4,7 @@ from lora_ext import _startup
 
 # Not `nn`: after `from lora_ext import *` that name would not be torch's any more.
 __all__ = [
+    "BdLoraConfig",
     "LoraConfig",
     "LoraModel",
     "PeftConfig",
@@ -58,6 +59,7 @@ else:
     from lora_ext._extension import __version__, build_info
     from lora_ext._moved import resolve_former_names as _resolve_former_names
     from lora_ext.adapters import (
+        BdLoraConfig,
         LoraConfig,
         LoraModel,
         PeftConfig,

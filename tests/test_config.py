@@ -300,7 +300,6 @@ def test_changed_config_is_checked_again() -> None:
 NOT_BUILT: dict[str, Any] = {
     "velora_config": {"num_groups": 64},
     "arrow_config": {"top_k": 3},
-    "use_bdlora": {"nblocks": 2},
     "kasa_config": {"beta": 1e-4},
     "monteclora_config": {"a": 1},
     "use_qalora": True,

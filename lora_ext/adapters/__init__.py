@@ -1,5 +1,6 @@
 """Working on whole models: putting adapters in, training, saving and inspecting them."""
 
+from lora_ext.adapters.bdlora import BdLoraConfig
 from lora_ext.adapters.checkpoint.base_state_dict import (
     get_base_model_state_dict,
     set_base_model_state_dict,
@@ -42,6 +43,7 @@ from lora_ext.nn.trainable import (
 )
 
 __all__ = [
+    "BdLoraConfig",
     "LoraConfig",
     "LoraModel",
     "PeftConfig",

@@ -6,9 +6,10 @@ import copy
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple, Self, TypeVar
 
+from lora_ext.adapters.bdlora import BdLoraConfig
 from lora_ext.adapters.config_checks import ATOMS, NOT_BUILT, check_fields, is_off, plain_value
 from lora_ext.adapters.patterns import FILE_SECONDS, in_time, matching
 from lora_ext.adapters.types import PeftType
@@ -81,6 +82,8 @@ class LoraConfig:
         target_parameters: names, or last parts of names, of parameters that get adapters although
             no module of their own computes with them, such as the stacked weights of experts; see
             `lora_ext.nn.ParamLayer`.
+        use_bdlora: a BdLoraConfig, or a dict of its fields: lora_A or lora_B of the layers that it
+            names is block-diagonal (BD-LoRA).
         trainable_token_indices: numbers of rows that are trained with the adapter: of the model's
             input embedding, or a dict of such by names of layers.
         ensure_weight_tying: whether the copies of modules_to_save that are tied to the input
@@ -134,7 +137,7 @@ class LoraConfig:
     runtime_config: Any = None
     lora_bias: bool = False
     target_parameters: list[str] | None = None
-    use_bdlora: dict[str, Any] | None = None
+    use_bdlora: BdLoraConfig | None = None
     arrow_config: dict[str, Any] | None = None
     kasa_config: dict[str, Any] | None = None
     ensure_weight_tying: bool = False
@@ -172,6 +175,7 @@ class LoraConfig:
         for one in fields(self):
             if one.name not in _UNSAVED:
                 setattr(self, one.name, plain_value(getattr(self, one.name)))
+        self.use_bdlora = BdLoraConfig.of(self.use_bdlora)
         if not isinstance(self.unknown_fields, Mapping):
             refuse("LoraConfig", "unknown_fields", self.unknown_fields, "a dict")
         own = {one.name: getattr(self, one.name) for one in fields(self)}
@@ -200,6 +204,7 @@ class LoraConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields and values that belong into a file, as PEFT's `to_dict`; a deep copy."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _UNSAVED}
+        own["use_bdlora"] = asdict(self.use_bdlora) if self.use_bdlora else None
         return _copied(own | self.unknown_fields)  # type: ignore[no-any-return]
 
     def to_file(self) -> dict[str, Any]:

@@ -48,7 +48,6 @@ NOT_BUILT = {
     "lora_ga_config": "the initialisation LoRA-GA",
     "megatron_config": "Megatron's parallel layers",
     "monteclora_config": "MonteCLoRA",
-    "use_bdlora": "block-diagonal LoRA",
     "use_qalora": "QALoRA",
     "velora_config": "VeLoRA",
 }
@@ -329,9 +328,18 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
             if values[flag] and field in _CHECKS and values[field]:
                 expected = "False" if values[field] is True else "None"
                 raise ValueError(_message(field, values[field], f"{expected} with {flag}=True"))
+    for flag in VARIANTS:
+        if values[flag] and values["use_bdlora"]:
+            raise ValueError(
+                _message(
+                    "use_bdlora",
+                    values["use_bdlora"],
+                    f"None with {flag}=True: Invalid or unsupported variant combination",
+                )
+            )
     if values["target_parameters"]:
         refused = ("lora_dropout", "fan_in_fan_out", "lora_bias", "alora_invocation_tokens")
-        for field in (*refused, *VARIANTS):
+        for field in (*refused, "use_bdlora", *VARIANTS):
             if values[field]:
                 expected = "none with target_parameters: the update is one of the parameter"
                 raise ValueError(_message(field, values[field], expected))

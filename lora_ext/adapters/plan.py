@@ -71,6 +71,7 @@ def adapter_settings(
 ) -> AdapterSettings:
     """What a config says of the module called `name`."""
     r, lora_alpha = config.settings_for(name)
+    of_A, of_B = config.use_bdlora.blocks_of(name) if config.use_bdlora else (1, 1)
     return AdapterSettings(
         r=r,
         lora_alpha=lora_alpha,
@@ -81,6 +82,8 @@ def adapter_settings(
         **{flag: getattr(config, flag) for flag in VARIANTS},
         autocast_adapter_dtype=autocast_adapter_dtype,
         alora_invocation_tokens=tuple(config.alora_invocation_tokens or ()) or None,
+        blocks_of_lora_A=of_A,
+        blocks_of_lora_B=of_B,
     )
 
 

@@ -51,6 +51,9 @@ class AdapterSettings:
         autocast_adapter_dtype: keep the adapter in float32 on a bfloat16 or float16 base.
         ungrouped_lora_A: of a convolution with groups: lora_A reads all input channels, as PEFT's
             does. It cannot be merged. Loading a file that PEFT trained sets it where it has to.
+        blocks_of_lora_A, blocks_of_lora_B: of a linear layer: how many blocks lie on the diagonal
+            of the matrix, which is zero elsewhere; the parameter has the blocks alone (BD-LoRA). Of
+            one of the two; init_lora_weights is then True, False or "gaussian".
         weights: (r, lora_alpha) of single weights of an `AnyLayer` that need others, by name.
 
     Raises:
@@ -68,6 +71,8 @@ class AdapterSettings:
     autocast_adapter_dtype: bool = True
     ungrouped_lora_A: bool = False
     alora_invocation_tokens: tuple[int, ...] | None = None
+    blocks_of_lora_A: int = 1
+    blocks_of_lora_B: int = 1
     weights: Mapping[str, tuple[int, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -111,8 +116,37 @@ class AdapterSettings:
                 f"adapter: init_lora_weights: got 'mica' with {variant_of(self)}=True, expected "
                 "another kind: Invalid or unsupported variant combination"
             )
+        self._check_blocks()
         for name in self.weights:
             self.of(name)
+
+    def _check_blocks(self) -> None:
+        for name in ("blocks_of_lora_A", "blocks_of_lora_B"):
+            count = getattr(self, name)
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+                raise ValueError(
+                    f"adapter: {name}: got {describe(count)}, expected an integer of at least 1"
+                )
+        if not self.has_blocks:
+            return
+        if self.blocks_of_lora_A > 1 and self.blocks_of_lora_B > 1:
+            raise ValueError("adapter: got blocks of lora_A and of lora_B, expected those of one")
+        init = self.init_lora_weights
+        if not isinstance(init, bool) and init != "gaussian":
+            raise ValueError(
+                f"adapter: init_lora_weights: got {init!r} with block-diagonal matrices, expected "
+                "True, False or 'gaussian'"
+            )
+        if variant_of(self):
+            raise ValueError(
+                f"adapter: {variant_of(self)}: got True with block-diagonal matrices, expected "
+                "False: Invalid or unsupported variant combination"
+            )
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether lora_A or lora_B is block-diagonal (BD-LoRA)."""
+        return self.blocks_of_lora_A > 1 or self.blocks_of_lora_B > 1
 
     def of(self, weight: str) -> Self:
         """Those of one weight of the layer."""
@@ -137,6 +171,8 @@ class AdapterOptions(TypedDict, total=False):
     autocast_adapter_dtype: bool
     ungrouped_lora_A: bool
     alora_invocation_tokens: tuple[int, ...] | None
+    blocks_of_lora_A: int
+    blocks_of_lora_B: int
 
 
 def variant_of(settings: object) -> str:

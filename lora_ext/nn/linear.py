@@ -16,6 +16,7 @@ from lora_ext.functional import lora_linear, lora_update, weight_norm
 from lora_ext.nn import tensor_parallel
 from lora_ext.nn.adapter import DEFAULT, AdapterOptions, AdapterSettings, LowRank
 from lora_ext.nn.adoption import belongs_to_its_class
+from lora_ext.nn.block_diagonal import check_blocks
 from lora_ext.nn.installed_forward import install_like, installed_style, without_forward
 from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.lora_layer import LoraLayer
@@ -142,6 +143,7 @@ class Linear(LinearBase):
 
     weight: nn.Parameter
     HAS_ALORA: ClassVar[bool] = True
+    HAS_BLOCKS: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -274,9 +276,13 @@ class Linear(LinearBase):
             self._lora_alone = None
 
     def part_shapes(self, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
+        of_A, of_B = settings.blocks_of_lora_A, settings.blocks_of_lora_B
+        where = type(self).__name__
+        check_blocks(f"{where}: lora_A", of_A, self.in_features, settings.r)
+        check_blocks(f"{where}: lora_B", of_B, settings.r, self.out_features)
         shapes: dict[str, tuple[int, ...]] = {
-            "lora_A": (settings.r, self.in_features),
-            "lora_B": (self.out_features, settings.r),
+            "lora_A": (settings.r, self.in_features // of_A),
+            "lora_B": (self.out_features, settings.r // of_B),
         }
         if settings.lora_bias:
             shapes["lora_bias"] = (self.out_features,)
@@ -292,6 +298,8 @@ class Linear(LinearBase):
             lora_A = torch.empty_like(lora_A.to_local()[:, :1]).expand(-1, weight.shape[1])
         path, reason = lora_linear_path(weight, lora_A, first.dropout_p, tokens)
         reason += where
+        if any(self.adapters[name].has_blocks for name in self._running):
+            reason += "; of block-diagonal matrices, which each call makes of their blocks"
         if others:
             reason += f"; {len(others)} more for other dropout probabilities, composed"
         return path, reason

@@ -148,6 +148,12 @@ class LoraLayer(DefaultAdapter, RunningLayer):
                 f"{list(chosen.alora_invocation_tokens)}, expected None: only linear layers have "
                 "activated adapters; leave this layer out with exclude_modules"
             )
+        if chosen.has_blocks and not self.HAS_BLOCKS:
+            raise ValueError(
+                f"{type(self).__name__}.add_adapter: blocks_of_lora_A, blocks_of_lora_B: got "
+                f"{chosen.blocks_of_lora_A} and {chosen.blocks_of_lora_B}, expected 1: only linear "
+                "layers have block-diagonal matrices (BD-LoRA)"
+            )
         if is_mica(chosen.init_lora_weights) and not self.TAKES_MICA:
             raise ValueError(
                 f"{type(self).__name__}.add_adapter: init_lora_weights: got 'mica', expected "

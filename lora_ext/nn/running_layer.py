@@ -10,6 +10,7 @@ from torch import Tensor
 from lora_ext import batching
 from lora_ext.nn.adapter import AdapterSettings, LowRank, part_name, stacked, variant_of
 from lora_ext.nn.adoption import AdoptingLayer
+from lora_ext.nn.block_diagonal import block_diagonal
 from lora_ext.nn.planned import follows_plan
 from lora_ext.nn.variant import AnyVariant
 
@@ -22,6 +23,8 @@ class RunningLayer(AdoptingLayer):
     VARIANTS: ClassVar[tuple[AnyVariant, ...]] = ()
     # Whether its adapters may be activated by tokens, as PEFT's aLoRA.
     HAS_ALORA: ClassVar[bool] = False
+    # Whether their matrices may be block-diagonal, as PEFT's BD-LoRA.
+    HAS_BLOCKS: ClassVar[bool] = False
     # (path, reason) for `explain`, of the kinds that have only one.
     PATH: ClassVar[tuple[str, str]] = ("composed", "in plain PyTorch")
     _scaling: dict[str, float]
@@ -42,7 +45,7 @@ class RunningLayer(AdoptingLayer):
         )
         self._lora_variant = self._first_variant(self._running)
         self._lora_alone = None
-        if len(self._running) == 1:
+        if len(self._running) == 1 and not self.adapters[self._running[0]].has_blocks:
             name = self._running[0]
             A, B, bias = (part_name(part, name) for part in ("lora_A", "lora_B", "lora_bias"))
             self._lora_alone = A, B, bias, self.adapters[name].lora_bias
@@ -98,6 +101,10 @@ class RunningLayer(AdoptingLayer):
                 return getattr(self, key, None)
             return found
 
+    def _matrix(self, part: str, name: str, blocks: int) -> Any:
+        found = self._part(part, name)
+        return block_diagonal(found, blocks) if blocks > 1 else found
+
     def low_rank(self, prefix: str = "") -> list[LowRank]:
         """The adapters that run now, stacked where they share a dropout probability."""
         if len(self._running) == 1:  # nearly always
@@ -133,8 +140,8 @@ class RunningLayer(AdoptingLayer):
         a, b, c = prefix + "lora_A", prefix + "lora_B", prefix + "lora_bias"
         adapters = [
             LowRank(
-                self._part(a, name),
-                self._part(b, name),
+                self._matrix(a, name, self.adapters[name].blocks_of_lora_A),
+                self._matrix(b, name, self.adapters[name].blocks_of_lora_B),
                 self._part(c, name),
                 self._scale_of(name, prefix),
                 dropout_p,

@@ -88,6 +88,11 @@ def check_placeable(layer: Any, settings: AdapterSettings) -> None:
             f"{type(layer).__name__}.add_adapter: lora_bias: got True, expected False: without "
             "gradients transformers' row-wise forward would add it once for each process"
         )
+    if settings.has_blocks:
+        raise ValueError(
+            f"{type(layer).__name__}.add_adapter: got block-diagonal matrices (BD-LoRA), expected "
+            "plain ones: they are not divided between processes"
+        )
     flag = variant_of(settings)
     if flag or reads_weight(settings.init_lora_weights):
         asked = f"{flag}=True" if flag else f"init_lora_weights={settings.init_lora_weights!r}"
@@ -117,6 +122,10 @@ def place_layer(layer: Any, mesh: DeviceMesh, dim: int, src_data_rank: int | Non
     where = f"{type(layer).__name__}: tensor parallel"
     if layer.merged:
         raise ValueError(f"{where}: it is merged, expected a layer that is not; call unmerge()")
+    if blocks := [n for n, s in layer.adapters.items() if s.has_blocks]:
+        raise ValueError(
+            f"{where}: {blocks} have block-diagonal matrices (BD-LoRA), expected plain adapters"
+        )
     if dim == 1 and (dora := [n for n, s in layer.adapters.items() if variant_of(s)]):
         raise ValueError(
             f"{where}: {dora} scale whole rows of the weight (DoRA), expected plain adapters to "

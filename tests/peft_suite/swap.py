@@ -26,7 +26,7 @@ NAMES = (
     *("PeftModelForCausalLM", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification"),
     *("PeftModelForTokenClassification", "PeftModelForQuestionAnswering"),
     *("PeftModelForFeatureExtraction", "get_base_model_state_dict", "set_base_model_state_dict"),
-    "replace_lora_weights_loftq",
+    *("replace_lora_weights_loftq", "BdLoraConfig"),
 )
 # Of which a config, or a model, of another kind than LoRA stays PEFT's.
 BY_CONFIG = ("get_peft_model", "inject_adapter_in_model")

@@ -36,7 +36,7 @@ from lora_ext.nn.transaction import Transaction
 # Fields of a config that the values of an adapter go with.
 _OF_THE_VALUES = (
     *("lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "r", "rank_pattern"),
-    "alora_invocation_tokens",
+    *("alora_invocation_tokens", "use_bdlora"),
 )
 
 

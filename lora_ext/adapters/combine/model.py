@@ -164,6 +164,11 @@ def _check_combinable(model: AdaptedModel, names: Sequence[str]) -> None:
             raise ValueError(
                 f"{where}: '{name}' uses {VARIANTS[flag]} ({flag}), which cannot be combined"
             )
+        if model.peft_config[name].use_bdlora:
+            raise ValueError(
+                f"{where}: '{name}' has block-diagonal matrices (use_bdlora), which cannot be "
+                "combined"
+            )
         if model.peft_config[name].target_parameters:
             raise ValueError(f"{where}: '{name}' has target_parameters, which cannot be combined")
     if len({tuple(model.peft_config[n].alora_invocation_tokens or ()) for n in names}) > 1:
