@@ -125,6 +125,9 @@ class BatchPlan:
         self._after = after
         self._repeats = repeats
         self._zero_grads = zero_grads
+        # Whether an input of fewer rows is of tokens that follow those of the plan, as with a KV
+        # cache, or of the last ones (transformers' logits_to_keep).
+        self.tokens_follow = True
         self._made: dict[Any, tuple[Assignment, Tensor]] = {}
         self._found: set[str] = set()
         self._was_asked = False
@@ -174,20 +177,25 @@ class BatchPlan:
         self._found.update(names)
 
     def assign(
-        self, leading: Sequence[int], device: torch.device, names: Collection[str], where: str
+        self,
+        leading: Sequence[int],
+        device: torch.device,
+        names: Collection[str],
+        where: str,
+        whole: bool = False,
     ) -> Assignment:
         """Which rows of an input with these leading dimensions have which of the adapters `names`,
-        those of a layer.
+        those of a layer. `whole`: wherever they begin (`after`), all rows of their requests.
 
         Raises:
             ValueError: the input does not have the rows that the plan is for; names the layer.
         """
         present = tuple(name for name in self.names if name in names)
-        key = (tuple(leading), device, present)
+        key = (tuple(leading), device, present, whole)
         made = self._made.get(key)
         if made is None:
             with torch.inference_mode(False):  # it may be kept for backward later
-                made = self._made[key] = self._assign(tuple(leading), device, present, where)
+                made = self._made[key] = self._assign(tuple(leading), device, present, where, whole)
         assignment, owners = made
         if self._scale is None or not assignment.names:
             return assignment
@@ -196,11 +204,16 @@ class BatchPlan:
         return assignment._replace(factor=factor, alone=False)
 
     def _assign(
-        self, leading: tuple[int, ...], device: torch.device, names: Sequence[str], where: str
+        self,
+        leading: tuple[int, ...],
+        device: torch.device,
+        names: Sequence[str],
+        where: str,
+        whole: bool,
     ) -> tuple[Assignment, Tensor]:
-        owners, positions, lengths = self._owners(leading, where)
+        owners, positions, lengths = self._owners(leading, where, whole)
         slots = self._slots.index_select(0, owners)
-        if self._after is not None:
+        if self._after is not None and not whole:
             after = self._after[owners]
             after = torch.where(after < 0, after + lengths, after)
             slots = torch.where(positions >= after, slots, -1)
@@ -226,7 +239,9 @@ class BatchPlan:
         )
         return assignment, owners[order].to(device)
 
-    def _owners(self, leading: tuple[int, ...], where: str) -> tuple[Tensor, Tensor, Tensor | int]:
+    def _owners(
+        self, leading: tuple[int, ...], where: str, whole: bool
+    ) -> tuple[Tensor, Tensor, Tensor | int]:
         """The request, segment or row of `ids` that each row of the input is of, its place there,
         and how long that is."""
         total, count = math.prod(leading), len(self._slots)
@@ -252,6 +267,14 @@ class BatchPlan:
                 f"{count} and {sequences} respectively."
             )
         each = total // sequences if sequences else 0
+        in_one = len(leading) == 1 and each == 1 and sequences != count
+        if in_one and self._after is not None and self._rows is not None and not whole:
+            raise ValueError(
+                f"{where}: batch: after: got {sequences} rows in one dimension, of which the places"
+                f" in their requests cannot be told, expected {count} or {math.prod(self._rows)}; "
+                "generate with a cache and without beams, or leave this layer out with "
+                "exclude_modules"
+            )
         owners = torch.arange(count, device="cpu").repeat_interleave(
             sequences // count if count else 0
         )
@@ -259,7 +282,7 @@ class BatchPlan:
         if self._rows is not None:
             length = self._rows[1]
             if each < length:
-                positions = positions + length  # tokens that follow those of the plan
+                positions = positions + (length if self.tokens_follow else length - each)
         return owners.repeat_interleave(each), positions.repeat(sequences), length
 
 

@@ -197,3 +197,39 @@ def test_what_a_swap_brings_counts_and_mixtures_are_refused(tmp_path: Path) -> N
     model.add_adapter("plain", plain)
     with pytest.raises(ValueError, match="different tokens activate"):
         model.add_weighted_adapter(["default", "plain"], [1.0, 1.0], "both", "linear")
+
+
+def test_the_last_logits_are_those_of_all() -> None:
+    model = activated(modules_to_save=None)
+    config = lora_ext.LoraConfig(
+        r=4, target_modules=["lm_head"], init_lora_weights=False, alora_invocation_tokens=INVOCATION
+    )
+    model.add_adapter("head", config)
+    model.set_adapter("head")
+    with torch.no_grad():
+        y = model(input_ids=TOKENS).logits
+        last = model(input_ids=TOKENS, logits_to_keep=5).logits
+    torch.testing.assert_close(last, y[:, -5:])
+
+
+def test_copies_and_trained_rows_hold_for_all_tokens_as_in_peft(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = activated(modules_to_save=["lm_head"], trainable_token_indices={"embed_tokens": [9, 5]})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name or "trainable_tokens" in name:
+                parameter.normal_()
+        want = of_peft(model, tmp_path)(input_ids=TOKENS).logits
+        torch.testing.assert_close(model(input_ids=TOKENS).logits, want)
+
+
+def test_places_that_cannot_be_told_are_refused() -> None:
+    with lora_ext.batch(["a", "a"], rows=(2, 3), after=[1, 2], repeats=True):
+        layer = lora_ext.nn.Linear(4, 4)
+        layer.add_adapter("a", r=2, init_lora_weights=False)
+        layer(torch.randn(6, 4)), layer(torch.randn(2, 4))
+        with pytest.raises(ValueError, match="got 12 rows in one dimension"):
+            layer(torch.randn(12, 4))  # of two beams, or of later tokens
+    model = activated()
+    with pytest.raises(NotBuiltError, match="prompt_lookup_num_tokens"):
+        model.generate(input_ids=TOKENS, prompt_lookup_num_tokens=2, max_new_tokens=2)

@@ -213,6 +213,22 @@ def test_zero_gradients_where_they_are_asked_for() -> None:
     assert y.requires_grad
 
 
+def test_zero_gradients_of_copies_that_have_no_rows() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    config = lora_ext.LoraConfig(target_modules=["0"], modules_to_save=["1"])
+    model = lora_ext.get_peft_model(net, config, "a")
+    model.add_adapter("b", config)
+    copies = model.get_base_model()[1].modules_to_save
+    for copy in copies.values():
+        copy.requires_grad_(True)
+    with lora_ext.batch(["a", None], zero_grads=True):
+        model(torch.randn(2, 4)).sum().backward()
+    assert copies["a"].weight.grad is not None and copies["b"].weight.grad is None
+    with lora_ext.batch(["a", "b"], ids=torch.tensor([0, 0]), zero_grads=True):
+        model(torch.randn(2, 4)).sum().backward()
+    assert torch.equal(copies["b"].weight.grad, torch.zeros(2, 4))
+
+
 def test_strengths_multiply_and_have_gradients() -> None:
     layer = linear(lora_bias=True)
     x = torch.randn(3, 5, 16)

@@ -433,3 +433,15 @@ def test_other_rows_of_what_is_tied(ensure: bool) -> None:
     config = LoraConfig(target_modules=["c_attn"], trainable_token_indices=[1])
     with pytest.raises(ValueError, match="'lm_head' does not have the rows of the embedding"):
         model.add_adapter("two", config)
+
+
+def test_values_of_other_rows_are_not_loaded_over_an_adapter(tmp_path: Path) -> None:
+    def model(rows: list[int]) -> LoraModel:
+        net = nn.ModuleDict({"embed_tokens": nn.Embedding(9, 4), "l": nn.Linear(4, 4)})
+        config = LoraConfig(target_modules=["l"], trainable_token_indices=rows)
+        return get_lora_model(net, config)
+
+    model([5, 7]).save_pretrained(tmp_path)
+    model([5, 7]).load_adapter(tmp_path, "default")
+    with pytest.raises(AdapterFileError, match=r"the file says \[5, 7\].* has \[7, 5\]"):
+        model([7, 5]).load_adapter(tmp_path, "default")

@@ -45,6 +45,12 @@ def plan_of_activated(
             "LoraModel: prefill_chunk_size: got a value with an activated adapter, which is not "
             "built: parts of a prompt do not say where they begin; leave it out"
         )
+    for name in ("assistant_model", "prompt_lookup_num_tokens"):
+        if kwargs.get(name) is not None:
+            raise NotBuiltError(
+                f"LoraModel: {name}: got a value with an activated adapter, which is not built: "
+                "guesses of several tokens do not say where they begin; leave it out"
+            )
     tokens = _tokens(args, kwargs, generates)
     if offsets is None and tokens is None:
         when = "" if generates else " for this forward pass"
@@ -83,7 +89,9 @@ def plan_of_activated(
             for i, one in enumerate(invocations)
         ]
     rows = None if tokens is None else (len(tokens), tokens.shape[1])
-    return batch(given, rows=rows, after=after, repeats=generates, zero_grads=True)
+    plan = batch(given, rows=rows, after=after, repeats=generates, zero_grads=True)
+    plan.tokens_follow = generates
+    return plan
 
 
 def _from_the_end(offsets: Any, invocations: Sequence[Sequence[int]]) -> list[int | None]:

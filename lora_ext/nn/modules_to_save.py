@@ -129,13 +129,15 @@ class ModulesToSave(nn.Module):
         # A plan of single rows counts all that the module treats one by one.
         by_row = plan.requests is None and isinstance(original, nn.Linear | nn.Embedding)
         leading = x.shape[: x.dim() - isinstance(original, nn.Linear) if by_row else 1]
-        rows = plan.assign(leading, x.device, names, where)
+        rows = plan.assign(leading, x.device, names, where, whole=True)
         flat = x.reshape(-1, *x.shape[len(leading) :])
         rest = torch.ones(len(flat), dtype=torch.bool, device=x.device)
         rest[rows.order.long()] = False
-        parts: list[tuple[nn.Module, Tensor]] = [(original, rest.nonzero().flatten())]
-        parts += [(self.modules_to_save[name], index.long()) for name, index, _ in rows.by_name()]
-        parts = [(module, index) for module, index in parts if len(index)] or parts[:1]
+        parts: list[tuple[nn.Module, Tensor]] = [
+            (self.modules_to_save[name], index.long()) for name, index, _ in rows.by_name()
+        ]
+        if rest.any() or not parts:
+            parts.append((original, rest.nonzero().flatten()))
         y = torch.cat([self._call(module, flat[index], *args, **kwargs) for module, index in parts])
         y = y[torch.cat([index for _, index in parts]).argsort()]
         return y.reshape(*leading, *y.shape[1:])

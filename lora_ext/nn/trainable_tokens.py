@@ -284,7 +284,7 @@ class TrainableTokensLayer(MergeableLayer):
         x: Tensor = args[0]
         plan.note(self.adapters)
         leading = x.shape if isinstance(base, nn.Embedding) else x.shape[:-1]
-        assigned = plan.assign(leading, x.device, self.adapters, type(self).__name__)
+        assigned = plan.assign(leading, x.device, self.adapters, type(self).__name__, whole=True)
         y: Tensor = base(x)
         flat_x = x.reshape(leading.numel(), *x.shape[len(leading) :])
         flat_y = y.reshape(leading.numel(), y.shape[-1])

@@ -132,7 +132,15 @@ def plan_of(model: AdaptedModel, adapter_name: str) -> Plan:
 
 
 def _warn_of_other_settings(file: LoraConfig, config: LoraConfig) -> None:
-    """An adapter that is there keeps its config, as in PEFT; a file's values may want another."""
+    """An adapter that is there keeps its config, as in PEFT; a file's values may want another.
+    ValueError if they are those of other tokens' rows."""
+    rows, own = file.trainable_token_indices, config.trainable_token_indices
+    if rows and own and type(rows) is type(own) and rows != own:
+        raise ValueError(
+            f"LoraModel.load_adapter: trainable_token_indices: the file says {str(rows)[:200]}, "
+            f"but the adapter is there already and has {str(own)[:200]}, in this order; "
+            "delete_adapter() first to load it anew"
+        )
     for field in _OF_THE_VALUES:
         got, kept = getattr(file, field), getattr(config, field)
         if got != kept:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
-from lora_ext.functional import lora_linear, weight_norm
+from lora_ext.batching import batch
+from lora_ext.functional import lora_linear, lora_linear_grouped, weight_norm
 from lora_ext.integrations.peft.fusible import (
     LeftToPeft,
     check_arguments,
@@ -32,7 +31,6 @@ from lora_ext.nn.dora import dora, scale_of
 from lora_ext.nn.linear import adapted_linear
 
 BASE = "__base__"  # what PEFT's adapter_names calls the model without adapters
-MOST_RANKS = 256  # of a mixed batch, which multiplies every row by the adapters of all
 
 
 def runs_base_alone(layer: Any) -> bool:
@@ -154,25 +152,8 @@ def _mixed(
     asked: Sequence[str],
     adapters: Sequence[LowRank],
 ) -> Tensor:
-    """A batch in which row i of x [batch, ..., in_features] has the adapter names[i]: one product
-    with lora_A of all, of which each row keeps its own adapter's part, and one with lora_B."""
-    if any(one.dropout_p > 0.0 for one in adapters):
-        raise LeftToPeft("adapter_names with dropout")
-    if len({one.lora_A.dtype for one in adapters}) > 1:
-        raise LeftToPeft("adapter_names with adapters of several dtypes")
-    if sum(len(one.lora_A) for one in adapters) > MOST_RANKS:
-        raise LeftToPeft(f"adapter_names with adapters of more than {MOST_RANKS} ranks in all")
-    with torch.autocast(x.device.type, enabled=False):  # it refuses to stack another 16-bit type
-        lora_A = torch.cat([one.lora_A for one in adapters])
-        lora_B = torch.cat([one.lora_B * one.scaling for one in adapters], 1)
-    y = F.linear(x, weight, bias)
-    rows = (len(names), *[1] * (x.dim() - 2), -1)
-    member = torch.tensor([[n == name for name in asked] for n in names], device=x.device)
-    ranks = torch.tensor([len(one.lora_A) for one in adapters], device=x.device)
-    own = member.repeat_interleave(ranks, 1).view(rows)
-    h = F.linear(x.to(lora_A.dtype), lora_A).masked_fill(~own, 0.0)
-    update = F.linear(h, lora_B)
-    for i, one in enumerate(adapters):
-        if one.lora_bias is not None:
-            update = update + (member[:, i].view(rows) * (one.lora_bias * one.scaling))
-    return y + update.to(y.dtype)
+    """A batch in which row i of x [batch, ..., in_features] has the adapter names[i]: the base
+    once, and each adapter on its own rows."""
+    own = {name: one.for_any() for name, one in zip(asked, adapters, strict=True)}
+    plan = batch([name if name in own else None for name in names])
+    return lora_linear_grouped(x, weight, bias, own, plan, where="adapter_names")
