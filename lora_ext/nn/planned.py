@@ -7,6 +7,7 @@ base and all. `explain`, asked within the plan, says which.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, TypeAlias, TypeVar, cast
@@ -25,7 +26,15 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 def _in_eager(function: Function) -> Function:
     """Compiled code calls it as it is: plans are looked up in each call."""
-    return cast(Function, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # only then: it imports the compiler, for a second
+            disabled: Any = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+            return disabled(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return cast(Function, called)
 
 
 @_in_eager

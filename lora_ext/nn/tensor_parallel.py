@@ -189,7 +189,7 @@ def forward(layer: Any, x: Any) -> Tensor:
     x_local = x.to_local() if dim else x.to_local(grad_placements=[Partial()])
     local = _local_layer(layer, mesh, dim, sums_gradient)
     if layer._lora_variant is not None:
-        y = layer._lora_variant.forward(local, x_local)
+        y = layer._lora_variant.forward(local, x_local, layer._running)
     else:
         y = _adapted(local, layer, x_local, mesh, dim, sums_gradient)
     if dim == 1:
