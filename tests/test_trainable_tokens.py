@@ -358,7 +358,7 @@ def test_through_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="trainable_token_indices: the files' are not those"):
         lora_ext.hotswap_adapter(other, tmp_path, "default")
     wrong = small(trainable_token_indices={"emb": [0, 1]})
-    with pytest.raises(ValueError, match="trainable_tokens_delta"):
+    with pytest.raises(ValueError, match="trainable_token_indices: the file says"):
         wrong.load_adapter(tmp_path, "default")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, Self
 
-from lora_ext.arguments import check_names, short, suggests_names
+from lora_ext.arguments import short, suggests_names
 
 _FIELD = "LoraConfig: use_bdlora"
 
@@ -65,7 +65,9 @@ class BdLoraConfig:
                 f"{_FIELD}: got {short(value)}, expected None, a BdLoraConfig, or a dict of its "
                 "fields"
             )
-        check_names(_FIELD, value, [one.name for one in fields(cls)])
+        known = [one.name for one in fields(cls)]
+        if unknown := sorted(str(name) for name in value if name not in known):
+            raise TypeError(f"{_FIELD}: got {short(unknown)}, expected some of {known}")
         return cls(**value) if value else None
 
     def blocks_of(self, name: str) -> tuple[int, int]:
