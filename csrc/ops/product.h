@@ -1,6 +1,6 @@
 // Matrix products by BLAS, rounded once. On a CPU without instructions for a 16-bit dtype ATen's
-// take three to thirty times as long as those of float, so that operands are widened for BLAS,
-// block by block: neither matrix is ever copied as a whole.
+// take several times as long as those of float, in fp16 dozens of times, so that operands are
+// widened for BLAS, block by block: neither matrix is ever copied as a whole.
 #pragma once
 
 #include "ops/tensors.h"

@@ -30,8 +30,6 @@ from lora_ext.nn.adapter import LowRank, stacked
 from lora_ext.nn.dora import dora, scale_of
 from lora_ext.nn.linear import adapted_linear
 
-BASE = "__base__"  # what PEFT's adapter_names calls the model without adapters
-
 
 def runs_base_alone(layer: Any) -> bool:
     """Whether a call is one of the base layer, in which nothing can be fused."""
