@@ -37,6 +37,19 @@ def test_masks_are_the_cpus(columns: int, state: tuple[int, int], dropout_p: flo
     assert torch.equal(got.cpu(), expected)
 
 
+def test_h_is_kept_under_dropout() -> None:
+    """On a CPU it is not (test_saved_for_backward.py)."""
+    p = make_problem((50,), 64, 32, 8, dropout_p=0.1, dtype=BF16, device="cuda")
+    kept: list[tuple[int, ...]] = []
+    for tensor in (p.lora_A, p.lora_B):
+        tensor.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (kept.append(t.shape), t)[1], lambda t: t
+    ):
+        p.fused()
+    assert (50, 8) in kept
+
+
 @pytest.mark.parametrize("K", [264, 130])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16], ids=str)
 def test_every_product_drops_what_the_cpu_drops(dtype: torch.dtype, K: int) -> None:

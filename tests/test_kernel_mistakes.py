@@ -315,6 +315,18 @@ LAUNCHES = {
     "no wait for the kernel before": (
         "elementwise.h", "arch::wait_for_previous_kernel();", "",
     ),
+    "float adapters: a remainder that the product does not reach": (
+        "lora_linear_run.h", "first.a.columns *= 2;", "",
+    ),
+    "float adapters: h once, beside nothing": (
+        "lora_linear_elementwise.h", "`copy < params.copies`; ++copy", "copy < 1",
+    ),
+    "float adapters: rows of rank that are not padded": (
+        "lora_linear_run.h", ".padded_rows = `in_rows ? joined_rank(rows) : rows`,", "rows",
+    ),
+    "float adapters: a remainder in the place of the value": (
+        "lora_linear_run.h", "in_columns ? `pack.value + pack.padded_columns`", "pack.value",
+    ),
     "a factor of the scaling that is not read": (
         "lora_linear_passes.h", "factor ? value * *factor : value", "value",
     ),
@@ -344,6 +356,8 @@ many = (364, 200, 72, 8), kernel_checks.Options(h=False, processors=1)
 for (size, has), schedule in itertools.product([few, many],
                                                itertools.product(COMPLETIONS, range(4))):
     kernel_checks.check(kernels, size, "bf16", 0.1, schedule, has=has)
+few = (37, 192, 200, 8), few[1]  # float adapters are rounded and what that leaves
+kernel_checks.check(kernels, few[0], "bf16-fp32", 0.1, (COMPLETIONS[0], 0), has=few[1])
 print("no mistake noticed")
 """
 

@@ -352,6 +352,7 @@ def test_traffic_and_operations(kernels: EmulatedKernels, r: int) -> None:
     assert product.mma == rows * x_columns * mma * (-(-N // 16) + rank_steps)
 
 
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("r", [16, 24, 64, 80])
 @pytest.mark.parametrize(
     ("M", "N", "K", "width"),
@@ -359,11 +360,11 @@ def test_traffic_and_operations(kernels: EmulatedKernels, r: int) -> None:
     ids=["64", "128", "256"],
 )
 def test_sm90_traffic_and_operations(
-    kernels: EmulatedKernels, M: int, N: int, K: int, width: int, r: int
+    kernels: EmulatedKernels, M: int, N: int, K: int, width: int, r: int, adapter_dtype: torch.dtype
 ) -> None:
     """TMA brings a tile of A and one of B for each 64 of k, and for each 64 of the rank; the rank
-    costs ceil(r / 16) steps of wgmma."""
-    p = make_problem((M,), K, N, r, dtype=torch.bfloat16, bias=False)
+    costs ceil(r / 16) steps of wgmma. Float adapters are two matrices, one up to rank 32."""
+    p = make_problem((M,), K, N, r, dtype=torch.bfloat16, adapter_dtype=adapter_dtype, bias=False)
     x, weight, _, A, B, _ = (t if t is None else t.detach() for t in p.operands)
     kernels.gpu(90, 3)
     kernels.take_launches()
@@ -373,16 +374,20 @@ def test_sm90_traffic_and_operations(
     def steps(size: int, step: int) -> int:
         return -(-size // step)
 
+    rank, matrices = 16 * steps(r, 16), 1  # of low-rank operands
+    if adapter_dtype == torch.float32:
+        rank, matrices = (2 * rank, 1) if r <= 32 else (rank, 2)
+    rank_stages, rank_steps = matrices * steps(rank, 64), matrices * steps(rank, 16)
     tiles = steps(M, 128) * steps(N, width)
-    assert product.tma_bytes == tiles * (steps(K, 64) + steps(r, 64)) * 2 * 64 * (128 + width)
-    assert product.wgmma == tiles * 2 * (steps(K, 16) + steps(r, 16))  # two warpgroups
+    assert product.tma_bytes == tiles * (steps(K, 64) + rank_stages) * 2 * 64 * (128 + width)
+    assert product.wgmma == tiles * 2 * (steps(K, 16) + rank_steps)  # two warpgroups
     assert (product.copied_bytes, product.mma) == (0, 0)
 
     kernels.backward(p.dy, x, h, weight, A, B)
     product = kernels.take_launches()[-1]
     tiles = steps(M, 128) * steps(K, width)
-    assert product.tma_bytes == tiles * (steps(N, 64) + steps(r, 64)) * 2 * 64 * (128 + width)
-    assert product.wgmma == tiles * 2 * (steps(N, 16) + steps(r, 16))
+    assert product.tma_bytes == tiles * (steps(N, 64) + rank_stages) * 2 * 64 * (128 + width)
+    assert product.wgmma == tiles * 2 * (steps(N, 16) + rank_steps)
     assert (product.copied_bytes, product.mma) == (0, 0)
 
 

@@ -43,11 +43,12 @@ struct FinishParams {
   int count;
   int64_t M;
   int r, padded;   // padded: r rounded up to a multiple of 16
+  int copies;      // of the result, beside each other
   float survivor;  // dropout's 1 / (1 - p)
   HiddenFactor scaling;
   float* sums;   // [M, r]: survivor * sum over the parts; or null
-  T* value;      // [M, padded]: scaling * sums rounded, zero beyond r
-  T* remainder;  // [M, padded]: what that rounding left; or null
+  T* value;      // [M, copies * padded]: scaling * sums rounded, zero beyond r
+  T* remainder;  // the same: what that rounding left; or null
 };
 
 template <class T>
@@ -65,28 +66,33 @@ __global__ void __launch_bounds__(kElementThreads)
     sum *= params.survivor;
     if (params.sums) params.sums[row * params.r + column] = sum;
   }
-  store_split(params.scaling.get() * sum, params.value, params.remainder, i);
+  const float full = params.scaling.get() * sum;
+  for (int64_t copy = 0; copy < params.copies; ++copy) {
+    const int64_t at = (row * params.copies + copy) * params.padded + column;
+    store_split(full, params.value, params.remainder, at);
+  }
 }
 
-// A matrix as a Split, filled up with zero columns so that 16-byte copies may read it.
+// A matrix as a Split, filled up with zeros: columns, so that 16-byte copies may read it, and rows.
 template <class T, class TA>
 struct PackParams {
   const TA* in;  // [rows, columns], their elements `row_step` and `column_step` apart
-  int64_t rows, columns, row_step, column_step, padded;
-  T* value;      // [rows, padded]
-  T* remainder;  // [rows, padded] or null
+  int64_t rows, columns, row_step, column_step;
+  int64_t padded_rows, padded_columns, stride;  // of the result
+  T* value;
+  T* remainder;  // laid out like value; or null
 };
 
 template <class T, class TA>
 __global__ void __launch_bounds__(kElementThreads)
     lora_linear_pack_kernel(const __grid_constant__ PackParams<T, TA> params) {
   const int64_t i = element_index();
-  if (i >= params.rows * params.padded) return;
-  const int64_t row = i / params.padded, column = i % params.padded;
-  const bool inside = column < params.columns;
+  const int64_t row = i / params.padded_columns, column = i % params.padded_columns;
+  if (row >= params.padded_rows) return;
+  const bool inside = row < params.rows && column < params.columns;
   const int64_t at = row * params.row_step + column * params.column_step;
   const float full = inside ? to_float(params.in[at]) : 0.0f;
-  store_split(full, params.value, params.remainder, i);
+  store_split(full, params.value, params.remainder, row * params.stride + column);
 }
 
 }  // namespace lora_ext

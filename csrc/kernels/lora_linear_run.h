@@ -12,62 +12,90 @@ constexpr bool kSame = false;
 template <class A>
 constexpr bool kSame<A, A> = true;
 
+// Where the remainder of a float adapter lies. The product takes a small rank's value and remainder
+// as one matrix, joined along the rank, and h or dh twice beside itself to meet both: one slot of
+// the ring instead of two.
+enum class Remainder { kApart, kInColumns, kInRows };
+
+constexpr int kMostJoined = 32;  // ranks: two of them are 64, as a slot has
+
+template <class T, class TA>
+Remainder joined(int64_t r, BLayout layout) {
+  if (kSame<T, TA> || r > kMostJoined) return Remainder::kApart;
+  return layout == BLayout::kColumns ? Remainder::kInColumns : Remainder::kInRows;
+}
+
+constexpr int64_t joined_rank(int64_t r) { return round_up(r, 16); }  // of each of the two
+constexpr int copies(Remainder place) { return place == Remainder::kApart ? 1 : 2; }  // of h or dh
+
 // A copy of in [rows, columns], of elements `row_step` and `column_step` apart, as tensor cores
 // read it.
 template <class T, class TA>
 Split<T> packed(const TA* in, int64_t rows, int64_t columns, int64_t row_step, int64_t column_step,
-                const Allocator& scratch, Stream stream) {
-  const int64_t padded = round_up(columns, 8);
+                Remainder place, const Allocator& scratch, Stream stream) {
+  const bool in_columns = place == Remainder::kInColumns, in_rows = place == Remainder::kInRows;
   PackParams<T, TA> pack{.in = in,
                          .rows = rows,
                          .columns = columns,
                          .row_step = row_step,
                          .column_step = column_step,
-                         .padded = padded,
-                         .value = scratch.get<T>(rows * padded),
+                         .padded_rows = in_rows ? joined_rank(rows) : rows,
+                         .padded_columns = in_columns ? joined_rank(columns) : round_up(columns, 8),
+                         .stride = 0,
+                         .value = nullptr,
                          .remainder = nullptr};
-  if constexpr (!kSame<T, TA>) pack.remainder = scratch.get<T>(rows * padded);
-  launch_elements(lora_linear_pack_kernel<T, TA>, rows * padded, stream, pack);
-  return {{pack.value, rows, columns, padded}, pack.remainder};
+  pack.stride = (in_columns ? 2 : 1) * pack.padded_columns;
+  const int64_t elements = pack.padded_rows * pack.stride;
+  pack.value = scratch.get<T>((in_rows ? 2 : 1) * elements);
+  if constexpr (!kSame<T, TA>) {
+    pack.remainder = in_columns ? pack.value + pack.padded_columns
+                     : in_rows  ? pack.value + elements
+                                : scratch.get<T>(elements);
+  }
+  launch_elements(lora_linear_pack_kernel<T, TA>, pack.padded_rows * pack.padded_columns, stream,
+                  pack);
+  return {{pack.value, rows, columns, pack.stride}, pack.remainder};
 }
 
 // Of in [rows, columns], contiguous: as it is where tensor cores can read that, else a packed copy.
 template <class T, class TA>
-Split<T> split(const TA* in, int64_t rows, int64_t columns, const Allocator& scratch,
-               Stream stream) {
+Split<T> split(const TA* in, int64_t rows, int64_t columns, Remainder place,
+               const Allocator& scratch, Stream stream) {
   if constexpr (kSame<T, TA>) {
     const Matrix<T> as_it_is{in, rows, columns, columns};
     if (as_it_is.aligned()) return {as_it_is, nullptr};
   }
-  return packed<T>(in, rows, columns, columns, 1, scratch, stream);
+  return packed<T>(in, rows, columns, columns, 1, place, scratch, stream);
 }
 
 // Of its transpose [columns, rows], a packed copy: the adapter beside a weight that lies
 // transposed.
 template <class T, class TA>
-Split<T> split_transposed(const TA* in, int64_t rows, int64_t columns, const Allocator& scratch,
-                          Stream stream) {
-  return packed<T>(in, columns, rows, 1, columns, scratch, stream);
+Split<T> split_transposed(const TA* in, int64_t rows, int64_t columns, Remainder place,
+                          const Allocator& scratch, Stream stream) {
+  return packed<T>(in, columns, rows, 1, columns, place, scratch, stream);
 }
 
 // The parts of h or dh [M, r], added: times `survivor` into `sums` in float if that is not null;
-// and times `scaling` as well as an operand of the passes.
+// and times `scaling` as well as an operand of the passes, `copies` beside each other.
 template <class T>
-Split<T> finish(const Parts& parts, int64_t M, int64_t r, float survivor, HiddenFactor scaling,
-                float* sums, bool wants_remainder, const Allocator& scratch, Stream stream) {
-  const int64_t padded = round_up(r, 16);
+Split<T> finish(const Parts& parts, int64_t M, int64_t r, int copies, float survivor,
+                HiddenFactor scaling, float* sums, bool wants_remainder, const Allocator& scratch,
+                Stream stream) {
+  const int64_t padded = joined_rank(r), stride = copies * padded;
   const FinishParams<T> params{.parts = parts.data,
                                .count = parts.count,
                                .M = M,
                                .r = static_cast<int>(r),
                                .padded = static_cast<int>(padded),
+                               .copies = copies,
                                .survivor = survivor,
                                .scaling = scaling,
                                .sums = sums,
-                               .value = scratch.get<T>(M * padded),
-                               .remainder = wants_remainder ? scratch.get<T>(M * padded) : nullptr};
+                               .value = scratch.get<T>(M * stride),
+                               .remainder = wants_remainder ? scratch.get<T>(M * stride) : nullptr};
   launch_elements(lora_linear_finish_kernel<T>, M * padded, stream, params);
-  return {{params.value, M, padded, padded}, params.remainder};
+  return {{params.value, M, padded, stride}, params.remainder};
 }
 
 // out [elements] = scale * the sum of the parts
@@ -77,10 +105,17 @@ void reduce(const Parts& parts, int64_t elements, HiddenFactor scale, TA* out, S
                   ReduceParams<TA>{parts.data, parts.count, elements, scale, out});
 }
 
+// h or dh [M, r], of which there are two copies unless the remainder of b lies apart.
 template <class T>
-void add_segments(Product<T>& product, const Matrix<T>& a, const Split<T>& b) {
-  product.segments[product.count++] = {a, b.value};
-  if (b.remainder) product.segments[product.count++] = {a, b.rest()};
+void add_segments(Product<T>& product, const Matrix<T>& h, const Split<T>& b, Remainder place) {
+  Segment<T>& first = product.segments[product.count++];
+  first = {h, b.value};
+  if (place == Remainder::kApart) {
+    if (b.remainder) product.segments[product.count++] = {h, b.rest()};
+    return;
+  }
+  first.a.columns *= 2;
+  (place == Remainder::kInColumns ? first.b.columns : first.b.rows) = first.a.columns;
 }
 
 template <class T>
@@ -98,19 +133,21 @@ template <class T, class TA>
 void forward(const Family<T>& family, const ForwardCall<T, TA>& call, const Allocator& scratch,
              Stream stream) {
   const int64_t M = call.x.rows, K = call.x.columns, N = call.weight.N();
-  const bool by_columns = call.weight.transposed;
-  const Split<T> A = split<T>(call.lora_A, call.r, K, scratch, stream);
-  const Split<T> B = by_columns ? split_transposed<T>(call.lora_B, N, call.r, scratch, stream)
-                                : split<T>(call.lora_B, N, call.r, scratch, stream);
+  const BLayout layout = call.weight.transposed ? BLayout::kRows : BLayout::kColumns;
+  const Remainder place = joined<T, TA>(call.r, layout);
+  const Split<T> A = split<T>(call.lora_A, call.r, K, Remainder::kApart, scratch, stream);
+  const Split<T> B = layout == BLayout::kRows
+                         ? split_transposed<T>(call.lora_B, N, call.r, place, scratch, stream)
+                         : split<T>(call.lora_B, N, call.r, place, scratch, stream);
   const Parts parts = family.down(call.x, A, call.dropout, scratch, stream);
-  const Split<T> h = finish<T>(parts, M, call.r, survivor(call.dropout),
+  const Split<T> h = finish<T>(parts, M, call.r, copies(place), survivor(call.dropout),
                                {call.scaling, call.scaling_factor}, call.h, false, scratch, stream);
   Product<T> y{};
   if (call.weight.stored.data) y.segments[y.count++] = {call.x, call.weight.stored};
-  add_segments(y, h.value, B);
+  add_segments(y, h.value, B, place);
   y.bias = call.bias;
   y.out = call.y, y.M = M, y.N = N;
-  launch_product(family, y, by_columns ? BLayout::kRows : BLayout::kColumns, stream);
+  launch_product(family, y, layout, stream);
 }
 
 template <class T, class TA>
@@ -118,36 +155,40 @@ void backward(const Family<T>& family, const BackwardCall<T, TA>& call, const Al
               Stream stream) {
   const int64_t M = call.dy.rows, N = call.dy.columns, K = call.weight.K(), r = call.r;
   const HiddenFactor scaling{call.scaling, call.scaling_factor};
+  const BLayout layout = call.weight.transposed ? BLayout::kColumns : BLayout::kRows;
   const bool by_columns = call.weight.transposed, makes_h = call.dB && !call.h;
+  const Remainder place = call.dx ? joined<T, TA>(r, layout) : Remainder::kApart;
   Split<T> A{}, h{};
-  if (makes_h || (call.dx && !by_columns)) A = split<T>(call.lora_A, r, K, scratch, stream);
-  const Split<T> B = split<T>(call.lora_B, N, r, scratch, stream);
+  if (makes_h || (call.dx && !by_columns)) {
+    A = split<T>(call.lora_A, r, K, by_columns ? Remainder::kApart : place, scratch, stream);
+  }
+  const Split<T> B = split<T>(call.lora_B, N, r, Remainder::kApart, scratch, stream);
   if (call.dB && call.h) {
-    h = split<T>(call.h, M, r, scratch, stream);
+    h = split<T>(call.h, M, r, Remainder::kApart, scratch, stream);
   } else if (makes_h) {
     const Parts parts = family.down(call.x, A, call.dropout, scratch, stream);
-    h = finish<T>(parts, M, r, survivor(call.dropout), {1.0f, nullptr}, nullptr, true, scratch,
+    h = finish<T>(parts, M, r, 1, survivor(call.dropout), {1.0f, nullptr}, nullptr, true, scratch,
                   stream);
   }
   const UpGradParts up = family.up_grad({call.dy, B, h, call.dx || call.dA}, scratch, stream);
   if (call.dB) reduce(up.dB, N * r, scaling, call.dB, stream);
   if (!up.dh.data) return;
 
-  const Split<T> dh =
-      finish<T>(up.dh, M, r, survivor(call.dropout), scaling, nullptr, call.dA, scratch, stream);
+  const Split<T> dh = finish<T>(up.dh, M, r, copies(place), survivor(call.dropout), scaling,
+                                nullptr, call.dA, scratch, stream);
   if (call.dA) {
     const Parts parts = family.down_grad(call.x, dh.columns(0, r), call.dropout, scratch, stream);
     reduce(parts, r * K, {1.0f, nullptr}, call.dA, stream);
   }
   if (call.dx) {
     Product<T> dx{};
-    add_segments(dx, dh.value,
-                 by_columns ? split_transposed<T>(call.lora_A, r, K, scratch, stream) : A);
+    if (by_columns) A = split_transposed<T>(call.lora_A, r, K, place, scratch, stream);
+    add_segments(dx, dh.value, A, place);
     dx.masked = call.dropout.enabled ? dx.count : 0;
     dx.dropout = call.dropout;
     if (call.weight.stored.data) dx.segments[dx.count++] = {call.dy, call.weight.stored};
     dx.out = call.dx, dx.M = M, dx.N = K;
-    launch_product(family, dx, by_columns ? BLayout::kColumns : BLayout::kRows, stream);
+    launch_product(family, dx, layout, stream);
   }
 }
 

@@ -66,10 +66,11 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     const LoraLinearCall call{fields...};
     // Backward reads x for the gradients of weight and lora_A, and h for that of lora_B. Under
-    // dropout it makes dropout(x) again anyway, in cache, and h from it costs one product: then h
-    // is kept only where x is not.
+    // dropout it makes dropout(x) again anyway. On a CPU in cache, and h from it costs one product:
+    // then h is kept only where x is not. On a GPU h would be one more pass over x.
     const bool save_x = call.weight.requires_grad() || call.lora_A.requires_grad();
-    const bool save_h = call.lora_B.requires_grad() && !(save_x && call.dropout.enabled());
+    const bool makes_h = save_x && call.dropout.enabled() && !call.x.is_cuda();
+    const bool save_h = call.lora_B.requires_grad() && !makes_h;
     auto [y, h] = lora_linear_fwd(call, save_h);
     ctx->save_for_backward(
         {save_x ? call.x : Tensor(), save_h ? h : Tensor(),
