@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include "cpu/backend.h"
+#include "cpu/column_scale.h"
 
 namespace lora_ext {
 namespace {
@@ -15,6 +16,16 @@ int64_t rows_per_part(int64_t N) {
   constexpr int64_t kMinElements = int64_t{1} << 14;
   return std::max<int64_t>(1, kMinElements / N);
 }
+
+}  // namespace
+
+void column_scale_rows(at::ScalarType base, const ColumnScaleArgs& args, int64_t M) {
+  at::parallel_for(0, M, rows_per_part(args.N), [&](int64_t begin, int64_t end) {
+    cpu_kernels(base).column_scale.forward_rows(args, begin, end);
+  });
+}
+
+namespace {
 
 Tensor column_scale_cpu(const Tensor& z, const Tensor& scale, const OptionalTensor& bias) {
   check_column_scale("column_scale", "z", z, scale, bias);
@@ -29,10 +40,9 @@ Tensor column_scale_cpu(const Tensor& z, const Tensor& scale, const OptionalTens
                              rows.stride(0),
                              factors.const_data_ptr(),
                              data_or_null(offsets),
-                             y.data_ptr()};
-  at::parallel_for(0, M, rows_per_part(N), [&](int64_t begin, int64_t end) {
-    cpu_kernels(z.scalar_type()).column_scale.forward_rows(args, begin, end);
-  });
+                             y.data_ptr(),
+                             /*adds=*/false};
+  column_scale_rows(z.scalar_type(), args, M);
   return y;
 }
 

@@ -12,6 +12,7 @@ struct ColumnScaleArgs {
   const void* scale;  // [N] compute type
   const void* bias;   // [N] compute type, or null
   void* y;            // [M, N] base type, written
+  bool adds;          // to y
 };
 
 struct ColumnScaleBackwardArgs {
@@ -25,7 +26,7 @@ struct ColumnScaleBackwardArgs {
 };
 
 struct ColumnScaleKernels {
-  // Rows [begin, end) of y = z * scale + bias.
+  // Rows [begin, end) of y = z * scale + bias, or of y += that.
   void (*forward_rows)(const ColumnScaleArgs&, int64_t begin, int64_t end);
   // Rows [begin, end) of dz = dy * scale; the sums over these rows of dy * z and of dy are added to
   // dscale and dbias [N], in the compute type; either may be null. Scratch: 2 N compute elements.

@@ -1,5 +1,6 @@
 // dora_linear on the CPU. With x_d the elements of x that dropout drops, v = (x W^T - x_d W^T) /
-// (1 - p): x W^T is there anyway, and x_d W^T is a fraction p of a product. Backward, with
+// (1 - p): x W^T is there anyway, and x_d W^T is a fraction p of a product; without dropout v is
+// x W^T itself. Backward, with
 // c = 1 + (scale - 1) / (1 - p) and u = c * dy: dx = u W where x was kept and dy W, which is
 // u W - (u - dy) W, where it was dropped.
 #include "cpu/dora_linear.h"
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "cpu/backend.h"
+#include "cpu/column_scale.h"
 #include "cpu/dora_linear_path.h"
 #include "cpu/lora_linear.h"
 #include "ops/base_product.h"
@@ -94,7 +96,8 @@ std::tuple<Tensor, Tensor> dora_linear_fwd_cpu(const DoraLinearCall& call) {
   const Tensor &x = call.x, &weight = call.weight;
   const int64_t K = weight.size(1), N = weight.size(0);
   const int64_t M = count_rows(x).expect_int();
-  if (!dora_linear_path(M, K, x.scalar_type(), call.dropout_p).skips) {
+  const bool drops = call.dropout_p > 0.0;
+  if (drops && !dora_linear_path(M, K, x.scalar_type(), call.dropout_p).skips) {
     return dora_linear_fwd_composed(call);
   }
   auto [y, h, low_rank] = lora_linear_prepare_fwd(call.lora_linear(), /*return_h=*/false);
@@ -104,6 +107,14 @@ std::tuple<Tensor, Tensor> dora_linear_fwd_cpu(const DoraLinearCall& call) {
   Tensor z = v.view({M, N});
   BaseProduct(weight).write(z, low_rank.x);
   const auto compute = at::toOpMathType(x.scalar_type());
+  if (!drops) {
+    const Tensor scale = as_vector(call.scale, compute);
+    column_scale_rows(x.scalar_type(),
+                      {N, z.const_data_ptr(), N, scale.const_data_ptr(), nullptr,
+                       low_rank.y.data_ptr(), /*adds=*/true},
+                      M);
+    return {y, v};
+  }
   const auto& kernels = dora_linear_kernels(x);
   const Tensor W = adjacent(weight), scale_minus_1 = as_vector(call.scale, compute) - 1;
   const DropoutArgs dropout = dropout_args(call.dropout_p, call.rng_state);
@@ -124,7 +135,8 @@ DoraGradients dora_linear_bwd_cpu(const DoraLinearBackwardCall& call, DoraMask m
   const Tensor& dy = call.dy;
   const int64_t K = call.lora_A.size(1), N = call.lora_B.size(0);
   const int64_t M = count_rows(dy).expect_int();
-  if (!dora_linear_path(M, K, dy.scalar_type(), call.dropout_p).skips) {
+  const bool drops = call.dropout_p > 0.0;
+  if (drops && !dora_linear_path(M, K, dy.scalar_type(), call.dropout_p).skips) {
     return dora_linear_bwd_composed(call, mask);
   }
   const auto compute = at::toOpMathType(dy.scalar_type());
@@ -140,6 +152,7 @@ DoraGradients dora_linear_bwd_cpu(const DoraLinearBackwardCall& call, DoraMask m
     const Tensor& weight = *call.weight;
     const Tensor u_rows = u.view({M, N});
     BaseProduct(weight).add_gradient(low_rank.dx, u_rows);
+    if (!drops) return {dx, dbias.to(dy.scalar_type()), dA, dB, dscale};
     const auto& kernels = dora_linear_kernels(dy);
     const Tensor W = adjacent(weight);
     const DoraLinearBackwardArgs args{strided(W), u_rows.const_data_ptr(),

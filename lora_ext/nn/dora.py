@@ -100,6 +100,8 @@ def dora(
     x [..., in_features], weight [out_features, in_features], g [out_features] →
     [..., out_features].
     """
+    if _is_wide(adapters[0][0], x) and (len(adapters) > 1 or not x.is_cpu):
+        return _in_adapters_dtype(x, weight, bias, adapters)
     scaled = [i for i, (one, g) in enumerate(adapters) if g is not None and one.dropout_p == 0.0]
     first_bias = None if scaled else bias  # the bias comes after the last scale
 
@@ -120,11 +122,14 @@ def dora(
         if g is None:
             y = add(y, low_rank)
             continue
-        if dropout_p == 0.0:
+        wide = _is_wide(low_rank, x)
+        if dropout_p == 0.0 and not wide:
             y = column_scale(add(y, low_rank), g, bias if i == scaled[-1] else None)
             continue
-        rng_state = draw_rng_state(x)
+        rng_state = draw_rng_state(x) if dropout_p else x.new_zeros(2, dtype=torch.int64)
         low_rank = stacked([low_rank], [g])
+        if wide:
+            first_bias = bias
         if y is None:
             y = dora_linear(
                 x, weight, first_bias, low_rank.lora_A, low_rank.lora_B, g,
@@ -136,6 +141,36 @@ def dora(
         y = y + column_scale(torch.nn.functional.linear(d, weight), g - 1)
     assert y is not None
     return y
+
+
+def _is_wide(low_rank: LowRank, x: Tensor) -> bool:
+    """Whether an adapter is of more bits than its base. Then g is part of lora_B: g * dy, rounded
+    to the base's dtype, would spoil the gradients of both."""
+    return low_rank.lora_A.dtype.itemsize > x.dtype.itemsize
+
+
+def _in_adapters_dtype(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: Sequence[tuple[LowRank, Tensor | None]],
+) -> Tensor:
+    """The same with everything but the base's products in the adapters' dtype, rounded once."""
+    base = torch.nn.functional.linear(x, weight)
+    y = base.to(adapters[0][0].lora_A.dtype)
+    for low_rank, g in adapters:
+        A, B, lora_bias, scaling, p = low_rank
+        rng_state = draw_rng_state(x) if p > 0.0 else None
+        update = lora_update(x, A, B, lora_bias, scaling, p, rng_state, dtype=A.dtype)
+        if g is None:
+            y = y + update
+        elif rng_state is None:
+            y = column_scale(y + update, g)
+        else:
+            d = dropout(x, rng_state, p)
+            v = torch.nn.functional.linear(d, weight).to(y.dtype)
+            y = y + column_scale(v, g - 1) + column_scale(update, g)
+    return (y if bias is None else y + bias).to(base.dtype)
 
 
 class LinearDora(Dora[Linear]):
@@ -200,7 +235,8 @@ class EmbeddingDora(Dora[Embedding]):
 
     def forward(self, layer: Embedding, x: Tensor, names: Sequence[str]) -> Tensor:
         first, *others = names
-        if layer._is_fused():
+        wide = layer._part("lora_A", first).dtype.itemsize > layer.weight.dtype.itemsize
+        if layer._is_fused() and not wide:
             y = self._scaled(layer, first, layer._fused_look_up(x, [first]))
             for name in others:
                 y = self._scaled(layer, name, y + layer._update(x, name).to(y.dtype))

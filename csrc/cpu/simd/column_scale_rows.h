@@ -6,7 +6,7 @@
 
 namespace lora_ext::LORA_EXT_ISA {
 
-// Rows [begin, end) of y = z * scale + bias
+// Rows [begin, end) of y (+)= z * scale + bias
 template <class T>
 void column_scale_rows(const ColumnScaleArgs& args, int64_t begin, int64_t end) {
   using S = compute_t<T>;
@@ -18,7 +18,8 @@ void column_scale_rows(const ColumnScaleArgs& args, int64_t begin, int64_t end) 
     T* y = static_cast<T*>(args.y) + m * args.N;
     for (int64_t j = 0; j < args.N; j += V::kWidth) {
       const int lanes = static_cast<int>(at_most(args.N - j, V::kWidth));
-      const auto offset = bias ? load_lanes<S>(bias + j, lanes) : V::zero();
+      auto offset = bias ? load_lanes<S>(bias + j, lanes) : V::zero();
+      if (args.adds) offset = V::add(load_lanes<S>(y + j, lanes), offset);
       store_lanes<S>(y + j,
                      V::fma(load_lanes<S>(z + j, lanes), load_lanes<S>(scale + j, lanes), offset),
                      lanes);

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora.dora import DoraEmbeddingLayer
 from peft.tuners.lora.variants import DoraEmbeddingVariant
 from torch import Tensor, nn
@@ -15,7 +16,10 @@ from lora_ext.integrations.peft.fusible import (
     LeftToPeft,
     check_arguments,
     check_called_plainly,
+    check_exportable,
     check_no_global_hooks,
+    check_own_methods,
+    check_pair,
     check_scaling,
     check_tensor,
     check_variant,
@@ -46,6 +50,8 @@ def fused_forward(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str
     check_arguments(args, kwargs)
     if kwargs.get("adapter_names") is not None:
         raise LeftToPeft("adapter_names of an embedding")
+    check_exportable()
+    check_own_methods(layer, peft_layer.Embedding)
     check_no_global_hooks()
     check_x(x)
     if x.dtype not in (torch.int64, torch.int32):
@@ -54,6 +60,9 @@ def fused_forward(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str
     check_combination(adapters)
     weight = base.weight
     low_rank = stacked([one for one, _ in adapters]) if len(adapters) > 1 else adapters[0][0]
+    magnitude = adapters[0][1]
+    if magnitude is not None and low_rank.lora_A.dtype != weight.dtype:
+        raise LeftToPeft("DoRA in another dtype than its embedding's")
     y = lora_embedding(
         x,
         weight,
@@ -63,7 +72,6 @@ def fused_forward(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str
         padding_idx=base.padding_idx,
         scale_grad_by_freq=base.scale_grad_by_freq,
     )
-    magnitude = adapters[0][1]
     if magnitude is not None:
         A, B = low_rank.lora_A.detach(), low_rank.lora_B.detach()
         norm = weight_norm(weight.detach().t(), A, B, low_rank.scaling)
@@ -105,11 +113,9 @@ def adapters_of(layer: Any) -> list[tuple[LowRank, Tensor | None]]:
         )
         check_tensor(A, "lora_embedding_A")
         check_tensor(B, "lora_embedding_B")
-        fits = A.dtype == weight.dtype or (
-            A.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16)
-        )
-        if A.dtype != B.dtype or not fits:
-            raise LeftToPeft(f"dtypes: weight {weight.dtype}, A {A.dtype}, B {B.dtype}")
+        if A.dtype != B.dtype:
+            raise LeftToPeft(f"dtypes: A {A.dtype}, B {B.dtype}")
+        check_pair(weight.dtype, A.dtype)
         check_scaling(scaling, name)
         if isinstance(scaling, Tensor):
             B, scaling = B * scaling, 1.0

@@ -19,6 +19,9 @@ from torch.nn.modules import module as modules
 from lora_ext._extension import build_info
 
 TENSORS = frozenset((Tensor, nn.Parameter, FakeTensor))
+# What a call of PEFT's layers goes through besides forward, and a fused call does not.
+_OVERRIDABLE = ("_cast_input_dtype", "_check_forward_args", "_mixed_batch_forward", "_embed")
+_DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
 _DEVICES = frozenset(("cpu", "meta") if build_info()["cuda"] is None else ("cpu", "cuda", "meta"))
 _NARROW = (torch.bfloat16, torch.float16)
 
@@ -48,6 +51,20 @@ def check_called_plainly(module: nn.Module, what: str, forward: Any) -> None:
         raise LeftToPeft(f"{what} has a forward set on it")
     if module._compiled_call_impl is not None:
         raise LeftToPeft(f"{what} is compiled by itself")
+
+
+def check_exportable() -> None:
+    """LeftToPeft while torch.onnx exports, which knows PyTorch's own operators only."""
+    if torch.onnx.is_in_onnx_export():
+        raise LeftToPeft("torch.onnx exports")
+
+
+def check_own_methods(layer: Any, kind: Any) -> None:
+    """LeftToPeft where methods of PEFT's class `kind` are overridden."""
+    for name in _OVERRIDABLE:
+        own = getattr(kind, name, None)
+        if getattr(type(layer), name, None) is not own or name in layer.__dict__:
+            raise LeftToPeft(f"{name} is overridden")
 
 
 def check_no_global_hooks() -> None:
@@ -95,12 +112,22 @@ def check_device(device: torch.device) -> None:
 def check_dtypes(x: torch.dtype, base: torch.dtype, adapter: torch.dtype, device: str) -> None:
     """LeftToPeft unless the operators take these dtypes: one for all, or float32 adapters beside a
     16-bit base. Under autocast they are what it makes of them."""
-    if torch.is_autocast_enabled(device):
+    if not _DTYPES.issuperset((x, base, adapter)):
+        fits = False
+    elif device != "meta" and torch.is_autocast_enabled(device):
         fits = torch.float64 not in (x, base, adapter)
     else:
         fits = x == base and (adapter == base or (adapter == torch.float32 and base in _NARROW))
     if not fits:
         raise LeftToPeft(f"dtypes: x {x}, base {base}, adapter {adapter}")
+
+
+def check_pair(base: torch.dtype, adapter: torch.dtype) -> None:
+    """LeftToPeft unless operators to which autocast does nothing (DoRA's norm, embeddings) take an
+    adapter beside a base of these dtypes."""
+    fits = adapter == base or (adapter == torch.float32 and base in _NARROW)
+    if not fits or base not in _DTYPES:
+        raise LeftToPeft(f"dtypes: base {base}, adapter {adapter}")
 
 
 def check_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

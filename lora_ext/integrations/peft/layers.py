@@ -47,7 +47,8 @@ def _forward(
     kind: Any,
     peft_forward: Any,
 ) -> Tensor:
-    if kwargs.get("adapter_names") is None and kind.runs_base_alone(layer):
+    by_name = kwargs.get("adapter_names") is not None
+    if layer.disable_adapters or (not by_name and kind.runs_base_alone(layer)):
         outcome = BASE_ALONE
     else:
         try:

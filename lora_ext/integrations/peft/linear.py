@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
@@ -16,7 +18,10 @@ from lora_ext.integrations.peft.fusible import (
     check_arguments,
     check_called_plainly,
     check_dtypes,
+    check_exportable,
     check_no_global_hooks,
+    check_own_methods,
+    check_pair,
     check_scaling,
     check_tensor,
     check_variant,
@@ -48,6 +53,8 @@ def fused_forward(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str
         LeftToPeft: PEFT has to run the layer.
     """
     check_arguments(args, kwargs)
+    check_exportable()
+    check_own_methods(layer, peft_layer.Linear)
     check_no_global_hooks()
     check_x(x)
     names = kwargs.get("adapter_names")
@@ -61,8 +68,10 @@ def fused_forward(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str
         if not asked:
             raise LeftToPeft("no row has an adapter here")
         adapters = adapters_of(layer, asked)
-    for one, _ in adapters:
+    for one, g in adapters:
         check_dtypes(x.dtype, weight.dtype, one.lora_A.dtype, x.device.type)
+        if g is not None:
+            check_pair(weight.dtype, one.lora_A.dtype)
     if names is not None and len(set(names)) > 1:
         return _mixed(x, weight, bias, names, asked, [one for one, _ in adapters])
     if any(g is not None for _, g in adapters):
@@ -102,7 +111,7 @@ def adapters_of(layer: Any, names: Sequence[str]) -> list[tuple[LowRank, Tensor 
     """Those of the names that the layer has, each with the magnitude of its DoRA, or None."""
     modules = layer._modules
     lora_A, lora_B = modules["lora_A"]._modules, modules["lora_B"]._modules
-    adapters = []
+    adapters: list[tuple[LowRank, Tensor | None]] = []
     for name in names:
         A, B = lora_A.get(name), lora_B.get(name)
         if A is None:
@@ -128,6 +137,12 @@ def adapters_of(layer: Any, names: Sequence[str]) -> list[tuple[LowRank, Tensor 
             magnitude = magnitude_of(part, DoraLinearLayer.forward)
             if lora_bias is not None:
                 raise LeftToPeft("DoRA's lora_B has a bias")
+            drops = (
+                layer.training and type(modules["lora_dropout"]._modules[name]) is not nn.Identity
+            )
+            if drops and p == 0.0 and adapters:
+                raise LeftToPeft("DoRA's dropout of 0 leaves out the adapters before it")
+            p = p if drops else 0.0  # the layer's mode counts, not its dropout's
         adapters.append((LowRank(a, b, lora_bias, scaling, p), magnitude))
     return adapters
 
@@ -152,6 +167,10 @@ def _mixed(
 ) -> Tensor:
     """A batch in which row i of x [batch, ..., in_features] has the adapter names[i]: the base
     once, and each adapter on its own rows."""
+    if torch.compiler.is_compiling():
+        raise LeftToPeft("a mixed batch in compiled code: how many rows an adapter has is data")
+    if x.numel() == 0:
+        raise LeftToPeft("a mixed batch without rows")
     own = {name: one.for_any() for name, one in zip(asked, adapters, strict=True)}
     plan = batch([name if name in own else None for name in names])
     return lora_linear_grouped(x, weight, bias, own, plan, where="adapter_names")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, TypeVar
 
+import torch
 from peft.tuners.lora import layer as peft_layer
 from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
@@ -30,7 +32,8 @@ def patch() -> None:
     `report` says why. State dicts, hooks, autocast and repr are PEFT's. `add_adapter` of a model of
     transformers takes a `lora_ext.LoraConfig` too. Patching twice is as once.
 
-    Code that torch.compile made before goes on as it was.
+    What torch.compile made before is compiled again, as after `torch.compiler.reset()`: it is made
+    of the other forward, and the compiler would use it for new models too.
 
     Raises:
         RuntimeError: something else has replaced one of these functions.
@@ -61,6 +64,8 @@ def _replace(operation: str, patched: bool) -> None:
                 f"{getattr(now, '__module__', '?')}, expected its own or the one of lora_ext; undo "
                 "the other patch first"
             )
+    if is_patched() != patched and "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
     for kind, name, own, ours in _PATCHES:
         setattr(kind, name, ours if patched else own)
 

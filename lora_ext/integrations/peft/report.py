@@ -15,6 +15,8 @@ from lora_ext.integrations.peft.fusible import (
     check_device,
     check_dtypes,
     check_no_global_hooks,
+    check_own_methods,
+    check_pair,
 )
 from lora_ext.paths import lora_embedding_path, lora_linear_path
 
@@ -75,12 +77,15 @@ def _path(layer: Any, tokens: int) -> tuple[str, str]:
 
 
 def _linear_path(layer: Any, tokens: int) -> tuple[str, str]:
+    check_own_methods(layer, peft_layer.Linear)
     check_no_global_hooks()
     weight, _ = linear.base_tensors(layer)
     check_device(weight.device)
     adapters = linear.adapters_of(layer, layer.active_adapters)
-    for one, _ in adapters:
+    for one, magnitude in adapters:
         check_dtypes(weight.dtype, weight.dtype, one.lora_A.dtype, weight.device.type)
+        if magnitude is not None:
+            check_pair(weight.dtype, one.lora_A.dtype)
     first, magnitude = adapters[0]
     path, reason = lora_linear_path(weight, first.lora_A, first.dropout_p, tokens)
     if magnitude is not None:
@@ -91,6 +96,7 @@ def _linear_path(layer: Any, tokens: int) -> tuple[str, str]:
 
 
 def _embedding_path(layer: Any) -> tuple[str, str]:
+    check_own_methods(layer, peft_layer.Embedding)
     check_no_global_hooks()
     base = embedding.base_of(layer)
     check_device(base.weight.device)
