@@ -141,8 +141,10 @@ class Timer:
         columns, depth, ranks = self._depths()
         tiles = math.ceil(self.call.M / TILE_SM90) * math.ceil(columns / width)
         tensor = 2 * TILE_SM90 * width * 64 / card.flops_per_cycle
-        # Rows that are not there are zeros of TMA's, which nobody reads.
-        feed = (min(TILE_SM90, self.call.M) + width) * 128 / self._l2()
+        # Rows that are not there are zeros of TMA's, which nobody reads. Blocks of a cluster lie
+        # along M, and share what is read of B.
+        read = min(TILE_SM90, self.call.M) + width / launch.cluster
+        feed = read * 128 / self._l2()
         steps = math.ceil(depth / 64)
         # Of a low-rank segment as many products as its rank needs, and bytes of as many columns.
         short = sum(

@@ -97,15 +97,18 @@ class Kernel:
 
 def compile_unit(unit: str, folder: Path) -> list[Kernel]:
     """Compiles csrc/kernels/<unit>.cu and takes it apart."""
+    return compile_source(KERNELS / f"{unit}.cu", UNITS[unit], folder)
+
+
+def compile_source(source: Path, target: str, folder: Path) -> list[Kernel]:
     nvcc, nvdisasm = find_nvcc(), find_nvdisasm()
-    cubin = folder / f"{unit}.cubin"
+    cubin = folder / f"{source.stem}.cubin"
     command = [nvcc, "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "-DLORA_EXT_SM90"]
-    command += ["-DLORA_EXT_BASE=Bf16", "-Xptxas", "-v", f"-arch=sm_{UNITS[unit]}", "-cubin"]
-    command += ["-o", str(cubin), str(KERNELS / f"{unit}.cu")]
-    built = subprocess.run(command, capture_output=True, text=True)
+    command += ["-DLORA_EXT_BASE=Bf16", "-Xptxas", "-v", f"-arch=sm_{target}", "-cubin"]
+    built = subprocess.run([*command, "-o", cubin, source], capture_output=True, text=True)
     if built.returncode != 0:
-        raise RuntimeError(f"nvcc could not compile {unit}.cu:\n{built.stderr[-4000:]}")
-    printed = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True)
+        raise RuntimeError(f"nvcc could not compile {source.name}:\n{built.stderr[-4000:]}")
+    printed = subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True)
     if printed.returncode != 0:
         raise RuntimeError(f"nvdisasm could not read {cubin.name}:\n{printed.stderr[-4000:]}")
     used = dict(_usage(built.stderr))
