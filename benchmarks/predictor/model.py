@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from predictor import blas
@@ -22,6 +22,7 @@ class Prediction:
     path: str  # as `explain` tells it
     scenario: str
     frozen: tuple[float, float]  # us: forward, dx
+    flat: tuple[float, float]  # the same if cuBLAS kept its best rate in every shape
     layer: tuple[float, float]  # us: forward, backward
     passes: tuple[list[Pass], list[Pass]]  # of the kernels; cuBLAS's are not in it
 
@@ -34,6 +35,11 @@ class Prediction:
         """Forward and backward, over forward and dx."""
         return sum(self.layer) / sum(self.frozen)
 
+    @property
+    def flat_ratios(self) -> tuple[float, float]:
+        """Forward; forward and backward."""
+        return self.layer[0] / self.flat[0], sum(self.layer) / sum(self.flat)
+
 
 def predict(
     card: Card, call: Call, counts: dict[str, Any], asked: str = "auto", scenario: str = "central"
@@ -42,9 +48,10 @@ def predict(
     how = SCENARIOS[scenario]
     recorded = record(call, card.capability, card.multiprocessors, asked)
     frozen = blas.frozen_us(card, how, call)
+    flat = blas.frozen_us(card, replace(how, flat=True), call)
     if "cublas" in recorded.path:
         layer = blas.composed_us(card, how, call)
-        return Prediction(call, asked, recorded.path, scenario, frozen, layer, ([], []))
+        return Prediction(call, asked, recorded.path, scenario, frozen, flat, layer, ([], []))
     base = "fused" in recorded.path
     forward, backward = (
         list(Timer(card, how, counts["kernels"], call, is_backward, base).times(launches))
@@ -55,7 +62,9 @@ def predict(
         times[0] += blas.product_us(card, how, call.M, call.N, call.K, onto=True)
         times[1] += blas.product_us(card, how, call.M, call.K, call.N, onto=True)
     layer = (times[0], times[1])
-    return Prediction(call, asked, recorded.path, scenario, frozen, layer, (forward, backward))
+    return Prediction(
+        call, asked, recorded.path, scenario, frozen, flat, layer, (forward, backward)
+    )
 
 
 def calibration(card: Card, counts: dict[str, Any], scenario: str) -> dict[str, float]:
