@@ -188,6 +188,15 @@ def test_counts_of_other_sources_are_told(
     assert "OTHER THAN THESE" in run(capsys, *ONE)
 
 
+def test_a_kernel_without_counts_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(counts, "load", lambda: COUNTS | {"kernels": {}})
+    assert predict.main(ONE) == 2
+    told = capsys.readouterr().err
+    assert "no counts of low_rank_sm90_kernel<Bf16" in told and "--refresh-counts" in told
+
+
 def made_up_report(path: Path, **changed: Any) -> Path:
     """Of a GPU that does not exist, with times that nobody measured."""
 

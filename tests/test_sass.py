@@ -70,8 +70,9 @@ def test_step_sm90(compiled: Compiled) -> None:
 
 
 def test_step_sm80(compiled: Compiled) -> None:
-    """64 mma.sync of a warp, their operands, and the copies of the next stage, 8 for each thread. The
-    products take 1,024 cycles of an A100, in which a scheduler starts all of this for two warps."""
+    """64 mma.sync of a warp, their operands, and the copies of the next stage, 8 for each thread.
+    The products take 1,024 cycles of an A100, in which a scheduler starts all of it for two warps.
+    """
     for name, one in compiled.of("product_sm80", "ProductShape<128, 128").items():
         assert one["step"]["tensor"] == 64 and one["step"]["instructions"] <= 384, name
 

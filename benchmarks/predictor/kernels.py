@@ -81,7 +81,9 @@ class Timer:
     def _kernel(self, name: str) -> dict[str, Any]:
         counts = self.counts.get(name.replace("Fp16", "Bf16"))
         if counts is None:
-            raise KeyError(f"no counts of {name}: predict.py --refresh-counts, where there is nvcc")
+            raise ValueError(
+                f"no counts of {name}: predict.py --refresh-counts, where there is nvcc"
+            )
         return counts
 
     def _l2(self) -> float:
