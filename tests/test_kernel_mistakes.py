@@ -117,16 +117,42 @@ PRODUCTS = {
             "product_sm90.h", "k < params.depth[segment]", "k <= params.depth[segment]",
         ),
         "sm90: stores below the last row": (
-            "product_sm90.h", "m < params.M && n < params.N", "n < params.N",
+            "launch_product_sm90.h", "out{product.out, `product.M`,", "product.M + 1",
         ),
         "sm90: stores right of the last column": (
-            "product_sm90.h", "m < params.M && n < params.N", "m < params.M",
+            "launch_product_sm90.h", "out{product.out, product.M, `product.N`,", "product.N + 8",
+        ),
+        "sm90: a box filled while it is read": (
+            "epilogue_sm90.h", "arch::tma_store_wait_read<Boxes::kCount - 1>();", "",
+        ),
+        "sm90: a wait for one box too few": (
+            "epilogue_sm90.h", "arch::tma_store_wait_read<Boxes::kCount - 1>();",
+            "arch::tma_store_wait_read<Boxes::kCount>();",
+        ),
+        "sm90: no fence before a box is stored": (
+            "epilogue_sm90.h", "arch::fence_proxy_async();\n    __syncwarp();", "__syncwarp();",
+        ),
+        "sm90: a box stored before all lanes have fenced": (
+            "epilogue_sm90.h", "arch::fence_proxy_async();\n    __syncwarp();",
+            "arch::fence_proxy_async();",
+        ),
+        "sm90: an end that waits for no store": (
+            "product_sm90.h", "arch::tma_store_wait_read<0>();", "{}",
+        ),
+        "sm90: boxes whose chunks are not permuted": (
+            "epilogue_sm90.h", "`(lane / 16 ^ lane % 8)` * 16", "(lane / 16)",
+        ),
+        "sm90: boxes of one tile in the same columns": (
+            "epilogue_sm90.h", "static_cast<int>(column) + `box * Boxes::kWidth`", "0",
+        ),
+        "sm90: a bias of the wrong columns": (
+            "epilogue_sm90.h", "bias + column + `lane % 4 * 2`", "lane % 2 * 2",
         ),
         "sm90: both warpgroups multiply the same rows": (
             "product_sm90.h", "number * 64 * kRowBytes", "0 * kRowBytes",
         ),
         "sm90: a mask of the wrong columns": (
-            "product_sm90.h", "column / kDropoutBlock + block", "block",
+            "epilogue_sm90.h", "column / kDropoutBlock + block", "block",
         ),
         "sm90: boxes of the weight at the wrong distance": (
             "product_sm90.h", "`Shape::kK * kRowBytes`,", "kRowBytes",

@@ -91,17 +91,24 @@ void with_types(at::ScalarType base, at::ScalarType adapter, const F& f) {
 // together.
 Tensor readable(const Tensor& weight) { return lies_transposed(weight) ? weight : as_rows(weight); }
 
+// The bias, which kernels read in pairs: a copy where a view of it begins between two.
+Tensor in_pairs(const Tensor& bias) {
+  const bool aligned = reinterpret_cast<uintptr_t>(data_or_null(bias)) % (2 * sizeof(float)) == 0;
+  return aligned ? bias : bias.clone();
+}
+
 // The low-rank part into y; the base product too if there is a weight [N, K].
 void run_kernels(const LowRankForward& problem, const Tensor& weight, KernelFamily family) {
   const KernelOptions options(problem.scaling, problem.dropout);
   Scratch scratch{problem.x.options(), {}};
   const auto& [x, lora_A, lora_B] = std::tie(problem.x, problem.lora_A, problem.lora_B);
+  const Tensor bias = in_pairs(problem.bias);
   with_types(x.scalar_type(), lora_A.scalar_type(), [&](auto base, auto adapter) {
     using T = decltype(base);
     using TA = decltype(adapter);
     const ForwardCall<T, TA> call{.x = matrix<T>(x),
                                   .weight = weight_of<T>(weight, lora_B.size(0), x.size(1)),
-                                  .bias = data_or_null<float>(problem.bias),
+                                  .bias = data_or_null<float>(bias),
                                   .lora_A = data_or_null<TA>(problem.lora_A),
                                   .lora_B = data_or_null<TA>(problem.lora_B),
                                   .r = static_cast<int>(lora_A.size(0)),

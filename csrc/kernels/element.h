@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
@@ -81,7 +82,17 @@ LORA_EXT_DEVICE T rounded(float value) {
 // Two neighbours in one register, the first in the low half.
 template <class T>
 LORA_EXT_DEVICE uint32_t pack_pair(float first, float second) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800  // one instruction
+  uint32_t pair;
+  if constexpr (std::is_same_v<T, Bf16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(pair) : "f"(second), "f"(first));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(pair) : "f"(second), "f"(first));
+  }
+  return pair;
+#else
   return uint32_t{rounded<T>(first).bits} | uint32_t{rounded<T>(second).bits} << 16;
+#endif
 }
 
 template <class T>

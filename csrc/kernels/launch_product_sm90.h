@@ -21,7 +21,10 @@ void launch_product_tiles(const Product<T>& product, int multiprocessors, Stream
   }
   params.count = product.count, params.masked = product.masked;
   params.dropout = product.dropout;
-  params.bias = product.bias, params.out = product.out;
+  params.bias = product.bias;
+  const Matrix<T> out{product.out, product.M, product.N, product.N};
+  using Boxes = StoreBoxes<Shape::kN>;
+  params.out = tensor_map(out, Boxes::kRows, Boxes::kWidth, Swizzle::k128);
   params.M = product.M, params.N = product.N;
   const int64_t tiles = TileWalk<Shape>::tiles(product.M, product.N);
   const auto blocks = static_cast<unsigned>(tiles < multiprocessors ? tiles : multiprocessors);

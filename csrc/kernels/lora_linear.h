@@ -47,7 +47,7 @@ template <class T, class TA>
 struct ForwardCall {
   Matrix<T> x;        // [M, K]
   Weight<T> weight;   // [N, K]
-  const float* bias;  // [N] or null; added before y is rounded
+  const float* bias;  // [N], 8-byte aligned, or null; added before y is rounded
   const TA* lora_A;   // [r, K]
   const TA* lora_B;   // [N, r]
   int r;

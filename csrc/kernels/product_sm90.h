@@ -3,8 +3,7 @@
 // their tiles, so that the ring is filled for the next tile while the last one is stored.
 #pragma once
 
-#include "lora_linear_passes.h"
-#include "ring_sm90.h"
+#include "epilogue_sm90.h"
 #include "tile_walk.h"
 
 namespace lora_ext::sm90 {
@@ -17,8 +16,8 @@ struct ProductParams {
   int count;
   int masked;  // dropout is applied to the sums of the first `masked` segments
   Dropout dropout;
-  const float* bias;  // [N] or null
-  T* out;             // [M, N], contiguous, 16-byte aligned, N a multiple of 8
+  const float* bias;    // [N] or null
+  arch::TensorMap out;  // [M, N], contiguous, 16-byte aligned, N a multiple of 8
   int64_t M, N;
 };
 
@@ -30,7 +29,9 @@ struct ProductShape {
   static constexpr int kRing = kStages;
   static constexpr int kABytes = kM * kRowBytes, kBBytes = kN * kRowBytes;
   static constexpr int kStageBytes = kABytes + kBBytes;
-  static constexpr int kSharedBytes = kRing * (kStageBytes + 16);
+  static constexpr int kBoxes = kRing * kStageBytes;  // where the tile's way out begins
+  static constexpr int kBarriers = kBoxes + kMultipliers * 4 * StoreBoxes<kN>::kWarpBytes;
+  static constexpr int kSharedBytes = kBarriers + kRing * 16;
   static_assert(kSharedBytes <= kMostSharedBytes);
   static_assert((kLoadRegisters + kMultipliers * kMultiplyRegisters) * kWarpgroup <= 65536);
   static_assert(kStageBytes % 1024 == 0, "swizzled tiles begin at multiples of 1024 bytes");
@@ -107,88 +108,15 @@ struct ProductTile {
     }
   }
 
-  // Zeroes what dropout drops; (row, column) is this thread's row and the tile's column. One Philox
-  // call decides for up to eight columns, 16 apart.
-  LORA_EXT_DEVICE static void drop(float (&sums)[kSums], const ProductParams<T>& params,
-                                   int64_t row, int64_t column, int lane) {
-    constexpr int kWidth = Shape::kN < kDropoutBlock ? Shape::kN : kDropoutBlock;
-    const DropoutRng rng = params.dropout.rng();
-    const int first_slot = static_cast<int>(column % kDropoutBlock) / kDropoutLanes;
-#pragma unroll
-    for (int block = 0; block < Shape::kN / kWidth; ++block) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {  // columns 2t, 2t + 1, 2t + 8, 2t + 9 of every 16
-          const PhiloxBlock bits = dropout_bits(rng, row + half * 8, column / kDropoutBlock + block,
-                                                lane % 4 * 2 + c % 2 + c / 2 * 8);
-#pragma unroll
-          for (int i = 0; i < kWidth / kDropoutLanes; ++i) {
-            const int slot = kWidth == kDropoutBlock ? i : first_slot + i;
-            const int eight = (block * kDropoutSlots + i) * 2 + c / 2;  // columns of the tile
-            if (!keeps(bits, slot, params.dropout.threshold))
-              sums[eight * 4 + half * 2 + c % 2] = 0.0f;
-          }
-        }
-      }
-    }
-  }
-
-  // The four lanes of a row have two neighbouring columns of each of four times eight; after
-  // exchanging them, eight neighbouring columns each, for one 16-byte store.
-  struct alignas(16) Chunk {
-    uint32_t pair[4];
-
-    LORA_EXT_DEVICE void exchange(int lane) {
-#pragma unroll
-      for (int distance = 1; distance <= 2; ++distance) {
-        const bool upper = lane & distance;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int low = distance == 1 ? 2 * i : i, high = low + distance;
-          const uint32_t sent = upper ? pair[low] : pair[high];
-          const uint32_t received = __shfl_xor_sync(0xFFFFFFFFu, sent, distance);
-          pair[low] = upper ? received : pair[low];
-          pair[high] = upper ? pair[high] : received;
-        }
-      }
-    }
-  };
-
-  // (row, column) as for drop.
-  LORA_EXT_DEVICE static void store(const float (&sums)[kSums], const ProductParams<T>& params,
-                                    int64_t row, int64_t column, int lane) {
-#pragma unroll
-    for (int first = 0; first < Shape::kN / 8; first += 4) {
-      float bias[4][2] = {};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int64_t n = column + (first + i) * 8 + lane % 4 * 2;
-        if (params.bias && n < params.N)
-          bias[i][0] = params.bias[n], bias[i][1] = params.bias[n + 1];
-      }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        Chunk chunk;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int sum = (first + i) * 4 + half * 2;
-          chunk.pair[i] = pack_pair<T>(sums[sum] + bias[i][0], sums[sum + 1] + bias[i][1]);
-        }
-        chunk.exchange(lane);
-        const int64_t m = row + half * 8, n = column + (first + lane % 4) * 8;
-        if (m < params.M && n < params.N) {
-          *reinterpret_cast<Chunk*>(params.out + m * params.N + n) = chunk;
-        }
-      }
-    }
-  }
-
   // `thread` of the warpgroup `number`.
   LORA_EXT_DEVICE static void multiply_tiles(const ProductParams<T>& params, Ring ring, int number,
                                              int thread) {
     const int lane = thread % 32;
-    const int row_in_tile = number * 64 + thread / 32 * 16 + lane / 4;
+    const int warp = number * 4 + thread / 32;
+    const int row_in_tile = warp * 16 + lane / 4;
+    const uint32_t boxes =
+        ring.shared +
+        static_cast<uint32_t>(Shape::kBoxes + warp * StoreBoxes<Shape::kN>::kWarpBytes);
     float sums[kSums];
     RingPosition at;
     for (TileWalk<Shape> walk(params.M, params.N); walk.goes_on(); walk.advance()) {
@@ -214,15 +142,17 @@ struct ProductTile {
         if (segment + 1 == params.masked) {
           arch::wgmma_wait<0>();
           arch::wgmma_fence_sums(sums);
-          drop(sums, params, row, column, lane);
+          drop(sums, params.dropout, row, column, lane);
           arch::wgmma_fence_sums(sums);
         }
       }
       arch::wgmma_wait<0>();
       arch::wgmma_fence_sums(sums);
       release();
-      store(sums, params, row, column, lane);
+      if (params.bias != nullptr) add_bias(sums, params.bias, column, params.N, lane);
+      store<T>(sums, params.out, boxes, row - lane / 4, column, lane);
     }
+    if (lane == 0) arch::tma_store_wait_read<0>();
   }
 };
 
@@ -235,10 +165,11 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const Ring ring{.shared = arch::shared_address(shared),
                   .first = 0,
                   .bytes = Shape::kStageBytes,
-                  .barriers = Shape::kRing * Shape::kStageBytes,
+                  .barriers = Shape::kBarriers,
                   .count = Shape::kRing};
   const int thread = static_cast<int>(threadIdx.x);
   if (thread == 0) {
+    arch::tma_prefetch(params.out);
     for (int segment = 0; segment < params.count; ++segment) {
       arch::tma_prefetch(params.a[segment]);
       arch::tma_prefetch(params.b[segment]);

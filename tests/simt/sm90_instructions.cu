@@ -40,6 +40,10 @@ __global__ void __launch_bounds__(128, 1)
 #pragma unroll
   for (int i = 0; i < kN / 2; ++i) out[threadIdx.x * kN / 2 + i] = sums[i];
   arch::barrier_arrive(2, 128);
+  arch::stmatrix_x4(arch::shared_address(shared), registers);
+  arch::tma_store_2d(map, arch::shared_address(shared), 0, 0);
+  arch::tma_store_commit();
+  arch::tma_store_wait_read<1>();
 #endif
 }
 

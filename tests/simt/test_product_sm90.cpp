@@ -26,6 +26,7 @@ void check_product(Sizes size, double unit) {
     const simt::Statistics& counts = simt::statistics();
     EXPECT(counts.tma_bytes ==
            tiles * (steps(size.K, 64) + steps(size.r, 64)) * (128 + Shape::kN) * 64 * 2);
+    EXPECT(counts.tma_stored_bytes == size.M * size.N * 2 && counts.stmatrix_conflicts == 0);
     EXPECT(counts.wgmma == tiles * 2 * (steps(size.K, 16) + steps(size.r, 16)));
   });
 }
@@ -41,6 +42,14 @@ CASE(bf16_weight_as_in_forward) {
 CASE(bf16_weight_as_in_backward) {
   check_product<Bf16, Small, BLayout::kRows>(kOneTile, kBf16Unit);
   check_product<Bf16, Small, BLayout::kRows>(kSeveralTiles, kBf16Unit);
+}
+
+// Every lane fences what it stored itself.
+CASE(stores_are_seen_by_tma) {
+  simt::options().watch_stores = true;
+  ProductCheck<Bf16, BLayout::kColumns> problem(kOneTile);
+  sm90::launch_product_tiles<Bf16, Small, sm90::Major::kK>(problem.product(), 2, nullptr);
+  problem.check(kBf16Unit);
 }
 
 // ---- The order of tiles ------------------------------------------------------------------------

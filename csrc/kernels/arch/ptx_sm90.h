@@ -105,6 +105,17 @@ LORA_EXT_DEVICE void register_decrease() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
 }
 
+// ---- Sums to shared memory ---------------------------------------------------------------------
+
+// Four 8x8 matrices of 16-bit elements, as ldmatrix_x4 reads them: lane l gives the address of row
+// l % 8 of matrix l / 8, and of each matrix the elements (l / 4, 2 * (l % 4)) and its right
+// neighbour, which is how the sums of wgmma lie.
+LORA_EXT_DEVICE void stmatrix_x4(uint32_t shared, const uint32_t (&in)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};\n" ::"r"(shared),
+               "r"(in[0]), "r"(in[1]), "r"(in[2]), "r"(in[3])
+               : "memory");
+}
+
 // ---- TMA ---------------------------------------------------------------------------------------
 
 using TensorMap = CUtensorMap;
@@ -129,6 +140,28 @@ LORA_EXT_DEVICE void tma_load_2d(uint32_t shared, const TensorMap& map, uint32_t
       "[%0], [%1, {%3, %4}], [%2];\n" ::"r"(shared),
       "l"(&map), "r"(barrier), "r"(column), "r"(row)
       : "memory");
+}
+
+// One thread starts to copy the box at `shared`, as tma_load_2d puts it there, to (row, column);
+// what is outside of the matrix is left out. A thread needs a register for each address that it
+// stores to, and its tensor cores wait meanwhile.
+LORA_EXT_DEVICE void tma_store_2d(const TensorMap& map, uint32_t shared, int column, int row) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];\n" ::"l"(&map),
+      "r"(shared), "r"(column), "r"(row)
+      : "memory");
+}
+
+// What this thread has stored since the last commit becomes a group.
+LORA_EXT_DEVICE void tma_store_commit() {
+  asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");
+}
+
+// Waits until TMA has read the shared memory of all but kGroups groups of this thread: it may be
+// written again. A block may end only after that.
+template <int kGroups>
+LORA_EXT_DEVICE void tma_store_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;\n" ::"n"(kGroups) : "memory");
 }
 
 // The driver's function, asked for so that nothing has to be linked with it; null if it has none.

@@ -128,7 +128,7 @@ inline void Block::start() {
     thread.index = dim3(static_cast<unsigned>(i), 0, 0);
     thread.number = i;
     thread.ready = nullptr;
-    thread.group = 0;
+    thread.group = thread.store_group = 0;
     thread.may_access = !dependent;
     const auto entry = [](void* self) {
       auto& block = *static_cast<Block*>(self);
@@ -196,6 +196,10 @@ inline void Block::complete_at_random() {
       complete(thread, thread.copies[i]);
       thread.copies.erase(thread.copies.begin() + static_cast<std::ptrdiff_t>(i));
     }
+    if (!thread.stores.empty()) {
+      thread.stores.front().run();
+      thread.stores.erase(thread.stores.begin());
+    }
   }
   if (options.multiplies == Completion::kRandom && random.one_in(4)) {
     Warpgroup& warpgroup = warpgroups_[random.below(warpgroups_.size())];
@@ -205,9 +209,10 @@ inline void Block::complete_at_random() {
 
 inline void Block::finish() {
   for (const Thread& thread : threads_) {
-    if (thread.copies.empty()) continue;
+    if (thread.copies.empty() && thread.stores.empty()) continue;
     throw Error(place() + ": thread " + std::to_string(thread.number) +
-                " ends without having waited for its cp.async");
+                " ends without having waited for its " +
+                (thread.copies.empty() ? "TMA stores" : "cp.async"));
   }
   for (const Warpgroup& warpgroup : warpgroups_) {
     if (warpgroup.multiplies.empty()) continue;

@@ -72,7 +72,9 @@ struct Statistics {
   int64_t mma = 0;                 // mma.sync instructions of warps
   int64_t ldmatrix_phases = 0;     // groups of eight rows that ldmatrix read
   int64_t ldmatrix_conflicts = 0;  // further accesses that bank conflicts cost them
+  int64_t stmatrix_conflicts = 0;  // the same of stmatrix
   int64_t tma_bytes = 0;           // written to shared memory by TMA
+  int64_t tma_stored_bytes = 0;    // written to global memory by TMA
   int64_t wgmma = 0;               // wgmma.mma_async instructions of warpgroups
   int64_t steps = 0;               // how often a thread was resumed
 
@@ -82,7 +84,9 @@ struct Statistics {
     mma += other.mma;
     ldmatrix_phases += other.ldmatrix_phases;
     ldmatrix_conflicts += other.ldmatrix_conflicts;
+    stmatrix_conflicts += other.stmatrix_conflicts;
     tma_bytes += other.tma_bytes;
+    tma_stored_bytes += other.tma_stored_bytes;
     wgmma += other.wgmma;
     steps += other.steps;
     return *this;

@@ -23,6 +23,37 @@ inline void fence_proxy_async() {
   fence_mbarrier_init();
 }
 
+inline void stmatrix_x4(uint32_t shared, const uint32_t (&in)[4]) {
+  struct Slot {
+    const uint32_t* in;
+    uint32_t shared;
+  } slot{in, shared};
+  simt::block().warp_operation(0xFFFFFFFFu, "stmatrix.x4", &slot, [](const auto& slots) {
+    simt::Block& block = simt::block();
+    const auto slot_of = [&](int lane) {
+      return static_cast<const Slot*>(slots[static_cast<size_t>(lane)]);
+    };
+    const int first_thread = block.thread().number / simt::kWarp * simt::kWarp;
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      std::array<int64_t, 8> accesses{};  // of each four banks
+      for (int row = 0; row < 8; ++row) {
+        const uint32_t address = slot_of(matrix * 8 + row)->shared;
+        block.check(address % 16 == 0, "stmatrix: an address is no multiple of 16");
+        block.check(block.shared.contains(address, 16), "stmatrix: outside of shared memory");
+        for (int pair = 0; pair < 4; ++pair) {
+          std::memcpy(block.shared.at(address) + pair * 4, &slot_of(row * 4 + pair)->in[matrix], 4);
+        }
+        if (block.options.watch_stores) {
+          block.proxies.attribute(address - simt::SharedMemory::kAlignment, 16,
+                                  first_thread + matrix * 8 + row + 1);
+        }
+        ++accesses[address / 16 % 8];
+      }
+      block.counts.stmatrix_conflicts += *std::max_element(accesses.begin(), accesses.end()) - 1;
+    }
+  });
+}
+
 // Barriers 1 to 15; 0 is that of __syncthreads.
 inline void barrier_sync(int number, int threads) {
   simt::block().check(number > 0, "barrier_sync: barrier 0 is that of __syncthreads");

@@ -5,6 +5,7 @@
 #include <bitset>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <vector>
 
 #include "simt/fiber.h"
@@ -28,6 +29,12 @@ struct Copy {
   uint32_t group;
 };
 
+// A box of shared memory that TMA has been told to write to global memory and has not read yet.
+struct BoxStore {
+  std::function<void()> run;
+  uint32_t group;
+};
+
 struct Thread {
   Fiber fiber;
   dim3 index;
@@ -41,6 +48,8 @@ struct Thread {
 
   std::vector<Copy> copies;
   uint32_t group = 0;  // that copies are added to
+  std::vector<BoxStore> stores;
+  uint32_t store_group = 0;
 };
 
 // Where the threads of a warp or warpgroup come together for one operation. Each brings a slot with

@@ -1,4 +1,5 @@
-// TMA: copies of boxes of a matrix to shared memory, by one thread, counted by an mbarrier.
+// TMA: copies of boxes of a matrix by one thread, to shared memory counted by an mbarrier, from
+// there in groups that the thread waits for.
 #pragma once
 
 #include <cstring>
@@ -90,6 +91,55 @@ inline void tma_load_2d(uint32_t shared, const TensorMap& map, uint32_t barrier,
     block.transfers.push_back(std::move(transfer));
   }
   block.preempt();
+}
+
+inline void tma_store_2d(const TensorMap& map, uint32_t shared, int column, int row) {
+  simt::Block& block = simt::block();
+  const int row_bytes = map.box_columns * 2, bytes = row_bytes * map.box_rows;
+  block.check_previous_kernel("tma_store_2d");
+  block.check(shared % 128 == 0, "tma_store_2d: the shared address is no multiple of 128");
+  block.check(block.shared.contains(shared, static_cast<size_t>(bytes)),
+              "tma_store_2d: outside of shared memory");
+  block.check(map.swizzle == Swizzle::kNone || row_bytes == swizzle_bytes(map.swizzle),
+              "tma_store_2d: rows narrower than the swizzle are not emulated");
+  block.check_fenced(shared, static_cast<size_t>(bytes), "tma_store_2d reads");
+
+  auto store = [&block, map, shared, column, row] {
+    const int row_bytes = map.box_columns * 2;
+    for (int r = 0; r < map.box_rows; ++r) {
+      for (int i = 0; i < map.box_columns; ++i) {
+        const int64_t m = int64_t{row} + r, n = int64_t{column} + i;
+        if (m < 0 || m >= map.rows || n < 0 || n >= map.columns) continue;
+        const auto address =
+            swizzled(shared + static_cast<uint32_t>(r * row_bytes + i * 2), map.swizzle);
+        std::memcpy(const_cast<uint8_t*>(map.data) + m * map.stride_bytes + n * 2,
+                    block.shared.at(address), 2);
+        block.counts.tma_stored_bytes += 2;
+      }
+    }
+  };
+  if (block.options.copies == simt::Completion::kEager) {
+    store();
+  } else {
+    block.thread().stores.push_back({std::move(store), block.thread().store_group});
+  }
+  block.preempt();
+}
+
+inline void tma_store_commit() {
+  ++simt::block().thread().store_group;
+  simt::block().preempt();
+}
+
+template <int kGroups>
+inline void tma_store_wait_read() {
+  simt::Thread& thread = simt::block().thread();
+  std::erase_if(thread.stores, [&](const simt::BoxStore& store) {
+    const bool over = store.group + kGroups < thread.store_group;
+    if (over) store.run();
+    return over;
+  });
+  simt::block().preempt();
 }
 
 }  // namespace lora_ext::arch
