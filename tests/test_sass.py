@@ -1,7 +1,7 @@
 """What nvcc makes of the CUDA kernels: instructions that are counted in its machine code.
 
-Each ceiling is what nvcc 13.0 makes today, so that no change makes it more without a word; where a
-goal stands beside it, the count is meant to come down to that.
+Each ceiling is what nvcc 13.0 makes today, so that no change makes it more without a word. Who
+makes it less lowers the ceiling.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def test_no_local_memory_and_no_spills(compiled: Compiled, unit: str) -> None:
         assert (one["spilled_bytes"], one["stack_bytes"], one["local_memory"]) == (0, 0, 0), name
 
 
-# Of a warp, after the products of a tile: sums to 16 bits, and stores. Goal: 250.
-@pytest.mark.parametrize(("width", "ceiling"), [(256, 985), (128, 516), (64, 282)])
+# Of a warp, after the products of a tile: sums to 16 bits, to shared memory, and on from there.
+@pytest.mark.parametrize(("width", "ceiling"), [(256, 220), (128, 127), (64, 81)])
 def test_end_of_a_tile_sm90(compiled: Compiled, width: int, ceiling: int) -> None:
     for name, one in compiled.of("product_sm90", rf"ProductShape<{width}\b").items():
         assert 0 < one["end_of_tile"]["instructions"] <= ceiling, name
@@ -77,13 +77,13 @@ def test_step_sm80(compiled: Compiled) -> None:
         assert one["step"]["tensor"] == 64 and one["step"]["instructions"] <= 384, name
 
 
-# Of a warp: decisions about a tile of 128 x 128 of x (goal: 640), and about a tile of dx.
+# Of a warp: decisions about a tile of 128 x 128 of x, and about a tile of dx.
 DROPOUT = [
-    ("low_rank_sm90", "", 784),
-    ("product_sm90", "ProductShape<256", 1365),
-    ("product_sm90", "ProductShape<128", 666),
-    ("product_sm90", "ProductShape<64", 694),
-    ("product_sm80", "ProductShape<128, 128", 2119),
+    ("low_rank_sm90", "", 643),
+    ("product_sm90", "ProductShape<256", 999),
+    ("product_sm90", "ProductShape<128", 517),
+    ("product_sm90", "ProductShape<64", 551),
+    ("product_sm80", "ProductShape<128, 128", 1563),
 ]
 
 
@@ -93,16 +93,11 @@ def test_dropout(compiled: Compiled, unit: str, pattern: str, ceiling: int) -> N
         assert 0 < one["dropout"]["instructions"] <= ceiling, name
 
 
-# nvcc 13.0 adds zero to the upper half of each product in Philox. Goal: none.
-@pytest.mark.parametrize(
-    ("unit", "pattern", "ceiling"),
-    [("low_rank_sm90", "", 138), ("product_sm90", "", 268), ("product_sm80", "", 532)],
-)
-def test_additions_of_zero_in_philox(
-    compiled: Compiled, unit: str, pattern: str, ceiling: int
-) -> None:
-    for name, one in compiled.of(unit, pattern).items():
-        assert one["dropout"]["zero_adds"] <= ceiling, name
+@pytest.mark.parametrize("unit", ["low_rank_sm90", "product_sm90", "product_sm80"])
+def test_philox_adds_no_zeros(compiled: Compiled, unit: str) -> None:
+    """nvcc 13.0 adds zero to the upper half of a product of two 64-bit factors."""
+    for name, one in compiled.of(unit, "").items():
+        assert one["dropout"]["zero_adds"] == 0, name
 
 
 # ---- That the counts can be wrong is seen --------------------------------------------------------
