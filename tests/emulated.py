@@ -95,6 +95,24 @@ class Guarded:
             assert intact.all(), f"a kernel wrote outside of {name}"
 
 
+class RecordedLaunch(NamedTuple):
+    kernel: str  # "lora_ext::sm90::product_sm90_kernel<...>", as the source writes it
+    grid: tuple[int, int, int]
+    block: int  # threads
+    cluster: int  # blocks; 1 where the launch names none
+    shared_bytes: int
+    dependent: bool  # may begin before the kernel launched last is over
+
+
+class _Recorded(ctypes.Structure):
+    _fields_ = (
+        ("kernel", ctypes.c_char_p),
+        ("grid", ctypes.c_int64 * 3),
+        *((name, ctypes.c_int64) for name in ("block", "cluster", "shared_bytes")),
+        ("dependent", ctypes.c_int),
+    )
+
+
 class Launch(NamedTuple):
     copied_bytes: int  # that cp.async read
     mma: int  # mma.sync instructions of warps
@@ -140,21 +158,44 @@ class EmulatedKernels:
         are the low-rank part; without any, NaN."""
         return str(self.library.last_path().decode())
 
-    def check_limits(self, M: int, N: int, K: int, r: int, types: str, dropout_p: float) -> None:
-        """Raises RuntimeError if the GPU refuses a launch of a call; no kernel runs."""
+    def dry_run(
+        self, M: int, N: int, K: int, r: int, types: str, dropout_p: float, saved_h: bool = True
+    ) -> tuple[list[RecordedLaunch], list[RecordedLaunch]]:
+        """What a forward and a backward call launch on the GPU; no kernel runs, and no operand is
+        there. Raises RuntimeError if the GPU refuses a launch. `saved_h`: backward is given h."""
         memory = torch.zeros(64)
         somewhere = memory.data_ptr() // 16 * 16 + 16
+        pointers = dict.fromkeys(POINTERS + RESULTS, somewhere)
         arguments = Arguments(
             M=M, N=N, K=K, ldx=K, ldy=N, ldw=K, r=r, scaling=1, dropout=dropout_p > 0,
-            **dict.fromkeys(POINTERS + RESULTS, somewhere),
+            **pointers | ({} if saved_h else {"saved_h": None}),
         )  # fmt: skip
+        self.take_recorded()
         self.library.set_limits_only(True)
+        launches = []
         try:
             for function in (self.library.lora_forward, self.library.lora_backward):
                 if function(types.encode(), ctypes.byref(arguments)):
                     raise RuntimeError(self.library.last_error().decode())
+                launches.append(self.take_recorded())
         finally:
             self.library.set_limits_only(False)
+        return launches[0], launches[1]
+
+    def take_recorded(self) -> list[RecordedLaunch]:
+        """What each launch since the last call asked for."""
+        launches = (_Recorded * MOST_LAUNCHES)()
+        return [
+            RecordedLaunch(
+                one.kernel.decode(),
+                tuple(one.grid),
+                one.block,
+                one.cluster,
+                one.shared_bytes,
+                bool(one.dependent),
+            )
+            for one in launches[: self.library.take_recorded(MOST_LAUNCHES, launches)]
+        ]
 
     def take_launches(self) -> list[Launch]:
         """Of each launch since the last call."""

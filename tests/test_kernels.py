@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Callable
 
 import pytest
@@ -299,9 +300,48 @@ def test_every_launch_is_within_the_limits(kernels: EmulatedKernels) -> None:
     gpus = itertools.product((80, 86, 90, 100, 120), (1, 132))
     for gpu, (M, N, K), r in itertools.product(gpus, sizes, (8, 40, 256)):
         kernels.gpu(*gpu)
-        kernels.check_limits(M, N, K, r, "bf16-fp32", 0.1)
+        kernels.dry_run(M, N, K, r, "bf16-fp32", 0.1)
         family = "sm_90a" if gpu[0] == 90 and N % 8 == 0 else "sm_80"
         assert kernels.path == f"cuda fused {family}"
+
+
+@pytest.mark.parametrize("wish", ["fused", "hybrid", "composed"])
+@pytest.mark.parametrize(("capability", "family"), [(80, "sm80"), (90, "sm90")])
+def test_what_is_recorded_is_what_runs(
+    kernels: EmulatedKernels, capability: int, family: str, wish: str
+) -> None:
+    """A dry run tells the launches of a call, in their order, with kernels and grids."""
+    M, K, N, r = 130, 72, 136, 8
+    p = make_problem((M,), K, N, r, dtype=torch.bfloat16, bias=False)
+    x, weight, _, A, B, _ = (t if t is None else t.detach() for t in p.operands)
+    kernels.gpu(capability)
+    kernels.wish(wish)
+    try:
+        dry = kernels.dry_run(M, N, K, r, "bf16", 0.0)
+        kernels.take_launches()
+        kernels.forward(x, weight, None, A, B)
+        forward = kernels.take_recorded()
+        kernels.backward(p.dy, x, torch.zeros(M, r), weight, A, B)
+        assert dry == (forward, kernels.take_recorded())
+        assert len(kernels.take_launches()) == sum(map(len, dry))
+    finally:
+        kernels.wish("fused")
+    if wish == "composed":
+        assert dry == ([], [])
+        return
+    names = [re.search(r"(\w+_kernel)<", launch.kernel)[1] for launch in forward]
+    middle = "low_rank_down_sm80_kernel" if family == "sm80" else "low_rank_sm90_kernel"
+    assert names == [middle, "lora_linear_finish_kernel", f"product_{family}_kernel"]
+    product = forward[-1]
+    sizes = re.search(r"ProductShape<(\d+), (\d+)", product.kernel)
+    assert sizes is not None
+    rows, columns = (int(sizes[1]), int(sizes[2])) if family == "sm80" else (128, int(sizes[1]))
+    tiles = -(-M // rows) * -(-N // columns)
+    # A block for each tile on sm_80; on sm_90 one for each of the three multiprocessors.
+    assert product.grid == (tiles if family == "sm80" else min(tiles, 3), 1, 1)
+    threads = 256 if family == "sm80" else 384
+    assert (product.block, product.cluster) == (threads, 1) and product.shared_bytes > 48 * 1024
+    assert product.dependent == (family == "sm90")
 
 
 @pytest.mark.parametrize("family", SIZES)

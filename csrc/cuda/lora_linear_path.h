@@ -165,9 +165,9 @@ inline std::array<CudaCandidate, 7> cuda_candidates(const CudaProblem& problem) 
        "cuBLAS's"},
       {slow_mma, CudaWish::Hybrid,
        "mma.sync is slow on this GPU: cuBLAS makes the base product, kernels the rest"},
-      // Its main loop has about eight address instructions for each that multiplies: predicted at
-      // 55 to 62 % of cuBLAS on an A100, so that it needs a measurement before it is anyone's
-      // default.
+      // Its main loop has five other instructions for each that multiplies, and one block a
+      // multiprocessor: predicted at 72 to 93 % of cuBLAS on an A100 (benchmarks/predict.py), so
+      // that it needs a measurement before it is anyone's default.
       {sm80, CudaWish::Hybrid,
        "the base product of the kernels for sm_80 is not measured yet: cuBLAS makes it, kernels "
        "the rest"},

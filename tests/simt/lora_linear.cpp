@@ -195,6 +195,33 @@ int take_launches(int count, int64_t (*out)[4]) {
   return known;
 }
 
+// Of a launch, as it was asked for.
+struct Recorded {
+  const char* kernel;  // until the next call of take_recorded
+  int64_t grid[3], block, cluster, shared_bytes;
+  int dependent;
+};
+
+// As take_launches; also of launches whose kernels do not run (set_limits_only).
+int take_recorded(int count, Recorded* out) {
+  static std::vector<std::string> names;
+  const std::vector<simt::RecordedLaunch> launches = std::move(simt::recorded());
+  simt::recorded().clear();
+  names.clear();
+  for (const simt::RecordedLaunch& launch : launches) {
+    names.push_back(simt::kernel_name(launch.kernel));
+  }
+  const int known = static_cast<int>(launches.size());
+  for (int i = 0; i < known && i < count; ++i) {
+    const auto& [kernel, grid, block, cluster, shared_bytes, dependent] =
+        launches[static_cast<size_t>(i)];
+    out[i] = {
+        names[static_cast<size_t>(i)].c_str(),      {grid.x, grid.y, grid.z},           block.x,
+        int64_t{cluster.x} * cluster.y * cluster.z, static_cast<int64_t>(shared_bytes), dependent};
+  }
+  return known;
+}
+
 // completion: 0 eager, 1 deferred, 2 random. Products are late where copies are early: so a slot
 // that is released too early shows.
 void set_schedule(int completion, uint64_t seed) {

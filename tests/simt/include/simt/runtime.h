@@ -6,6 +6,7 @@
 #include <mutex>
 
 #include "simt/launch.h"
+#include "simt/recorded.h"
 
 enum cudaError_t {
   cudaSuccess = 0,
@@ -123,9 +124,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                const Params& params) {
   const auto error = simt::check_limits(*config, reinterpret_cast<const void*>(kernel));
   if (error != cudaSuccess) return simt::failed(error);
-  if (simt::options().limits_only) return cudaSuccess;
   const bool dependent =
       config->numAttrs == 1 && config->attrs->val.programmaticStreamSerializationAllowed != 0;
+  simt::recorded().push_back({reinterpret_cast<const void*>(kernel), config->gridDim,
+                              config->blockDim, dim3(1), config->dynamicSmemBytes, dependent});
+  if (simt::options().limits_only) return cudaSuccess;
   simt::run_grid(config->gridDim, static_cast<int>(config->blockDim.x),
                  static_cast<int>(config->dynamicSmemBytes), dependent, [&] { kernel(params); });
   return cudaSuccess;

@@ -1,0 +1,1 @@
+"""Times of the CUDA kernels, predicted: see benchmarks/predict.py."""

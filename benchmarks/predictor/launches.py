@@ -1,0 +1,62 @@
+"""What a call launches: recorded from the real launchers, by the emulator of the tests."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tests"))
+
+from emulated import SOURCE, EmulatedKernels, RecordedLaunch  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Call:
+    """A layer's call, bf16: y [M, N] of x [M, K]."""
+
+    M: int
+    N: int
+    K: int
+    r: int
+    fp32_adapters: bool = False
+    dropout_p: float = 0.0
+
+
+@dataclass(frozen=True)
+class Recorded:
+    path: str  # as `explain` tells it
+    forward: list[RecordedLaunch]
+    backward: list[RecordedLaunch]
+
+
+@cache
+def launchers() -> EmulatedKernels:
+    """Compiled once for these sources, some ten seconds, into build/predict."""
+    digest = hashlib.sha256()
+    for folder in (ROOT / "csrc", SOURCE.parent):
+        for path in sorted(folder.rglob("*.h")):
+            digest.update(path.read_bytes())
+    digest.update(SOURCE.read_bytes())
+    folder = ROOT / "build" / "predict" / digest.hexdigest()[:16]
+    library = folder / "liblora_linear.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        library = EmulatedKernels.compile(folder, "-O0")
+    return EmulatedKernels.load(library)
+
+
+@cache
+def record(call: Call, capability: int, multiprocessors: int, wish: str) -> Recorded:
+    """In training: h is kept for backward unless there is dropout."""
+    kernels = launchers()
+    kernels.gpu(capability, multiprocessors)
+    kernels.wish(wish)
+    types = "bf16-fp32" if call.fp32_adapters else "bf16"
+    forward, backward = kernels.dry_run(
+        call.M, call.N, call.K, call.r, types, call.dropout_p, saved_h=call.dropout_p == 0
+    )
+    return Recorded(kernels.path, forward, backward)
