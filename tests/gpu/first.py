@@ -9,107 +9,22 @@ then its tests on three paths, rows of the goals' table, hardware counters and t
 from __future__ import annotations
 
 import argparse
-import ctypes
-import hashlib
-import importlib.util
 import json
 import os
-import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+from machine import PREBUILT, ROOT, cublas, facts, sources_hash, tool, why_no_gpu, why_not_prebuilt
 from timed_steps import FAILED, KILLED, LEFT_OUT, RIGHT, Step, Steps
 
-ROOT = Path(__file__).resolve().parents[2]
-PREBUILT = ROOT / "build" / "gpu-prebuilt"
-PROGRAMS = ("kernels_on_gpu", "bench_kernels")
 LARGE = "4096x4096,4096x1024,4096x14336,14336x4096"
 GOALS = f"{LARGE},4096x6144,8192x8192,8192x28672,28672x8192"
 TESTED_PATHS = ("fused", "hybrid", "composed")
 MEASURED_PATHS = ("fused", "hybrid")
 RESERVE = 6.0  # seconds of the total, for killing what hangs and writing
-
-
-def why_no_gpu() -> str:
-    """One sentence, or "". Asks the driver, which is quicker than torch."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return "there is no NVIDIA driver here (no libcuda.so.1)"
-    count = ctypes.c_int()
-    error = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
-    if error or count.value == 0:
-        return f"the NVIDIA driver finds no GPU here (error {error}, {count.value} devices)"
-    return ""
-
-
-def capability() -> int:
-    """90 for sm_90, of the first GPU; 0 without one."""
-    if why_no_gpu():
-        return 0
-    driver, numbers = ctypes.CDLL("libcuda.so.1"), []
-    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
-        value = ctypes.c_int()
-        driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, 0)
-        numbers.append(value.value)
-    return 10 * numbers[0] + numbers[1]
-
-
-def sources_hash() -> str:
-    """Of all that the programs are built from, so that none is run for other sources."""
-    folders = ("csrc/kernels", "csrc/common", "csrc/cuda", "tests/gpu", "benchmarks/kernels")
-    kept = {".h", ".cu", ".cmake", ".txt"}
-    paths = [p for folder in folders for p in (ROOT / folder).rglob("*") if p.suffix in kept]
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
-def why_not_prebuilt() -> str:
-    """Why the programs have to be built here; "" if those that are there can be run."""
-    if not all((PREBUILT / program).exists() for program in PROGRAMS):
-        return "there are none"
-    made_of = PREBUILT / "sources"
-    if not made_of.exists() or made_of.read_text().strip() != sources_hash():
-        return "they are of other sources"
-    try:
-        answer = subprocess.run([PREBUILT / "bench_kernels", "--help"], capture_output=True)
-    except OSError as error:
-        return f"they cannot be run here: {error.strerror}"
-    return "" if answer.returncode == 0 else f"they cannot be run here: {answer.stderr!r}"
-
-
-@cache
-def cublas() -> str:
-    """The library that torch multiplies with, without importing torch; "" for the loader's."""
-    spec = importlib.util.find_spec("nvidia")
-    folders = [Path(path) for path in (spec.submodule_search_locations or [])] if spec else []
-    folders.append(Path("/usr/local/cuda"))
-    found = [path for folder in folders for path in sorted(folder.rglob("libcublas.so.1[0-9]"))]
-    return str(found[0].resolve()) if found else ""
-
-
-def tool(name: str) -> str:
-    """On PATH, or where the CUDA toolkit has it."""
-    places = [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
-    return shutil.which(name, path=os.pathsep.join(places)) or name
-
-
-def facts() -> dict[str, Any]:
-    return {
-        "capability": capability(),
-        "cublas": cublas(),
-        "sources": sources_hash(),
-        "prebuilt": why_not_prebuilt() or "used",
-        "cpus": os.cpu_count(),
-        "python": sys.version.split()[0],
-    }
 
 
 VERSIONS = """
@@ -126,7 +41,13 @@ class First:
 
     def __init__(self, steps: Steps, dry: bool, families: Sequence[str]):
         self.steps, self.dry, self.families = steps, dry, families
-        self.make = [tool("make"), "-C", str(ROOT), f"PYTHON={sys.executable}"]
+        self.make = [
+            tool("make"),
+            "--no-print-directory",
+            "-C",
+            str(ROOT),
+            f"PYTHON={sys.executable}",
+        ]
         self.path = {"PYTHONPATH": str(ROOT)}
 
     def build(self) -> Step:
@@ -231,7 +152,7 @@ class First:
             if only_if_wrong:
                 return "" if kernels in (FAILED, KILLED) else "the kernels are right"
             done = self.steps.status(f"{name} of wrong {family}")
-            return "it ran before" if done in (RIGHT, FAILED, KILLED) else ""
+            return "it ran before" if done in (RIGHT, FAILED) else ""
 
         return self._step(wrong, command, seconds, left_out=left_out)
 
@@ -246,21 +167,42 @@ class First:
         return self._step(name, command, seconds, environment=more, left_out=left_out)
 
 
-def digest(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows that decide, one line each: what is wrong, whole calls, the product alone."""
-    lines = [f"WRONG {describe(row)}: {row.get('wrong')}" for row in rows if row.get("ok") is False]
-    for row in rows:
-        if "us" not in row or not row["pass"].endswith(("forward+backward", "forward", "alone")):
-            continue
-        lines.append(
-            f"{describe(row)}: {row['us']:.1f} us, {row.get('over_cublas') or 0:.3f}x cuBLAS"
-        )
-    return "\n".join(lines)
+CASE = ("family", "M", "K", "N", "r", "p", "adapters")
 
 
 def describe(row: dict[str, Any]) -> str:
-    keys = ("family", "M", "K", "N", "r", "p", "adapters", "pass")
-    return " ".join(f"{key}={row[key]}" if len(key) == 1 else str(row[key]) for key in keys)
+    return " ".join(f"{key}={row[key]}" if len(key) == 1 else str(row[key]) for key in CASE)
+
+
+def digest(rows: Sequence[dict[str, Any]]) -> str:
+    """What is wrong; then a line for each case, of ratios to cuBLAS's product as in the goals."""
+    lines = []
+    cases: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        if row.get("ok") is False:
+            lines.append(f"WRONG {describe(row)} {row['pass']}: {row.get('wrong')}")
+        if "us" in row:
+            cases.setdefault(describe(row), {})[row["pass"]] = row
+
+    def numbers(passes: dict[str, dict[str, Any]], field: str, form: str, *names: str) -> str:
+        found = [passes.get(name, {}).get(field) for name in names]
+        return " / ".join("-" if number is None else format(number, form) for number in found)
+
+    for case, passes in cases.items():
+        lines.append(
+            f"{case}: cublas {numbers(passes, 'us', '.1f', 'cublas y', 'cublas dx')} us; product "
+            + numbers(passes, "over_cublas", ".3f", "product y alone", "product dx alone")
+            + "".join(
+                f"; {name} "
+                + numbers(
+                    passes, "over_cublas", ".3f", f"{name} forward", f"{name} forward+backward"
+                )
+                for name in MEASURED_PATHS
+            )
+            + "; TB/s "
+            + numbers(passes, "tb_per_s", ".2f", "down", "up_grad", "down_grad")
+        )
+    return "\n".join(lines)
 
 
 def run_all(first: First) -> None:
