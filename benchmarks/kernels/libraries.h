@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels/lora_linear.h"
+#include "memory.h"
 
 namespace gpu_bench {
 
@@ -52,9 +52,8 @@ class Cublas {
     gemm_ = library_.find<Gemm>("cublasGemmEx");
     succeed(create(&handle_), "cublasCreate");
     constexpr size_t kWorkspace = size_t{32} << 20;
-    void* workspace = nullptr;
-    if (cudaMalloc(&workspace, kWorkspace) != cudaSuccess) throw std::runtime_error("no memory");
-    succeed(set_workspace(handle_, workspace, kWorkspace), "cublasSetWorkspace");
+    succeed(set_workspace(handle_, memory_.fresh<uint8_t>(kWorkspace), kWorkspace),
+            "cublasSetWorkspace");
     get_version(handle_, &version_);
   }
   bool there() const { return library_.loaded(); }
@@ -95,6 +94,7 @@ class Cublas {
   }
 
   Library library_;
+  gpu_test::Memory memory_;
   Gemm* gemm_ = nullptr;
   void* handle_ = nullptr;
   int version_ = 0;

@@ -33,33 +33,32 @@ class Step:
     left_out: Callable[[], str] = lambda: ""  # why it is not wanted, asked when its turn comes
 
 
-def descendants(pid: int) -> set[int]:
-    """Of a process: what it started, and so on, whatever group it is in."""
+def with_descendants(pid: int) -> set[int]:
+    """A process, what it started, and so on, whatever group that is in."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
             after_name = stat.read_text(errors="replace").rpartition(")")[2].split()
             parents[int(stat.parent.name)] = int(after_name[1])
-    found: set[int] = set()
-    new = {pid}
+    found = new = {pid}
     while new:
         new = {child for child, parent in parents.items() if parent in new} - found
-        found |= new
+        found = found | new
     return found
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
     """With its group and its descendants: asked to end, then ended."""
-    everyone = descendants(process.pid) | {process.pid}
-    for number, patience in ((signal.SIGTERM, KILL_SECONDS), (signal.SIGKILL, KILL_SECONDS)):
+    everyone: set[int] = set()  # those of the first round may have lost their parent in the second
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        everyone |= with_descendants(process.pid)
         with contextlib.suppress(OSError):
             os.killpg(process.pid, number)
-        everyone |= set().union(*map(descendants, everyone))
         for pid in everyone:
             with contextlib.suppress(OSError):
                 os.kill(pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
+            process.wait(KILL_SECONDS)
 
 
 @dataclass

@@ -37,7 +37,9 @@ inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 
 template <class T>
 cudaError_t cudaMalloc(T** block, size_t bytes) {
-  *block = static_cast<T*>(std::aligned_alloc(256, (bytes + 255) / 256 * 256));
+  void* address = nullptr;  // of exactly so many bytes, for AddressSanitizer
+  if (posix_memalign(&address, 256, bytes) != 0) return cudaErrorInvalidValue;
+  *block = static_cast<T*>(address);
   std::memset(*block, 0xFF, bytes);
   return cudaSuccess;
 }
