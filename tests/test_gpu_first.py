@@ -243,6 +243,41 @@ def test_without_the_extension_the_rest_goes_on(
     assert steps["times r16"]["status"] == steps["counters"]["status"] == "right"
 
 
+# Hangs in a pass unless that is left out.
+HANGING_BENCH = """#!/bin/sh
+case "$*" in *--without*) echo '{"pass": "rest"}'; exit 0;; esac
+echo "  check cublas y" >&2
+echo "  check up_grad" >&2
+sleep 60
+"""
+
+
+def test_a_pass_that_hangs_is_left_out_of_what_follows(
+    first: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "bench_kernels").write_text(HANGING_BENCH)
+    (tmp_path / "bench_kernels").chmod(0o755)
+    monkeypatch.setattr(first, "PREBUILT", tmp_path)
+    monkeypatch.setattr(first, "cublas", lambda: "/somewhere/libcublas.so.13")
+    real = first.First._step
+
+    def step(self: Any, name: str, command: Any, seconds: float, **more: Any) -> Any:
+        return real(self, name, command, min(seconds, 1.0), **more)
+
+    monkeypatch.setattr(first.First, "_step", step)
+    steps = first.Steps(tmp_path / "run", 60, None)
+    commands = []
+    for step_ in first.First(steps, False, ("sm90", "sm80"))._bench_kernels():
+        commands.append(list(step_.command))
+        steps.run(step_)
+    statuses = {step["name"]: step["status"] for step in steps.results}
+    assert statuses.pop("passes right") == statuses.pop("times sm80") == "killed"
+    assert len(statuses) >= 6 and set(statuses.values()) == {"right"}
+    assert next(iter(statuses)) == "other passes right"
+    assert "--without" not in commands[0] + commands[-1]  # of the other family nothing is known
+    assert all(command[-1] == "fused,hybrid,up_grad" for command in commands[1:-1])
+
+
 def test_programs_of_other_sources_are_built_again(
     first: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

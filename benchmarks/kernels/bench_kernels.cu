@@ -108,12 +108,14 @@ bool check_pass(Problem<TA>& problem, const Pass& pass, Row& row, bool& all_righ
   }
 }
 
-bool wanted(const std::string& name, const std::string& filter) {
-  if (filter.empty()) return true;
-  for (const std::string& word : words(filter)) {
-    if (name.starts_with(word)) return true;
+bool wanted(const std::string& name, const Options& options) {
+  for (const std::string& word : words(options.without)) {
+    if (name == word || name.starts_with(word + " ")) return false;
   }
-  return false;
+  if (options.passes.empty()) return true;
+  const std::vector<std::string> beginnings = words(options.passes);
+  return std::any_of(beginnings.begin(), beginnings.end(),
+                     [&](const std::string& word) { return name.starts_with(word); });
 }
 
 // Whether every pass of a case is right.
@@ -126,7 +128,7 @@ bool run_case(const Case& c, const Machine& machine, const Options& options) {
   std::vector<Row> rows;
   bool right = true;
   for (const Pass& pass : all) {
-    if (!wanted(pass.name, options.passes)) continue;
+    if (!wanted(pass.name, options)) continue;
     Row row = row_of(c, pass.name);
     if (check_pass(problem, pass, row, right) && options.rounds > 0) {
       passes.push_back(&pass), rows.push_back(row);

@@ -20,7 +20,7 @@ constexpr const char* kShapes =
 
 struct Options {
   std::string shapes = kShapes, tokens = "8192", ranks = "16", dropouts = "0", adapters = "bf16";
-  std::string families = "sm90,sm80", passes, cublas, commit = LORA_EXT_COMMIT;
+  std::string families = "sm90,sm80", passes, without, cublas, commit = LORA_EXT_COMMIT;
   double seconds = 1.0;
   int rounds = 200;
   int64_t flush_mib = -1;
@@ -36,6 +36,7 @@ constexpr const char* kUsage =
   --adapters t,...      bf16, fp32 (bf16)
   --families f,...      sm90, sm80 (both)
   --passes name,...     only those whose name begins so, e.g. "product,cublas" (all)
+  --without word,...    none whose name has this first word, e.g. "product,fused"
   --rounds n            at most; 0 checks and times nothing (200)
   --seconds s           of rounds, for each case (1)
   --flush-mib n         read between two passes, to empty the L2 cache (8 times its size)
@@ -82,8 +83,8 @@ inline Options parsed(int count, char** arguments) {
       {"--shapes", &options.shapes},     {"--tokens", &options.tokens},
       {"--ranks", &options.ranks},       {"--dropouts", &options.dropouts},
       {"--adapters", &options.adapters}, {"--families", &options.families},
-      {"--passes", &options.passes},     {"--cublas", &options.cublas},
-      {"--commit", &options.commit}};
+      {"--passes", &options.passes},     {"--without", &options.without},
+      {"--cublas", &options.cublas},     {"--commit", &options.commit}};
   for (int i = 1; i < count; i += 2) {
     const std::string name = arguments[i];
     if (i + 1 == count) throw std::invalid_argument(name + " has no value, or is no option");
