@@ -316,5 +316,5 @@ def test_wrong_rows_are_told_first(first: ModuleType) -> None:
     assert wrong == "WRONG sm90 M=1 K=2 N=3 r=4 p=0.1 bf16 product y: y: 3 not finite"
     assert case == (
         "sm90 M=1 K=2 N=3 r=4 p=0.1 bf16: cublas 8.0 / - us; product - / -; fused - / 1.250; "
-        "hybrid - / -; TB/s 3.46 / - / -"
+        "hybrid - / -; TB/s of copy, down, up_grad, down_grad - / 3.46 / - / -"
     )

@@ -105,7 +105,7 @@ class First:
             if "each_device" in (text := path.read_text()) or "mark.cuda" in text
         )
         pytest = [sys.executable, "-m", "pytest", *tests, "-m", "cuda", "-n", "12", "-q"]
-        pytest += ["--timeout", "50", "--maxfail", "40", "-p", "no:cacheprovider"]
+        pytest += ["--timeout", "50", "--maxfail", "40", "--tb", "short", "-p", "no:cacheprovider"]
         for name in TESTED_PATHS:
             yield self._after_build(f"tests {name}", pytest, 75, LORA_EXT_CUDA_PATH=name)
         bench = [sys.executable, "-m", "lora_ext.bench", "--device", "cuda", "--dtypes", "bf16"]
@@ -230,8 +230,8 @@ def digest(rows: Sequence[dict[str, Any]]) -> str:
                 )
                 for name in MEASURED_PATHS
             )
-            + "; TB/s "
-            + numbers(passes, "tb_per_s", ".2f", "down", "up_grad", "down_grad")
+            + "; TB/s of copy, down, up_grad, down_grad "
+            + numbers(passes, "tb_per_s", ".2f", "copy x", "down", "up_grad", "down_grad")
         )
     return "\n".join(lines)
 

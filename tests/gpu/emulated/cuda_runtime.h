@@ -47,6 +47,9 @@ inline cudaError_t cudaFree(void* block) { return std::free(block), cudaSuccess;
 inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, int) {
   return std::memcpy(to, from, bytes), cudaSuccess;
 }
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, int) {
+  return std::memcpy(to, from, bytes), cudaSuccess;
+}
 inline cudaError_t cudaMemset(void* block, int value, size_t bytes) {
   return std::memset(block, value, bytes), cudaSuccess;
 }
