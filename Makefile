@@ -6,9 +6,10 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
-CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+CXX_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: docs help setup demo demo-plan test bench cuda-check gpu gpu-build gpu-test gpu-sanitize gpu-bench lint format clean
+.PHONY: docs help setup demo demo-plan test bench cuda-check gpu gpu-build gpu-test gpu-sanitize gpu-bench \
+	gpu-prebuilt gpu-first lint format clean
 
 .DEFAULT_GOAL := setup
 
@@ -50,17 +51,22 @@ test: setup ## run all tests
 
 # The CUDA extension compiled from the source distribution, linked and imported, without a GPU: in an
 # environment of its own, with gigabytes of torch's CUDA libraries. ptxas tells what registers each kernel spills.
+# And the programs without torch, linked for one architecture.
 CUDA_TORCH ?= torch==2.11.0
 cuda-check: ## compile the CUDA extension, without a GPU, in an environment of its own
 	$(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/pip install --quiet $(CUDA_TORCH)
-	.venv-cuda/bin/pip install --quiet safetensors rich numpy regex 'setuptools>=77'
+	.venv-cuda/bin/pip install --quiet safetensors rich numpy regex 'setuptools>=77' cmake ninja
 	rm -rf build/sdist
 	.venv-cuda/bin/python setup.py -q sdist -d build/sdist
 	LORA_EXT_CUDA=1 NVCC_APPEND_FLAGS="-Xptxas -v" \
 		.venv-cuda/bin/pip install -v --force-reinstall --no-deps build/sdist/*.tar.gz >build/cuda-check.log 2>&1 \
 		|| { tail -n 50 build/cuda-check.log; exit 1; }
 	cd tests && ../.venv-cuda/bin/python cuda_check.py ../build/cuda-check.log
+	$(MAKE) gpu-prebuilt PYTHON="$(CURDIR)/.venv-cuda/bin/python" GPU_ARCHITECTURES=80-real \
+		GPU_PROGRAMS="$(CURDIR)/build/cuda-check" GPU_PREBUILT="$(CURDIR)/build/cuda-check" >>build/cuda-check.log 2>&1 \
+		|| { tail -n 50 build/cuda-check.log; exit 1; }
+	build/cuda-check/bench_kernels --help >/dev/null
 
 # On a machine with an NVIDIA GPU, nvcc and a CUDA build of torch: everything about the GPU. It runs with
 # PYTHON as it is, installs nothing into it and needs no network. Each part is a target of its own.
@@ -69,7 +75,8 @@ gpu: gpu-test gpu-sanitize gpu-bench ## everything on a GPU: the four that follo
 GPU_BUILD := $(CURDIR)/build/gpu
 # Tools that pip installed beside PYTHON come first. The egg-info tells the version of what is not
 # installed.
-GPU_ENV = PYTHONPATH="$(CURDIR)" PATH="$$($(PYTHON) -c 'import os, sys; print(os.path.dirname(sys.executable))'):$$PATH:/usr/local/cuda/bin"
+GPU_PATH = $$($(PYTHON) -c 'import os, sys; print(os.path.dirname(sys.executable))'):$$PATH:/usr/local/cuda/bin
+GPU_ENV = PYTHONPATH="$(CURDIR)" PATH="$(GPU_PATH)"
 
 gpu-build: ## compile for the GPU of this machine, in place
 	architecture=$$(env $(GPU_ENV) $(PYTHON) tests/gpu/architecture.py) && \
@@ -96,6 +103,25 @@ gpu-sanitize: gpu-build ## run the kernels under compute-sanitizer
 
 gpu-bench: gpu-build ## measure on the GPU; GPU_BENCH_ARGS
 	env $(GPU_ENV) $(PYTHON) benchmarks/gpu.py $(GPU_BENCH_ARGS)
+
+# The programs that run the kernels without torch (tests/gpu/kernels.cu, benchmarks/kernels), for any GPU
+# from sm_80 on: where there is nvcc and no GPU, so that they are there when there is one. CMake (3.26 or
+# newer) and ninja of the environment of `make setup` or beside PYTHON come first. MAX_JOBS limits what is
+# compiled at a time; GPU_ARCHITECTURES, as CMake names them, says for what (80-real;90a-real).
+GPU_PROGRAMS := $(CURDIR)/build/gpu-programs
+GPU_PREBUILT := $(CURDIR)/build/gpu-prebuilt
+PREBUILT_ENV = PATH="$(BIN):$(GPU_PATH)"
+GPU_COMMIT = $(shell git describe --always --dirty --abbrev=12 2>/dev/null)
+gpu-prebuilt: ## build the programs without torch for a GPU, without one
+	env $(PREBUILT_ENV) cmake -S tests/gpu -B "$(GPU_PROGRAMS)" -G Ninja -DCMAKE_BUILD_TYPE=Release \
+		-DCMAKE_RUNTIME_OUTPUT_DIRECTORY="$(GPU_PREBUILT)" -DLORA_EXT_COMMIT="$(GPU_COMMIT)" \
+		$(if $(GPU_ARCHITECTURES),-DCMAKE_CUDA_ARCHITECTURES="$(GPU_ARCHITECTURES)")
+	env $(PREBUILT_ENV) cmake --build "$(GPU_PROGRAMS)" $(if $(MAX_JOBS),--parallel $(MAX_JOBS))
+	$(PYTHON) tests/gpu/first.py --hash >"$(GPU_PREBUILT)/sources"
+
+# The first minutes on a GPU, with an end: tests/gpu/first.py. GPU_FIRST_ARGS="--dry-run" shows the steps.
+gpu-first: ## what is right and how fast, within ten minutes, most important first; GPU_FIRST_ARGS
+	env $(GPU_ENV) $(PYTHON) tests/gpu/first.py $(GPU_FIRST_ARGS)
 
 # The grid of the README's table; results go where --compare finds them.
 bench: setup ## measure the table of the README; BENCH_ARGS="--quick" for a first look

@@ -48,6 +48,24 @@ def test_make_tests_every_path(gpu: ModuleType) -> None:
     assert all(part in result.stdout for part in parts)
 
 
+def test_make_builds_programs_before_and_has_first_minutes() -> None:
+    if shutil.which("make") is None:
+        pytest.skip("no make to read the Makefile with")
+    command = [
+        "make",
+        "-n",
+        "gpu-prebuilt",
+        "gpu-first",
+        "GPU_FIRST_ARGS=--seconds 9",
+        "MAX_JOBS=3",
+    ]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    parts = ["cmake -S tests/gpu -B", "--parallel 3", "first.py --hash >", "first.py --seconds 9"]
+    places = [result.stdout.index(part) for part in parts]
+    assert places == sorted(places)
+
+
 def test_the_architecture_of_the_gpu_or_what_is_missing() -> None:
     program = str(ROOT / "tests" / "gpu" / "architecture.py")
     result = subprocess.run([sys.executable, program], capture_output=True, text=True)

@@ -55,13 +55,17 @@ def test_no_spills_and_no_local_memory(name: str, base: str, tmp_path: Path) -> 
     assert "serialized" not in result.stderr and "injected" not in result.stderr
 
 
-def test_the_program_for_a_gpu_compiles(tmp_path: Path) -> None:
-    """tests/gpu/kernels.cu, which only `make gpu-sanitize` links and runs."""
+@pytest.mark.skipif(
+    "LORA_EXT_CUDA_CHECK" in os.environ, reason="make cuda-check compiles and links them"
+)
+@pytest.mark.parametrize("name", ["tests/gpu/kernels.cu", "benchmarks/kernels/bench_kernels.cu"])
+def test_the_programs_for_a_gpu_compile(name: str, tmp_path: Path) -> None:
+    """`make gpu-prebuilt` links them."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
-        pytest.skip("no nvcc; pip install nvidia-cuda-nvcc and its headers to compile the program")
-    command = [nvcc, "-std=c++20", "-arch=sm_80", f"-I{ROOT / 'csrc'}"]
-    command += ["-c", str(ROOT / "tests" / "gpu" / "kernels.cu"), "-o", str(tmp_path / "kernels.o")]
+        pytest.skip("no nvcc; pip install nvidia-cuda-nvcc and its headers to compile the programs")
+    command = [nvcc, "-std=c++20", "-arch=sm_80", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/gpu'}"]
+    command += ["-c", str(ROOT / name), "-o", str(tmp_path / "program.o")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
 

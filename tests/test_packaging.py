@@ -36,7 +36,7 @@ def setup_py() -> ModuleType:
 
 def tracked_sources() -> set[str]:
     """What setup.py compiles, from the source folder's root."""
-    kept = {".h", ".cpp", ".cu"}
+    kept = {".h", ".cpp", ".cu", ".cmake"}
     files = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.suffix in kept}
     return {"CMakeLists.txt", "setup.py", "pyproject.toml", *files}
 

@@ -1,7 +1,8 @@
 // Runs every kernel of csrc/kernels, for compute-sanitizer, or one planted mistake that this has to
 // report:
 //
-//   kernels_on_gpu sm80 | sm90                               one family, results checked
+//   kernels_on_gpu sm80 | sm90 [small]                       one family, results checked; small:
+//                                                            of bf16 and few tiles, in less time
 //   kernels_on_gpu memcheck | racecheck | initcheck | synccheck   the mistake for this tool
 //
 // `make gpu-sanitize` builds and runs it (tests/gpu/test_sanitizer.py).
@@ -128,35 +129,61 @@ void run_dropout() {
   }
 }
 
-// Of one base and one adapter type. The last sizes are for the larger tiles, which are chosen when
-// they fill the GPU, and for several tiles a block.
-template <class T, class TA>
-void run_types(int capability, int multiprocessors) {
-  const Size sizes[] = {{1, 64, 72, 1},    {37, 72, 136, 16},   {130, 200, 72, 40},
-                        {65, 131, 70, 17}, {70, 136, 264, 100}, {64, 64, 64, 256}};
-  for (const Size& size : sizes) {
-    for (const double dropout_p : {0.0, 0.5}) run_lora_linear<T, TA>(size, dropout_p, capability);
-  }
-  const int columns = multiprocessors > 12 ? multiprocessors / 12 : 1;
-  for (const int width : {128, 256, 384}) {
-    run_lora_linear<T, TA>({12 * 128, 64, width * columns, 16}, 0.5, capability);
-    run_lora_linear<T, TA>({12 * 128, width * columns, 64, 16}, 0.5, capability);
+// Runs one check and says on stderr which it is and what was wrong; the others go on, unless CUDA
+// answers nothing any more. How many were wrong.
+int failures = 0;
+template <class F>
+void attempt(const std::string& what, const F& f) {
+  std::fprintf(stderr, "%s\n", what.c_str());
+  try {
+    f();
+  } catch (const std::exception& error) {
+    ++failures;
+    std::fprintf(stderr, "  WRONG: %s: %s\n", what.c_str(), error.what());
+    check(cudaDeviceSynchronize());
   }
 }
 
-void run_all(int capability) {
+// Of one base and one adapter type. The last sizes are for the larger tiles, which are chosen when
+// they fill the GPU, and for several tiles a block.
+template <class T, class TA>
+void run_types(const std::string& types, int capability, int multiprocessors, bool small) {
+  const int columns = multiprocessors > 12 ? multiprocessors / 12 : 1;
+  std::vector<Size> sizes = {{1, 64, 72, 1},    {37, 72, 136, 16},   {130, 200, 72, 40},
+                             {65, 131, 70, 17}, {70, 136, 264, 100}, {64, 64, 64, 256}};
+  for (const int width : {128, 256, 384}) {
+    if (small) break;
+    sizes.push_back({12 * 128, 64, width * columns, 16});
+    sizes.push_back({12 * 128, width * columns, 64, 16});
+  }
+  for (const Size& size : sizes) {
+    const auto [M, K, N, r] = size;
+    for (const double dropout_p : {0.0, 0.5}) {
+      if (dropout_p == 0.0 && M == 12 * 128) continue;  // for the sanitizers' time
+      char what[100];
+      std::snprintf(what, sizeof(what), "%s M %d K %d N %d r %d p %.1f", types.c_str(), M, K, N, r,
+                    dropout_p);
+      attempt(what, [&] { run_lora_linear<T, TA>(size, dropout_p, capability); });
+    }
+  }
+}
+
+void run_all(int capability, bool small) {
   int multiprocessors = 0;
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
-  run_types<Bf16, Bf16>(capability, multiprocessors);
-  run_types<Bf16, float>(capability, multiprocessors);
-  run_types<Fp16, Fp16>(capability, multiprocessors);
-  run_types<Fp16, float>(capability, multiprocessors);
-  run_merge<Bf16, Bf16>();
-  run_merge<Bf16, float>();
-  run_merge<Fp16, Fp16>();
-  run_merge<Fp16, float>();
-  run_merge<float, float>();
-  run_dropout();
+  run_types<Bf16, Bf16>("bf16", capability, multiprocessors, small);
+  run_types<Bf16, float>("bf16, adapters fp32", capability, multiprocessors, small);
+  if (!small) {
+    run_types<Fp16, Fp16>("fp16", capability, multiprocessors, false);
+    run_types<Fp16, float>("fp16, adapters fp32", capability, multiprocessors, false);
+  }
+  attempt("merge bf16", run_merge<Bf16, Bf16>);
+  attempt("merge bf16, adapters fp32", run_merge<Bf16, float>);
+  attempt("merge fp16", run_merge<Fp16, Fp16>);
+  attempt("merge fp16, adapters fp32", run_merge<Fp16, float>);
+  attempt("merge fp32", run_merge<float, float>);
+  attempt("dropout_mask", run_dropout);
+  if (failures > 0) throw std::runtime_error(std::to_string(failures) + " checks failed");
 }
 
 // ---- Planted mistakes: one block of 64 threads, `out` has place for 63 --------------------------
@@ -198,10 +225,17 @@ void run_planted(void (*kernel)(const int*, int*)) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  const std::string wish = count == 2 ? arguments[1] : "";
+  const std::string wish = count > 1 ? arguments[1] : "";
+  const bool small = count == 3 && std::string(arguments[2]) == "small";
+  std::string reason = why_no_gpu();
+  if (reason.empty() && (wish == "sm80" || wish == "sm90")) reason = why_not_here(wish);
+  if (!reason.empty()) {
+    std::fprintf(stderr, "kernels_on_gpu: %s\n", reason.c_str());
+    return 2;
+  }
   try {
     if (wish == "sm80" || wish == "sm90") {
-      run_all(wish == "sm90" ? 90 : 80);
+      run_all(wish == "sm90" ? 90 : 80, small);
       std::printf("all kernels of %s: right\n", wish.c_str());
     } else if (wish == "memcheck") {
       run_planted(planted_memcheck);

@@ -3,55 +3,18 @@
 // byte beyond it, and what kernels write is never written before, so that it sees what is not.
 #pragma once
 
-#include <cuda_runtime.h>
-
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
-#include <stdexcept>
-#include <string>
-#include <vector>
+#include <thread>
 
 #include "common/dropout.h"
-#include "kernels/lora_linear.h"
 #include "kernels/merge.h"
+#include "memory.h"
 
 namespace gpu_test {
-
-inline void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
-}
-
-// Freed together, when the kernels that use them have run.
-class Memory {
- public:
-  ~Memory() {
-    cudaDeviceSynchronize();
-    for (void* block : blocks_) cudaFree(block);
-  }
-  static void* allocate(void* context, int64_t bytes) {
-    void* block = nullptr;
-    check(cudaMalloc(&block, static_cast<size_t>(bytes > 0 ? bytes : 1)));
-    static_cast<Memory*>(context)->blocks_.push_back(block);
-    return block;
-  }
-  lora_ext::Allocator allocator() { return {allocate, this}; }
-
-  template <class T>
-  T* fresh(size_t count) {
-    return static_cast<T*>(allocate(this, static_cast<int64_t>(count * sizeof(T))));
-  }
-  template <class T>
-  T* copy(const std::vector<T>& values) {
-    T* block = fresh<T>(values.size());
-    check(cudaMemcpy(block, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
-    return block;
-  }
-
- private:
-  std::vector<void*> blocks_;
-};
 
 using Doubles = std::vector<double>;
 
@@ -108,17 +71,26 @@ Doubles fetched(const T* device, size_t count) {
   return widened(values);
 }
 
-// out [rows, columns] += scale * a b, over `depth`; a(i, k) and b(k, j) are elements.
+// out [rows, columns] += scale * a b, over `depth`; a(i, k) and b(k, j) are elements. Its rows are
+// shared by all cores: the GPU waits for this.
 template <class A, class B>
 void add_product(Doubles& out, int rows, int columns, int depth, double scale, const A& a,
                  const B& b) {
-  for (int i = 0; i < rows; ++i) {
-    for (int k = 0; k < depth; ++k) {
-      const double factor = scale * a(i, k);
-      if (factor == 0.0) continue;
-      for (int j = 0; j < columns; ++j) out[size_t(i) * columns + j] += factor * b(k, j);
+  std::atomic<int> next = 0;
+  const auto work = [&] {
+    for (int i; (i = next++) < rows;) {
+      for (int k = 0; k < depth; ++k) {
+        const double factor = scale * a(i, k);
+        if (factor == 0.0) continue;
+        for (int j = 0; j < columns; ++j) out[size_t(i) * columns + j] += factor * b(k, j);
+      }
     }
-  }
+  };
+  const bool large = double(rows) * columns * depth > 1e6;
+  std::vector<std::thread> others(large ? std::thread::hardware_concurrency() / 2 : 0);
+  for (std::thread& other : others) other = std::thread(work);
+  work();
+  for (std::thread& other : others) other.join();
 }
 
 // Throws where the RMS of the error is beyond `bound` times that of what is expected.
