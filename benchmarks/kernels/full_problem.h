@@ -89,6 +89,7 @@ class Problem {
   Expected base_y, base_dx;                                     // the base products alone
   Expected want_h, want_dh, want_y, want_dx, want_dA, want_dB;  // of dA^T
   Split<Bf16> A, B, scaled_h, split_h, split_dh;                // operands of the single passes
+  Remainder of_A, of_B;                                         // where theirs lie
 
   // NaN into everything that a call writes.
   void poison() {
@@ -163,13 +164,14 @@ class Problem {
   void prepare() {
     const Allocator kept = memory.allocator();
     const int64_t M = c.M, r = c.r;
-    A = split<Bf16>(lora_A, r, c.K, kept, nullptr);
-    B = split<Bf16>(lora_B, c.N, r, kept, nullptr);
-    split_h = split<Bf16>(saved_h, M, r, kept, nullptr);
-    scaled_h = finish<Bf16>(Parts{saved_h, 1}, M, r, 1.0f, {kScaling, nullptr}, nullptr, false,
-                            kept, nullptr);
-    split_dh =
-        finish<Bf16>(Parts{dh_float, 1}, M, r, 1.0f, {1.0f, nullptr}, nullptr, true, kept, nullptr);
+    of_A = joined<Bf16, TA>(r, BLayout::kRows), of_B = joined<Bf16, TA>(r, BLayout::kColumns);
+    A = split<Bf16>(lora_A, r, c.K, of_A, kept, nullptr);
+    B = split<Bf16>(lora_B, c.N, r, of_B, kept, nullptr);
+    split_h = split<Bf16>(saved_h, M, r, Remainder::kApart, kept, nullptr);
+    scaled_h = finish<Bf16>(Parts{saved_h, 1}, M, r, copies(of_B), 1.0f, {kScaling, nullptr},
+                            nullptr, false, kept, nullptr);
+    split_dh = finish<Bf16>(Parts{dh_float, 1}, M, r, copies(of_A), 1.0f, {1.0f, nullptr}, nullptr,
+                            true, kept, nullptr);
     check(cudaDeviceSynchronize());
   }
 };

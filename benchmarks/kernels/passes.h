@@ -78,13 +78,13 @@ class Passes {
   Product<Bf16> y_product(bool low_rank) const {
     Product<Bf16> product{};
     product.segments[product.count++] = {p_.x_matrix(), p_.weight_matrix()};
-    if (low_rank) add_segments(product, p_.scaled_h.value, p_.B);
+    if (low_rank) add_segments(product, p_.scaled_h.value, p_.B, p_.of_B);
     product.out = p_.y, product.M = p_.c.M, product.N = p_.c.N;
     return product;
   }
   Product<Bf16> dx_product(bool low_rank) const {
     Product<Bf16> product{};
-    if (low_rank) add_segments(product, p_.split_dh.value, p_.A);
+    if (low_rank) add_segments(product, p_.split_dh.value, p_.A, p_.of_A);
     product.masked = p_.dropout.enabled ? product.count : 0;
     product.dropout = p_.dropout;
     product.segments[product.count++] = {p_.dy_matrix(), p_.weight_matrix()};
