@@ -257,17 +257,24 @@ class BatchPlan:
             owners = torch.arange(count, device="cpu").repeat_interleave(lengths)
             return owners, torch.arange(total, device="cpu") - begins[owners], lengths[owners]
         sequences = leading[0] if leading else 1
-        if self._rows is not None and total == math.prod(self._rows):
+        flat = len(leading) == 1
+        if flat and self._rows is not None and total == math.prod(self._rows):
             sequences = count
         elif sequences != count and not (self._repeats and count and sequences % count == 0):
+            cure = ""
+            if count and flat and sequences % count == 0:  # as OPT's fc1 gets them
+                cure = (
+                    f" If these are the tokens of {count} requests, say so: with "
+                    f"lora_ext.batch([...], rows=({count}, {sequences // count})): model(...)"
+                )
             raise ValueError(
                 f"{where}: batch: adapters: got {count} names for an input whose leading dimensions"
                 f" are {list(leading)}, expected one name for each of {sequences}. Length of "
                 "`adapter_names` should be the same as the number of inputs, but got "
-                f"{count} and {sequences} respectively."
+                f"{count} and {sequences} respectively.{cure}"
             )
         each = total // sequences if sequences else 0
-        in_one = len(leading) == 1 and each == 1 and sequences != count
+        in_one = flat and each == 1 and sequences != count
         if in_one and self._after is not None and self._rows is not None and not whole:
             raise ValueError(
                 f"{where}: batch: after: got {sequences} rows in one dimension, of which the places"

@@ -12,6 +12,7 @@ import peft
 import pytest
 import tiny_models
 import torch
+import transformers
 from torch import nn
 
 import lora_ext
@@ -141,6 +142,23 @@ def test_within_a_plan_and_with_copies_of_modules() -> None:
         with lora_ext.batch(NAMES, rows=(4, 7)):
             assert torch.equal(model(input_ids=TOKENS).logits, y)
         assert_each_is_what_it_is_alone(model, y)
+
+
+def test_layers_that_get_all_tokens_in_one_dimension() -> None:
+    """OPT's fc1 and fc2. PEFT refuses them."""
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(
+        vocab_size=tiny_models.VOCABULARY, hidden_size=16, num_hidden_layers=2, ffn_dim=24,
+        num_attention_heads=2, max_position_embeddings=32, word_embed_proj_dim=16,
+    )  # fmt: skip
+    of_lora = lora_ext.LoraConfig(target_modules=["q_proj", "fc1", "fc2"], init_lora_weights=False)
+    model = lora_ext.get_peft_model(transformers.OPTForCausalLM(config), of_lora, "a")
+    model.add_adapter("b", of_lora)
+    logits = model.eval()(input_ids=TOKENS, adapter_names=NAMES).logits
+    assert_each_is_what_it_is_alone(model, logits)
+    first = next(m for m in model.modules() if isinstance(m, lora_ext.nn.Linear))
+    with lora_ext.batch(NAMES), pytest.raises(ValueError, match=r"say so: .*rows=\(4, 7\)"):
+        first(torch.ones(28, 16))
 
 
 def test_names_that_do_not_fit_are_refused() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_ext.adapters.activated import plan_of_activated
 from lora_ext.adapters.training import is_checkpointing
@@ -33,7 +33,7 @@ def plan_of_call(
     if _activates(model, names, offsets):
         plan = plan_of_activated(model, names, offsets, args, kwargs, generates)
     elif names is not None:
-        plan = batch(names, repeats=generates)
+        plan = batch(names, rows=_rows_of(names, args, kwargs), repeats=generates)
     around = current_plan() if plan is None else plan
     if around is None:
         return nullcontext()
@@ -42,6 +42,17 @@ def plan_of_call(
     if is_checkpointing(model.get_base_model()):
         _carry_into_checkpoints(model.get_base_model())
     return nullcontext() if plan is None else plan
+
+
+def _rows_of(
+    names: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[int, int] | None:
+    """(requests, tokens of each), for layers that get all tokens in one dimension (OPT's fc1)."""
+    tokens = next((kwargs[n] for n in ("input_ids", "inputs_embeds") if n in kwargs), None)
+    tokens = args[0] if tokens is None and args else tokens
+    if not isinstance(tokens, Tensor) or tokens.dim() < 2 or len(tokens) != len(names):
+        return None
+    return len(tokens), tokens.shape[1]
 
 
 def _check_names(model: Any, names: Any) -> None:
