@@ -15,6 +15,7 @@
 #include "ops/base_product.h"
 #include "ops/lora_linear_blas.h"
 #include "ops/operator.h"
+#include "ops/print_path.h"
 
 namespace lora_ext {
 namespace {
@@ -35,10 +36,25 @@ void add_row(const Tensor& out, const Tensor& row) {
   });
 }
 
+// Of a call that reads x or dy [M, ...].
+void print_cpu_path(const char* pass, const Tensor& rows, const Tensor& lora_A,
+                    const Tensor& lora_B, const LoraDropout& dropout) {
+  const int64_t M = rows.size(0), N = lora_B.size(0);
+  const auto base = rows.scalar_type();
+  const auto [path, reason] =
+      explain_lora_linear_cpu(M, N, lora_A, base, dropout.enabled() ? dropout.p : 0.0);
+  print_path(
+      {pass, M, N, lora_A.size(1), lora_A.size(0), base, lora_A.scalar_type(), dropout.enabled()},
+      path, reason);
+}
+
 std::tuple<Tensor, Tensor> lora_linear_fwd_cpu(const LoraLinearCall& call, bool return_h) {
   check_lora_linear(call);
   auto [y, h, low_rank] = lora_linear_prepare_fwd(with_scaling_read(call), return_h);
   if (y.numel() == 0) return {y, h.zero_()};
+  if (prints_paths()) {
+    print_cpu_path("forward", low_rank.x, call.lora_A, call.lora_B, call.dropout);
+  }
   const BaseProduct base(call.weight);
   if (makes_base_apart(low_rank.y)) {
     const Tensor biases = std::exchange(low_rank.bias, low_rank.y);
@@ -56,6 +72,9 @@ Gradients lora_linear_bwd_cpu(const LoraLinearBackwardCall& call, GradientMask m
   check_lora_linear_bwd(call, mask);
   auto [gradients, low_rank, done] = lora_linear_prepare_bwd(with_scaling_read(call), mask);
   if (done) return gradients;
+  if (prints_paths()) {
+    print_cpu_path("backward", low_rank.dy, call.lora_A, call.lora_B, call.dropout);
+  }
   low_rank_backward(low_rank);
   if (!mask[kGradX]) return gradients;
   const BaseProduct base(*call.weight);

@@ -12,6 +12,7 @@
 #include "ops/base_product.h"
 #include "ops/lora_linear_blas.h"
 #include "ops/operator.h"
+#include "ops/print_path.h"
 
 namespace lora_ext {
 namespace {
@@ -159,6 +160,14 @@ CudaPath path_for(bool backward, const Tensor& rows, const Tensor& x, const Opti
   return cuda_path(call, current_capability());
 }
 
+// Of a call that reads x or dy [M, ...].
+void print_cuda_path(const char* pass, const Tensor& rows, const Tensor& lora_A,
+                     const Tensor& lora_B, const LoraDropout& dropout, const CudaPath& path) {
+  print_path({pass, rows.size(0), lora_B.size(0), lora_A.size(1), lora_A.size(0),
+              rows.scalar_type(), lora_A.scalar_type(), dropout.enabled()},
+             cuda_path_name(path), path.reason);
+}
+
 std::tuple<Tensor, Tensor> lora_linear_fwd_cuda(const LoraLinearCall& call, bool return_h) {
   using Kernels = CudaPath::Kernels;
   check_lora_linear(call);
@@ -168,6 +177,9 @@ std::tuple<Tensor, Tensor> lora_linear_fwd_cuda(const LoraLinearCall& call, bool
   const BaseProduct base(call.weight);
   const CudaPath path = path_for(false, low_rank.x, Tensor(), call.weight, low_rank.lora_A,
                                  low_rank.lora_B, call.dropout);
+  if (prints_paths()) {
+    print_cuda_path("forward", low_rank.x, call.lora_A, call.lora_B, call.dropout, path);
+  }
   const bool fused = path.kernels == Kernels::Fused;
   if (path.kernels == Kernels::Composed) {
     low_rank_forward_blas(low_rank);
@@ -186,6 +198,9 @@ Gradients lora_linear_bwd_cuda(const LoraLinearBackwardCall& call, GradientMask 
   if (done) return gradients;
   const CudaPath path = path_for(true, low_rank.dy, low_rank.x, call.weight, low_rank.lora_A,
                                  low_rank.lora_B, call.dropout);
+  if (prints_paths()) {
+    print_cuda_path("backward", low_rank.dy, call.lora_A, call.lora_B, call.dropout, path);
+  }
   const bool fused = path.kernels == Kernels::Fused;
   if (path.kernels == Kernels::Composed) {
     low_rank_backward_blas(low_rank);

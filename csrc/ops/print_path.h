@@ -1,0 +1,25 @@
+// LORA_EXT_PRINT_PATHS=1: which code lora_linear runs is printed once for each kind of call, to
+// stderr. `explain` tells of layers before they run, this of what ran.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <cstdint>
+#include <string>
+
+namespace lora_ext {
+
+// Whether it was asked for; read once.
+bool prints_paths();
+
+struct PathOfCall {
+  const char* pass;  // "forward" or "backward"
+  int64_t M, N, K, r;
+  at::ScalarType base, adapter;
+  bool dropout;
+};
+
+// Nothing where such a call was printed before.
+void print_path(const PathOfCall& call, const std::string& path, const std::string& reason);
+
+}  // namespace lora_ext
