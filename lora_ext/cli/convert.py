@@ -137,7 +137,15 @@ def _plain(loaded: LoadedAdapter, initial: Path, changes: list[str]) -> LoadedAd
 
     kind = loaded.config.get("init_lora_weights")
     if not isinstance(kind, (str, bool)) or not mutates_weight(kind):
-        raise WrongUse(f"--initial: its init_lora_weights is {kind!r}, expected pissa or olora")
+        hint = ""
+        if kind is True:
+            hint = (
+                " (PEFT wants True in the initial adapter only: write the kind back into this one)"
+            )
+        raise WrongUse(
+            f"--initial: the trained adapter's init_lora_weights is {kind!r}, expected pissa or "
+            f"olora{hint}"
+        )
     shapes = {key: tuple(tensor.shape) for key, tensor in loaded.tensors.items()}
     base: dict[str, Tensor] = {}
     for key, tensor in loaded.tensors.items():
