@@ -194,12 +194,20 @@ def did_you_mean(name: str, known: Collection[str]) -> str:
     return f"did you mean {near[0]}? " if near else ""
 
 
+# Fields that the package fills itself; taken by name, and suggested to nobody.
+_INTERNAL = frozenset(
+    "unknown_fields absent_fields weights blocks_of_lora_A blocks_of_lora_B "
+    "ungrouped_lora_A".split()
+)
+
+
 def check_names(where: str, names: Iterable[str], known: Collection[str]) -> None:
     """TypeError for the name of an argument that there is not."""
     for name in names:
         if name not in known:
-            hint = did_you_mean(name, known)
-            raise TypeError(f"{where}: {name}: unknown, {hint}expected some of {list(known)}")
+            said = [one for one in known if one not in _INTERNAL]
+            hint = did_you_mean(name, said)
+            raise TypeError(f"{where}: {name}: unknown, {hint}expected some of {said}")
 
 
 Kind = TypeVar("Kind", bound=type)

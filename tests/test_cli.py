@@ -58,11 +58,37 @@ def test_every_key_of_json_is_in_the_help(place: Path, tmp_path: Path) -> None:
         assert not run(name, *arguments, "--json").json().keys() - set(said), name
 
 
-def test_wrong_use() -> None:
-    for arguments in (["nothing"], ["inspect"], ["inspect", "/nowhere"], ["merge", "a"], ["-x"]):
-        found = run(*arguments)
-        assert found.code == 2 and "Error: " in found.err and not found.out, arguments
-    assert run("--version").code == 0
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("nothing", "No such command 'nothing'"),
+        ("-x", "No such option"),
+        ("inspect", "Missing argument 'FOLDER'"),
+        ("inspect /nowhere", "'/nowhere' does not exist"),
+        ("verify /nowhere", "'/nowhere' does not exist"),
+        ("verify . --model /nowhere", "'/nowhere' does not exist"),
+        ("diff /nowhere .", "'/nowhere' does not exist"),
+        ("merge a", "'a' does not exist"),
+        ("convert /nowhere out", "'/nowhere' does not exist"),
+        ("convert . out --dtype int4", "'int4' is not one of"),
+        ("convert . out --initial /nowhere", "'/nowhere' does not exist"),
+        ("explain /nowhere", "'/nowhere' does not exist"),
+        ("explain . --tokens many", "'many' is not a valid integer"),
+        ("info --all", "No such option"),
+        ("doctor here", "unexpected extra argument"),
+    ],
+)
+def test_wrong_use(arguments: str, says: str) -> None:
+    """One sentence, with --json beside the object that docs/cli.md promises."""
+    said = failed(*arguments.split(), code=2)
+    assert says in said and "--help` says what it takes" in said
+
+
+def test_what_only_looks_like_json(tmp_path: Path) -> None:
+    """A folder of that name, and the benchmark's own option."""
+    assert not run("inspect", "--", "--json").out
+    assert not run("bench", "--quick", "--full", "--json", tmp_path / "results").out
+    assert run("--version").code == 0 and run().code == 2 and "Usage: " in run().err + run().out
 
 
 def test_info() -> None:

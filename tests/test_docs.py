@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ BLOCKS = {
     if block not in [block for block, _ in QUICK_STARTS.values()]
 }
 
+# Pages whose blocks are pasted into one session, one after the other, with nothing else in it.
+IN_ORDER = ("README.md", "many_adapters.md")
+
 BLOCK, FORMER = "a block of the documentation", DeprecationWarning
 
 
@@ -55,18 +59,35 @@ def given() -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.skipif(not BLOCKS, reason="docs/ is not here: an installed copy is tested")
-@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
-def test_block(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def run_blocks(blocks: Iterable[str], names: dict[str, Any]) -> None:
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            exec(compile(block, BLOCK, "exec"), given())
+            for block in blocks:
+                exec(compile(block, BLOCK, "exec"), names)
     finally:
         fused.unpatch()
     former = [str(w.message) for w in caught if w.filename == BLOCK and w.category is FORMER]
     assert not former, former
+
+
+ALONE = {n: block for n, block in BLOCKS.items() if n.partition(":")[0] not in IN_ORDER}
+
+
+@pytest.mark.skipif(not BLOCKS, reason="docs/ is not here: an installed copy is tested")
+@pytest.mark.parametrize("block", ALONE.values(), ids=ALONE)
+def test_block(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_blocks([block], given())
+
+
+@pytest.mark.skipif(not BLOCKS, reason="docs/ is not here: an installed copy is tested")
+@pytest.mark.parametrize("page", IN_ORDER)
+def test_blocks_in_order(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = [block for name, block in BLOCKS.items() if name.startswith(f"{page}:")]
+    assert len(blocks) >= 3
+    run_blocks(blocks, {"__name__": "__main__"})
 
 
 @pytest.mark.skipif(not BLOCKS, reason="docs/ is not here: an installed copy is tested")

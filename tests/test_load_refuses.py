@@ -167,12 +167,15 @@ def test_initial_adapter_is_compared_with_the_model(tmp_path: Path) -> None:
     model = get_lora_model(nn.Sequential(nn.Linear(8, 8)), config)
     model.save_pretrained(tmp_path / "initial")
     option = {"path_initial_model_for_weight_conversion": tmp_path / "initial"}
+    initial = load_file(tmp_path / "initial" / WEIGHTS)
+    with torch.no_grad():
+        model.get_base_model()[0].lora_A.mul_(2)
     model.save_pretrained(tmp_path / "right", **option)
     for key in ("unknown", "base_model.model.0.lora_A.weight"):
         put(key, torch.zeros(64, 8))(tmp_path / "initial")
         message = refused(lambda: model.save_pretrained(tmp_path / "wrong", **option))
         assert key in message and not (tmp_path / "wrong").exists()
-        model.save_pretrained(tmp_path / "initial")
+        save_file(initial, tmp_path / "initial" / WEIGHTS, {"format": "pt"})
 
 
 def test_cache_of_the_hub_loads(good: Path, tmp_path: Path) -> None:

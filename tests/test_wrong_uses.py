@@ -78,6 +78,23 @@ def test_an_unknown_name_says_which_one_may_be_meant(
     assert str(caught.value).startswith(message)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: lora_ext.LoraConfig(nothing_like_it=1),
+        lambda: lora_ext.nn.Linear(4, 4).add_adapter("a", nothing_like_it=1),
+        lambda: lora_ext.replace_linear(nn.Sequential(nn.Linear(4, 4)), ["0"], nothing_like_it=1),
+    ],
+    ids=["LoraConfig", "add_adapter", "replace_linear"],
+)
+def test_what_the_package_fills_itself_is_not_suggested(call: Callable[[], Any]) -> None:
+    with pytest.raises(TypeError, match="nothing_like_it: unknown, expected some of") as caught:
+        call()
+    internal = ("unknown_fields", "absent_fields", "'weights'", "blocks_of", "ungrouped_lora_A")
+    assert "'lora_alpha'" in str(caught.value) and "'use_dora'" in str(caught.value)
+    assert not any(name in str(caught.value) for name in internal)
+
+
 def test_a_dict_with_an_unknown_name_says_so() -> None:
     with pytest.warns(UserWarning, match=r"\['rank'\].*did you mean r\?$"):
         LoraConfig.from_dict({"rank": 4})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -48,7 +47,7 @@ def replace_linear(
         The names that were swapped, in the order of `model.named_modules()`.
 
     Raises:
-        ValueError: nothing matched, or a match is not exactly an nn.Linear.
+        ValueError: nothing matched, or a match is not exactly an nn.Linear; r is below 1.
         TypeError: model is not a module.
     """
     check_module("replace_linear", "model", model)
@@ -67,8 +66,7 @@ def replace_linear(
     for module in chosen.values():
         if id(module) not in replacements:
             layer = Linear.from_linear(module, r=0)
-            if not (isinstance(r, numbers.Integral) and r == 0):
-                transaction.draft(layer).add_adapter(name, **options)
+            transaction.draft(layer).add_adapter(name, **options)
             replacements[id(module)] = layer
     names = swap_modules(model, replacements, transaction)
     warn_of_unused_names("replace_linear", target_modules, modules)

@@ -6,6 +6,7 @@ works where `import lora_ext` fails.
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,36 +17,49 @@ INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         import click
     except ModuleNotFoundError as error:
         if error.name != "click":
             raise
-        return _fail("click is not installed, which the command line needs: pip install click")
+        need = "click is not installed, which the command line needs: pip install click"
+        return _fail(need, WRONG_USE, arguments)
     from lora_ext.cli.errors import sentence, wants_traceback
     from lora_ext.cli.program import program
 
-    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
             result = program.main(list(arguments), prog_name="lora-ext", standalone_mode=False)
             return result if isinstance(result, int) else OK
     except click.ClickException as error:
-        error.show()
-        return error.exit_code
+        if type(error).__name__ == "NoArgsIsHelpError":  # of click 8.2 and newer: shows the help
+            error.show()
+            return error.exit_code
+        return _fail(sentence(error), error.exit_code, arguments)
     except (click.Abort, KeyboardInterrupt):
-        _say("interrupted")
-        return INTERRUPTED
+        return _fail("interrupted", INTERRUPTED, arguments)
     except Exception as error:
         if wants_traceback(arguments):
+            _answer(sentence(error), arguments)
             raise
-        return _fail(sentence(error), NO)
+        return _fail(sentence(error), NO, arguments)
 
 
-def _fail(text: str, code: int = WRONG_USE) -> int:
+def _fail(text: str, code: int, arguments: Sequence[str]) -> int:
+    _answer(text, arguments)
     _say(text)
     return code
+
+
+def _answer(text: str, arguments: Sequence[str]) -> None:
+    """The error as an object, where --json asks for one, also of a command line that is refused."""
+    options = list(arguments)
+    options = options[: options.index("--")] if "--" in options else options
+    command = next((one for one in options if not one.startswith("-")), "")
+    if "--json" in options and command != "bench":
+        print(json.dumps({"error": text}, indent=2), flush=True)
 
 
 def _say(text: str) -> None:

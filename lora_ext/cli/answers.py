@@ -11,8 +11,6 @@ from typing import Any
 
 import click
 
-from lora_ext.cli.errors import sentence
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -30,17 +28,12 @@ class Answer:
 
 def telling(command: Callable[..., Answer]) -> Callable[..., int]:
     """A command's function, which returns an Answer, with --json; the exit code is what it
-    returns then."""
+    returns then. What it raises is `main`'s to tell."""
 
     @click.option("--json", "as_json", is_flag=True, help="Answer with one JSON object.")
     @functools.wraps(command)
     def run(*args: Any, as_json: bool, **kwargs: Any) -> int:
-        try:
-            answer = command(*args, **kwargs)
-        except Exception as error:
-            if as_json:
-                print_json({"error": sentence(error)})
-            raise
+        answer = command(*args, **kwargs)
         if as_json:
             print_json(answer.data)
         else:

@@ -11,6 +11,7 @@ import click
 from lora_ext.cli.answers import Answer, size, telling
 from lora_ext.cli.errors import WrongUse
 from lora_ext.cli.formats import FORMATS, LoadedAdapter, recognised
+from lora_ext.cli.verify import PAIRS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -136,19 +137,27 @@ def _plain(loaded: LoadedAdapter, initial: Path, changes: list[str]) -> LoadedAd
 
     kind = loaded.config.get("init_lora_weights")
     if not isinstance(kind, (str, bool)) or not mutates_weight(kind):
-        raise WrongUse(f"--initial: its init_lora_weights is {kind!r}, expected pissa or olora")
+        hint = ""
+        if kind is True:
+            hint = (
+                " (PEFT wants True in the initial adapter only: write the kind back into this one)"
+            )
+        raise WrongUse(
+            f"--initial: the trained adapter's init_lora_weights is {kind!r}, expected pissa or "
+            f"olora{hint}"
+        )
     shapes = {key: tuple(tensor.shape) for key, tensor in loaded.tensors.items()}
     base: dict[str, Tensor] = {}
     for key, tensor in loaded.tensors.items():
         if "lora_" not in key:
             base[key.removeprefix(PREFIX).replace(".base_layer", "")] = torch.empty_like(tensor)
     for name, parts in adapted_modules(shapes).items():
-        ends = ("lora_A.weight", "lora_B.weight")
-        if not {*ends} <= parts or f"{name}.weight" in base:
-            continue
-        A, B = (shapes[f"{PREFIX}{name}.{end}"] for end in ends)
-        # Never written, so that it takes no memory.
-        base[f"{name}.weight"] = torch.empty(B[0], *A[1:])
+        for ends in PAIRS:
+            if not {*ends} <= parts or f"{name}.weight" in base:
+                continue
+            A, B = (shapes[f"{PREFIX}{name}.{end}"] for end in ends)
+            size = (B[0], *A[1:]) if ends == PAIRS[0] else (A[1], B[0])
+            base[f"{name}.weight"] = torch.empty(size)  # never written: it takes no memory
     with tempfile.TemporaryDirectory(prefix="lora_ext-") as place:
         # Not initialised again, which would factorise weights that are not there.
         fields = {**loaded.config, "init_lora_weights": True}
@@ -156,6 +165,7 @@ def _plain(loaded: LoadedAdapter, initial: Path, changes: list[str]) -> LoadedAd
         model = LoraModel.from_pretrained(
             model_of(base, shapes, "the adapter"), Path(place, "in"), autocast_adapter_dtype=False
         )
+        model.peft_config["default"].init_lora_weights = kind  # which `initial` is compared with
         model.save_pretrained(
             Path(place, "out"), path_initial_model_for_weight_conversion=str(initial)
         )

@@ -13,16 +13,16 @@ _LONGEST = 900
 
 
 class WrongUse(click.ClickException):
-    """What cannot be done as it was asked, exit code 2; without the line of usage."""
+    """What cannot be done as it was asked, exit code 2."""
 
     exit_code = 2
-
-    def show(self, file: object = None) -> None:
-        click.echo(f"lora-ext: {self.message}", err=True)
 
 
 def sentence(error: Exception) -> str:
     """An error's text on one line."""
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        text = " ".join(error.format_message().split())
+        return f"{text.removesuffix('.')}; `{error.ctx.command_path} --help` says what it takes"
     if isinstance(error, click.ClickException):
         return error.message
     if isinstance(error, MemoryError):

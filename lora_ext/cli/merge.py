@@ -13,6 +13,7 @@ import click
 
 from lora_ext.cli.answers import Answer, counted, size, telling
 from lora_ext.cli.errors import WrongUse
+from lora_ext.cli.models import INDEX, WEIGHTS
 from lora_ext.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
     from lora_ext.adapters import LoraModel
 
-INDEX = "model.safetensors.index.json"
-WEIGHTS = "model.safetensors"
 MODEL_HEADER = 32 << 20  # bytes; hundreds of thousands of tensors
 # Weights in any format, which the merged model has instead.
 _WEIGHT_SUFFIXES = frozenset(
@@ -79,12 +78,12 @@ def _merge_model(base: Path, adapter: Path, out: Path) -> list[str]:
     check_memory(sum(one.stat().st_size for one in base.glob("*.safetensors")), f"loading {base}")
     with progress(f"Loading {base}"):
         model, missing = models.load(base, task)
+    kind, every = type(model).__name__, [name for name, _ in model.named_parameters()]
     with progress(f"Loading {adapter}"):
         lora = LoraModel.from_pretrained(model, adapter)
-    own = tuple(f"{name}." for name, _ in lora.saved_modules())
-    lost = sorted(name for name in missing if not name.startswith(own))
+    lost = models.not_in_adapter(missing, lora)
     if lost:
-        raise ValueError(f"{base}: has no values for '{lost[0]}'; the model's files are incomplete")
+        raise ValueError(models.say_missing(base, kind, lost, every, missing))
     layers = _merge(lora)
     with new_folder(out) as folder, progress(f"Writing {out}"):
         lora.get_base_model().save_pretrained(folder)  # type: ignore[operator]

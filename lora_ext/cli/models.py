@@ -3,8 +3,10 @@ pickle is read, and no code of the folder is run."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,11 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from lora_ext.adapters import LoraModel
+
 CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
 # Of a PEFT task: an adapter for it has this head, whatever the base's files are of.
 _HEADS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -66,17 +72,111 @@ def load(folder: Path, task: str | None = None) -> tuple[nn.Module, set[str]]:
     if (folder / "adapter_config.json").exists():
         raise WrongUse(f"{folder} is an adapter, expected the folder of a model; swap the two?")
     config = _config(folder)
+    _check_weights(folder)
+    model, found = _from_files(config, folder, task, dtype="auto")
+    wrong = sorted(found["mismatched_keys"], key=str)
+    if wrong:
+        name, in_file, expected = wrong[0]
+        raise ValueError(
+            f"{folder}: '{name}' has shape {list(in_file)} in its files and {list(expected)} by "
+            f"its {CONFIG}: they are of different models"
+        )
+    return model, set(found["missing_keys"])
+
+
+def names_missing(folder: Path, task: str | None = None) -> set[str] | None:
+    """The names of parameters that the folder's files do not have, without their values; None
+    where there are no files, or transformers cannot tell (for which it wants accelerate).
+
+    Raises:
+        ValueError: a file is damaged, or there is none of a name in the index.
+    """
+    if not _check_weights(folder) or importlib.util.find_spec("accelerate") is None:
+        return None
+    try:
+        _, found = _from_files(_config(folder), folder, task, device_map="meta")
+    except Exception:  # of a base in a quantised format, say, which takes another package
+        return None
+    return set(found["missing_keys"])
+
+
+def not_in_adapter(missing: Collection[str], lora: LoraModel) -> list[str]:
+    """Those of the names that the adapter has no values for either."""
+    own = tuple(f"{name}." for name, _ in lora.saved_modules())
+    return [name for name in missing if not name.startswith(own)]
+
+
+def say_missing(
+    folder: Path, kind: str, lost: Collection[str], every: Collection[str], missing: Collection[str]
+) -> str:
+    """What it means that neither base nor adapter has some parameters: the files are incomplete,
+    or the model's class has a part that the class of the files has not.
+
+    Args:
+        kind: the name of the model's class.
+        lost: the names of the parameters.
+        every: those of all parameters of the model.
+        missing: those that the base's files do not have.
+    """
+    first = min(lost)
+    says = f"{folder}: has no values for '{first}' ({len(lost)} such in all)"
+    parts = first.split(".")
+    wrote = getattr(_config(folder), "architectures", None) or []
+    for count in range(1, len(parts) if kind not in wrote else 0):
+        module = ".".join(parts[:count]) + "."
+        if all(name in missing for name in every if name.startswith(module)):
+            return (
+                f"{says}, and neither has the adapter: transformers starts them at random each "
+                f"time, so what the adapter learned beside them is lost; train with "
+                f"modules_to_save=['{parts[count - 1]}'], so that they are saved with the adapter"
+            )
+    return f"{says}; the model's files are incomplete"
+
+
+def _from_files(
+    config: Any, folder: Path, task: str | None, **options: Any
+) -> tuple[nn.Module, dict[str, Any]]:
     with _quiet():
         model, found = _kind(config, folder, task).from_pretrained(
             folder,
             config=config,
-            dtype="auto",
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told by the caller, better
+            **options,
         )
-    return model, set(found["missing_keys"])
+    return model, found
+
+
+def _check_weights(folder: Path) -> list[Path]:
+    """The folder's files of weights, each of which is whole; transformers would not say which is
+    not, and after reading others."""
+    from safetensors import SafetensorError, safe_open
+
+    index, paths = folder / INDEX, [folder / WEIGHTS]
+    if not paths[0].is_file():
+        paths = []
+        if index.is_file():
+            try:
+                names = set(json.loads(index.read_bytes())["weight_map"].values())
+                paths = [folder / str(name) for name in sorted(names)]
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                raise ValueError(
+                    f"{index}: is no index of weights ({error}); the file is damaged"
+                ) from None
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{path}: is not there, which {INDEX} names; files are missing")
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path}: {error}; the file is damaged, or not all of it was copied"
+            ) from None
+    return paths
 
 
 def _config(folder: Path) -> Any:

@@ -45,7 +45,7 @@ class Problem:
 def verify(folder: Path, model: Path | None) -> Answer:
     """Check the adapter in FOLDER: the files are whole, the config is understood, keys, shapes and
     ranks are what the config says, no value is NaN or Inf. With --model also that it can be loaded
-    into that model.
+    into that model, and a note where neither of the two has the values of a layer.
 
     Exit code 1 if there is a problem.
 
@@ -71,8 +71,11 @@ def verify(folder: Path, model: Path | None) -> Answer:
     if facts or not problems:
         problems += _contents(facts, config)
         notes += _notes(facts, config)
+    by_names = False
     if model is not None and not problems:
-        problems += _model(folder, model)
+        unfit, unsaved, by_names = _model(folder, model)
+        problems += unfit
+        notes += unsaved
     data = {
         "folder": str(folder),
         "model": None if model is None else str(model),
@@ -82,15 +85,13 @@ def verify(folder: Path, model: Path | None) -> Answer:
         "tensors": len(facts),
         "bytes": sum(one.bytes for one in facts),
     }
-    return Answer(data, _text(folder, model, problems, notes, len(facts)), ok=not problems)
+    fits = "" if model is None else f", and fits {model}{'' if by_names else ' by its config.json'}"
+    return Answer(data, _text(folder, fits, problems, notes, len(facts)), ok=not problems)
 
 
-def _text(
-    folder: Path, model: Path | None, problems: list[Problem], notes: list[str], count: int
-) -> str:
+def _text(folder: Path, fits: str, problems: list[Problem], notes: list[str], count: int) -> str:
     lines = [f"PROBLEM  {p.kind}: {p.where + ': ' if p.where else ''}{p.says}" for p in problems]
     lines = list(map(one_line, [*lines, *(f"note     {note}" for note in notes)]))
-    fits = f", and fits {model}" if model is not None else ""
     well = f"{counted(count, 'tensor')}, all is well{fits}"
     lines.append(f"{folder}: {counted(len(problems), 'problem') if problems else well}")
     return "\n".join(lines)
@@ -199,15 +200,22 @@ def _notes(facts: list[TensorFacts], config: LoraConfig | None) -> Iterator[str]
         yield "the config does not say for which base it is (base_model_name_or_path)"
 
 
-def _model(folder: Path, model: Path) -> Iterator[Problem]:
+def _model(folder: Path, model: Path) -> tuple[list[Problem], list[str], bool]:
+    """Problems, notes, and whether the names in the model's files were looked at."""
     from lora_ext.adapters import LoraModel
+    from lora_ext.cli import models
     from lora_ext.cli.adapters import task_of, without_initialisation
-    from lora_ext.cli.models import outline
 
+    task = task_of(folder)
     with progress(f"Fitting {folder} into {model}"):
-        base = outline(model, task_of(folder))
+        base = models.outline(model, task)
+        kind, every = type(base).__name__, [name for name, _ in base.named_parameters()]
         try:
             with without_initialisation(folder) as plain:
-                LoraModel.from_pretrained(base, plain)
+                lora = LoraModel.from_pretrained(base, plain)
+            missing = models.names_missing(model, task)
         except ValueError as error:
-            yield Problem("model", "", sentence(error))
+            return [Problem("model", "", sentence(error))], [], False
+    lost = models.not_in_adapter(missing or (), lora)
+    notes = [models.say_missing(model, kind, lost, every, missing or ())] if lost else []
+    return [], notes, missing is not None

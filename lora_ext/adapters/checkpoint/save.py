@@ -20,6 +20,7 @@ from lora_ext.adapters.checkpoint.base_tensors import (
     targets_embeddings,
     was_resized,
 )
+from lora_ext.adapters.checkpoint.initial import of_twice_the_rank, without_initial
 from lora_ext.adapters.checkpoint.keys import (
     PREFIX,
     layers_in_file,
@@ -29,13 +30,10 @@ from lora_ext.adapters.checkpoint.keys import (
 from lora_ext.adapters.checkpoint.plain_lora import plain_lora
 from lora_ext.adapters.checkpoint.savable import check_adapter, check_tensors
 from lora_ext.adapters.checkpoint.values import values_of
-from lora_ext.adapters.combine.tensors import Adapter, alpha_factor, subtract_mutated_init
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.names import unwrapped
 from lora_ext.arguments import as_flag, as_path, former_names, names_of, warn
-from lora_ext.errors import AdapterFileError
-from lora_ext.io.adapter_file import TensorSpec
-from lora_ext.io.adapter_folder import check_adapter_files, open_adapter, save_adapters
+from lora_ext.io.adapter_folder import check_adapter_files, save_adapters
 from lora_ext.nn.adapter import DEFAULT
 from lora_ext.nn.sharded import by_first_process, has_shards, whole
 
@@ -117,8 +115,9 @@ def save_pretrained(
     Args:
         selected_adapters: all, if None.
         path_initial_model_for_weight_conversion: the folder of the adapter as it was right after an
-            initialisation that changed the base's weights ("pissa", "olora"). What is written then
-            is a plain adapter of twice the rank for the original weights.
+            initialisation that changed the base's weights ("pissa", "olora"), saved before the
+            first step. What is written then is a plain adapter of twice the rank for the original
+            weights. A folder that is certainly another one is refused.
         as_plain_lora: writes the adapters of `MergedLinear`, and of single projections of
             `MultiheadAttention`, which PEFT has no keys for, as plain ones of the whole layer, of r
             times the number of slices, that do the same; rank_pattern and alpha_pattern say so. To
@@ -131,7 +130,8 @@ def save_pretrained(
             ZeRO-3, on "meta", in layers that were replaced since), or its config does not fit the
             model, or it was combined of adapters whose initialisation changed the base;
             as_plain_lora with a conversion of the initialisation, or for an attention with kdim or
-            vdim other than embed_dim. Nothing is written then.
+            vdim other than embed_dim; the initial adapter is not the one that this was trained
+            from. Nothing is written then.
         AdapterFileError: NaN or Inf; the initial adapter's files are damaged or do not fit.
     """
     folder = as_path(save_directory, "save_pretrained", "save_directory")
@@ -202,8 +202,9 @@ def _files_of(
     check_adapter(model, name, config)
     tensors = adapter_state_dict(model, name, save_embedding_layers=save_embedding_layers)
     if initial is not None:
-        tensors = _subtract_initial(model, name, tensors, initial)
-        config = _of_twice_the_rank(config)
+        known = adapter_state_dict(model, name, save_embedding_layers=True)
+        tensors = without_initial(model, name, config, tensors, known, initial)
+        config = of_twice_the_rank(config)
     if as_plain_lora:
         config, tensors = plain_lora(model, name, config, tensors)
     fields = config.to_file()
@@ -227,43 +228,3 @@ def _is_scaled(model: AdaptedModel, adapter_name: str) -> bool:
         not math.isclose(layer.get_scale(adapter_name), layer.adapters[adapter_name].scaling)
         for _, layer in model.layers_with(adapter_name)
     )
-
-
-def _subtract_initial(
-    model: AdaptedModel, adapter_name: str, tensors: dict[str, Tensor], folder: Path
-) -> dict[str, Tensor]:
-    """The tensors with each adapter replaced by what it does beyond its initial state."""
-    known = adapter_state_dict(model, adapter_name, save_embedding_layers=True)
-    with open_adapter(folder) as files:
-        present = files.header().keys() & known.keys()
-        shapes = {k: tuple(v.shape) for k, v in known.items() if k in present or k in tensors}
-        initial = files.tensors({key: TensorSpec(shape) for key, shape in shapes.items()})
-    result = dict(tensors)
-    for name, layer in layers_in_file(model, adapter_name):
-        scaling = layer.adapters[adapter_name].scaling
-        for prefix in layer.PREFIXES:
-            if f"{prefix}lora_A" not in layer.parts(adapter_name):
-                continue
-            A, B = (
-                f"{PREFIX}{name}.{layer.PEFT_NAMES[prefix + part]}" for part in ("lora_A", "lora_B")
-            )
-            if A not in initial or B not in initial:
-                raise AdapterFileError(f"{folder}: has no {A if A not in initial else B}")
-            pairs = [
-                Adapter(values[A].to(tensors[A]), values[B].to(tensors[B]), scaling)
-                for values in (tensors, initial)
-            ]
-            both = subtract_mutated_init(*pairs)
-            result[A], result[B] = both.lora_A, both.lora_B
-    return result
-
-
-def _of_twice_the_rank(config: LoraConfig) -> LoraConfig:
-    factor = alpha_factor(config.use_rslora)
-    config.init_lora_weights = True
-    config.r, config.lora_alpha = 2 * config.r, factor * config.lora_alpha
-    config.rank_pattern = {name: 2 * r for name, r in (config.rank_pattern or {}).items()}
-    config.alpha_pattern = {
-        name: factor * alpha for name, alpha in (config.alpha_pattern or {}).items()
-    }
-    return config
