@@ -315,9 +315,6 @@ LAUNCHES = {
     "no wait for the kernel before": (
         "elementwise.h", "arch::wait_for_previous_kernel();", "",
     ),
-    "float adapters: a remainder that the product does not reach": (
-        "lora_linear_run.h", "first.a.columns *= 2;", "",
-    ),
     "float adapters: h once, beside nothing": (
         "lora_linear_elementwise.h", "`copy < params.copies`; ++copy", "copy < 1",
     ),

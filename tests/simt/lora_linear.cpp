@@ -148,10 +148,10 @@ void backward(const Arguments& a) {
 template <class F>
 void with_types(const std::string& types, const F& f) {
   if (types == "bf16") return f(Bf16{}, Bf16{});
-#if defined(SM80_BF16_ONLY)
-  throw simt::Error("built for bf16 only");
-#else
   if (types == "bf16-fp32") return f(Bf16{}, float{});
+#if defined(SM80_BF16_ONLY)
+  throw simt::Error("built for a base of bf16 only");
+#else
   if (types == "fp16") return f(Fp16{}, Fp16{});
   f(Fp16{}, float{});
 #endif
