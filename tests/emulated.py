@@ -118,6 +118,7 @@ class Launch(NamedTuple):
     mma: int  # mma.sync instructions of warps
     tma_bytes: int  # that TMA wrote to shared memory
     wgmma: int  # wgmma instructions of warpgroups
+    tma_read_bytes: int  # that TMA read for those, once for all blocks of a cluster
 
 
 @dataclass
@@ -199,7 +200,7 @@ class EmulatedKernels:
 
     def take_launches(self) -> list[Launch]:
         """Of each launch since the last call."""
-        counts = ((ctypes.c_int64 * 4) * MOST_LAUNCHES)()
+        counts = ((ctypes.c_int64 * len(Launch._fields)) * MOST_LAUNCHES)()
         return [
             Launch(*counts[i]) for i in range(self.library.take_launches(MOST_LAUNCHES, counts))
         ]

@@ -35,7 +35,7 @@ OPTIONS = {
 
 def check_instructions(launches: list[Launch], tma: list[bool]) -> None:
     """Which of the launches that copy and multiply do it by TMA and wgmma, and nothing else."""
-    busy = [launch for launch in launches if launch != (0, 0, 0, 0)]
+    busy = [launch for launch in launches if any(launch)]
     for launch, wanted in zip(busy, tma, strict=True):
         assert (launch.tma_bytes > 0, launch.wgmma > 0) == (wanted, wanted)
         assert (launch.copied_bytes + launch.mma == 0) == wanted

@@ -74,10 +74,38 @@ PRODUCTS = {
             "ring_sm90.h", "slot = 0, parity ^= 1;", "slot = 0;",
         ),
         "sm90: a slot that is not released": (
-            "product_sm90.h", "arch::mbarrier_arrive(ring.empty(held));", "{}",
+            "product_sm90.h", "if (`held >= 0` && lane < cluster.size)", "false",
         ),
         "sm90: a slot released by too few warps": (
-            "product_sm90.h", "Shape::kMultipliers * kWarpgroup / 32", "1",
+            "product_sm90.h", "`Shape::kMultipliers * kWarpgroup / 32` * cluster.size", "1",
+        ),
+        "sm90: a slot released by the warps of one block of two": (
+            "product_sm90.h", "&& lane < `cluster.size`", "1",
+        ),
+        "sm90: a slot released twice to the same block": (
+            "product_sm90.h", "arch::cluster_address(ring.empty(held), `lane`)",
+            "arch::cluster_rank()",
+        ),
+        "sm90: a share of the weight for one block alone": (
+            "product_sm90.h", "`(1u << cluster.size) - 1`", "1u << cluster.rank",
+        ),
+        "sm90: the same share of the weight from both blocks": (
+            "product_sm90.h", "const int skipped = `cluster.rank` *", "0",
+        ),
+        "sm90: shares of the weight in the wrong rows": (
+            "product_sm90.h", "load_B(params.b[segment], b, full, k, `n + skipped`, cluster);", "n",
+        ),
+        "sm90: shares of a transposed weight in the wrong rows": (
+            "product_sm90.h", "full, n + column, `k + skipped`, cluster", "k",
+        ),
+        "sm90: an end that waits for no release": (
+            "product_sm90.h", "`slot < ring.count`; ++slot", "false",
+        ),
+        "sm90: both blocks at the same rows": (
+            "tile_walk.h", "at.row * size + `rank`", "0",
+        ),
+        "sm90: a box as if there were no cluster": (
+            "launch_product_sm90.h", "kBoxRows<kMajorB> / `cluster`", "1",
         ),
         "sm90: a slot released while it is read": (
             "product_sm90.h", "release();\n          held = at.slot;",
@@ -102,7 +130,10 @@ PRODUCTS = {
             "product_sm90.h", "arch::fence_mbarrier_init();", "",
         ),
         "sm90: no barrier after the barriers are made": (
-            "product_sm90.h", "__syncthreads();", "",
+            "product_sm90.h", "arch::cluster_sync();", "",
+        ),
+        "sm90: a barrier of one block after the barriers are made": (
+            "product_sm90.h", "arch::cluster_sync();", "__syncthreads();",
         ),
         "sm90: no fence before wgmma": (
             "product_sm90.h", "arch::wgmma_fence();", "",
@@ -158,7 +189,7 @@ PRODUCTS = {
             "product_sm90.h", "`Shape::kK * kRowBytes`,", "kRowBytes",
         ),
         "sm90: tiles left out": (
-            "tile_walk.h", "index / (kBand * columns) * kBand", "0",
+            "tile_walk.h", "index / (band * columns) * band", "0",
         ),
         "sm90: no wait for the kernel before": (
             "product_sm90.h", "arch::wait_for_previous_kernel();", "",

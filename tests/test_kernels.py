@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from emulated import COMPLETIONS, GPUS, TYPES, EmulatedKernels
+from emulated import COMPLETIONS, GPUS, TYPES, EmulatedKernels, Launch
 from kernel_checks import OPTIONS, Options, check
 from problems import make_problem, rms
 
@@ -337,10 +337,10 @@ def test_what_is_recorded_is_what_runs(
     assert sizes is not None
     rows, columns = (int(sizes[1]), int(sizes[2])) if family == "sm80" else (128, int(sizes[1]))
     tiles = -(-M // rows) * -(-N // columns)
-    # A block for each tile on sm_80; on sm_90 one for each of the three multiprocessors.
-    assert product.grid == (tiles if family == "sm80" else min(tiles, 3), 1, 1)
-    threads = 256 if family == "sm80" else 384
-    assert (product.block, product.cluster) == (threads, 1) and product.shared_bytes > 48 * 1024
+    # A block for each tile on sm_80; on sm_90 one for each of two neighbouring multiprocessors.
+    assert product.grid == (tiles if family == "sm80" else min(tiles, 2), 1, 1)
+    wanted = (256, 1) if family == "sm80" else (384, 2)
+    assert (product.block, product.cluster) == wanted and product.shared_bytes > 48 * 1024
     assert product.dependent == (family == "sm90")
 
 
@@ -374,7 +374,7 @@ def test_traffic_and_operations(kernels: EmulatedKernels, r: int) -> None:
     _, h = kernels.forward(x, weight, None, A, B)
     down, finish, product = kernels.take_launches()
     assert down.copied_bytes == 2 * (M * K + rows * r * K)
-    assert finish == (0, 0, 0, 0)
+    assert not any(finish)
     assert product.copied_bytes == 2 * (
         columns * M * K + rows * N * K + columns * M * padded + rows * N * r
     )
@@ -385,7 +385,7 @@ def test_traffic_and_operations(kernels: EmulatedKernels, r: int) -> None:
     h_and_rest, blocks = 2 * M * r, -(-K // 128)  # read by each block of columns
     assert up.copied_bytes == 2 * (M * N + rows * N * r + h_and_rest)
     assert down.copied_bytes == 2 * (M * K + blocks * h_and_rest)
-    assert pack == reduce_a == reduce_b == finish == (0, 0, 0, 0)
+    assert not any(map(any, (pack, reduce_a, reduce_b, finish)))
     assert product.copied_bytes == 2 * (
         x_columns * M * N + rows * N * K + x_columns * M * padded + rows * r * K
     )
@@ -395,19 +395,19 @@ def test_traffic_and_operations(kernels: EmulatedKernels, r: int) -> None:
 @pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("r", [16, 24, 64, 80])
 @pytest.mark.parametrize(
-    ("M", "N", "K", "width"),
-    [(37, 72, 136, 64), (200, 72, 272, 128), (37, 512, 512, 256)],
-    ids=["64", "128", "256"],
+    ("M", "N", "K"), [(37, 72, 136), (200, 72, 272), (37, 512, 512)], ids=["64", "two", "256"]
 )
 def test_sm90_traffic_and_operations(
-    kernels: EmulatedKernels, M: int, N: int, K: int, width: int, r: int, adapter_dtype: torch.dtype
+    kernels: EmulatedKernels, M: int, N: int, K: int, r: int, adapter_dtype: torch.dtype
 ) -> None:
     """TMA brings a tile of A and one of B for each 64 of k, and for each 64 of the rank; the rank
-    costs ceil(r / 16) steps of wgmma. Float adapters are two matrices, one up to rank 32."""
+    costs ceil(r / 16) steps of wgmma. Float adapters are two matrices, one up to rank 32. What two
+    rows of tiles share of B is read once where a cluster is worth it."""
     p = make_problem((M,), K, N, r, dtype=torch.bfloat16, adapter_dtype=adapter_dtype, bias=False)
     x, weight, _, A, B, _ = (t if t is None else t.detach() for t in p.operands)
-    kernels.gpu(90, 3)
+    kernels.gpu(90, 4)
     kernels.take_launches()
+    kernels.take_recorded()
     _, h = kernels.forward(x, weight, None, A, B)
     product = kernels.take_launches()[-1]
 
@@ -418,17 +418,21 @@ def test_sm90_traffic_and_operations(
     if adapter_dtype == torch.float32:
         rank, matrices = (2 * rank, 1) if r <= 32 else (rank, 2)
     rank_stages, rank_steps = matrices * steps(rank, 64), matrices * steps(rank, 16)
-    tiles = steps(M, 128) * steps(N, width)
-    assert product.tma_bytes == tiles * (steps(K, 64) + rank_stages) * 2 * 64 * (128 + width)
-    assert product.wgmma == tiles * 2 * (steps(K, 16) + rank_steps)  # two warpgroups
-    assert (product.copied_bytes, product.mma) == (0, 0)
 
+    def check(product: Launch, columns: int, depth: int) -> None:
+        recorded = kernels.take_recorded()[-1]
+        cluster, width = recorded.cluster, int(re.search(r"Shape<(\d+)", recorded.kernel)[1])
+        assert cluster == (2 if M > 128 else 1)
+        tiles = steps(M, 128) * steps(columns, width)
+        stages = tiles * (steps(depth, 64) + rank_stages) * 2 * 64
+        assert product.tma_bytes == stages * (128 + width)
+        assert product.tma_read_bytes == stages * (128 + width // cluster)
+        assert product.wgmma == tiles * 2 * (steps(depth, 16) + rank_steps)  # two warpgroups
+        assert (product.copied_bytes, product.mma) == (0, 0)
+
+    check(product, N, K)
     kernels.backward(p.dy, x, h, weight, A, B)
-    product = kernels.take_launches()[-1]
-    tiles = steps(M, 128) * steps(K, width)
-    assert product.tma_bytes == tiles * (steps(N, 64) + rank_stages) * 2 * 64 * (128 + width)
-    assert product.wgmma == tiles * 2 * (steps(N, 16) + rank_steps)
-    assert (product.copied_bytes, product.mma) == (0, 0)
+    check(kernels.take_launches()[-1], K, N)
 
 
 @pytest.mark.parametrize(("r", "width"), [(8, 16), (24, 32), (64, 64)])

@@ -141,7 +141,8 @@ class Timer:
         counts, card, scenario = self._kernel(name), self.card, self.scenario
         width = int(re.search(r"ProductShape<(\d+)", name)[1])  # type: ignore[index]
         columns, depth, ranks = self._depths()
-        tiles = math.ceil(self.call.M / TILE_SM90) * math.ceil(columns / width)
+        rows = math.ceil(math.ceil(self.call.M / TILE_SM90) / launch.cluster) * launch.cluster
+        tiles = rows * math.ceil(columns / width)
         tensor = 2 * TILE_SM90 * width * 64 / card.flops_per_cycle
         # Rows that are not there are zeros of TMA's, which nobody reads. Blocks of a cluster lie
         # along M, and share what is read of B.

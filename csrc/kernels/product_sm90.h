@@ -1,6 +1,9 @@
 // The product of several segments (lora_linear_passes.h) for sm_90a: one warp copies tiles with TMA
 // into a ring of shared memory, two warpgroups multiply them with wgmma, and blocks stay for all
-// their tiles, so that the ring is filled for the next tile while the last one is stored.
+// their tiles, so that the ring is filled for the next tile while the last one is stored. The
+// blocks of a cluster have the same columns of the result: each reads its share of B for all of
+// them, since L2 does not feed the tensor cores of all multiprocessors with whole tiles (fast.cu,
+// Pranjal Shankhdhar, 2024).
 #pragma once
 
 #include "epilogue_sm90.h"
@@ -21,6 +24,11 @@ struct ProductParams {
   int64_t M, N;
 };
 
+// The size of the running block's cluster, and which of its blocks it is.
+struct Cluster {
+  int size, rank;
+};
+
 template <int kTileN, int kStages>
 struct ProductShape {
   static constexpr int kM = 128, kN = kTileN, kK = kRowBytes / 2;
@@ -29,6 +37,8 @@ struct ProductShape {
   static constexpr int kRing = kStages;
   static constexpr int kABytes = kM * kRowBytes, kBBytes = kN * kRowBytes;
   static constexpr int kStageBytes = kABytes + kBBytes;
+  template <Major kMajorB>  // of a box of B: one, or one for every 64 columns
+  static constexpr int kBoxRows = kMajorB == Major::kK ? kN : kK;
   static constexpr int kBoxes = kRing * kStageBytes;  // where the tile's way out begins
   static constexpr int kBarriers = kBoxes + kMultipliers * 4 * StoreBoxes<kN>::kWarpBytes;
   static constexpr int kSharedBytes = kBarriers + kRing * 16;
@@ -45,33 +55,52 @@ struct ProductTile {
 
   // What is outside of a matrix arrives as zero and counts as much.
   LORA_EXT_DEVICE static void load(const ProductParams<T>& params, int segment, uint32_t stage,
-                                   uint32_t full, int m, int n, int k) {
+                                   uint32_t full, int m, int n, int k, Cluster cluster) {
     arch::mbarrier_arrive_expect_tx(full, Shape::kStageBytes);
     arch::tma_load_2d(stage, params.a[segment], full, k, m);
-    const uint32_t b = stage + Shape::kABytes;
+    // A box of B has kBoxRows rows; this block's share begins `skipped` rows into it.
+    const int skipped = cluster.rank * Shape::template kBoxRows<kMajorB> / cluster.size;
+    const uint32_t b = stage + static_cast<uint32_t>(Shape::kABytes + skipped * kRowBytes);
     if constexpr (kMajorB == Major::kK) {
-      arch::tma_load_2d(b, params.b[segment], full, k, n);
+      load_B(params.b[segment], b, full, k, n + skipped, cluster);
     } else {
 #pragma unroll
       for (int column = 0; column < Shape::kN; column += 64) {
-        arch::tma_load_2d(b + static_cast<uint32_t>(column / 64 * Shape::kK * kRowBytes),
-                          params.b[segment], full, n + column, k);
+        load_B(params.b[segment], b + static_cast<uint32_t>(column / 64 * Shape::kK * kRowBytes),
+               full, n + column, k + skipped, cluster);
       }
     }
   }
 
-  LORA_EXT_DEVICE static void load_tiles(const ProductParams<T>& params, Ring ring) {
+  LORA_EXT_DEVICE static void load_B(const arch::TensorMap& map, uint32_t shared, uint32_t full,
+                                     int column, int row, Cluster cluster) {
+    if (cluster.size == 1) {
+      arch::tma_load_2d(shared, map, full, column, row);
+    } else {
+      arch::tma_load_2d_multicast(shared, map, full, column, row, (1u << cluster.size) - 1);
+    }
+  }
+
+  LORA_EXT_DEVICE static void load_tiles(const ProductParams<T>& params, Ring ring,
+                                         Cluster cluster) {
     RingPosition at;
-    for (TileWalk<Shape> walk(params.M, params.N); walk.goes_on(); walk.advance()) {
+    TileWalk<Shape> walk(params.M, params.N, cluster.size, cluster.rank);
+    for (; walk.goes_on(); walk.advance()) {
       const TileCorner tile = walk.tile();
       const int m = static_cast<int>(tile.m), n = static_cast<int>(tile.n);
       for (int segment = 0; segment < params.count; ++segment) {
         for (int64_t k = 0; k < params.depth[segment]; k += Shape::kK) {
           arch::mbarrier_wait(ring.empty(at.slot), at.parity ^ 1);
-          load(params, segment, ring.data(at.slot), ring.full(at.slot), m, n, static_cast<int>(k));
+          load(params, segment, ring.data(at.slot), ring.full(at.slot), m, n, static_cast<int>(k),
+               cluster);
           at.advance(ring.count);
         }
       }
+    }
+    // Others release slots to this block, which must not end before.
+    for (int slot = 0; slot < ring.count; ++slot) {
+      arch::mbarrier_wait(ring.empty(at.slot), at.parity ^ 1);
+      at.advance(ring.count);
     }
   }
 
@@ -109,8 +138,8 @@ struct ProductTile {
   }
 
   // `thread` of the warpgroup `number`.
-  LORA_EXT_DEVICE static void multiply_tiles(const ProductParams<T>& params, Ring ring, int number,
-                                             int thread) {
+  LORA_EXT_DEVICE static void multiply_tiles(const ProductParams<T>& params, Ring ring,
+                                             Cluster cluster, int number, int thread) {
     const int lane = thread % 32;
     const int warp = number * 4 + thread / 32;
     const int row_in_tile = warp * 16 + lane / 4;
@@ -119,12 +148,15 @@ struct ProductTile {
         static_cast<uint32_t>(Shape::kBoxes + warp * StoreBoxes<Shape::kN>::kWarpBytes);
     float sums[kSums];
     RingPosition at;
-    for (TileWalk<Shape> walk(params.M, params.N); walk.goes_on(); walk.advance()) {
+    TileWalk<Shape> walk(params.M, params.N, cluster.size, cluster.rank);
+    for (; walk.goes_on(); walk.advance()) {
       const TileCorner tile = walk.tile();
       const int64_t row = tile.m + row_in_tile, column = tile.n;
       int held = -1;  // a slot whose products may be running
       const auto release = [&] {
-        if (held >= 0 && lane == 0) arch::mbarrier_arrive(ring.empty(held));
+        if (held >= 0 && lane < cluster.size) {
+          arch::mbarrier_arrive_at(arch::cluster_address(ring.empty(held), lane));
+        }
       };
       bool accumulate = false;
       for (int segment = 0; segment < params.count; ++segment) {
@@ -167,6 +199,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
                   .bytes = Shape::kStageBytes,
                   .barriers = Shape::kBarriers,
                   .count = Shape::kRing};
+  const Cluster cluster{arch::cluster_size(), arch::cluster_rank()};
   const int thread = static_cast<int>(threadIdx.x);
   if (thread == 0) {
     arch::tma_prefetch(params.out);
@@ -174,18 +207,18 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       arch::tma_prefetch(params.a[segment]);
       arch::tma_prefetch(params.b[segment]);
     }
-    ring.initialise(Shape::kMultipliers * kWarpgroup / 32);
+    ring.initialise(Shape::kMultipliers * kWarpgroup / 32 * cluster.size);
     arch::fence_mbarrier_init();
   }
-  __syncthreads();
+  arch::cluster_sync();
   arch::wait_for_previous_kernel();
   arch::let_next_kernel_start();
   if (thread < kWarpgroup) {
     arch::register_decrease<kLoadRegisters>();
-    if (thread == 0) P::load_tiles(params, ring);
+    if (thread == 0) P::load_tiles(params, ring, cluster);
   } else {
     arch::register_increase<kMultiplyRegisters>();
-    P::multiply_tiles(params, ring, thread / kWarpgroup - 1, thread % kWarpgroup);
+    P::multiply_tiles(params, ring, cluster, thread / kWarpgroup - 1, thread % kWarpgroup);
   }
 #endif
 }

@@ -16,7 +16,8 @@ constexpr int kRowBytes = 128;  // of a box of TMA: the span of its swizzle, 64 
 constexpr int kLoadRegisters = 40, kMultiplyRegisters = 232;
 
 // Slots of shared memory that are used in turn, with two mbarriers each: full when TMA has filled
-// the slot, empty when every warp that multiplies is done with it. Distances are in bytes from the
+// the slot, empty when every warp that multiplies is done with it; in a cluster whose blocks fill
+// each other's slots, every warp of all of them. Distances are in bytes from the
 // beginning of the block's shared memory, at the address `shared`.
 struct Ring {
   uint32_t shared;

@@ -40,38 +40,49 @@ struct TileWalk {
 
 namespace sm90 {
 
-// Tile `index` of rows x columns of them. Bands of kBand rows are walked column by column: blocks
+// Tile `index` of rows x columns of them. Bands of so many rows are walked column by column: blocks
 // that run at the same time share as much of A and B as fits L2, about a square of the result
 // (on 132 multiprocessors 16 tiles of 128 rows by 8 of 256 columns).
 struct TileIndex {
-  int64_t row, column;
+  int row, column;
 };
-constexpr int64_t kBand = 16;
-LORA_EXT_HOST_DEVICE TileIndex tile_at(int64_t index, int64_t rows, int64_t columns) {
-  const int64_t first = index / (kBand * columns) * kBand;
-  const int64_t height = rows - first < kBand ? rows - first : kBand;
-  const int64_t in_band = index - first * columns;
+constexpr int kBand = 16;  // rows of tiles
+LORA_EXT_HOST_DEVICE TileIndex tile_at(int index, int rows, int columns, int band) {
+  const int first = index / (band * columns) * band;
+  const int height = rows - first < band ? rows - first : band;
+  const int in_band = index - first * columns;
   return {first + in_band % height, in_band / height};
 }
 
-// A block stays for all its tiles: every gridDim.x-th from its own number on.
+// A cluster stays for all its tiles: from its own number on every so many-th, as many as there are
+// clusters. Its blocks have the same columns, and rows of tiles one below the other: where their
+// number is no multiple of the cluster's size, some have tiles below the last row. No result that
+// fits a GPU has 2^31 tiles.
 template <class Shape>
 struct TileWalk {
-  int64_t rows, columns;  // of tiles
-  int64_t index;
+  int size, rank;     // of the cluster, and of this block in it
+  int clusters;       // of the grid
+  int rows, columns;  // of tiles, those of a cluster as one
+  int index;
 
-  LORA_EXT_DEVICE TileWalk(int64_t M, int64_t N)
-      : rows(row_tiles<Shape>(M)), columns(column_tiles<Shape>(N)), index(blockIdx.x) {}
+  LORA_EXT_DEVICE TileWalk(int64_t M, int64_t N, int size, int rank)
+      : size(size),
+        rank(rank),
+        clusters(static_cast<int>(gridDim.x) / size),
+        rows(static_cast<int>((row_tiles<Shape>(M) + size - 1) / size)),
+        columns(static_cast<int>(column_tiles<Shape>(N))),
+        index(static_cast<int>(blockIdx.x) / size) {}
 
-  static int64_t tiles(int64_t M, int64_t N) {
-    return row_tiles<Shape>(M) * column_tiles<Shape>(N);
+  // Of a cluster.
+  static int64_t tiles(int64_t M, int64_t N, int size) {
+    return (row_tiles<Shape>(M) + size - 1) / size * column_tiles<Shape>(N);
   }
 
   LORA_EXT_DEVICE bool goes_on() const { return index < rows * columns; }
-  LORA_EXT_DEVICE void advance() { index += gridDim.x; }
+  LORA_EXT_DEVICE void advance() { index += clusters; }
   LORA_EXT_DEVICE TileCorner tile() const {
-    const TileIndex at = tile_at(index, rows, columns);
-    return {at.row * Shape::kM, at.column * Shape::kN};
+    const TileIndex at = tile_at(index, rows, columns, kBand / size);
+    return {int64_t{at.row * size + rank} * Shape::kM, int64_t{at.column} * Shape::kN};
   }
 };
 

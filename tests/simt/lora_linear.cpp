@@ -182,15 +182,17 @@ const char* last_error() { return message().c_str(); }
 
 // How many launches there were since the last call of take_launches, and of each of at most `count`
 // of them: the bytes that cp.async read from global memory, the mma.sync instructions of warps, the
-// bytes that TMA wrote to shared memory, the wgmma instructions of warpgroups.
-int take_launches(int count, int64_t (*out)[4]) {
+// bytes that TMA wrote to shared memory, the wgmma instructions of warpgroups, and the bytes that
+// TMA read.
+int take_launches(int count, int64_t (*out)[5]) {
   const std::vector<simt::Statistics> launches = std::move(simt::launches());
   simt::launches().clear();
   const int known = static_cast<int>(launches.size());
   for (int i = 0; i < known && i < count; ++i) {
     const simt::Statistics& launch = launches[static_cast<size_t>(i)];
-    const int64_t counts[] = {launch.copied_bytes, launch.mma, launch.tma_bytes, launch.wgmma};
-    std::copy_n(counts, 4, out[i]);
+    const int64_t counts[] = {launch.copied_bytes, launch.mma, launch.tma_bytes, launch.wgmma,
+                              launch.tma_read_bytes};
+    std::copy(std::begin(counts), std::end(counts), out[i]);
   }
   return known;
 }

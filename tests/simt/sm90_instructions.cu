@@ -44,6 +44,10 @@ __global__ void __launch_bounds__(128, 1)
   arch::tma_store_2d(map, arch::shared_address(shared), 0, 0);
   arch::tma_store_commit();
   arch::tma_store_wait_read<1>();
+  arch::cluster_sync();
+  const uint32_t own = arch::shared_address(shared);
+  arch::tma_load_2d_multicast(own, map, own + 64, 0, 0, (1u << arch::cluster_size()) - 1);
+  arch::mbarrier_arrive_at(arch::cluster_address(own + 64, 1 - arch::cluster_rank()));
 #endif
 }
 

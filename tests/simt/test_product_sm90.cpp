@@ -16,19 +16,23 @@ template <class T, class Shape, BLayout kLayout>
 void check_product(Sizes size, double unit) {
   constexpr bool kColumns = kLayout == BLayout::kColumns;
   ProductCheck<T, kLayout> problem(size);
-  constexpr int kMultiprocessors = 2;
   constexpr auto kMajor = kColumns ? sm90::Major::kK : sm90::Major::kMN;
   const auto steps = [](int64_t depth, int step) { return (depth + step - 1) / step; };
-  const int64_t tiles = steps(size.M, 128) * steps(size.N, Shape::kN);
-  for_each_schedule([&] {
-    sm90::launch_product_tiles<T, Shape, kMajor>(problem.product(), kMultiprocessors, nullptr);
-    problem.check(unit);
-    const simt::Statistics& counts = simt::statistics();
-    EXPECT(counts.tma_bytes ==
-           tiles * (steps(size.K, 64) + steps(size.r, 64)) * (128 + Shape::kN) * 64 * 2);
-    EXPECT(counts.tma_stored_bytes == size.M * size.N * 2 && counts.stmatrix_conflicts == 0);
-    EXPECT(counts.wgmma == tiles * 2 * (steps(size.K, 16) + steps(size.r, 16)));
-  });
+  for (const int cluster : {1, 2}) {
+    const int64_t tiles = steps(steps(size.M, 128), cluster) * cluster * steps(size.N, Shape::kN);
+    const int64_t stages = tiles * (steps(size.K, 64) + steps(size.r, 64));
+    for_each_schedule([&] {
+      // Two clusters, or two blocks
+      sm90::launch_product_tiles<T, Shape, kMajor>(problem.product(), cluster, 2 * cluster,
+                                                   nullptr);
+      problem.check(unit);
+      const simt::Statistics& counts = simt::statistics();
+      EXPECT(counts.tma_bytes == stages * (128 + Shape::kN) * 64 * 2);
+      EXPECT(counts.tma_read_bytes == stages * (128 + Shape::kN / cluster) * 64 * 2);
+      EXPECT(counts.tma_stored_bytes == size.M * size.N * 2 && counts.stmatrix_conflicts == 0);
+      EXPECT(counts.wgmma == tiles * 2 * (steps(size.K, 16) + steps(size.r, 16)));
+    });
+  }
 }
 
 constexpr Sizes kOneTile = {37, 72, 328, 16};
@@ -48,49 +52,66 @@ CASE(bf16_weight_as_in_backward) {
 CASE(stores_are_seen_by_tma) {
   simt::options().watch_stores = true;
   ProductCheck<Bf16, BLayout::kColumns> problem(kOneTile);
-  sm90::launch_product_tiles<Bf16, Small, sm90::Major::kK>(problem.product(), 2, nullptr);
+  sm90::launch_product_tiles<Bf16, Small, sm90::Major::kK>(problem.product(), 1, 2, nullptr);
   problem.check(kBf16Unit);
 }
 
 // ---- The order of tiles ------------------------------------------------------------------------
 
 CASE(every_tile_once) {
-  for (const int64_t rows : {1, 15, 16, 17, 50}) {
-    for (const int64_t columns : {1, 7, 8}) {
-      std::set<std::pair<int64_t, int64_t>> seen;
-      for (int64_t i = 0; i < rows * columns; ++i) {
-        const auto [row, column] = sm90::tile_at(i, rows, columns);
+  for (const int rows : {1, 15, 16, 17, 50}) {
+    for (const int columns : {1, 7, 8}) {
+      std::set<std::pair<int, int>> seen;
+      for (int i = 0; i < rows * columns; ++i) {
+        const auto [row, column] = sm90::tile_at(i, rows, columns, 16);
         EXPECT(row >= 0 && row < rows && column >= 0 && column < columns);
         seen.insert({row, column});
       }
-      EXPECT(static_cast<int64_t>(seen.size()) == rows * columns);
+      EXPECT(static_cast<int>(seen.size()) == rows * columns);
     }
   }
 }
 
 CASE(tiles_of_one_wave_are_a_square) {
-  std::set<int64_t> rows, columns;
-  for (int64_t i = 0; i < 128; ++i) {
-    const auto [row, column] = sm90::tile_at(i, 64, 64);
+  std::set<int> rows, columns;
+  for (int i = 0; i < 128; ++i) {
+    const auto [row, column] = sm90::tile_at(i, 64, 64, 16);
     rows.insert(row), columns.insert(column);
   }
   EXPECT(rows.size() == 16 && columns.size() == 8);
 }
 
-// ---- The width of tiles ------------------------------------------------------------------------
+// ---- The width of tiles, and clusters ----------------------------------------------------------
 
-// On 132 multiprocessors; a stage has (128 + width) rows of 128 bytes.
+// On 132 multiprocessors. Alone a tile of 256 columns waits for L2: 384 rows of 128 bytes at 46 a
+// cycle. Two share what they read of B, and wait for the tensor cores.
 CASE(the_cheapest_tiles_are_chosen) {
-  const auto chosen = [](int64_t M, int64_t N, int columns, int64_t bytes) {
-    const sm90::ProductTiles tiles = sm90::choose_tiles(M, N, 132);
-    return tiles.columns == columns && tiles.bytes == bytes;
+  const auto chosen = [](int64_t M, int64_t N, int most_cluster, int columns, int cluster,
+                         int64_t cycles) {
+    const sm90::ProductTiles tiles = sm90::choose_tiles(M, N, 132, most_cluster);
+    return tiles.columns == columns && tiles.cluster == cluster && tiles.cycles == cycles;
   };
-  EXPECT(chosen(8192, 8192, 256, 16 * 384 * 128));  // 2048 tiles
-  EXPECT(chosen(1024, 2048, 128, 1 * 256 * 128));   // narrower ones would take two turns
-  EXPECT(chosen(128, 1024, 64, 1 * 192 * 128));
-  EXPECT(chosen(1, 1, 64, 1 * 192 * 128));
-  // Of 768 rows and 11264 columns 264 wide tiles and 1056 narrow ones cost the same
-  EXPECT(chosen(768, 11264, 256, 2 * 384 * 128));
+  EXPECT(chosen(8192, 8192, 1, 256, 1, 16 * 1068));  // 2048 tiles
+  EXPECT(chosen(8192, 8192, 2, 256, 2, 16 * 1024));
+  EXPECT(chosen(1024, 2048, 2, 128, 2, 534));  // narrower ones would take two turns
+  EXPECT(chosen(128, 1024, 2, 64, 1, 534));    // no row of tiles for a neighbour
+  EXPECT(chosen(1, 1, 2, 64, 1, 534));
+  // Of 768 rows and 11264 columns 264 wide tiles and 1056 narrow ones
+  EXPECT(chosen(768, 11264, 1, 256, 1, 2 * 1068));
+  // A single multiprocessor has no neighbour
+  EXPECT(sm90::choose_tiles(8192, 8192, 1, 2).cluster == 1);
+}
+
+CASE(clusters_can_be_switched_off) {
+  EXPECT(sm90::most_cluster() == 2);
+  setenv("LORA_EXT_CUDA_OFF", "cluster", 1);
+  EXPECT(sm90::most_cluster() == 1);
+  setenv("LORA_EXT_CUDA_OFF", "cluster,clutser", 1);
+  expect_error([] { sm90::most_cluster(); },
+               {"LORA_EXT_CUDA_OFF: got 'clutser', expected of 'cluster'"});
+  setenv("LORA_EXT_CUDA_OFF", "", 1);
+  EXPECT(sm90::most_cluster() == 2);
+  unsetenv("LORA_EXT_CUDA_OFF");
 }
 
 #if !defined(BF16_ONLY)

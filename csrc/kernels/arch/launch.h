@@ -43,19 +43,26 @@ inline bool kernels_overlap() {
 
 template <class Params>
 inline void launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, Stream stream,
-                   const Params& params, bool overlap) {
+                   const Params& params, bool overlap, unsigned cluster) {
   constexpr int kWithoutAsking = 48 * 1024;
   cudaError_t error = cudaSuccess;
   if (shared_bytes > kWithoutAsking) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned count = 0;
+  if (overlap) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {cluster, 1, 1};
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid, config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes), config.stream = stream;
-  config.attrs = &attribute, config.numAttrs = overlap ? 1 : 0;
+  config.attrs = attributes, config.numAttrs = count;
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, params);
   if (error == cudaSuccess) return;
   const auto number = [](auto value) { return std::to_string(value); };
@@ -68,15 +75,16 @@ inline void launch(void (*kernel)(Params), dim3 grid, int threads, int shared_by
 template <class Params>
 inline void launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, Stream stream,
                    const Params& params) {
-  launch(kernel, grid, threads, shared_bytes, stream, params, false);
+  launch(kernel, grid, threads, shared_bytes, stream, params, false, 1);
 }
 
 // The same for a kernel whose threads all call wait_for_previous_kernel before they touch global
 // memory: it may begin while the kernel before it in the stream, whichever that is, still runs.
+// `cluster` blocks along x run at the same time; the grid has a multiple of them.
 template <class Params>
 inline void launch_dependent(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes,
-                             Stream stream, const Params& params) {
-  launch(kernel, grid, threads, shared_bytes, stream, params, kernels_overlap());
+                             Stream stream, const Params& params, unsigned cluster = 1) {
+  launch(kernel, grid, threads, shared_bytes, stream, params, kernels_overlap(), cluster);
 }
 
 }  // namespace lora_ext::arch

@@ -78,6 +78,43 @@ LORA_EXT_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   }
 }
 
+// ---- Clusters: blocks that run at the same time, on neighbouring multiprocessors ---------------
+//
+// They reach each other's shared memory, and TMA brings to all of them what it reads once. A block
+// must not end while another one may still reach for its shared memory.
+
+LORA_EXT_DEVICE int cluster_size() {
+  int size;
+  asm("mov.u32 %0, %%cluster_nctaid.x;\n" : "=r"(size));
+  return size;
+}
+LORA_EXT_DEVICE int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctaid.x;\n" : "=r"(rank));
+  return rank;
+}
+
+// The barrier of all threads of a cluster, after which they see that mbarriers were initialised
+// before fence_mbarrier_init; it orders nothing else.
+LORA_EXT_DEVICE void cluster_sync() {
+  asm volatile(
+      "barrier.cluster.arrive.relaxed.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;\n" ::
+          : "memory");
+}
+
+// This address of shared memory in the block of that rank.
+LORA_EXT_DEVICE uint32_t cluster_address(uint32_t shared, int rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(address) : "r"(shared), "r"(rank));
+  return address;
+}
+
+// mbarrier_arrive at a cluster_address.
+LORA_EXT_DEVICE void mbarrier_arrive_at(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];\n" ::"r"(barrier) : "memory");
+}
+
 // ---- Barriers 1 to 15 of a block, for some of its warps; 0 is that of __syncthreads ------------
 //
 // The warps that load never come to those of the warps that multiply.
@@ -139,6 +176,17 @@ LORA_EXT_DEVICE void tma_load_2d(uint32_t shared, const TensorMap& map, uint32_t
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4}], [%2];\n" ::"r"(shared),
       "l"(&map), "r"(barrier), "r"(column), "r"(row)
+      : "memory");
+}
+
+// The same to each block of the cluster that has its bit in `blocks`: at the same address in it,
+// and counted by its barrier at the same address.
+LORA_EXT_DEVICE void tma_load_2d_multicast(uint32_t shared, const TensorMap& map, uint32_t barrier,
+                                           int column, int row, uint32_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;\n" ::"r"(shared),
+      "l"(&map), "r"(barrier), "r"(column), "r"(row), "h"(static_cast<uint16_t>(blocks))
       : "memory");
 }
 

@@ -16,6 +16,8 @@
 
 namespace simt {
 
+class Cluster;
+
 class Block {
  public:
   // Every thread calls the body; `dependent`: while the kernel before may still run.
@@ -32,7 +34,14 @@ class Block {
         body_(std::move(body)),
         threads_(static_cast<size_t>(threads)) {}
 
-  void run(dim3 block_index);
+  // What a cluster does with its blocks (cluster.h): each is started, given turns until it ends,
+  // and looked at in the end.
+  void start(dim3 block_index);
+  bool step();
+  bool ended() const { return unfinished_ == 0; }
+  void complete_transfer();
+  void finish();
+  std::string deadlock() const;
 
   // For the thread that is running.
 
@@ -100,6 +109,8 @@ class Block {
   int thread_count;
   bool dependent;
   dim3 index;
+  Cluster* cluster = nullptr;
+  int rank = 0;  // in it
   Options options;
   SharedMemory shared;
   Proxies proxies;
@@ -119,12 +130,8 @@ class Block {
     running_->where = where;
     running_->fiber.suspend();
   }
-  void start();
-  bool step();
   bool run_warp(int warp);
-  void complete_transfer();
   void complete_at_random();
-  void finish();
   std::string place() const;
   std::string who_waits() const;
 

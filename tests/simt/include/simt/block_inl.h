@@ -95,21 +95,12 @@ inline void Block::check_fenced(uint32_t address, size_t bytes, const char* who)
 
 // ---- What the scheduler does -------------------------------------------------------------------
 
-inline void Block::run(dim3 block_index) {
-  index = block_index;
-  start();
-  current_block = this;
-  while (unfinished_ > 0) {
-    if (step()) continue;
-    if (transfers.empty()) {
-      throw Error(place() + ": deadlock: " + who_waits() + mbarrier_states(*this));
-    }
-    complete_transfer();
-  }
-  finish();
+inline std::string Block::deadlock() const {
+  return place() + ": deadlock: " + who_waits() + mbarrier_states(*this);
 }
 
-inline void Block::start() {
+inline void Block::start(dim3 block_index) {
+  index = block_index;
   shared.poison();
   proxies.reset();
   mbarriers.clear();

@@ -1,4 +1,4 @@
-// Runs the blocks of a grid on a few threads of the operating system.
+// Runs the clusters of a grid on a few threads of the operating system.
 #pragma once
 
 #include <algorithm>
@@ -7,16 +7,17 @@
 #include <mutex>
 #include <thread>
 
-#include "simt/block.h"
+#include "simt/cluster.h"
 
 namespace simt {
 
-// Calls body() as every thread of every block; `dependent`: before the kernel launched last is
-// over. Throws the first error.
-inline void run_grid(dim3 grid, int threads, int shared_bytes, bool dependent,
-                     const std::function<void()>& body) {
+// Calls body() as every thread of every block, in clusters of so many along x; `dependent`: before
+// the kernel launched last is over. Throws the first error.
+inline void run_grid(dim3 grid, unsigned cluster_size, int threads, int shared_bytes,
+                     bool dependent, const std::function<void()>& body) {
   const Options chosen = options();
-  const int64_t count = int64_t{grid.x} * grid.y * grid.z;
+  const dim3 clusters(grid.x / cluster_size, grid.y, grid.z);
+  const int64_t count = int64_t{clusters.x} * clusters.y * clusters.z;
   std::vector<int64_t> order(static_cast<size_t>(count));
   for (int64_t i = 0; i < count; ++i) order[static_cast<size_t>(i)] = i;
   if (chosen.seed != 0) Random(chosen.seed).shuffle(order);
@@ -27,15 +28,16 @@ inline void run_grid(dim3 grid, int threads, int shared_bytes, bool dependent,
   std::exception_ptr error;
   const auto work = [&] {
     try {
-      Block block(grid, threads, static_cast<size_t>(shared_bytes), dependent, chosen, body);
+      Cluster cluster(static_cast<int>(cluster_size), grid, threads,
+                      static_cast<size_t>(shared_bytes), dependent, chosen, body);
       for (size_t i; (i = next++) < order.size();) {
         const auto number = static_cast<uint64_t>(order[i]);
-        block.run(dim3(static_cast<unsigned>(number % grid.x),
-                       static_cast<unsigned>(number / grid.x % grid.y),
-                       static_cast<unsigned>(number / grid.x / grid.y)));
+        cluster.run(dim3(static_cast<unsigned>(number % clusters.x) * cluster_size,
+                         static_cast<unsigned>(number / clusters.x % clusters.y),
+                         static_cast<unsigned>(number / clusters.x / clusters.y)));
       }
       const std::lock_guard lock(mutex);
-      statistics() += block.counts;
+      statistics() += cluster.counts();
     } catch (...) {
       next = order.size();
       const std::lock_guard lock(mutex);

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <string>
 
-#include "simt/block.h"
+#include "simt/cluster.h"
 
 namespace simt {
 
@@ -40,14 +40,17 @@ inline std::string mbarrier_states(const Block& block) {
   return report;
 }
 
-inline Mbarrier& mbarrier_at(uint32_t address) {
-  Block& block = simt::block();
-  block.check(address % 8 == 0 && block.shared.contains(address, 8),
-              "mbarrier: no address of eight bytes of shared memory");
+// In shared memory of the running block, unless the address is of another one's.
+inline Mbarrier& mbarrier_at(Place place) {
+  auto& [block, address] = place;
+  simt::block().check(address % 8 == 0 && block.shared.contains(address, 8),
+                      "mbarrier: no address of eight bytes of shared memory");
   auto* barrier = reinterpret_cast<Mbarrier*>(block.shared.at(address));
-  block.check(barrier->mark == Mbarrier::kMark, "mbarrier: not initialised, or overwritten");
+  simt::block().check(barrier->mark == Mbarrier::kMark,
+                      "mbarrier: not initialised, or overwritten");
   return *barrier;
 }
+inline Mbarrier& mbarrier_at(uint32_t address) { return mbarrier_at(place_of(address)); }
 
 }  // namespace simt
 
@@ -82,6 +85,7 @@ inline void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
 }
 
 inline void mbarrier_arrive(uint32_t barrier) { mbarrier_arrive_expect_tx(barrier, 0); }
+inline void mbarrier_arrive_at(uint32_t barrier) { mbarrier_arrive_expect_tx(barrier, 0); }
 
 inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   struct Phase {

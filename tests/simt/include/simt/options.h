@@ -22,6 +22,7 @@ enum class Completion { kEager, kDeferred, kRandom };
 constexpr unsigned kMostThreads = 1024;
 constexpr unsigned kMostBlocksX = (1u << 31) - 1, kMostBlocksYZ = 65535;
 constexpr int kSharedWithoutAsking = 48 * 1024;
+constexpr unsigned kMostBlocksOfCluster = 8;  // from sm_90 on; without asking for more
 
 constexpr int shared_bytes_of(int compute_capability) {
   switch (compute_capability) {
@@ -74,6 +75,7 @@ struct Statistics {
   int64_t ldmatrix_conflicts = 0;  // further accesses that bank conflicts cost them
   int64_t stmatrix_conflicts = 0;  // the same of stmatrix
   int64_t tma_bytes = 0;           // written to shared memory by TMA
+  int64_t tma_read_bytes = 0;      // read for that: once, for however many blocks
   int64_t tma_stored_bytes = 0;    // written to global memory by TMA
   int64_t wgmma = 0;               // wgmma.mma_async instructions of warpgroups
   int64_t steps = 0;               // how often a thread was resumed
@@ -86,6 +88,7 @@ struct Statistics {
     ldmatrix_conflicts += other.ldmatrix_conflicts;
     stmatrix_conflicts += other.stmatrix_conflicts;
     tma_bytes += other.tma_bytes;
+    tma_read_bytes += other.tma_read_bytes;
     tma_stored_bytes += other.tma_stored_bytes;
     wgmma += other.wgmma;
     steps += other.steps;

@@ -15,7 +15,10 @@ enum cudaError_t {
 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeProgrammaticStreamSerialization,
+  cudaLaunchAttributeClusterDimension,
+};
 
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
@@ -24,6 +27,9 @@ struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
     int programmaticStreamSerializationAllowed;
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
   } val;
 };
 
@@ -71,11 +77,36 @@ inline AllowedShared& allowed_shared() {
   return instance;
 }
 
+// What its attributes ask for.
+struct Asked {
+  bool dependent = false;
+  dim3 cluster = dim3(1);
+
+  explicit Asked(const cudaLaunchConfig_t& config) {
+    for (unsigned i = 0; i < config.numAttrs; ++i) {
+      const auto& [id, value] = config.attrs[i];
+      if (id == cudaLaunchAttributeClusterDimension) {
+        cluster = dim3(value.clusterDim.x, value.clusterDim.y, value.clusterDim.z);
+      } else {
+        dependent = value.programmaticStreamSerializationAllowed != 0;
+      }
+    }
+  }
+};
+
+// Clusters along x alone are emulated.
+inline bool valid_cluster(const cudaLaunchConfig_t& config, dim3 cluster) {
+  const bool there = options().compute_capability >= 90 || cluster.x == 1;
+  return there && cluster.x >= 1 && cluster.x <= kMostBlocksOfCluster && cluster.y == 1 &&
+         cluster.z == 1 && config.gridDim.x % cluster.x == 0;
+}
+
 inline cudaError_t check_limits(const cudaLaunchConfig_t& config, const void* kernel) {
   const dim3 grid = config.gridDim;
   const bool valid = grid.x >= 1 && grid.x <= kMostBlocksX && grid.y >= 1 &&
                      grid.y <= kMostBlocksYZ && grid.z >= 1 && grid.z <= kMostBlocksYZ &&
-                     config.blockDim.x >= 1 && config.blockDim.x <= kMostThreads;
+                     config.blockDim.x >= 1 && config.blockDim.x <= kMostThreads &&
+                     valid_cluster(config, Asked(config).cluster);
   if (!valid) return cudaErrorInvalidConfiguration;
   const size_t bytes = config.dynamicSmemBytes;
   const auto most = static_cast<size_t>(shared_bytes_of(options().compute_capability));
@@ -124,12 +155,13 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                const Params& params) {
   const auto error = simt::check_limits(*config, reinterpret_cast<const void*>(kernel));
   if (error != cudaSuccess) return simt::failed(error);
-  const bool dependent =
-      config->numAttrs == 1 && config->attrs->val.programmaticStreamSerializationAllowed != 0;
+  const simt::Asked asked(*config);
   simt::recorded().push_back({reinterpret_cast<const void*>(kernel), config->gridDim,
-                              config->blockDim, dim3(1), config->dynamicSmemBytes, dependent});
+                              config->blockDim, asked.cluster, config->dynamicSmemBytes,
+                              asked.dependent});
   if (simt::options().limits_only) return cudaSuccess;
-  simt::run_grid(config->gridDim, static_cast<int>(config->blockDim.x),
-                 static_cast<int>(config->dynamicSmemBytes), dependent, [&] { kernel(params); });
+  simt::run_grid(config->gridDim, asked.cluster.x, static_cast<int>(config->blockDim.x),
+                 static_cast<int>(config->dynamicSmemBytes), asked.dependent,
+                 [&] { kernel(params); });
   return cudaSuccess;
 }

@@ -55,42 +55,71 @@ inline void copy_box_row(const TensorMap& map, int64_t row, int64_t column, uint
   }
 }
 
-inline void tma_load_2d(uint32_t shared, const TensorMap& map, uint32_t barrier, int column,
-                        int row) {
-  simt::Block& block = simt::block();
+// Into one block's shared memory, at the time that the emulator chooses.
+inline void start_load(simt::Block& into, uint32_t shared, const TensorMap& map, uint32_t barrier,
+                       int column, int row) {
+  simt::Block& issuer = simt::block();
   const int row_bytes = map.box_columns * 2, bytes = row_bytes * map.box_rows;
-  block.check_previous_kernel("tma_load_2d");
-  block.check(shared % 128 == 0, "tma_load_2d: the shared address is no multiple of 128");
-  block.check(block.shared.contains(shared, static_cast<size_t>(bytes)),
-              "tma_load_2d: outside of shared memory");
-  block.check(map.swizzle == Swizzle::kNone || row_bytes == swizzle_bytes(map.swizzle),
-              "tma_load_2d: rows narrower than the swizzle are not emulated");
-  block.check(simt::mbarrier_at(barrier).fenced,
-              "tma_load_2d: no fence after the mbarrier was initialised");
-  block.check_fenced(shared, static_cast<size_t>(bytes), "tma_load_2d writes");
+  issuer.check(!into.ended(), "TMA writes to the shared memory of a block that has ended");
+  issuer.check(into.shared.contains(shared, static_cast<size_t>(bytes)),
+               "tma_load_2d: outside of shared memory");
+  issuer.check(simt::mbarrier_at({into, barrier}).fenced,
+               "tma_load_2d: no fence after the mbarrier was initialised");
+  into.check_fenced(shared, static_cast<size_t>(bytes), "tma_load_2d writes");
 
   // The map may be a parameter on the stack of a thread that is gone when the copy takes effect.
-  auto transfer = [&block, map, shared, barrier, column, row, row_bytes, bytes] {
+  auto transfer = [&into, map, shared, barrier, column, row, row_bytes, bytes] {
+    if (into.ended())
+      throw simt::Error("TMA writes to the shared memory of a block that has ended");
     uint8_t values[512];
     for (int r = 0; r < map.box_rows; ++r) {
       copy_box_row(map, int64_t{row} + r, column, values);
       for (int i = 0; i < row_bytes; i += 16) {
         const auto address = shared + static_cast<uint32_t>(r * row_bytes + i);
-        std::memcpy(block.shared.at(swizzled(address, map.swizzle)), values + i, 16);
+        std::memcpy(into.shared.at(swizzled(address, map.swizzle)), values + i, 16);
       }
     }
-    block.stored_asynchronously(shared, static_cast<size_t>(bytes));
-    block.counts.tma_bytes += bytes;
-    simt::Mbarrier& state = simt::mbarrier_at(barrier);
+    into.stored_asynchronously(shared, static_cast<size_t>(bytes));
+    into.counts.tma_bytes += bytes;
+    simt::Mbarrier& state = simt::mbarrier_at({into, barrier});
     state.bytes -= bytes;
     state.complete_phase_if_done();
   };
-  if (block.options.copies == simt::Completion::kEager) {
+  if (issuer.options.copies == simt::Completion::kEager) {
     transfer();
   } else {
-    block.transfers.push_back(std::move(transfer));
+    into.transfers.push_back(std::move(transfer));
   }
+}
+
+// `blocks`: a bit for each of the cluster that gets the box.
+inline void start_loads(uint32_t shared, const TensorMap& map, uint32_t barrier, int column,
+                        int row, uint32_t blocks) {
+  simt::Block& block = simt::block();
+  const int row_bytes = map.box_columns * 2;
+  block.check_previous_kernel("tma_load_2d");
+  block.check(shared % 128 == 0, "tma_load_2d: the shared address is no multiple of 128");
+  block.check(map.swizzle == Swizzle::kNone || row_bytes == swizzle_bytes(map.swizzle),
+              "tma_load_2d: rows narrower than the swizzle are not emulated");
+  block.check(blocks != 0 && blocks >> block.cluster->size() == 0,
+              "tma_load_2d: a mask of blocks that the cluster has not");
+  for (int rank = 0; rank < block.cluster->size(); ++rank) {
+    if (blocks >> rank & 1) {
+      start_load(block.cluster->block(rank), shared, map, barrier, column, row);
+    }
+  }
+  block.counts.tma_read_bytes += row_bytes * map.box_rows;
   block.preempt();
+}
+
+inline void tma_load_2d(uint32_t shared, const TensorMap& map, uint32_t barrier, int column,
+                        int row) {
+  start_loads(shared, map, barrier, column, row, 1u << simt::block().rank);
+}
+
+inline void tma_load_2d_multicast(uint32_t shared, const TensorMap& map, uint32_t barrier,
+                                  int column, int row, uint32_t blocks) {
+  start_loads(shared, map, barrier, column, row, blocks);
 }
 
 inline void tma_store_2d(const TensorMap& map, uint32_t shared, int column, int row) {
