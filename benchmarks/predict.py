@@ -127,7 +127,12 @@ def passes(card: Card, options: argparse.Namespace, known: Any) -> tuple[Table, 
         one = predict(card, call, known, options.path, options.scenario)
         for direction, launches in zip(("fwd", "bwd"), one.passes, strict=True):
             for entry in launches:
-                cells = (entry.what, entry.kernel, str(entry.blocks), f"{entry.us:.1f}")
+                cells = (
+                    entry.what,
+                    entry.kernel.replace("(Major)", ""),
+                    str(entry.blocks),
+                    f"{entry.us:.1f}",
+                )
                 table.add_row(*label(call), "predicted", direction, *cells, entry.bound)
         rows.append(as_json(one))
     return table, rows

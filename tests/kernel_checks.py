@@ -81,8 +81,11 @@ def check(
     tma = family == "sm90" and K % 8 == 0 and N % 8 == 0
     assert kernels.path == f"cuda fused {'sm_90a' if tma else 'sm_80'}"
     down = [tma] * -(-r // (128 if tma else 64))  # h; computed anew if it is not given
-    up_ranks = 32 if GPUS[family] == 86 and N > 64 else 64
-    passes = [tma] * (-(-r // up_ranks) + -(-r // 64))
+    if tma:  # over dy for dh and dB, one each beyond rank 64; over x for dA
+        passes = [tma] * (-(-r // 128) * (2 if r > 64 else 1) + -(-r // 128))
+    else:
+        up_ranks = 32 if GPUS[family] == 86 and N > 64 else 64
+        passes = [tma] * (-(-r // up_ranks) + -(-r // 64))
     check_instructions(forward, [*down, tma])
     check_instructions(backward, [*([] if has.h else down), *passes, tma])
     want, sizes, plain = exact_results(p), expected_sizes(p), plain_results(p)

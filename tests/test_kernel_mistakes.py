@@ -304,6 +304,13 @@ PRODUCTS = {
             "low_rank_sm90.h", "Tile::multiply_p(p, stage + static_cast<uint32_t>(`number` *",
             "0",
         ),
+        "low rank: the same ranks in both boxes": (
+            "low_rank_sm90.h", "`box * Shape::kRankBox`, row", "0",
+        ),
+        "low rank: boxes of ranks at the wrong distance": (
+            "low_rank_tile_sm90.h",
+            "static_cast<uint32_t>(k) * kBytes, `Shape::kRankBoxBytes`,", "16",
+        ),
         "low rank: blocks that write the same part": (
             "low_rank_sm90.h", "int64_t{blockIdx.y} * params.Q_part", "0",
         ),

@@ -435,13 +435,13 @@ def test_sm90_traffic_and_operations(
     check(kernels.take_launches()[-1], K, N)
 
 
-@pytest.mark.parametrize(("r", "width"), [(8, 16), (24, 32), (64, 64)])
+@pytest.mark.parametrize(("r", "width"), [(8, 16), (24, 32), (64, 64), (80, 128)])
 @pytest.mark.parametrize(("M", "N", "K"), [(200, 136, 272), (37, 1000, 520)])
 def test_sm90_low_rank_traffic(
     kernels: EmulatedKernels, M: int, N: int, K: int, r: int, width: int
 ) -> None:
     """TMA brings each tile of x or dy once, with one of A or B; and h or dh, with what rounding
-    them left, once for each block of columns."""
+    them left, once for each block of columns. Beyond rank 64 dh and dB have passes of their own."""
     p = make_problem((M,), K, N, r, dtype=torch.bfloat16, bias=False)
     x, weight, _, A, B, _ = (t if t is None else t.detach() for t in p.operands)
     kernels.gpu(90, 4)
@@ -449,20 +449,26 @@ def test_sm90_low_rank_traffic(
     _, h = kernels.forward(x, weight, None, A, B)
     down, *_ = kernels.take_launches()
     kernels.backward(p.dy, x, h, weight, A, B)
-    _pack, up_grad, _reduce, _finish, down_grad, *_ = kernels.take_launches()
+    _pack, *up_grads, _reduce, _finish, down_grad, _reduce, _dx = kernels.take_launches()
 
     tile, operand = 2 * 128 * 128, 2 * 128 * width  # bytes
     rows, x_columns, dy_columns = (-(-size // 128) for size in (M, K, N))
     steps = 2 * 8  # of wgmma, for a tile and an operand: two warpgroups, 16 of 128 each
     assert down.tma_bytes == rows * x_columns * (tile + operand)
     assert down.wgmma == rows * x_columns * steps
-    for launch, columns, fixed in (
-        (up_grad, dy_columns, rows * dy_columns * (tile + operand)),
-        (down_grad, x_columns, rows * x_columns * tile),
-    ):
+    with_h = [(down_grad, x_columns, rows * x_columns * tile)]
+    if r > 64:
+        dh, dB = up_grads
+        assert dh.tma_bytes == rows * dy_columns * (tile + operand)
+        assert (dh.wgmma, dB.wgmma) == (rows * dy_columns * steps, 2 * rows * dy_columns * steps)
+        with_h.append((dB, dy_columns, rows * dy_columns * tile))
+    else:
+        (up_grad,) = up_grads
+        assert up_grad.wgmma == 3 * rows * dy_columns * steps
+        with_h.append((up_grad, dy_columns, rows * dy_columns * (tile + operand)))
+    for launch, columns, fixed in with_h:
         column_blocks, rest = divmod(launch.tma_bytes - fixed, rows * 2 * operand)
         assert rest == 0 and -(-columns // 4) <= column_blocks <= columns
-    assert up_grad.wgmma == 3 * rows * dy_columns * steps
     assert down_grad.wgmma == 2 * rows * x_columns * steps
 
 

@@ -173,14 +173,14 @@ class Passes {
                 scratch(), nullptr, p_.c.family);
     if (!fused) cublas_.forward(p_.x, p_.weight, p_.y, M, K, N, 1.0f);
   }
-  // h was saved by a forward without dropout; with dropout it is made again.
+  // h was saved by the forward.
   void backward(bool fused) {
     const auto [M, K, N] = std::tuple(p_.c.M, p_.c.K, p_.c.N);
     const Matrix<Bf16> weight{fused ? p_.weight : nullptr, N, K, K};
     run_backward(BackwardCall<Bf16, TA>{p_.dy_matrix(),
                                         p_.x_matrix(),
                                         {weight},
-                                        p_.dropout.enabled ? nullptr : p_.saved_h,
+                                        p_.saved_h,
                                         p_.lora_A,
                                         p_.lora_B,
                                         p_.c.r,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -194,23 +195,28 @@ class Timer:
     def _low_rank(self, name: str, launch: RecordedLaunch) -> tuple[str, tuple[float, str]]:
         call = self.call
         if "sm90" in name:
-            rank, both = re.search(r"LowRankShape<(\d+), (\w+)", name).groups()  # type: ignore[union-attr]
-            down, of_dy = both == "false", both == "true" and self.reduced == 0
+            shape = re.search(r"LowRankShape<(\d+), (\w+), (\w+), \(Major\)(\d)", name)
+            rank, P, Q, major = shape.groups()  # type: ignore[union-attr]
+            down = P == "true" and major == "0"
+            of_dy = not down and self.reduced == 0
+            makes_h, makes_gradient = P == "true" and (down or of_dy), Q == "true"
         else:
             rank = re.search(r", (\d+)>", name)[1]  # type: ignore[index]
             down, of_dy = "_down_sm80" in name, "up_grad" in name
+            makes_h, makes_gradient = down or of_dy, not down
         columns = call.N if of_dy else call.K
         dropped = call.dropout_p > 0 and not of_dy
         # h and dh are float: for dB and dA they are two 16-bit matrices, as a float adapter is.
         adapters = 2 if call.fp32_adapters else 1
-        L_terms, R_terms = (adapters if down or of_dy else 0), (0 if down else 2)
+        L_terms, R_terms = adapters * makes_h, 2 * makes_gradient
         # Blocks along the columns make parts of h or dh, those along the rows parts of gradients.
         of_h = launch.grid[1 if "_down_sm80" in name else 0] * (L_terms > 0)
         of_gradient = launch.grid[1] * (R_terms > 0)
         self.parts_of_h = of_h or self.parts_of_h
         self.parts_of_gradient = of_gradient or self.parts_of_gradient
-        written = 4.0 * call.r * (call.M * of_h + columns * of_gradient)
-        what = "h" if down else ("dh, dB" if of_dy else "dA")
+        written = 4.0 * min(call.r, int(rank)) * (call.M * of_h + columns * of_gradient)
+        names = ("dh", "dB") if of_dy else ("h", "dA")
+        what = ", ".join(itertools.compress(names, (makes_h, makes_gradient)))
         sizes = (columns, int(rank), L_terms, R_terms, written)
         if "sm90" in name:
             return what, self._low_rank_sm90(name, launch, sizes, dropped)

@@ -51,12 +51,10 @@ def launchers() -> EmulatedKernels:
 
 @cache
 def record(call: Call, capability: int, multiprocessors: int, wish: str) -> Recorded:
-    """In training: h is kept for backward unless there is dropout."""
+    """In training: h is kept for backward."""
     kernels = launchers()
     kernels.gpu(capability, multiprocessors)
     kernels.wish(wish)
     types = "bf16-fp32" if call.fp32_adapters else "bf16"
-    forward, backward = kernels.dry_run(
-        call.M, call.N, call.K, call.r, types, call.dropout_p, saved_h=call.dropout_p == 0
-    )
+    forward, backward = kernels.dry_run(call.M, call.N, call.K, call.r, types, call.dropout_p)
     return Recorded(kernels.path, forward, backward)

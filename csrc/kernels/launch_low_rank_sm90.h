@@ -14,10 +14,10 @@ namespace lora_ext::sm90 {
 // What a cut is chosen by: how many tiles there are, and how many bytes a block moves for each.
 struct LowRankSize {
   int64_t row_tiles, column_tiles;
-  int64_t stage_bytes;   // a tile of X, and of L
-  int64_t row_bytes;     // R of a tile of rows, and what becomes of their P
-  int64_t column_bytes;  // what becomes of the Q of a tile of columns
-  bool Q;
+  int64_t stage_bytes;    // a tile of X, and of L
+  int64_t row_bytes;      // R of a tile of rows, and what becomes of their P
+  int64_t column_bytes;   // what becomes of the Q of a tile of columns
+  int most_column_tiles;  // of a block that makes Q; or 0
 };
 
 // The tiles of a block, how many blocks that makes, and what it costs.
@@ -40,16 +40,15 @@ inline LowRankCut cut_of(const LowRankSize& size, int64_t column_tiles, int64_t 
 
 // Of a few cuts that keep every multiprocessor busy the one with the least to move: few parts of P
 // want wide blocks, few of Q high ones.
-template <int kMostColumnTiles>
-LowRankCut choose_cut(const LowRankSize& size, int64_t multiprocessors) {
+inline LowRankCut choose_cut(const LowRankSize& size, int64_t multiprocessors) {
   constexpr int64_t kTried = 8;
   LowRankCut best{};
   const auto consider = [&](int64_t column_tiles) {
     const LowRankCut cut = cut_of(size, column_tiles, multiprocessors);
     if (cut.bytes < best.bytes) best = cut;
   };
-  if (size.Q) {
-    const int64_t most = smaller(kMostColumnTiles, size.column_tiles);
+  if (size.most_column_tiles > 0) {
+    const int64_t most = smaller(size.most_column_tiles, size.column_tiles);
     for (int64_t tiles = 1; tiles <= most; ++tiles) consider(tiles);
   } else {
     const int64_t first = smaller(larger(1, multiprocessors / size.row_tiles), size.column_tiles);
@@ -102,11 +101,11 @@ void launch_low_rank_group(const LowRankPass<T>& pass, const LowRankCut& cut,
   LowRankParams<T> params = whole;
   params.X = tensor_map(pass.X, Shape::kRows, 64, Swizzle::k128);
   if constexpr (Shape::kMajorL == Major::kMN) {
-    fill_maps(params.L, pass.L, Shape::kColumns, Shape::kN, Shape::kSwizzle);
+    fill_maps(params.L, pass.L, Shape::kColumns, Shape::kRankBox, Shape::kSwizzle);
   } else {
     fill_maps(params.L, pass.L, Shape::kN, 64, Swizzle::k128);
   }
-  fill_maps(params.R, pass.R, Shape::kRows, Shape::kN, Shape::kSwizzle);
+  fill_maps(params.R, pass.R, Shape::kRows, Shape::kRankBox, Shape::kSwizzle);
   params.layout =
       layout_for<Shape>(params.L_terms, params.R_terms, cut.row_tiles * cut.column_tiles);
   const dim3 grid(static_cast<unsigned>(cut.column_blocks), static_cast<unsigned>(cut.row_blocks));
@@ -118,16 +117,32 @@ struct LowRankParts {
   Parts P, Q;
 };
 
-// By groups of ranks: of wider ones the tiles of R and the sums of Q would not fit.
-template <bool kQ>
-constexpr int kMostRank = kQ ? 64 : 128;
+// The kernel for a group of the ranks: of the widest one that makes P or Q, otherwise one that
+// makes both, or only what is wanted.
+template <class T, int kWidth, Major kMajorL>
+void launch_low_rank_width(const LowRankPass<T>& group, const LowRankCut& cut,
+                           const LowRankParams<T>& params, Stream stream) {
+  if constexpr (kMajorL == Major::kK) {
+    launch_low_rank_group<T, LowRankShape<kWidth, true, false, kMajorL>>(group, cut, params,
+                                                                         stream);
+  } else if constexpr (kWidth <= kMostRankOfBoth) {
+    launch_low_rank_group<T, LowRankShape<kWidth, true, true, kMajorL>>(group, cut, params, stream);
+  } else if (params.L_terms > 0) {
+    launch_low_rank_group<T, LowRankShape<kWidth, true, false, kMajorL>>(group, cut, params,
+                                                                         stream);
+  } else {
+    launch_low_rank_group<T, LowRankShape<kWidth, false, true, kMajorL>>(group, cut, params,
+                                                                         stream);
+  }
+}
 
-template <class T, bool kQ, Major kMajorL>
+// By groups of ranks; P and Q of more than kMostRankOfBoth are passes of their own.
+template <class T, Major kMajorL>
 LowRankParts launch_low_rank(const LowRankPass<T>& pass, const Allocator& scratch, Stream stream) {
-  using Any = LowRankShape<16, kQ, kMajorL>;
+  using Any = LowRankShape<16, true, false, kMajorL>;
   const int64_t M = pass.X.rows, C = pass.X.columns, r = pass.r;
   const int L_terms = terms_of(pass.L), R_terms = terms_of(pass.R);
-  const int64_t rank = smaller(round_up(r, 16), kMostRank<kQ>);
+  const int64_t rank = smaller(round_up(r, 16), kMostRank);
   const int64_t P_bytes = L_terms ? Any::kRows * rank * 4 : 0;
   const int64_t Q_bytes = R_terms ? Any::kColumns * rank * 4 : 0;
   const LowRankSize size{.row_tiles = ceil_div(M, Any::kRows),
@@ -135,12 +150,11 @@ LowRankParts launch_low_rank(const LowRankPass<T>& pass, const Allocator& scratc
                          .stage_bytes = Any::kXBytes + L_terms * Any::kColumns * rank * 2,
                          .row_bytes = R_terms * Any::kRows * rank * 2 + 2 * P_bytes,
                          .column_bytes = 2 * Q_bytes,
-                         .Q = kQ};
-  const LowRankCut cut = choose_cut<Any::kMostColumnTiles>(size, arch::multiprocessors());
+                         .most_column_tiles = R_terms ? most_column_tiles(rank) : 0};
+  const LowRankCut cut = choose_cut(size, arch::multiprocessors());
   float* const P = L_terms ? scratch.get<float>(cut.column_blocks * M * r) : nullptr;
   float* const Q = R_terms ? scratch.get<float>(cut.row_blocks * C * r) : nullptr;
-  for_each_group<kMostRank<kQ>>(r, [&](int64_t first, int64_t count, auto width) {
-    using Shape = LowRankShape<decltype(width)::value, kQ, kMajorL>;
+  for_each_group<kMostRank>(r, [&](int64_t first, int64_t count, auto width) {
     LowRankPass<T> group = pass;
     if (L_terms) {
       group.L = kMajorL == Major::kMN ? pass.L.columns(first, count) : pass.L.rows(first, count);
@@ -155,7 +169,7 @@ LowRankParts launch_low_rank(const LowRankPass<T>& pass, const Allocator& scratc
     params.P_stride = r, params.P = P ? P + first : nullptr;
     params.Q_row = pass.Q_transposed ? 1 : r, params.Q_column = pass.Q_transposed ? C : 1;
     params.Q_part = C * r, params.Q = Q ? Q + first * params.Q_column : nullptr;
-    launch_low_rank_group<T, Shape>(group, cut, params, stream);
+    launch_low_rank_width<T, decltype(width)::value, kMajorL>(group, cut, params, stream);
   });
   return {{P, static_cast<int>(cut.column_blocks)}, {Q, static_cast<int>(cut.row_blocks)}};
 }
@@ -164,22 +178,32 @@ template <class T>
 Parts launch_down(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout,
                   const Allocator& scratch, Stream stream) {
   const LowRankPass<T> pass{x, A, {}, A.value.rows, dropout, false};
-  return launch_low_rank<T, false, Major::kK>(pass, scratch, stream).P;
+  return launch_low_rank<T, Major::kK>(pass, scratch, stream).P;
 }
 
+// One pass over dy for both while both fit: then dy is read once, and dh has parts for every few of
+// its columns; of wider ranks these parts would be more than another reading of dy.
 template <class T>
 UpGradParts launch_up_grad(const UpGrad<T>& call, const Allocator& scratch, Stream stream) {
-  const LowRankPass<T> pass{
-      call.dy, call.wants_dh ? call.B : Split<T>{}, call.h, call.B.value.columns, {}, false};
-  const auto [dh, dB] = launch_low_rank<T, true, Major::kMN>(pass, scratch, stream);
-  return {dh, dB};
+  const int64_t r = call.B.value.columns;
+  const LowRankPass<T> both{call.dy, call.wants_dh ? call.B : Split<T>{}, call.h, r, {}, false};
+  if (r <= kMostRankOfBoth) {
+    const auto [dh, dB] = launch_low_rank<T, Major::kMN>(both, scratch, stream);
+    return {dh, dB};
+  }
+  UpGradParts parts{};
+  LowRankPass<T> dh = both, dB = both;
+  dh.R = dB.L = {};
+  if (call.wants_dh) parts.dh = launch_low_rank<T, Major::kMN>(dh, scratch, stream).P;
+  if (call.h.value.data) parts.dB = launch_low_rank<T, Major::kMN>(dB, scratch, stream).Q;
+  return parts;
 }
 
 template <class T>
 Parts launch_down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
                        const Allocator& scratch, Stream stream) {
   const LowRankPass<T> pass{x, {}, dh, dh.value.columns, dropout, true};
-  return launch_low_rank<T, true, Major::kMN>(pass, scratch, stream).Q;
+  return launch_low_rank<T, Major::kMN>(pass, scratch, stream).Q;
 }
 
 }  // namespace lora_ext::sm90

@@ -45,7 +45,7 @@ struct LowRank {
     uint32_t l = stage + Shape::kXBytes;
     for (int term = 0; term < params.L_terms; ++term, l += Shape::kLBytes) {
       if constexpr (Shape::kMajorL == Major::kMN) {
-        arch::tma_load_2d(l, params.L[term], full, 0, column);
+        load_ranks(l, params.L[term], full, column);
       } else {
 #pragma unroll
         for (int box = 0; box < Shape::kBoxes; ++box) {
@@ -56,12 +56,21 @@ struct LowRank {
     }
   }
 
+  // 128 rows of a matrix of which the rank is contiguous
+  LORA_EXT_DEVICE static void load_ranks(uint32_t shared, const arch::TensorMap& map, uint32_t full,
+                                         int row) {
+#pragma unroll
+    for (int box = 0; box < Shape::kRankBoxes; ++box) {
+      arch::tma_load_2d(shared + static_cast<uint32_t>(box * Shape::kRankBoxBytes), map, full,
+                        box * Shape::kRankBox, row);
+    }
+  }
+
   LORA_EXT_DEVICE static void load_R(const Params& params, uint32_t slot, uint32_t full, int bytes,
                                      int row) {
     arch::mbarrier_arrive_expect_tx(full, static_cast<uint32_t>(bytes));
     for (int term = 0; term < params.R_terms; ++term) {
-      arch::tma_load_2d(slot + static_cast<uint32_t>(term * Shape::kRBytes), params.R[term], full,
-                        0, row);
+      load_ranks(slot + static_cast<uint32_t>(term * Shape::kRBytes), params.R[term], full, row);
     }
   }
 
@@ -178,7 +187,7 @@ struct LowRank {
 
     LORA_EXT_DEVICE void run(const Walk& walk) const {
       constexpr int kQTiles = Shape::kQ ? Shape::kMostColumnTiles : 1;
-      typename Tile::Sums p, q[kQTiles];
+      [[maybe_unused]] typename Tile::Sums p, q[kQTiles];
       RingPosition at, at_R;
       bool prepared = false;
       for (int row_tile = walk.first_row; row_tile < walk.last_row; ++row_tile) {
@@ -188,7 +197,7 @@ struct LowRank {
         for (int tile = walk.first_column; tile < walk.last_column; ++tile) {
           if (!prepared) prepare(at, row_tile, tile);
           const uint32_t stage = stages.data(at.slot);
-          multiply_p(p, stage, tile == walk.first_column);
+          if constexpr (Shape::kP) multiply_p(p, stage, tile == walk.first_column);
           if constexpr (Shape::kQ) {
             const uint32_t r = Rs.data(at_R.slot);
             with_sums<0>(q, tile - walk.first_column, [&](typename Tile::Sums& sums) {
@@ -208,7 +217,7 @@ struct LowRank {
           release(Rs.empty(at_R.slot));
           at_R.advance(Rs.count);
         }
-        store_p(p, row_tile);
+        if constexpr (Shape::kP) store_p(p, row_tile);
       }
       if constexpr (Shape::kQ) {
 #pragma unroll

@@ -34,23 +34,33 @@ struct LowRankParams {
   int64_t P_stride, Q_row, Q_column, Q_part;  // Q's rows and columns are so far apart
 };
 
+constexpr int kMostRank = 128, kMostRankOfBoth = 64;  // of a kernel that makes P or Q, or both
+
+// Of a block that makes Q, whose sums stay in registers.
+constexpr int most_column_tiles(int64_t rank) { return rank > kMostRankOfBoth ? 2 : 4; }
+
 // A tile of X is two boxes of 64 columns. Its columns are one block of dropout's decisions.
-template <int kRank, bool kWithQ, Major kMajorOfL>
+template <int kRank, bool kWithP, bool kWithQ, Major kMajorOfL>
 struct LowRankShape {
   static constexpr int kN = kRank, kRows = 128, kColumns = 128, kBoxes = 2;
   static constexpr Major kMajorL = kMajorOfL;
-  static constexpr bool kQ = kWithQ;
-  static constexpr int kMostColumnTiles = 4;  // of a block, for Q's sums to fit the registers
+  static constexpr bool kP = kWithP, kQ = kWithQ;
+  static constexpr int kMostColumnTiles = most_column_tiles(kN);
+  static_assert(kN <= kMostRankOfBoth || (kN <= kMostRank && !(kP && kQ)));
   static constexpr int kMultipliers = 2;
   static constexpr int kThreads = (1 + kMultipliers) * kWarpgroup;
   static constexpr int kBoxBytes = kRows * kRowBytes, kXBytes = kBoxes * kBoxBytes;
   static constexpr int kLBytes = kColumns * kN * 2, kRBytes = kRows * kN * 2;  // of one term
-  // Rows of R, and of L where they are the columns of X, are as long as a span of their swizzle.
+  // R, and L where it lies by the columns of X, are boxes of up to 64 ranks, whose rows of 128 are
+  // as long as a span of their swizzle.
+  static constexpr int kRankBox = kN < 64 ? kN : 64, kRankBoxes = kN / kRankBox;
+  static constexpr int kRankBoxBytes = 128 * kRankBox * 2;
   static constexpr Swizzle kSwizzle =
       kN == 16 ? Swizzle::k32 : (kN == 32 ? Swizzle::k64 : Swizzle::k128);
-  static_assert((!kQ && kMajorL == Major::kK) || arch::swizzle_bytes(kSwizzle) == kN * 2);
+  static_assert(arch::swizzle_bytes(kSwizzle) == kRankBox * 2);
+  static_assert(kRows == 128 && kColumns == 128);
   static_assert(kColumns == kDropoutBlock, "one Philox call is used up within a tile");
-  static_assert(2 * (kXBytes + 2 * kLBytes) + (kQ ? kRSlots * 2 * kRBytes : 0) + 1024 <=
+  static_assert(2 * (kXBytes + (kP ? 2 * kLBytes : 0)) + (kQ ? kRSlots * 2 * kRBytes : 0) + 1024 <=
                     kMostSharedBytes,
                 "two stages always fit: one is multiplied while dropout is done to the next");
   static_assert(kLBytes % 1024 == 0, "swizzled tiles begin at multiples of 1024 bytes");
@@ -102,9 +112,9 @@ struct LowRankTile {
 
   // The operand of which the rank is contiguous, from its row `k`.
   LORA_EXT_DEVICE static uint64_t rank_major(uint32_t tile, int k) {
-    constexpr uint32_t kBytes = Shape::kN * 2;
-    return arch::wgmma_descriptor(tile + static_cast<uint32_t>(k) * kBytes, 16, 8 * kBytes,
-                                  Shape::kSwizzle);
+    constexpr uint32_t kBytes = Shape::kRankBox * 2;
+    return arch::wgmma_descriptor(tile + static_cast<uint32_t>(k) * kBytes, Shape::kRankBoxBytes,
+                                  8 * kBytes, Shape::kSwizzle);
   }
 
   // p (+)= 64 rows of X, which begin at `x`, times L.
