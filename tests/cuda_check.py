@@ -45,16 +45,16 @@ def gpu_paths(model: nn.Module, compute_capability: int) -> list[str]:
 
 
 def call(layer: lora_ext.nn.Linear, **changed: object) -> object:
-    facts: dict[str, object] = dict(backward=False, device=0, tokens=2048, dropout=False)
+    facts: dict[str, object] = dict(backward=False, device=0, tokens=2048, dropout=True)
     facts |= dict(out_features=layer.out_features, in_features=layer.in_features, r=layer.r)
     facts |= dict(base=layer.weight.dtype, adapter=layer.lora_A.dtype)
     return _C.CudaCall(**(facts | changed))
 
 
 model = nn.Sequential(
-    lora_ext.nn.Linear(64, 32, 8, dtype=torch.bfloat16, device="meta"),
-    lora_ext.nn.Linear(64, 32, 8, dtype=torch.float32, device="meta"),
-    lora_ext.nn.Linear(64, 32, 8),
+    lora_ext.nn.Linear(64, 32, 8, lora_dropout=0.1, dtype=torch.bfloat16, device="meta"),
+    lora_ext.nn.Linear(64, 32, 8, lora_dropout=0.1, dtype=torch.float32, device="meta"),
+    lora_ext.nn.Linear(64, 32, 8, lora_dropout=0.1),
 )
 assert [row.path.split()[0] for row in lora_ext.explain(model)] == ["none", "none", "cpu"]
 SM80 = {"auto": "cuda hybrid sm_80", "fused": "cuda fused sm_80"}
@@ -78,6 +78,8 @@ if on_80 and info["cuda_path"] == "auto":
     ):
         told, reason = _C.explain_lora_linear_cuda(call(model[0], weight=weight), 80)
         assert told == path, (told, reason)
+    told, reason = _C.explain_lora_linear_cuda(call(model[0], dropout=False), 80)
+    assert told == "cuda cublas" and "predicted to be as fast" in reason, (told, reason)
     told, reason = _C.explain_lora_linear_cuda(call(model[0], out_features=50257), 80)
     assert told == "cuda cublas" and "no multiple of 8" in reason, (told, reason)
 

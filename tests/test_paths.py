@@ -16,6 +16,7 @@ CPU_FACTS = {
 CUDA_FACTS = {"M": None, "N": None, "K": None, "r": None, "half": ctypes.c_bool}
 CUDA_FACTS |= {"rows": ctypes.c_int, "compute_capability": ctypes.c_int, "built": ctypes.c_bool}
 CUDA_FACTS |= {"sm90": ctypes.c_bool, "wish": ctypes.c_int, "fastest": ctypes.c_int}
+CUDA_FACTS |= {"dropout": ctypes.c_bool, "mixed": ctypes.c_bool}
 CPU_KERNELS = ("blas", "vector", "bf16 dot")
 ANY, ALIGNED, TMA = range(3)  # Rows of csrc/cuda/lora_linear_path.h
 
@@ -156,12 +157,13 @@ def test_chunks_of_rows_have_places_for_all_their_elements(
 
 
 CUDA = dict(M=2048, N=1024, K=1024, r=16, half=True, rows=TMA, compute_capability=80)
-CUDA |= dict(built=True, sm90=True, wish="auto", fastest=None)
+CUDA |= dict(built=True, sm90=True, wish="auto", fastest=None, dropout=True, mixed=False)
 FUSED, HYBRID, CUBLAS = "cuda fused sm_80", "cuda hybrid sm_80", "cuda cublas"
 FUSED_90, HYBRID_90 = "cuda fused sm_90a", "cuda hybrid sm_90a"
 RANKS, EMPTY, LARGE = "the kernels take ranks 1 to 256", "no empty matrices", "in 32 bits"
 MEASURED, UNMEASURED, MMA = "that autotune measured", "is not measured yet", "mma.sync is slow"
-UNALIGNED, FEW_ROWS = "rows that begin at no multiple of 16 bytes", "few rows: cuBLAS"
+UNALIGNED, SMALL = "rows that begin at no multiple of 16 bytes", "a small result"
+KEEPS_UP = "predicted to be as fast"
 SM90, NOT_BUILT = {"compute_capability": 90}, {"compute_capability": 90, "sm90": False}
 
 CUDA_CASES = {
@@ -186,9 +188,22 @@ CUDA_CASES = {
     "2^31 rows": (SM90 | {"M": 1 << 31}, CUBLAS, LARGE),
     "2^31 outputs": (SM90 | {"N": 1 << 31, "wish": "fused"}, CUBLAS, LARGE),
     "2^31 inputs": (SM90 | {"K": 1 << 31}, CUBLAS, LARGE),
-    "few rows": (SM90 | {"M": 512}, HYBRID_90, FEW_ROWS),
-    "more rows": (SM90 | {"M": 513}, FUSED_90, ONE_PASS),
-    "few rows, sm_80": ({"M": 1}, HYBRID, UNMEASURED),
+    "few tiles": (SM90 | {"M": 1920}, HYBRID_90, SMALL),
+    "more tiles": (SM90 | {"M": 1921}, FUSED_90, ONE_PASS),
+    "few tiles of dx": (SM90 | {"N": 4096, "M": 1920}, HYBRID_90, SMALL),
+    "few rows, no dropout": (SM90 | {"M": 1, "r": 32, "dropout": False}, HYBRID_90, SMALL),
+    "few rows, larger rank": (SM90 | {"M": 1, "r": 33, "dropout": False}, CUBLAS, KEEPS_UP),
+    "few rows, float": (SM90 | {"M": 1, "dropout": False, "mixed": True}, CUBLAS, KEEPS_UP),
+    "many tiles, larger rank": (SM90 | {"r": 33, "dropout": False}, FUSED_90, ONE_PASS),
+    "sm_80, no dropout": ({"dropout": False}, CUBLAS, KEEPS_UP),
+    "sm_80, no dropout, float": ({"dropout": False, "mixed": True}, HYBRID, UNMEASURED),
+    "sm_80, few, float": ({"dropout": False, "mixed": True, "M": 512}, CUBLAS, KEEPS_UP),
+    "sm_100, no dropout": ({"dropout": False, "compute_capability": 100}, CUBLAS, KEEPS_UP),
+    "sm_80, 16 rows": ({"M": 16, "mixed": True}, CUBLAS, KEEPS_UP),
+    "sm_80, 17 rows": ({"M": 17}, HYBRID, UNMEASURED),
+    "sm_80, few rows, larger rank": ({"M": 512, "r": 65}, CUBLAS, KEEPS_UP),
+    "sm_80, more rows, larger rank": ({"M": 513, "r": 65}, HYBRID, UNMEASURED),
+    "sm_80, wish": ({"dropout": False, "wish": "hybrid"}, HYBRID, "LORA_EXT_CUDA_PATH=hybrid"),
     "few rows, wish fused": (SM90 | {"M": 1, "wish": "fused"}, FUSED_90, "PATH=fused"),
     "not aligned": ({"rows": ANY}, CUBLAS, UNALIGNED),
     "not aligned, sm_90": (SM90 | {"rows": ANY}, CUBLAS, UNALIGNED),

@@ -125,10 +125,29 @@ inline const char* why_no_kernels(const CudaCall& call, int compute_capability, 
   return nullptr;
 }
 
-// Up to as many rows cuBLAS makes the base product. A tile of the kernel for sm_90a has 128 rows
-// and no part of K alone: few rows leave multiprocessors idle and do not hide the latency of their
-// reads, where cuBLAS splits K. A prediction, until it is measured.
-constexpr int64_t kFewRows = 512;
+// What follows is predicted (benchmarks/predict.py), until it is measured.
+
+// Whether cuBLAS makes the base product beside the kernels for sm_90a. They have no part of K
+// alone: fewer tiles of 128 x 128 than multiprocessors leave some of them idle and do not hide the
+// latency of their reads, where cuBLAS splits K.
+inline bool few_tiles(const CudaCall& call) {
+  constexpr int64_t kTile = 128, kMultiprocessors = 128;
+  const auto tiles = [](int64_t size) { return (size + kTile - 1) / kTile; };
+  return tiles(call.M) * tiles(std::min(call.N, call.K)) < kMultiprocessors;
+}
+
+// Whether cuBLAS's low-rank products are no slower than the kernels' passes. Few rows wait for
+// launches, of which the kernels for sm_90a have more where a rank or a float adapter is in several
+// parts. Those for sm_80 pay where they save a reading of x: dropout's, or of a float copy.
+inline bool blas_keeps_up(const CudaCall& call, KernelFamily family) {
+  constexpr int64_t kFewRows = 512, kFewest = 16;
+  const bool mixed = call.adapter != call.base, fewest = call.M <= kFewest;
+  if (family == KernelFamily::Sm90) {
+    return few_tiles(call) && !call.dropout && (call.r > 32 || (mixed && fewest));
+  }
+  const bool few = call.M <= kFewRows, saves = call.dropout || (mixed && !few);
+  return !saves || fewest || (few && call.r > 64);
+}
 
 // One way to run a call that the kernels can run, and when it is taken.
 struct CudaCandidate {
@@ -145,7 +164,7 @@ inline KernelFamily family_for(const CudaProblem& problem) {
 }
 
 // All candidates: the first that fits is taken, and the last one always fits.
-inline std::array<CudaCandidate, 7> cuda_candidates(const CudaProblem& problem) {
+inline std::array<CudaCandidate, 8> cuda_candidates(const CudaProblem& problem) {
   const CudaCall& call = problem.call;
   const int capability = problem.compute_capability;
   const bool asked = problem.wish != CudaWish::Auto, measured = problem.fastest.has_value();
@@ -153,7 +172,7 @@ inline std::array<CudaCandidate, 7> cuda_candidates(const CudaProblem& problem) 
   const bool sm80 = family_for(problem) == KernelFamily::Sm80;
   // Tensor cores of sm_90 and of sm_100 to sm_110 run at their rate for instructions of their own.
   const bool slow_mma = sm80 && capability >= 90 && capability < 120;
-  const bool few_rows = call.M <= kFewRows;
+  const bool few = few_tiles(call);
   return {{
       {asked, problem.wish, name_of(problem.wish).asked},
       {measured, problem.fastest.value_or(CudaWish::Auto),
@@ -163,6 +182,8 @@ inline std::array<CudaCandidate, 7> cuda_candidates(const CudaProblem& problem) 
       {unaligned, CudaWish::Composed,
        "rows that begin at no multiple of 16 bytes, as where N or K is no multiple of 8, are "
        "cuBLAS's"},
+      {blas_keeps_up(call, family_for(problem)), CudaWish::Composed,
+       "cuBLAS's low-rank products are predicted to be as fast as the kernels for such a call"},
       {slow_mma, CudaWish::Hybrid,
        "mma.sync is slow on this GPU: cuBLAS makes the base product, kernels the rest"},
       // Its main loop has five other instructions for each that multiplies, and one block a
@@ -171,8 +192,9 @@ inline std::array<CudaCandidate, 7> cuda_candidates(const CudaProblem& problem) 
       {sm80, CudaWish::Hybrid,
        "the base product of the kernels for sm_80 is not measured yet: cuBLAS makes it, kernels "
        "the rest"},
-      {few_rows, CudaWish::Hybrid,
-       "few rows: cuBLAS makes the base product, which it can split along K, kernels the rest"},
+      {few, CudaWish::Hybrid,
+       "a small result: cuBLAS makes the base product, which it can split along K, kernels the "
+       "rest"},
       {true, CudaWish::Fused,
        "one pass over x and one over dy, low-rank products inside the base product's kernel"},
   }};

@@ -93,6 +93,7 @@ Weight<T> weight_of(const Arguments& a) {
 }
 
 // As csrc/cuda/lora_linear.cpp chooses on the GPU of simt::options(); false: no kernel runs.
+template <class T, class TA>
 bool choose(const Arguments& a, bool backward) {
   Rows rows = rows_of_sizes(a.N, a.K);
   const auto read = [&](const void* data, int64_t count, int64_t stride, int64_t columns) {
@@ -101,14 +102,15 @@ bool choose(const Arguments& a, bool backward) {
   if (backward) read(a.dy, a.M, a.ldy, a.N);
   read(a.x, a.M, a.ldx, a.K);
   read(a.weight, a.transposed ? a.K : a.N, a.ldw, a.transposed ? a.N : a.K);
-  const CudaCall call{backward, 0, a.M, a.N, a.K, a.r, 0, 0, true, a.dropout != 0, rows};
+  const CudaCall call{backward,       0,   a.M, a.N, a.K, a.r, 0, !std::is_same_v<T, TA>, true,
+                      a.dropout != 0, rows};
   path() = choose_cuda_path({call, simt::options().compute_capability, true, kSm90, wish(), {}});
   return path().kernels != CudaPath::Kernels::Composed;
 }
 
 template <class T, class TA>
 void forward(const Arguments& a) {
-  if (!choose(a, false)) return;
+  if (!choose<T, TA>(a, false)) return;
   Scratch scratch;
   const ForwardCall<T, TA> call{{static_cast<const T*>(a.x), a.M, a.K, a.ldx},
                                 weight_of<T>(a),
@@ -126,7 +128,7 @@ void forward(const Arguments& a) {
 
 template <class T, class TA>
 void backward(const Arguments& a) {
-  if (!choose(a, true)) return;
+  if (!choose<T, TA>(a, true)) return;
   Scratch scratch;
   const BackwardCall<T, TA> call{{static_cast<const T*>(a.dy), a.M, a.N, a.ldy},
                                  {static_cast<const T*>(a.x), a.M, a.K, a.ldx},
