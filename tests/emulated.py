@@ -139,6 +139,7 @@ class EmulatedKernels:
     def load(cls, compiled: Path) -> EmulatedKernels:
         library = ctypes.CDLL(str(compiled))
         library.last_error.restype = library.last_path.restype = ctypes.c_char_p
+        library.self_check.restype = ctypes.c_char_p
         return cls(library)
 
     def schedule(self, completion: str, seed: int) -> None:
@@ -197,6 +198,13 @@ class EmulatedKernels:
             )
             for one in launches[: self.library.take_recorded(MOST_LAUNCHES, launches)]
         ]
+
+    def self_check(self, family: str, M: int, N: int, K: int) -> str:
+        """What the check of a family at its first use finds wrong; empty if nothing is."""
+        found: bytes = self.library.self_check(
+            list(GPUS).index(family), *map(ctypes.c_int64, (M, N, K))
+        )
+        return found.decode()
 
     def take_launches(self) -> list[Launch]:
         """Of each launch since the last call."""

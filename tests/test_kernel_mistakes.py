@@ -386,6 +386,8 @@ import kernel_checks
 from emulated import COMPLETIONS, EmulatedKernels
 kernels = EmulatedKernels.load(Path(sys.argv[1]))
 print("loaded", flush=True)
+kernels.gpu(86, 3)
+print("self check:", kernels.self_check("sm80", 264, 136, 264) or "right", flush=True)
 few = (37, 192, 200, 16), kernel_checks.Options(bias=False, processors=132)
 many = (364, 200, 72, 8), kernel_checks.Options(h=False, processors=1)
 for (size, has), schedule in itertools.product([few, many],
@@ -496,7 +498,7 @@ def test_planted_mistake_is_noticed(
     result = results[driver, mistake].result()
     if driver == "launches":
         # Noticed by a check or by the emulator, both exceptions; and no crash.
-        assert result.stdout.strip() == "loaded", result.stderr[-3000:]
+        assert re.fullmatch("loaded\nself check: .+", result.stdout.strip()), result.stderr[-3000:]
         assert result.returncode == 1 and "Error" in result.stderr, result.stderr[-3000:]
     else:
         assert result.returncode == 1 and "FAILED" in result.stdout, result.stdout + result.stderr
@@ -510,4 +512,22 @@ def test_nothing_is_noticed_in_the_right_kernels(
     result = results[driver, mistake].result()
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
     if driver == "launches":
-        assert "no mistake noticed" in result.stdout
+        assert "self check: right" in result.stdout and "no mistake noticed" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("mistake", "wrong"),
+    [
+        ("down_grad: a mask of the wrong columns", r"dA\[0, \d+\]"),
+        ("up_grad: no barrier before the sums are stored", r"dB\[\d+, 0\]"),
+    ],
+)
+@pytest.mark.parametrize("driver", ["launches"])
+def test_the_check_at_the_first_use_tells_what_is_wrong(
+    results: dict[tuple[str, str], Future[Result]], driver: str, mistake: str, wrong: str
+) -> None:
+    """In the one order of threads that it meets; it is not for mistakes that others show."""
+    told = results[driver, mistake].result().stdout
+    assert re.search(f"self check: {wrong} of a check with M = 264, .* is .*, expected ", told), (
+        told
+    )

@@ -344,6 +344,16 @@ def test_what_is_recorded_is_what_runs(
     assert product.dependent == (family == "sm90")
 
 
+@pytest.mark.parametrize(("M", "N", "K"), [(264, 264, 136), (264, 136, 264)])
+@pytest.mark.parametrize("family", SIZES)
+def test_self_check_finds_nothing_wrong(
+    kernels: EmulatedKernels, family: str, M: int, N: int, K: int
+) -> None:
+    """Its expectations are the results of right kernels, to the bit."""
+    kernels.gpu(GPUS[family])
+    assert kernels.self_check(family, M, N, K) == ""
+
+
 @pytest.mark.parametrize("family", SIZES)
 def test_bias_is_added_before_the_only_rounding(kernels: EmulatedKernels, family: str) -> None:
     kernels.gpu(GPUS[family])

@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include "../common/dropout.h"
+#include "cuda/trust.h"
 #include "kernels/lora_linear.h"
 #include "ops/base_product.h"
 #include "ops/lora_linear_blas.h"
@@ -157,7 +158,9 @@ CudaPath path_for(bool backward, const Tensor& rows, const Tensor& x, const Opti
   for (const Tensor& matrix : {rows, x}) {
     if (matrix.defined()) call.rows = std::min(call.rows, rows_of(matrix));
   }
-  return cuda_path(call, current_capability());
+  const CudaPath path = cuda_path(call, current_capability());
+  if (path.kernels == CudaPath::Kernels::Composed || trusted(path.family)) return path;
+  return cuda_path(call, current_capability());  // which knows what was found
 }
 
 // Of a call that reads x or dy [M, ...].

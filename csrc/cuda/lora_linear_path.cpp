@@ -10,6 +10,7 @@
 #include <string>
 
 #include "cuda/lora_linear.h"
+#include "cuda/trust.h"
 
 namespace lora_ext {
 namespace {
@@ -79,8 +80,13 @@ CudaPath cuda_path(const CudaCall& call, int compute_capability) {
   constexpr bool sm90 = false;
 #endif
   const bool built = built_for(LORA_EXT_CUDA_TARGETS, compute_capability);
-  return choose_cuda_path(
+  const CudaPath path = choose_cuda_path(
       {call, compute_capability, built, sm90, cuda_wish(), tuned_paths().find(call)});
+  if (path.kernels != CudaPath::Kernels::Composed && found_wrong(path.family, call.device)) {
+    return {CudaPath::Kernels::Composed, path.family,
+            "the kernels were wrong at their first use on this GPU, as a warning said"};
+  }
+  return path;
 }
 
 bool has_cuda_kernels(const CudaCall& call, int compute_capability) {

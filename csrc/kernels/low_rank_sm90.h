@@ -80,16 +80,21 @@ struct LowRank {
     for (int row_tile = walk.first_row; row_tile < walk.last_row; ++row_tile) {
       const int row = row_tile * Shape::kRows;
       if (Shape::kQ && params.R_terms > 0) {
-        arch::mbarrier_wait(Rs.empty(at_R.slot), at_R.parity ^ 1);
+        arch::mbarrier_wait_bounded(Rs.empty(at_R.slot), at_R.parity ^ 1, params.report);
         load_R(params, Rs.data(at_R.slot), Rs.full(at_R.slot), Rs.bytes, row);
         at_R.advance(Rs.count);
       }
       for (int tile = walk.first_column; tile < walk.last_column; ++tile) {
-        arch::mbarrier_wait(stages.empty(at.slot), at.parity ^ 1);
+        arch::mbarrier_wait_bounded(stages.empty(at.slot), at.parity ^ 1, params.report);
         load_stage(params, stages.data(at.slot), stages.full(at.slot), stages.bytes, row,
                    tile * Shape::kColumns);
         at.advance(stages.count);
       }
+    }
+    // Of a wait without end somebody has to tell.
+    for (int slot = 0; slot < stages.count; ++slot) {
+      arch::mbarrier_wait_bounded(stages.empty(at.slot), at.parity ^ 1, params.report);
+      at.advance(stages.count);
     }
   }
 

@@ -32,6 +32,7 @@ struct LowRankParams {
   float* P;                                   // [column blocks, M, rank], rows P_stride apart
   float* Q;                                   // [row blocks] parts, Q_part apart, of [C, rank]
   int64_t P_stride, Q_row, Q_column, Q_part;  // Q's rows and columns are so far apart
+  arch::WaitReport* report;
 };
 
 constexpr int kMostRank = 128, kMostRankOfBoth = 64;  // of a kernel that makes P or Q, or both

@@ -22,6 +22,7 @@ struct ProductParams {
   const float* bias;    // [N] or null
   arch::TensorMap out;  // [M, N], contiguous, 16-byte aligned, N a multiple of 8
   int64_t M, N;
+  arch::WaitReport* report;
 };
 
 // The size of the running block's cluster, and which of its blocks it is.
@@ -90,7 +91,7 @@ struct ProductTile {
       const int m = static_cast<int>(tile.m), n = static_cast<int>(tile.n);
       for (int segment = 0; segment < params.count; ++segment) {
         for (int64_t k = 0; k < params.depth[segment]; k += Shape::kK) {
-          arch::mbarrier_wait(ring.empty(at.slot), at.parity ^ 1);
+          arch::mbarrier_wait_bounded(ring.empty(at.slot), at.parity ^ 1, params.report);
           load(params, segment, ring.data(at.slot), ring.full(at.slot), m, n, static_cast<int>(k),
                cluster);
           at.advance(ring.count);
@@ -99,7 +100,7 @@ struct ProductTile {
     }
     // Others release slots to this block, which must not end before.
     for (int slot = 0; slot < ring.count; ++slot) {
-      arch::mbarrier_wait(ring.empty(at.slot), at.parity ^ 1);
+      arch::mbarrier_wait_bounded(ring.empty(at.slot), at.parity ^ 1, params.report);
       at.advance(ring.count);
     }
   }

@@ -10,16 +10,15 @@
 
 namespace lora_ext {
 
-enum class Mechanism { kCluster };  // blocks of the product of sm_90a that share what they read
+enum class Mechanism {
+  kCluster,    // blocks of the product of sm_90a that share what they read
+  kSelfCheck,  // of the kernels at their first use on a GPU (self_check.h)
+};
 
 inline std::string_view name_of(Mechanism mechanism) {
-  switch (mechanism) {
-    case Mechanism::kCluster:
-      return "cluster";
-  }
-  return {};
+  return mechanism == Mechanism::kCluster ? "cluster" : "self_check";
 }
-constexpr Mechanism kMechanisms[] = {Mechanism::kCluster};
+constexpr Mechanism kMechanisms[] = {Mechanism::kCluster, Mechanism::kSelfCheck};
 
 // Throws std::runtime_error if a name in it is no mechanism's. The environment is read each time.
 inline bool switched_off(Mechanism mechanism) {

@@ -14,6 +14,7 @@
 #include "kernels/launch_low_rank_sm80.h"
 #include "kernels/launch_product_sm80.h"
 #include "kernels/lora_linear_run.h"
+#include "kernels/self_check.h"
 
 using namespace lora_ext;
 
@@ -181,6 +182,21 @@ int lora_backward(const char* types, const Arguments* arguments) {
 }
 
 const char* last_error() { return message().c_str(); }
+
+// What csrc/kernels/self_check.h finds wrong with a family in a problem of these sizes.
+const char* self_check(int family, int64_t M, int64_t N, int64_t K) {
+  Scratch scratch;
+  const auto copy = [](void* to, const void* from, int64_t bytes) {
+    memcpy(to, from, static_cast<size_t>(bytes));
+  };
+  try {
+    SelfCheck check({M, N, K}, {Scratch::allocate, &scratch}, copy);
+    message() = check.run(static_cast<KernelFamily>(family), nullptr);
+  } catch (const std::exception& error) {
+    message() = error.what();
+  }
+  return message().c_str();
+}
 
 // How many launches there were since the last call of take_launches, and of each of at most `count`
 // of them: the bytes that cp.async read from global memory, the mma.sync instructions of warps, the

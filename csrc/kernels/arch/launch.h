@@ -5,16 +5,39 @@
 #include <stdexcept>
 #include <string>
 
+#include "wait_report.h"
+
 namespace lora_ext::arch {
 
 using Stream = cudaStream_t;
+
+// Of the process: memory of the host that every GPU can write. Null if there is none.
+inline WaitReport* wait_report() {
+#if defined(__CUDACC__)
+  static WaitReport* const report = [] {
+    void* memory = nullptr;
+    const auto flags = cudaHostAllocPortable | cudaHostAllocMapped;
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;  // or a capture would be broken off
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    if (cudaHostAlloc(&memory, sizeof(WaitReport), flags) != cudaSuccess) cudaGetLastError();
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    if (memory != nullptr) *static_cast<WaitReport*>(memory) = {};
+    return static_cast<WaitReport*>(memory);
+  }();
+  return report;
+#else
+  return nullptr;  // the emulator tells of deadlocks itself
+#endif
+}
 
 // The error is cleared before it is thrown: the next kernel that anyone launches must not be told
 // of it.
 inline void check(cudaError_t error, const std::string& what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();
-  throw std::runtime_error("lora_ext: " + what + ": " + cudaGetErrorString(error));
+  const WaitReport* report = wait_report();
+  throw std::runtime_error("lora_ext: " + what + ": " + cudaGetErrorString(error) +
+                           (report != nullptr ? report->text() : ""));
 }
 
 // Of the current device.

@@ -8,6 +8,7 @@
 #include "../element.h"
 #include "descriptor_sm90.h"
 #include "ptx_sm90_wgmma.h"
+#include "wait_report.h"
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define LORA_EXT_SM90A 1
@@ -75,6 +76,19 @@ LORA_EXT_DEVICE bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) {
 
 LORA_EXT_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   while (!mbarrier_try_wait(barrier, parity)) {
+  }
+}
+
+// A wait without end becomes an error of CUDA's, seconds to minutes later, instead of a process
+// that hangs; `report` (launch.h) tells the host which one it was. For the thread that loads:
+// threads that multiply have no register to count with, and where they wait without end, it does
+// too.
+LORA_EXT_DEVICE void mbarrier_wait_bounded(uint32_t barrier, uint32_t parity, WaitReport* report) {
+  constexpr uint32_t kMostTurns = 1u << 26;
+  for (uint32_t turn = 0; !mbarrier_try_wait(barrier, parity); ++turn) {
+    if (turn < kMostTurns) continue;
+    report->fill(barrier, parity);
+    __trap();
   }
 }
 

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <string>
 
+#include "kernels/arch/wait_report.h"
 #include "simt/cluster.h"
 
 namespace simt {
@@ -99,6 +100,11 @@ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   simt::block().check(parity <= 1, "mbarrier_wait: parity is 0 or 1");
   if (!Phase::over(&phase)) simt::block().wait(Phase::over, &phase, "mbarrier_wait");
   simt::block().preempt();
+}
+
+// A deadlock is seen without counting.
+inline void mbarrier_wait_bounded(uint32_t barrier, uint32_t parity, WaitReport*) {
+  mbarrier_wait(barrier, parity);
 }
 
 // A GPU may give up and return false; here it waits, so that a deadlock is seen.

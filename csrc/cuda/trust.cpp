@@ -1,0 +1,95 @@
+#include "cuda/trust.h"
+
+#include <ATen/ATen.h>
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <c10/util/Exception.h>
+
+#include <array>
+#include <atomic>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels/self_check.h"
+#include "kernels/switches.h"
+
+namespace lora_ext {
+namespace {
+
+enum class Trust { Unknown, Trusted, Wrong };
+
+struct Entry {
+  std::atomic<Trust> trust = Trust::Unknown;
+  std::mutex mutex;  // of the check
+};
+
+Entry& entry_of(KernelFamily family, int device) {
+  constexpr int kMostDevices = 64;
+  static std::array<std::array<Entry, kMostDevices>, 2> entries;
+  TORCH_CHECK(device >= 0 && device < kMostDevices, "lora_ext: no GPU ", device);
+  return entries[static_cast<size_t>(family)][static_cast<size_t>(device)];
+}
+
+// What is wrong, or empty.
+std::string check(KernelFamily family) {
+  std::vector<at::Tensor> blocks;
+  const Allocator memory{
+      [](void* context, int64_t bytes) {
+        auto& own = *static_cast<std::vector<at::Tensor>*>(context);
+        own.push_back(at::empty({bytes}, at::device(at::kCUDA).dtype(at::kByte)));
+        return own.back().data_ptr();
+      },
+      &blocks};
+  const auto stream = at::cuda::getCurrentCUDAStream();
+  const auto copy = [&](void* to, const void* from, int64_t bytes) {
+    const auto count = static_cast<size_t>(bytes);
+    C10_CUDA_CHECK(cudaMemcpyAsync(to, from, count, cudaMemcpyDefault, stream));
+    C10_CUDA_CHECK(cudaStreamSynchronize(stream));
+  };
+  try {
+    for (const SelfCheckSize size : kSelfCheckSizes) {
+      std::string wrong = SelfCheck(size, memory, copy).run(family, stream);
+      if (!wrong.empty()) return wrong;
+    }
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+  return "";
+}
+
+void warn(KernelFamily family, const std::string& wrong) {
+  const auto* device = at::cuda::getCurrentDeviceProperties();
+  TORCH_WARN("lora_ext: the kernels for ", family == KernelFamily::Sm90 ? "sm_90a" : "sm_80",
+             " are not used on this GPU, cuBLAS's products are: ", wrong,
+             ". Please report this sentence with the output of `lora-ext info` (", device->name,
+             ", sm_", device->major, device->minor, ", CUDA ", CUDART_VERSION,
+             "). LORA_EXT_CUDA_OFF=self_check uses them unchecked");
+}
+
+}  // namespace
+
+bool trusted(KernelFamily family) {
+  Entry& entry = entry_of(family, c10::cuda::current_device());
+  if (entry.trust == Trust::Unknown) {
+    if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
+      return true;
+    }
+    const std::lock_guard lock(entry.mutex);
+    if (entry.trust == Trust::Unknown) {
+      const std::string wrong = switched_off(Mechanism::kSelfCheck) ? "" : check(family);
+      entry.trust = wrong.empty() ? Trust::Trusted : Trust::Wrong;
+      if (!wrong.empty()) warn(family, wrong);
+    }
+  }
+  return entry.trust == Trust::Trusted;
+}
+
+bool found_wrong(KernelFamily family, int device) {
+  return device >= 0 && entry_of(family, device).trust == Trust::Wrong;
+}
+
+}  // namespace lora_ext

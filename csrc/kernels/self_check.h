@@ -1,0 +1,228 @@
+// Whether the kernels of a family compute what they should on the GPU at hand, which may be one
+// that nobody has tried. Host code without CUDA's headers.
+//
+// Every value is a small whole number and dropout keeps half, so that all sums are exact in float,
+// whatever their order, and each result is rounded once: it is right to the bit, or it is wrong.
+#pragma once
+
+#include <cmath>
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "lora_linear.h"
+
+namespace lora_ext {
+
+struct SelfCheckSize {
+  int64_t M, N, K;
+};
+// Several rows of tiles with tails; wide results and narrow ones, which have tiles of other widths.
+constexpr SelfCheckSize kSelfCheckSizes[] = {{2056, 2056, 264}, {2056, 264, 2056}};
+
+// Copies between host and device, after all work of the stream before, and waits for it.
+using CopyAndWait = std::function<void(void* to, const void* from, int64_t bytes)>;
+
+class SelfCheck {
+ public:
+  SelfCheck(SelfCheckSize size, const Allocator& memory, const CopyAndWait& copy)
+      : M_(size.M), N_(size.N), K_(size.K), memory_(memory), copy_(copy) {
+    fill(x_, M_ * K_), fill(weight_, N_ * K_), fill(bias_, N_), fill(A_, kRank * K_);
+    fill(B_, N_ * kRank), fill(dy_, M_ * N_);
+  }
+
+  // What is wrong; empty if nothing is. Throws std::runtime_error if a kernel cannot be launched.
+  std::string run(KernelFamily family, Stream stream) {
+    const Dropout dropout{true, kThreshold, 1.0f / kKept, to_device(kRngState, 2)};
+    const auto* x = halves(x_);
+    const auto* weight = halves(weight_);
+    const auto* A = halves(A_);
+    const auto* B = halves(B_);
+    const auto* dy = halves(dy_);
+    auto* const y = memory_.get<Bf16>(M_ * N_);
+    auto* const h = memory_.get<float>(M_ * kRank);
+    run_forward(ForwardCall<Bf16, Bf16>{.x = {x, M_, K_, K_},
+                                        .weight = {{weight, N_, K_, K_}},
+                                        .bias = floats(bias_),
+                                        .lora_A = A,
+                                        .lora_B = B,
+                                        .r = kRank,
+                                        .scaling = kKept,
+                                        .scaling_factor = nullptr,
+                                        .dropout = dropout,
+                                        .y = y,
+                                        .h = h},
+                memory_, stream, family);
+    auto* const dx = memory_.get<Bf16>(M_ * K_);
+    auto* const dA = memory_.get<Bf16>(kRank * K_);
+    auto* const dB = memory_.get<Bf16>(N_ * kRank);
+    run_backward(BackwardCall<Bf16, Bf16>{.dy = {dy, M_, N_, N_},
+                                          .x = {x, M_, K_, K_},
+                                          .weight = {{weight, N_, K_, K_}},
+                                          .h = h,
+                                          .lora_A = A,
+                                          .lora_B = B,
+                                          .r = kRank,
+                                          .scaling = kKept,
+                                          .scaling_factor = nullptr,
+                                          .dropout = dropout,
+                                          .dx = dx,
+                                          .dA = dA,
+                                          .dB = dB},
+                 memory_, stream, family);
+    check_rows("y", y, N_, [&](int64_t m, int64_t n) { return expected_y(m, n); });
+    check_rows("dx", dx, K_, [&](int64_t m, int64_t k) { return expected_dx(m, k); });
+    check_gradients(dA, dB);
+    return wrong_;
+  }
+
+ private:
+  static constexpr int kRank = 24;
+  static constexpr float kKept = 0.5f;  // of x; the scaling, too: they make up for each other
+  static constexpr uint32_t kThreshold = 32768;
+  static constexpr int64_t kRngState[2] = {12345678901, 44};
+
+  using Values = std::vector<int>;
+
+  // -1, 0 and 1
+  void fill(Values& values, int64_t count) {
+    values.resize(static_cast<size_t>(count));
+    for (int& value : values) {
+      state_ = state_ * 1664525u + 1013904223u;
+      value = static_cast<int>((state_ >> 16) % 3) - 1;
+    }
+  }
+
+  template <class E>
+  const E* to_device(const E* values, int64_t count) {
+    auto* const place = memory_.get<E>(count);
+    copy_(place, values, count * static_cast<int64_t>(sizeof(E)));
+    return place;
+  }
+  const float* floats(const Values& values) {
+    const std::vector<float> converted(values.begin(), values.end());
+    return to_device(converted.data(), static_cast<int64_t>(converted.size()));
+  }
+  const Bf16* halves(const Values& values) {
+    std::vector<Bf16> converted(values.size());
+    for (size_t i = 0; i < values.size(); ++i) converted[i] = of_number(values[i]);
+    return to_device(converted.data(), static_cast<int64_t>(converted.size()));
+  }
+
+  // Rounded to nearest even, as element.h does on the device.
+  static Bf16 of_number(double number) {
+    const auto value = static_cast<float>(number);
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof(bits));
+    return {static_cast<uint16_t>((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16)};
+  }
+
+  // ---- What is expected ------------------------------------------------------------------------
+
+  int x(int64_t m, int64_t k) const {
+    const DropoutRng rng = dropout_rng(kRngState);
+    return dropout_keep(rng, m, k, kThreshold) ? x_[m * K_ + k] : 0;
+  }
+  // Of one row, of h and dh times the scaling: the factor of what is kept makes up for it.
+  std::vector<int> h_of(int64_t m) const {
+    std::vector<int> row(kRank);
+    for (int64_t k = 0; k < K_; ++k) {
+      const int value = x(m, k);
+      for (int j = 0; value != 0 && j < kRank; ++j) row[j] += value * A_[j * K_ + k];
+    }
+    return row;
+  }
+  std::vector<int> dh_of(int64_t m) const {
+    std::vector<int> row(kRank);
+    for (int64_t n = 0; n < N_; ++n) {
+      const int value = dy_[m * N_ + n];
+      for (int j = 0; value != 0 && j < kRank; ++j) row[j] += value * B_[n * kRank + j];
+    }
+    return row;
+  }
+
+  double expected_y(int64_t m, int64_t n) {
+    if (n == 0) low_rank_ = h_of(m);
+    int sum = bias_[n];
+    for (int64_t k = 0; k < K_; ++k) sum += x_[m * K_ + k] * weight_[n * K_ + k];
+    for (int j = 0; j < kRank; ++j) sum += low_rank_[j] * B_[n * kRank + j];
+    return sum;
+  }
+  double expected_dx(int64_t m, int64_t k) {
+    if (k == 0) low_rank_ = dh_of(m);
+    int sum = 0;
+    for (int64_t n = 0; n < N_; ++n) sum += dy_[m * N_ + n] * weight_[n * K_ + k];
+    const bool kept = dropout_keep(dropout_rng(kRngState), m, k, kThreshold);
+    for (int j = 0; kept && j < kRank; ++j) sum += low_rank_[j] * A_[j * K_ + k];
+    return sum;
+  }
+
+  // ---- What is found ---------------------------------------------------------------------------
+
+  void compare(const char* name, int64_t row, int64_t column, Bf16 got, double number) {
+    const Bf16 expected = of_number(number);
+    const bool zero = ((got.bits | expected.bits) & 0x7FFF) == 0;
+    if (got.bits == expected.bits || zero || !wrong_.empty()) return;
+    const auto value = [](Bf16 half) {
+      const uint32_t bits = uint32_t{half.bits} << 16;
+      float out;
+      memcpy(&out, &bits, sizeof(out));
+      return std::to_string(out);
+    };
+    wrong_ = std::string(name) + "[" + std::to_string(row) + ", " + std::to_string(column) +
+             "] of a check with M = " + std::to_string(M_) + ", N = " + std::to_string(N_) +
+             ", K = " + std::to_string(K_) + " is " + value(got) + ", expected " + value(expected);
+  }
+
+  std::vector<Bf16> from_device(const Bf16* values, int64_t count) const {
+    std::vector<Bf16> host(static_cast<size_t>(count));
+    copy_(host.data(), values, count * 2);
+    return host;
+  }
+
+  // A few rows by value, all elements for being finite.
+  template <class Expected>
+  void check_rows(const char* name, const Bf16* device, int64_t columns, const Expected& expected) {
+    const std::vector<Bf16> found = from_device(device, M_ * columns);
+    for (const int64_t row : {int64_t{0}, int64_t{63}, int64_t{130}, M_ / 2, M_ - 1}) {
+      for (int64_t column = 0; column < columns; ++column) {
+        compare(name, row, column, found[row * columns + column], expected(row, column));
+      }
+    }
+    for (int64_t i = 0; i < M_ * columns; ++i) {
+      const bool finite = (found[i].bits & 0x7F80) != 0x7F80;
+      if (!finite) compare(name, i / columns, i % columns, found[i], 0);
+    }
+  }
+
+  // Of the first rank and the last: all sums over the rows.
+  void check_gradients(const Bf16* dA, const Bf16* dB) {
+    const std::vector<Bf16> found_A = from_device(dA, kRank * K_);
+    const std::vector<Bf16> found_B = from_device(dB, N_ * kRank);
+    for (const int j : {0, kRank - 1}) {
+      std::vector<double> want_A(static_cast<size_t>(K_)), want_B(static_cast<size_t>(N_));
+      for (int64_t m = 0; m < M_; ++m) {
+        int h = 0, dh = 0;
+        std::vector<int> dropped(static_cast<size_t>(K_));
+        for (int64_t k = 0; k < K_; ++k) dropped[k] = x(m, k), h += dropped[k] * A_[j * K_ + k];
+        for (int64_t n = 0; n < N_; ++n) dh += dy_[m * N_ + n] * B_[n * kRank + j];
+        for (int64_t k = 0; k < K_; ++k) want_A[k] += dh * dropped[k];
+        for (int64_t n = 0; n < N_; ++n) want_B[n] += h * dy_[m * N_ + n];
+      }
+      // dh has the scaling and the factor of what is kept, x that factor again.
+      for (int64_t k = 0; k < K_; ++k) compare("dA", j, k, found_A[j * K_ + k], want_A[k]);
+      for (int64_t n = 0; n < N_; ++n) compare("dB", n, j, found_B[n * kRank + j], want_B[n]);
+    }
+  }
+
+  int64_t M_, N_, K_;
+  Allocator memory_;
+  CopyAndWait copy_;
+  uint32_t state_ = 1;
+  Values x_, weight_, bias_, A_, B_, dy_;
+  std::vector<int> low_rank_;  // of the row that is compared
+  std::string wrong_;
+};
+
+}  // namespace lora_ext
