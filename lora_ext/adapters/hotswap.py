@@ -59,7 +59,8 @@ def hotswap_adapter(
                 f"{where}: adapter_name: '{adapter_name}' is merged in '{name}'; call "
                 "unmerge_adapter() first"
             )
-    folder, key_mapping = adapter_folder(where, model_name_or_path, options)
+    key_mapping = options.pop("key_mapping", None)
+    folder = adapter_folder(where, model_name_or_path, options)
     names = sum(1 for _ in found.modules())
 
     def swap() -> None:
