@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any, ClassVar, Self
 
+from lora_ext._not_built import FIELDS
 from lora_ext.adapters.bdlora import BdLoraConfig
-from lora_ext.adapters.config_checks import ATOMS, NOT_BUILT, is_off
+from lora_ext.adapters.config_checks import ATOMS, is_off
 from lora_ext.adapters.patterns import FILE_SECONDS, in_time
 from lora_ext.arguments import as_path, did_you_mean, former_names, listed, short, warn
 from lora_ext.io.adapter_folder import CONFIG_NAME, read_config_file
@@ -171,7 +172,7 @@ class ConfigFiles:
         for name, value in {**unknown, "auto_mapping": config.auto_mapping}.items():
             _check_savable(name, value)
         without_effect = sorted(
-            str(name) for name in unknown if name not in NOT_BUILT and not is_off(unknown[name])
+            str(name) for name in unknown if name not in FIELDS and not is_off(unknown[name])
         )
         if without_effect:
             hints = "".join(did_you_mean(name, known) for name in without_effect[:20])
