@@ -110,6 +110,10 @@ class TrainableTokensLayer(MergeableLayer):
         """The base's, with what is merged."""
         return self.base_layer.weight
 
+    def get_base_layer(self) -> nn.Module:
+        """The module itself, with what is merged."""
+        return self.base_layer
+
     @property
     def token_indices(self) -> dict[str, list[int]]:
         """The numbers of the rows, by the adapters' names."""
