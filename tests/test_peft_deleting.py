@@ -9,8 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft_programs import TOKENS, Net, config_of
-from test_peft_names import assert_same
+from peft_programs import TOKENS, Net, assert_same, config_of
 
 import lora_ext
 
