@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 from lora_ext.adapters.bdlora import BdLoraConfig
 from lora_ext.adapters.config_checks import check_fields, plain_value
-from lora_ext.adapters.config_files import UNSAVED, ConfigFiles, copied
+from lora_ext.adapters.config_files import PEFT_VERSION, UNSAVED, ConfigFiles, copied
 from lora_ext.adapters.patterns import matching
 from lora_ext.adapters.types import PeftType
 from lora_ext.arguments import refuse, suggests_names
@@ -38,7 +38,7 @@ class LoraConfig(ConfigFiles):
         task_type: a PEFT task ("CAUSAL_LM", ...) or None; decides which heads count as saved.
         peft_type: "LORA".
         auto_mapping, peft_version, base_model_name_or_path, revision: notes on the base model,
-            kept as they are.
+            kept as they are; without a version it is that of PEFT whose fields these are.
         inference_mode: whether the adapter is frozen when it is made; true in what a model's
             `save_pretrained` writes.
         r: rank, from 1 to 65536.
@@ -129,6 +129,8 @@ class LoraConfig(ConfigFiles):
     combined: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self.peft_version is None:
+            self.peft_version = PEFT_VERSION
         self.validate()
 
     @classmethod

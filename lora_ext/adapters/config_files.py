@@ -19,7 +19,7 @@ from lora_ext.io.atomic import save_files
 from lora_ext.io.files import json_text
 from lora_ext.io.hub import downloaded, is_hub_id, options_of
 
-PEFT_VERSION = "0.21.2"  # whose format a new file has
+PEFT_VERSION = "0.21.2"  # whose fields and files these are
 UNSAVED = ("runtime_config", "unknown_fields", "absent_fields", "combined")  # not of a file
 _MAX_UNKNOWN = 1000  # fields of other versions in a file
 
@@ -71,8 +71,6 @@ class ConfigFiles:
             TypeError, ValueError: see `to_json`; nothing is written then.
         """
         values = self.to_file()
-        if values.get("peft_version", "") is None:
-            values["peft_version"] = PEFT_VERSION
         if options.get("auto_mapping_dict") is not None:
             values["auto_mapping"] = options["auto_mapping_dict"]
         save_files(save_directory, {CONFIG_NAME: json_text(values).encode()})
