@@ -119,6 +119,9 @@ CALLS = {
     "Linear.scale_layer": method(linear, "scale_layer", scale=2.0),
     "Linear.unscale_layer": method(linear, "unscale_layer", scale=2.0),
     "Linear.merge": method(linear, "merge", adapter_names=["default"]),
+    "Linear.set_requires_grad": method(
+        linear, "set_requires_grad", adapter_names=["default"], requires_grad=True
+    ),
     "LoraConfig": function(
         LoraConfig, r=2, target_modules=["0"],
     ),
@@ -157,6 +160,13 @@ CALLS = {
         lora_ext.replace_linear, model=model(), target_modules=["0"], **LAYER,
         exclude_modules=None,
     ),
+    "get_peft_config": function(lora_ext.get_peft_config, config_dict={"peft_type": "LORA"}),
+    "load_peft_weights": function(
+        lora_ext.load_peft_weights, model_id="x", key_mapping={"a": "b"}
+    ),
+    "cast_mixed_precision_params": function(
+        lora_ext.cast_mixed_precision_params, model=model(), dtype=torch.bfloat16
+    ),
     "explain": function(lora_ext.explain, model=adapted(), tokens=8),
     "autotune": function(lora_ext.autotune, model=adapted(), tokens=[8], rounds=3),
     "lora_state_dict": function(lora_ext.lora_state_dict, model=adapted(), bias="none"),
@@ -167,8 +177,9 @@ CALLS = {
 }  # fmt: skip
 # What an argument takes of WRONG.
 TAKEN = {
-    "None": "bias lora_bias rng_state padding_idx scale_grad_by_freq adapter_names scale task_type "
-    "auto_mapping enable_lora exclude_modules path_initial_model_for_weight_conversion "
+    "None": "key_mapping bias lora_bias rng_state padding_idx scale_grad_by_freq adapter_names "
+    "scale task_type auto_mapping enable_lora exclude_modules "
+    "path_initial_model_for_weight_conversion "
     "selected_adapters",
     "text": "adapter adapter_name new model_id save_directory pretrained_model_name_or_path "
     "exclude_modules target_modules "

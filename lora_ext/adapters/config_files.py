@@ -95,7 +95,9 @@ class ConfigFiles:
             FileNotFoundError: there is no such file.
             ValueError: it is damaged.
         """
-        values = read_config_file(as_path(path_json_file, "LoraConfig.from_json_file", "path"))
+        values = read_config_file(
+            as_path(path_json_file, "LoraConfig.from_json_file", "path_json_file")
+        )
         if values.pop("runtime_config", None) is not None:
             warn(
                 f"{path_json_file}: runtime_config: is for a program's run, not of a file; ignored"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lora_ext.adapters.config import LoraConfig
-from lora_ext.arguments import as_number, check_module, refuse
+from lora_ext.arguments import as_number, check_module, refuse, short
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.transaction import AtTheEnd, Transaction
 
@@ -71,7 +71,8 @@ def get_peft_config(config_dict: Mapping[str, Any]) -> LoraConfig:
     if not isinstance(config_dict, Mapping):
         refuse(where, "config_dict", config_dict, "a dict of a config's fields")
     if "peft_type" not in config_dict:
-        raise ValueError(f"{where}: config_dict: peft_type: is missing, expected 'LORA'")
+        got = short(list(config_dict))
+        raise ValueError(f"{where}: config_dict: got {got}, expected 'peft_type': 'LORA' with them")
     return LoraConfig.from_peft_type(**config_dict)
 
 

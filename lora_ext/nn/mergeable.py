@@ -93,7 +93,7 @@ class MergeableLayer(HoldsAdapters):
                 or infinite. Nothing is changed then.
         """
         where = f"{type(self).__name__}.merge"
-        if isinstance(safe_merge, str | list | tuple):  # they came first once
+        if isinstance(safe_merge, Iterable):  # they came first once
             warn(f"{where}: adapters are adapter_names=... now", DeprecationWarning)
             safe_merge, adapter_names = False, safe_merge
         as_flag(safe_merge, where, "safe_merge")

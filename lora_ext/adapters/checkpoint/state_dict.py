@@ -57,6 +57,8 @@ def load_peft_weights(
         AdapterFileError: the file is missing or damaged.
     """
     where = "load_peft_weights"
+    if key_mapping is not None:
+        check_mapping(where, "key_mapping", key_mapping, str, "texts")
     folder = adapter_folder(where, model_id, options)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with open_tensors(folder / WEIGHTS_NAME) as file:
