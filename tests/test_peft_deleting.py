@@ -207,6 +207,17 @@ def test_the_last_one_with_a_copy() -> None:
     assert model.get_base_model().head.active_adapter == "late"
 
 
+def test_biases_of_the_base_go_on_as_with_peft() -> None:
+    results = []
+    for lib in (peft, lora_ext):
+        model = model_of(lib, "default", bias="all")
+        model.add_adapter("apple", config_of(lib))
+        model.delete_adapter("default")
+        base = [p for name, p in model.named_parameters() if "lora_" not in name]
+        results.append([parameter.requires_grad for parameter in base])
+    assert results[0] == results[1] and any(results[0])
+
+
 REFUSED = {
     "unknown": ("nothing", lambda model: None, "Adapter nothing does not exist"),
     "deleted before": (
