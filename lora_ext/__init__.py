@@ -21,6 +21,7 @@ __all__ = [
     "autotune",
     "batch",
     "build_info",
+    "cast_mixed_precision_params",
     "check_if_peft_model",
     "draw_rng_state",
     "dropout_mask",
@@ -29,10 +30,12 @@ __all__ = [
     "get_layer_status",
     "get_lora_model",
     "get_model_status",
+    "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
     "hotswap_adapter",
     "inject_adapter_in_model",
+    "load_peft_weights",
     "lora_embedding",
     "lora_linear",
     "lora_linear_grouped",
@@ -58,6 +61,7 @@ else:
     from lora_ext import reference
     from lora_ext._extension import __version__, build_info
     from lora_ext._moved import resolve_former_names as _resolve_former_names
+    from lora_ext._not_built import answer_for as _answer_for
     from lora_ext.adapters import (
         BdLoraConfig,
         LoraConfig,
@@ -72,16 +76,19 @@ else:
         PeftModelForTokenClassification,
         PeftType,
         TaskType,
+        cast_mixed_precision_params,
         check_if_peft_model,
         explain,
         get_base_model_state_dict,
         get_layer_status,
         get_lora_model,
         get_model_status,
+        get_peft_config,
         get_peft_model,
         get_peft_model_state_dict,
         hotswap_adapter,
         inject_adapter_in_model,
+        load_peft_weights,
         lora_state_dict,
         mark_only_lora_as_trainable,
         prepare_model_for_compiled_hotswap,
@@ -105,3 +112,4 @@ else:
     from lora_ext.tuning import autotune
 
     _resolve_former_names()
+    _answer_for(__name__)

@@ -32,6 +32,11 @@ MOVED = {
 
 # What has another place or name than before, in modules that are there and in those above.
 RENAMED = {
+    "lora_ext.adapters.config.ATOMS": "lora_ext.adapters.config_checks.ATOMS",
+    "lora_ext.adapters.config.CONFIG_NAME": "lora_ext.io.CONFIG_NAME",
+    "lora_ext.adapters.config.FILE_SECONDS": "lora_ext.adapters.patterns.FILE_SECONDS",
+    "lora_ext.adapters.config.NOT_BUILT": "lora_ext._not_built.FIELDS",
+    "lora_ext.adapters.config_checks.NOT_BUILT": "lora_ext._not_built.FIELDS",
     "lora_ext.adapters.layers.adaptable": "lora_ext.nn.kinds.layer_for",
     "lora_ext.adapters.lora_model.get_lora_model": "lora_ext.adapters.tasks.get_lora_model",
     "lora_ext.adapters.lora_model.get_peft_model": "lora_ext.adapters.tasks.get_peft_model",

@@ -148,6 +148,10 @@ def merged(model: LoraModel) -> None:
     model.merge_adapter(["default"])
 
 
+def one_layer(model: LoraModel) -> LoraLayer:
+    return next(layer for _, layer in model.layers_with("two"))
+
+
 CALLS = {
     "merge": Call(lambda m, _, __: m.merge_adapter()),
     "merge on top": Call(lambda m, _, __: m.merge_adapter(["two"]), merged),
@@ -180,7 +184,9 @@ CALLS = {
     ),
     "rename": Call(lambda m, _, __: m.rename_adapter("default", "type"), merged),
     "delete": Call(lambda m, _, __: m.delete_adapter("default")),
+    "delete from a layer": Call(lambda m, _, __: one_layer(m).delete_adapter("default")),
     "set": Call(lambda m, _, __: m.set_adapter("two"), merged),
+    "train": Call(lambda m, _, __: m.set_requires_grad(["default", "two"], False)),
     "scale": Call(lambda m, _, __: m.set_scale("default", 0)),
     "disable": Call(lambda m, _, __: m.disable_adapters(), merged),
 }

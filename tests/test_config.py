@@ -14,11 +14,9 @@ import peft
 import pytest
 from peft.utils.other import get_pattern_key
 
+import lora_ext
 from lora_ext import LoraConfig
 from lora_ext.errors import NotBuiltError
-
-# Fields that differ by intent: PEFT notes its own version, and we are not PEFT.
-VERSION = {"peft_version": "0.21.2"}
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -89,13 +87,13 @@ def test_fields_and_defaults_are_pefts() -> None:
     theirs = [field.name for field in dataclasses.fields(peft.LoraConfig)]
     assert sorted(ours) == sorted([*theirs, "unknown_fields", "absent_fields", "combined"])
     assert ours[: len(theirs)] == theirs, "positional arguments mean the same"
-    assert LoraConfig().to_dict() | VERSION == peft.LoraConfig().to_dict()
+    assert LoraConfig().to_dict() == peft.LoraConfig().to_dict()
 
 
 @CASES
 def test_constructor_equals_pefts(values: dict[str, Any]) -> None:
     ours, theirs = LoraConfig(**values), peft.LoraConfig(**values)
-    assert in_file(ours.to_dict() | VERSION) == in_file(theirs.to_dict())
+    assert in_file(ours.to_dict()) == in_file(theirs.to_dict())
 
 
 @CASES
@@ -112,9 +110,20 @@ def test_file_from_peft_is_unchanged(values: dict[str, Any], tmp_path: Path) -> 
 def test_peft_reads_our_file(values: dict[str, Any], tmp_path: Path) -> None:
     LoraConfig(**values).save_pretrained(tmp_path)
     theirs = peft.PeftConfig.from_pretrained(str(tmp_path))
-    expected = peft.LoraConfig(**values | {"inference_mode": True})
     assert isinstance(theirs, peft.LoraConfig)
-    assert in_file(theirs.to_dict()) == in_file(expected.to_dict())
+    assert in_file(theirs.to_dict()) == in_file(peft.LoraConfig(**values).to_dict())
+
+
+@CASES
+def test_our_file_says_what_pefts_says(values: dict[str, Any], tmp_path: Path) -> None:
+    """Of the config alone: `inference_mode` is its own, where a model's file says true."""
+    said = []
+    for lib in (peft, lora_ext):
+        folder = tmp_path / lib.__name__
+        lib.LoraConfig(**values).save_pretrained(folder, auto_mapping_dict={"a": "b"})
+        said.append(json.loads((folder / "adapter_config.json").read_text()))
+    assert in_file(said[0]) == in_file(said[1])
+    assert said[1]["inference_mode"] is values.get("inference_mode", False)
 
 
 def test_what_peft_makes_of_its_config_is_read() -> None:
@@ -124,7 +133,7 @@ def test_what_peft_makes_of_its_config_is_read() -> None:
     )
     ours = LoraConfig.from_dict(theirs.to_dict())
     assert ours.target_modules == {"q", "v"}
-    assert json.loads(ours.to_json()) == in_file(theirs.to_dict()) | {"inference_mode": True}
+    assert json.loads(ours.to_json()) == in_file(theirs.to_dict())
 
 
 def test_sets_are_written_sorted() -> None:

@@ -260,7 +260,7 @@ def test_adding_an_adapter_leaves_modes_and_merges_alone() -> None:
     assert not any(p.requires_grad for p in model.parameters())
     model.unmerge_adapter()
     model.delete_adapter("default")
-    assert model.active_adapters == ["other"]
+    assert model.active_adapters == ["both"]
     assert not any(p.requires_grad for p in model.parameters())
     model.delete_adapter("other")
     model.delete_adapter("both")

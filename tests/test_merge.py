@@ -157,7 +157,7 @@ def test_what_trains_while_merged_trains_after_it() -> None:
     layer.add_adapter("other", r=2)
     layer.merge()
     layer.weight.requires_grad_(False)
-    layer.merge(["other"])
+    layer.merge(adapter_names=["other"])
     assert not layer.weight.requires_grad
     layer.unmerge()
     assert not layer.weight.requires_grad

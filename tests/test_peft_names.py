@@ -3,8 +3,6 @@ there."""
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,17 @@ import peft.utils.hotswap
 import peft_programs
 import pytest
 import torch
-from peft_programs import PREFIX, TARGETS, TOKENS, Net, adapter, config_of, read
+from peft_programs import (
+    PREFIX,
+    TARGETS,
+    TOKENS,
+    Net,
+    adapter,
+    config_of,
+    gives_the_same,
+    read,
+)
 from safetensors.torch import save_file
-
-import lora_ext
 
 folder = peft_programs.folder  # a fixture
 
@@ -222,32 +227,4 @@ PROGRAMS: dict[str, Callable[[Any, Path, Path], Any]] = {
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_the_same_program_gives_the_same(name: str, folder: Path, tmp_path: Path) -> None:
-    results = []
-    for lib in (peft, lora_ext):
-        with warnings.catch_warnings():
-            if lib is lora_ext:
-                warnings.simplefilter("error", DeprecationWarning)
-            where = tmp_path / lib.__name__
-            source = where / "source"
-            where.mkdir()
-            os.system(f"cp -r '{folder}' '{source}'")
-            results.append(PROGRAMS[name](lib, source, where / "out"))
-    assert_same(*results)
-
-
-def assert_same(theirs: Any, ours: Any) -> None:
-    """Equal, but for rounding in tensors: sums of at most 30 products of float32, in another order
-    of additions."""
-    assert type(theirs) is type(ours) or isinstance(theirs, torch.Tensor)
-    if isinstance(theirs, torch.Tensor):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    elif isinstance(theirs, dict):
-        assert theirs.keys() == ours.keys()
-        for key in theirs:
-            assert_same(theirs[key], ours[key])
-    elif isinstance(theirs, list | tuple):
-        assert len(theirs) == len(ours)
-        for one, other in zip(theirs, ours, strict=True):
-            assert_same(one, other)
-    else:
-        assert theirs == ours
+    gives_the_same(PROGRAMS[name], folder, tmp_path)

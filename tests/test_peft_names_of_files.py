@@ -134,6 +134,7 @@ def test_push_to_hub_uploads_the_adapter_alone(
 
     def upload_folder(api: Any, *, repo_id: str, folder_path: str, **options: Any) -> str:
         seen.update(options, repo_id=repo_id, files=sorted(os.listdir(folder_path)))
+        seen["card"] = Path(folder_path, "README.md").read_text()
         return "uploaded"
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
@@ -142,7 +143,11 @@ def test_push_to_hub_uploads_the_adapter_alone(
     assert model.push_to_hub("adapter", commit_message="one", create_pr=True) == "uploaded"
     assert seen["files"] == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert seen["repo_id"] == "me/adapter" and seen["commit_message"] == "one"
-    assert seen["create_pr"] is True
+    assert seen["create_pr"] is True and '"mine"' not in seen["card"]
+    model.push_to_hub(
+        repo_id="adapter", max_shard_size="5MB", tags=["mine"], safe_serialization=True
+    )
+    assert '"lora"' in seen["card"] and '"mine"' in seen["card"]
 
 
 @pytest.fixture

@@ -114,11 +114,14 @@ CALLS = {
     "Linear.set_adapter": method(linear, "set_adapter", adapter_names=["default"]),
     "Linear.delete_adapter": method(linear, "delete_adapter", **DEFAULT),
     "Linear.rename_adapter": method(linear, "rename_adapter", old="default", new="b"),
-    "Linear.set_scale": method(linear, "set_scale", **DEFAULT, scale=2.0),
+    "Linear.set_scale": method(linear, "set_scale", adapter="default", scale=2.0),
     "Linear.get_scale": method(linear, "get_scale", **DEFAULT),
     "Linear.scale_layer": method(linear, "scale_layer", scale=2.0),
     "Linear.unscale_layer": method(linear, "unscale_layer", scale=2.0),
     "Linear.merge": method(linear, "merge", adapter_names=["default"]),
+    "Linear.set_requires_grad": method(
+        linear, "set_requires_grad", adapter_names=["default"], requires_grad=True
+    ),
     "LoraConfig": function(
         LoraConfig, r=2, target_modules=["0"],
     ),
@@ -139,7 +142,7 @@ CALLS = {
         save_directory="x", selected_adapters=["default"],
         path_initial_model_for_weight_conversion=None,
     ),
-    "LoraModel.set_adapter": method(adapted, "set_adapter", adapter_names=["default"]),
+    "LoraModel.set_adapter": method(adapted, "set_adapter", adapter_name=["default"]),
     "LoraModel.delete_adapter": method(adapted, "delete_adapter", **DEFAULT),
     "LoraModel.rename_adapter": method(adapted, "rename_adapter", old="default", new="b"),
     "LoraModel.set_scale": method(adapted, "set_scale", **DEFAULT, scale=2.0),
@@ -157,6 +160,13 @@ CALLS = {
         lora_ext.replace_linear, model=model(), target_modules=["0"], **LAYER,
         exclude_modules=None,
     ),
+    "get_peft_config": function(lora_ext.get_peft_config, config_dict={"peft_type": "LORA"}),
+    "load_peft_weights": function(
+        lora_ext.load_peft_weights, model_id="x", key_mapping={"a": "b"}
+    ),
+    "cast_mixed_precision_params": function(
+        lora_ext.cast_mixed_precision_params, model=model(), dtype=torch.bfloat16
+    ),
     "explain": function(lora_ext.explain, model=adapted(), tokens=8),
     "autotune": function(lora_ext.autotune, model=adapted(), tokens=[8], rounds=3),
     "lora_state_dict": function(lora_ext.lora_state_dict, model=adapted(), bias="none"),
@@ -167,10 +177,11 @@ CALLS = {
 }  # fmt: skip
 # What an argument takes of WRONG.
 TAKEN = {
-    "None": "bias lora_bias rng_state padding_idx scale_grad_by_freq adapter_names scale task_type "
-    "auto_mapping enable_lora exclude_modules path_initial_model_for_weight_conversion "
+    "None": "key_mapping bias lora_bias rng_state padding_idx scale_grad_by_freq adapter_names "
+    "scale task_type auto_mapping enable_lora exclude_modules "
+    "path_initial_model_for_weight_conversion "
     "selected_adapters",
-    "text": "adapter_name new model_id save_directory pretrained_model_name_or_path "
+    "text": "adapter adapter_name new model_id save_directory pretrained_model_name_or_path "
     "exclude_modules target_modules "
     "path_initial_model_for_weight_conversion",
     "float": "lora_alpha scale scaling scale_grad_by_freq",
@@ -271,7 +282,7 @@ ONE_NAME = {
     "merge_and_unload": lambda m: m.merge_and_unload(adapter_names="default"),
     "save_pretrained": lambda m: m.save_pretrained("folder", selected_adapters="default"),
     "add_weighted_adapter": lambda m: m.add_weighted_adapter("default", [1.0], "w"),
-    "layer": lambda m: m.get_base_model()[0].merge("default"),
+    "layer": lambda m: m.get_base_model()[0].merge(adapter_names="default"),
 }
 
 

@@ -7,11 +7,17 @@ from lora_ext.adapters.checkpoint.base_state_dict import (
 )
 from lora_ext.adapters.checkpoint.state_dict import (
     get_peft_model_state_dict,
+    load_peft_weights,
     set_peft_model_state_dict,
 )
 from lora_ext.adapters.config import LoraConfig, PeftConfig
 from lora_ext.adapters.explain import explain
-from lora_ext.adapters.helpers import check_if_peft_model, rescale_adapter_scale
+from lora_ext.adapters.helpers import (
+    cast_mixed_precision_params,
+    check_if_peft_model,
+    get_peft_config,
+    rescale_adapter_scale,
+)
 from lora_ext.adapters.hotswap import (
     hotswap_adapter,
     prepare_model_for_compiled_hotswap,
@@ -56,16 +62,19 @@ __all__ = [
     "PeftModelForTokenClassification",
     "PeftType",
     "TaskType",
+    "cast_mixed_precision_params",
     "check_if_peft_model",
     "explain",
     "get_base_model_state_dict",
     "get_layer_status",
     "get_lora_model",
     "get_model_status",
+    "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
     "hotswap_adapter",
     "inject_adapter_in_model",
+    "load_peft_weights",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "prepare_model_for_compiled_hotswap",

@@ -13,9 +13,15 @@ from lora_ext.nn.transaction import Transaction
 
 
 def activate(
-    model: AdaptedModel, names: Sequence[str], inference_mode: bool, transaction: Transaction
+    model: AdaptedModel,
+    names: Sequence[str],
+    inference_mode: bool,
+    transaction: Transaction,
+    *,
+    keep_merged: bool = False,
 ) -> None:
-    """`LoraModel.set_adapter`, when `transaction` is committed."""
+    """`LoraModel.set_adapter`, when `transaction` is committed; what is merged stays so with
+    `keep_merged`."""
     for where, module in model.saved_modules():
         mine = [name for name in names if name in module.modules_to_save]
         if len(mine) > 1:
@@ -27,7 +33,11 @@ def activate(
         module.set_adapter(mine[0] if mine else None, inference_mode, transaction)
     for _, layer in model.adapter_layers():
         mine = [name for name in names if name in layer.adapters]
-        transaction.draft(layer).set_adapter(mine, inference_mode)
+        draft = transaction.draft(layer)
+        if keep_merged:
+            draft._activate(mine, inference_mode)
+        else:
+            draft.set_adapter(mine, inference_mode)
     active = [] if inference_mode else names
     wanted = {id(bias) for name in active for bias in base_biases(model, name)}
     for bias in [bias for name in model.peft_config for bias in base_biases(model, name)]:

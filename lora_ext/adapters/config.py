@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Self, TypeVar
 
 from lora_ext.adapters.bdlora import BdLoraConfig
-from lora_ext.adapters.config_checks import ATOMS, NOT_BUILT, check_fields, is_off, plain_value
-from lora_ext.adapters.patterns import FILE_SECONDS, in_time, matching
+from lora_ext.adapters.config_checks import check_fields, plain_value
+from lora_ext.adapters.config_files import PEFT_VERSION, UNSAVED, ConfigFiles, copied
+from lora_ext.adapters.patterns import matching
 from lora_ext.adapters.types import PeftType
-from lora_ext.arguments import (
-    as_path,
-    did_you_mean,
-    former_names,
-    listed,
-    refuse,
-    short,
-    suggests_names,
-    warn,
-)
-from lora_ext.io.adapter_folder import CONFIG_NAME, read_config_file
-from lora_ext.io.atomic import save_files
-from lora_ext.io.files import json_text
-from lora_ext.io.hub import downloaded, is_hub_id, options_of
+from lora_ext.arguments import refuse, suggests_names
 
 Number = TypeVar("Number", int, float)
 Names = str | list[str] | set[str] | None
-
-# Not PEFT's, or not for the file.
-_MAX_UNKNOWN = 1000  # fields of other versions in a file
-_UNSAVED = ("runtime_config", "unknown_fields", "absent_fields", "combined")
 
 
 class LayerSettings(NamedTuple):
@@ -45,7 +27,7 @@ class LayerSettings(NamedTuple):
 
 @suggests_names
 @dataclass
-class LoraConfig:
+class LoraConfig(ConfigFiles):
     """What to adapt and how, with the names, defaults and meanings of PEFT's LoraConfig.
 
     Everything is checked when the object is made, and again by `validate()` after changes. Numbers,
@@ -56,8 +38,9 @@ class LoraConfig:
         task_type: a PEFT task ("CAUSAL_LM", ...) or None; decides which heads count as saved.
         peft_type: "LORA".
         auto_mapping, peft_version, base_model_name_or_path, revision: notes on the base model,
-            kept as they are.
-        inference_mode: whether the adapter is frozen when it is loaded; always true in a file.
+            kept as they are; without a version it is that of PEFT whose fields these are.
+        inference_mode: whether the adapter is frozen when it is made; true in what a model's
+            `save_pretrained` writes.
         r: rank, from 1 to 65536.
         target_modules: a list of names or last parts of names, a regular expression for the whole
             name, "all-linear", or None: the usual ones of the model's architecture.
@@ -146,6 +129,8 @@ class LoraConfig:
     combined: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self.peft_version is None:
+            self.peft_version = PEFT_VERSION
         self.validate()
 
     @classmethod
@@ -173,7 +158,7 @@ class LoraConfig:
     def validate(self) -> None:
         """Checks every field, as the constructor does; for objects that were changed since."""
         for one in fields(self):
-            if one.name not in _UNSAVED:
+            if one.name not in UNSAVED:
                 setattr(self, one.name, plain_value(getattr(self, one.name)))
         self.use_bdlora = BdLoraConfig.of(self.use_bdlora)
         if not isinstance(self.unknown_fields, Mapping):
@@ -198,152 +183,8 @@ class LoraConfig:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         result = copy.copy(self)
         for one in fields(self):
-            setattr(result, one.name, _copied(getattr(self, one.name)))
+            setattr(result, one.name, copied(getattr(self, one.name)))
         return result
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields and values that belong into a file, as PEFT's `to_dict`; a deep copy."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _UNSAVED}
-        own["use_bdlora"] = asdict(self.use_bdlora) if self.use_bdlora else None
-        return _copied(own | self.unknown_fields)  # type: ignore[no-any-return]
-
-    def to_file(self) -> dict[str, Any]:
-        """What adapter_config.json is to hold: fields that the file this was read from did not
-        have are left out, unless they changed."""
-        values = self.to_dict()
-        if self.absent_fields:
-            default = LoraConfig().to_dict()
-            for name in self.absent_fields & default.keys():
-                if values[name] == default[name]:
-                    del values[name]
-        values["inference_mode"] = True
-        return values
-
-    def to_json(self) -> str:
-        """The text of adapter_config.json.
-
-        Raises:
-            TypeError, ValueError: auto_mapping or unknown_fields hold what JSON cannot.
-        """
-        return json_text(self.to_file())
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        *,
-        auto_mapping_dict: dict[str, Any] | None = None,
-    ) -> None:
-        """Writes adapter_config.json into the folder, which is made if there is none.
-
-        Args:
-            auto_mapping_dict: what the file's `auto_mapping` is to be.
-
-        Raises:
-            OSError: the folder or file cannot be written.
-            TypeError, ValueError: see `to_json`; nothing is written then.
-        """
-        written = self
-        if auto_mapping_dict is not None:
-            written = copy.deepcopy(self)
-            written.auto_mapping = auto_mapping_dict
-        save_files(save_directory, {CONFIG_NAME: written.to_json().encode()})
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """A config from the values of a file or of PEFT's `to_dict`. Nothing is shared with it.
-
-        Warns of fields that this version does not know and that are not off; they are kept.
-
-        Raises:
-            TypeError, ValueError, NotBuiltError: see the class.
-        """
-        if not isinstance(values, Mapping):
-            raise TypeError(f"LoraConfig.from_dict: values: got {type(values)}, expected a mapping")
-        return in_time(FILE_SECONDS, 0, lambda: cls._from_values(_copied(dict(values))))
-
-    @classmethod
-    @former_names("LoraConfig.from_pretrained", folder_or_file="pretrained_model_name_or_path")
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
-        subfolder: str | None = None,
-        **options: Any,
-    ) -> Self:
-        """A config from a folder's adapter_config.json, from the file itself, or from the hub.
-
-        The file may come from anyone: it is read up to 1 MiB, as strict JSON, and nothing is
-        allocated or executed for its values. Its regular expressions are compiled, and later
-        matched, in bounded time.
-
-        Args:
-            subfolder: of the folder or the hub's repository.
-            options: values of fields that the file does not have, and those of
-                `huggingface_hub.hf_hub_download`.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            TypeError, ValueError, NotBuiltError: see the class; the message starts with the path.
-        """
-        where = "LoraConfig.from_pretrained"
-        path = as_path(pretrained_model_name_or_path, where, "pretrained_model_name_or_path")
-        names = {one.name for one in fields(cls)} - set(_UNSAVED[1:])
-        own = {name: options.pop(name) for name in options.keys() & names - {"revision"}}
-        options = options_of(where, options | {"subfolder": subfolder})
-        if not path.exists() and is_hub_id(str(path)):
-            (path,) = downloaded(str(path), (CONFIG_NAME,), options)
-        elif path.is_dir():
-            path = path / (subfolder or "") / CONFIG_NAME
-        values = read_config_file(path)
-        if "peft_type" not in values:
-            raise ValueError(f"{path}: LoraConfig: peft_type: is missing, expected 'LORA'")
-        try:
-            return in_time(FILE_SECONDS, 0, lambda: cls._from_values(own | values))
-        except (TypeError, ValueError, NotImplementedError) as error:
-            raise type(error)(f"{path}: {error}") from None
-
-    @classmethod
-    def _from_values(cls, values: dict[str, Any]) -> Self:
-        known = {one.name for one in fields(cls)} - set(_UNSAVED[1:])
-        unknown = {name: values.pop(name) for name in values.keys() - known}
-        if len(unknown) > _MAX_UNKNOWN:
-            raise ValueError(
-                f"LoraConfig: got {len(unknown)} fields that this version does not know, expected "
-                f"at most {_MAX_UNKNOWN}"
-            )
-        absent = frozenset(known - values.keys())
-        config = cls(**values, unknown_fields=unknown, absent_fields=absent)
-        for name, value in {**unknown, "auto_mapping": config.auto_mapping}.items():
-            _check_savable(name, value)
-        without_effect = sorted(
-            str(name) for name in unknown if name not in NOT_BUILT and not is_off(unknown[name])
-        )
-        if without_effect:
-            hints = "".join(did_you_mean(name, known) for name in without_effect[:20])
-            warn(
-                f"LoraConfig: {listed(without_effect)}: unknown to this version; kept, without "
-                f"effect; {hints}".rstrip("; ")
-            )
-        return config
-
-
-def _check_savable(name: str, value: Any) -> None:
-    """ValueError for what could be kept, but not written back: a file may say 1e999."""
-    try:
-        json.dumps({name: value}, allow_nan=False, default=sorted)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"LoraConfig: {str(name)[:100]}: got {short(value)}, expected what JSON can "
-            f"hold ({error})"
-        ) from None
-
-
-def _copied(value: Any) -> Any:
-    """A deep copy; of ten thousands of names and numbers in a tenth of deepcopy's time."""
-    if type(value) is dict:
-        return {k: v if type(v) in ATOMS else _copied(v) for k, v in value.items()}
-    if type(value) is list:
-        return [v if type(v) in ATOMS else _copied(v) for v in value]
-    return copy.deepcopy(value)
 
 
 def _first_match(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any
 
+from lora_ext._not_built import FIELDS, INSTEAD, field_text
 from lora_ext.adapters.patterns import SlowPatternError, compiled, is_plain, size
 from lora_ext.arguments import short
 from lora_ext.errors import NotBuiltError
@@ -36,21 +37,6 @@ TASK_TYPES = (
     "QUESTION_ANS",
     "FEATURE_EXTRACTION",
 )
-
-# Fields that ask for something by not being empty, and what they ask for.
-NOT_BUILT = {
-    "arrow_config": "Arrow routing",
-    "corda_config": "the initialisation CorDA",
-    "enable_lora": "PEFT 0.2's merged linear layers",
-    "eva_config": "the initialisation EVA",
-    "kasa_config": "KaSA",
-    "loftq_config": "the initialisation LoftQ",
-    "lora_ga_config": "the initialisation LoRA-GA",
-    "megatron_config": "Megatron's parallel layers",
-    "monteclora_config": "MonteCLoRA",
-    "use_qalora": "QALoRA",
-    "velora_config": "VeLoRA",
-}
 
 
 @dataclass(frozen=True)
@@ -239,9 +225,10 @@ def check_fields(values: Mapping[str, Any]) -> None:
         check_init(values["init_lora_weights"])
     except (TypeError, ValueError, NotImplementedError) as error:
         raise type(error)(f"LoraConfig: {error}") from None
-    for field, what in NOT_BUILT.items():
+    for field in FIELDS:
         if not is_off(values.get(field)):
-            raise _not_built(field, values[field], what)
+            got = short(values[field])
+            raise NotBuiltError(f"LoraConfig: {field}: got {got}: {field_text(field)}")
     for field, check in _CHECKS.items():
         value = values[field]
         mistaken = isinstance(value, bool) and bool not in check.types
@@ -266,7 +253,11 @@ def _check_runtime(value: Any) -> None:
         raise TypeError(_message("runtime_config", value, "None or a dict"))
     asked = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
     if not is_off(asked):
-        raise _not_built(f"runtime_config.{name}", asked, "moving offloaded weights to the GPU")
+        what = "moving offloaded weights to the GPU"
+        raise NotBuiltError(
+            f"LoraConfig: runtime_config.{name}: got {short(asked)}: {what} is not built; leave "
+            f"the field out: {INSTEAD[what]}"
+        )
 
 
 _EXPRESSIONS = ("target_modules", "exclude_modules")  # as strings, also if they are plain names
@@ -343,12 +334,6 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
             if values[field]:
                 expected = "none with target_parameters: the update is one of the parameter"
                 raise ValueError(_message(field, values[field], expected))
-
-
-def _not_built(field: str, value: Any, what: str) -> NotBuiltError:
-    return NotBuiltError(
-        f"LoraConfig: {field}: got {short(value)}: {what} is not built; leave the field out"
-    )
 
 
 def _message(field: str, value: Any, expected: str) -> str:

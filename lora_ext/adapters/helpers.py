@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import nn
 
 from lora_ext.adapters.config import LoraConfig
-from lora_ext.arguments import as_number, check_module
+from lora_ext.arguments import as_number, check_module, refuse, short
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.transaction import AtTheEnd, Transaction
 
@@ -56,3 +58,33 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     with AtTheEnd(lambda: scale(1.0)):
         scale(factor)
         yield
+
+
+def get_peft_config(config_dict: Mapping[str, Any]) -> LoraConfig:
+    """A config of a dict of its fields; `LoraConfig.from_peft_type(**config_dict)`.
+
+    Raises:
+        TypeError: it is no dict.
+        ValueError: it does not say its `peft_type`.
+    """
+    where = "get_peft_config"
+    if not isinstance(config_dict, Mapping):
+        refuse(where, "config_dict", config_dict, "a dict of a config's fields")
+    if "peft_type" not in config_dict:
+        got = short(list(config_dict))
+        raise ValueError(f"{where}: config_dict: got {got}, expected 'peft_type': 'LORA' with them")
+    return LoraConfig.from_peft_type(**config_dict)
+
+
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """Makes parameters that train float32 and all others `dtype`, in place.
+
+    Raises:
+        TypeError: the model is no module, or the dtype not a floating one.
+    """
+    where = "cast_mixed_precision_params"
+    check_module(where, "model", model)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        refuse(where, "dtype", dtype, "a floating torch.dtype, such as torch.bfloat16")
+    for parameter in model.parameters():
+        parameter.data = parameter.to(torch.float32 if parameter.requires_grad else dtype)

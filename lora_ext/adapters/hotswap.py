@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
+from lora_ext._not_built import INSTEAD
 from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.checkpoint.keys import PREFIX, layers_in_file, own_tensors, possible_keys
 from lora_ext.adapters.checkpoint.load import plan_of, read_config, typed_content
@@ -24,6 +26,7 @@ from lora_ext.errors import NotBuiltError
 from lora_ext.io.adapter_file import TensorSpec
 from lora_ext.io.adapter_folder import open_adapter
 from lora_ext.io.hub import adapter_folder
+from lora_ext.nn.adapter import DEFAULT
 from lora_ext.nn.sharded import like
 from lora_ext.nn.transaction import Transaction
 
@@ -59,7 +62,8 @@ def hotswap_adapter(
                 f"{where}: adapter_name: '{adapter_name}' is merged in '{name}'; call "
                 "unmerge_adapter() first"
             )
-    folder, key_mapping = adapter_folder(where, model_name_or_path, options)
+    key_mapping = options.pop("key_mapping", None)
+    folder = adapter_folder(where, model_name_or_path, options)
     names = sum(1 for _ in found.modules())
 
     def swap() -> None:
@@ -127,7 +131,12 @@ def _swap(model: AdaptedModel, adapter_name: str, config: LoraConfig, file: File
     transaction.commit()
 
 
-def prepare_model_for_compiled_hotswap(*_: Any, **__: Any) -> NoReturn:
+def prepare_model_for_compiled_hotswap(
+    model: nn.Module,
+    target_rank: int | None = None,
+    config: LoraConfig | Mapping[str, LoraConfig] | None = None,
+    check_compiled: str = "error",
+) -> NoReturn:
     """Is not built.
 
     Raises:
@@ -135,14 +144,20 @@ def prepare_model_for_compiled_hotswap(*_: Any, **__: Any) -> NoReturn:
     """
     raise NotBuiltError(
         "prepare_model_for_compiled_hotswap: padding ranks for a later hotswap is not built; give "
-        "the adapters the same rank"
+        "the adapters the same rank, and leave the call out"
     )
 
 
-def replace_lora_weights_loftq(*_: Any, **__: Any) -> NoReturn:
+def replace_lora_weights_loftq(
+    peft_model: nn.Module,
+    model_path: str | None = None,
+    adapter_name: str = DEFAULT,
+    callback: Callable[[nn.Module, str], bool] | None = None,
+) -> NoReturn:
     """Is not built.
 
     Raises:
         NotBuiltError: always.
     """
-    raise NotBuiltError("replace_lora_weights_loftq: LoftQ is not built")
+    what = "the initialisation LoftQ"
+    raise NotBuiltError(f"replace_lora_weights_loftq: {what} is not built; {INSTEAD[what]}")

@@ -14,6 +14,7 @@ from lora_ext.adapters.adding import add_planned, freeze_base, plan_for, replica
 from lora_ext.adapters.classes import for_task
 from lora_ext.adapters.combine import add_weighted_adapter
 from lora_ext.adapters.config import LoraConfig
+from lora_ext.adapters.deleting import delete_adapter
 from lora_ext.adapters.inject import on_meta
 from lora_ext.adapters.mergeable_model import MergeableModel
 from lora_ext.adapters.names import unwrapped
@@ -21,12 +22,10 @@ from lora_ext.adapters.saving import SavableModel
 from lora_ext.adapters.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from lora_ext.adapters.switching import SwitchableModel
 from lora_ext.adapters.training import is_checkpointing, prepare_model_for_gradient_checkpointing
-from lora_ext.arguments import as_flag, former_names, short
+from lora_ext.arguments import as_flag, former_names
 from lora_ext.nn.adapter import DEFAULT, check_adapter_name
 from lora_ext.nn.trainable import count_parameters, print_trainable_parameters
 from lora_ext.nn.transaction import Transaction
-
-QUOTES = "'"
 
 
 @for_task(None)
@@ -132,41 +131,12 @@ class LoraModel(SwitchableModel, MergeableModel, SavableModel):
         add_planned(self, adapter_name, plan, transaction)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forgets an adapter in every layer. If no active one is left, the first of the others
-        becomes active.
+        """Forgets an adapter in every layer; see `lora_ext.adapters.deleting`.
 
         Raises:
             ValueError: there is none of that name, or it is merged. Nothing is changed then.
         """
-        where = "LoraModel.delete_adapter: adapter_name"
-        if not isinstance(adapter_name, str) or adapter_name not in self.peft_config:
-            raise ValueError(
-                f"{where}: got {short(adapter_name)}: Adapter {short(adapter_name).strip(QUOTES)} "
-                f"does not exist, expected one of {list(self.peft_config)}"
-            )
-        for name, layer in self.adapter_layers():
-            if adapter_name in layer.merged_adapters:
-                raise ValueError(
-                    f"{where}: Cannot delete adapter(s) ['{adapter_name}'] while they are merged. "
-                    f"Please unmerge them first. (In '{name}'; unmerge_adapter() does it)"
-                )
-        active = [name for name in self.active_adapters if name != adapter_name]
-        trained = False
-        with Transaction() as transaction:
-            for _, layer in self.adapter_layers():
-                if adapter_name in layer.adapters:
-                    parameters = layer.adapter_parameters(adapter_name).values()
-                    trained = trained or any(p.requires_grad for p in parameters)
-                    transaction.draft(layer).delete_adapter(adapter_name)
-            for _, module in self.saved_modules():
-                if adapter_name in module.modules_to_save:
-                    module.delete_adapter(adapter_name, transaction)
-            others = {name: c for name, c in self.peft_config.items() if name != adapter_name}
-            transaction.set(self, peft_config=others, active_adapters=active)
-            transaction.commit()
-            if not active:
-                activate(self, list(others)[:1], not trained, transaction)
-                transaction.commit()
+        delete_adapter(self, adapter_name)
 
     def rename_adapter(self, old: str, new: str) -> None:
         """Gives an adapter another name in every layer."""
@@ -192,15 +162,21 @@ class LoraModel(SwitchableModel, MergeableModel, SavableModel):
         weights: Sequence[float],
         adapter_name: str,
         combination_type: str = "svd",
-        *,
         svd_rank: int | None = None,
         svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
         svd_driver: str | None = None,
         density: float | None = None,
         majority_sign_method: str = "total",
+        *,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Adds an adapter that combines others; see `lora_ext.adapters.combine`."""
+        """Adds an adapter that combines others; see `lora_ext.adapters.combine`.
+
+        Args:
+            svd_full_matrices: kept for PEFT's sake: the vectors that it computes more are not used.
+        """
+        as_flag(svd_full_matrices, "LoraModel.add_weighted_adapter", "svd_full_matrices")
         add_weighted_adapter(
             self,
             adapters,

@@ -18,7 +18,7 @@ class MergeableModel(AdaptedModel):
     """Merging and unloading: part of `LoraModel`."""
 
     def merge_adapter(
-        self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = True
+        self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = False
     ) -> None:
         """Adds adapters (the active ones, if None) to the weights, in all layers or in none; see
         `lora_ext.nn.Linear`. `unmerge_adapter` gives back the base bit for bit. What is merged
@@ -52,7 +52,7 @@ class MergeableModel(AdaptedModel):
     def merge_and_unload(
         self,
         progressbar: bool = False,
-        safe_merge: bool = True,
+        safe_merge: bool = False,
         adapter_names: str | Sequence[str] | None = None,
     ) -> nn.Module:
         """The base model with the adapters in its weights and plain layers.
@@ -68,6 +68,7 @@ class MergeableModel(AdaptedModel):
                 model is as it was.
             adapter_names: the active ones, if None.
         """
+        as_flag(safe_merge, "LoraModel.merge_and_unload", "safe_merge")
         if adapter_names is not None:
             adapter_names = names_of(adapter_names, "LoraModel.merge_and_unload")
             self._check_names(adapter_names)

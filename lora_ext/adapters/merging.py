@@ -69,7 +69,7 @@ def merge_layers(
             if alone:
                 draft._merge(names)
             else:
-                draft.merge(names)
+                draft.merge(adapter_names=names)
         except (ValueError, RuntimeError) as error:
             if "NaN" in str(error):  # and in PEFT's words
                 error.args = (

@@ -45,6 +45,9 @@ class SavableModel(AdaptedModel):
         is_trainable: bool = False,
         config: LoraConfig | None = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         **options: Any,
     ) -> Self:
         """`model` with an adapter from a folder, or the hub, that PEFT or `save_pretrained` wrote,
@@ -54,7 +57,7 @@ class SavableModel(AdaptedModel):
             model_id: the folder, or an id on the hub of Hugging Face (from its cache, when
                 offline).
             config: instead of the folder's; it becomes the model's.
-            options: see `load_adapter`.
+            ephemeral_gpu_offload, low_cpu_mem_usage, key_mapping, options: see `load_adapter`.
 
         Raises:
             AdapterFileError: a file is missing, damaged, or does not fit the model, which is as it
@@ -63,7 +66,9 @@ class SavableModel(AdaptedModel):
         check_model(model)
         is_trainable = as_flag(is_trainable, "LoraModel.from_pretrained", "is_trainable")
         check_adapter_name(adapter_name, (), "LoraModel.from_pretrained")
-        folder, key_mapping = adapter_folder("LoraModel.from_pretrained", model_id, options)
+        options |= {"ephemeral_gpu_offload": ephemeral_gpu_offload}
+        as_flag(low_cpu_mem_usage, "LoraModel.from_pretrained", "low_cpu_mem_usage")
+        folder = adapter_folder("LoraModel.from_pretrained", model_id, options)
         if key_mapping is None:  # of models of transformers that were written anew
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
         self = cls.__new__(cls)
@@ -96,6 +101,9 @@ class SavableModel(AdaptedModel):
         is_trainable: bool = False,
         torch_device: Any = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         **options: Any,
     ) -> LoadResult:
         """Adds an adapter from a folder, or gives one that is there the values of the folder; see
@@ -103,16 +111,20 @@ class SavableModel(AdaptedModel):
 
         Args:
             torch_device: kept for PEFT's sake: values go to where the layer is.
-            options: of the hub: subfolder, revision, cache_dir, token, local_files_only, ...;
-                key_mapping as in PEFT. low_cpu_mem_usage changes nothing: nothing is allocated
-                twice.
+            ephemeral_gpu_offload: False; another is not built.
+            low_cpu_mem_usage: changes nothing: nothing is allocated twice.
+            key_mapping: as in PEFT, regular expressions for keys of the file, without
+                "base_model.model.", and what they become.
+            options: of the hub: subfolder, revision, cache_dir, token, local_files_only, ...
 
         Returns:
             `missing_keys` and `unexpected_keys`, both empty: a file that lacks keys, or has others,
             is refused.
         """
         check_adapter_name(adapter_name, (), "LoraModel.load_adapter")
-        folder, key_mapping = adapter_folder("LoraModel.load_adapter", model_id, options)
+        options |= {"ephemeral_gpu_offload": ephemeral_gpu_offload}
+        as_flag(low_cpu_mem_usage, "LoraModel.load_adapter", "low_cpu_mem_usage")
+        folder = adapter_folder("LoraModel.load_adapter", model_id, options)
         load_adapter(
             self,
             folder,
@@ -189,16 +201,25 @@ class SavableModel(AdaptedModel):
         token: bool | str | None = None,
         revision: str | None = None,
         create_pr: bool = False,
+        max_shard_size: int | str | None = "50GB",
+        tags: Sequence[str] | None = None,
         **options: Any,
     ) -> Any:
         """Uploads what `save_pretrained` writes (`options` are its) to the hub of Hugging Face; of
         the base, nothing.
 
+        Args:
+            max_shard_size: kept for PEFT's sake: an adapter is one file.
+            tags: of the model card, beside its own.
+
         Raises:
             ImportError: huggingface_hub is not installed.
         """
+        where = "LoraModel.push_to_hub"
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **options)
+            if tags:
+                write_model_card(self, Path(folder), names_of(tags, where, "tags"))
             return push_folder(
                 folder,
                 repo_id,

@@ -8,14 +8,15 @@ from contextlib import contextmanager
 from lora_ext.adapters.activation import activate, check_held, switched_back
 from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.merging import of_layer
-from lora_ext.arguments import as_flag, as_number, names_of, warn
+from lora_ext.arguments import as_flag, as_number, former_names, names_of, warn
 from lora_ext.nn.transaction import AtTheEnd, Transaction
 
 
 class SwitchableModel(AdaptedModel):
     """Choosing, switching off and scaling adapters: part of `LoraModel`."""
 
-    def set_adapter(self, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
+    @former_names("LoraModel.set_adapter", adapter_names="adapter_name")
+    def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
         """Makes exactly these adapters run, and train unless `inference_mode`; several add up.
         Layers that are merged are unmerged, with a warning. Biases of the base that configs name
         (`bias`) train with their adapters.
@@ -24,7 +25,7 @@ class SwitchableModel(AdaptedModel):
             ValueError: an unknown name, one that no layer has any more (after `unload()`), or
                 several adapters of which more than one has copies of modules to save.
         """
-        names = names_of(adapter_names, "LoraModel.set_adapter")
+        names = names_of(adapter_name, "LoraModel.set_adapter", "adapter_name")
         self._check_names(names)
         check_held(self, "LoraModel.set_adapter", names)
         merged = any(layer.merged for _, layer in self.adapter_layers())
@@ -93,11 +94,8 @@ class SwitchableModel(AdaptedModel):
         requires_grad = as_flag(requires_grad, where, "requires_grad")
         transaction = Transaction()
         for _, layer in self.adapter_layers():
-            for name in names:
-                if name in layer.adapters:
-                    frozen = layer.frozen_parameters(name)
-                    for key, parameter in layer.adapter_parameters(name).items():
-                        transaction.require_grad(parameter, requires_grad and key not in frozen)
+            mine = [name for name in names if name in layer.adapters]
+            transaction.draft(layer).set_requires_grad(mine, requires_grad)
         for _, module in self.saved_modules():
             for name in names:
                 if name in module.modules_to_save:

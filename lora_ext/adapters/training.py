@@ -45,6 +45,7 @@ def prepare_model_for_kbit_training(
     model: nn.Module,
     use_gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+    auto_clear_cache: bool = True,
 ) -> nn.Module:
     """Freezes a base model before it gets adapters, makes its float16 and bfloat16 parameters
     float32 (but for gptq, aqlm, eetq, hqq and torchao), and switches gradient checkpointing on
@@ -52,6 +53,7 @@ def prepare_model_for_kbit_training(
 
     Args:
         gradient_checkpointing_kwargs: of `gradient_checkpointing_enable` of transformers.
+        auto_clear_cache: gives the GPU the memory back that making parameters float32 freed.
 
     Returns:
         `model` itself.
@@ -68,6 +70,8 @@ def prepare_model_for_kbit_training(
             if parameter.dtype in (torch.float16, torch.bfloat16):
                 if type(parameter).__name__ != "Params4bit":  # which hold packed values
                     parameter.data = parameter.data.to(torch.float32)
+        if as_flag(auto_clear_cache, where, "auto_clear_cache") and torch.cuda.is_available():
+            torch.cuda.empty_cache()
     wanted = as_flag(use_gradient_checkpointing, where, "use_gradient_checkpointing")
     if wanted and (few_bits or method in _KEEPS_16_BITS):
         options = dict(gradient_checkpointing_kwargs or {})

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,13 @@ def task_of(folder: Path) -> str | None:
     """The config's task_type."""
     task = shapes_of(folder)[1].get("task_type")
     return task if isinstance(task, str) else None
+
+
+def adapters_in(folder: Path) -> str:
+    """Which adapters a folder has in it, for a message: those of other names than "default"."""
+    paths = sorted(islice(folder.glob("*/adapter_config.json"), 20)) if folder.is_dir() else []
+    names = ", ".join(path.parent.name for path in paths)
+    return f"; give one of the adapters in it, {names}" if names else ""
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_ext.cli.answers import Answer, size, telling
+from lora_ext.cli.answers import Answer, counted, size, telling
 from lora_ext.cli.errors import WrongUse
 from lora_ext.cli.formats import FORMATS, LoadedAdapter, recognised
 from lora_ext.cli.verify import PAIRS
@@ -62,9 +62,13 @@ def convert(
 
     JSON: adapter, out, from, to, changes (a list of texts), tensors and bytes (counts).
     """
+    from lora_ext.cli.adapters import adapters_in
+
     name = source or recognised(adapter)
     if name is None:
-        raise WrongUse(f"{adapter}: is no adapter in a known format ({', '.join(FORMATS)})")
+        known = ", ".join(FORMATS)
+        inner = adapters_in(adapter)
+        raise WrongUse(f"{adapter}: is no adapter in a known format ({known}){inner}")
     if recognised(out) is not None and not overwrite:
         raise WrongUse(f"{out}: has an adapter already; --overwrite replaces it")
     loaded, changes = FORMATS[name].read(adapter), list[str]()
@@ -81,7 +85,7 @@ def convert(
         "changes": changes, "tensors": len(loaded.tensors), "bytes": count,
     }  # fmt: skip
     what = "; ".join(changes) or "the same adapter"
-    return Answer(data, f"{out}: {what}; {len(loaded.tensors)} tensors, {size(count)}")
+    return Answer(data, f"{out}: {what}; {counted(len(loaded.tensors), 'tensor')}, {size(count)}")
 
 
 def _cast(tensors: dict[str, Tensor], dtype: str, changes: list[str]) -> dict[str, Tensor]:
@@ -100,7 +104,7 @@ def _cast(tensors: dict[str, Tensor], dtype: str, changes: list[str]) -> dict[st
                 )
         else:
             result[key] = tensor
-    changes.append(f"{changed} tensors to {dtype}")
+    changes.append(f"{counted(changed, 'tensor')} to {dtype}")
     return result
 
 
@@ -119,7 +123,7 @@ def _without_embeddings(loaded: LoadedAdapter, changes: list[str]) -> LoadedAdap
         and not any(".".join(parts[:-1]).endswith(one) for one in asked)
         and not (parts[-1] == "bias" and loaded.config.get("bias", "none") != "none")
     ]
-    changes.append(f"{len(dropped)} tensors of embeddings left out")
+    changes.append(f"{counted(len(dropped), 'tensor')} of embeddings left out")
     kept = {key: tensor for key, tensor in loaded.tensors.items() if key not in dropped}
     return LoadedAdapter(loaded.config, kept)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_ext.cli.answers import Answer, one_line, table, telling
+from lora_ext.cli.answers import Answer, counted, one_line, table, telling
 from lora_ext.cli.errors import WrongUse
 from lora_ext.cli.progress import progress
 
@@ -23,10 +23,20 @@ _PATH = click.Path(exists=True, path_type=Path)
 
 @dataclass(frozen=True)
 class Source:
-    """A config, and which open file has the tensor of a key."""
+    """
+    Attributes:
+        config: None of a file, and of a folder of tensors alone.
+        files: which open file has the tensor of a key.
+    """
 
-    config: dict[str, Any]
+    config: dict[str, Any] | None
     files: dict[str, TensorFile]
+
+
+def _number(_: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    if value is not None and math.isnan(value):
+        raise click.BadParameter("nan is no number that differences are compared with")
+    return value
 
 
 @click.command(short_help="Compare two adapters, models or safetensors files.")
@@ -35,12 +45,14 @@ class Source:
 @click.option(
     "--tolerance",
     type=click.FloatRange(min=0),
+    callback=_number,
     help="Take tensors for the same, whatever their dtypes, up to this difference |A-B|/|A|.",
 )
 @telling
 def diff(a: Path, b: Path, tolerance: float | None) -> Answer:
     """Compare A and B: two adapter folders, two folders of models in safetensors, or two
-    safetensors files. Tells which tensors and fields of the config differ, and by how much.
+    safetensors files. Tells which tensors and fields of the config differ, and by how much; configs
+    where both have one.
 
     Exit code 1 if something differs.
 
@@ -73,20 +85,23 @@ def diff(a: Path, b: Path, tolerance: float | None) -> Answer:
 
 @contextmanager
 def _open(path: Path) -> Iterator[Source]:
-    from lora_ext.cli.adapters import HEADER
+    from lora_ext.cli.adapters import HEADER, adapters_in
     from lora_ext.cli.merge import MODEL_HEADER
-    from lora_ext.io import CONFIG_NAME, open_adapter, open_tensors
+    from lora_ext.io import CONFIG_NAME, WEIGHTS_NAME, open_adapter, open_tensors
     from lora_ext.io.files import open_inside, parse_json, read_all, typed_errors
 
     with ExitStack() as stack:
-        config: dict[str, Any] = {}
-        if path.is_dir() and (path / CONFIG_NAME).exists():
+        config: dict[str, Any] | None = None
+        if any((path / name).exists() for name in (CONFIG_NAME, WEIGHTS_NAME)):
             files = stack.enter_context(open_adapter(path))
             config, opened = files.config, [files.open_tensors(max_header_bytes=HEADER)]
         else:
             paths = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
             if not paths:
-                raise WrongUse(f"{path}: has no safetensors files, expected an adapter or a model")
+                raise WrongUse(
+                    f"{path}: has no safetensors files, expected an adapter or a model"
+                    f"{adapters_in(path)}"
+                )
             opened = [
                 stack.enter_context(open_tensors(one, max_header_bytes=MODEL_HEADER))
                 for one in paths
@@ -132,8 +147,13 @@ def _compare(
     }  # fmt: skip
 
 
-def _config_differences(a: dict[str, Any], b: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A field that is not there is the same as one that is off."""
+def _config_differences(
+    a: dict[str, Any] | None, b: dict[str, Any] | None
+) -> Iterator[dict[str, Any]]:
+    """A field that is not there is the same as one that is off. Beside what has no config nothing
+    is compared."""
+    if a is None or b is None:
+        return
     for field in sorted(a.keys() | b.keys()):
         one, other = a.get(field), b.get(field)
         if _comparable(one) != _comparable(other):
@@ -148,7 +168,7 @@ def _comparable(value: Any) -> Any:
 
 def _text(data: dict[str, Any]) -> str:
     if data["same"]:
-        return f"no difference in {data['equal']} tensors"
+        return f"no difference in {counted(data['equal'], 'tensor')}"
     lines = [f"config   {one['field']}: {one['a']!r} -> {one['b']!r}" for one in data["config"]]
     for side, key in (("A", "only_a"), ("B", "only_b")):
         lines += [one_line(f"only {side}   {name}") for name in data[key]]
@@ -163,7 +183,8 @@ def _text(data: dict[str, Any]) -> str:
     ]
     if rows:
         lines += [*[""] * bool(lines), table(rows, ("tensor", "shape", "dtype", "difference")), ""]
-    lines.append(f"{len(rows)} tensors differ, {data['equal']} are the same")
+    differ = f"{counted(len(rows), 'tensor')} {'differs' if len(rows) == 1 else 'differ'}"
+    lines.append(f"{differ}, {data['equal']} {'is' if data['equal'] == 1 else 'are'} the same")
     return "\n".join(lines)
 
 

@@ -39,6 +39,10 @@ class Format:
     write: Callable[[Path, LoadedAdapter], None]
 
 
+# Of an adapter of PEFT's, also those that are not read.
+_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+
+
 def _read_peft(folder: Path) -> LoadedAdapter:
     from lora_ext.cli.adapters import HEADER, check_memory
     from lora_ext.io import open_adapter
@@ -60,8 +64,9 @@ def _write_peft(folder: Path, adapter: LoadedAdapter) -> None:
 FORMATS = {
     "peft": Format(
         about="adapter_config.json and adapter_model.safetensors",
-        # Also without its weights, or with pickled ones, of which reading says what is wrong.
-        recognises=lambda path: (path / "adapter_config.json").exists(),
+        # Also one of the two, or with pickled weights: reading says what is wrong then, and
+        # nothing of it is replaced unasked.
+        recognises=lambda path: any((path / name).exists() for name in _FILES),
         read=_read_peft,
         write=_write_peft,
     ),

@@ -9,12 +9,13 @@ import io
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lora_ext.arguments import as_path, refuse
+from lora_ext.arguments import as_path, listed, refuse
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_file import (
     MAX_HEADER_BYTES,
@@ -185,4 +186,11 @@ def _what_is_missing(folder: Path) -> str:
             if path.suffix in PICKLE_SUFFIXES:
                 return f"{path}: {PICKLE}"
     names = " and no ".join(missing or (CONFIG_NAME, WEIGHTS_NAME))
+    # Adapters of other names than "default" are in folders of these names.
+    inner = sorted(path.parent.name for path in islice(folder.glob(f"*/{CONFIG_NAME}"), 20))
+    if inner:
+        return f"{folder}: has no {names}; give one of the adapters in it, {listed(inner)}"
+    parts = sorted(path.name for path in islice(folder.glob("adapter_model-*.safetensors"), 20))
+    if parts:
+        return f"{folder}: has no {names} but {listed(parts)}; adapters are one file: join these"
     return f"{folder}: has no {names}; give the folder an adapter was saved to"

@@ -68,7 +68,7 @@ def open_inside(folder: StrPath, name: str) -> io.FileIO:
     descriptor = os.open(inside(folder, name), flags)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise AdapterFileError(f"{Path(folder, name)}: expected a regular file; remove it")
+        raise AdapterFileError(f"{Path(folder, name)}: expected a regular file")
     file = io.FileIO(descriptor, "rb")
     file.name = str(Path(folder, name))
     return file

@@ -31,7 +31,7 @@ _WITHOUT_EFFECT = (
     *("offload_dir", "offload_index", "use_safetensors", "torch_dtype", "dtype"),
 )
 _OPTIONS = (
-    *("key_mapping", "ephemeral_gpu_offload", "ignore_mismatched_sizes"),
+    *("ephemeral_gpu_offload", "ignore_mismatched_sizes"),
     *OF_THE_HUB,
     *_WITHOUT_EFFECT,
 )
@@ -39,8 +39,8 @@ _OPTIONS = (
 
 def adapter_folder(
     where: str, model_id: str | os.PathLike[str], options: Mapping[str, Any]
-) -> tuple[Path, Mapping[str, str] | None]:
-    """The folder of an adapter's files, and the `key_mapping`.
+) -> Path:
+    """The folder of an adapter's files.
 
     Args:
         model_id: the folder, or an id on the hub.
@@ -64,7 +64,7 @@ def adapter_folder(
         path = found[0].parent
     elif subfolder:
         path = path / subfolder
-    return path, options.get("key_mapping")
+    return path
 
 
 def options_of(where: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_ext import batching
-from lora_ext.arguments import check_place, check_sizes, describe, suggests_names, warn
+from lora_ext.arguments import check_place, check_sizes, describe, named_x, suggests_names, warn
 from lora_ext.functional import lora_embedding, weight_norm
 from lora_ext.nn.adapter import DEFAULT, AdapterOptions, AdapterSettings
 from lora_ext.nn.adoption import belongs_to_its_class
@@ -146,14 +146,15 @@ class Embedding(LoraLayer, nn.Embedding):
                 "is kept but not applied: token numbers have no elements to drop"
             )
 
-    def _initialise(self, name: str) -> None:
+    def _initialise(self, name: str, kind: bool | str) -> None:
         lora_A, lora_B = (self._part(part, name) for part in ("lora_A", "lora_B"))
-        kind = self.adapters[name].init_lora_weights
         initialise_embedding(kind, lora_A, lora_B, self.unmerged_weight())
         self._initialise_variant(name)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor | None = None, *, x: Tensor | None = None) -> Tensor:
         """input [...], int64 or int32 → [..., embedding_dim], dtype of `weight`."""
+        if input is None or x is not None:
+            input = named_x(type(self).__name__, x, input)
         if batching.in_use and follows_plan(self):
             y = self._look_up(input, self.weight, self.sparse)
             y = planned_updates(self, y, input, input.dim(), self._update)

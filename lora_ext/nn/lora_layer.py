@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import Any, ClassVar, Self
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._offloaded import check_values, hook_of_accelerate
-from lora_ext.arguments import as_flag, as_number, check_known, names_of
+from lora_ext.arguments import as_flag, as_number, check_known, former_names, names_of
 from lora_ext.nn.adapter import (
     DEFAULT,
     VARIANTS,
@@ -23,7 +23,7 @@ from lora_ext.nn.adapter import (
     variant_of,
 )
 from lora_ext.nn.adoption import adapter_device, offload_with
-from lora_ext.nn.init import initialise, is_mica, mutates_weight, reads_weight
+from lora_ext.nn.init import check_init, initialise, is_mica, mutates_weight, reads_weight
 from lora_ext.nn.running_layer import RunningLayer
 from lora_ext.nn.sharded import is_sharded, refuse_fsdp, whole
 from lora_ext.nn.transaction import all_or_nothing
@@ -186,7 +186,7 @@ class LoraLayer(DefaultAdapter, RunningLayer):
         if mutates_weight(chosen.init_lora_weights):
             self._initialise_from_base(adapter_name)
         else:
-            self._initialise(adapter_name)
+            self._initialise(adapter_name, chosen.init_lora_weights)
         if is_sharded(base):
             self._place(adapter_name)
         for name in self.frozen_parameters(adapter_name):
@@ -226,30 +226,14 @@ class LoraLayer(DefaultAdapter, RunningLayer):
             self.add_adapter(adapter_name, **settings)
         return self
 
-    @all_or_nothing
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Forgets an adapter; if it is active, the others that are stay so.
-
-        Raises:
-            ValueError: there is none of that name, or it is merged.
-        """
-        self._check_names([adapter_name])
-        where = f"{type(self).__name__}.delete_adapter"
-        refuse_fsdp(self, where, "delete it, then call fully_shard, or switch it off (set_adapter)")
-        if adapter_name in self.merged_adapters:
-            raise ValueError(
-                f"{type(self).__name__}.delete_adapter: adapter_name: '{adapter_name}' is merged; "
-                "call unmerge() first"
-            )
+    def _forget(self, adapter_name: str) -> None:
         self._check_not_computed(f"{type(self).__name__}.delete_adapter", adapter_name)
-        self.active_adapters = tuple(n for n in self.active_adapters if n != adapter_name)
         for name in self.adapter_parameters(adapter_name):
             del self._parameters[name]
         if adapter_name == DEFAULT:
             for part in self.PARTS:
                 self._parameters[part] = None
         del self.adapters[adapter_name], self._scaling[adapter_name]
-        self._choose_running()
 
     @all_or_nothing
     def rename_adapter(self, old: str, new: str) -> None:
@@ -283,6 +267,9 @@ class LoraLayer(DefaultAdapter, RunningLayer):
         self._check_names(names)
         if self.merged:
             self.unmerge()
+        self._activate(names, inference_mode)
+
+    def _activate(self, names: Sequence[str], inference_mode: bool) -> None:
         self.active_adapters = tuple(dict.fromkeys(names))
         for name in self.adapters:
             for key in self.adapter_state_names(name):
@@ -349,30 +336,34 @@ class LoraLayer(DefaultAdapter, RunningLayer):
         None where `parts` are those. ValueError where there is none."""
         return None
 
-    def reset_lora_parameters(self, adapter_name: str = DEFAULT) -> None:
-        """Initialises an adapter again, as its `init_lora_weights` says.
+    def reset_lora_parameters(
+        self, adapter_name: str = DEFAULT, init_lora_weights: bool | str | None = None
+    ) -> None:
+        """Initialises an adapter again, as its `init_lora_weights` says, or as the one given does;
+        given False leaves it as it is, as in PEFT.
 
         Raises:
             ValueError: that kind takes the adapter out of the base's weight, which a second time
                 would do twice.
         """
-        if adapter_name not in self.adapters:
+        if adapter_name not in self.adapters or init_lora_weights is False:
             return
         kind = self.adapters[adapter_name].init_lora_weights
+        if init_lora_weights is not None:
+            kind = check_init(init_lora_weights)
         if mutates_weight(kind):
             raise ValueError(
                 f"{type(self).__name__}.reset_lora_parameters: init_lora_weights: got {kind!r}, "
                 "which changes the base weight, expected another kind; add a new adapter instead"
             )
         self._check_not_computed(f"{type(self).__name__}.reset_lora_parameters", adapter_name)
-        self._initialise(adapter_name)
+        self._initialise(adapter_name, kind)
 
-    def _initialise(self, name: str) -> None:
-        settings = self.adapters[name]
-        if reads_weight(settings.init_lora_weights) and self.merged:
+    def _initialise(self, name: str, kind: bool | str) -> None:
+        if reads_weight(kind) and self.merged:
             raise ValueError(
-                f"{type(self).__name__}: init_lora_weights: {settings.init_lora_weights!r} reads "
-                "the base weight, which holds merged adapters; call unmerge() first"
+                f"{type(self).__name__}: init_lora_weights: {kind!r} reads the base weight, which "
+                "holds merged adapters; call unmerge() first"
             )
         for prefix in self.PREFIXES:
             A, B, bias = (
@@ -380,7 +371,7 @@ class LoraLayer(DefaultAdapter, RunningLayer):
             )
             if A is not None:
                 weight = self._weight_matrix(prefix)
-                kind, scaling = settings.init_lora_weights, self._settings(name, prefix).scaling
+                scaling = self._settings(name, prefix).scaling
                 initialise(kind, A, B, weight, scaling, lora_bias=bias)
         self._initialise_variant(name)
 
@@ -391,15 +382,16 @@ class LoraLayer(DefaultAdapter, RunningLayer):
         self._check_names([adapter_name])
         return self._scaling[adapter_name]
 
-    def set_scale(self, adapter_name: str, scale: float) -> None:
+    @former_names("set_scale", adapter_name="adapter")
+    def set_scale(self, adapter: str, scale: float) -> None:
         """Makes an adapter's scaling `scale` times that of its settings; 0 switches it off.
 
         Raises:
             ValueError: not a finite number, no such adapter, or it is merged.
         """
-        self._check_names([adapter_name])
+        self._check_names([adapter], "adapter")
         scale = as_number(scale, f"{type(self).__name__}.set_scale", "scale", "a finite number")
-        self._set_scaling({adapter_name: scale * self.adapters[adapter_name].scaling})
+        self._set_scaling({adapter: scale * self.adapters[adapter].scaling})
 
     def scale_layer(self, scale: float) -> None:
         """Multiplies the scaling of the active adapters."""

@@ -12,21 +12,19 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from lora_ext._offloaded import check_values
-from lora_ext.arguments import names_of, warn
+from lora_ext.arguments import as_flag, former_names, names_of, warn
 from lora_ext.errors import AlreadyMergedError, NotBuiltError, NotMergedError
-from lora_ext.nn.adapter import AdapterSettings, LowRank, variant_of
+from lora_ext.nn.adapter import LowRank, variant_of
+from lora_ext.nn.holds_adapters import HoldsAdapters
 from lora_ext.nn.sharded import is_sharded
 from lora_ext.nn.sharded_merge import write_whole
 from lora_ext.nn.transaction import Transaction, all_or_nothing, put_parameter
 
 
-class MergeableLayer(nn.Module):
+class MergeableLayer(HoldsAdapters):
     """The part of a `LoraLayer` that merges: a merged layer keeps the base's parameters, and has
     others in their places meanwhile."""
 
-    adapters: dict[str, AdapterSettings]
-    active_adapters: tuple[str, ...]
-    merged_adapters: tuple[str, ...]
     merge_weights: bool
     weight: Any
     bias: Any
@@ -35,7 +33,6 @@ class MergeableLayer(nn.Module):
     _enabled: bool
     # The base's parameters while merged, by name. Not registered: they are no part of a forward.
     _aside: dict[str, nn.Parameter]
-    _transaction: Transaction  # of a draft
 
     # What a kind of layer says of itself
 
@@ -59,17 +56,7 @@ class MergeableLayer(nn.Module):
         """Adds these adapters to a draft's parameters, in place; ValueError for NaN or Inf."""
         raise NotImplementedError
 
-    def _choose_running(self) -> None:
-        raise NotImplementedError
-
-    def _initialise(self, name: str) -> None:
-        raise NotImplementedError
-
-    def adapter_parameters(self, adapter_name: str) -> dict[str, nn.Parameter]:
-        """The parameters of one adapter, by attribute name."""
-        raise NotImplementedError
-
-    def _check_names(self, names: Iterable[str], argument: str = "adapter_name") -> None:
+    def _initialise(self, name: str, kind: bool | str) -> None:
         raise NotImplementedError
 
     def _check_not_computed(self, where: str) -> None:
@@ -88,12 +75,17 @@ class MergeableLayer(nn.Module):
         return bool(self.merged_adapters)
 
     @all_or_nothing
-    def merge(self, adapter_names: Iterable[str] | None = None) -> None:
+    def merge(
+        self, safe_merge: bool = False, adapter_names: str | Iterable[str] | None = None
+    ) -> None:
         """Adds adapters (the active ones, if None) to the base's parameters: in float32 with one
         rounding, in float64 for float64. Nothing is written into those: until `unmerge()` the
         layer has parameters of its own in their places, also where other modules share them.
         Adapters that are merged already are merged again with the new ones, from the base's own
         values.
+
+        Args:
+            safe_merge: kept for PEFT's sake; NaN and Inf are always refused.
 
         Raises:
             AlreadyMergedError: all of them are merged.
@@ -101,6 +93,10 @@ class MergeableLayer(nn.Module):
                 or infinite. Nothing is changed then.
         """
         where = f"{type(self).__name__}.merge"
+        if isinstance(safe_merge, Iterable):  # they came first once
+            warn(f"{where}: adapters are adapter_names=... now", DeprecationWarning)
+            safe_merge, adapter_names = False, safe_merge
+        as_flag(safe_merge, where, "safe_merge")
         names = self.active_adapters
         if adapter_names is not None:
             names = tuple(names_of(adapter_names, where))
@@ -162,32 +158,33 @@ class MergeableLayer(nn.Module):
         self.merged_adapters = ()
         self._choose_running()
 
+    @former_names("get_delta_weight", adapter_name="adapter")
     @torch.no_grad()
-    def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """What merging an adapter adds to `weight`, in the shape of that, in float32 (float64 for
-        float64).
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What merging an adapter adds to the weight, in the shape of that, in float32 (float64
+        for float64).
 
         Raises:
             ValueError: no such adapter, or one that does not add to the weight: DoRA scales it.
             NotBuiltError: the layer has several weights.
         """
         where = f"{type(self).__name__}.get_delta_weight"
-        self._check_names([adapter_name])
-        own = self.adapter_parameters(adapter_name)
+        self._check_names([adapter], "adapter")
+        own = self.adapter_parameters(adapter)
         check_values(self, own, where)
-        if variant_of(self.adapters[adapter_name]):
-            raise ValueError(f"{where}: '{adapter_name}' scales the weight, expected plain LoRA")
-        weights = [name for name in self._merged_parameters((adapter_name,)) if name[-4:] != "bias"]
-        if weights != [f"{self.BASE_PATH}weight"]:
+        if variant_of(self.adapters[adapter]):
+            raise ValueError(f"{where}: '{adapter}' scales the weight, expected plain LoRA")
+        weights = [name for name in self._merged_parameters((adapter,)) if name[-4:] != "bias"]
+        if len(weights) != 1:
             raise NotBuiltError(f"{where}: is not built for a layer of several weights")
         draft = Transaction().draft(self)
-        for name, parameter in self._merged_parameters((adapter_name,)).items():
+        for name, parameter in self._merged_parameters((adapter,)).items():
             compute = torch.promote_types(parameter.dtype, torch.float32)
             zeros = torch.zeros_like(parameter, dtype=compute)
             if zeros.is_meta:  # the base's, where a hook offloads that
                 zeros = torch.zeros_like(zeros, device=next(iter(own.values())).device)
             put_parameter(draft, name, nn.Parameter(zeros))
-        draft._write_merged((adapter_name,))
+        draft._write_merged((adapter,))
         delta: Tensor = attrgetter(weights[0])(draft)
         return delta.detach()
 
@@ -210,7 +207,7 @@ class MergeableLayer(nn.Module):
         """Initialises an adapter that is taken out of the base's parameters: out of copies, in a
         draft."""
         parameters = self._put_own(self._merged_parameters([adapter_name]))
-        self._initialise(adapter_name)
+        self._initialise(adapter_name, self.adapters[adapter_name].init_lora_weights)
         for name, parameter in parameters.items():
             self._transaction.write(parameter, attrgetter(name)(self).detach())
             put_parameter(self, name, parameter)
@@ -392,7 +389,7 @@ class MergeableLayer(nn.Module):
             with torch.no_grad():
                 for name in below:
                     parameters[name].copy_(state_dict[prefix + name])
-            self.merge(merged)
+            self.merge(adapter_names=merged)
         except ValueError as error:
             error_msgs.append(f"{prefix}merge after loading, now unmerged: {error}")
         else:

@@ -120,10 +120,15 @@ class ParamLayer(AnyLayer):
             shapes[f"{name}_lora_B"] = (out_features, r * E)
         return shapes
 
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """As of other layers, under PEFT's name for the argument here, for a layer of one
+        parameter."""
+        return super().get_delta_weight(adapter_name)
+
     @torch.no_grad()
-    def _initialise(self, name: str) -> None:
-        super()._initialise(name)
-        if self.adapters[name].init_lora_weights == "gaussian":
+    def _initialise(self, name: str, kind: bool | str) -> None:
+        super()._initialise(name, kind)
+        if kind == "gaussian":
             for weight in self.WEIGHTS:  # deviation 1 / r, not 1 / (E r)
                 self._part(f"{weight}_lora_A", name).mul_(self._matrices(weight).shape[0])
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import batching
-from lora_ext.arguments import as_flag, check_known, names_of
+from lora_ext.arguments import as_flag, check_known, former_names, names_of
 from lora_ext.batching import current_plan
 from lora_ext.nn.adapter import check_adapter_name
 from lora_ext.nn.adoption import computed_tensors
@@ -110,6 +110,10 @@ class TrainableTokensLayer(MergeableLayer):
         """The base's, with what is merged."""
         return self.base_layer.weight
 
+    def get_base_layer(self) -> nn.Module:
+        """The module itself, with what is merged."""
+        return self.base_layer
+
     @property
     def token_indices(self) -> dict[str, list[int]]:
         """The numbers of the rows, by the adapters' names."""
@@ -153,23 +157,10 @@ class TrainableTokensLayer(MergeableLayer):
         narrow = dtype in (torch.bfloat16, torch.float16)
         return torch.float32 if narrow and autocast_adapter_dtype else dtype
 
-    @all_or_nothing
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Forgets an adapter."""
-        self._check_names([adapter_name])
-        refuse_fsdp(
-            self, f"{type(self).__name__}.delete_adapter", "delete it, then call fully_shard"
-        )
-        if adapter_name in self.merged_adapters:
-            raise ValueError(
-                f"{type(self).__name__}.delete_adapter: adapter_name: '{adapter_name}' is merged; "
-                "call unmerge() first"
-            )
+    def _forget(self, adapter_name: str) -> None:
         tables = self.trainable_tokens_delta._parameters
         self._set_tables({name: one for name, one in tables.items() if name != adapter_name})
         del self.adapters[adapter_name]
-        self.active_adapters = tuple(n for n in self.active_adapters if n != adapter_name)
-        self._choose_running()
 
     @all_or_nothing
     def rename_adapter(self, old: str, new: str) -> None:
@@ -209,6 +200,9 @@ class TrainableTokensLayer(MergeableLayer):
         self._check_disjoint(names, "set_adapter")
         if self.merged:
             self.unmerge()
+        self._activate(names, inference_mode)
+
+    def _activate(self, names: Sequence[str], inference_mode: bool) -> None:
         self.active_adapters = tuple(dict.fromkeys(names))
         for name, table in self.trainable_tokens_delta.items():
             self._transaction.require_grad(table, name in names and not inference_mode)
@@ -357,16 +351,17 @@ class TrainableTokensLayer(MergeableLayer):
             own = layer.base_layer._parameters
             self._transaction.put(own, "weight", self.weight)
 
+    @former_names("get_delta_weight", adapter_name="adapter")
     @torch.no_grad()
-    def get_delta_weight(self, adapter_name: str) -> Tensor:
+    def get_delta_weight(self, adapter: str) -> Tensor:
         """What an adapter's rows are more than the base's, in the shape of the weight and in
         float32 (float64 for float64)."""
-        self._check_names([adapter_name])
+        self._check_names([adapter], "adapter")
         weight = self.unmerged_weight()
         compute = torch.promote_types(weight.dtype, torch.float32)
         delta = torch.zeros_like(weight, dtype=compute)
-        rows = torch.tensor(self.adapters[adapter_name], device=weight.device)
-        table = self.trainable_tokens_delta[adapter_name].to(compute)
+        rows = torch.tensor(self.adapters[adapter], device=weight.device)
+        table = self.trainable_tokens_delta[adapter].to(compute)
         return delta.index_copy_(0, rows, table - weight[rows].to(compute))
 
     # Checks

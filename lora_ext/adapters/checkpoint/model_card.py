@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ CARD_NAME = "README.md"
 _TEXT = f"\n# LoRA adapter\n\nMade with lora_ext {__version__}, in PEFT's format.\n"
 
 
-def write_model_card(model: AdaptedModel, folder: Path) -> None:
-    """Writes the card, or gives one that is there what the hub reads of this model; the rest of it
-    stays."""
+def write_model_card(model: AdaptedModel, folder: Path, tags: Iterable[str] = ()) -> None:
+    """Writes the card, or gives one that is there what the hub reads of this model, and these tags;
+    the rest of it stays."""
     path = folder / CARD_NAME
     data = dict(_data(model))
+    data["tags"] = sorted({*data["tags"], *tags})
     if path.is_file():
         blocks, text = _split(path.read_text(encoding="utf-8"))
     else:

@@ -31,13 +31,12 @@ from lora_ext.adapters.checkpoint.plain_lora import plain_lora
 from lora_ext.adapters.checkpoint.savable import check_adapter, check_tensors
 from lora_ext.adapters.checkpoint.values import values_of
 from lora_ext.adapters.config import LoraConfig
+from lora_ext.adapters.config_files import PEFT_VERSION
 from lora_ext.adapters.names import unwrapped
 from lora_ext.arguments import as_flag, as_path, former_names, names_of, warn
 from lora_ext.io.adapter_folder import check_adapter_files, save_adapters
 from lora_ext.nn.adapter import DEFAULT
 from lora_ext.nn.sharded import by_first_process, has_shards, whole
-
-PEFT_VERSION = "0.21.2"  # whose files these are
 
 
 def adapter_state_dict(
@@ -207,7 +206,7 @@ def _files_of(
         config = of_twice_the_rank(config)
     if as_plain_lora:
         config, tensors = plain_lora(model, name, config, tensors)
-    fields = config.to_file()
+    fields = config.to_file() | {"inference_mode": True}
     base = model.get_base_model()
     name_or_path = getattr(base, "name_or_path", None)
     if name_or_path and fields.get("base_model_name_or_path") is None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,15 @@ from lora_ext.adapters.checkpoint.keys import (
     saved_in_file,
     tokens_in_file,
 )
+from lora_ext.adapters.checkpoint.reading import mapped
 from lora_ext.adapters.checkpoint.save import adapter_state_dict
 from lora_ext.adapters.checkpoint.values import values_of
 from lora_ext.adapters.inject import adapted, off_meta
 from lora_ext.adapters.names import plain_name
 from lora_ext.arguments import as_flag, check_known, check_mapping, short, warn
+from lora_ext.io.adapter_file import open_tensors
+from lora_ext.io.adapter_folder import WEIGHTS_NAME
+from lora_ext.io.hub import adapter_folder
 from lora_ext.nn import Conv1d, Conv2d, Conv3d
 from lora_ext.nn.adapter import DEFAULT
 from lora_ext.nn.sharded import like
@@ -32,6 +37,35 @@ class LoadResult(NamedTuple):
 
     missing_keys: list[str]
     unexpected_keys: list[str]
+
+
+def load_peft_weights(
+    model_id: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """The tensors of an adapter's file by its keys, for `set_peft_model_state_dict`; nothing is
+    compared with a model. Only safetensors files are read.
+
+    Args:
+        model_id: a folder, or an id on the hub.
+        device: where the tensors are to be; as in PEFT the GPU if there is one, else the CPU.
+        key_mapping, options: as of `LoraModel.load_adapter`.
+
+    Raises:
+        AdapterFileError: the file is missing or damaged.
+    """
+    where = "load_peft_weights"
+    if key_mapping is not None:
+        check_mapping(where, "key_mapping", key_mapping, str, "texts")
+    folder = adapter_folder(where, model_id, options)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with open_tensors(folder / WEIGHTS_NAME) as file:
+        return {
+            mapped(key, key_mapping) if key_mapping else key: file.tensor(key).to(place)
+            for key in file.specs
+        }
 
 
 def get_peft_model_state_dict(
