@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from platform import machine
 from typing import Any
 
@@ -186,12 +187,28 @@ FUSED = f"cpu fused {'avx512' if CAPABILITY == 'avx512_bf16' else CAPABILITY}"
 LINEAR = "torch.nn.functional.linear"
 
 
+def multiplies_fp16() -> bool:
+    """Whether this CPU has instructions for it, which ATen's BLAS then uses."""
+    cpuinfo = Path("/proc/cpuinfo")
+    has = cpuinfo.exists() and "avx512_fp16" in cpuinfo.read_text().split()
+    return has and CAPABILITY == "avx512_bf16"
+
+
 # (dtype, adapters stay fp32, dropout, tokens, in = out, r) → (path, part of the reason)
 PATHS = {
     "fp32": (torch.float32, True, 0.0, 2048, 32, 4, FUSED, "one pass over x"),
     "dropout": (torch.float32, True, 0.5, 2048, 32, 4, FUSED, "dropout is made in cache"),
     "mixed": (torch.bfloat16, True, 0.0, 2048, 32, 4, FUSED, "float32 adapters"),
-    "fp16": (torch.float16, False, 0.0, 2048, 32, 4, FUSED, "BLAS is slow"),
+    "fp16": (
+        torch.float16,
+        False,
+        0.0,
+        2048,
+        32,
+        4,
+        FUSED,
+        "one pass over x" if multiplies_fp16() else "BLAS is slow",
+    ),
     "few rows": (torch.float32, True, 0.0, 16, 1024, 64, "cpu blas", "few rows and a large"),
     "few rows, dropout": (torch.float32, True, 0.1, 16, 2100, 64, "cpu blas", "few rows"),
     "few rows, small adapter": (torch.float32, True, 0.0, 16, 1024, 8, FUSED, "one pass"),
