@@ -150,11 +150,11 @@ def paths(card: Card, options: argparse.Namespace, known: Any) -> tuple[Table, R
         others = [predict(card, call, known, path, options.scenario) for path in PATHS]
         for mode, time in (("fwd", forward_us), ("fwd+bwd", both_us)):
             asked += 1
-            best = min(others, key=time)
+            best = min([*others, default], key=time)
             over = time(default) / time(best)
             slower_than_composed += time(default) > time(others[-1]) * (1 + MARGIN)
             row = {"kind": "predicted", "mode": mode, "call": asdict(call), "default": default.path}
-            row |= {"fastest": best.path, "default_over_fastest": over}
+            row |= {"fastest": best.path, "default_over_fastest": over, "auto": time(default)}
             row |= {other.asked: time(other) for other in others}
             rows.append(row)
             if over > 1 + MARGIN:

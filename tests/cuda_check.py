@@ -78,8 +78,11 @@ if on_80 and info["cuda_path"] == "auto":
     ):
         told, reason = _C.explain_lora_linear_cuda(call(model[0], weight=weight), 80)
         assert told == path, (told, reason)
-    told, reason = _C.explain_lora_linear_cuda(call(model[0], dropout=False), 80)
+    plain = dict(dropout=False, adapter=torch.bfloat16)
+    told, reason = _C.explain_lora_linear_cuda(call(model[0], **plain), 80)
     assert told == "cuda cublas" and "predicted to be as fast" in reason, (told, reason)
+    told, reason = _C.explain_lora_linear_cuda(call(model[0], **plain, tokens=16), 80)
+    assert told == "cuda fused sm_80, backward cuda cublas" and "one kernel" in reason, told
     told, reason = _C.explain_lora_linear_cuda(call(model[0], out_features=50257), 80)
     assert told == "cuda cublas" and "no multiple of 8" in reason, (told, reason)
 

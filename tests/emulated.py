@@ -124,6 +124,7 @@ class Launch(NamedTuple):
 @dataclass
 class EmulatedKernels:
     library: ctypes.CDLL
+    dry_paths: tuple[str, str] = ("", "")
 
     @staticmethod
     def compile(folder: Path, *options: str, csrc: Path = ROOT / "csrc") -> Path:
@@ -164,7 +165,8 @@ class EmulatedKernels:
         self, M: int, N: int, K: int, r: int, types: str, dropout_p: float, saved_h: bool = True
     ) -> tuple[list[RecordedLaunch], list[RecordedLaunch]]:
         """What a forward and a backward call launch on the GPU; no kernel runs, and no operand is
-        there. Raises RuntimeError if the GPU refuses a launch. `saved_h`: backward is given h."""
+        there. Raises RuntimeError if the GPU refuses a launch. `saved_h`: backward is given h.
+        `dry_paths` then has the path of each."""
         memory = torch.zeros(64)
         somewhere = memory.data_ptr() // 16 * 16 + 16
         pointers = dict.fromkeys(POINTERS + RESULTS, somewhere)
@@ -174,14 +176,16 @@ class EmulatedKernels:
         )  # fmt: skip
         self.take_recorded()
         self.library.set_limits_only(True)
-        launches = []
+        launches, paths = [], []
         try:
             for function in (self.library.lora_forward, self.library.lora_backward):
                 if function(types.encode(), ctypes.byref(arguments)):
                     raise RuntimeError(self.library.last_error().decode())
                 launches.append(self.take_recorded())
+                paths.append(self.path)
         finally:
             self.library.set_limits_only(False)
+        self.dry_paths = (paths[0], paths[1])
         return launches[0], launches[1]
 
     def take_recorded(self) -> list[RecordedLaunch]:

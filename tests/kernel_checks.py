@@ -86,7 +86,11 @@ def check(
     else:
         up_ranks = 32 if GPUS[family] == 86 and N > 64 else 64
         passes = [tma] * (-(-r // up_ranks) + -(-r // 64))
-    check_instructions(forward, [*down, tma])
+    # Of few rows without dropout all is one kernel's, whose threads read by themselves.
+    read = M + r * (2 if adapter == torch.float32 else 1)
+    few = base and M <= 16 and r <= 32 and read <= 40 and dropout_p == 0
+    few &= not transposed and K % 8 == 0
+    check_instructions(forward, [False] if few else [*down, tma])
     check_instructions(backward, [*([] if has.h else down), *passes, tma])
     want, sizes, plain = exact_results(p), expected_sizes(p), plain_results(p)
     for name, got in (("y", y), ("x", dx), ("lora_A", dA), ("lora_B", dB)):

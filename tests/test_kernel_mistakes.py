@@ -362,6 +362,18 @@ LAUNCHES = {
     "float adapters: a remainder in the place of the value": (
         "lora_linear_run.h", "in_columns ? `pack.value + pack.padded_columns`", "pack.value",
     ),
+    "few rows: no barrier before the sums of the warps are added": (
+        "few_rows_sm80.h", "Shape::kAll);\n  `__syncthreads();`", "",
+    ),
+    "few rows: no barrier before h is used": (
+        "few_rows_sm80.h", "    }\n  }\n  `__syncthreads();`", "",
+    ),
+    "few rows: warps with the same part of x": (
+        "few_rows_sm80.h", "first = `warp * Shape::kStep`;", "0",
+    ),
+    "few rows: columns beyond the last": (
+        "few_rows_sm80.h", "row >= M || `n >= N`", "false",
+    ),
     "a factor of the scaling that is not read": (
         "lora_linear_passes.h", "factor ? value * *factor : value", "value",
     ),
@@ -395,6 +407,8 @@ for (size, has), schedule in itertools.product([few, many],
     kernel_checks.check(kernels, size, "bf16", 0.1, schedule, has=has)
 few = (37, 192, 200, 8), few[1]  # float adapters are rounded and what that leaves
 kernel_checks.check(kernels, few[0], "bf16-fp32", 0.1, (COMPLETIONS[0], 0), has=few[1])
+for schedule in itertools.product(COMPLETIONS[:1], range(4)):
+    kernel_checks.check(kernels, (9, 520, 40, 8), "bf16", 0.0, schedule)
 print("no mistake noticed")
 """
 

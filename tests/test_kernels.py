@@ -344,6 +344,30 @@ def test_what_is_recorded_is_what_runs(
     assert product.dependent == (family == "sm90")
 
 
+@pytest.mark.parametrize("types", TYPES.values())
+@pytest.mark.parametrize(
+    ("M", "N", "K", "r"),
+    [(1, 1, 8, 1), (3, 40, 264, 8), (8, 257, 520, 16), (6, 33, 72, 17), (16, 72, 1032, 12)],
+)
+def test_few_rows_without_dropout(
+    kernels: EmulatedKernels, M: int, N: int, K: int, r: int, types: str
+) -> None:
+    """One launch, whatever the number of multiprocessors, which chooses the columns of a block."""
+    for schedule, processors in zip(SCHEDULES[::3], (1, 3, 132, 4), strict=True):
+        has = Options(bias=M != 3, factor=M != 8, h=M != 6, processors=processors)
+        check(kernels, (M, K, N, r), types, 0.0, schedule, family="sm90", has=has)
+    p = make_problem((M,), K, N, r, dtype=torch.bfloat16, bias=False)
+    x, weight, _, A, B, _ = (t if t is None else t.detach() for t in p.operands)
+    kernels.take_launches()
+    results = []
+    for processors in (1, 4, 132):
+        kernels.gpu(90, processors)
+        results.append(kernels.forward(x, weight, None, A, B))
+    assert len(kernels.take_launches()) == 3
+    for y, h in results[1:]:
+        assert torch.equal(y, results[0][0]) and torch.equal(h, results[0][1])
+
+
 @pytest.mark.parametrize(("M", "N", "K"), [(264, 264, 136), (264, 136, 264)])
 @pytest.mark.parametrize("family", SIZES)
 def test_self_check_finds_nothing_wrong(

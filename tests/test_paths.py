@@ -163,7 +163,7 @@ FUSED_90, HYBRID_90 = "cuda fused sm_90a", "cuda hybrid sm_90a"
 RANKS, EMPTY, LARGE = "the kernels take ranks 1 to 256", "no empty matrices", "in 32 bits"
 MEASURED, UNMEASURED, MMA = "that autotune measured", "is not measured yet", "mma.sync is slow"
 UNALIGNED, SMALL = "rows that begin at no multiple of 16 bytes", "a small result"
-KEEPS_UP = "predicted to be as fast"
+KEEPS_UP, ONE_KERNEL = "predicted to be as fast", "one kernel makes h and y"
 SM90, NOT_BUILT = {"compute_capability": 90}, {"compute_capability": 90, "sm90": False}
 
 CUDA_CASES = {
@@ -191,9 +191,13 @@ CUDA_CASES = {
     "few tiles": (SM90 | {"M": 1920}, HYBRID_90, SMALL),
     "more tiles": (SM90 | {"M": 1921}, FUSED_90, ONE_PASS),
     "few tiles of dx": (SM90 | {"N": 4096, "M": 1920}, HYBRID_90, SMALL),
-    "few rows, no dropout": (SM90 | {"M": 1, "r": 32, "dropout": False}, HYBRID_90, SMALL),
+    "few rows": (SM90 | {"M": 8, "r": 32, "dropout": False}, FUSED_90, ONE_KERNEL),
+    "more to read": (SM90 | {"M": 9, "r": 32, "dropout": False}, HYBRID_90, SMALL),
+    "floats": (SM90 | {"M": 9, "dropout": False, "mixed": True}, CUBLAS, KEEPS_UP),
+    "few rows, sm_80": ({"M": 1, "dropout": False, "mixed": True}, FUSED, ONE_KERNEL),
     "few rows, larger rank": (SM90 | {"M": 1, "r": 33, "dropout": False}, CUBLAS, KEEPS_UP),
-    "few rows, float": (SM90 | {"M": 1, "dropout": False, "mixed": True}, CUBLAS, KEEPS_UP),
+    "few rows, wish hybrid": (SM90 | {"M": 1, "dropout": False, "wish": "hybrid"}, HYBRID_90, "="),
+    "17 rows": (SM90 | {"M": 17, "r": 32, "dropout": False}, HYBRID_90, SMALL),
     "many tiles, larger rank": (SM90 | {"r": 33, "dropout": False}, FUSED_90, ONE_PASS),
     "sm_80, no dropout": ({"dropout": False}, CUBLAS, KEEPS_UP),
     "sm_80, no dropout, float": ({"dropout": False, "mixed": True}, HYBRID, UNMEASURED),

@@ -170,17 +170,12 @@ def test_all_it_prints_is_called_predicted(
     assert data["rows"] and {row["kind"] for row in data["rows"]} == {"predicted"}
 
 
-# As `explain` tells them
-NAMES = {"fused": "cuda fused", "hybrid": "cuda hybrid", "composed": "cuda cublas"}
-
-
 def test_paths_compares_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:
     rows = json.loads(run(capsys, "--paths", "--ranks", "16", "--json"))["rows"]
     assert {row["call"]["M"] for row in rows} == {1, 16, 128, 512, 2048, 8192}
     for row in rows:
-        best = min(PATHS, key=lambda path: row[path])
-        default = next(name for name in PATHS if NAMES[name] in row["default"])
-        assert row["default_over_fastest"] == pytest.approx(row[default] / row[best])
+        fastest = min(row[path] for path in (*PATHS, "auto"))
+        assert row["default_over_fastest"] == pytest.approx(row["auto"] / fastest)
 
 
 @pytest.mark.parametrize("card", CARDS)
@@ -191,8 +186,7 @@ def test_no_default_is_slower_than_cublas(
     """By prediction, where the default is not cuBLAS already; 2 % is less than it knows."""
     printed = run(capsys, "--paths", "--card", card, "--ranks", "16,128", "--json", *options)
     for row in json.loads(printed)["rows"]:
-        default = next(name for name in PATHS if NAMES[name] in row["default"])
-        assert row[default] <= 1.02 * row["composed"], row
+        assert row["auto"] <= 1.02 * row["composed"], row
 
 
 def test_counts_of_other_sources_are_told(

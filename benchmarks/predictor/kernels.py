@@ -69,6 +69,8 @@ class Timer:
             name = short_name(launch.kernel)
             if name.startswith("lora_linear_"):
                 what, us, bound = self._small(name, launch)
+            elif name.startswith("few_rows_"):
+                what, (us, bound) = "h, y", self._few_rows(name, launch)
             elif name.startswith("product_"):
                 what, (us, bound) = self._product(name, launch)
             else:
@@ -118,6 +120,18 @@ class Timer:
         rate = self._l2() * self.card.multiprocessors * self.card.clock * 1e-3
         latency = LATENCY * (1 + waits(int(parts)))
         return what, max(latency, moved / rate * 1e-6), "L2"
+
+    # ---- Forward of few rows ---------------------------------------------------------------------
+
+    def _few_rows(self, name: str, launch: RecordedLaunch) -> tuple[float, str]:
+        """It waits for what it reads: the weight once, x and lora_A in each block."""
+        call = self.call
+        width = 8 * int(re.search(r"FewRowsShape<(\d+)", name)[1])  # type: ignore[index]
+        of_A = 4 if call.fp32_adapters else 2
+        read = call.K * (2 * (width + call.M) + of_A * call.r)
+        rounds = math.ceil(launch.grid[0] / self.card.multiprocessors)
+        us, bound = self._slowest({"L2": rounds * read / self._l2()}, 2.0 * call.K * call.N)
+        return us + 2 * LATENCY, bound  # the first reads, and those after the two barriers
 
     # ---- The product -----------------------------------------------------------------------------
 

@@ -28,9 +28,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Recorded:
-    path: str  # as `explain` tells it
+    paths: tuple[str, str]  # of forward and backward
     forward: list[RecordedLaunch]
     backward: list[RecordedLaunch]
+
+    @property
+    def path(self) -> str:
+        """As `explain` tells it."""
+        forward, backward = self.paths
+        return forward if forward == backward else f"{forward}, backward {backward}"
 
 
 @cache
@@ -57,4 +63,4 @@ def record(call: Call, capability: int, multiprocessors: int, wish: str) -> Reco
     kernels.wish(wish)
     types = "bf16-fp32" if call.fp32_adapters else "bf16"
     forward, backward = kernels.dry_run(call.M, call.N, call.K, call.r, types, call.dropout_p)
-    return Recorded(kernels.path, forward, backward)
+    return Recorded(kernels.dry_paths, forward, backward)

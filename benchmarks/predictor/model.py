@@ -49,21 +49,21 @@ def predict(
     recorded = record(call, card.capability, card.multiprocessors, asked)
     frozen = blas.frozen_us(card, how, call)
     flat = blas.frozen_us(card, replace(how, flat=True), call)
-    if "cublas" in recorded.path:
-        layer = blas.composed_us(card, how, call)
-        return Prediction(call, asked, recorded.path, scenario, frozen, flat, layer, ([], []))
-    base = "fused" in recorded.path
-    forward, backward = (
-        list(Timer(card, how, counts["kernels"], call, is_backward, base).times(launches))
-        for is_backward, launches in ((False, recorded.forward), (True, recorded.backward))
-    )
-    times = [sum(one.us for one in passes) for passes in (forward, backward)]
-    if not base:
-        times[0] += blas.product_us(card, how, call.M, call.N, call.K, onto=True)
-        times[1] += blas.product_us(card, how, call.M, call.K, call.N, onto=True)
+    composed = blas.composed_us(card, how, call)
+    columns, depths = (call.N, call.K), (call.K, call.N)
+    passes: list[list[Pass]] = []
+    times: list[float] = []
+    for i, launches in enumerate((recorded.forward, recorded.backward)):
+        path = recorded.paths[i]
+        fused = "fused" in path
+        timer = Timer(card, how, counts["kernels"], call, backward=i == 1, base=fused)
+        passes.append(list(timer.times(launches)))
+        times.append(composed[i] if "cublas" in path else sum(one.us for one in passes[i]))
+        if "hybrid" in path:
+            times[i] += blas.product_us(card, how, call.M, columns[i], depths[i], onto=True)
     layer = (times[0], times[1])
     return Prediction(
-        call, asked, recorded.path, scenario, frozen, flat, layer, (forward, backward)
+        call, asked, recorded.path, scenario, frozen, flat, layer, (passes[0], passes[1])
     )
 
 

@@ -164,7 +164,7 @@ inline KernelFamily family_for(const CudaProblem& problem) {
 }
 
 // All candidates: the first that fits is taken, and the last one always fits.
-inline std::array<CudaCandidate, 8> cuda_candidates(const CudaProblem& problem) {
+inline std::array<CudaCandidate, 9> cuda_candidates(const CudaProblem& problem) {
   const CudaCall& call = problem.call;
   const int capability = problem.compute_capability;
   const bool asked = problem.wish != CudaWish::Auto, measured = problem.fastest.has_value();
@@ -173,6 +173,8 @@ inline std::array<CudaCandidate, 8> cuda_candidates(const CudaProblem& problem) 
   // Tensor cores of sm_90 and of sm_100 to sm_110 run at their rate for instructions of their own.
   const bool slow_mma = sm80 && capability >= 90 && capability < 120;
   const bool few = few_tiles(call);
+  const bool few_rows =
+      !call.backward && few_rows_fit(call.M, call.r, call.adapter != call.base, call.dropout);
   return {{
       {asked, problem.wish, name_of(problem.wish).asked},
       {measured, problem.fastest.value_or(CudaWish::Auto),
@@ -182,6 +184,7 @@ inline std::array<CudaCandidate, 8> cuda_candidates(const CudaProblem& problem) 
       {unaligned, CudaWish::Composed,
        "rows that begin at no multiple of 16 bytes, as where N or K is no multiple of 8, are "
        "cuBLAS's"},
+      {few_rows, CudaWish::Fused, "few rows without dropout: one kernel makes h and y"},
       {blas_keeps_up(call, family_for(problem)), CudaWish::Composed,
        "cuBLAS's low-rank products are predicted to be as fast as the kernels for such a call"},
       {slow_mma, CudaWish::Hybrid,
