@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from lora_ext import batching
 from lora_ext.arguments import as_flag, check_place, check_sizes, named_x, suggests_names
-from lora_ext.functional import lora_linear, lora_update, weight_norm
+from lora_ext.functional import lora_linear, lora_linear_multi, lora_update, weight_norm
 from lora_ext.nn import tensor_parallel
 from lora_ext.nn.adapter import DEFAULT, AdapterOptions, AdapterSettings, LowRank
 from lora_ext.nn.adoption import belongs_to_its_class
@@ -359,6 +359,30 @@ def adapted_linear(
     for other in others:  # in the adapter's dtype, float32 by default: one rounding at the end
         y = y + lora_update(x, *other, dtype=other.lora_A.dtype)
     return y.to(dtype)
+
+
+def adapted_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    adapters: Sequence[Sequence[LowRank]],
+) -> list[Tensor]:
+    """`adapted_linear` of each of several layers of one x, with the masks that calls one after
+    another draw: one operator where no layer has adapters besides one that is fused."""
+    if all(len(own) <= 1 for own in adapters) and sum(map(len, adapters)) > 1:
+        firsts = [own[0] if own else None for own in adapters]
+        return lora_linear_multi(
+            x,
+            weights,
+            biases,
+            [None if one is None else one.lora_A for one in firsts],
+            [None if one is None else one.lora_B for one in firsts],
+            [None if one is None else one.lora_bias for one in firsts],
+            scalings=[1.0 if one is None else one.scaling for one in firsts],
+            dropout_p=[0.0 if one is None else one.dropout_p for one in firsts],
+        )
+    layers = zip(weights, biases, adapters, strict=True)
+    return [adapted_linear(x, weight, bias, own) for weight, bias, own in layers]
 
 
 # What the short way of a forward stands for, unless a subclass has its own.
