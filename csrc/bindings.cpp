@@ -45,37 +45,43 @@ using Optionals = std::vector<OptionalTensor>;
 // Lists have an entry for each layer. State is drawn as calls of bound_lora_linear in this order
 // draw it.
 TensorVector bound_lora_linear_multi(const Tensor& x, const TensorVector& weights,
-                                     const Optionals& biases, const Optionals& lora_As,
-                                     const Optionals& lora_Bs, const Optionals& lora_biases,
+                                     const std::optional<Optionals>& biases,
+                                     const Optionals& lora_As, const Optionals& lora_Bs,
+                                     const std::optional<Optionals>& lora_biases,
                                      const std::vector<Scaling>& scalings,
                                      const std::vector<double>& dropout_p,
-                                     const Optionals& rng_states) {
-  const Tensor none = at::empty({0}, x.options());
-  const auto listed = [&](const Optionals& optionals) {
+                                     const std::optional<Optionals>& rng_states) {
+  Tensor none;
+  const auto list_of = [&](const Optionals& optionals) {
     TensorVector list;
-    if (std::any_of(optionals.begin(), optionals.end(), [](const auto& one) { return !!one; })) {
-      for (const OptionalTensor& one : optionals) list.push_back(one.value_or(none));
+    list.reserve(optionals.size());
+    for (const OptionalTensor& one : optionals) {
+      if (!one.has_value() && !none.defined()) none = at::empty({0}, x.options());
+      list.push_back(one.has_value() ? *one : none);
     }
     return list;
   };
+  const auto list_of_any = [&](const std::optional<Optionals>& optionals) {
+    const auto is_there = [](const OptionalTensor& one) { return one.has_value(); };
+    return optionals.has_value() && std::any_of(optionals->begin(), optionals->end(), is_there)
+               ? list_of(*optionals)
+               : TensorVector();
+  };
   std::vector<double> numbers;
-  Optionals tensors, states = rng_states;
+  Optionals tensors, states = rng_states.value_or(Optionals(dropout_p.size()));
   for (const Scaling& scaling : scalings) {
     const auto* tensor = std::get_if<Tensor>(&scaling);
     tensors.push_back(tensor ? OptionalTensor(*tensor) : std::nullopt);
     numbers.push_back(tensor ? 1.0 : std::get<double>(scaling));
   }
-  states.resize(std::max(states.size(), dropout_p.size()));
-  TensorVector A, B;
-  for (const OptionalTensor& one : lora_As) A.push_back(one.value_or(none));
-  for (const OptionalTensor& one : lora_Bs) B.push_back(one.value_or(none));
-  for (size_t i = 0; i < std::min(dropout_p.size(), lora_As.size()); ++i) {
+  for (size_t i = 0; i < std::min({dropout_p.size(), lora_As.size(), states.size()}); ++i) {
     if (lora_As[i].has_value() && dropout_p[i] > 0.0 && !states[i].has_value()) {
       states[i] = draw_rng_state(x);
     }
   }
-  const TensorVector bias = listed(biases), lora_bias = listed(lora_biases),
-                     scaling_tensor = listed(tensors), rng_state = listed(states);
+  const TensorVector A = list_of(lora_As), B = list_of(lora_Bs), bias = list_of_any(biases),
+                     lora_bias = list_of_any(lora_biases), scaling_tensor = list_of_any(tensors),
+                     rng_state = list_of_any(states);
   return lora_linear_multi(
       {x, weights, bias, A, B, lora_bias, numbers, scaling_tensor, dropout_p, rng_state});
 }

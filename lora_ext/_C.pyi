@@ -20,13 +20,13 @@ def lora_linear(
 def lora_linear_multi(
     x: Tensor,
     weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None] | None,
     lora_As: Sequence[Tensor | None],
     lora_Bs: Sequence[Tensor | None],
-    lora_biases: Sequence[Tensor | None],
+    lora_biases: Sequence[Tensor | None] | None,
     scalings: Sequence[float | Tensor],
     dropout_p: Sequence[float],
-    rng_states: Sequence[Tensor | None],
+    rng_states: Sequence[Tensor | None] | None,
 ) -> list[Tensor]: ...
 
 # lora_linear_fwd and lora_linear_bwd out of ATen's products, for tests

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -140,6 +140,11 @@ def lora_linear(
     )
 
 
+def _for_each(value: Any, layers: Sequence[object]) -> Sequence[Any]:
+    """A list with an entry for each, of one or of one for all."""
+    return value if isinstance(value, list | tuple) else [value] * len(layers)
+
+
 def lora_linear_multi(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -180,39 +185,45 @@ def lora_linear_multi(
     Raises:
         As `lora_linear`; ValueError also for lists of other lengths than that of weights.
     """
-    try:
-        none: list[Tensor | None] = [None] * len(weights)
-    except TypeError:
-        _refuse_multi({"x": x}, {"weights": weights}, {})
-        raise
-    biases = none if biases is None else biases
-    lora_biases = none if lora_biases is None else lora_biases
-    rng_states = none if rng_states is None else rng_states
-    numbers = scalings if isinstance(scalings, Sequence) else [scalings] * len(none)
-    p = dropout_p if isinstance(dropout_p, Sequence) else [dropout_p] * len(none)
     if not torch.compiler.is_compiling():
         try:
+            numbers, p = _for_each(scalings, weights), _for_each(dropout_p, weights)
             return _C.lora_linear_multi(
                 x, weights, biases, lora_As, lora_Bs, lora_biases, numbers, p, rng_states
             )
         except (TypeError, ValueError, RuntimeError):
-            optional = {"biases": biases, "lora_As": lora_As, "lora_Bs": lora_Bs}
-            optional |= {"lora_biases": lora_biases, "rng_states": rng_states}
-            _refuse_multi({"x": x}, {"weights": weights}, optional)
-            for number in numbers:
-                if not isinstance(number, Tensor):
-                    check_kinds("lora_linear_multi", scaling=number)
-            for probability in p:
-                check_kinds("lora_linear_multi", dropout_p=probability)
+            optional = {"biases": biases, "lora_biases": lora_biases, "rng_states": rng_states}
+            given = {name: entries for name, entries in optional.items() if entries is not None}
+            given = {"lora_As": lora_As, "lora_Bs": lora_Bs, **given}
+            _refuse_multi(x, weights, given, scalings, dropout_p)
             raise
+    return _lora_linear_multi_compiled(
+        x, weights, biases, lora_As, lora_Bs, lora_biases, scalings, dropout_p, rng_states
+    )
+
+
+def _lora_linear_multi_compiled(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None,
+    lora_As: Sequence[Tensor | None],
+    lora_Bs: Sequence[Tensor | None],
+    lora_biases: Sequence[Tensor | None] | None,
+    scalings: float | Tensor | Sequence[float | Tensor],
+    dropout_p: float | Sequence[float],
+    rng_states: Sequence[Tensor | None] | None,
+) -> list[Tensor]:
+    """As what a graph holds."""
+    none: list[Tensor | None] = [None] * len(weights)
+    numbers, p = _for_each(scalings, weights), _for_each(dropout_p, weights)
     empty = x.new_empty(0)
 
-    def listed(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-        return [empty if one is None else one for one in tensors]
+    def listed(tensors: Sequence[Tensor | None] | None) -> list[Tensor]:
+        return [empty if one is None else one for one in tensors or ()]
 
-    rng_states = [
+    states = [
         draw_rng_state(x) if state is None and q > 0.0 and A is not None else state
-        for state, q, A in zip(rng_states, p, lora_As, strict=True)
+        for state, q, A in zip(rng_states or none, p, lora_As, strict=True)
     ]
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     tensors: list[Tensor | None] = [
@@ -233,17 +244,17 @@ def lora_linear_multi(
         [1.0 if tensor is not None else one for one, tensor in zip(numbers, tensors, strict=True)],
         listed(tensors),
         p,
-        listed(rng_states),
+        listed(states),
     )
 
 
 def _refuse_multi(
-    single: Mapping[str, object], lists: Mapping[str, object], optional: Mapping[str, object]
+    x: object, weights: object, optional: Mapping[str, object], numbers: object, p: object
 ) -> None:
     """After a call failed: an error for the first argument of another kind or length."""
     where, layers = "lora_linear_multi", 0
-    check_kinds(where, **single)
-    for name, entries in {**lists, **optional}.items():
+    check_kinds(where, x=x)
+    for name, entries in {"weights": weights, **optional}.items():
         if not isinstance(entries, Sequence | torch.nn.ParameterList) or isinstance(entries, str):
             refuse(where, name, entries, "a list with an entry for each layer")
         layers = layers or len(entries)
@@ -253,8 +264,13 @@ def _refuse_multi(
                 "weights"
             )
         for i, entry in enumerate(entries):
-            if entry is not None or name in lists:
+            if entry is not None or name == "weights":
                 check_kinds(where, **{f"{name}[{i}]": entry})
+    for number in numbers if isinstance(numbers, list | tuple) else [numbers]:
+        if not isinstance(number, Tensor):
+            check_kinds(where, scaling=number)
+    for probability in p if isinstance(p, list | tuple) else [p]:
+        check_kinds(where, dropout_p=probability)
 
 
 class LowRank(NamedTuple):

@@ -50,6 +50,25 @@ void print_path_of(const char* pass, const Tensor& rows, const Tensor& lora_A, c
 
 std::tuple<Tensor, Tensor> lora_linear_fwd_cpu(const LoraLinearCall& call, bool return_h) {
   check_lora_linear(call);
+  return lora_linear_fwd_checked(call, return_h);
+}
+
+Gradients lora_linear_bwd_cpu(const LoraLinearBackwardCall& call, GradientMask mask) {
+  check_lora_linear_bwd(call, mask);
+  return lora_linear_bwd_checked(call, mask);
+}
+
+}  // namespace
+
+void print_cpu_path(const LowRankForward& problem) {
+  print_path_of("forward", problem.x, problem.lora_A, problem.lora_B, problem.dropout);
+}
+
+void print_cpu_path(const LowRankBackward& problem) {
+  print_path_of("backward", problem.dy, problem.lora_A, problem.lora_B, problem.dropout);
+}
+
+std::tuple<Tensor, Tensor> lora_linear_fwd_checked(const LoraLinearCall& call, bool return_h) {
   auto [y, h, low_rank] = lora_linear_prepare_fwd(with_scaling_read(call), return_h);
   if (y.numel() == 0) return {y, h.zero_()};
   if (prints_paths()) print_cpu_path(low_rank);
@@ -66,8 +85,7 @@ std::tuple<Tensor, Tensor> lora_linear_fwd_cpu(const LoraLinearCall& call, bool 
   return {y, h};
 }
 
-Gradients lora_linear_bwd_cpu(const LoraLinearBackwardCall& call, GradientMask mask) {
-  check_lora_linear_bwd(call, mask);
+Gradients lora_linear_bwd_checked(const LoraLinearBackwardCall& call, GradientMask mask) {
   auto [gradients, low_rank, done] = lora_linear_prepare_bwd(with_scaling_read(call), mask);
   if (done) return gradients;
   if (prints_paths()) print_cpu_path(low_rank);
@@ -80,16 +98,6 @@ Gradients lora_linear_bwd_cpu(const LoraLinearBackwardCall& call, GradientMask m
     base.add_gradient(low_rank.dx, low_rank.dy);
   }
   return gradients;
-}
-
-}  // namespace
-
-void print_cpu_path(const LowRankForward& problem) {
-  print_path_of("forward", problem.x, problem.lora_A, problem.lora_B, problem.dropout);
-}
-
-void print_cpu_path(const LowRankBackward& problem) {
-  print_path_of("backward", problem.dy, problem.lora_A, problem.lora_B, problem.dropout);
 }
 
 CpuPath path_for(int64_t M, int64_t N, const Tensor& lora_A, at::ScalarType base, bool dropout) {

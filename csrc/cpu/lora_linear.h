@@ -26,6 +26,10 @@ const LoraLinearKernels& kernels_of(const CpuPath& path, const Tensor& base, con
 void low_rank_forward(const LowRankForward& problem);
 void low_rank_backward(const LowRankBackward& problem);
 
+// lora_linear_fwd and lora_linear_bwd of operands that were checked.
+std::tuple<Tensor, Tensor> lora_linear_fwd_checked(const LoraLinearCall& call, bool return_h);
+Gradients lora_linear_bwd_checked(const LoraLinearBackwardCall& call, GradientMask mask);
+
 // (path, reason) of a layer for so many rows.
 std::pair<std::string, std::string> explain_lora_linear_cpu(int64_t tokens, int64_t out_features,
                                                             const Tensor& lora_A,

@@ -171,8 +171,7 @@ Tensor with_rows(const Tensor& tensor) { return as_rows(tensor).view(tensor.size
 
 std::tuple<TensorVector, TensorVector> lora_linear_multi_fwd_cpu(const LoraLinearMultiCall& call,
                                                                  at::IntArrayRef return_h) {
-  check_lora_linear_multi(call, return_h);
-  const std::vector<LayerOfMulti> layers = layers_of(call);
+  const std::vector<LayerOfMulti> layers = checked_layers_of(call, return_h);
   const Together together = choose_together(layers, call.x, count_rows(call.x).expect_int());
   const bool fuses = together.layers.size() > 1;
   const Tensor x = fuses ? with_rows(call.x) : call.x;
@@ -181,7 +180,7 @@ std::tuple<TensorVector, TensorVector> lora_linear_multi_fwd_cpu(const LoraLinea
   for (size_t i = 0; i < layers.size(); ++i) {
     const auto& [adapted, given, weight, bias, A, B, lora_bias, scaling, dropout] = layers[i];
     if (!fuses || !together.has(i)) {
-      auto [own_y, own_h] = layer_fwd(layers[i], return_h[i] != 0);
+      auto [own_y, own_h] = layer_fwd(layers[i], return_h[i] != 0, &lora_linear_fwd_checked);
       y.push_back(own_y), h.push_back(own_h);
       continue;
     }
@@ -201,20 +200,14 @@ std::tuple<TensorVector, TensorVector> lora_linear_multi_fwd_cpu(const LoraLinea
 
 MultiGradients lora_linear_multi_bwd_cpu(const LoraLinearMultiBackwardCall& call, bool wants_x,
                                          at::IntArrayRef wanted) {
-  check_lora_linear_multi_bwd(call, wants_x, wanted);
-  const OptionalTensor x = call.x.has_value() ? OptionalTensor(with_rows(*call.x)) : std::nullopt;
-  const LoraLinearMultiBackwardCall own = {call.dy,        x,
-                                           call.h,         call.weight,
-                                           call.lora_A,    call.lora_B,
-                                           call.scaling,   call.scaling_tensor,
-                                           call.dropout_p, call.rng_state};
-  const std::vector<BackwardLayerOfMulti> layers = layers_of(own, wants_x, wanted);
+  const std::vector<BackwardLayerOfMulti> layers = checked_layers_of(call, wants_x, wanted);
   const Tensor& dy = call.dy[0];
   const Together together = choose_together(layers, dy, count_rows(dy).expect_int());
   if (together.layers.empty() || layers.size() < 2) {
-    return lora_linear_multi_bwd_composed(own, wants_x, wanted);
+    return separate_gradients(layers, &lora_linear_bwd_checked);
   }
-  MultiGradients all = no_gradients(call);
+  const OptionalTensor x = call.x.has_value() ? OptionalTensor(with_rows(*call.x)) : std::nullopt;
+  MultiGradients all = no_gradients(layers.size());
   const int64_t K = layers[together.layers[0]].lora_A.size(1);
   Tensor& dx = std::get<0>(all);
   dx = gradient_or_empty(wants_x, dy, with_width(dy, K));
@@ -223,7 +216,6 @@ MultiGradients lora_linear_multi_bwd_cpu(const LoraLinearMultiBackwardCall& call
   std::vector<LowRankBackward> problems;
   std::vector<std::pair<Tensor, Tensor>> products;  // dy and weight of those that are summed in dx
   std::vector<size_t> others;
-  bool low_rank = false;
   for (size_t i = 0; i < layers.size(); ++i) {
     const BackwardLayerOfMulti& layer = layers[i];
     if (layer.adapted && !together.has(i)) {
@@ -232,13 +224,15 @@ MultiGradients lora_linear_multi_bwd_cpu(const LoraLinearMultiBackwardCall& call
     }
     GradientMask mask = layer.mask;
     mask[kGradX] = false;
-    PreparedBackward prepared = lora_linear_prepare_bwd(with_scaling_read(layer.call()), mask);
+    PreparedBackward prepared =
+        lora_linear_prepare_bwd({layer.dy, x, layer.h, layer.weight, layer.lora_A, layer.lora_B,
+                                 layer.scaling.read(), layer.dropout},
+                                mask);
     put_gradients(all, i, prepared.gradients);
     prepared.low_rank.dx = dx_rows;
     if (wants_x) products.emplace_back(prepared.low_rank.dy, *layer.weight);
-    if (!layer.adapted) continue;
+    if (!layer.adapted || !(wants_x || mask[kGradA] || mask[kGradB])) continue;
     if (prints_paths()) print_cpu_path(prepared.low_rank);
-    low_rank = low_rank || wants_x || mask[kGradA] || mask[kGradB];
     problems.push_back(std::move(prepared.low_rank));
   }
 
@@ -249,10 +243,10 @@ MultiGradients lora_linear_multi_bwd_cpu(const LoraLinearMultiBackwardCall& call
     p == 0 ? product_out(dx_rows, rows, weight) : add_product_(dx_rows, rows, weight);
   }
   if (products.size() == 1) dx_rows.zero_();
-  if (low_rank) low_rank_backward_together(problems, together);
+  if (!problems.empty()) low_rank_backward_together(problems, together);
   if (wants_x) BaseProduct(products.back().second).add_gradient(dx_rows, products.back().first);
   for (const size_t i : others) {
-    const Gradients gradients = layer_bwd(layers[i]);
+    const Gradients gradients = layer_bwd(layers[i], &lora_linear_bwd_checked);
     put_gradients(all, i, gradients);
     if (wants_x) dx.add_(std::get<kGradX>(gradients));
   }

@@ -37,6 +37,7 @@ c10::SymInt columns_of(const LoraLinearMultiBackwardCall& call) {
   return 0;
 }
 
+// For messages: operator and layer.
 std::string name_of(const char* op, size_t layer) {
   return std::string(op) + ": layer " + std::to_string(layer);
 }
@@ -48,8 +49,9 @@ void check_entries(const char* op, const char* name, size_t got, size_t layers,
                     may_be_empty ? ", or none" : "");
 }
 
-void check_adapter_is_whole(const std::string& op, const Tensor& lora_A, const Tensor& lora_B) {
-  TORCH_CHECK_VALUE(is_none(lora_A) == is_none(lora_B), op, ": ",
+void check_adapter_is_whole(const char* op, size_t layer, const Tensor& lora_A,
+                            const Tensor& lora_B) {
+  TORCH_CHECK_VALUE(is_none(lora_A) == is_none(lora_B), name_of(op, layer), ": ",
                     is_none(lora_A) ? "lora_A" : "lora_B",
                     ": got none, expected both lora_A and "
                     "lora_B, or neither for a layer without adapter");
@@ -62,11 +64,30 @@ LoraDropout dropout_of(bool adapted, at::ArrayRef<double> dropout_p, at::TensorL
   return {dropout_p[layer], entry(rng_state, layer)};
 }
 
+void check_backward_lists(const LoraLinearMultiBackwardCall& call, at::IntArrayRef wanted) {
+  const size_t layers = call.dy.size();
+  TORCH_CHECK_VALUE(layers > 0, kMultiBwd, ": dy: got no layers, expected at least one");
+  check_entries(kMultiBwd, "h", call.h.size(), layers, true);
+  check_entries(kMultiBwd, "weight", call.weight.size(), layers, true);
+  check_entries(kMultiBwd, "lora_A", call.lora_A.size(), layers);
+  check_entries(kMultiBwd, "lora_B", call.lora_B.size(), layers);
+  check_entries(kMultiBwd, "scaling", call.scaling.size(), layers);
+  check_entries(kMultiBwd, "scaling_tensor", call.scaling_tensor.size(), layers, true);
+  check_entries(kMultiBwd, "dropout_p", call.dropout_p.size(), layers);
+  check_entries(kMultiBwd, "rng_state", call.rng_state.size(), layers, true);
+  check_entries(kMultiBwd, "wanted", wanted.size(), layers);
+  for (size_t i = 0; i < layers; ++i) {
+    check_adapter_is_whole(kMultiBwd, i, call.lora_A[i], call.lora_B[i]);
+    check_dense(name_of(kMultiBwd, i).c_str(), "dy", call.dy[i]);
+    TORCH_CHECK_VALUE(call.dy[i].dim() >= 1, name_of(kMultiBwd, i),
+                      ": dy: got a 0-d tensor, expected [..., out_features]");
+  }
+}
+
 std::tuple<TensorVector, TensorVector> lora_linear_multi_fwd_meta(const LoraLinearMultiCall& call,
                                                                   at::IntArrayRef return_h) {
-  check_lora_linear_multi(call, return_h);
   TensorVector y, h;
-  for (const LayerOfMulti& layer : layers_of(call)) {
+  for (const LayerOfMulti& layer : checked_layers_of(call, return_h)) {
     const bool keeps = layer.adapted && return_h[y.size()] != 0;
     const auto compute = at::toOpMathType(layer.lora_A.scalar_type());
     const auto options = at::TensorOptions().dtype(compute);
@@ -80,12 +101,12 @@ std::tuple<TensorVector, TensorVector> lora_linear_multi_fwd_meta(const LoraLine
 
 MultiGradients lora_linear_multi_bwd_meta(const LoraLinearMultiBackwardCall& call, bool wants_x,
                                           at::IntArrayRef wanted) {
-  check_lora_linear_multi_bwd(call, wants_x, wanted);
-  MultiGradients all = no_gradients(call);
+  const auto layers = checked_layers_of(call, wants_x, wanted);
+  MultiGradients all = no_gradients(layers.size());
   const c10::SymInt K = columns_of(call);
-  std::get<0>(all) = gradient_or_empty(wants_x, call.dy[0], with_width(call.dy[0], K));
+  std::get<kGradX>(all) = gradient_or_empty(wants_x, call.dy[0], with_width(call.dy[0], K));
   size_t i = 0;
-  for (const BackwardLayerOfMulti& layer : layers_of(call, wants_x, wanted)) {
+  for (const BackwardLayerOfMulti& layer : layers) {
     const Tensor& dy = layer.dy;
     const c10::SymInt N = dy.sym_size(-1);
     put_gradients(all, i++,
@@ -100,7 +121,7 @@ MultiGradients lora_linear_multi_bwd_meta(const LoraLinearMultiBackwardCall& cal
 
 }  // namespace
 
-void check_lora_linear_multi_counts(const LoraLinearMultiCall& call) {
+void check_lora_linear_multi_lists(const LoraLinearMultiCall& call) {
   const size_t layers = call.weight.size();
   TORCH_CHECK_VALUE(layers > 0, kMulti, ": weight: got no layers, expected at least one");
   check_entries(kMulti, "bias", call.bias.size(), layers, true);
@@ -115,56 +136,12 @@ void check_lora_linear_multi_counts(const LoraLinearMultiCall& call) {
   TORCH_CHECK_VALUE(call.x.dim() >= 1, kMulti,
                     ": x: got a 0-d tensor, expected [..., in_features]");
   for (size_t i = 0; i < layers; ++i) {
-    check_adapter_is_whole(name_of(kMulti, i), call.lora_A[i], call.lora_B[i]);
-  }
-}
-
-void check_lora_linear_multi(const LoraLinearMultiCall& call, at::IntArrayRef return_h) {
-  check_lora_linear_multi_counts(call);
-  check_entries(kMulti, "return_h", return_h.size(), call.weight.size());
-  size_t i = 0;
-  for (const LayerOfMulti& layer : layers_of(call)) {
-    const std::string name = name_of(kMulti, i++);
-    TORCH_CHECK_VALUE(layer.adapted || !layer.lora_bias.has_value(), name,
-                      ": lora_bias: got one without lora_A and lora_B, expected none");
-    check_lora_linear(layer.call(), name.c_str());
-  }
-}
-
-void check_lora_linear_multi_bwd(const LoraLinearMultiBackwardCall& call, bool wants_x,
-                                 at::IntArrayRef wanted) {
-  const size_t layers = call.dy.size();
-  TORCH_CHECK_VALUE(layers > 0, kMultiBwd, ": dy: got no layers, expected at least one");
-  check_entries(kMultiBwd, "h", call.h.size(), layers, true);
-  check_entries(kMultiBwd, "weight", call.weight.size(), layers, true);
-  check_entries(kMultiBwd, "lora_A", call.lora_A.size(), layers);
-  check_entries(kMultiBwd, "lora_B", call.lora_B.size(), layers);
-  check_entries(kMultiBwd, "scaling", call.scaling.size(), layers);
-  check_entries(kMultiBwd, "scaling_tensor", call.scaling_tensor.size(), layers, true);
-  check_entries(kMultiBwd, "dropout_p", call.dropout_p.size(), layers);
-  check_entries(kMultiBwd, "rng_state", call.rng_state.size(), layers, true);
-  check_entries(kMultiBwd, "wanted", wanted.size(), layers);
-  for (size_t i = 0; i < layers; ++i) {
-    check_adapter_is_whole(name_of(kMultiBwd, i), call.lora_A[i], call.lora_B[i]);
-    check_dense(name_of(kMultiBwd, i).c_str(), "dy", call.dy[i]);
-    TORCH_CHECK_VALUE(call.dy[i].dim() >= 1, name_of(kMultiBwd, i),
-                      ": dy: got a 0-d tensor, expected [..., out_features]");
-  }
-  size_t i = 0;
-  for (const BackwardLayerOfMulti& layer : layers_of(call, wants_x, wanted)) {
-    const std::string name = name_of(kMultiBwd, i);
-    TORCH_CHECK_VALUE(layer.dy.sym_sizes().slice(0, layer.dy.dim() - 1) ==
-                          call.dy[0].sym_sizes().slice(0, call.dy[0].dim() - 1),
-                      name, ": dy: got shape ", layer.dy.sym_sizes(),
-                      ", expected the rows of the first one's ", call.dy[0].sym_sizes());
-    TORCH_CHECK_VALUE(layer.adapted || (wanted[i] >> kGradA) == 0, name, ": wanted: got ",
-                      wanted[i], ", expected no gradients of an adapter, of which there is none");
-    check_lora_linear_bwd(layer.call(), layer.mask, name.c_str());
-    ++i;
+    check_adapter_is_whole(kMulti, i, call.lora_A[i], call.lora_B[i]);
   }
 }
 
 std::vector<LayerOfMulti> layers_of(const LoraLinearMultiCall& call) {
+  check_lora_linear_multi_lists(call);
   std::vector<LayerOfMulti> layers;
   layers.reserve(call.weight.size());
   for (size_t i = 0; i < call.weight.size(); ++i) {
@@ -189,6 +166,7 @@ std::vector<LayerOfMulti> layers_of(const LoraLinearMultiCall& call) {
 
 std::vector<BackwardLayerOfMulti> layers_of(const LoraLinearMultiBackwardCall& call, bool wants_x,
                                             at::IntArrayRef wanted) {
+  check_backward_lists(call, wanted);
   std::vector<BackwardLayerOfMulti> layers;
   layers.reserve(call.dy.size());
   const c10::SymInt K = columns_of(call);
@@ -214,8 +192,40 @@ std::vector<BackwardLayerOfMulti> layers_of(const LoraLinearMultiBackwardCall& c
   return layers;
 }
 
-MultiGradients no_gradients(const LoraLinearMultiBackwardCall& call) {
-  const TensorVector none(call.dy.size());
+std::vector<LayerOfMulti> checked_layers_of(const LoraLinearMultiCall& call,
+                                            at::IntArrayRef return_h) {
+  std::vector<LayerOfMulti> layers = layers_of(call);
+  check_entries(kMulti, "return_h", return_h.size(), layers.size());
+  size_t i = 0;
+  for (const LayerOfMulti& layer : layers) {
+    const std::string name = name_of(kMulti, i++);
+    TORCH_CHECK_VALUE(layer.adapted || !layer.lora_bias.has_value(), name,
+                      ": lora_bias: got one without lora_A and lora_B, expected none");
+    check_lora_linear(layer.call(), name.c_str());
+  }
+  return layers;
+}
+
+std::vector<BackwardLayerOfMulti> checked_layers_of(const LoraLinearMultiBackwardCall& call,
+                                                    bool wants_x, at::IntArrayRef wanted) {
+  std::vector<BackwardLayerOfMulti> layers = layers_of(call, wants_x, wanted);
+  size_t i = 0;
+  for (const BackwardLayerOfMulti& layer : layers) {
+    const std::string name = name_of(kMultiBwd, i);
+    TORCH_CHECK_VALUE(layer.dy.sym_sizes().slice(0, layer.dy.dim() - 1) ==
+                          call.dy[0].sym_sizes().slice(0, call.dy[0].dim() - 1),
+                      name, ": dy: got shape ", layer.dy.sym_sizes(),
+                      ", expected the rows of the first one's ", call.dy[0].sym_sizes());
+    TORCH_CHECK_VALUE(layer.adapted || (wanted[i] >> kGradA) == 0, name, ": wanted: got ",
+                      wanted[i], ", expected no gradients of an adapter, of which there is none");
+    check_lora_linear_bwd(layer.call(), layer.mask, name.c_str());
+    ++i;
+  }
+  return layers;
+}
+
+MultiGradients no_gradients(size_t layers) {
+  const TensorVector none(layers);
   return {Tensor(), none, none, none, none, none};
 }
 
@@ -227,15 +237,15 @@ void put_gradients(MultiGradients& all, size_t layer, const Gradients& own) {
   std::get<kGradLoraBias>(all)[layer] = std::get<kGradLoraBias>(own);
 }
 
-std::tuple<Tensor, Tensor> layer_fwd(const LayerOfMulti& layer, bool return_h) {
-  if (layer.adapted) return lora_linear_fwd(layer.call(), return_h);
+std::tuple<Tensor, Tensor> layer_fwd(const LayerOfMulti& layer, bool return_h, LayerForward fwd) {
+  if (layer.adapted) return fwd(layer.call(), return_h);
   const auto compute = at::toOpMathType(layer.x.scalar_type());
   return {at::linear(layer.x, layer.weight, layer.bias),
           at::empty({0}, layer.x.options().dtype(compute))};
 }
 
-Gradients layer_bwd(const BackwardLayerOfMulti& layer) {
-  if (layer.adapted) return lora_linear_bwd(layer.call(), layer.mask);
+Gradients layer_bwd(const BackwardLayerOfMulti& layer, LayerBackward bwd) {
+  if (layer.adapted) return bwd(layer.call(), layer.mask);
   GradientMask others = layer.mask;
   others[kGradX] = false;
   Gradients gradients = lora_linear_prepare_bwd(layer.call(), others).gradients;
@@ -248,27 +258,30 @@ Gradients layer_bwd(const BackwardLayerOfMulti& layer) {
 
 std::tuple<TensorVector, TensorVector> lora_linear_multi_fwd_composed(
     const LoraLinearMultiCall& call, at::IntArrayRef return_h) {
-  check_lora_linear_multi(call, return_h);
   TensorVector y, h;
-  for (const LayerOfMulti& layer : layers_of(call)) {
-    auto [own_y, own_h] = layer_fwd(layer, return_h[y.size()] != 0);
+  for (const LayerOfMulti& layer : checked_layers_of(call, return_h)) {
+    auto [own_y, own_h] = layer_fwd(layer, return_h[y.size()] != 0, &lora_linear_fwd);
     y.push_back(own_y), h.push_back(own_h);
   }
   return {y, h};
 }
 
-MultiGradients lora_linear_multi_bwd_composed(const LoraLinearMultiBackwardCall& call, bool wants_x,
-                                              at::IntArrayRef wanted) {
-  check_lora_linear_multi_bwd(call, wants_x, wanted);
-  MultiGradients all = no_gradients(call);
-  Tensor& dx = std::get<0>(all);
-  size_t i = 0;
-  for (const BackwardLayerOfMulti& layer : layers_of(call, wants_x, wanted)) {
-    const Gradients own = layer_bwd(layer);
-    put_gradients(all, i++, own);
-    dx = dx.defined() && wants_x ? dx.add_(std::get<kGradX>(own)) : std::get<kGradX>(own);
+MultiGradients separate_gradients(const std::vector<BackwardLayerOfMulti>& layers,
+                                  LayerBackward bwd) {
+  MultiGradients all = no_gradients(layers.size());
+  Tensor& dx = std::get<kGradX>(all);
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const Gradients own = layer_bwd(layers[i], bwd);
+    put_gradients(all, i, own);
+    const Tensor& term = std::get<kGradX>(own);
+    dx = i > 0 && layers[i].mask[kGradX] ? dx.add_(term) : term;
   }
   return all;
+}
+
+MultiGradients lora_linear_multi_bwd_composed(const LoraLinearMultiBackwardCall& call, bool wants_x,
+                                              at::IntArrayRef wanted) {
+  return separate_gradients(checked_layers_of(call, wants_x, wanted), &lora_linear_bwd);
 }
 
 TensorVector lora_linear_multi(const LoraLinearMultiCall& call) {

@@ -62,12 +62,6 @@ std::tuple<TensorVector, TensorVector> lora_linear_multi_fwd(const LoraLinearMul
 MultiGradients lora_linear_multi_bwd(const LoraLinearMultiBackwardCall& call, bool wants_x,
                                      at::IntArrayRef wanted);
 
-// As many entries as layers, before any is read.
-void check_lora_linear_multi_counts(const LoraLinearMultiCall& call);
-void check_lora_linear_multi(const LoraLinearMultiCall& call, at::IntArrayRef return_h);
-void check_lora_linear_multi_bwd(const LoraLinearMultiBackwardCall& call, bool wants_x,
-                                 at::IntArrayRef wanted);
-
 // One of the layers, as a call of lora_linear. Without adapter its rank is 0.
 struct LayerOfMulti {
   bool adapted;
@@ -82,7 +76,12 @@ struct LayerOfMulti {
     return {x, weight, bias, lora_A, lora_B, lora_bias, scaling, dropout};
   }
 };
+// How many entries there are, before any is read; layers_of checks it, too, and checked_layers_of
+// every entry.
+void check_lora_linear_multi_lists(const LoraLinearMultiCall& call);
 std::vector<LayerOfMulti> layers_of(const LoraLinearMultiCall& call);
+std::vector<LayerOfMulti> checked_layers_of(const LoraLinearMultiCall& call,
+                                            at::IntArrayRef return_h);
 
 struct BackwardLayerOfMulti {
   bool adapted;
@@ -100,6 +99,8 @@ struct BackwardLayerOfMulti {
 };
 std::vector<BackwardLayerOfMulti> layers_of(const LoraLinearMultiBackwardCall& call, bool wants_x,
                                             at::IntArrayRef wanted);
+std::vector<BackwardLayerOfMulti> checked_layers_of(const LoraLinearMultiBackwardCall& call,
+                                                    bool wants_x, at::IntArrayRef wanted);
 
 // Without what several layers can share: a call of lora_linear for each. A backend's way where it
 // has no other.
@@ -107,12 +108,17 @@ std::tuple<TensorVector, TensorVector> lora_linear_multi_fwd_composed(
     const LoraLinearMultiCall& call, at::IntArrayRef return_h);
 MultiGradients lora_linear_multi_bwd_composed(const LoraLinearMultiBackwardCall& call, bool wants_x,
                                               at::IntArrayRef wanted);
-// Of one layer.
-std::tuple<Tensor, Tensor> layer_fwd(const LayerOfMulti& layer, bool return_h);
-Gradients layer_bwd(const BackwardLayerOfMulti& layer);
+// The same of checked layers, by lora_linear_fwd and lora_linear_bwd or what a backend has for
+// them.
+using LayerForward = std::tuple<Tensor, Tensor> (*)(const LoraLinearCall&, bool return_h);
+using LayerBackward = Gradients (*)(const LoraLinearBackwardCall&, GradientMask mask);
+std::tuple<Tensor, Tensor> layer_fwd(const LayerOfMulti& layer, bool return_h, LayerForward fwd);
+Gradients layer_bwd(const BackwardLayerOfMulti& layer, LayerBackward bwd);
+MultiGradients separate_gradients(const std::vector<BackwardLayerOfMulti>& layers,
+                                  LayerBackward bwd);
 
-// Empty gradients, to be filled in, and a layer's put into its place: all but dx.
-MultiGradients no_gradients(const LoraLinearMultiBackwardCall& call);
+// Of so many layers, to be filled in; and a layer's put into its place: all but dx.
+MultiGradients no_gradients(size_t layers);
 void put_gradients(MultiGradients& all, size_t layer, const Gradients& own);
 
 }  // namespace lora_ext

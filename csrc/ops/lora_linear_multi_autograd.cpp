@@ -34,7 +34,6 @@ bool is_batched(const Tensor& tensor) {
 
 // As calls of their own: where each is transformed, or is the more exact way.
 TensorVector lora_linear_multi_separate(const LoraLinearMultiCall& call) {
-  check_lora_linear_multi_counts(call);
   TensorVector y;
   for (const LayerOfMulti& layer : layers_of(call)) {
     y.push_back(layer.adapted ? lora_linear(layer.call())
@@ -46,10 +45,11 @@ TensorVector lora_linear_multi_separate(const LoraLinearMultiCall& call) {
 // The gradients out of differentiable operators.
 MultiGradients lora_linear_multi_bwd_decomposed(const LoraLinearMultiBackwardCall& call,
                                                 bool wants_x, at::IntArrayRef wanted) {
-  MultiGradients all = no_gradients(call);
-  Tensor& dx = std::get<0>(all);
+  const auto layers = layers_of(call, wants_x, wanted);
+  MultiGradients all = no_gradients(layers.size());
+  Tensor& dx = std::get<kGradX>(all);
   size_t i = 0;
-  for (const BackwardLayerOfMulti& layer : layers_of(call, wants_x, wanted)) {
+  for (const BackwardLayerOfMulti& layer : layers) {
     TORCH_CHECK(!(at::GradMode::is_enabled() && layer.mask[kGradB] && layer.weight.has_value() &&
                   !call.x.has_value()),
                 "lora_linear_multi: double backward: x was not kept, since lora_A and weight are "
@@ -167,7 +167,7 @@ struct LoraLinearMulti : torch::autograd::Function<LoraLinearMulti> {
     const MultiGradients all = differentiable
                                    ? lora_linear_multi_bwd_decomposed(call, wants_x, own.wanted)
                                    : lora_linear_multi_bwd(call, wants_x, own.wanted);
-    if (wants_x) grads[0] = std::get<0>(all);
+    if (wants_x) grads[0] = std::get<kGradX>(all);
     const auto put = [&](Gradient gradient, const TensorVector& found) {
       for (size_t i = 0; i < places.size(); ++i) {
         if ((own.wanted[i] >> gradient) & 1) grads[starts[gradient] + places[i]] = found[i];
@@ -192,7 +192,7 @@ TensorVector lora_linear_multi_autograd(const LoraLinearMultiCall& call) {
     return lora_linear_multi_separate(call);
   }
   if (at::GradMode::is_enabled() && (call.x.requires_grad() || any_of_them(operands, needs_grad))) {
-    check_lora_linear_multi_counts(call);
+    check_lora_linear_multi_lists(call);
     return std::apply([](const auto&... fields) { return LoraLinearMulti::apply(fields...); },
                       call.fields());
   }

@@ -361,6 +361,10 @@ def adapted_linear(
     return y.to(dtype)
 
 
+# In the places of a LowRank's parts.
+_NO_ADAPTER = (None, None, None, 1.0, 0.0)
+
+
 def adapted_linears(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -369,17 +373,13 @@ def adapted_linears(
 ) -> list[Tensor]:
     """`adapted_linear` of each of several layers of one x, with the masks that calls one after
     another draw: one operator where no layer has adapters besides one that is fused."""
-    if all(len(own) <= 1 for own in adapters) and sum(map(len, adapters)) > 1:
-        firsts = [own[0] if own else None for own in adapters]
+    counts = [len(own) for own in adapters]
+    if max(counts) == 1 and sum(counts) > 1:
+        A, B, lora_biases, scalings, dropout_p = zip(
+            *(own[0] if own else _NO_ADAPTER for own in adapters), strict=True
+        )
         return lora_linear_multi(
-            x,
-            weights,
-            biases,
-            [None if one is None else one.lora_A for one in firsts],
-            [None if one is None else one.lora_B for one in firsts],
-            [None if one is None else one.lora_bias for one in firsts],
-            scalings=[1.0 if one is None else one.scaling for one in firsts],
-            dropout_p=[0.0 if one is None else one.dropout_p for one in firsts],
+            x, weights, biases, A, B, lora_biases, scalings=scalings, dropout_p=dropout_p
         )
     layers = zip(weights, biases, adapters, strict=True)
     return [adapted_linear(x, weight, bias, own) for weight, bias, own in layers]
