@@ -44,6 +44,7 @@ struct Together {
 template <class Layer>
 Together choose_together(const std::vector<Layer>& layers, const Tensor& like, int64_t M) {
   Together together;
+  int64_t elements = 0;
   if (M < 2) return together;
   for (size_t i = 0; i < layers.size(); ++i) {
     const Layer& layer = layers[i];
@@ -59,8 +60,9 @@ Together choose_together(const std::vector<Layer>& layers, const Tensor& like, i
     together.layers.push_back(i);
     together.max_N = std::max(together.max_N, N), together.R += r;
     together.drops = together.drops || drops;
+    elements += (N + layer.lora_A.size(1)) * r;
   }
-  return together;
+  return pays_together(together.R, elements) ? together : Together{};
 }
 
 // All lora_A as one [R, K], packed.

@@ -12,7 +12,7 @@ from lora_ext import batching
 from lora_ext.arguments import named_x, refuse, suggests_names
 from lora_ext.functional import lora_update
 from lora_ext.nn.adapter import DEFAULT, AdapterOptions, AdapterSettings, LowRank
-from lora_ext.nn.linear import LinearBase, _KeptLinearBase, adapted_linear, adapted_linears
+from lora_ext.nn.linear import LinearBase, _KeptLinearBase, adapted_linear
 from lora_ext.nn.planned import follows_plan, planned_linear, stacks
 
 # How many zeros per row of a block-diagonal lora_B, on average, are cheaper than calls of their
@@ -190,12 +190,13 @@ class MergedLinear(LinearBase):
             return adapted_linear(x, weight, self.bias, blocks)
         # Each slice then has its own dropout mask, as layers of their own would.
         slices = [list(self._slices(adapter)) for adapter in adapters]
-        rows = list(self._row_slices())
-        biases = [None if self.bias is None else self.bias[one] for one in rows]
-        present = [
-            [own for adapter in slices if (own := adapter[j]) is not None] for j in range(len(rows))
-        ]
-        return torch.cat(adapted_linears(x, [weight[one] for one in rows], biases, present), -1)
+        parts = []
+        for j, rows in enumerate(self._row_slices()):
+            bias = None if self.bias is None else self.bias[rows]
+            own = [adapter[j] for adapter in slices]
+            present = [adapter for adapter in own if adapter is not None]
+            parts.append(adapted_linear(x, weight[rows], bias, present))
+        return torch.cat(parts, -1)
 
     def _update_of(self, x: Tensor, name: str) -> Tensor:
         dropout_p = self.adapters[name].lora_dropout if self.training else 0.0
