@@ -3,7 +3,9 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <variant>
+#include <vector>
 
 #include "cpu/capability.h"
 #include "cpu/dora_linear.h"
@@ -11,6 +13,7 @@
 #include "cuda/lora_linear_path.h"
 #include "ops/dropout.h"
 #include "ops/lora_linear_blas.h"
+#include "ops/lora_linear_multi.h"
 #include "ops/operator.h"
 #if defined(LORA_EXT_CUDA_VERSION)
 #include "cuda/lora_linear.h"
@@ -35,6 +38,52 @@ Tensor bound_lora_linear(const Tensor& x, const Tensor& weight, const OptionalTe
   }
   if (dropout_p > 0.0 && !rng_state.has_value()) call.dropout.rng_state = draw_rng_state(x);
   return lora_linear(call);
+}
+
+using Optionals = std::vector<OptionalTensor>;
+
+// Lists have an entry for each layer. State is drawn as calls of bound_lora_linear in this order
+// draw it.
+TensorVector bound_lora_linear_multi(const Tensor& x, const TensorVector& weights,
+                                     const std::optional<Optionals>& biases,
+                                     const Optionals& lora_As, const Optionals& lora_Bs,
+                                     const std::optional<Optionals>& lora_biases,
+                                     const std::vector<Scaling>& scalings,
+                                     const std::vector<double>& dropout_p,
+                                     const std::optional<Optionals>& rng_states) {
+  Tensor none;
+  const auto list_of = [&](const Optionals& optionals) {
+    TensorVector list;
+    list.reserve(optionals.size());
+    for (const OptionalTensor& one : optionals) {
+      if (!one.has_value() && !none.defined()) none = at::empty({0}, x.options());
+      list.push_back(one.has_value() ? *one : none);
+    }
+    return list;
+  };
+  const auto list_of_any = [&](const std::optional<Optionals>& optionals) {
+    const auto is_there = [](const OptionalTensor& one) { return one.has_value(); };
+    return optionals.has_value() && std::any_of(optionals->begin(), optionals->end(), is_there)
+               ? list_of(*optionals)
+               : TensorVector();
+  };
+  std::vector<double> numbers;
+  Optionals tensors, states = rng_states.value_or(Optionals(dropout_p.size()));
+  for (const Scaling& scaling : scalings) {
+    const auto* tensor = std::get_if<Tensor>(&scaling);
+    tensors.push_back(tensor ? OptionalTensor(*tensor) : std::nullopt);
+    numbers.push_back(tensor ? 1.0 : std::get<double>(scaling));
+  }
+  for (size_t i = 0; i < std::min({dropout_p.size(), lora_As.size(), states.size()}); ++i) {
+    if (lora_As[i].has_value() && dropout_p[i] > 0.0 && !states[i].has_value()) {
+      states[i] = draw_rng_state(x);
+    }
+  }
+  const TensorVector A = list_of(lora_As), B = list_of(lora_Bs), bias = list_of_any(biases),
+                     lora_bias = list_of_any(lora_biases), scaling_tensor = list_of_any(tensors),
+                     rng_state = list_of_any(states);
+  return lora_linear_multi(
+      {x, weights, bias, A, B, lora_bias, numbers, scaling_tensor, dropout_p, rng_state});
 }
 
 py::dict build_info() {
@@ -67,6 +116,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("lora_bias") = py::none(), py::arg("scaling") = 1.0, py::arg("dropout_p") = 0.0,
         py::arg("rng_state") = py::none(),
         "lora_linear as a C++ autograd Function; see lora_ext.lora_linear.");
+  m.def("lora_linear_multi", torch::wrap_pybind_function_no_gil(&lora_ext::bound_lora_linear_multi),
+        py::arg("x"), py::arg("weights"), py::arg("biases"), py::arg("lora_As"), py::arg("lora_Bs"),
+        py::arg("lora_biases"), py::arg("scalings"), py::arg("dropout_p"), py::arg("rng_states"),
+        "lora_linear_multi as a C++ autograd Function; see lora_ext.lora_linear_multi.");
   m.def("composed_fwd",
         torch::wrap_pybind_function_no_gil(*lora_ext::flat<&lora_ext::lora_linear_fwd_composed>),
         "lora_linear_fwd as the GPU composes it of products; on any device, for tests.");

@@ -1,5 +1,6 @@
 """Types of the compiled extension (csrc/bindings.cpp)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,17 @@ def lora_linear(
     dropout_p: float = 0.0,
     rng_state: Tensor | None = None,
 ) -> Tensor: ...
+def lora_linear_multi(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None,
+    lora_As: Sequence[Tensor | None],
+    lora_Bs: Sequence[Tensor | None],
+    lora_biases: Sequence[Tensor | None] | None,
+    scalings: Sequence[float | Tensor],
+    dropout_p: Sequence[float],
+    rng_states: Sequence[Tensor | None] | None,
+) -> list[Tensor]: ...
 
 # lora_linear_fwd and lora_linear_bwd out of ATen's products, for tests
 def composed_fwd(*arguments: Any) -> tuple[Tensor, Tensor]: ...

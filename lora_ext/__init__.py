@@ -39,6 +39,7 @@ __all__ = [
     "lora_embedding",
     "lora_linear",
     "lora_linear_grouped",
+    "lora_linear_multi",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "prepare_model_for_compiled_hotswap",
@@ -108,6 +109,7 @@ else:
         lora_embedding,
         lora_linear,
         lora_linear_grouped,
+        lora_linear_multi,
     )
     from lora_ext.tuning import autotune
 

@@ -81,6 +81,39 @@ def _lora_linear_grouped_bwd(
     return total
 
 
+def _pairs(lora_A: Sequence[Shape], lora_B: Sequence[Shape], K: int) -> list[tuple[Shape, Shape]]:
+    """Of each layer; of rank 0 where it has no adapter, which is a tensor [0]."""
+    return [
+        (A, B) if len(A) == 2 else ((0, K), (0, 0)) for A, B in zip(lora_A, lora_B, strict=True)
+    ]
+
+
+def _lora_linear_multi(
+    x: Shape,
+    weight: Sequence[Shape],
+    bias: object,
+    lora_A: Sequence[Shape],
+    lora_B: Sequence[Shape],
+    *_: object,
+    **options: object,
+) -> int:
+    rows, pairs = prod(x[:-1]), _pairs(lora_A, lora_B, x[-1])
+    return 2 * rows * sum(map(prod, weight)) + sum(_low_rank(rows, A, B) for A, B in pairs)
+
+
+def _lora_linear_multi_bwd(
+    dy: Sequence[Shape], x: Shape | None, h: object, weight: Sequence[Shape],
+    lora_A: Sequence[Shape], lora_B: Sequence[Shape], *others: Any, **options: object,
+) -> int:  # fmt: skip
+    dx, wanted = others[-2:]
+    K = next((one[-1] for one in [*weight, *lora_A] if len(one) == 2), 0)
+    total = 0
+    for own, (A, _), gradients in zip(dy, _pairs(lora_A, lora_B, K), wanted, strict=True):
+        dweight, dA, dB = (bool(gradients >> bit & 1) for bit in (1, 3, 4))
+        total += _backward(own, A, (own[-1], A[0]), dx + dweight, dx, dA, dB)
+    return total
+
+
 def _dora_linear(
     x: Shape,
     weight: Shape,
@@ -126,6 +159,8 @@ _FORMULAS: dict[Callable[..., int], tuple[str, ...]] = {
     _lora_linear_bwd: ("lora_linear_bwd",),
     _lora_linear_grouped: ("lora_linear_grouped", "lora_linear_grouped_fwd"),
     _lora_linear_grouped_bwd: ("lora_linear_grouped_bwd",),
+    _lora_linear_multi: ("lora_linear_multi", "lora_linear_multi_fwd"),
+    _lora_linear_multi_bwd: ("lora_linear_multi_bwd",),
     _dora_linear: ("dora_linear", "dora_linear_fwd"),
     _dora_linear_bwd: ("dora_linear_bwd",),
     _lora_embedding: ("lora_embedding", "lora_embedding_fwd"),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_ext._extension import _C
-from lora_ext.arguments import check_kinds
+from lora_ext.arguments import check_kinds, refuse
 from lora_ext.batching import BatchPlan
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "lora_embedding",
     "lora_linear",
     "lora_linear_grouped",
+    "lora_linear_multi",
     "lora_update",
     "weight_norm",
 ]
@@ -137,6 +138,139 @@ def lora_linear(
     return torch.ops.lora_ext.lora_linear(  # type: ignore[no-any-return]
         x, weight, bias, lora_A, lora_B, lora_bias, factor, factor_tensor, dropout_p, rng_state
     )
+
+
+def _for_each(value: Any, layers: Sequence[object]) -> Sequence[Any]:
+    """A list with an entry for each, of one or of one for all."""
+    return value if isinstance(value, list | tuple) else [value] * len(layers)
+
+
+def lora_linear_multi(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None,
+    lora_As: Sequence[Tensor | None],
+    lora_Bs: Sequence[Tensor | None],
+    lora_biases: Sequence[Tensor | None] | None = None,
+    *,
+    scalings: float | Tensor | Sequence[float | Tensor] = 1.0,
+    dropout_p: float | Sequence[float] = 0.0,
+    rng_states: Sequence[Tensor | None] | None = None,
+) -> list[Tensor]:
+    """`[lora_linear(x, weight, ...) for weight, ... in zip(weights, ...)]`: several layers of one x
+    as one operator, such as the projections q, k and v of an attention, or gate and up of an MLP.
+
+    Each is as `lora_linear` makes it, with a mask of its own that is drawn in this order: the same
+    seed gives the same masks as separate calls. Layers whose entries in lora_As and lora_Bs are
+    None have no adapter: they are `torch.nn.functional.linear`, and draw nothing. On the CPU the
+    low-rank parts are made in one pass over x and, in backward, the gradient of x is summed in its
+    place, with fewer roundings than the sum of separate calls' results has; other devices run
+    `lora_linear` for each. A layer whose result has no gradient costs nothing in backward, and its
+    parameters get none. Differentiable twice, as `lora_linear`; keeps x once.
+
+    Args:
+        x: [..., in_features], as for `lora_linear`.
+        weights: of each layer [out_features, in_features]; out_features may differ.
+        biases: of each [out_features] or None; or None for all.
+        lora_As: of each [r, in_features] or None; r may differ.
+        lora_Bs: of each [out_features, r] or None.
+        lora_biases: of each [out_features] or None; or None for all.
+        scalings: of each, as for `lora_linear`; or one for all.
+        dropout_p: of each; or one for all.
+        rng_states: of each, from `draw_rng_state`, or None: drawn here where it drops elements.
+
+    Returns:
+        Of each layer [..., out_features], dtype of x (of autocast, where it is on).
+
+    Raises:
+        As `lora_linear`; ValueError also for lists of other lengths than that of weights.
+    """
+    if not torch.compiler.is_compiling():
+        try:
+            numbers, p = _for_each(scalings, weights), _for_each(dropout_p, weights)
+            return _C.lora_linear_multi(
+                x, weights, biases, lora_As, lora_Bs, lora_biases, numbers, p, rng_states
+            )
+        except (TypeError, ValueError, RuntimeError):
+            optional = {"biases": biases, "lora_biases": lora_biases, "rng_states": rng_states}
+            given = {name: entries for name, entries in optional.items() if entries is not None}
+            given = {"lora_As": lora_As, "lora_Bs": lora_Bs, **given}
+            _refuse_multi(x, weights, given, scalings, dropout_p)
+            raise
+    return _lora_linear_multi_compiled(
+        x, weights, biases, lora_As, lora_Bs, lora_biases, scalings, dropout_p, rng_states
+    )
+
+
+def _lora_linear_multi_compiled(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None,
+    lora_As: Sequence[Tensor | None],
+    lora_Bs: Sequence[Tensor | None],
+    lora_biases: Sequence[Tensor | None] | None,
+    scalings: float | Tensor | Sequence[float | Tensor],
+    dropout_p: float | Sequence[float],
+    rng_states: Sequence[Tensor | None] | None,
+) -> list[Tensor]:
+    """As what a graph holds."""
+    none: list[Tensor | None] = [None] * len(weights)
+    numbers, p = _for_each(scalings, weights), _for_each(dropout_p, weights)
+    empty = x.new_empty(0)
+
+    def listed(tensors: Sequence[Tensor | None] | None) -> list[Tensor]:
+        return [empty if one is None else one for one in tensors or ()]
+
+    states = [
+        draw_rng_state(x) if state is None and q > 0.0 and A is not None else state
+        for state, q, A in zip(rng_states or none, p, lora_As, strict=True)
+    ]
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    tensors: list[Tensor | None] = [
+        one
+        if isinstance(one, Tensor)
+        else torch.ones((), dtype=exact, device=x.device) * one
+        if is_for_any(one)
+        else None
+        for one in numbers
+    ]
+    return torch.ops.lora_ext.lora_linear_multi(  # type: ignore[no-any-return]
+        x,
+        weights,
+        listed(biases),
+        listed(lora_As),
+        listed(lora_Bs),
+        listed(lora_biases),
+        [1.0 if tensor is not None else one for one, tensor in zip(numbers, tensors, strict=True)],
+        listed(tensors),
+        p,
+        listed(states),
+    )
+
+
+def _refuse_multi(
+    x: object, weights: object, optional: Mapping[str, object], numbers: object, p: object
+) -> None:
+    """After a call failed: an error for the first argument of another kind or length."""
+    where, layers = "lora_linear_multi", 0
+    check_kinds(where, x=x)
+    for name, entries in {"weights": weights, **optional}.items():
+        if not isinstance(entries, Sequence | torch.nn.ParameterList) or isinstance(entries, str):
+            refuse(where, name, entries, "a list with an entry for each layer")
+        layers = layers or len(entries)
+        if len(entries) != layers:
+            raise ValueError(
+                f"{where}: {name}: got {len(entries)} entries, expected {layers}, one for each of "
+                "weights"
+            )
+        for i, entry in enumerate(entries):
+            if entry is not None or name == "weights":
+                check_kinds(where, **{f"{name}[{i}]": entry})
+    for number in numbers if isinstance(numbers, list | tuple) else [numbers]:
+        if not isinstance(number, Tensor):
+            check_kinds(where, scaling=number)
+    for probability in p if isinstance(p, list | tuple) else [p]:
+        check_kinds(where, dropout_p=probability)
 
 
 class LowRank(NamedTuple):

@@ -300,6 +300,151 @@ void run_lora_linear(const Pair& pair, const LoraLinearKernels& kernels, const S
   }
 }
 
+// As float, or as it is.
+Buffer widened(const Type& type, const Buffer& buffer, const Type& to) {
+  Buffer result = empty(to, buffer.count);
+  for (int64_t i = 0; i < buffer.count; ++i) {
+    const double value = value_of(type, buffer, i);
+    const auto single = static_cast<float>(value);
+    if (to.size == type.size) {
+      std::memcpy(result.at(i), buffer.at(i), to.size);
+    } else {
+      std::memcpy(result.at(i), &single, sizeof(single));  // the only type that is widened to
+    }
+  }
+  return result;
+}
+
+// One of several layers of one x, with what is exact of it.
+struct Layer {
+  int64_t N, r;
+  double scaling;
+  DropoutArgs dropout;
+  Buffer dy, A, wide_A, B, A_t, B_t, y, h;
+  std::vector<double> dropped, factors, exact_h, dh;
+};
+
+void run_lora_linear_multi(const Pair& pair, const LoraLinearKernels& kernels, const Size& size,
+                           bool dropout) {
+  const auto [M, N, K, r] = size;
+  if (M < 3 || N == 0 || K == 0 || r == 0) return;  // never given to these kernels
+  if (canary) return;  // what it wrote past its end would be found here, as memory of the heap
+  const Buffer x = integers(pair.base, M * K);
+  const int64_t ranks[] = {r, 1, r + 2}, widths[] = {N, N + 3, 2};
+  const double scalings[] = {0.5, 2.0, 1.0};
+  const int64_t R = 2 * r + 3;
+  std::vector<Layer> layers;
+  // What dx is made of is widened, but for the kernels on bf16 dot products.
+  const Type& wide =
+      &kernels == &kKernels[&pair - kPairs].lora_linear ? pair.compute : pair.adapter;
+  Buffer all_A = empty(pair.adapter, R * K), all_A_t(1, kernels.packed_bytes(R, K));
+  int64_t rank = 0;
+  for (int i = 0; i < 3; ++i) {
+    const int64_t n = widths[i], q = ranks[i];
+    Buffer A = integers(pair.adapter, q * K), B = integers(pair.adapter, n * q);
+    Buffer A_t = pack(kernels, A, q, K), B_t = pack(kernels, B, n, q);
+    std::memcpy(all_A.at(rank * K), A.data(), pair.adapter.size * q * K);
+    Buffer wide_A = widened(pair.adapter, A, wide);
+    // The second layer keeps everything; the third drops others than the first.
+    DropoutArgs drops = dropout_of(dropout && i != 1);
+    drops.rng.offset += i;
+    std::vector<double> factors(M * K, 1.0), dropped = values_of(pair.base, x, K, M, K);
+    if (drops.enabled) {
+      const Buffer keep(1, M * K);
+      kKernels[0].dropout.mask_rows(drops.rng, drops.threshold, K, 0, M, keep.data());
+      for (int64_t j = 0; j < M * K; ++j) factors[j] = 2.0 * keep.data()[j];
+    }
+    for (int64_t j = 0; j < M * K; ++j) dropped[j] *= factors[j];
+    Buffer dy = integers(pair.base, M * n);
+    const std::vector<double> a = values_of(pair.adapter, A, K, q, K);
+    const std::vector<double> b = values_of(pair.adapter, B, q, n, q);
+    const std::vector<double> g = values_of(pair.base, dy, n, M, n);
+    std::vector<double> exact_h = times(1.0, {dropped, K, 1}, {a, 1, K}, M, K, q);
+    std::vector<double> dh = times(scalings[i], {g, n, 1}, {b, q, 1}, M, n, q);
+    layers.push_back({n, q, scalings[i], drops, std::move(dy), std::move(A), std::move(wide_A),
+                      std::move(B), std::move(A_t), std::move(B_t), empty(pair.base, M * n),
+                      empty(pair.compute, M * q), std::move(dropped), std::move(factors),
+                      std::move(exact_h), std::move(dh)});
+    rank += q;
+  }
+  kernels.pack(all_A.data(), R, K, 0, R, all_A_t.data());
+  const Buffer scratch(1, kernels.multi_scratch_bytes(K, R, 3));
+
+  std::vector<LoraLinearForwardArgs> forward;
+  for (const Layer& one : layers) {
+    forward.push_back({M, K, one.N, one.r, x.data(), K, one.A_t.data(), one.B_t.data(), nullptr,
+                       one.scaling, one.dropout, one.y.data(), one.h.data()});
+  }
+  const LoraLinearMultiForwardArgs all{forward.data(), 3, R, dropout ? nullptr : all_A_t.data()};
+  in_two(M, [&](int, int64_t begin, int64_t end) {
+    kernels.multi_forward_rows(all, begin, end, scratch.data());
+  });
+  std::vector<double> exact_dx(M * K);
+  const Buffer base = integers(pair.base, M * K, 7);  // what dx is added to
+  for (int64_t j = 0; j < M * K; ++j) exact_dx[j] = value_of(pair.base, base, j);
+  for (const Layer& one : layers) {
+    const std::vector<double> b = values_of(pair.adapter, one.B, one.r, one.N, one.r);
+    expect("h of several", pair.compute, one.h, one.exact_h);
+    expect("y of several", pair.base, one.y,
+           times(one.scaling, {one.exact_h, one.r, 1}, {b, 1, one.r}, M, one.r, one.N));
+    const std::vector<double> a = values_of(pair.adapter, one.A, K, one.r, K);
+    const std::vector<double> own = times(1.0, {one.dh, one.r, 1}, {a, K, 1}, M, one.r, K);
+    for (int64_t j = 0; j < M * K; ++j) exact_dx[j] += own[j] * one.factors[j];
+  }
+
+  // dx or not, dA of all, of none or of some, dB with h given or made again
+  for (int wanted = 0; wanted < 12; ++wanted) {
+    const bool wants_dx = wanted % 2, has_h = wanted / 2 % 2;
+    const int wants_dA = wanted / 4;
+    const Buffer dx = empty(pair.base, wants_dx ? M * K : 0);
+    if (wants_dx) std::memcpy(dx.data(), base.data(), pair.base.size * M * K);
+    const Buffer sums_A = empty(pair.compute, 2 * R * K);
+    std::vector<Buffer> sums_B;
+    std::vector<LoraLinearBackwardArgs> backward;
+    for (const Layer& one : layers) {
+      LoraLinearBackwardArgs args{};
+      args.M = M, args.K = K, args.N = one.N, args.r = one.r;
+      args.dy = one.dy.data(), args.lddy = one.N, args.x = x.data(), args.ldx = K;
+      args.h = has_h ? one.h.data() : nullptr;
+      args.lora_A = one.wide_A.data(), args.lora_B = one.B.data();
+      args.lora_A_t = one.A_t.data();
+      args.scaling = one.scaling, args.dropout = one.dropout;
+      backward.push_back(args);
+      sums_B.push_back(empty(pair.compute, 2 * one.r * one.N));
+    }
+    const LoraLinearMultiBackwardArgs call{backward.data(), 3, R, wants_dx ? dx.data() : nullptr};
+    in_two(M, [&](int part, int64_t begin, int64_t end) {
+      std::vector<void*> dA, dB;
+      int64_t first = 0;
+      for (int i = 0; i < 3; ++i) {
+        const bool wants = wants_dA == 0 || (wants_dA == 2 && i != 1);
+        dA.push_back(wants ? sums_A.at((part * R + first) * K) : nullptr);
+        dB.push_back(sums_B[i].at(part * layers[i].r * layers[i].N));
+        first += layers[i].r;
+      }
+      kernels.multi_backward_rows(call, begin, end, dA.data(), dB.data(), scratch.data());
+    });
+    if (wants_dx) expect("dx of several", pair.base, dx, exact_dx);
+    int64_t first = 0;
+    for (int i = 0; i < 3; ++i) {
+      const Layer& one = layers[i];
+      if (wants_dA == 0 || (wants_dA == 2 && i != 1)) {
+        const Buffer dA = empty(pair.adapter, one.r * K);
+        kernels.reduce_a(sums_A.at(first * K), 2, R * K, 1.0, one.r, K, 0, one.r, dA.data());
+        expect("dA of several", pair.adapter, dA,
+               times(1.0, {one.dh, 1, one.r}, {one.dropped, K, 1}, one.r, M, K));
+      }
+      const Buffer dB = empty(pair.adapter, one.N * one.r);
+      kernels.reduce_b(sums_B[i].data(), 2, one.r * one.N, one.scaling, one.N, one.r, 0, one.N,
+                       dB.data());
+      const std::vector<double> g = values_of(pair.base, one.dy, one.N, M, one.N);
+      expect("dB of several", pair.adapter, dB,
+             times(one.scaling, {g, 1, one.N}, {one.exact_h, one.r, 1}, one.N, M, one.r));
+      first += one.r;
+    }
+  }
+}
+
 void run_merge(const Pair& pair, const CpuKernels& kernels, const Size& size) {
   const auto [M, N, K, r] = size;
   const Buffer weight = random(pair.base, N * K);
@@ -422,11 +567,13 @@ void run_all(const Size& size) {
 #ifdef __AVX512F__
   for (const bool dropout : {false, true}) {
     run_lora_linear(kPairs[2], isa_sanitized::kBf16Kernels, size, dropout);
+    run_lora_linear_multi(kPairs[2], isa_sanitized::kBf16Kernels, size, dropout);
   }
 #endif
   for (int i = 0; i < kDtypePairs; ++i) {
     for (const bool dropout : {false, true}) {
       run_lora_linear(kPairs[i], kKernels[i].lora_linear, size, dropout);
+      run_lora_linear_multi(kPairs[i], kKernels[i].lora_linear, size, dropout);
       run_dora_linear(kPairs[i], kKernels[i].dora_linear, size, dropout, true);
     }
     run_dora_linear(kPairs[i], kKernels[i].dora_linear, size, false, false);

@@ -22,6 +22,10 @@ extern "C" ChosenPath cpu_path(int64_t M, int64_t N, int64_t K, int64_t r, bool 
   return {static_cast<int>(path.kernels), nullptr, path.reason, path.fwd_parts, path.bwd_parts};
 }
 
+extern "C" bool together(int64_t ranks, int64_t adapter_elements) {
+  return pays_together(ranks, adapter_elements);
+}
+
 extern "C" ChosenPath dropped_path(int64_t M, int64_t K, double dropout_p, bool bf16,
                                    bool fast_blas) {
   const DoraLinearPath path = choose_dora_linear_path(M, K, dropout_p, bf16, fast_blas);

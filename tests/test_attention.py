@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import lora_ext
-from lora_ext.nn import LoraLayer, MultiheadAttention
+from lora_ext.nn import LoraLayer, MultiheadAttention, attention
 from lora_ext.nn.kinds import layer_for
+from lora_ext.nn.linear import adapted_linear
 
 E, HEADS, N, L, S, RANK = 12, 2, 3, 4, 5, 2
 FORMS: dict[str, tuple[str, ...] | None] = {
@@ -267,6 +268,36 @@ def test_lora_dropout_drops_in_training_only(form: tuple[str, ...] | None) -> No
     torch.testing.assert_close(layer(*args)[0], base, rtol=1e-12, atol=1e-12)
     layer.eval()
     torch.testing.assert_close(layer(*args)[0], expected(layer, *args)[0], rtol=1e-12, atol=1e-12)
+
+
+@each_form
+@pytest.mark.parametrize("same", ["qkv", "kv", "qk", "qv"])
+def test_projections_of_one_input_are_those_of_separate_calls(
+    form: tuple[str, ...] | None, same: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same masks and results, also where an input comes again after another."""
+    layer = layer_of(form, torch.float32, lora_dropout=0.4)
+    x, other = torch.randn(L, N, E, requires_grad=True), torch.randn(L, N, E)
+    args = [x if projection in same else other for projection in "qkv"]
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(5)
+        y = layer(*args)[0]
+        trained = [p for name, p in layer.named_parameters() if "lora" in name]
+        dy = torch.linspace(-1, 1, y.numel()).view(y.shape)
+        grads = torch.autograd.grad(y, [x, *trained], dy)
+        return [y.detach(), *grads, torch.rand(2)]
+
+    together = run()
+
+    def one_by_one(x: Tensor, weights: Any, biases: Any, adapters: Any) -> list[Tensor]:
+        layers = zip(weights, biases, adapters, strict=True)
+        return [adapted_linear(x, weight, bias, own) for weight, bias, own in layers]
+
+    monkeypatch.setattr(attention, "adapted_linears", one_by_one)
+    for found, wanted in zip(together, run(), strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert torch.equal(together[-1], run()[-1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

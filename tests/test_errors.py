@@ -278,6 +278,50 @@ ORDER_CASES: list[Case] = [
         ([0, 3, 3], ValueError, "3 twice, expected one slot for each row"),
     )
 ]
+# Two layers of one x, the second without adapter.
+NONE = T(0)
+PAIR: Arguments = {"lora_A": [T(2, 4), NONE], "lora_B": [T(3, 2), NONE]}
+NUMBERS: Arguments = {"scaling": [1.0, 1.0], "scaling_tensor": [], "dropout_p": [0.0, 0.0]}
+MULTI: Arguments = {"x": T(5, 4), "weight": [T(3, 4), T(6, 4)], "bias": [T(3), NONE], **PAIR}
+MULTI |= {"lora_bias": [], **NUMBERS, "rng_state": []}
+MULTI_BWD: Arguments = {"dy": [T(5, 3), T(5, 6)], "x": T(5, 4), "h": []}
+MULTI_BWD |= {"weight": [T(3, 4), T(6, 4)], **PAIR, **NUMBERS, "rng_state": []}
+MULTI_BWD |= {"wants_x": True, "wanted": [24, 0]}
+LAYER_CASES: list[Case] = [
+    *(
+        ({name: value}, ValueError, f"{name}: got 1 entries, expected 2, one for each layer")
+        for name, value in (
+            *(("lora_A", [T(2, 4)]), ("lora_B", [T(3, 2)]), ("scaling", [1.0])),
+            *(("scaling_tensor", [T(())]), ("dropout_p", [0.0]), ("rng_state", [STATE])),
+        )
+    ),
+    ({"lora_B": [NONE, NONE]}, ValueError, "layer 0: lora_B: got none, expected both lora_A and"),
+    ({"lora_A": [NONE, NONE]}, ValueError, "layer 0: lora_A: got none, expected both lora_A and"),
+    ({"weight": [T(3, 4), T(6, 5)]}, ValueError, "layer 1: weight: got shape [6, 5], expected"),
+    ({"dropout_p": [2.0, 0.0]}, ValueError, "layer 0: dropout_p: got 2, expected a probability"),
+    ({"dropout_p": [0.5, 0.0]}, ValueError, "layer 0: rng_state: got None with dropout_p 0.5, exp"),
+]
+MULTI_CASES: list[Case] = [
+    *LAYER_CASES,
+    ({"lora_A": [T(2, 5), NONE]}, ValueError, "layer 0: lora_A: got shape [2, 5], expected [r, 4]"),
+    ({"weight": []}, ValueError, "weight: got no layers, expected at least one"),
+    ({"bias": [T(3)]}, ValueError, "bias: got 1 entries, expected 2, one for each layer, or none"),
+    ({"bias": [T(3), T(3)]}, ValueError, "layer 1: bias: got shape [3], expected [6]"),
+    ({"lora_bias": [NONE, T(6)]}, ValueError, "layer 1: lora_bias: got one without lora_A and"),
+    ({"x": T(())}, ValueError, "x: got a 0-d tensor, expected [..., in_features]"),
+    ({"x": T(5, 6)}, ValueError, "layer 0: x: got shape [5, 6], expected [..., 4]"),
+]
+MULTI_BWD_CASES: list[Case] = [
+    *LAYER_CASES,
+    ({"dy": []}, ValueError, "dy: got no layers, expected at least one"),
+    ({"dy": [T(()), T(5, 6)]}, ValueError, "layer 0: dy: got a 0-d tensor, expected [..., out_fe"),
+    ({"dy": [T(5, 3), T(4, 6)]}, ValueError, "layer 1: dy: got shape [4, 6], expected the rows of"),
+    ({"x": None}, ValueError, "layer 0: x: got None, expected [..., in_features] for the gradient"),
+    ({"weight": []}, ValueError, "layer 0: weight: got None, expected [out_features, in_features]"),
+    ({"h": [T(4, 2), NONE]}, ValueError, "layer 0: h: got shape [4, 2], expected [M, 2] with one"),
+    ({"wanted": [0]}, ValueError, "wanted: got 1 entries, expected 2, one for each layer"),
+    ({"wanted": [0, 8]}, ValueError, "layer 1: wanted: got 8, expected no gradients of an adapter"),
+]
 OPERATORS = {
     "lora_embedding": (lora_ext.lora_embedding, "lora_embedding", LOOKUP, LOOKUP_CASES),
     "embedding bwd": (OPS.lora_embedding_bwd, "lora_embedding_bwd", LOOKUP_BWD, LOOKUP_BWD_CASES),
@@ -298,6 +342,13 @@ OPERATORS = {
         "lora_linear_grouped_bwd",
         GROUPED_BWD,
         GROUPED_BWD_CASES,
+    ),
+    "multi": (OPS.lora_linear_multi, "lora_linear_multi", MULTI, MULTI_CASES),
+    "multi bwd": (
+        OPS.lora_linear_multi_bwd,
+        "lora_linear_multi_bwd",
+        MULTI_BWD,
+        MULTI_BWD_CASES,
     ),
     "merge_": (OPS.merge_, "merge_", MERGE, MERGE_CASES),
     "merge_, on cpu": (OPS.merge_, "merge_", MERGE, MERGE_CPU_CASES),

@@ -33,6 +33,15 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tenso
         reference.lora_linear,
         (X, W, BIAS, A, B),
     ),
+    "lora_linear_multi": (
+        lambda x, W, bias, A, B: torch.cat(
+            lora_ext.lora_linear_multi(x, [W, W], [bias, None], [A, None], [B, None]), -1
+        ),
+        lambda x, W, bias, A, B: torch.cat(
+            [reference.lora_linear(x, W, bias, A, B), nn.functional.linear(x, W)], -1
+        ),
+        (X, W, BIAS, A, B),
+    ),
     "dora_linear": (
         lambda *a: dora_linear(*a, dropout_p=0.5, rng_state=STATE),
         plain_dora,

@@ -227,6 +227,44 @@ def lora_linear_grouped_bwd_samples() -> Iterator[Sample]:
         yield (dy, x, h if mask[3] or i % 2 else None, weight, *adapters, mask, wanted), {}
 
 
+def multi_operands() -> Iterator[tuple[Any, ...]]:
+    """x, and the lists of three layers: the second without adapter, the third of another rank."""
+    for i, ((dtype, adapter), p) in enumerate(itertools.product(DTYPES, (0.0, 0.3))):
+        first = make_problem((2, 3), 10, 6, 4, dtype=dtype, adapter_dtype=adapter, bias=i % 2 == 0)
+        other = make_problem((2, 3), 10, 5, 3, dtype=dtype, bias=i % 2 == 0)
+        none = first.x.new_empty(0)
+        biases = [first.bias, none, other.bias] if first.bias is not None else []
+        lora_bias = [torch.ones(6, dtype=adapter), none, none] if i % 4 == 0 else []
+        scaling_tensors = [torch.tensor(0.5), none, none] if i % 3 == 0 else []
+        yield (
+            *(first.x, [first.weight, first.weight.detach(), other.weight], biases),
+            *([first.lora_A, none, other.lora_A], [first.lora_B, none, other.lora_B], lora_bias),
+            *([2.0, 1.0, 0.5], scaling_tensors, [p, 0.0, 0.0]),
+            [torch.tensor([7, 0]), none, none] if p else [],
+        )
+
+
+def lora_linear_multi_samples() -> Iterator[Sample]:
+    for operands in multi_operands():
+        yield operands, {}
+    yield tuple(detached_all(operands)), {}
+
+
+def lora_linear_multi_fwd_samples() -> Iterator[Sample]:
+    for i, operands in enumerate(multi_operands()):
+        yield (*detached_all(operands), [i % 2, 0, 1]), {}
+
+
+def lora_linear_multi_bwd_samples() -> Iterator[Sample]:
+    for i, operands in enumerate(multi_operands()):
+        x, weight, _, A, B, _, *others = detached_all(operands)
+        arguments = detached_all(operands)
+        _, h = torch.ops.lora_ext.lora_linear_multi_fwd(*arguments, [1, 0, 1])
+        dy = [torch.randn(2, 3, len(one)).to(x.dtype) for one in weight]
+        wanted = [[62, 6, 30], [24, 0, 8], [16, 2, 16]][i % 3]
+        yield (dy, x, h if i % 2 else [], weight, A, B, *others, i % 4 != 3, wanted), {}
+
+
 SAMPLES = {
     "dora_linear": dora_linear_samples,
     "dora_linear_fwd": dora_linear_fwd_samples,
@@ -240,6 +278,9 @@ SAMPLES = {
     "lora_linear_grouped": lora_linear_grouped_samples,
     "lora_linear_grouped_fwd": lora_linear_grouped_fwd_samples,
     "lora_linear_grouped_bwd": lora_linear_grouped_bwd_samples,
+    "lora_linear_multi": lora_linear_multi_samples,
+    "lora_linear_multi_fwd": lora_linear_multi_fwd_samples,
+    "lora_linear_multi_bwd": lora_linear_multi_bwd_samples,
     "draw_rng_state": draw_rng_state_samples,
     "dropout_mask": dropout_mask_samples,
     "dropout": dropout_samples,

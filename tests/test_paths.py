@@ -41,6 +41,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         function.restype = ChosenPath
     loaded.dropped_path.argtypes = [ctypes.c_int64] * 2 + [ctypes.c_double] + [ctypes.c_bool] * 2
     loaded.dropped_path.restype = ChosenPath
+    loaded.together.argtypes = [ctypes.c_int64] * 2
+    loaded.together.restype = ctypes.c_bool
     loaded.is_built_for.restype = ctypes.c_bool
     loaded.rows_of_matrix.argtypes = [ctypes.c_int64] * 4
     loaded.rows_of_a_call.argtypes = [ctypes.c_int64] * 2
@@ -116,6 +118,11 @@ CPU_PARTS = {
 def test_cpu_parts(library: ctypes.CDLL, facts: dict[str, int], fwd: int, bwd: int) -> None:
     path = library.cpu_path(*(CPU | facts).values())
     assert (path.fwd_parts, path.bwd_parts) == (fwd, bwd)
+
+
+def test_layers_of_one_x_run_together_up_to_a_sum_of_ranks_and_a_size(library: ctypes.CDLL) -> None:
+    assert library.together(96, 3 << 18)
+    assert not library.together(97, 3 << 18) and not library.together(96, (3 << 18) + 1)
 
 
 # (rows, columns, dropout_p, bf16, fast BLAS), whether dora_linear multiplies the dropped elements

@@ -73,6 +73,19 @@ OPERATORS = {
         lambda x, scaling: x @ W.T + scaling.detach() * (x @ A.T @ B.T),
         (X, torch.tensor(0.5, dtype=torch.float64)),
     ),
+    "lora_linear_multi": Operator(
+        lambda x, W, bias, A, B, V: torch.cat(
+            lora_ext.lora_linear_multi(
+                x, [W, V, W], [bias, None, None], [A, None, A], [B, None, B], scalings=0.5,
+                dropout_p=[P, 0.0, 0.0], rng_states=[STATE, None, None],
+            ), -1,
+        ),
+        lambda x, W, bias, A, B, V: torch.cat(
+            [plain_linear(P)(x, W, bias, A, B, None), x @ V.T,
+             plain_linear(0.0)(x, W, None, A, B, None)], -1,
+        ),
+        (X, W, BIAS, A, B, random(3, K)),
+    ),
     "dora_linear": Operator(
         lambda x, W, bias, A, B, g: dora_linear(
             x, W, bias, A, B, g, scaling=0.5, dropout_p=P, rng_state=STATE

@@ -78,6 +78,11 @@ CALLS = {
         functional.lora_linear, x=T(5, 4), weight=T(3, 4), bias=T(3),
         **AB, lora_bias=T(3), scaling=1.0, dropout_p=0.5, rng_state=STATE,
     ),
+    "lora_linear_multi": function(
+        functional.lora_linear_multi, x=T(5, 4), weights=[T(3, 4)], biases=[T(3)],
+        lora_As=[T(2, 4)], lora_Bs=[T(3, 2)], lora_biases=[T(3)], scalings=1.0, dropout_p=0.5,
+        rng_states=[STATE],
+    ),
     "lora_embedding": function(
         functional.lora_embedding, indices=T(5).long(), weight=T(4, 3), **AB,
         scaling=1.0, padding_idx=1, scale_grad_by_freq=False,
@@ -180,13 +185,13 @@ TAKEN = {
     "None": "key_mapping bias lora_bias rng_state padding_idx scale_grad_by_freq adapter_names "
     "scale task_type auto_mapping enable_lora exclude_modules "
     "path_initial_model_for_weight_conversion "
-    "selected_adapters",
+    "selected_adapters biases lora_biases rng_states",
     "text": "adapter adapter_name new model_id save_directory pretrained_model_name_or_path "
     "exclude_modules target_modules "
     "path_initial_model_for_weight_conversion",
-    "float": "lora_alpha scale scaling scale_grad_by_freq",
-    "negative": "lora_alpha scale scaling scale_grad_by_freq padding_idx",
-    "list": "kernel_size enable_lora weights tokens",
+    "float": "lora_alpha scale scaling scalings scale_grad_by_freq",
+    "negative": "lora_alpha scale scaling scalings scale_grad_by_freq padding_idx",
+    "list": "kernel_size enable_lora weights tokens scalings lora_linear_multi.dropout_p",
     "dict": "values peft_config",
     "tensor": "x z weight",
 }
@@ -217,7 +222,7 @@ SWEEP = [
 
 def may_take(name: str, argument: str, value: str) -> bool:
     if name != "LoraConfig":
-        return argument in TAKEN.get(value, "").split()
+        return bool({argument, f"{name}.{argument}"} & set(TAKEN.get(value, "").split()))
     if value == "None":
         return argument not in NEEDED.split()
     return argument in FIELDS_TAKEN.get(value, "").split()

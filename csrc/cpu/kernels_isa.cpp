@@ -5,6 +5,7 @@
 #include "simd/dropout_rows.h"
 #include "simd/float_math.h"
 #include "simd/lora_embedding_rows.h"
+#include "simd/lora_linear_multi_rows.h"
 #include "simd/lora_linear_rows.h"
 #include "simd/merge_rows.h"
 #include "simd/transpose.h"
@@ -23,6 +24,9 @@ constexpr CpuKernels kernels_for() {
                       .pack = transpose<S, TA>,
                       .forward_rows = lora_linear_forward_rows<Math>,
                       .backward_rows = lora_linear_backward_rows<Math>,
+                      .multi_scratch_bytes = multi_bytes<Math>,
+                      .multi_forward_rows = lora_linear_multi_forward_rows<Math>,
+                      .multi_backward_rows = lora_linear_multi_backward_rows<Math>,
                       .reduce_a = reduce<S, TA>,
                       .reduce_b = reduce_transposed<S, TA>},
       .lora_embedding = {.scratch_bytes = lora_embedding_bytes<Math>,

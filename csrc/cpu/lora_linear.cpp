@@ -37,8 +37,8 @@ void add_row(const Tensor& out, const Tensor& row) {
 }
 
 // Of a call that reads x or dy [M, ...].
-void print_cpu_path(const char* pass, const Tensor& rows, const Tensor& lora_A,
-                    const Tensor& lora_B, const LoraDropout& dropout) {
+void print_path_of(const char* pass, const Tensor& rows, const Tensor& lora_A, const Tensor& lora_B,
+                   const LoraDropout& dropout) {
   const int64_t M = rows.size(0), N = lora_B.size(0);
   const auto base = rows.scalar_type();
   const auto [path, reason] =
@@ -50,11 +50,28 @@ void print_cpu_path(const char* pass, const Tensor& rows, const Tensor& lora_A,
 
 std::tuple<Tensor, Tensor> lora_linear_fwd_cpu(const LoraLinearCall& call, bool return_h) {
   check_lora_linear(call);
+  return lora_linear_fwd_checked(call, return_h);
+}
+
+Gradients lora_linear_bwd_cpu(const LoraLinearBackwardCall& call, GradientMask mask) {
+  check_lora_linear_bwd(call, mask);
+  return lora_linear_bwd_checked(call, mask);
+}
+
+}  // namespace
+
+void print_cpu_path(const LowRankForward& problem) {
+  print_path_of("forward", problem.x, problem.lora_A, problem.lora_B, problem.dropout);
+}
+
+void print_cpu_path(const LowRankBackward& problem) {
+  print_path_of("backward", problem.dy, problem.lora_A, problem.lora_B, problem.dropout);
+}
+
+std::tuple<Tensor, Tensor> lora_linear_fwd_checked(const LoraLinearCall& call, bool return_h) {
   auto [y, h, low_rank] = lora_linear_prepare_fwd(with_scaling_read(call), return_h);
   if (y.numel() == 0) return {y, h.zero_()};
-  if (prints_paths()) {
-    print_cpu_path("forward", low_rank.x, call.lora_A, call.lora_B, call.dropout);
-  }
+  if (prints_paths()) print_cpu_path(low_rank);
   const BaseProduct base(call.weight);
   if (makes_base_apart(low_rank.y)) {
     const Tensor biases = std::exchange(low_rank.bias, low_rank.y);
@@ -68,13 +85,10 @@ std::tuple<Tensor, Tensor> lora_linear_fwd_cpu(const LoraLinearCall& call, bool 
   return {y, h};
 }
 
-Gradients lora_linear_bwd_cpu(const LoraLinearBackwardCall& call, GradientMask mask) {
-  check_lora_linear_bwd(call, mask);
+Gradients lora_linear_bwd_checked(const LoraLinearBackwardCall& call, GradientMask mask) {
   auto [gradients, low_rank, done] = lora_linear_prepare_bwd(with_scaling_read(call), mask);
   if (done) return gradients;
-  if (prints_paths()) {
-    print_cpu_path("backward", low_rank.dy, call.lora_A, call.lora_B, call.dropout);
-  }
+  if (prints_paths()) print_cpu_path(low_rank);
   low_rank_backward(low_rank);
   if (!mask[kGradX]) return gradients;
   const BaseProduct base(*call.weight);
@@ -86,13 +100,16 @@ Gradients lora_linear_bwd_cpu(const LoraLinearBackwardCall& call, GradientMask m
   return gradients;
 }
 
-}  // namespace
-
 CpuPath path_for(int64_t M, int64_t N, const Tensor& lora_A, at::ScalarType base, bool dropout) {
+  return path_for(M, N, lora_A.size(1), lora_A.size(0), lora_A.scalar_type(), base, dropout);
+}
+
+CpuPath path_for(int64_t M, int64_t N, int64_t K, int64_t r, at::ScalarType adapter,
+                 at::ScalarType base, bool dropout) {
   CpuProblem problem{};
-  problem.M = M, problem.N = N, problem.K = lora_A.size(1), problem.r = lora_A.size(0);
+  problem.M = M, problem.N = N, problem.K = K, problem.r = r;
   problem.dropout = dropout;
-  problem.mixed = lora_A.scalar_type() != base;
+  problem.mixed = adapter != base;
   problem.bf16 = base == at::kBFloat16 && !problem.mixed;
   problem.bf16_dot = bf16_dot_kernels() != nullptr;
   problem.fast_blas = has_fast_blas(base, M);

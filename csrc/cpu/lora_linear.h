@@ -18,15 +18,25 @@ void low_rank_backward_fused(const LowRankBackward& problem, const CpuPath& path
 
 // The way of a call with so many rows, and the vector kernels of one that has them.
 CpuPath path_for(int64_t M, int64_t N, const Tensor& lora_A, at::ScalarType base, bool dropout);
+CpuPath path_for(int64_t M, int64_t N, int64_t K, int64_t r, at::ScalarType adapter,
+                 at::ScalarType base, bool dropout);
 const LoraLinearKernels& kernels_of(const CpuPath& path, const Tensor& base, const Tensor& adapter);
 
 // On the way that lora_linear_path.h chooses.
 void low_rank_forward(const LowRankForward& problem);
 void low_rank_backward(const LowRankBackward& problem);
 
+// lora_linear_fwd and lora_linear_bwd of operands that were checked.
+std::tuple<Tensor, Tensor> lora_linear_fwd_checked(const LoraLinearCall& call, bool return_h);
+Gradients lora_linear_bwd_checked(const LoraLinearBackwardCall& call, GradientMask mask);
+
 // (path, reason) of a layer for so many rows.
 std::pair<std::string, std::string> explain_lora_linear_cpu(int64_t tokens, int64_t out_features,
                                                             const Tensor& lora_A,
                                                             at::ScalarType base, double dropout_p);
+
+// Which way a call runs, for LORA_EXT_PRINT_PATHS.
+void print_cpu_path(const LowRankForward& problem);
+void print_cpu_path(const LowRankBackward& problem);
 
 }  // namespace lora_ext

@@ -37,6 +37,23 @@ struct LoraLinearBackwardArgs {
   bool add = false;  // to what dA and dB hold, of rows before these
 };
 
+// Several low-rank parts of one x.
+struct LoraLinearMultiForwardArgs {
+  const LoraLinearForwardArgs* layers;  // of the same M, K, x and ldx
+  int64_t count;
+  int64_t R;             // the sum of their ranks
+  const void* lora_A_t;  // [R, K] adapter type, packed: all lora_A as one, in their place; or null
+};
+
+struct LoraLinearMultiBackwardArgs {
+  // Likewise; without dx, and with lora_A, where dx is wanted, in the compute type (for kernels on
+  // bf16 dot products as it is).
+  const LoraLinearBackwardArgs* layers;
+  int64_t count;
+  int64_t R;
+  void* dx;  // [M, K] base type, added to; or null
+};
+
 struct LoraLinearKernels {
   // Bytes of scratch that one call of forward_rows or backward_rows needs.
   int64_t (*scratch_bytes)(int64_t K, int64_t r);
@@ -52,6 +69,13 @@ struct LoraLinearKernels {
   // either may be null.
   void (*backward_rows)(const LoraLinearBackwardArgs&, int64_t begin, int64_t end, void* dA,
                         void* dB, void* scratch);
+  // The same for several low-rank parts of one x. Bytes of scratch for so many masks, one for each
+  // layer or, without dropout, none; y and h of each; dA and dB of each, and dx += their sum.
+  int64_t (*multi_scratch_bytes)(int64_t K, int64_t R, int64_t masks);
+  void (*multi_forward_rows)(const LoraLinearMultiForwardArgs&, int64_t begin, int64_t end,
+                             void* scratch);
+  void (*multi_backward_rows)(const LoraLinearMultiBackwardArgs&, int64_t begin, int64_t end,
+                              void* const* dA, void* const* dB, void* scratch);
   // Rows [begin, end) of out [rows, columns] (adapter type) = factor * the sum over p < count of
   // sums[p * stride ..] (compute type), in order; for the sums of dA and, transposed, of dB.
   void (*reduce_a)(const void* sums, int64_t count, int64_t stride, double factor, int64_t rows,

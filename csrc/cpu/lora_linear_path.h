@@ -82,4 +82,13 @@ inline CpuPath choose_cpu_path(const CpuProblem& problem) {
   return path;
 }
 
+// Whether the low-rank parts of several layers of one x run together, panel by panel. That saves
+// reading x, and writing and adding up dx, for each layer: a share of the work that shrinks with
+// the sum of ranks. And it reads all adapters again for every panel, which have to stay in cache.
+inline bool pays_together(int64_t ranks, int64_t adapter_elements) {
+  constexpr int64_t kMaxRanks = 96;
+  constexpr int64_t kMaxAdapterElements = int64_t{3} << 18;
+  return ranks <= kMaxRanks && adapter_elements <= kMaxAdapterElements;
+}
+
 }  // namespace lora_ext

@@ -86,6 +86,11 @@ std::tuple<Tensor, Tensor> lora_linear_fwd(const LoraLinearCall& call, bool retu
 // weight and lora_A; h or x for that of lora_B.
 Gradients lora_linear_bwd(const LoraLinearBackwardCall& call, GradientMask mask);
 
+// The same gradients out of differentiable ATen operators, undefined where the mask is false: what
+// backward() runs where they are differentiated or transformed in turn. It holds M x K temporaries.
+TensorVector lora_linear_bwd_decomposed(const LoraLinearBackwardCall& call,
+                                        const GradientMask& mask);
+
 void check_lora_linear(const LoraLinearCall& call, const char* op = "lora_linear");
 void check_lora_linear_bwd(const LoraLinearBackwardCall& call, const GradientMask& mask,
                            const char* op = "lora_linear_bwd");

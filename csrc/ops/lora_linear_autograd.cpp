@@ -22,41 +22,6 @@ bool wants_grad(const OptionalTensor& tensor) {
   return tensor.has_value() && tensor->requires_grad();
 }
 
-// The same gradients out of differentiable ATen operators: what backward() runs where they are
-// differentiated or transformed in turn. It holds M x K temporaries.
-variable_list lora_linear_bwd_decomposed(const LoraLinearBackwardCall& call,
-                                         const GradientMask& mask) {
-  const auto &dy = call.dy, &lora_A = call.lora_A, &lora_B = call.lora_B;
-  const auto compute = at::toOpMathType(dy.scalar_type());
-  const Tensor dy_rows = flattened(dy).to(compute);
-  const Tensor A = lora_A.to(compute), B = lora_B.to(compute);
-  const Tensor s = call.scaling.times(at::ones({}, dy_rows.options()));
-
-  const c10::SymInt M = dy_rows.sym_size(0), K = lora_A.sym_size(1);
-  Tensor keep = at::ones({}, dy_rows.options());
-  if (call.dropout.enabled()) {
-    keep = dropout_mask(*call.dropout.rng_state, M, K, call.dropout.p).to(compute) *
-           call.dropout.survivor();
-  }
-  const Tensor x_rows = call.x.has_value() ? flattened(*call.x).to(compute) : Tensor();
-  const Tensor dh = at::mm(dy_rows, B) * s;
-
-  variable_list grads(kGradients);
-  if (mask[kGradX]) {
-    const Tensor dx = at::mm(dy_rows, call.weight->to(compute)) + at::mm(dh, A) * keep;
-    grads[kGradX] = dx.reshape_symint(with_width(dy, K)).to(dy.scalar_type());
-  }
-  if (mask[kGradWeight]) grads[kGradWeight] = at::mm(dy_rows.t(), x_rows).to(dy.scalar_type());
-  if (mask[kGradBias]) grads[kGradBias] = dy_rows.sum(0).to(dy.scalar_type());
-  if (mask[kGradA]) grads[kGradA] = at::mm(dh.t(), x_rows * keep).to(lora_A.scalar_type());
-  if (mask[kGradB]) {
-    const Tensor hidden = call.x.has_value() ? at::mm(x_rows * keep, A.t()) : call.h->to(compute);
-    grads[kGradB] = (at::mm(dy_rows.t(), hidden) * s).to(lora_B.scalar_type());
-  }
-  if (mask[kGradLoraBias]) grads[kGradLoraBias] = (dy_rows.sum(0) * s).to(lora_B.scalar_type());
-  return grads;
-}
-
 struct LoraLinear : torch::autograd::Function<LoraLinear> {
   static constexpr bool is_traceable = true;
 
@@ -179,6 +144,39 @@ Tensor lora_linear_functorch(const LoraLinearCall& call) {
 }
 
 }  // namespace
+
+TensorVector lora_linear_bwd_decomposed(const LoraLinearBackwardCall& call,
+                                        const GradientMask& mask) {
+  const auto &dy = call.dy, &lora_A = call.lora_A, &lora_B = call.lora_B;
+  const auto compute = at::toOpMathType(dy.scalar_type());
+  const Tensor dy_rows = flattened(dy).to(compute);
+  const Tensor A = lora_A.to(compute), B = lora_B.to(compute);
+  const Tensor s = call.scaling.times(at::ones({}, dy_rows.options()));
+
+  const c10::SymInt M = dy_rows.sym_size(0), K = lora_A.sym_size(1);
+  Tensor keep = at::ones({}, dy_rows.options());
+  if (call.dropout.enabled()) {
+    keep = dropout_mask(*call.dropout.rng_state, M, K, call.dropout.p).to(compute) *
+           call.dropout.survivor();
+  }
+  const Tensor x_rows = call.x.has_value() ? flattened(*call.x).to(compute) : Tensor();
+  const Tensor dh = at::mm(dy_rows, B) * s;
+
+  TensorVector grads(kGradients);
+  if (mask[kGradX]) {
+    const Tensor dx = at::mm(dy_rows, call.weight->to(compute)) + at::mm(dh, A) * keep;
+    grads[kGradX] = dx.reshape_symint(with_width(dy, K)).to(dy.scalar_type());
+  }
+  if (mask[kGradWeight]) grads[kGradWeight] = at::mm(dy_rows.t(), x_rows).to(dy.scalar_type());
+  if (mask[kGradBias]) grads[kGradBias] = dy_rows.sum(0).to(dy.scalar_type());
+  if (mask[kGradA]) grads[kGradA] = at::mm(dh.t(), x_rows * keep).to(lora_A.scalar_type());
+  if (mask[kGradB]) {
+    const Tensor hidden = call.x.has_value() ? at::mm(x_rows * keep, A.t()) : call.h->to(compute);
+    grads[kGradB] = (at::mm(dy_rows.t(), hidden) * s).to(lora_B.scalar_type());
+  }
+  if (mask[kGradLoraBias]) grads[kGradLoraBias] = (dy_rows.sum(0) * s).to(lora_B.scalar_type());
+  return grads;
+}
 
 TORCH_LIBRARY_IMPL(lora_ext, Autograd, m) { m.impl("lora_linear", flat<&lora_linear_autograd>); }
 

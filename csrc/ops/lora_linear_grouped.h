@@ -74,7 +74,6 @@ using GroupedMask = std::array<bool, kGroupedGradients>;
 // And of each slot: a sum of these.
 enum SlotGradient : int64_t { kSlotA = 1, kSlotB = 2, kSlotBias = 4 };
 
-using TensorVector = std::vector<Tensor>;
 using GroupedResults =
     std::tuple<Tensor, Tensor, Tensor, Tensor, TensorVector, TensorVector, TensorVector>;
 

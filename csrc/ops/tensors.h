@@ -10,6 +10,7 @@ namespace lora_ext {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using TensorVector = std::vector<Tensor>;
 
 inline const OptionalTensor kNoTensor;
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_ext import batching
 from lora_ext.arguments import check_kinds, check_place, check_sizes, names_of, suggests_names
 from lora_ext.nn.adapter import DEFAULT, AdapterOptions, AdapterSettings, LowRank
-from lora_ext.nn.linear import adapted_linear
+from lora_ext.nn.linear import adapted_linear, adapted_linears
 from lora_ext.nn.lora_layer import LoraLayer
 from lora_ext.nn.planned import (
     follows_plan,
@@ -330,8 +330,8 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
     def _project_inputs(
         self, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v, laid out as the inputs are. One call makes all three where one lora_A serves
-        them; with three, separate calls are as fast as one with zeros in lora_B."""
+        """q, k and v, laid out as the inputs are. Where one lora_A serves all three they are one
+        product; else those that follow one another and have one input are one operator."""
         weight, bias = self.in_proj_weight, self.in_proj_bias
         if self.enable_lora is None and query is key and key is value:
             q, k, v = self._project("", query, weight, bias).chunk(3, -1)
@@ -345,10 +345,20 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
         else:
             weights = weight.chunk(3)
         biases: Sequence[Tensor | None] = (None, None, None) if bias is None else bias.chunk(3)
-        q, k, v = (
-            self._project("qkv"[i], x, weights[i], biases[i])
-            for i, x in enumerate((query, key, value))
-        )
+        inputs = (query, key, value)
+        if batching.in_use and follows_plan(self):
+            q, k, v = (
+                self._project("qkv"[i], x, weights[i], biases[i]) for i, x in enumerate(inputs)
+            )
+            return q, k, v
+        projected: list[Tensor] = []
+        while (first := len(projected)) < 3:
+            x, end = inputs[first], first + 1
+            while end < 3 and inputs[end] is x:
+                end += 1
+            running = [self._running_on(projection) for projection in "qkv"[first:end]]
+            projected += adapted_linears(x, weights[first:end], biases[first:end], running)
+        q, k, v = projected
         return q, k, v
 
     def _planned_path(self) -> tuple[str, str]:
@@ -356,19 +366,31 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
 
     def _project(self, projection: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """One projection, "" of q, k and v together, with its adapters."""
-        prefix = f"{projection}_" if projection == "o" or self.enable_lora is not None else ""
-        has_adapters = self.enable_lora is None or projection in self.enable_lora
-
-        def own(stack: LowRank) -> LowRank:
-            if projection in ("", "o") or self.enable_lora is not None:
-                return stack
-            return stack._replace(lora_B=stack.lora_B.chunk(3)["qkv".index(projection)])
-
         if batching.in_use and follows_plan(self):
-            planned = {n: own(stack) for n, stack in stacks(self, prefix)} if has_adapters else {}
+            own = (
+                stacks(self, self._prefix_of(projection)) if self._has_adapters(projection) else ()
+            )
+            planned = {name: self._own(projection, stack) for name, stack in own}
             return planned_linear(self, x, weight, bias, planned)
-        running = [own(stack) for stack in self.low_rank(prefix)] if has_adapters else []
-        return adapted_linear(x, weight, bias, running)
+        return adapted_linear(x, weight, bias, self._running_on(projection))
+
+    def _prefix_of(self, projection: str) -> str:
+        return f"{projection}_" if projection == "o" or self.enable_lora is not None else ""
+
+    def _has_adapters(self, projection: str) -> bool:
+        return self.enable_lora is None or projection in self.enable_lora
+
+    def _own(self, projection: str, stack: LowRank) -> LowRank:
+        """A projection's rows of lora_B, which in PEFT's form q, k and v have together."""
+        if projection in ("", "o") or self.enable_lora is not None:
+            return stack
+        return stack._replace(lora_B=stack.lora_B.chunk(3)["qkv".index(projection)])
+
+    def _running_on(self, projection: str) -> list[LowRank]:
+        if not self._has_adapters(projection):
+            return []
+        stacks_of = self.low_rank(self._prefix_of(projection))
+        return [self._own(projection, stack) for stack in stacks_of]
 
     def _append(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Keys or values [N, S, E] with those that the base appends to every sequence."""

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from lora_ext import batching
 from lora_ext.arguments import as_flag, check_place, check_sizes, named_x, suggests_names
-from lora_ext.functional import lora_linear, lora_update, weight_norm
+from lora_ext.functional import lora_linear, lora_linear_multi, lora_update, weight_norm
 from lora_ext.nn import tensor_parallel
 from lora_ext.nn.adapter import DEFAULT, AdapterOptions, AdapterSettings, LowRank
 from lora_ext.nn.adoption import belongs_to_its_class
@@ -359,6 +359,30 @@ def adapted_linear(
     for other in others:  # in the adapter's dtype, float32 by default: one rounding at the end
         y = y + lora_update(x, *other, dtype=other.lora_A.dtype)
     return y.to(dtype)
+
+
+# In the places of a LowRank's parts.
+_NO_ADAPTER = (None, None, None, 1.0, 0.0)
+
+
+def adapted_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    adapters: Sequence[Sequence[LowRank]],
+) -> list[Tensor]:
+    """`adapted_linear` of each of several layers of one x, with the masks that calls one after
+    another draw: one operator where no layer has adapters besides one that is fused."""
+    counts = [len(own) for own in adapters]
+    if max(counts) == 1 and sum(counts) > 1:
+        A, B, lora_biases, scalings, dropout_p = zip(
+            *(own[0] if own else _NO_ADAPTER for own in adapters), strict=True
+        )
+        return lora_linear_multi(
+            x, weights, biases, A, B, lora_biases, scalings=scalings, dropout_p=dropout_p
+        )
+    layers = zip(weights, biases, adapters, strict=True)
+    return [adapted_linear(x, weight, bias, own) for weight, bias, own in layers]
 
 
 # What the short way of a forward stands for, unless a subclass has its own.

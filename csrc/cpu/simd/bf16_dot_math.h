@@ -113,6 +113,7 @@ struct Bf16DotMath {
   static RowPairs adapter(const void* data, int64_t stride) {
     return {static_cast<const BFloat16*>(data), stride};
   }
+  static RowPairs wide_adapter(const void* data, int64_t stride) { return adapter(data, stride); }
   static PackedPairs packed(const void* data, int64_t stride) {
     return {static_cast<const uint32_t*>(data), stride};
   }

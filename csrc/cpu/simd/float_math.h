@@ -48,6 +48,10 @@ struct FloatMath {
   static RightRows<TA> adapter(const void* data, int64_t stride) {
     return {static_cast<const TA*>(data), stride};
   }
+  // of one that is widened before, as [r, K]
+  static RightRows<Sum> wide_adapter(const void* data, int64_t stride) {
+    return {static_cast<const Sum*>(data), stride};
+  }
   static RightRows<Sum> packed(const void* data, int64_t stride) {
     return {static_cast<const Sum*>(data), stride};
   }

@@ -82,44 +82,103 @@ void for_chunks(const Panel<Math>& panel, const typename Math::Base* in, int64_t
   }
 }
 
-// hidden [rows, r] = the kept elements of x A^T, of a call of M rows
+// What follows is not inlined: each holds a product's code, which is large, and several callers.
+
+// hidden [rows, r] = the kept elements of x A^T; `few`: sums are short, as of few rows
 template <class Math>
-void down_project(const Panel<Math>& panel, const typename Math::Base* x, int64_t ldx, int64_t M,
-                  int64_t rows, int64_t K, int64_t r, const uint16_t* keep, const void* lora_A_t) {
+[[gnu::noinline]] void down_project(const Panel<Math>& panel, const typename Math::Base* x,
+                                    int64_t ldx, bool few, int64_t rows, int64_t K, int64_t r,
+                                    const uint16_t* keep, const void* lora_A_t) {
   const auto A_t = Math::packed(lora_A_t, r);
-  const bool few = r == 1 || M < Math::kFewRows;
   for_chunks(panel, x, ldx, rows, K, keep, [&](int64_t k, const auto& chunk) {
     chunk.times(A_t.from(k), r, k > 0, few, panel.hidden);
   });
+}
+
+// Of a call of M rows.
+template <class Math>
+bool has_short_sums(int64_t M, int64_t r) {
+  return r == 1 || M < Math::kFewRows;
+}
+
+// Of the rows of a panel from m on, whose dropout(x) A^T is in hidden, but for the survivors'
+// factor: h, and y = scaling * h B^T + bias.
+template <class Math>
+[[gnu::noinline]] void up_project(const Panel<Math>& panel, const LoraLinearForwardArgs& args,
+                                  int64_t m, int64_t rows) {
+  using T = typename Math::Base;
+  using S = typename Math::Sum;
+  const int64_t N = args.N, r = args.r;
+  const double survivor = args.dropout.survivor;
+  auto* h_out = static_cast<S*>(args.h);
+  for (int64_t i = 0; h_out && i < rows * r; ++i) {
+    h_out[m * r + i] = static_cast<S>(panel.hidden[i] * survivor);
+  }
+  const auto h = Math::rows(panel.operand, panel.hidden, rows, r, args.scaling * survivor, true);
+  Math::product(rows, N, r, h, Math::packed(args.lora_B_t, N),
+                StoreRounded<S, T>{static_cast<T*>(args.y) + m * N, N,
+                                   static_cast<const S*>(args.bias), nullptr, 0});
 }
 
 template <class Math>
 void lora_linear_forward_rows(const LoraLinearForwardArgs& args, int64_t begin, int64_t end,
                               void* scratch) {
   using T = typename Math::Base;
-  using S = typename Math::Sum;
-  const int64_t K = args.K, N = args.N, r = args.r;
+  const int64_t K = args.K, r = args.r;
   const Panel<Math> panel(scratch, r);
-  const double survivor = args.dropout.survivor;
-
   for (int64_t m = begin; m < end; m += panel.kRows) {
     const int64_t rows = at_most(end - m, panel.kRows);
-
-    // h = dropout(x) A^T
     const uint16_t* keep = fill_panel_bits(args.dropout, m, rows, K, panel.keep);
-    down_project(panel, row_of<T>(args.x, m, args.ldx), args.ldx, args.M, rows, K, r, keep,
-                 args.lora_A_t);
-    auto* h_out = static_cast<S*>(args.h);
-    for (int64_t i = 0; h_out && i < rows * r; ++i) {
-      h_out[m * r + i] = static_cast<S>(panel.hidden[i] * survivor);
-    }
-
-    // y = scaling * h B^T + bias
-    const auto h = Math::rows(panel.operand, panel.hidden, rows, r, args.scaling * survivor, true);
-    Math::product(rows, N, r, h, Math::packed(args.lora_B_t, N),
-                  StoreRounded<S, T>{static_cast<T*>(args.y) + m * N, N,
-                                     static_cast<const S*>(args.bias), nullptr, 0});
+    down_project(panel, row_of<T>(args.x, m, args.ldx), args.ldx, has_short_sums<Math>(args.M, r),
+                 rows, K, r, keep, args.lora_A_t);
+    up_project(panel, args, m, rows);
   }
+}
+
+// Where the rows of a panel are in their call, and what is made of them.
+struct BackwardRows {
+  int64_t m, rows;
+  const uint16_t* keep;  // their dropout decisions, or null
+  bool later;            // dA and dB hold sums of rows before these, to which these are added
+  bool few;              // the call has few rows: a row is the same in any range
+};
+
+// hidden [rows, r] = dy B, still without factor, if wants_dh, and dB += h^T dy: from one pass over
+// dy.
+template <class Math>
+[[gnu::noinline]] void hidden_gradient(const Panel<Math>& panel, const LoraLinearBackwardArgs& args,
+                                       const BackwardRows& at, bool wants_dh,
+                                       typename Math::Sum* dB) {
+  using T = typename Math::Base;
+  using S = typename Math::Sum;
+  const int64_t K = args.K, N = args.N, r = args.r, rows = at.rows;
+  const bool recompute_h = dB && !args.h;
+  if (recompute_h) {
+    down_project(panel, row_of<T>(args.x, at.m, args.ldx), args.ldx,
+                 has_short_sums<Math>(args.M, r), rows, K, r, at.keep, args.lora_A_t);
+  }
+  const auto h_t =
+      recompute_h
+          ? Math::columns(panel.operand, panel.hidden, rows, r, args.dropout.survivor, at.few)
+          : Math::columns(panel.operand, row_of<S>(args.h, at.m, r), dB ? rows : 0, r, 1.0, at.few);
+  const auto B = Math::adapter(args.lora_B, r);
+  for_chunks(panel, row_of<T>(args.dy, at.m, args.lddy), args.lddy, rows, N, nullptr,
+             [&](int64_t n, const auto& chunk) {
+               if (wants_dh) chunk.times(B.from(n), r, n > 0, r == 1, panel.hidden);
+               if (dB) chunk.left_times(h_t, r, at.later, dB + n, N);
+             });
+}
+
+// dA += dh^T dropout(x), of dh = factor * hidden
+template <class Math>
+[[gnu::noinline]] void adapter_gradient(const Panel<Math>& panel,
+                                        const LoraLinearBackwardArgs& args, const BackwardRows& at,
+                                        double factor, typename Math::Sum* dA) {
+  using T = typename Math::Base;
+  const int64_t K = args.K, r = args.r;
+  const auto dh_t = Math::columns(panel.operand, panel.hidden, at.rows, r, factor, at.few);
+  for_chunks(panel, row_of<T>(args.x, at.m, args.ldx), args.ldx, at.rows, K, at.keep,
+             [&](int64_t k, const auto& chunk) { chunk.left_times(dh_t, r, at.later, dA + k, K); });
 }
 
 template <class Math>
@@ -127,50 +186,22 @@ void lora_linear_backward_rows(const LoraLinearBackwardArgs& args, int64_t begin
                                void* dA_sum, void* dB_sum, void* scratch) {
   using T = typename Math::Base;
   using S = typename Math::Sum;
-  const int64_t K = args.K, N = args.N, r = args.r;
+  const int64_t K = args.K, r = args.r;
   const Panel<Math> panel(scratch, r);
   auto* dA = static_cast<S*>(dA_sum);
   auto* dB = static_cast<S*>(dB_sum);
   auto* dx = static_cast<T*>(args.dx);
-  const bool recompute_h = dB && !args.h;
-  const bool few = args.M <= panel.kRows;  // of the call: a row is the same in any range
-  const double survivor = args.dropout.survivor, factor = args.scaling * survivor;
+  const bool few = args.M <= panel.kRows, reads_mask = dx || dA || (dB && !args.h);
+  const double factor = args.scaling * args.dropout.survivor;
 
   for (int64_t m = begin; m < end; m += panel.kRows) {
     const int64_t rows = at_most(end - m, panel.kRows);
-    // The first panel starts the sums, later ones add to them.
-    const bool later = args.add || m > begin;
-    const T* x = row_of<T>(args.x, m, args.ldx);
-    const T* dy = row_of<T>(args.dy, m, args.lddy);
-    const uint16_t* keep = nullptr;
-    if (dx || dA || recompute_h) {
-      keep = fill_panel_bits(args.dropout, m, rows, K, panel.keep);
-    }
-
-    // dh = dy B, still without factor, and dB += h^T dy, from one pass over dy
-    if (recompute_h) {
-      down_project(panel, x, args.ldx, args.M, rows, K, r, keep, args.lora_A_t);
-    }
-    const auto h_t =
-        recompute_h
-            ? Math::columns(panel.operand, panel.hidden, rows, r, survivor, few)
-            : Math::columns(panel.operand, row_of<S>(args.h, m, r), dB ? rows : 0, r, 1.0, few);
-    const auto B = Math::adapter(args.lora_B, r);
-    for_chunks(panel, dy, args.lddy, rows, N, nullptr, [&](int64_t n, const auto& chunk) {
-      if (dA || dx) chunk.times(B.from(n), r, n > 0, r == 1, panel.hidden);
-      if (dB) chunk.left_times(h_t, r, later, dB + n, N);
-    });
-
-    // dA += dh^T dropout(x)
-    if (dA) {
-      const auto dh_t = Math::columns(panel.operand, panel.hidden, rows, r, factor, few);
-      for_chunks(panel, x, args.ldx, rows, K, keep, [&](int64_t k, const auto& chunk) {
-        chunk.left_times(dh_t, r, later, dA + k, K);
-      });
-    }
-
-    // dx = dropout'(dh A)
-    if (dx) {
+    const uint16_t* keep =
+        reads_mask ? fill_panel_bits(args.dropout, m, rows, K, panel.keep) : nullptr;
+    const BackwardRows at{m, rows, keep, args.add || m > begin, few};
+    hidden_gradient(panel, args, at, dA || dx, dB);
+    if (dA) adapter_gradient(panel, args, at, factor, dA);
+    if (dx) {  // = dropout'(dh A)
       const auto dh = Math::rows(panel.operand, panel.hidden, rows, r, factor, few);
       Math::product(rows, K, r, dh, Math::adapter(args.lora_A, K),
                     StoreRounded<S, T>{dx + m * K, K, nullptr, keep, keep_words(K)});
