@@ -179,6 +179,9 @@ def test_merge_refuses_what_it_cannot_do(place: Path, tmp_path: Path) -> None:
     nan = edited(place / "plain", tmp_path / "nan", with_value(float("nan")))
     assert "has NaN or Inf" in failed("merge", place / "llama", nan, out)
     assert "is there already" in failed("merge", place / "llama", place / "plain", nan, code=2)
+    # Said before anything is read: what is given as the adapter here is none.
+    inside = nan / "adapter_config.json" / "out"
+    assert "is there and is no folder" in failed("merge", place / "llama", tmp_path, inside, code=2)
     assert list(tmp_path.iterdir()) == [nan]
 
 

@@ -54,8 +54,8 @@ def merge(base: Path, adapter: Path, out: Path) -> Answer:
 
     try:
         check_free(out)
-    except FileExistsError as error:
-        raise WrongUse(f"{out}: {error.strerror}") from None
+    except (FileExistsError, NotADirectoryError) as error:
+        raise WrongUse(f"{error.filename}: {error.strerror}") from None
     run = _merge_model if base.is_dir() and is_model(base) else _merge_tensors
     layers = run(base, adapter, out)
     files = sorted(path.name for path in out.iterdir())
