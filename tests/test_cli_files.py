@@ -169,6 +169,10 @@ def test_new_folder(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "empty").iterdir()] == ["file"]
     with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "never") as folder:
         raise ZeroDivisionError
+    inside = place / "file" / "inside" / "of a file"
+    with pytest.raises(NotADirectoryError, match="is no folder") as caught, new_folder(inside):
+        pass
+    assert caught.value.filename == str(place / "file")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["above", "empty"]
 
 

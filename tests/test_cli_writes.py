@@ -101,6 +101,23 @@ def test_merge_of_a_transposed_weight(place: Path, tmp_path: Path) -> None:
     assert "fan_in_fan_out" in failed("merge", file, place / "for gpt2", tmp_path / "no")
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_merge_of_repeated_layers(tmp_path: Path, tied: bool) -> None:
+    """Each has all of its weights in the file, and the config says how many there are."""
+    base, inputs = tiny_models.llama(tie_word_embeddings=tied)
+    base.save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=4, target_modules=["q_proj"], layer_replication=[[0, 2], [1, 3]])
+    adapted = randomise(LoraModel(base, config))
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert run("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out").code == 0
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert merged.config.num_hidden_layers == len(merged.model.layers) == 4
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == tied
+    with torch.no_grad():
+        expected, found = adapted(**inputs).logits, merged(**inputs).logits
+    assert_close(found, expected, 48)
+
+
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"bias": "all"}], ids=str)
 def test_what_peft_wrote(place: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     """PEFT rounds as often in float32: its merged weights are the same but for that."""
@@ -162,6 +179,9 @@ def test_merge_refuses_what_it_cannot_do(place: Path, tmp_path: Path) -> None:
     nan = edited(place / "plain", tmp_path / "nan", with_value(float("nan")))
     assert "has NaN or Inf" in failed("merge", place / "llama", nan, out)
     assert "is there already" in failed("merge", place / "llama", place / "plain", nan, code=2)
+    # Said before anything is read: what is given as the adapter here is none.
+    inside = nan / "adapter_config.json" / "out"
+    assert "is there and is no folder" in failed("merge", place / "llama", tmp_path, inside, code=2)
     assert list(tmp_path.iterdir()) == [nan]
 
 

@@ -53,8 +53,8 @@ def _llama_like(name: str, **options: Any) -> Built:
     return _causal(getattr(transformers, f"{name}ForCausalLM"), config)
 
 
-def llama() -> Built:
-    return _llama_like("Llama")
+def llama(**options: Any) -> Built:
+    return _llama_like("Llama", **options)
 
 
 def mistral() -> Built:

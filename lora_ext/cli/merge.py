@@ -17,7 +17,7 @@ from lora_ext.cli.models import INDEX, WEIGHTS
 from lora_ext.cli.progress import progress
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from lora_ext.adapters import LoraModel
 
@@ -54,8 +54,8 @@ def merge(base: Path, adapter: Path, out: Path) -> Answer:
 
     try:
         check_free(out)
-    except FileExistsError as error:
-        raise WrongUse(f"{out}: {error.strerror}") from None
+    except (FileExistsError, NotADirectoryError) as error:
+        raise WrongUse(f"{error.filename}: {error.strerror}") from None
     run = _merge_model if base.is_dir() and is_model(base) else _merge_tensors
     layers = run(base, adapter, out)
     files = sorted(path.name for path in out.iterdir())
@@ -84,7 +84,10 @@ def _merge_model(base: Path, adapter: Path, out: Path) -> list[str]:
     lost = models.not_in_adapter(missing, lora)
     if lost:
         raise ValueError(models.say_missing(base, kind, lost, every, missing))
+    repeated = any(config.layer_replication for config in lora.peft_config.values())
     layers = _merge(lora)
+    if repeated:
+        _own_weights(lora.get_base_model())
     with new_folder(out) as folder, progress(f"Writing {out}"):
         lora.get_base_model().save_pretrained(folder)  # type: ignore[operator]
         _copy_others(base, folder)
@@ -96,6 +99,26 @@ def _merge(lora: LoraModel) -> list[str]:
     with progress(f"Merging {len(layers)} layers"):
         lora.merge_and_unload()
     return layers
+
+
+def _own_weights(model: nn.Module) -> None:
+    """Gives repeated layers (`layer_replication`) weights of their own: in a plain model nothing
+    says that they share any, and save_pretrained refuses it. What the model ties stays tied."""
+    from torch import nn
+
+    tied = getattr(model, "all_tied_weights_keys", {})
+    seen: set[int] = set()
+    for place, module in model.named_modules():
+        for name, tensor in [
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+        ]:
+            if id(tensor) in seen and ".".join(filter(None, (place, name))) not in tied:
+                own = tensor.detach().clone()
+                if isinstance(tensor, nn.Parameter):
+                    own = nn.Parameter(own, tensor.requires_grad)
+                setattr(module, name, own)
+            seen.add(id(tensor))
 
 
 def _merge_tensors(base: Path, adapter: Path, out: Path) -> list[str]:

@@ -31,6 +31,7 @@ def new_folder(place: StrPath) -> Iterator[Path]:
 
     Raises:
         FileExistsError: `place` is there and is no empty folder; also when it appears meanwhile.
+        NotADirectoryError: a part of its path is a file.
         OSError: it cannot be written.
     """
     place = Path(os.path.abspath(as_path(place, "new_folder", "place")))
@@ -63,10 +64,15 @@ def new_folder(place: StrPath) -> Iterator[Path]:
 
 
 def check_free(place: StrPath) -> None:
-    """FileExistsError if there is something: before long work is begun for it."""
+    """FileExistsError if there is something, NotADirectoryError if it would be inside of a file:
+    before long work is begun for it."""
     place = Path(place)
     if place.is_symlink() or (place.exists() and not (place.is_dir() and not any(place.iterdir()))):
         raise _taken(place)
+    above = next(one for one in Path(os.path.abspath(place)).parents if os.path.lexists(one))
+    if not above.is_dir():
+        text = "is there and is no folder, expected one, or a name that is free"
+        raise NotADirectoryError(errno.ENOTDIR, text, str(above))
 
 
 def _taken(place: Path) -> FileExistsError:
