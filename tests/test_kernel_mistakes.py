@@ -16,7 +16,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import row_kernel_mistakes
 from emulated import ROOT, EmulatedKernels, compile_source
+from emulated_rows import RowKernels
 
 # The product's kernels and the low-rank passes of sm_90a are checked by programs of tests/simt:
 # program → what is planted → (file, what stands there, what takes its place). What ends with a
@@ -332,6 +334,7 @@ LAUNCHES = {
 NONE = "none"
 MISTAKES = {driver: {NONE: ("", "", "")} | mistakes for driver, mistakes in PRODUCTS.items()}
 MISTAKES["launches"] = {NONE: ("", "", "")} | LAUNCHES
+MISTAKES["rows"] = {NONE: ("", "", "")} | row_kernel_mistakes.MISTAKES
 
 # In every file that has a switch.
 SWITCH = """
@@ -357,6 +360,8 @@ few = (37, 192, 200, 8), few[1]  # float adapters are rounded and what that leav
 kernel_checks.check(kernels, few[0], "bf16-fp32", 0.1, (COMPLETIONS[0], 0), has=few[1])
 print("no mistake noticed")
 """
+
+SCRIPTS = {"launches": SCRIPT, "rows": row_kernel_mistakes.SCRIPT}
 
 Result = subprocess.CompletedProcess[str]
 
@@ -398,7 +403,10 @@ def plant(driver: str, folder: Path) -> Path:
             assert end <= nearest, f"mistakes overlap in {name}: {text[begin:end]}"
             text = text[:begin] + switched(text[begin:end], wrong_texts) + text[end:]
             nearest = begin
-        file.write_text(text.replace("#pragma once", '#pragma once\n#include "planted.h"', 1))
+        if name.endswith(".cu"):
+            file.write_text(f'#include "planted.h"\n{text}')
+        else:
+            file.write_text(text.replace("#pragma once", '#pragma once\n#include "planted.h"', 1))
     return csrc
 
 
@@ -406,6 +414,8 @@ def build(driver: str, folder: Path) -> Path:
     csrc = plant(driver, folder)
     if driver == "launches":
         return EmulatedKernels.compile(folder, "-O1", "-DSM80_BF16_ONLY", csrc=csrc)
+    if driver == "rows":
+        return RowKernels.compile(folder, "-O1", csrc=csrc)
     source, target = ROOT / "tests" / "simt" / f"{driver}.cpp", folder / driver
     compile_source(source, target, "-O1", "-Wno-psabi", "-DBF16_ONLY", csrc=csrc)
     return target
@@ -413,8 +423,8 @@ def build(driver: str, folder: Path) -> Path:
 
 def run(driver: str, mistake: str, program: Future[Path]) -> Result:
     command = [str(program.result()), "-x"]
-    if driver == "launches":
-        command = [sys.executable, "-c", SCRIPT, command[0]]
+    if driver in SCRIPTS:
+        command = [sys.executable, "-c", SCRIPTS[driver], command[0]]
     environment = os.environ | {"PLANTED_MISTAKE": str(list(MISTAKES[driver]).index(mistake))}
     return subprocess.run(
         command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True, timeout=300
@@ -456,7 +466,7 @@ def test_planted_mistake_is_noticed(
     results: dict[tuple[str, str], Future[Result]], driver: str, mistake: str
 ) -> None:
     result = results[driver, mistake].result()
-    if driver == "launches":
+    if driver in SCRIPTS:
         # Noticed by a check or by the emulator, both exceptions; and no crash.
         assert result.stdout.strip() == "loaded", result.stderr[-3000:]
         assert result.returncode == 1 and "Error" in result.stderr, result.stderr[-3000:]
@@ -471,5 +481,5 @@ def test_nothing_is_noticed_in_the_right_kernels(
 ) -> None:
     result = results[driver, mistake].result()
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
-    if driver == "launches":
+    if driver in SCRIPTS:
         assert "no mistake noticed" in result.stdout

@@ -1,0 +1,90 @@
+// lora_embedding: one pass over y, whose rows of W and columns of lora_A are gathered.
+#include "lora_embedding.h"
+#include "update_tile.h"
+
+namespace lora_ext {
+namespace {
+
+template <class T, class TA>
+struct EmbeddingParams {
+  EmbeddingCall<T, TA> call;
+  int64_t column_tiles;
+};
+
+// Two blocks a multiprocessor, so that one may wait for memory.
+template <class T, class TA, bool kAligned>
+__global__ void __launch_bounds__(kRowThreads, 2)
+    lora_embedding_kernel(const __grid_constant__ EmbeddingParams<T, TA> params) {
+  using Tile = UpdateTile;
+  LORA_EXT_DYNAMIC_SHARED(shared);
+  arch::wait_for_previous_kernel();
+  arch::let_next_kernel_start();
+  const EmbeddingCall<T, TA>& call = params.call;
+  const Matrix<T>& weight = call.weight;
+  const int64_t V = weight.rows, D = weight.columns;
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  const int64_t first_row = blockIdx.x / params.column_tiles * Tile::kRows;
+  const int64_t column = blockIdx.x % params.column_tiles * Tile::kColumns;
+  const int64_t row = first_row + warp * Tile::kWarpRows;  // this warp's first
+  const Span<T, kAligned> span{lane, D - column};
+
+  auto* const tokens = reinterpret_cast<int64_t*>(shared + Tile::kSharedBytes);  // [kRows]
+  if (thread < Tile::kRows && first_row + thread < call.M) {
+    const int64_t token = call.tokens[first_row + thread];
+    arch::require(token >= 0 && token < V, "lora_embedding: indices: index out of range");
+    tokens[thread] = token;
+  }
+  __syncthreads();
+
+  Raw<T> raw[Tile::kWarpRows] = {};
+#pragma unroll
+  for (int i = 0; i < Tile::kWarpRows; ++i) {
+    if (row + i >= call.M) continue;
+    const int64_t token = tokens[warp * Tile::kWarpRows + i];
+    raw[i] = span.load_raw(weight.data + token * weight.stride + column);
+  }
+  Tile tile(shared);
+  Tile::Sums sums;
+  tile.add(sums, raw, call.rank, warp, lane, [&](int64_t first, int ranks) {
+    Tile::fill_by_rank<Tile::kColumns, Tile::kRight>(
+        tile.right, ranks, thread, [&](int item) { return Tile::place(span, item); },
+        [&](int item, int rank) {
+          if (column + item >= D) return 0.0f;
+          return to_float(call.lora_B[(column + item) * call.rank + first + rank]);
+        });
+    Tile::fill_by_rank<Tile::kRows, Tile::kLeft>(
+        tile.left, ranks, thread, [](int item) { return item; },
+        [&](int item, int rank) {
+          if (first_row + item >= call.M) return 0.0f;
+          return call.scaling * to_float(call.lora_A[(first + rank) * V + tokens[item]]);
+        });
+  });
+#pragma unroll
+  for (int i = 0; i < Tile::kWarpRows; ++i) {
+    if (row + i < call.M) span.store(call.y + (row + i) * D + column, sums[i]);
+  }
+}
+
+}  // namespace
+
+template <class T, class TA>
+void run_lora_embedding(const EmbeddingCall<T, TA>& call, Stream stream) {
+  using Tile = UpdateTile;
+  const int64_t D = call.weight.columns, column_tiles = ceil_div(D, Tile::kColumns);
+  const int64_t row_tiles = ceil_div(call.M, Tile::kRows);
+  const EmbeddingParams<T, TA> params{call, column_tiles};
+  const bool aligned = rows_aligned(call.weight) && rows_aligned(call.y, D, D);
+  auto* const kernel =
+      aligned ? lora_embedding_kernel<T, TA, true> : lora_embedding_kernel<T, TA, false>;
+  constexpr int kSharedBytes = Tile::kSharedBytes + Tile::kRows * int{sizeof(int64_t)};
+  arch::launch_dependent(kernel, flat_grid(row_tiles * column_tiles), kRowThreads, kSharedBytes,
+                         stream, params);
+}
+
+template void run_lora_embedding(const EmbeddingCall<Bf16, Bf16>&, Stream);
+template void run_lora_embedding(const EmbeddingCall<Bf16, float>&, Stream);
+template void run_lora_embedding(const EmbeddingCall<Fp16, Fp16>&, Stream);
+template void run_lora_embedding(const EmbeddingCall<Fp16, float>&, Stream);
+template void run_lora_embedding(const EmbeddingCall<float, float>&, Stream);
+
+}  // namespace lora_ext
