@@ -32,6 +32,7 @@ info = lora_ext.build_info()
 assert info["cuda"] == torch.version.cuda, info
 OPERATORS = ("lora_linear_fwd", "lora_linear_bwd", "draw_rng_state", "dropout_mask", "merge_")
 OPERATORS += ("column_scale", "column_scale_bwd", "weight_norm", "lora_embedding_fwd")
+OPERATORS += ("lora_embedding_bwd",)
 for operator in OPERATORS:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lora_ext::{operator}", "CUDA"), operator
 

@@ -326,6 +326,10 @@ LAUNCHES = {
     "float adapters: a remainder in the place of the value": (
         "lora_linear_run.h", "in_columns ? `pack.value + pack.padded_columns`", "pack.value",
     ),
+    "up_grad alone: dh that is not scaled": (
+        "lora_linear_run.h", "reduce(up.dh, M * r, `scaling`, call.dh, stream);",
+        "HiddenFactor{1.0f, nullptr}",
+    ),
     "a factor of the scaling that is not read": (
         "lora_linear_passes.h", "factor ? value * *factor : value", "value",
     ),
@@ -358,6 +362,7 @@ for (size, has), schedule in itertools.product([few, many],
     kernel_checks.check(kernels, size, "bf16", 0.1, schedule, has=has)
 few = (37, 192, 200, 8), few[1]  # float adapters are rounded and what that leaves
 kernel_checks.check(kernels, few[0], "bf16-fp32", 0.1, (COMPLETIONS[0], 0), has=few[1])
+kernel_checks.check_up_grad(kernels, (37, 72, 16), "bf16", (COMPLETIONS[0], 0), "sm80")
 print("no mistake noticed")
 """
 
