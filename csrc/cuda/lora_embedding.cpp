@@ -43,7 +43,7 @@ Tensor lora_embedding_fwd_cuda(const LoraEmbeddingCall& call) {
                                          .weight = matrix<T>(rows),
                                          .lora_A = data_or_null<TA>(A),
                                          .lora_B = data_or_null<TA>(B),
-                                         .rank = A.size(0),
+                                         .rank = static_cast<int>(A.size(0)),
                                          .scaling = static_cast<float>(call.scaling),
                                          .y = out_or_null<T>(y)};
     run_lora_embedding(of_kernel, at::cuda::getCurrentCUDAStream());

@@ -46,7 +46,7 @@ Tensor weight_norm_cuda(const Tensor& weight, const Tensor& lora_A, const Tensor
     const WeightNormCall<T, TA> call{.weight = matrix<T>(operands.weight),
                                      .lora_A = data_or_null<TA>(operands.lora_A),
                                      .lora_B = data_or_null<TA>(operands.lora_B),
-                                     .rank = operands.lora_A.size(0),
+                                     .rank = static_cast<int>(operands.lora_A.size(0)),
                                      .scaling = static_cast<float>(scaling),
                                      .by_column = operands.transposed,
                                      .norms = out_or_null<float>(norms)};

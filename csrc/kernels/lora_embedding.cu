@@ -28,8 +28,10 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   const int64_t row = first_row + warp * Tile::kWarpRows;  // this warp's first
   const Span<T, kAligned> span{lane, D - column};
 
+  const int rows = at_most(call.M - first_row, Tile::kRows);
+  const int columns = at_most(span.left, Tile::kColumns);
   auto* const tokens = reinterpret_cast<int64_t*>(shared + Tile::kSharedBytes);  // [kRows]
-  if (thread < Tile::kRows && first_row + thread < call.M) {
+  if (thread < rows) {
     const int64_t token = call.tokens[first_row + thread];
     arch::require(token >= 0 && token < V, "lora_embedding: indices: index out of range");
     tokens[thread] = token;
@@ -43,20 +45,22 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     const int64_t token = tokens[warp * Tile::kWarpRows + i];
     raw[i] = span.load_raw(weight.data + token * weight.stride + column);
   }
+  const TA* const B = call.lora_B + column * call.rank;
   Tile tile(shared);
   Tile::Sums sums;
-  tile.add(sums, raw, call.rank, warp, lane, [&](int64_t first, int ranks) {
+  tile.add(sums, raw, call.rank, warp, lane, [&](int first, int ranks) {
     Tile::fill_by_rank<Tile::kColumns, Tile::kRight>(
-        tile.right, ranks, thread, [&](int item) { return Tile::place(span, item); },
+        tile.right, ranks, thread,
+        [&](int item) { return Tile::place(span, static_cast<unsigned>(item)); },
         [&](int item, int rank) {
-          if (column + item >= D) return 0.0f;
-          return to_float(call.lora_B[(column + item) * call.rank + first + rank]);
+          return to_float(B[(item < columns ? item : columns - 1) * call.rank + first + rank]);
         });
+    const TA* const A = call.lora_A + first * V;
     Tile::fill_by_rank<Tile::kRows, Tile::kLeft>(
         tile.left, ranks, thread, [](int item) { return item; },
         [&](int item, int rank) {
-          if (first_row + item >= call.M) return 0.0f;
-          return call.scaling * to_float(call.lora_A[(first + rank) * V + tokens[item]]);
+          const int64_t token = tokens[item < rows ? item : rows - 1];
+          return call.scaling * to_float(A[rank * V + token]);
         });
   });
 #pragma unroll

@@ -17,7 +17,7 @@ struct EmbeddingCall {
   Matrix<T> weight;  // [V, D]
   const TA* lora_A;  // [rank, V]
   const TA* lora_B;  // [D, rank]
-  int64_t rank;
+  int rank;
   float scaling;
   T* y;  // [M, D]
 };

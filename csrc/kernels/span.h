@@ -61,7 +61,8 @@ struct Span {
       if constexpr (kAligned) {
         words = arch::load_16(row + column(e));
       } else if constexpr (sizeof(E) == sizeof(float)) {
-        memcpy(&words.word[e % kVector], row + column(e), sizeof(E));
+        const E value = row[column(e)];  // memcpy of memory would be byte by byte
+        memcpy(&words.word[e % kVector], &value, sizeof(E));
       } else {
         words.word[e % kVector / 2] |= uint32_t{row[column(e)].bits} << e % 2 * 16;
       }

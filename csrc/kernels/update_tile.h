@@ -7,6 +7,10 @@
 
 namespace lora_ext {
 
+LORA_EXT_DEVICE int at_most(int64_t value, int most) {
+  return value < most ? static_cast<int>(value) : most;
+}
+
 struct UpdateTile {
   static constexpr int kRows = 32, kColumns = kSpan, kRanks = 32;
   static constexpr int kWarpRows = kRows / kRowWarps;
@@ -30,21 +34,34 @@ struct UpdateTile {
 
   // Where the span's column lies in a rank of `right`.
   template <class T, bool kAligned>
-  LORA_EXT_DEVICE static int place(const Span<T, kAligned>&, int column) {
+  LORA_EXT_DEVICE static unsigned place(const Span<T, kAligned>&, unsigned column) {
     if constexpr (!kAligned) return column / 128 * 128 + column % 32 * 4 + column / 32 % 4;
     return sizeof(T) == 2 ? column % 8 / 4 * 128 + column / 8 * 4 + column % 4 : column;
   }
 
   // out[rank * kStride + place(item)] = value(item, rank) for `ranks` of each item: neighbouring
-  // lanes take neighbouring ranks, as they lie in memory.
+  // lanes take neighbouring ranks, as they lie in memory. Items beyond the matrix have any finite
+  // or infinite value, since nothing is stored that comes of them: so no load has a branch around.
   template <int kItems, int kStride, class Place, class Value>
   LORA_EXT_DEVICE static void fill_by_rank(float* out, int ranks, int thread, const Place& place,
                                            const Value& value) {
-    const int width = ranks > 16 ? 32 : ranks > 8 ? 16 : 8;
+    constexpr int kAtOnce = 4;  // loads, before the first is needed
+    constexpr bool kWhole = kItems % (kAtOnce * kRowThreads / 8) == 0;  // no turn ends beyond items
+    const int width = ranks > 16 ? 32 : ranks > 8 ? 16 : 8, step = kRowThreads / width;
     const int rank = thread % width;
     if (rank >= ranks) return;
-    for (int item = thread / width; item < kItems; item += kRowThreads / width) {
-      out[rank * kStride + place(item)] = value(item, rank);
+    for (int first = thread / width; first < kItems; first += kAtOnce * step) {
+      float values[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int item = first + i * step;
+        values[i] = value(kWhole || item < kItems ? item : kItems - 1, rank);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int item = first + i * step;
+        if (kWhole || item < kItems) out[rank * kStride + place(item)] = values[i];
+      }
     }
   }
 
@@ -89,10 +106,10 @@ struct UpdateTile {
   // sums = W + L R of this warp's rows: fill(first, ranks) puts ranks of both factors into shared
   // memory, raw holds W's elements.
   template <class T, class Fill>
-  LORA_EXT_DEVICE void add(Sums& sums, const Raw<T> (&raw)[kWarpRows], int64_t rank, int warp,
-                           int lane, const Fill& fill) const {
-    for (int64_t first = 0; first < rank || first == 0; first += kRanks) {
-      const int ranks = rank - first < kRanks ? static_cast<int>(rank - first) : kRanks;
+  LORA_EXT_DEVICE void add(Sums& sums, const Raw<T> (&raw)[kWarpRows], int rank, int warp, int lane,
+                           const Fill& fill) const {
+    for (int first = 0; first < rank || first == 0; first += kRanks) {
+      const int ranks = at_most(rank - first, kRanks);
       if (first > 0) __syncthreads();  // the ranks before are read
       fill(first, ranks);
       __syncthreads();

@@ -36,18 +36,18 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     if (row + i >= weight.rows) continue;
     raw[i] = span.load_raw(weight.data + (row + i) * weight.stride + column);
   }
+  const int rows = at_most(weight.rows - first_row, Tile::kRows);
+  const TA* const B = call.lora_B + first_row * call.rank;
   Tile tile(shared);
   Tile::Sums sums;
-  tile.add(sums, raw, call.rank, warp, lane, [&](int64_t first, int ranks) {
-    tile.fill_right(span, ranks, thread, [&](int rank) {
-      return call.lora_A + (first + rank) * weight.columns + column;
-    });
+  tile.add(sums, raw, call.rank, warp, lane, [&](int first, int ranks) {
+    const TA* const A = call.lora_A + first * weight.columns + column;
+    tile.fill_right(span, ranks, thread, [&](int rank) { return A + rank * weight.columns; });
     Tile::fill_by_rank<Tile::kRows, Tile::kLeft>(
         tile.left, ranks, thread, [](int item) { return item; },
         [&](int item, int rank) {
-          const int64_t n = first_row + item;
-          if (n >= weight.rows) return 0.0f;
-          return call.scaling * to_float(call.lora_B[n * call.rank + first + rank]);
+          const int n = item < rows ? item : rows - 1;
+          return call.scaling * to_float(B[n * call.rank + first + rank]);
         });
   });
 

@@ -15,7 +15,7 @@ struct WeightNormCall {
   Matrix<T> weight;  // [N, K]
   const TA* lora_A;  // [rank, K]
   const TA* lora_B;  // [N, rank]
-  int64_t rank;
+  int rank;
   float scaling;
   bool by_column;
   float* norms;  // [N], or by column [K]

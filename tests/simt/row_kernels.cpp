@@ -105,7 +105,7 @@ int weight_norm(const char* types, const WeightNormArguments* a) {
           WeightNormCall<T, TA>{{static_cast<const T*>(a->weight), a->N, a->K, a->stride},
                                 static_cast<const TA*>(a->lora_A),
                                 static_cast<const TA*>(a->lora_B),
-                                a->rank,
+                                static_cast<int>(a->rank),
                                 a->scaling,
                                 a->by_column != 0,
                                 a->norms},
@@ -173,7 +173,7 @@ int lora_embedding(const char* types, const EmbeddingArguments* a) {
                                {static_cast<const T*>(a->weight), a->V, a->D, a->stride},
                                static_cast<const TA*>(a->lora_A),
                                static_cast<const TA*>(a->lora_B),
-                               a->rank,
+                               static_cast<int>(a->rank),
                                a->scaling,
                                static_cast<T*>(a->y)},
           nullptr);
