@@ -10,10 +10,11 @@ from predictor import blas
 from predictor.cards import Card, Scenario
 from predictor.launches import Call
 
-# Of a warp of weight_norm_kernel, for its 4 x 256 elements: for each rank (tests/test_sass_rows.py
-# has the ceiling), and once; counted in the code of nvcc 13.0 for sm_90a.
-RANK_INSTRUCTIONS = 39
-TILE_INSTRUCTIONS = 400
+# Of a warp of weight_norm_kernel, for its 16 x 64 elements of a tile: once, for each 32 ranks, and
+# for each rank of adapters in bf16 or in fp32; counted in the code of nvcc 13.0 for sm_90a.
+TILE_INSTRUCTIONS = 345
+CHUNK_INSTRUCTIONS = 240
+RANK_INSTRUCTIONS = {False: 10, True: 19}
 SCHEDULERS = 4  # of a multiprocessor: an instruction of a warp each, in a cycle
 
 
@@ -33,7 +34,9 @@ class Rows:
 def by_kernels(card: Card, how: Scenario, call: Call) -> Rows:
     M, N, K, r = call.M, call.N, call.K, call.r
     warps = math.ceil(N / 32) * math.ceil(K / 256) * 8
-    cycles = warps * (TILE_INSTRUCTIONS + RANK_INSTRUCTIONS * r) / SCHEDULERS
+    instructions = TILE_INSTRUCTIONS + CHUNK_INSTRUCTIONS * math.ceil(r / 32)
+    instructions += RANK_INSTRUCTIONS[call.fp32_adapters] * r
+    cycles = warps * instructions / SCHEDULERS
     adapters = (4 if call.fp32_adapters else 2) * r * (N + K)
     added = card.dependent_gap * how.gap + blas.LATENCY  # sum_parts, of what is in L2
     return Rows(

@@ -30,8 +30,8 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   const auto [z, M, N, stride] = call.z;
   constexpr int kAtOnce = kRowsAtOnce<T, kAligned>;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const int64_t column = blockIdx.x % params.column_tiles * kSpan;
-  const int64_t begin = blockIdx.x / params.column_tiles * kRows;
+  const FlatTile tile(params.column_tiles);
+  const int64_t column = tile.column * kSpan, begin = tile.row * kRows;
   const int64_t end = M - begin < kRows ? M : begin + kRows;
   const Span<T, kAligned> span{lane, N - column};
   if (begin + warp >= end) return;
@@ -75,8 +75,8 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   const Matrix<T>&dy = call.dy, &z = call.z;
   constexpr int kAtOnce = kRowsAtOnce<T, kAligned>;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const int64_t column = blockIdx.x % params.column_tiles * kSpan;
-  const int64_t row_block = blockIdx.x / params.column_tiles;
+  const FlatTile tile(params.column_tiles);
+  const int64_t column = tile.column * kSpan, row_block = tile.row;
   const int64_t rows = params.rows_per_block, begin = row_block * rows;
   const int64_t end = dy.rows - begin < rows ? dy.rows : begin + rows;
   const Span<T, kAligned> span{lane, dy.columns - column};

@@ -23,8 +23,8 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   const Matrix<T>& weight = call.weight;
   const int64_t V = weight.rows, D = weight.columns;
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  const int64_t first_row = blockIdx.x / params.column_tiles * Tile::kRows;
-  const int64_t column = blockIdx.x % params.column_tiles * Tile::kColumns;
+  const FlatTile of_grid(params.column_tiles);
+  const int64_t first_row = of_grid.row * Tile::kRows, column = of_grid.column * Tile::kColumns;
   const int64_t row = first_row + warp * Tile::kWarpRows;  // this warp's first
   const Span<T, kAligned> span{lane, D - column};
 

@@ -112,6 +112,17 @@ bool rows_aligned(const Matrix<T>& matrix) {
   return rows_aligned(matrix.data, matrix.columns, matrix.rows > 1 ? matrix.stride : 0);
 }
 
+// The tile of a block, of `columns` tiles side by side, in a flat grid. It has fewer than 2^31
+// blocks: a division of 64 bits would take as many instructions as the rest of a small kernel.
+struct FlatTile {
+  int64_t row, column;
+
+  LORA_EXT_DEVICE explicit FlatTile(int64_t columns) {
+    const unsigned block = blockIdx.x, wide = static_cast<unsigned>(columns);
+    row = block / wide, column = block % wide;
+  }
+};
+
 // Blocks in the one dimension of a grid that does not end at 65,535.
 inline dim3 flat_grid(int64_t blocks) {
   constexpr int64_t kMost = (int64_t{1} << 31) - 1;

@@ -1,5 +1,5 @@
-// What any GPU has: 16 bytes of a thread in one access, and a check that ends all work of a
-// program.
+// What any GPU has: 16 bytes of a thread in one access, a check that ends all work of a program;
+// and whether it has more.
 #pragma once
 
 #include <cstddef>
@@ -26,6 +26,15 @@ LORA_EXT_DEVICE void store_16(void* p, const Words& words) {
   asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};\n" ::"l"(p), "r"(words.word[0]),
                "r"(words.word[1]), "r"(words.word[2]), "r"(words.word[3])
                : "memory");
+}
+
+// Whether this code is for GPUs that have the instructions of ptx_sm80.h.
+LORA_EXT_DEVICE constexpr bool has_mma() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  return true;
+#else
+  return false;
+#endif
 }
 
 // Where it is not so, all work of the program on the GPU ends and CUDA prints `what`, as with

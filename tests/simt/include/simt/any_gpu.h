@@ -28,6 +28,8 @@ inline void store_16(void* p, const Words& words) {
   std::memcpy(p, &words, sizeof(words));
 }
 
+inline bool has_mma() { return simt::block().options.compute_capability >= 80; }
+
 inline void require(bool condition, const char* message) {
   simt::block().check(condition, message);
 }
