@@ -32,7 +32,8 @@ rows = RowKernels.load(RowKernels.compile(Path(sys.argv[1]), *options))
 for base, adapter in [(torch.bfloat16, torch.float32), (torch.float32, torch.float32)]:
     for size in [(1, 1, 1, 0), (37, 264, 40, 0), (70, 257, 8, 0), (33, 528, 5, 8)]:
         p = Problem(*size, base, adapter)
-        for by_column in (False, True):
+        for capability, by_column in itertools.product((75, 90), (False, True)):
+            rows.gpu(capability)
             check_norms(rows, p, by_column)
         check_column_scale(rows, p)
         check_embedding(rows, p)

@@ -52,8 +52,8 @@ ColumnScaleGradients column_scale_bwd_cuda(const Tensor& dy, const OptionalTenso
   }
   const int64_t N = dy.size(-1);
   const auto sums = [&](bool wanted) {
-    return wanted ? at::zeros({N}, dy.options().dtype(at::kFloat))
-                  : at::empty({0}, dy.options().dtype(at::kFloat));
+    Tensor sum = at::empty({wanted ? N : 0}, dy.options().dtype(at::kFloat));
+    return dy.numel() == 0 ? sum.zero_() : sum;
   };
   Tensor dz = gradient_or_empty(mask[kGradZ], dy);
   Tensor dscale = sums(mask[kGradScale]), dbias = sums(mask[kGradOffset]);
