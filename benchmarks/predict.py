@@ -3,6 +3,7 @@
     python benchmarks/predict.py --card h200 --tokens 8192 --ranks 16,64,128
     python benchmarks/predict.py --paths               # is the default path the fastest one?
     python benchmarks/predict.py --passes --ranks 16   # where the time goes
+    python benchmarks/predict.py --dora                # what DoRA adds
     python benchmarks/predict.py --compare run.json    # beside rows that were measured
 
 Launches are those of the real launchers, recorded by the emulator of the tests (g++ compiles it);
@@ -22,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from predictor import counts, sass
+from predictor import counts, rows, sass
 from predictor.cards import CARDS, SCENARIOS, Card
 from predictor.launches import Call
 from predictor.model import PATHS, Prediction, calibration, predict
@@ -65,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     self.add_argument("--path", choices=("auto", *PATHS), default="auto")
     self.add_argument("--paths", action="store_true", help="where the default is not the fastest")
     self.add_argument("--passes", action="store_true", help="every launch of ours")
+    self.add_argument("--dora", action="store_true", help="what DoRA without dropout adds")
     self.add_argument("--compare", type=Path, metavar="FILE", help="measured by lora_ext.bench")
     self.add_argument("--json", action="store_true", help="instead of tables")
     self.add_argument("--refresh-counts", action="store_true", help="with nvcc, into the file")
@@ -168,6 +170,28 @@ def paths(card: Card, options: argparse.Namespace, known: Any) -> tuple[Table, R
     return table, rows
 
 
+def dora(card: Card, options: argparse.Namespace, known: Any) -> tuple[Table, Rows]:
+    """DoRA's own passes beside the layer that they are added to."""
+    table = Table(title=f"{card.name}: PREDICTED us that DoRA adds, {options.scenario}")
+    heads = ("kind", "norm", "scale", "scale, backward", "fwd+bwd", "by ATen", "over the layer's")
+    for name in (*LABELS, *heads, "scale over fwd"):
+        table.add_column(name, no_wrap=True)
+    found: Rows = []
+    how = SCENARIOS[options.scenario]
+    for call in calls(options):
+        layer = predict(card, call, known, options.path, options.scenario)
+        ours, aten = rows.by_kernels(card, how, call), rows.by_aten(card, how, call)
+        parts = (ours.norm, ours.scale, ours.scale_backward, ours.both, aten.both)
+        ratios = ours.both / both_us(layer), ours.scale / forward_us(layer)
+        cells = [f"{us:.0f}" for us in parts] + [f"{ratio:.3f}" for ratio in ratios]
+        table.add_row(*label(call), "predicted", *cells)
+        found.append(
+            {"kind": "predicted", "call": asdict(call), "kernels": asdict(ours)}
+            | {"aten": asdict(aten), "forward": forward_us(layer), "layer": both_us(layer)}
+        )
+    return table, found
+
+
 def forward_us(one: Prediction) -> float:
     return one.layer[0]
 
@@ -217,19 +241,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160)
     card = CARDS[options.card]
     what: Callable[..., tuple[Table, Rows]] = times
-    for chosen, wanted in ((passes, options.passes), (paths, options.paths)):
+    ways = (passes, options.passes), (paths, options.paths), (dora, options.dora)
+    for chosen, wanted in ways:
         what = chosen if wanted else what
     what = compare if options.compare else what
     try:
         known = counts.refresh() if options.refresh_counts else counts.load()
-        table, rows = what(card, options, known)
+        table, found = what(card, options, known)
     except (OSError, ValueError, sass.NoTool) as error:
         print(f"predict.py: {error}", file=sys.stderr)
         return 2
     assumed = calibration(card, known, options.scenario)
     if options.json:
         facts = {"kind": "predicted", "card": asdict(card), "scenario": options.scenario}
-        facts |= {"counts": counts.origin(known), "calibration": assumed, "rows": rows}
+        facts |= {"counts": counts.origin(known), "calibration": assumed, "rows": found}
         print(json.dumps(facts, indent=1))
         return 0
     console.print(table)

@@ -17,6 +17,7 @@
 #include "ops/operator.h"
 #if defined(LORA_EXT_CUDA_VERSION)
 #include "cuda/lora_linear.h"
+#include "cuda/row_path.h"
 #endif
 
 namespace lora_ext {
@@ -141,6 +142,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("explain_lora_linear_cuda",
         torch::wrap_pybind_function(&lora_ext::explain_lora_linear_cuda), py::arg("call"),
         py::arg("compute_capability"), "The path of a call on a GPU of this kind, and why.");
+  m.def(
+      "explain_rows_cuda", [](at::ScalarType base) { return lora_ext::row_path(base).told(); },
+      py::arg("base"), "The path of column_scale, weight_norm, lora_embedding, and why.");
   m.def("has_cuda_kernels", torch::wrap_pybind_function(&lora_ext::has_cuda_kernels),
         py::arg("call"), py::arg("compute_capability"),
         "Whether a GPU of this kind has more than cuBLAS's products for such calls.");

@@ -50,6 +50,8 @@ def lora_embedding_path(weight: Tensor, max_norm: float | None, sparse: bool) ->
     if reason := why_no_lora_embedding(weight, max_norm, sparse):
         return "aten embedding", reason
     device = weight.device.type
+    if device == "cuda" and build_info()["cuda"] is not None:
+        return _C.explain_rows_cuda(weight.dtype)
     if device != "cpu":
         return "aten embedding", f"there is no fused kernel for {device}: two lookups, one product"
     # The kernels on bf16 dot products are lora_linear's alone.

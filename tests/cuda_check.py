@@ -30,8 +30,14 @@ if len(sys.argv) > 1:
 
 info = lora_ext.build_info()
 assert info["cuda"] == torch.version.cuda, info
-for operator in ("lora_linear_fwd", "lora_linear_bwd", "draw_rng_state", "dropout_mask", "merge_"):
+OPERATORS = ("lora_linear_fwd", "lora_linear_bwd", "draw_rng_state", "dropout_mask", "merge_")
+OPERATORS += ("column_scale", "column_scale_bwd", "weight_norm", "lora_embedding_fwd")
+OPERATORS += ("lora_embedding_bwd",)
+for operator in OPERATORS:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lora_ext::{operator}", "CUDA"), operator
+
+for dtype, path in ((torch.float16, "cuda fused"), (torch.float64, "cuda aten")):
+    assert _C.explain_rows_cuda(dtype)[0] == path
 
 x, weight, lora_A, lora_B = (torch.randn(size) for size in ((5, 8), (6, 8), (2, 8), (6, 2)))
 y = lora_ext.lora_linear(x, weight, None, lora_A, lora_B, scaling=2.0)

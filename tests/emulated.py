@@ -263,6 +263,20 @@ class EmulatedKernels:
         )  # fmt: skip
         return dx, dA, dB
 
+    def up_grad(
+        self, dy: Tensor, h: Tensor | None, lora_B: Tensor, scaling: float, wants_dh: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """(dh, dB), dB if there is an h; what no kernel writes stays NaN."""
+        dh = torch.full((len(dy), lora_B.shape[1]), torch.nan)
+        dB = torch.full_like(lora_B, torch.nan)
+        x = dy.new_zeros(len(dy), 8)  # whose sizes are read
+        results = {"dB": None if h is None else dB, "h": dh if wants_dh else None}
+        self._call(
+            self.library.lora_up_grad, dy=dy, x=x, weight=None, saved_h=h, lora_B=lora_B,
+            scaling=scaling, dropout_p=0.0, rng_state=None, **results,
+        )  # fmt: skip
+        return dh, dB
+
     def _call(
         self,
         function: ctypes._CFuncPtr,

@@ -6,7 +6,15 @@ from typing import NamedTuple
 
 import torch
 from emulated import GPUS, EmulatedKernels, Launch
-from problems import exact_results, expected_sizes, kernel_bound, make_problem, plain_results, rms
+from problems import (
+    UNIT,
+    exact_results,
+    expected_sizes,
+    kernel_bound,
+    make_problem,
+    plain_results,
+    rms,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -102,3 +110,35 @@ def check(
             # four times of which both may be off.
             noise = 1 + 8 / (2 * got.numel()) ** 0.5
             assert error <= noise * rms(plain[name].double() - want[name]), name
+
+
+def check_up_grad(
+    kernels: EmulatedKernels,
+    size: tuple[int, int, int],
+    types: str,
+    schedule: tuple[str, int],
+    family: str,
+) -> None:
+    """dh and dB of dy [M, N] together, and each alone."""
+    M, N, r = size
+    dtype, adapter = (DTYPES[name] for name in (types.split("-") * 2)[:2])
+    kernels.gpu(GPUS[family])
+    kernels.schedule(*schedule)
+    generator = torch.Generator().manual_seed(M)
+    dy, B, h = (torch.randn(*of, generator=generator) for of in ((M, N), (N, r), (M, r)))
+    dy, B = dy.to(dtype), B.to(adapter)
+    want = 0.5 * dy.double() @ B.double(), 0.5 * dy.double().t() @ h.double()
+    kernels.take_launches()
+    both = kernels.up_grad(dy, h, B, 0.5)
+    if family == "sm90":  # dh and dB by themselves beyond rank 64
+        check_instructions(kernels.take_launches(), [True] * (1 if r <= 64 else 2 * -(-r // 128)))
+    else:
+        ranks = 32 if GPUS[family] == 86 and N > 64 else 64
+        check_instructions(kernels.take_launches(), [False] * -(-r // ranks))
+    alone = kernels.up_grad(dy, None, B, 0.5)[0], kernels.up_grad(dy, h, B, 0.5, wants_dh=False)[1]
+    for results in (both, alone):
+        for got, exact, depth in zip(results, want, (N, M), strict=True):
+            # Operands in float are two of 16 bits; what is stored in 16 bits is rounded once more.
+            rounded = 2 * UNIT[got.dtype] if got.dtype != torch.float32 else 0.0
+            bound = rounded + 3 * UNIT[dtype] ** 2 + UNIT[torch.float32] * depth**0.5
+            assert rms(got.double() - exact) <= bound * rms(exact)

@@ -186,6 +186,50 @@ def test_no_temporary_of_the_size_of_x_or_y(dropout_p: float) -> None:
     assert backward < half
 
 
+FLOAT = torch.float32
+DTYPES = [(BF16, BF16), (BF16, FLOAT), (torch.float16, torch.float16), (torch.float16, FLOAT)]
+DTYPES += [(FLOAT, FLOAT), (torch.float64, torch.float64)]
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(1, 1, 1, 1), (70, 264, 520, 40), (33, 257, 131, 8)], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_dora_and_lookups_are_as_in_float64(
+    size: tuple[int, int, int, int], dtypes: tuple[torch.dtype, torch.dtype], transposed: bool
+) -> None:
+    (M, N, K, r), (base, adapter) = size, dtypes
+    torch.manual_seed(N)
+    shapes = (N, K), (r, K), (N, r), (M, N), (M, N)
+    W, A, B, z, dy = (torch.randn(shape, device="cuda") for shape in shapes)
+    W, z, dy, A, B = W.to(base), z.to(base), dy.to(base), A.to(adapter), B.to(adapter)
+    W = W.t().contiguous().t() if transposed else W
+    scale = torch.randn(N, dtype=torch.promote_types(base, FLOAT), device="cuda")
+    tokens = torch.randint(K, (M,), device="cuda")
+
+    def results(dtype: torch.dtype | None) -> dict[str, Tensor]:
+        w, a, b, x, g = (t.to(dtype or t.dtype) for t in (W, A, B, z, scale))
+        leaves = [t.detach().requires_grad_() for t in (a, b, x, g)]
+        a, b, x, g = leaves
+        if dtype is None:
+            norm = lora_ext.functional.weight_norm(w, a, b, 0.5)
+            y = lora_ext.functional.column_scale(x, g)
+            look_up = lora_ext.lora_embedding(tokens, w.t(), a, b, scaling=0.5, padding_idx=0)
+        else:
+            norm, y = (w + 0.5 * b @ a).norm(dim=1), x * g
+            rows = torch.nn.functional.embedding(tokens, a.t(), padding_idx=0)
+            look_up = w.t()[tokens] + 0.5 * rows @ b.t()
+        gradients = torch.autograd.grad([y, look_up], leaves, [dy.to(y.dtype), dy.to(y.dtype)])
+        found = {"norm": norm, "y": y, "look_up": look_up}
+        return found | dict(zip(("A", "B", "z", "scale"), gradients, strict=True))
+
+    got, want = results(None), results(torch.float64)
+    compute = torch.promote_types(base, FLOAT)
+    inner = 3 * UNIT[BF16] ** 2 if base.itemsize == 2 else 0.0  # a float as two of 16 bits
+    for name, one in got.items():
+        bound = 2 * UNIT[one.dtype] + inner + 2 * UNIT[compute] * max(M, N, K) ** 0.5
+        assert rms(one.double() - want[name]) <= bound * rms(want[name]), name
+
+
 @pytest.mark.parametrize("moved", [*NAMES[1:], "rng_state", "x"])
 def test_tensors_on_different_devices_are_refused(moved: str) -> None:
     p: Problem = make_problem((5,), dtype=BF16, dropout_p=0.1, lora_bias=True, device="cuda")

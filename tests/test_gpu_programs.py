@@ -49,6 +49,7 @@ PASSES = [
     *("cublas y", "cublas dx", "product y alone", "product dx alone", "product y", "product dx"),
     *("down", "up_grad", "down_grad", "fused forward", "fused backward"),
     *("hybrid forward", "hybrid backward"),
+    *("weight_norm", "column_scale", "column_scale backward", "lora_embedding"),
 ]
 
 
@@ -61,7 +62,9 @@ def test_every_pass_of_both_families_is_checked(built: Path, adapters: str, drop
     assert [row["family"] for row in rows] == len(PASSES) * ["sm90"] + len(PASSES) * ["sm80"]
     for row in rows:
         assert row["ok"] and row["adapters"] == adapters and row["p"] == dropout
-        assert all(0 < row["errors"][name] <= row["bounds"][name] for name in row["errors"])
+        for name, error in row["errors"].items():
+            exact = name == "dbias"  # few numbers of 16 bits add up without an error
+            assert (0 < error or exact) and error <= row["bounds"][name], (row["pass"], name)
         assert row["errors"].keys() == row["bounds"].keys()
         assert row["errors"] or row["pass"] == "copy x"
 
@@ -101,8 +104,8 @@ def test_a_wrong_pass_is_told_and_the_next_goes_on(built: Path, cublas: str, mes
     arguments = ["--families", "sm90", "--without", "fused,hybrid,down,up_grad", "--rounds", "0"]
     status, rows, _ = run(built, *SIZES, *arguments, cublas=cublas)
     assert status == 1
-    assert [row["pass"] for row in rows] == [*PASSES[:7], "down_grad"]
-    assert [row["ok"] for row in rows] == [True, False, False, True, True, True, True, True]
+    assert [row["pass"] for row in rows] == [*PASSES[:7], "down_grad", *PASSES[-4:]]
+    assert [row["ok"] for row in rows] == [True, False, False, *[True] * 9]
     assert message in rows[1]["wrong"] and "wrong" not in rows[3]
 
 

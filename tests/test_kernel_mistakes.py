@@ -16,7 +16,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import row_kernel_mistakes
 from emulated import ROOT, EmulatedKernels, compile_source
+from emulated_rows import RowKernels
 
 # The product's kernels and the low-rank passes of sm_90a are checked by programs of tests/simt:
 # program → what is planted → (file, what stands there, what takes its place). What ends with a
@@ -374,6 +376,10 @@ LAUNCHES = {
     "few rows: columns beyond the last": (
         "few_rows_sm80.h", "row >= M || `n >= N`", "false",
     ),
+    "up_grad alone: dh that is not scaled": (
+        "lora_linear_run.h", "reduce(up.dh, M * r, `scaling`, call.dh, stream);",
+        "HiddenFactor{1.0f, nullptr}",
+    ),
     "a factor of the scaling that is not read": (
         "lora_linear_passes.h", "factor ? value * *factor : value", "value",
     ),
@@ -382,6 +388,7 @@ LAUNCHES = {
 NONE = "none"
 MISTAKES = {driver: {NONE: ("", "", "")} | mistakes for driver, mistakes in PRODUCTS.items()}
 MISTAKES["launches"] = {NONE: ("", "", "")} | LAUNCHES
+MISTAKES["rows"] = {NONE: ("", "", "")} | row_kernel_mistakes.MISTAKES
 
 # In every file that has a switch.
 SWITCH = """
@@ -409,8 +416,11 @@ few = (37, 192, 200, 8), few[1]  # float adapters are rounded and what that leav
 kernel_checks.check(kernels, few[0], "bf16-fp32", 0.1, (COMPLETIONS[0], 0), has=few[1])
 for schedule in itertools.product(COMPLETIONS[:1], range(4)):
     kernel_checks.check(kernels, (9, 520, 40, 8), "bf16", 0.0, schedule)
+kernel_checks.check_up_grad(kernels, (37, 72, 16), "bf16", (COMPLETIONS[0], 0), "sm80")
 print("no mistake noticed")
 """
+
+SCRIPTS = {"launches": SCRIPT, "rows": row_kernel_mistakes.SCRIPT}
 
 Result = subprocess.CompletedProcess[str]
 
@@ -452,7 +462,10 @@ def plant(driver: str, folder: Path) -> Path:
             assert end <= nearest, f"mistakes overlap in {name}: {text[begin:end]}"
             text = text[:begin] + switched(text[begin:end], wrong_texts) + text[end:]
             nearest = begin
-        file.write_text(text.replace("#pragma once", '#pragma once\n#include "planted.h"', 1))
+        if name.endswith(".cu"):
+            file.write_text(f'#include "planted.h"\n{text}')
+        else:
+            file.write_text(text.replace("#pragma once", '#pragma once\n#include "planted.h"', 1))
     return csrc
 
 
@@ -460,6 +473,8 @@ def build(driver: str, folder: Path) -> Path:
     csrc = plant(driver, folder)
     if driver == "launches":
         return EmulatedKernels.compile(folder, "-O1", "-DSM80_BF16_ONLY", csrc=csrc)
+    if driver == "rows":
+        return RowKernels.compile(folder, "-O1", csrc=csrc)
     source, target = ROOT / "tests" / "simt" / f"{driver}.cpp", folder / driver
     compile_source(source, target, "-O1", "-Wno-psabi", "-DBF16_ONLY", csrc=csrc)
     return target
@@ -467,8 +482,8 @@ def build(driver: str, folder: Path) -> Path:
 
 def run(driver: str, mistake: str, program: Future[Path]) -> Result:
     command = [str(program.result()), "-x"]
-    if driver == "launches":
-        command = [sys.executable, "-c", SCRIPT, command[0]]
+    if driver in SCRIPTS:
+        command = [sys.executable, "-c", SCRIPTS[driver], command[0]]
     environment = os.environ | {"PLANTED_MISTAKE": str(list(MISTAKES[driver]).index(mistake))}
     return subprocess.run(
         command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True, timeout=300
@@ -510,9 +525,11 @@ def test_planted_mistake_is_noticed(
     results: dict[tuple[str, str], Future[Result]], driver: str, mistake: str
 ) -> None:
     result = results[driver, mistake].result()
-    if driver == "launches":
+    if driver in SCRIPTS:
         # Noticed by a check or by the emulator, both exceptions; and no crash.
-        assert re.fullmatch("loaded\nself check: .+", result.stdout.strip()), result.stderr[-3000:]
+        assert re.fullmatch("loaded(\nself check: .+)?", result.stdout.strip()), result.stderr[
+            -3000:
+        ]
         assert result.returncode == 1 and "Error" in result.stderr, result.stderr[-3000:]
     else:
         assert result.returncode == 1 and "FAILED" in result.stdout, result.stdout + result.stderr
@@ -525,8 +542,10 @@ def test_nothing_is_noticed_in_the_right_kernels(
 ) -> None:
     result = results[driver, mistake].result()
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    if driver in SCRIPTS:
+        assert "no mistake noticed" in result.stdout
     if driver == "launches":
-        assert "self check: right" in result.stdout and "no mistake noticed" in result.stdout
+        assert "self check: right" in result.stdout
 
 
 @pytest.mark.parametrize(

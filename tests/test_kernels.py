@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from emulated import COMPLETIONS, GPUS, TYPES, EmulatedKernels, Launch
-from kernel_checks import OPTIONS, Options, check
+from kernel_checks import OPTIONS, Options, check, check_up_grad
 from problems import make_problem, rms
 
 import lora_ext
@@ -504,6 +504,15 @@ def test_sm90_low_rank_traffic(
         column_blocks, rest = divmod(launch.tma_bytes - fixed, rows * 2 * operand)
         assert rest == 0 and -(-columns // 4) <= column_blocks <= columns
     assert down_grad.wgmma == 2 * rows * x_columns * steps
+
+
+@pytest.mark.parametrize("types", TYPES.values())
+@pytest.mark.parametrize(("M", "N", "r"), [(1, 72, 1), (130, 264, 24), (200, 136, 64)])
+@pytest.mark.parametrize("family", SIZES)
+def test_up_grad_alone(
+    kernels: EmulatedKernels, family: str, M: int, N: int, r: int, types: str
+) -> None:
+    check_up_grad(kernels, (M, N, r), types, ("random", M), family)
 
 
 @pytest.mark.parametrize("family", SIZES)

@@ -15,9 +15,11 @@ SCRIPT = """
 import itertools, os, sys
 del os.environ["LD_PRELOAD"]  # for this process, not for the compiler
 from pathlib import Path
+import torch
 import test_kernels
 from kernel_checks import check
 from emulated import COMPLETIONS, TYPES, EmulatedKernels
+from emulated_rows import Problem, RowKernels, check_column_scale, check_embedding, check_norms
 options = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 kernels = EmulatedKernels.build(Path(sys.argv[1]), *options)
 sizes = [(1, 64, 72, 1), (37, 72, 136, 16), (65, 131, 70, 17), (130, 136, 64, 64)]
@@ -26,6 +28,15 @@ for size, types, (seed, family) in itertools.product(
 ):
     completion = COMPLETIONS[(size[0] + seed) % 3]
     check(kernels, size, types, 0.1, (completion, seed), family)
+rows = RowKernels.load(RowKernels.compile(Path(sys.argv[1]), *options))
+for base, adapter in [(torch.bfloat16, torch.float32), (torch.float32, torch.float32)]:
+    for size in [(1, 1, 1, 0), (37, 264, 40, 0), (70, 257, 8, 0), (33, 528, 5, 8)]:
+        p = Problem(*size, base, adapter)
+        for capability, by_column in itertools.product((75, 90), (False, True)):
+            rows.gpu(capability)
+            check_norms(rows, p, by_column)
+        check_column_scale(rows, p)
+        check_embedding(rows, p)
 print("clean")
 """
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import predict
 import pytest
-from predictor import blas, counts, kernels
+from predictor import blas, counts, kernels, rows
 from predictor.cards import CARDS, SCENARIOS, Card
 from predictor.launches import Call, RecordedLaunch, record
 from predictor.model import PATHS, calibration
@@ -64,6 +64,18 @@ def test_a_pass_takes_as_long_as_its_bytes() -> None:
     moved = 8192 * 4096 * 2 + 2 * 8192 * 16 * 4  # x, and two parts of h
     assert h.bound == "HBM"
     assert h.us == pytest.approx(moved / (0.9 * 4.8e12) * 1e6 + 0.7 + 1.2, rel=1e-6)
+
+
+def test_what_dora_adds() -> None:
+    """Forward reads z and writes y; the norm is bound by the ranks' instructions: by hand."""
+    call, how = Call(8192, 4096, 4096, 64), SCENARIOS["central"]
+    ours, aten = (one(H200, how, call) for one in (rows.by_kernels, rows.by_aten))
+    assert ours.scale == pytest.approx(4 * 8192 * 4096 / (0.9 * 4.8e12) * 1e6 + 0.7 + 2.0, rel=1e-6)
+    warps = 4096 // 32 * 4096 // 256 * 8
+    instructions = rows.TILE_INSTRUCTIONS + 2 * rows.CHUNK_INSTRUCTIONS
+    cycles = warps * (instructions + rows.RANK_INSTRUCTIONS[False] * 64) / 4 / 132
+    assert ours.norm == pytest.approx(cycles / 1.4e3 + 0.7 + 2.0 + 0.7 + 1.2, rel=1e-6)
+    assert ours.both < aten.both / 3
 
 
 PRODUCT = "product_sm90_kernel<Bf16, ProductShape<256, 4>, (Major)0>"
@@ -157,7 +169,9 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 ONE = ("--tokens", "512", "--ranks", "16", "--shapes", "4096x1024")
 
 
-@pytest.mark.parametrize("what", [[], ["--passes"], ["--paths"]], ids=lambda what: " ".join(what))
+@pytest.mark.parametrize(
+    "what", [[], ["--passes"], ["--paths"], ["--dora"]], ids=lambda what: " ".join(what)
+)
 def test_all_it_prints_is_called_predicted(
     capsys: pytest.CaptureFixture[str], what: list[str]
 ) -> None:

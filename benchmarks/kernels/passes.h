@@ -2,29 +2,21 @@
 // them, and cuBLAS's products, which a frozen layer runs.
 #pragma once
 
-#include <functional>
 #include <string>
 #include <vector>
 
 #include "full_problem.h"
 #include "libraries.h"
+#include "row_passes.h"
 
 namespace gpu_bench {
-
-struct Pass {
-  std::string name;
-  std::string baseline;  // the pass that its time is compared with
-  double flops, bytes;   // bytes: each operand once, each result once
-  std::function<void()> run;
-  std::function<std::vector<Error>()> errors;  // of what the last run made
-};
 
 template <class TA>
 class Passes {
  public:
   using P = Problem<TA>;
   Passes(P& problem, const Cublas& cublas)
-      : p_(problem), cublas_(cublas), family_(passes_of<Bf16>(problem.c.family)) {}
+      : p_(problem), cublas_(cublas), family_(passes_of<Bf16>(problem.c.family)), rows_(problem) {}
 
   std::vector<Pass> list() {
     std::vector<Pass> passes;
@@ -34,6 +26,7 @@ class Passes {
     add_low_rank(passes);
     add_calls(passes, "fused", true);
     if (cublas_.there()) add_calls(passes, "hybrid", false);
+    rows_.add_to(passes);
     return passes;
   }
 
@@ -229,6 +222,7 @@ class Passes {
   P& p_;
   const Cublas& cublas_;
   const Family<Bf16>& family_;
+  RowPasses<TA> rows_;
   Parts h_{}, dA_{};
   UpGradParts up_{};
 };

@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include "../common/dropout.h"
+#include "cuda/operands.h"
 #include "cuda/trust.h"
 #include "kernels/lora_linear.h"
 #include "ops/base_product.h"
@@ -17,25 +18,6 @@
 
 namespace lora_ext {
 namespace {
-
-// Scratch in torch's caching allocator, freed for later work of the same stream.
-struct Scratch {
-  at::TensorOptions options;
-  std::vector<Tensor> blocks;
-
-  static void* allocate(void* context, int64_t bytes) {
-    auto* self = static_cast<Scratch*>(context);
-    self->blocks.push_back(
-        at::empty({std::max<int64_t>(bytes, 1)}, self->options.dtype(at::kByte)));
-    return self->blocks.back().data_ptr();
-  }
-  Allocator allocator() { return {allocate, this}; }
-};
-
-int current_capability() {
-  const auto* device = at::cuda::getCurrentDeviceProperties();
-  return device->major * 10 + device->minor;
-}
 
 // Scaling and dropout as the kernels take them, with the tensors that they point into. Nothing is
 // read from the device, so that a CUDA graph can capture a call.
@@ -57,17 +39,6 @@ struct KernelOptions {
                rng_state.const_data_ptr<int64_t>()};
   }
 };
-
-template <class T>
-Matrix<T> matrix(const Tensor& rows) {
-  return {static_cast<const T*>(rows.const_data_ptr()), rows.size(0), rows.size(1), rows.stride(0)};
-}
-
-// The same, or one without data of these sizes where there is no tensor.
-template <class T>
-Matrix<T> matrix(const Tensor& rows, int64_t count, int64_t columns) {
-  return rows.defined() ? matrix<T>(rows) : Matrix<T>{nullptr, count, columns, columns};
-}
 
 // Whether the weight [N, K] lies as [K, N], as GPT-2's Conv1D keeps it.
 bool lies_transposed(const Tensor& weight) {
@@ -102,7 +73,7 @@ Tensor in_pairs(const Tensor& bias) {
 // The low-rank part into y; the base product too if there is a weight [N, K].
 void run_kernels(const LowRankForward& problem, const Tensor& weight, KernelFamily family) {
   const KernelOptions options(problem.scaling, problem.dropout);
-  Scratch scratch{problem.x.options(), {}};
+  CudaScratch scratch{problem.x.options(), {}};
   const auto& [x, lora_A, lora_B] = std::tie(problem.x, problem.lora_A, problem.lora_B);
   const Tensor bias = in_pairs(problem.bias);
   with_types(x.scalar_type(), lora_A.scalar_type(), [&](auto base, auto adapter) {
@@ -126,7 +97,7 @@ void run_kernels(const LowRankForward& problem, const Tensor& weight, KernelFami
 // The low-rank part into dx, dA and dB; the base product too, into dx, if there is a weight.
 void run_kernels(const LowRankBackward& problem, const Tensor& weight, KernelFamily family) {
   const KernelOptions options(problem.scaling, problem.dropout);
-  Scratch scratch{problem.dy.options(), {}};
+  CudaScratch scratch{problem.dy.options(), {}};
   const auto& [dy, lora_A, lora_B] = std::tie(problem.dy, problem.lora_A, problem.lora_B);
   with_types(dy.scalar_type(), lora_A.scalar_type(), [&](auto base, auto adapter) {
     using T = decltype(base);
@@ -158,9 +129,7 @@ CudaPath path_for(bool backward, const Tensor& rows, const Tensor& x, const Opti
   for (const Tensor& matrix : {rows, x}) {
     if (matrix.defined()) call.rows = std::min(call.rows, rows_of(matrix));
   }
-  const CudaPath path = cuda_path(call, current_capability());
-  if (path.kernels == CudaPath::Kernels::Composed || trusted(path.family)) return path;
-  return cuda_path(call, current_capability());  // which knows what was found
+  return trusted_path(call);
 }
 
 // Of a call that reads x or dy [M, ...].

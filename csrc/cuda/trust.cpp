@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/lora_linear.h"
 #include "kernels/self_check.h"
 #include "kernels/switches.h"
 
@@ -70,8 +71,6 @@ void warn(KernelFamily family, const std::string& wrong) {
              "). LORA_EXT_CUDA_OFF=self_check uses them unchecked");
 }
 
-}  // namespace
-
 bool trusted(KernelFamily family) {
   Entry& entry = entry_of(family, c10::cuda::current_device());
   if (entry.trust == Trust::Unknown) {
@@ -86,6 +85,16 @@ bool trusted(KernelFamily family) {
     }
   }
   return entry.trust == Trust::Trusted;
+}
+
+}  // namespace
+
+CudaPath trusted_path(const CudaCall& call) {
+  const auto* device = at::cuda::getCurrentDeviceProperties();
+  const int capability = device->major * 10 + device->minor;
+  const CudaPath path = cuda_path(call, capability);
+  if (path.kernels == CudaPath::Kernels::Composed || trusted(path.family)) return path;
+  return cuda_path(call, capability);  // which knows what was found
 }
 
 bool found_wrong(KernelFamily family, int device) {

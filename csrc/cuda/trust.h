@@ -3,13 +3,14 @@
 // launched, is not used again in this process, and a warning says so.
 #pragma once
 
-#include "kernels/family.h"
+#include "cuda/lora_linear_path.h"
 
 namespace lora_ext {
 
-// Of the current device. Checks at the first call, some milliseconds, unless a CUDA graph is being
-// captured, which the check would break off: such a call trusts, and a later one checks.
-bool trusted(KernelFamily family);
+// The path of a call on the current device. Checks before the first one that needs the kernels,
+// some milliseconds, unless a CUDA graph is being captured, which the check would break off: such a
+// call trusts, and a later one checks.
+CudaPath trusted_path(const CudaCall& call);
 
 // Whether a check on this device has found something wrong. Checks nothing.
 bool found_wrong(KernelFamily family, int device);

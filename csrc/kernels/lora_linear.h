@@ -75,6 +75,18 @@ struct BackwardCall {
   TA* dB;  // [N, r] or null
 };
 
+// What an embedding's backward takes of that of lora_linear: the pass over dy alone.
+template <class T, class TA>
+struct UpGradCall {
+  Matrix<T> dy;      // [M, N]
+  const float* h;    // [M, r] or null if dB is not wanted
+  const TA* lora_B;  // [N, r]
+  int r;
+  float scaling;
+  float* dh;  // [M, r] or null: scaling * dy B
+  TA* dB;     // [N, r] or null: scaling * dy^T h
+};
+
 // By the kernels of this family. They throw std::runtime_error if one cannot be launched.
 template <class T, class TA>
 void run_forward(const ForwardCall<T, TA>& call, const Allocator& scratch, Stream stream,
@@ -82,5 +94,8 @@ void run_forward(const ForwardCall<T, TA>& call, const Allocator& scratch, Strea
 template <class T, class TA>
 void run_backward(const BackwardCall<T, TA>& call, const Allocator& scratch, Stream stream,
                   KernelFamily family);
+template <class T, class TA>
+void run_up_grad(const UpGradCall<T, TA>& call, const Allocator& scratch, Stream stream,
+                 KernelFamily family);
 
 }  // namespace lora_ext

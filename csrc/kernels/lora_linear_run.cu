@@ -9,5 +9,7 @@ template void run_forward(const ForwardCall<Base, float>&, const Allocator&, Str
 template void run_backward(const BackwardCall<Base, Base>&, const Allocator&, Stream, KernelFamily);
 template void run_backward(const BackwardCall<Base, float>&, const Allocator&, Stream,
                            KernelFamily);
+template void run_up_grad(const UpGradCall<Base, Base>&, const Allocator&, Stream, KernelFamily);
+template void run_up_grad(const UpGradCall<Base, float>&, const Allocator&, Stream, KernelFamily);
 
 }  // namespace lora_ext

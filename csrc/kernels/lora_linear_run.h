@@ -194,6 +194,19 @@ void backward(const Family<T>& family, const BackwardCall<T, TA>& call, const Al
   }
 }
 
+template <class T, class TA>
+void up_grad(const Family<T>& family, const UpGradCall<T, TA>& call, const Allocator& scratch,
+             Stream stream) {
+  const int64_t M = call.dy.rows, N = call.dy.columns, r = call.r;
+  const HiddenFactor scaling{call.scaling, nullptr};
+  const Split<T> B = split<T>(call.lora_B, N, r, Remainder::kApart, scratch, stream);
+  Split<T> h{};
+  if (call.dB) h = split<T>(call.h, M, r, Remainder::kApart, scratch, stream);
+  const UpGradParts up = family.up_grad({call.dy, B, h, call.dh != nullptr}, scratch, stream);
+  if (call.dB) reduce(up.dB, N * r, scaling, call.dB, stream);
+  if (call.dh) reduce(up.dh, M * r, scaling, call.dh, stream);
+}
+
 // choose_cuda_path asks for sm_90a's only where they are built.
 template <class T>
 const Family<T>& passes_of(KernelFamily family) {
@@ -214,6 +227,12 @@ template <class T, class TA>
 void run_backward(const BackwardCall<T, TA>& call, const Allocator& scratch, Stream stream,
                   KernelFamily family) {
   backward(passes_of<T>(family), call, scratch, stream);
+}
+
+template <class T, class TA>
+void run_up_grad(const UpGradCall<T, TA>& call, const Allocator& scratch, Stream stream,
+                 KernelFamily family) {
+  up_grad(passes_of<T>(family), call, scratch, stream);
 }
 
 }  // namespace lora_ext

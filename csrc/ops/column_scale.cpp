@@ -34,28 +34,6 @@ ColumnScaleGradients column_scale_bwd_meta(const Tensor& dy, const OptionalTenso
           dy.new_empty_symint({mask[kGradOffset] ? N : none}, compute)};
 }
 
-Tensor column_scale_composed(const Tensor& z, const Tensor& scale, const OptionalTensor& bias) {
-  check_column_scale("column_scale", "z", z, scale, bias);
-  const auto compute = at::toOpMathType(z.scalar_type());
-  Tensor y = z.to(compute) * scale.to(compute);
-  if (bias.has_value()) y = y + bias->to(compute);
-  return y.to(z.scalar_type()).contiguous();
-}
-
-// Differentiable, if z, scale and dy are.
-ColumnScaleGradients column_scale_bwd_composed(const Tensor& dy, const OptionalTensor& z,
-                                               const Tensor& scale, ColumnScaleMask mask) {
-  check_column_scale_bwd(dy, z, scale, mask);
-  const auto compute = at::toOpMathType(dy.scalar_type());
-  const Tensor gradient = dy.to(compute);
-  const auto sum_rows = [](const Tensor& t) { return flattened(t).sum(0); };
-  const Tensor none = at::empty({0}, gradient.options());
-  return {mask[kGradZ] ? (gradient * scale.to(compute)).to(dy.scalar_type()).contiguous()
-                       : at::empty({0}, dy.options()),
-          mask[kGradScale] ? sum_rows(gradient * z->to(compute)) : none,
-          mask[kGradOffset] ? sum_rows(gradient) : none};
-}
-
 struct ColumnScale : torch::autograd::Function<ColumnScale> {
   static constexpr bool is_traceable = true;
 
@@ -103,6 +81,27 @@ Tensor column_scale_autograd(const Tensor& z, const Tensor& scale, const Optiona
 }
 
 }  // namespace
+
+Tensor column_scale_composed(const Tensor& z, const Tensor& scale, const OptionalTensor& bias) {
+  check_column_scale("column_scale", "z", z, scale, bias);
+  const auto compute = at::toOpMathType(z.scalar_type());
+  Tensor y = z.to(compute) * scale.to(compute);
+  if (bias.has_value()) y = y + bias->to(compute);
+  return y.to(z.scalar_type()).contiguous();
+}
+
+ColumnScaleGradients column_scale_bwd_composed(const Tensor& dy, const OptionalTensor& z,
+                                               const Tensor& scale, ColumnScaleMask mask) {
+  check_column_scale_bwd(dy, z, scale, mask);
+  const auto compute = at::toOpMathType(dy.scalar_type());
+  const Tensor gradient = dy.to(compute);
+  const auto sum_rows = [](const Tensor& t) { return flattened(t).sum(0); };
+  const Tensor none = at::empty({0}, gradient.options());
+  return {mask[kGradZ] ? (gradient * scale.to(compute)).to(dy.scalar_type()).contiguous()
+                       : at::empty({0}, dy.options()),
+          mask[kGradScale] ? sum_rows(gradient * z->to(compute)) : none,
+          mask[kGradOffset] ? sum_rows(gradient) : none};
+}
 
 void check_column_scale(const char* op, const char* name, const Tensor& z, const Tensor& scale,
                         const OptionalTensor& bias) {

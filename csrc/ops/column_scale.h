@@ -20,6 +20,11 @@ Tensor column_scale(const Tensor& z, const Tensor& scale, const OptionalTensor& 
 ColumnScaleGradients column_scale_bwd(const Tensor& dy, const OptionalTensor& z,
                                       const Tensor& scale, ColumnScaleMask mask);
 
+// Out of ATen's operators, for what has no kernel: differentiable if the arguments are.
+Tensor column_scale_composed(const Tensor& z, const Tensor& scale, const OptionalTensor& bias);
+ColumnScaleGradients column_scale_bwd_composed(const Tensor& dy, const OptionalTensor& z,
+                                               const Tensor& scale, ColumnScaleMask mask);
+
 // `name` is what `op` calls z.
 void check_column_scale(const char* op, const char* name, const Tensor& z, const Tensor& scale,
                         const OptionalTensor& bias);

@@ -24,6 +24,15 @@ AdapterGradients lora_embedding_bwd_meta(const LoraEmbeddingBackwardCall& call, 
   return {gradient_or_empty(mask[0], call.lora_A), gradient_or_empty(mask[1], call.lora_B)};
 }
 
+void check_indices(const char* op, const Tensor& indices, const Tensor& table) {
+  check_device(op, "indices", indices, table);
+  TORCH_CHECK_TYPE(indices.scalar_type() == at::kLong || indices.scalar_type() == at::kInt, op,
+                   ": indices: got dtype ", indices.scalar_type(),
+                   ", expected int64 or int32; convert with .to()");
+}
+
+}  // namespace
+
 Tensor lora_embedding_fwd_composed(const LoraEmbeddingCall& call) {
   check_lora_embedding(call);
   const auto compute = at::toOpMathType(call.lora_A.scalar_type());
@@ -40,15 +49,6 @@ AdapterGradients lora_embedding_bwd_composed(const LoraEmbeddingBackwardCall& ca
   return {mask[0] ? dA.contiguous() : call.lora_A.new_empty({0}),
           mask[1] ? dB.contiguous() : call.lora_B.new_empty({0})};
 }
-
-void check_indices(const char* op, const Tensor& indices, const Tensor& table) {
-  check_device(op, "indices", indices, table);
-  TORCH_CHECK_TYPE(indices.scalar_type() == at::kLong || indices.scalar_type() == at::kInt, op,
-                   ": indices: got dtype ", indices.scalar_type(),
-                   ", expected int64 or int32; convert with .to()");
-}
-
-}  // namespace
 
 void check_padding_idx(const char* op, int64_t padding_idx, const c10::SymInt& V) {
   TORCH_CHECK_VALUE(padding_idx == -1 || (padding_idx >= 0 && padding_idx < V), op,

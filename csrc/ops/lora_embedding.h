@@ -55,6 +55,11 @@ AdapterGradients lora_embedding_bwd(const LoraEmbeddingBackwardCall& call, Adapt
 AdapterGradients lora_embedding_bwd_decomposed(const LoraEmbeddingBackwardCall& call,
                                                AdapterMask mask);
 
+// Both out of ATen's operators, for what has no kernel.
+Tensor lora_embedding_fwd_composed(const LoraEmbeddingCall& call);
+AdapterGradients lora_embedding_bwd_composed(const LoraEmbeddingBackwardCall& call,
+                                             AdapterMask mask);
+
 void check_lora_embedding(const LoraEmbeddingCall& call);
 void check_lora_embedding_bwd(const LoraEmbeddingBackwardCall& call);
 // -1 stands for none of the V tokens.

@@ -17,17 +17,21 @@ bool prints_paths() {
   return asked;
 }
 
-void print_path(const PathOfCall& call, const std::string& path, const std::string& reason) {
-  std::ostringstream line;
-  line << "lora_ext: " << call.pass << " of " << call.M << " rows, " << call.K << " -> " << call.N
-       << ", r " << call.r << ", " << call.base;
-  if (call.adapter != call.base) line << " with " << call.adapter << " adapters";
-  if (call.dropout) line << ", dropout";
-  line << ": " << path << ": " << reason << '\n';
+void print_path(const std::string& call, const std::string& path, const std::string& reason) {
+  const std::string line = "lora_ext: " + call + ": " + path + ": " + reason + '\n';
   static std::mutex mutex;
   static std::set<std::string> printed;
   const std::lock_guard lock(mutex);
-  if (printed.insert(line.str()).second) std::cerr << line.str() << std::flush;
+  if (printed.insert(line).second) std::cerr << line << std::flush;
+}
+
+void print_path(const PathOfCall& call, const std::string& path, const std::string& reason) {
+  std::ostringstream text;
+  text << call.pass << " of " << call.M << " rows, " << call.K << " -> " << call.N << ", r "
+       << call.r << ", " << call.base;
+  if (call.adapter != call.base) text << " with " << call.adapter << " adapters";
+  if (call.dropout) text << ", dropout";
+  print_path(text.str(), path, reason);
 }
 
 }  // namespace lora_ext

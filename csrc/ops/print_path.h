@@ -1,4 +1,4 @@
-// LORA_EXT_PRINT_PATHS=1: which code lora_linear runs is printed once for each kind of call, to
+// LORA_EXT_PRINT_PATHS=1: which code an operator runs is printed once for each kind of call, to
 // stderr. `explain` tells of layers before they run, this of what ran.
 #pragma once
 
@@ -12,6 +12,10 @@ namespace lora_ext {
 // Whether it was asked for; read once.
 bool prints_paths();
 
+// Nothing where such a call was printed before.
+void print_path(const std::string& call, const std::string& path, const std::string& reason);
+
+// A call of lora_linear.
 struct PathOfCall {
   const char* pass;  // "forward" or "backward"
   int64_t M, N, K, r;
@@ -19,7 +23,6 @@ struct PathOfCall {
   bool dropout;
 };
 
-// Nothing where such a call was printed before.
 void print_path(const PathOfCall& call, const std::string& path, const std::string& reason);
 
 }  // namespace lora_ext

@@ -20,6 +20,18 @@ Tensor weight_norm_meta(const Tensor& weight, const Tensor& lora_A, const Tensor
   return weight.new_empty_symint({weight.sym_size(0)}, weight.options().dtype(compute));
 }
 
+// Operands that require grad are taken as they are; tangents are refused, not lost.
+Tensor weight_norm_constant(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+                            double scaling) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!have_tangents(weight, lora_A, lora_B),
+                              "weight_norm: got a tangent of forward AD, expected none: lora_ext::"
+                              "weight_norm is a constant; give it weight.detach()");
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return weight_norm(weight, lora_A, lora_B, scaling);
+}
+
+}  // namespace
+
 // Some rows at a time: never all of weight + scaling * B A.
 Tensor weight_norm_composed(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                             double scaling) {
@@ -38,18 +50,6 @@ Tensor weight_norm_composed(const Tensor& weight, const Tensor& lora_A, const Te
   }
   return norm;
 }
-
-// Operands that require grad are taken as they are; tangents are refused, not lost.
-Tensor weight_norm_constant(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
-                            double scaling) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!have_tangents(weight, lora_A, lora_B),
-                              "weight_norm: got a tangent of forward AD, expected none: lora_ext::"
-                              "weight_norm is a constant; give it weight.detach()");
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return weight_norm(weight, lora_A, lora_B, scaling);
-}
-
-}  // namespace
 
 void check_weight_norm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B) {
   check_merge("weight_norm", weight, lora_A, lora_B, std::nullopt);

@@ -11,6 +11,10 @@ Tensor weight_norm(const Tensor& weight,  // [N, K]
                    const Tensor& lora_B,  // [N, r]
                    double scaling);
 
+// Out of ATen's operators, for what has no kernel.
+Tensor weight_norm_composed(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+                            double scaling);
+
 void check_weight_norm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B);
 
 }  // namespace lora_ext

@@ -8,6 +8,7 @@
 // `make gpu-sanitize` builds and runs it (tests/gpu/test_sanitizer.py).
 #include "cuda/lora_linear_path.h"
 #include "problem.h"
+#include "rows.h"
 
 using namespace lora_ext;
 using namespace gpu_test;
@@ -182,6 +183,11 @@ void run_all(int capability, bool small) {
   attempt("merge fp16", run_merge<Fp16, Fp16>);
   attempt("merge fp16, adapters fp32", run_merge<Fp16, float>);
   attempt("merge fp32", run_merge<float, float>);
+  attempt("rows bf16", run_rows<Bf16, Bf16>);
+  attempt("rows bf16, adapters fp32", run_rows<Bf16, float>);
+  attempt("rows fp16", run_rows<Fp16, Fp16>);
+  attempt("rows fp16, adapters fp32", run_rows<Fp16, float>);
+  attempt("rows fp32", run_rows<float, float>);
   attempt("dropout_mask", run_dropout);
   if (failures > 0) throw std::runtime_error(std::to_string(failures) + " checks failed");
 }

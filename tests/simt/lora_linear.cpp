@@ -147,6 +147,21 @@ void backward(const Arguments& a) {
   lora_ext::run_backward(call, {Scratch::allocate, &scratch}, nullptr, path().family);
 }
 
+// dh takes h's place.
+template <class T, class TA>
+void up_grad(const Arguments& a) {
+  if (!choose(a, true)) return;
+  Scratch scratch;
+  const UpGradCall<T, TA> call{{static_cast<const T*>(a.dy), a.M, a.N, a.ldy},
+                               a.saved_h,
+                               static_cast<const TA*>(a.lora_B),
+                               a.r,
+                               a.scaling,
+                               a.h,
+                               static_cast<TA*>(a.dB)};
+  lora_ext::run_up_grad(call, {Scratch::allocate, &scratch}, nullptr, path().family);
+}
+
 // f with the types named "bf16", "bf16-fp32", "fp16" or "fp16-fp32"
 template <class F>
 void with_types(const std::string& types, const F& f) {
@@ -177,6 +192,14 @@ int lora_backward(const char* types, const Arguments* arguments) {
   return guarded([&] {
     with_types(types, [&](auto base, auto adapter) {
       backward<decltype(base), decltype(adapter)>(*arguments);
+    });
+  });
+}
+
+int lora_up_grad(const char* types, const Arguments* arguments) {
+  return guarded([&] {
+    with_types(types, [&](auto base, auto adapter) {
+      up_grad<decltype(base), decltype(adapter)>(*arguments);
     });
   });
 }

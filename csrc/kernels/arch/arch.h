@@ -9,6 +9,7 @@
 
 #include <cuda_runtime.h>
 
+#include "any_gpu.h"
 #include "ptx_sm80.h"
 #include "ptx_sm90.h"
 

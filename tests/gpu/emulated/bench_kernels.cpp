@@ -7,4 +7,9 @@
 #include "kernels/launch_product_sm80.h"
 #include "kernels/launch_product_sm90.h"
 //
+#include "kernels/column_scale.cu"
+#include "kernels/lora_embedding.cu"
+#include "kernels/sum_parts.cu"
+#include "kernels/weight_norm.cu"
+//
 #include "../../../benchmarks/kernels/bench_kernels.cu"

@@ -1,6 +1,7 @@
 // The machine of csrc/kernels/arch/arch.h on a CPU: what a host compiler sees of it.
 #pragma once
 
+#include "simt/any_gpu.h"
 #include "simt/builtins.h"
 #include "simt/runtime.h"
 #include "simt/sm80.h"

@@ -1,0 +1,46 @@
+// What any GPU has: 16 bytes of a thread in one access, a check that ends all work of a program;
+// and whether it has more.
+#pragma once
+
+#include <cstddef>
+
+#include "../element.h"
+
+// Of CUDA's device runtime: what assert() calls.
+extern "C" __device__ void __assertfail(const char* message, const char* file, unsigned line,
+                                        const char* function, size_t char_bytes);
+
+namespace lora_ext::arch {
+
+struct alignas(16) Words {
+  uint32_t word[4];
+};
+
+// Of global memory, at a multiple of 16 bytes: one instruction instead of eight or four. In C++
+// nvcc makes four of the store.
+LORA_EXT_DEVICE Words load_16(const void* p) {
+  const uint4 four = *static_cast<const uint4*>(p);
+  return {{four.x, four.y, four.z, four.w}};
+}
+LORA_EXT_DEVICE void store_16(void* p, const Words& words) {
+  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};\n" ::"l"(p), "r"(words.word[0]),
+               "r"(words.word[1]), "r"(words.word[2]), "r"(words.word[3])
+               : "memory");
+}
+
+// Whether this code is for GPUs that have the instructions of ptx_sm80.h.
+LORA_EXT_DEVICE constexpr bool has_mma() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  return true;
+#else
+  return false;
+#endif
+}
+
+// Where it is not so, all work of the program on the GPU ends and CUDA prints `what`, as with
+// ATen's lookups: a kernel cannot throw. Not assert(), which release builds leave out.
+LORA_EXT_DEVICE void require(bool condition, const char* what) {
+  if (!condition) __assertfail(what, "lora_ext", 0, "", 1);
+}
+
+}  // namespace lora_ext::arch
