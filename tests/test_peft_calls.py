@@ -406,3 +406,23 @@ def test_a_stack_of_matrices_tells_its_delta() -> None:
         results.append(layer.get_delta_weight(adapter_name="default"))
     assert results[0].shape == (3, 6, 4)
     torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-6)
+
+
+def test_adapting_keeps_the_mode_and_switching_off_what_trains(folder: Path) -> None:
+    """Two of the differences on purpose (docs/peft.md); `theirs` says that PEFT still does so."""
+
+    def trains_in_eval(lib: Any) -> bool:
+        base = Net().eval()
+        lib.get_peft_model(base, config_of(lib, lora_dropout=0.5))
+        return any(module.training for module in base.modules())
+
+    def trains_after(lib: Any) -> bool:
+        model = adapter(lib, folder)
+        assert not any(one.requires_grad for one in model.parameters())
+        with model.disable_adapter():
+            pass
+        return any(one.requires_grad for one in model.parameters())
+
+    for question in (trains_in_eval, trains_after):
+        ours, theirs = question(lora_ext), question(peft)
+        assert not ours and theirs, question.__name__
