@@ -368,3 +368,46 @@ def test_a_net_of_several_layers() -> None:
         for one, other, exactly in zip(got, plain, want, strict=True):
             error, yardstick = rms(one.double() - exactly), rms(other.double() - exactly)
             assert error <= 2 * yardstick, (tuple(one.shape), error / yardstick)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["plain", "dropout"])
+def test_what_other_devices_run_is_a_call_for_each(dropout_p: float) -> None:
+    """The kernel that a device without its own has, on tensors of the CPU: the bits of separate
+    calls, and the sum of their gradients of x."""
+    torch.manual_seed(0)
+    layers = [layer(40, 24, 8, dropout_p), layer(40, 16, None), layer(40, 24, 4, dropout_p)]
+    problem = Multi(torch.randn(70, 40, requires_grad=True), [
+        replace(one, rng_state=torch.tensor([3, i]) if one.lora_A is not None else None,
+                dy=torch.randn(70, len(one.weight)))
+        for i, one in enumerate(layers)
+    ])  # fmt: skip
+    ys = problem.separate()
+    each = [torch.autograd.grad(y, problem.x, one.dy, retain_graph=True)[0]
+            for y, one in zip(ys, problem.layers, strict=True)]  # fmt: skip
+    wanted = problem.results(ys)
+    none = torch.empty(0)
+    ops = torch.ops.lora_ext
+
+    def listed(name: str) -> list[Tensor]:
+        found = [getattr(one, name) for one in problem.layers]
+        return [none if one is None else one.detach() for one in found]
+
+    x, (weight, bias, A, B, states, dy) = problem.x.detach(), map(
+        listed, ("weight", "bias", "lora_A", "lora_B", "rng_state", "dy")
+    )  # fmt: skip
+    numbers = ([one.scaling for one in layers], [], [dropout_p, 0.0, dropout_p], states)
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)  # type: ignore[attr-defined]
+    found, h = ops.lora_linear_multi_fwd.default.redispatch(
+        keys, x, weight, bias, A, B, [], *numbers, [1, 0, 1]
+    )
+    for got, want in zip(found, ys, strict=True):
+        assert equal(got, want)
+    dx, *grads = ops.lora_linear_multi_bwd.default.redispatch(
+        keys, dy, x, h if not dropout_p else [], weight, A, B, *numbers, True, [30, 6, 30]
+    )
+    assert equal(dx, each[0] + each[1] + each[2])
+    names = ("weight", "bias", "lora_A", "lora_B")
+    for name, of_layers in zip(names, grads, strict=False):
+        for i, got in enumerate(of_layers):
+            if f"{name}.{i}" in wanted:
+                assert equal(got, wanted[f"{name}.{i}"]), (name, i)
