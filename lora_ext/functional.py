@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_ext._extension import _C
-from lora_ext.arguments import check_kinds, refuse
+from lora_ext._linear_multi import for_each, multi_in_graph, refuse_multi
+from lora_ext._scaling import for_any, is_for_any
+from lora_ext.arguments import check_kinds
 from lora_ext.batching import BatchPlan
 
 __all__ = [
@@ -26,25 +28,6 @@ __all__ = [
     "lora_update",
     "weight_norm",
 ]
-
-
-def is_for_any(scaling: float | Tensor) -> bool:
-    """Whether this is being compiled for any value of scaling, as torch.compile does once it has
-    changed. Operators take a number as a constant of the graph, which each value would compile
-    again; a tensor that was multiplied by it is a value of the graph."""
-    if not torch.compiler.is_compiling() or isinstance(scaling, Tensor):
-        return False
-    from torch.fx.experimental.symbolic_shapes import has_static_value  # slow to import
-
-    return not has_static_value(scaling)
-
-
-def _for_any(lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor, float]:
-    """The same product with a scaling that is a constant, if it was none."""
-    if not is_for_any(scaling):
-        return lora_A, lora_B, scaling
-    compute = torch.promote_types(lora_B.dtype, torch.float32)
-    return lora_A.to(compute), lora_B.to(compute) * scaling, 1.0
 
 
 def draw_rng_state(x: Tensor) -> Tensor:
@@ -140,11 +123,6 @@ def lora_linear(
     )
 
 
-def _for_each(value: Any, layers: Sequence[object]) -> Sequence[Any]:
-    """A list with an entry for each, of one or of one for all."""
-    return value if isinstance(value, list | tuple) else [value] * len(layers)
-
-
 def lora_linear_multi(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -187,7 +165,7 @@ def lora_linear_multi(
     """
     if not torch.compiler.is_compiling():
         try:
-            numbers, p = _for_each(scalings, weights), _for_each(dropout_p, weights)
+            numbers, p = for_each(scalings, weights), for_each(dropout_p, weights)
             return _C.lora_linear_multi(
                 x, weights, biases, lora_As, lora_Bs, lora_biases, numbers, p, rng_states
             )
@@ -195,82 +173,18 @@ def lora_linear_multi(
             optional = {"biases": biases, "lora_biases": lora_biases, "rng_states": rng_states}
             given = {name: entries for name, entries in optional.items() if entries is not None}
             given = {"lora_As": lora_As, "lora_Bs": lora_Bs, **given}
-            _refuse_multi(x, weights, given, scalings, dropout_p)
+            refuse_multi(x, weights, given, scalings, dropout_p)
             raise
-    return _lora_linear_multi_compiled(
-        x, weights, biases, lora_As, lora_Bs, lora_biases, scalings, dropout_p, rng_states
-    )
-
-
-def _lora_linear_multi_compiled(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None] | None,
-    lora_As: Sequence[Tensor | None],
-    lora_Bs: Sequence[Tensor | None],
-    lora_biases: Sequence[Tensor | None] | None,
-    scalings: float | Tensor | Sequence[float | Tensor],
-    dropout_p: float | Sequence[float],
-    rng_states: Sequence[Tensor | None] | None,
-) -> list[Tensor]:
-    """As what a graph holds."""
     none: list[Tensor | None] = [None] * len(weights)
-    numbers, p = _for_each(scalings, weights), _for_each(dropout_p, weights)
-    empty = x.new_empty(0)
-
-    def listed(tensors: Sequence[Tensor | None] | None) -> list[Tensor]:
-        return [empty if one is None else one for one in tensors or ()]
-
     states = [
         draw_rng_state(x) if state is None and q > 0.0 and A is not None else state
-        for state, q, A in zip(rng_states or none, p, lora_As, strict=True)
+        for state, q, A in zip(
+            rng_states or none, for_each(dropout_p, weights), lora_As, strict=True
+        )
     ]
-    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    tensors: list[Tensor | None] = [
-        one
-        if isinstance(one, Tensor)
-        else torch.ones((), dtype=exact, device=x.device) * one
-        if is_for_any(one)
-        else None
-        for one in numbers
-    ]
-    return torch.ops.lora_ext.lora_linear_multi(  # type: ignore[no-any-return]
-        x,
-        weights,
-        listed(biases),
-        listed(lora_As),
-        listed(lora_Bs),
-        listed(lora_biases),
-        [1.0 if tensor is not None else one for one, tensor in zip(numbers, tensors, strict=True)],
-        listed(tensors),
-        p,
-        listed(states),
+    return multi_in_graph(
+        x, weights, biases, lora_As, lora_Bs, lora_biases, scalings, dropout_p, states
     )
-
-
-def _refuse_multi(
-    x: object, weights: object, optional: Mapping[str, object], numbers: object, p: object
-) -> None:
-    """After a call failed: an error for the first argument of another kind or length."""
-    where, layers = "lora_linear_multi", 0
-    check_kinds(where, x=x)
-    for name, entries in {"weights": weights, **optional}.items():
-        if not isinstance(entries, Sequence | torch.nn.ParameterList) or isinstance(entries, str):
-            refuse(where, name, entries, "a list with an entry for each layer")
-        layers = layers or len(entries)
-        if len(entries) != layers:
-            raise ValueError(
-                f"{where}: {name}: got {len(entries)} entries, expected {layers}, one for each of "
-                "weights"
-            )
-        for i, entry in enumerate(entries):
-            if entry is not None or name == "weights":
-                check_kinds(where, **{f"{name}[{i}]": entry})
-    for number in numbers if isinstance(numbers, list | tuple) else [numbers]:
-        if not isinstance(number, Tensor):
-            check_kinds(where, scaling=number)
-    for probability in p if isinstance(p, list | tuple) else [p]:
-        check_kinds(where, dropout_p=probability)
 
 
 class LowRank(NamedTuple):
@@ -397,7 +311,7 @@ def lora_embedding(
         RuntimeError: tensors on different devices.
     """
     if torch.compiler.is_compiling():
-        lora_A, lora_B, scaling = _for_any(lora_A, lora_B, scaling)
+        lora_A, lora_B, scaling = for_any(lora_A, lora_B, scaling)
     try:
         padding = -1
         if padding_idx is not None and weight.dim():  # of a number the operator says what is wrong
@@ -507,7 +421,7 @@ def dora_linear(
         RuntimeError: tensors on different devices.
     """
     if torch.compiler.is_compiling():
-        lora_A, lora_B, scaling = _for_any(lora_A, lora_B, scaling)
+        lora_A, lora_B, scaling = for_any(lora_A, lora_B, scaling)
     try:
         return torch.ops.lora_ext.dora_linear(  # type: ignore[no-any-return]
             x, weight, bias, lora_A, lora_B, scale, scaling, dropout_p, rng_state
@@ -546,7 +460,7 @@ def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float =
         RuntimeError: tensors on different devices.
     """
     if torch.compiler.is_compiling():
-        lora_A, lora_B, scaling = _for_any(lora_A, lora_B, scaling)
+        lora_A, lora_B, scaling = for_any(lora_A, lora_B, scaling)
     try:
         return torch.ops.lora_ext.weight_norm(  # type: ignore[no-any-return]
             weight, lora_A, lora_B, scaling

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_ext import functional
+from lora_ext._scaling import is_for_any
 from lora_ext.arguments import as_flag, as_number, check_names, describe, suggests_names
 from lora_ext.nn.init import check_init, is_mica
 
@@ -218,8 +219,8 @@ class LowRank(functional.LowRank):
 
     def for_any(self) -> LowRank:
         """The same with a scaling that is a constant, for what takes no other; see
-        `functional.is_for_any`."""
-        return stacked([self]) if functional.is_for_any(self.scaling) else self
+        `_scaling.is_for_any`."""
+        return stacked([self]) if is_for_any(self.scaling) else self
 
 
 def stacked(adapters: Sequence[LowRank], factors: Sequence[Tensor] | None = None) -> LowRank:

@@ -1,0 +1,84 @@
+"""What `functional.lora_linear_multi` does beside the ordinary call: in graphs, and where a call
+failed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_ext._scaling import is_for_any
+from lora_ext.arguments import check_kinds, refuse
+
+
+def for_each(value: Any, layers: Sequence[object]) -> Sequence[Any]:
+    """A list with an entry for each, of one or of one for all."""
+    return value if isinstance(value, list | tuple) else [value] * len(layers)
+
+
+def multi_in_graph(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None,
+    lora_As: Sequence[Tensor | None],
+    lora_Bs: Sequence[Tensor | None],
+    lora_biases: Sequence[Tensor | None] | None,
+    scalings: float | Tensor | Sequence[float | Tensor],
+    dropout_p: float | Sequence[float],
+    rng_states: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """`lora_linear_multi` as what a graph holds; states are there where elements are dropped."""
+    numbers, p = for_each(scalings, weights), for_each(dropout_p, weights)
+    empty = x.new_empty(0)
+
+    def listed(tensors: Sequence[Tensor | None] | None) -> list[Tensor]:
+        return [empty if one is None else one for one in tensors or ()]
+
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    tensors: list[Tensor | None] = [
+        one
+        if isinstance(one, Tensor)
+        else torch.ones((), dtype=exact, device=x.device) * one
+        if is_for_any(one)
+        else None
+        for one in numbers
+    ]
+    return torch.ops.lora_ext.lora_linear_multi(  # type: ignore[no-any-return]
+        x,
+        weights,
+        listed(biases),
+        listed(lora_As),
+        listed(lora_Bs),
+        listed(lora_biases),
+        [1.0 if tensor is not None else one for one, tensor in zip(numbers, tensors, strict=True)],
+        listed(tensors),
+        p,
+        listed(rng_states),
+    )
+
+
+def refuse_multi(
+    x: object, weights: object, optional: Mapping[str, object], numbers: object, p: object
+) -> None:
+    """After a call failed: an error for the first argument of another kind or length."""
+    where, layers = "lora_linear_multi", 0
+    check_kinds(where, x=x)
+    for name, entries in {"weights": weights, **optional}.items():
+        if not isinstance(entries, Sequence | torch.nn.ParameterList) or isinstance(entries, str):
+            refuse(where, name, entries, "a list with an entry for each layer")
+        layers = layers or len(entries)
+        if len(entries) != layers:
+            raise ValueError(
+                f"{where}: {name}: got {len(entries)} entries, expected {layers}, one for each of "
+                "weights"
+            )
+        for i, entry in enumerate(entries):
+            if entry is not None or name == "weights":
+                check_kinds(where, **{f"{name}[{i}]": entry})
+    for number in numbers if isinstance(numbers, list | tuple) else [numbers]:
+        if not isinstance(number, Tensor):
+            check_kinds(where, scaling=number)
+    for probability in p if isinstance(p, list | tuple) else [p]:
+        check_kinds(where, dropout_p=probability)
