@@ -150,7 +150,7 @@ void backward(const Arguments& a) {
 // dh takes h's place.
 template <class T, class TA>
 void up_grad(const Arguments& a) {
-  if (!choose(a, true)) return;
+  if (!choose<T, TA>(a, true)) return;
   Scratch scratch;
   const UpGradCall<T, TA> call{{static_cast<const T*>(a.dy), a.M, a.N, a.ldy},
                                a.saved_h,
