@@ -48,11 +48,13 @@ PRODUCTS = {
             "product_sm90.h", "arch::mbarrier_wait(ring.full(at.slot), at.parity);", "",
         ),
         "sm90: no wait for an empty slot": (
-            "product_sm90.h", "arch::mbarrier_wait(ring.empty(at.slot), at.parity ^ 1);", "",
+            "product_sm90.h",
+            "arch::mbarrier_wait_bounded(ring.empty(at.slot), at.parity ^ 1, params.report);", "",
         ),
         "sm90: a wait for the turn before": (
-            "product_sm90.h", "arch::mbarrier_wait(ring.empty(at.slot), at.parity ^ 1);",
-            "arch::mbarrier_wait(ring.empty(at.slot), at.parity);",
+            "product_sm90.h",
+            "arch::mbarrier_wait_bounded(ring.empty(at.slot), at.parity ^ 1, params.report);",
+            "arch::mbarrier_wait_bounded(ring.empty(at.slot), at.parity, params.report);",
         ),
         "sm90: turns that are not counted": (
             "ring_sm90.h", "slot = 0, parity ^= 1;", "slot = 0;",
@@ -184,13 +186,15 @@ PRODUCTS = {
             "low_rank_sm90.h", "arch::mbarrier_wait(stages.full(at.slot), at.parity);", "",
         ),
         "low rank: no wait for an empty slot": (
-            "low_rank_sm90.h", "arch::mbarrier_wait(stages.empty(at.slot), at.parity ^ 1);", "",
+            "low_rank_sm90.h",
+            "arch::mbarrier_wait_bounded(stages.empty(at.slot), at.parity ^ 1, params.report);", "",
         ),
         "low rank: no wait for a full slot of R": (
             "low_rank_sm90.h", "arch::mbarrier_wait(Rs.full(at_R.slot), at_R.parity);", "",
         ),
         "low rank: no wait for an empty slot of R": (
-            "low_rank_sm90.h", "arch::mbarrier_wait(Rs.empty(at_R.slot), at_R.parity ^ 1);", "",
+            "low_rank_sm90.h",
+            "arch::mbarrier_wait_bounded(Rs.empty(at_R.slot), at_R.parity ^ 1, params.report);", "",
         ),
         "low rank: turns that are not counted": (
             "ring_sm90.h", "slot = 0, parity ^= 1;", "slot = 0;",
