@@ -344,12 +344,7 @@ OPERATORS = {
         GROUPED_BWD_CASES,
     ),
     "multi": (OPS.lora_linear_multi, "lora_linear_multi", MULTI, MULTI_CASES),
-    "multi bwd": (
-        OPS.lora_linear_multi_bwd,
-        "lora_linear_multi_bwd",
-        MULTI_BWD,
-        MULTI_BWD_CASES,
-    ),
+    "multi bwd": (OPS.lora_linear_multi_bwd, "lora_linear_multi_bwd", MULTI_BWD, MULTI_BWD_CASES),
     "merge_": (OPS.merge_, "merge_", MERGE, MERGE_CASES),
     "merge_, on cpu": (OPS.merge_, "merge_", MERGE, MERGE_CPU_CASES),
     "merge_, scaled, on cpu": (

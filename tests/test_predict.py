@@ -197,10 +197,10 @@ def test_paths_compares_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:
 def test_no_default_is_slower_than_cublas(
     capsys: pytest.CaptureFixture[str], card: str, options: list[str]
 ) -> None:
-    """By prediction, where the default is not cuBLAS already; 2 % is less than it knows."""
+    """By prediction, and by more than it calls a difference."""
     printed = run(capsys, "--paths", "--card", card, "--ranks", "16,128", "--json", *options)
     for row in json.loads(printed)["rows"]:
-        assert row["auto"] <= 1.02 * row["composed"], row
+        assert row["auto"] <= (1 + predict.MARGIN) * row["composed"], row
 
 
 def test_counts_of_other_sources_are_told(

@@ -1,5 +1,5 @@
-// lora_embedding on CUDA: one pass over y. Backward is a composition of ATen, whose sums over
-// tokens are in a fixed order.
+// lora_embedding on CUDA: one pass over y. Backward is one over dy, by the low-rank pass of
+// lora_linear where its kernels run, and ATen's sum over tokens; else a composition of ATen.
 #include "ops/lora_embedding.h"
 
 #include <ATen/ATen.h>

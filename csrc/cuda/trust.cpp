@@ -12,9 +12,9 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "cuda/lora_linear.h"
+#include "cuda/operands.h"
 #include "kernels/self_check.h"
 #include "kernels/switches.h"
 
@@ -37,14 +37,7 @@ Entry& entry_of(KernelFamily family, int device) {
 
 // What is wrong, or empty.
 std::string check(KernelFamily family) {
-  std::vector<at::Tensor> blocks;
-  const Allocator memory{
-      [](void* context, int64_t bytes) {
-        auto& own = *static_cast<std::vector<at::Tensor>*>(context);
-        own.push_back(at::empty({bytes}, at::device(at::kCUDA).dtype(at::kByte)));
-        return own.back().data_ptr();
-      },
-      &blocks};
+  CudaScratch scratch{at::TensorOptions().device(at::kCUDA), {}};
   const auto stream = at::cuda::getCurrentCUDAStream();
   const auto copy = [&](void* to, const void* from, int64_t bytes) {
     const auto count = static_cast<size_t>(bytes);
@@ -53,7 +46,7 @@ std::string check(KernelFamily family) {
   };
   try {
     for (const SelfCheckSize size : kSelfCheckSizes) {
-      std::string wrong = SelfCheck(size, memory, copy).run(family, stream);
+      std::string wrong = SelfCheck(size, scratch.allocator(), copy).run(family, stream);
       if (!wrong.empty()) return wrong;
     }
   } catch (const std::exception& error) {

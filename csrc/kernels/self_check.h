@@ -83,14 +83,14 @@ class SelfCheck {
   static constexpr uint32_t kThreshold = 32768;
   static constexpr int64_t kRngState[2] = {12345678901, 44};
 
-  using Values = std::vector<int>;
+  using Values = std::vector<int8_t>;
 
   // -1, 0 and 1
   void fill(Values& values, int64_t count) {
     values.resize(static_cast<size_t>(count));
-    for (int& value : values) {
+    for (int8_t& value : values) {
       state_ = state_ * 1664525u + 1013904223u;
-      value = static_cast<int>((state_ >> 16) % 3) - 1;
+      value = static_cast<int8_t>((state_ >> 16) % 3 - 1);
     }
   }
 
@@ -120,16 +120,34 @@ class SelfCheck {
 
   // ---- What is expected ------------------------------------------------------------------------
 
-  int x(int64_t m, int64_t k) const {
-    const DropoutRng rng = dropout_rng(kRngState);
-    return dropout_keep(rng, m, k, kThreshold) ? x_[m * K_ + k] : 0;
+  // Which elements of a row of x dropout keeps: eight for each draw.
+  std::vector<bool> kept(int64_t m) const {
+    std::vector<bool> row(static_cast<size_t>((K_ + kDropoutBlock - 1) / kDropoutBlock) *
+                          kDropoutBlock);
+    for (int64_t first = 0; first < K_; first += kDropoutBlock) {
+      for (int lane = 0; lane < kDropoutLanes; ++lane) {
+        const PhiloxBlock bits =
+            dropout_bits(dropout_rng(kRngState), m, first / kDropoutBlock, lane);
+        for (int slot = 0; slot < kDropoutSlots; ++slot) {
+          row[first + slot * kDropoutLanes + lane] = keeps(bits, slot, kThreshold);
+        }
+      }
+    }
+    return row;
+  }
+  // A row of x without what is dropped; the factor of what is kept is the scaling's inverse.
+  std::vector<int> dropped(int64_t m) const {
+    const std::vector<bool> keep = kept(m);
+    std::vector<int> row(x_.begin() + m * K_, x_.begin() + (m + 1) * K_);
+    for (int64_t k = 0; k < K_; ++k) row[k] = keep[k] ? row[k] : 0;
+    return row;
   }
   // Of one row, of h and dh times the scaling: the factor of what is kept makes up for it.
   std::vector<int> h_of(int64_t m) const {
+    const std::vector<int> x = dropped(m);
     std::vector<int> row(kRank);
-    for (int64_t k = 0; k < K_; ++k) {
-      const int value = x(m, k);
-      for (int j = 0; value != 0 && j < kRank; ++j) row[j] += value * A_[j * K_ + k];
+    for (int j = 0; j < kRank; ++j) {
+      for (int64_t k = 0; k < K_; ++k) row[j] += x[k] * A_[j * K_ + k];
     }
     return row;
   }
@@ -150,11 +168,10 @@ class SelfCheck {
     return sum;
   }
   double expected_dx(int64_t m, int64_t k) {
-    if (k == 0) low_rank_ = dh_of(m);
+    if (k == 0) low_rank_ = dh_of(m), kept_ = kept(m);
     int sum = 0;
     for (int64_t n = 0; n < N_; ++n) sum += dy_[m * N_ + n] * weight_[n * K_ + k];
-    const bool kept = dropout_keep(dropout_rng(kRngState), m, k, kThreshold);
-    for (int j = 0; kept && j < kRank; ++j) sum += low_rank_[j] * A_[j * K_ + k];
+    for (int j = 0; kept_[k] && j < kRank; ++j) sum += low_rank_[j] * A_[j * K_ + k];
     return sum;
   }
 
@@ -200,19 +217,27 @@ class SelfCheck {
   void check_gradients(const Bf16* dA, const Bf16* dB) {
     const std::vector<Bf16> found_A = from_device(dA, kRank * K_);
     const std::vector<Bf16> found_B = from_device(dB, N_ * kRank);
-    for (const int j : {0, kRank - 1}) {
-      std::vector<double> want_A(static_cast<size_t>(K_)), want_B(static_cast<size_t>(N_));
-      for (int64_t m = 0; m < M_; ++m) {
+    constexpr int kRanks[] = {0, kRank - 1};
+    std::vector<double> want_A[2], want_B[2];
+    for (int i = 0; i < 2; ++i) {
+      want_A[i].resize(static_cast<size_t>(K_)), want_B[i].resize(static_cast<size_t>(N_));
+    }
+    for (int64_t m = 0; m < M_; ++m) {
+      const std::vector<int> x = dropped(m);
+      const int8_t* const dy = &dy_[m * N_];
+      for (int i = 0; i < 2; ++i) {
+        const int j = kRanks[i];
         int h = 0, dh = 0;
-        std::vector<int> dropped(static_cast<size_t>(K_));
-        for (int64_t k = 0; k < K_; ++k) dropped[k] = x(m, k), h += dropped[k] * A_[j * K_ + k];
-        for (int64_t n = 0; n < N_; ++n) dh += dy_[m * N_ + n] * B_[n * kRank + j];
-        for (int64_t k = 0; k < K_; ++k) want_A[k] += dh * dropped[k];
-        for (int64_t n = 0; n < N_; ++n) want_B[n] += h * dy_[m * N_ + n];
+        for (int64_t k = 0; k < K_; ++k) h += x[k] * A_[j * K_ + k];
+        for (int64_t n = 0; n < N_; ++n) dh += dy[n] * B_[n * kRank + j];
+        for (int64_t k = 0; k < K_; ++k) want_A[i][k] += dh * x[k];
+        for (int64_t n = 0; n < N_; ++n) want_B[i][n] += h * dy[n];
       }
-      // dh has the scaling and the factor of what is kept, x that factor again.
-      for (int64_t k = 0; k < K_; ++k) compare("dA", j, k, found_A[j * K_ + k], want_A[k]);
-      for (int64_t n = 0; n < N_; ++n) compare("dB", n, j, found_B[n * kRank + j], want_B[n]);
+    }
+    for (int i = 0; i < 2; ++i) {
+      const int j = kRanks[i];
+      for (int64_t k = 0; k < K_; ++k) compare("dA", j, k, found_A[j * K_ + k], want_A[i][k]);
+      for (int64_t n = 0; n < N_; ++n) compare("dB", n, j, found_B[n * kRank + j], want_B[i][n]);
     }
   }
 
@@ -221,7 +246,8 @@ class SelfCheck {
   CopyAndWait copy_;
   uint32_t state_ = 1;
   Values x_, weight_, bias_, A_, B_, dy_;
-  std::vector<int> low_rank_;  // of the row that is compared
+  std::vector<int> low_rank_;  // of the row that is compared, as what it keeps
+  std::vector<bool> kept_;
   std::string wrong_;
 };
 

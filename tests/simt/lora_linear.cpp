@@ -11,12 +11,14 @@
 #include "kernels/launch_product_sm90.h"
 #endif
 #include "cuda/lora_linear_path.h"
+#include "guarded.h"
 #include "kernels/launch_low_rank_sm80.h"
 #include "kernels/launch_product_sm80.h"
 #include "kernels/lora_linear_run.h"
 #include "kernels/self_check.h"
 
 using namespace lora_ext;
+using simt_test::guarded, simt_test::message;
 
 namespace {
 
@@ -35,22 +37,6 @@ struct Scratch {
     for (void* block : blocks) std::free(block);
   }
 };
-
-std::string& message() {
-  static std::string text;
-  return text;
-}
-
-template <class F>
-int guarded(const F& f) {
-  try {
-    f();
-    return 0;
-  } catch (const std::exception& error) {
-    message() = error.what();
-    return 1;
-  }
-}
 
 #if defined(LORA_EXT_SM90)
 constexpr bool kSm90 = true;

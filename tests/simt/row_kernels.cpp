@@ -5,12 +5,14 @@
 #include <string>
 #include <vector>
 
+#include "guarded.h"
 #include "kernels/column_scale.cu"
 #include "kernels/lora_embedding.cu"
 #include "kernels/sum_parts.cu"
 #include "kernels/weight_norm.cu"
 
 using namespace lora_ext;
+using simt_test::guarded, simt_test::message;
 
 namespace {
 
@@ -54,24 +56,11 @@ void with_types(const std::string& types, const F& f) {
   });
 }
 
-// 0, or 1 and last_error() says why.
-std::string message;
-template <class F>
-int guarded(const F& f) {
-  try {
-    f();
-    return 0;
-  } catch (const std::exception& error) {
-    message = error.what();
-    return 1;
-  }
-}
-
 }  // namespace
 
 extern "C" {
 
-const char* last_error() { return message.c_str(); }
+const char* last_error() { return message().c_str(); }
 
 // As in lora_linear.cpp: 0 eager, 1 deferred, 2 random.
 void set_schedule(int completion, uint64_t seed) {
