@@ -24,6 +24,7 @@ ROOT = Path(lora_ext.__file__).parent
 PACKAGES = (
     *("_startup", "_missing", "_extension", "_flops", "_offloaded"),
     *("_not_built", "errors", "arguments", "batching", "reference"),
+    *("_scaling", "_linear_multi"),
     *(
         "functional",
         "paths",
