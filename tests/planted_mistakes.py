@@ -49,12 +49,13 @@ PRODUCTS = {
         ),
         "sm90: no wait for an empty slot": (
             "product_sm90.h",
-            "arch::mbarrier_wait_bounded(ring.empty(at.slot), at.parity ^ 1, params.report);", "",
+            "arch::mbarrier_wait_bounded(ring.empty(at.slot), at.parity ^ 1, params.report, m, n);",
+            "",
         ),
         "sm90: a wait for the turn before": (
             "product_sm90.h",
-            "arch::mbarrier_wait_bounded(ring.empty(at.slot), at.parity ^ 1, params.report);",
-            "arch::mbarrier_wait_bounded(ring.empty(at.slot), at.parity, params.report);",
+            "arch::mbarrier_wait_bounded(ring.empty(at.slot), at.parity ^ 1, params.report, m, n);",
+            "arch::mbarrier_wait_bounded(ring.empty(at.slot), at.parity, params.report, m, n);",
         ),
         "sm90: turns that are not counted": (
             "ring_sm90.h", "slot = 0, parity ^= 1;", "slot = 0;",
@@ -187,14 +188,18 @@ PRODUCTS = {
         ),
         "low rank: no wait for an empty slot": (
             "low_rank_sm90.h",
-            "arch::mbarrier_wait_bounded(stages.empty(at.slot), at.parity ^ 1, params.report);", "",
+            "arch::mbarrier_wait_bounded("
+            "stages.empty(at.slot), at.parity ^ 1, params.report, row, c);",
+            "",
         ),
         "low rank: no wait for a full slot of R": (
             "low_rank_sm90.h", "arch::mbarrier_wait(Rs.full(at_R.slot), at_R.parity);", "",
         ),
         "low rank: no wait for an empty slot of R": (
             "low_rank_sm90.h",
-            "arch::mbarrier_wait_bounded(Rs.empty(at_R.slot), at_R.parity ^ 1, params.report);", "",
+            "arch::mbarrier_wait_bounded("
+            "Rs.empty(at_R.slot), at_R.parity ^ 1, params.report, row, 0);",
+            "",
         ),
         "low rank: turns that are not counted": (
             "ring_sm90.h", "slot = 0, parity ^= 1;", "slot = 0;",

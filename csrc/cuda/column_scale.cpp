@@ -61,7 +61,7 @@ ColumnScaleGradients column_scale_bwd_cuda(const Tensor& dy, const OptionalTenso
   if (dy.numel() == 0 || nothing) return {dz, dscale, dbias};
   const Tensor rows = as_rows(dy), factors = aligned_vector(scale, at::kFloat);
   const Tensor z_rows = mask[kGradScale] ? as_rows(*z) : Tensor();
-  CudaScratch scratch{dy.options(), {}};
+  CudaScratch scratch(dy.options());
   with_base_type(dy.scalar_type(), [&](auto base) {
     using T = decltype(base);
     const ColumnScaleBackwardCall<T> call{

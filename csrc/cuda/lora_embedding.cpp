@@ -90,7 +90,7 @@ AdapterGradients lora_embedding_bwd_cuda(const LoraEmbeddingBackwardCall& call, 
   const Tensor h =
       mask[1] ? at::embedding(lora_A.t(), tokens).to(at::kFloat).contiguous() : Tensor();
   const Tensor dh = mask[0] ? at::empty({rows.size(0), lora_A.size(0)}, in_float) : Tensor();
-  CudaScratch scratch{rows.options(), {}};
+  CudaScratch scratch(rows.options());
   with_all_types(rows.scalar_type(), B.scalar_type(), [&](auto base, auto adapter) {
     using T = decltype(base);
     using TA = decltype(adapter);

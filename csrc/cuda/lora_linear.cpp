@@ -73,7 +73,7 @@ Tensor in_pairs(const Tensor& bias) {
 // The low-rank part into y; the base product too if there is a weight [N, K].
 void run_kernels(const LowRankForward& problem, const Tensor& weight, KernelFamily family) {
   const KernelOptions options(problem.scaling, problem.dropout);
-  CudaScratch scratch{problem.x.options(), {}};
+  CudaScratch scratch(problem.x.options());
   const auto& [x, lora_A, lora_B] = std::tie(problem.x, problem.lora_A, problem.lora_B);
   const Tensor bias = in_pairs(problem.bias);
   with_types(x.scalar_type(), lora_A.scalar_type(), [&](auto base, auto adapter) {
@@ -97,7 +97,7 @@ void run_kernels(const LowRankForward& problem, const Tensor& weight, KernelFami
 // The low-rank part into dx, dA and dB; the base product too, into dx, if there is a weight.
 void run_kernels(const LowRankBackward& problem, const Tensor& weight, KernelFamily family) {
   const KernelOptions options(problem.scaling, problem.dropout);
-  CudaScratch scratch{problem.dy.options(), {}};
+  CudaScratch scratch(problem.dy.options());
   const auto& [dy, lora_A, lora_B] = std::tie(problem.dy, problem.lora_A, problem.lora_B);
   with_types(dy.scalar_type(), lora_A.scalar_type(), [&](auto base, auto adapter) {
     using T = decltype(base);

@@ -3,10 +3,10 @@
 
 #include <ATen/ATen.h>
 
-#include <algorithm>
 #include <vector>
 
 #include "kernels/lora_linear.h"
+#include "kernels/scratch_blocks.h"
 #include "ops/tensors.h"
 
 namespace lora_ext {
@@ -15,12 +15,16 @@ namespace lora_ext {
 struct CudaScratch {
   at::TensorOptions options;
   std::vector<Tensor> blocks;
+  ScratchBlocks cut;
+
+  explicit CudaScratch(const at::TensorOptions& of) : options(of) {}
 
   static void* allocate(void* context, int64_t bytes) {
     auto* self = static_cast<CudaScratch*>(context);
-    self->blocks.push_back(
-        at::empty({std::max<int64_t>(bytes, 1)}, self->options.dtype(at::kByte)));
-    return self->blocks.back().data_ptr();
+    return self->cut.take(bytes, [self](int64_t block) {
+      self->blocks.push_back(at::empty({block}, self->options.dtype(at::kByte)));
+      return self->blocks.back().data_ptr();
+    });
   }
   Allocator allocator() { return {allocate, this}; }
 };

@@ -37,7 +37,7 @@ Entry& entry_of(KernelFamily family, int device) {
 
 // What is wrong, or empty.
 std::string check(KernelFamily family) {
-  CudaScratch scratch{at::TensorOptions().device(at::kCUDA), {}};
+  CudaScratch scratch(at::TensorOptions().device(at::kCUDA));
   const auto stream = at::cuda::getCurrentCUDAStream();
   const auto copy = [&](void* to, const void* from, int64_t bytes) {
     const auto count = static_cast<size_t>(bytes);

@@ -39,7 +39,7 @@ Tensor weight_norm_cuda(const Tensor& weight, const Tensor& lora_A, const Tensor
   const MergeOperands operands =
       merge_operands("weight_norm", with_adjacent(weight), lora_A, lora_B);
   Tensor norms = at::empty({weight.size(0)}, options);
-  CudaScratch scratch{weight.options(), {}};
+  CudaScratch scratch(weight.options());
   with_all_types(weight.scalar_type(), lora_A.scalar_type(), [&](auto base, auto adapter) {
     using T = decltype(base);
     using TA = decltype(adapter);

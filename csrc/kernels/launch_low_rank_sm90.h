@@ -166,7 +166,7 @@ LowRankParts launch_low_rank(const LowRankPass<T>& pass, const Allocator& scratc
     params.row_tiles = static_cast<int>(cut.row_tiles);
     params.column_tiles = static_cast<int>(cut.column_tiles);
     params.dropout = pass.dropout;
-    params.report = arch::wait_report();
+    params.report = arch::wait_report(arch::WaitingKernel::kLowRank);
     params.P_stride = r, params.P = P ? P + first : nullptr;
     params.Q_row = pass.Q_transposed ? 1 : r, params.Q_column = pass.Q_transposed ? C : 1;
     params.Q_part = C * r, params.Q = Q ? Q + first * params.Q_column : nullptr;

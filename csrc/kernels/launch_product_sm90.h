@@ -29,7 +29,7 @@ void launch_product_tiles(const Product<T>& product, int cluster, int multiproce
   using Boxes = StoreBoxes<Shape::kN>;
   params.out = tensor_map(out, Boxes::kRows, Boxes::kWidth, Swizzle::k128);
   params.M = product.M, params.N = product.N;
-  params.report = arch::wait_report();
+  params.report = arch::wait_report(arch::WaitingKernel::kProduct);
   const int64_t tiles = TileWalk<Shape>::tiles(product.M, product.N, cluster);
   const int64_t clusters = std::min<int64_t>(tiles, multiprocessors / cluster);
   arch::launch_dependent(product_sm90_kernel<T, Shape, kMajorB>,

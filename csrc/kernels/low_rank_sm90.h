@@ -80,20 +80,20 @@ struct LowRank {
     for (int row_tile = walk.first_row; row_tile < walk.last_row; ++row_tile) {
       const int row = row_tile * Shape::kRows;
       if (Shape::kQ && params.R_terms > 0) {
-        arch::mbarrier_wait_bounded(Rs.empty(at_R.slot), at_R.parity ^ 1, params.report);
+        arch::mbarrier_wait_bounded(Rs.empty(at_R.slot), at_R.parity ^ 1, params.report, row, 0);
         load_R(params, Rs.data(at_R.slot), Rs.full(at_R.slot), Rs.bytes, row);
         at_R.advance(Rs.count);
       }
       for (int tile = walk.first_column; tile < walk.last_column; ++tile) {
-        arch::mbarrier_wait_bounded(stages.empty(at.slot), at.parity ^ 1, params.report);
-        load_stage(params, stages.data(at.slot), stages.full(at.slot), stages.bytes, row,
-                   tile * Shape::kColumns);
+        const int c = tile * Shape::kColumns;
+        arch::mbarrier_wait_bounded(stages.empty(at.slot), at.parity ^ 1, params.report, row, c);
+        load_stage(params, stages.data(at.slot), stages.full(at.slot), stages.bytes, row, c);
         at.advance(stages.count);
       }
     }
     // Of a wait without end somebody has to tell.
     for (int slot = 0; slot < stages.count; ++slot) {
-      arch::mbarrier_wait_bounded(stages.empty(at.slot), at.parity ^ 1, params.report);
+      arch::mbarrier_wait_bounded(stages.empty(at.slot), at.parity ^ 1, params.report, -1, -1);
       at.advance(stages.count);
     }
   }

@@ -91,7 +91,7 @@ struct ProductTile {
       const int m = static_cast<int>(tile.m), n = static_cast<int>(tile.n);
       for (int segment = 0; segment < params.count; ++segment) {
         for (int64_t k = 0; k < params.depth[segment]; k += Shape::kK) {
-          arch::mbarrier_wait_bounded(ring.empty(at.slot), at.parity ^ 1, params.report);
+          arch::mbarrier_wait_bounded(ring.empty(at.slot), at.parity ^ 1, params.report, m, n);
           load(params, segment, ring.data(at.slot), ring.full(at.slot), m, n, static_cast<int>(k),
                cluster);
           at.advance(ring.count);
@@ -100,7 +100,7 @@ struct ProductTile {
     }
     // Others release slots to this block, which must not end before.
     for (int slot = 0; slot < ring.count; ++slot) {
-      arch::mbarrier_wait_bounded(ring.empty(at.slot), at.parity ^ 1, params.report);
+      arch::mbarrier_wait_bounded(ring.empty(at.slot), at.parity ^ 1, params.report, -1, -1);
       at.advance(ring.count);
     }
   }

@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(128, 1)
   const uint32_t own = arch::shared_address(shared);
   arch::tma_load_2d_multicast(own, map, own + 64, 0, 0, (1u << arch::cluster_size()) - 1);
   arch::mbarrier_arrive_at(arch::cluster_address(own + 64, 1 - arch::cluster_rank()));
-  arch::mbarrier_wait_bounded(own + 64, 0, reinterpret_cast<arch::WaitReport*>(out));
+  arch::mbarrier_wait_bounded(own + 64, 0, reinterpret_cast<arch::WaitReport*>(out), 0, 0);
 #endif
 }
 

@@ -2,8 +2,12 @@
 // the GPU that a test chooses.
 #pragma once
 
+#include <cstring>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "wait_report.h"
 
@@ -11,23 +15,36 @@ namespace lora_ext::arch {
 
 using Stream = cudaStream_t;
 
-// Of the process: memory of the host that every GPU can write. Null if there is none.
-inline WaitReport* wait_report() {
+// Of the process: memory of the host that every GPU can write, a report for each kernel that may
+// leave one. Null if there is none.
+inline WaitReport* wait_reports() {
 #if defined(__CUDACC__)
-  static WaitReport* const report = [] {
+  static WaitReport* const reports = [] {
+    constexpr size_t kBytes = kWaitingKernels * sizeof(WaitReport);
     void* memory = nullptr;
     const auto flags = cudaHostAllocPortable | cudaHostAllocMapped;
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;  // or a capture would be broken off
     cudaThreadExchangeStreamCaptureMode(&mode);
-    if (cudaHostAlloc(&memory, sizeof(WaitReport), flags) != cudaSuccess) cudaGetLastError();
+    if (cudaHostAlloc(&memory, kBytes, flags) != cudaSuccess) cudaGetLastError();
     cudaThreadExchangeStreamCaptureMode(&mode);
-    if (memory != nullptr) *static_cast<WaitReport*>(memory) = {};
+    if (memory != nullptr) memset(memory, 0, kBytes);
     return static_cast<WaitReport*>(memory);
   }();
-  return report;
+  return reports;
 #else
   return nullptr;  // the emulator tells of deadlocks itself
 #endif
+}
+inline WaitReport* wait_report(WaitingKernel kernel) {
+  WaitReport* const reports = wait_reports();
+  return reports == nullptr ? nullptr : reports + static_cast<int>(kernel);
+}
+inline std::string reported_waits() {
+  std::string text;
+  for (int i = 0; wait_reports() != nullptr && i < kWaitingKernels; ++i) {
+    text += wait_reports()[i].text(static_cast<WaitingKernel>(i));
+  }
+  return text;
 }
 
 // The error is cleared before it is thrown: the next kernel that anyone launches must not be told
@@ -35,43 +52,74 @@ inline WaitReport* wait_report() {
 inline void check(cudaError_t error, const std::string& what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();
-  const WaitReport* report = wait_report();
   throw std::runtime_error("lora_ext: " + what + ": " + cudaGetErrorString(error) +
-                           (report != nullptr ? report->text() : ""));
+                           reported_waits());
+}
+
+// What is asked of the runtime about a GPU, once per thread: its answers do not change.
+struct DeviceFacts {
+  int multiprocessors = 0;
+  int most_shared_bytes = 0;  // that a block may have, where its kernel asks: 99 KiB to 227 KiB
+  bool kernels_overlap = false;
+};
+
+inline int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device), "the current GPU is not known");
+  return device;
+}
+
+inline DeviceFacts ask_device(int device) {
+  const auto ask = [device](cudaDeviceAttr attribute) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, attribute, device), "the GPU does not tell what it has");
+    return value;
+  };
+  DeviceFacts facts{ask(cudaDevAttrMultiProcessorCount),
+                    ask(cudaDevAttrMaxSharedMemoryPerBlockOptin), false};
+#if !defined(__CUDACC__)
+  facts.kernels_overlap = true;
+#elif defined(LORA_EXT_SM90)
+  facts.kernels_overlap =
+      ask(cudaDevAttrComputeCapabilityMajor) == 9 && ask(cudaDevAttrComputeCapabilityMinor) == 0;
+#endif
+  return facts;
+}
+
+inline const DeviceFacts& facts_of(int device) {
+  static thread_local std::map<int, DeviceFacts> known;
+  const auto found = known.find(device);
+  return found != known.end() ? found->second
+                              : known.emplace(device, ask_device(device)).first->second;
 }
 
 // Of the current device.
-inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  check(cudaGetDevice(&device), "the current GPU is not known");
-  check(cudaDeviceGetAttribute(&value, attribute, device), "the GPU does not tell what it has");
-  return value;
-}
-inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
-// That a block may have, where its kernel asks for them: 99 KiB to 227 KiB from sm_80 on.
-inline int most_shared_bytes() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+inline int multiprocessors() { return facts_of(current_device()).multiprocessors; }
+inline int most_shared_bytes() { return facts_of(current_device()).most_shared_bytes; }
+// Whether kernels of this build may overlap: where the GPU has their code for sm_90, in which
+// wait_for_previous_kernel waits. The emulator lets all of them.
+inline bool kernels_overlap() { return facts_of(current_device()).kernels_overlap; }
 
-// Whether kernels of this build may overlap on the current device: there it has their code for
-// sm_90, in which wait_for_previous_kernel waits. The emulator lets all of them.
-inline bool kernels_overlap() {
-#if !defined(__CUDACC__)
-  return true;
-#elif defined(LORA_EXT_SM90)
-  return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
-         device_attribute(cudaDevAttrComputeCapabilityMinor) == 0;
-#else
-  return false;
-#endif
+// Lets a kernel have so much shared memory on the current device: asked for where it is more than
+// before, of all threads.
+inline cudaError_t allow_shared_bytes(const void* kernel, int bytes) {
+  constexpr int kWithoutAsking = 48 * 1024;
+  if (bytes <= kWithoutAsking) return cudaSuccess;
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int> allowed;
+  const std::lock_guard lock(mutex);
+  int& most = allowed[{kernel, current_device()}];
+  if (bytes <= most) return cudaSuccess;
+  const auto error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) most = bytes;
+  return error;
 }
 
 template <class Params>
 inline void launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, Stream stream,
                    const Params& params, bool overlap, unsigned cluster) {
-  constexpr int kWithoutAsking = 48 * 1024;
-  cudaError_t error = cudaSuccess;
-  if (shared_bytes > kWithoutAsking) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  }
+  cudaError_t error = allow_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes);
   cudaLaunchAttribute attributes[2] = {};
   unsigned count = 0;
   if (overlap) {

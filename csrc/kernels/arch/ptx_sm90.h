@@ -80,14 +80,16 @@ LORA_EXT_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
 }
 
 // A wait without end becomes an error of CUDA's, seconds to minutes later, instead of a process
-// that hangs; `report` (launch.h) tells the host which one it was. For the thread that loads:
+// that hangs; `report` (launch.h) tells the host which one it was, for which tile (-1: after the
+// last). For the thread that loads:
 // threads that multiply have no register to count with, and where they wait without end, it does
 // too.
-LORA_EXT_DEVICE void mbarrier_wait_bounded(uint32_t barrier, uint32_t parity, WaitReport* report) {
+LORA_EXT_DEVICE void mbarrier_wait_bounded(uint32_t barrier, uint32_t parity, WaitReport* report,
+                                           int row, int column) {
   constexpr uint32_t kMostTurns = 1u << 26;
   for (uint32_t turn = 0; !mbarrier_try_wait(barrier, parity); ++turn) {
     if (turn < kMostTurns) continue;
-    report->fill(barrier, parity);
+    report->fill(barrier, parity, row, column);
     __trap();
     __builtin_unreachable();
   }

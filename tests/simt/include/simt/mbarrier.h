@@ -103,7 +103,7 @@ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
 }
 
 // A deadlock is seen without counting.
-inline void mbarrier_wait_bounded(uint32_t barrier, uint32_t parity, WaitReport*) {
+inline void mbarrier_wait_bounded(uint32_t barrier, uint32_t parity, WaitReport*, int, int) {
   mbarrier_wait(barrier, parity);
 }
 

@@ -1,6 +1,7 @@
 // What a test chooses about how kernels are emulated, and what the emulator counts meanwhile.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
@@ -106,6 +107,13 @@ inline std::vector<Statistics>& launches() {
 inline Statistics& statistics() {
   static Statistics instance;
   return instance;
+}
+
+// Calls of the host that are neither launches nor asked for the current device: what a GPU has,
+// attributes of kernels, tensor maps. Each costs the host as long as a part of a launch.
+inline std::atomic<int64_t>& questions() {
+  static std::atomic<int64_t> count = 0;
+  return count;
 }
 
 }  // namespace simt

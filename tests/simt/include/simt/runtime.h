@@ -54,21 +54,30 @@ inline cudaError_t failed(cudaError_t error) {
   return error;
 }
 
-// The shared memory that a kernel may have, by its address: what it asked for, or what all have.
+// A GPU is one for each kind and number of multiprocessors that options have described.
+inline int device_of_options() {
+  static std::mutex mutex;
+  static std::map<std::pair<int, int>, int> devices;
+  const std::lock_guard lock(mutex);
+  const std::pair kind(options().compute_capability, options().multiprocessors);
+  return devices.try_emplace(kind, static_cast<int>(devices.size())).first->second;
+}
+
+// The shared memory that a kernel may have on a GPU: what it asked for, or what all have.
 class AllowedShared {
  public:
   void set(const void* kernel, size_t bytes) {
     const std::lock_guard lock(mutex_);
-    bytes_[kernel] = bytes;
+    bytes_[{kernel, device_of_options()}] = bytes;
   }
   size_t get(const void* kernel) const {
     const std::lock_guard lock(mutex_);
-    const auto found = bytes_.find(kernel);
+    const auto found = bytes_.find({kernel, device_of_options()});
     return found == bytes_.end() ? size_t{kSharedWithoutAsking} : found->second;
   }
 
  private:
-  std::map<const void*, size_t> bytes_;
+  std::map<std::pair<const void*, int>, size_t> bytes_;
   mutable std::mutex mutex_;
 };
 
@@ -130,12 +139,13 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 inline cudaError_t cudaGetLastError() { return std::exchange(simt::last_error(), cudaSuccess); }
 
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = simt::device_of_options();
   return cudaSuccess;
 }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const simt::Options& options = simt::options();
+  ++simt::questions();
   *value = attribute == cudaDevAttrMultiProcessorCount
                ? options.multiprocessors
                : simt::shared_bytes_of(options.compute_capability);
@@ -143,7 +153,8 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 }
 
 template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int bytes) {
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+  ++simt::questions();
   const int most = simt::shared_bytes_of(simt::options().compute_capability);
   if (bytes < 0 || bytes > most) return simt::failed(cudaErrorInvalidValue);
   simt::allowed_shared().set(reinterpret_cast<const void*>(kernel), static_cast<size_t>(bytes));

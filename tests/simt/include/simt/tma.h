@@ -30,6 +30,7 @@ inline int encode_tensor_map(TensorMap& map, const T* data, int64_t rows, int64_
                      columns <= kMostSize && box_rows >= 1 && box_rows <= kMostInBox &&
                      box_columns >= 1 && box_columns <= kMostInBox && row_bytes % 16 == 0 &&
                      (swizzle == Swizzle::kNone || row_bytes <= swizzle_bytes(swizzle));
+  ++simt::questions();
   if (!valid) return 1;
   map = {reinterpret_cast<const uint8_t*>(data),
          rows,
