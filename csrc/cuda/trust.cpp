@@ -15,6 +15,7 @@
 
 #include "cuda/lora_linear.h"
 #include "cuda/operands.h"
+#include "cuda/trust_file.h"
 #include "kernels/self_check.h"
 #include "kernels/switches.h"
 
@@ -33,6 +34,21 @@ Entry& entry_of(KernelFamily family, int device) {
   static std::array<std::array<Entry, kMostDevices>, 2> entries;
   TORCH_CHECK(device >= 0 && device < kMostDevices, "lora_ext: no GPU ", device);
   return entries[static_cast<size_t>(family)][static_cast<size_t>(device)];
+}
+
+const char* name_of(KernelFamily family) {
+  return family == KernelFamily::Sm90 ? "sm_90a" : "sm_80";
+}
+
+// All that an answer depends on; empty where something of it is not known.
+std::string fact_of(KernelFamily family) {
+  const std::string build = TrustFile::build();
+  int driver = 0;
+  if (build.empty() || cudaDriverGetVersion(&driver) != cudaSuccess) return "";
+  const auto* device = at::cuda::getCurrentDeviceProperties();
+  return c10::str(name_of(family), ", ", device->name, ", sm_", device->major, device->minor,
+                  ", driver ", driver, ", CUDA ", CUDART_VERSION, ", clusters ",
+                  switched_off(Mechanism::kCluster) ? "off" : "on", ", ", build);
 }
 
 // What is wrong, or empty.
@@ -55,9 +71,19 @@ std::string check(KernelFamily family) {
   return "";
 }
 
+// The same, unless a process before has found nothing.
+std::string check_once(KernelFamily family) {
+  const TrustFile file(TrustFile::default_place());
+  const std::string fact = fact_of(family);
+  if (!fact.empty() && file.has(fact)) return "";
+  std::string wrong = check(family);
+  if (wrong.empty() && !fact.empty()) file.add(fact);
+  return wrong;
+}
+
 void warn(KernelFamily family, const std::string& wrong) {
   const auto* device = at::cuda::getCurrentDeviceProperties();
-  TORCH_WARN("lora_ext: the kernels for ", family == KernelFamily::Sm90 ? "sm_90a" : "sm_80",
+  TORCH_WARN("lora_ext: the kernels for ", name_of(family),
              " are not used on this GPU, cuBLAS's products are: ", wrong,
              ". Please report this sentence with the output of `lora-ext info` (", device->name,
              ", sm_", device->major, device->minor, ", CUDA ", CUDART_VERSION,
@@ -72,7 +98,7 @@ bool trusted(KernelFamily family) {
     }
     const std::lock_guard lock(entry.mutex);
     if (entry.trust == Trust::Unknown) {
-      const std::string wrong = switched_off(Mechanism::kSelfCheck) ? "" : check(family);
+      const std::string wrong = switched_off(Mechanism::kSelfCheck) ? "" : check_once(family);
       entry.trust = wrong.empty() ? Trust::Trusted : Trust::Wrong;
       if (!wrong.empty()) warn(family, wrong);
     }

@@ -1,6 +1,7 @@
 // Whether the kernels of a family are trusted on a GPU: before their first use there they run on
 // problems whose results are known (kernels/self_check.h). One that is wrong, or cannot be
-// launched, is not used again in this process, and a warning says so.
+// launched, is not used again in this process, and a warning says so. What was found right is
+// remembered (trust_file.h) for GPUs of this name with this driver and build.
 #pragma once
 
 #include "cuda/lora_linear_path.h"

@@ -5,6 +5,7 @@
 #include <thread>
 
 #include "check.h"
+#include "cuda/trust_file.h"
 #include "kernels/scratch_blocks.h"
 #include "kernels/tensor_map_sm90.h"
 
@@ -159,6 +160,71 @@ CASE(a_report_names_kernel_tile_and_barrier) {
   EXPECT(report.text(arch::WaitingKernel::kLowRank).find("low_rank_sm90") != std::string::npos);
   EXPECT(report.text(arch::WaitingKernel::kLowRank).find("after its last tile") !=
          std::string::npos);
+}
+
+// ---- What is remembered of kernels -------------------------------------------------------------
+
+namespace fs = std::filesystem;
+
+// A folder of its own, gone afterwards.
+struct Folder {
+  fs::path path;
+  Folder() {
+    std::string name = (fs::temp_directory_path() / "lora_ext-XXXXXX").string();
+    EXPECT(mkdtemp(name.data()) != nullptr);
+    path = name;
+  }
+  ~Folder() { fs::remove_all(path); }
+};
+
+CASE(what_was_found_right_is_remembered) {
+  const Folder folder;
+  const TrustFile file(folder.path / "not" / "yet" / "trusted-kernels.txt");
+  EXPECT(!file.has("sm_80 on a GPU"));
+  file.add("sm_80 on a GPU");
+  file.add("of two\nlines");
+  EXPECT(file.has("sm_80 on a GPU") && file.has("of two\nlines"));
+  EXPECT(!file.has("sm_80") && !file.has("lines") && !file.has(""));
+  for (int i = 0; i < 100; ++i) file.add(std::string(1000, 'x'));
+  EXPECT(fs::file_size(folder.path / "not" / "yet" / "trusted-kernels.txt") < 70'000);
+}
+
+CASE(a_place_that_cannot_be_written_is_no_error) {
+  const Folder folder;
+  std::ofstream(folder.path / "file") << "no folder";
+  for (const fs::path& place :
+       {folder.path / "file" / "trusted-kernels.txt", folder.path, fs::path()}) {
+    const TrustFile file(place);
+    file.add("sm_80 on a GPU");
+    EXPECT(!file.has("sm_80 on a GPU"));
+  }
+}
+
+CASE(threads_lose_no_line) {
+  const Folder folder;
+  const TrustFile file(folder.path / "trusted-kernels.txt");
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 8; ++t) {
+    threads.emplace_back([&, t] {
+      for (int i = 0; i < 50; ++i) file.add(std::to_string(t) + " and " + std::to_string(i));
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (int t = 0; t < 8; ++t) {
+    for (int i = 0; i < 50; ++i) EXPECT(file.has(std::to_string(t) + " and " + std::to_string(i)));
+  }
+}
+
+CASE(the_place_is_that_of_autotune) {
+  setenv("HOME", "/home/me", 1), setenv("XDG_CACHE_HOME", "", 1), unsetenv("LORA_EXT_CACHE");
+  EXPECT(TrustFile::default_place() == "/home/me/.cache/lora_ext/trusted-kernels.txt");
+  setenv("XDG_CACHE_HOME", "/xdg", 1);
+  EXPECT(TrustFile::default_place() == "/xdg/lora_ext/trusted-kernels.txt");
+  setenv("LORA_EXT_CACHE", "/mine", 1);
+  EXPECT(TrustFile::default_place() == "/mine/trusted-kernels.txt");
+  unsetenv("HOME"), unsetenv("XDG_CACHE_HOME"), unsetenv("LORA_EXT_CACHE");
+  EXPECT(TrustFile::default_place().empty());
+  EXPECT(TrustFile::build() != "" && TrustFile::build() == TrustFile::build());
 }
 
 }  // namespace
