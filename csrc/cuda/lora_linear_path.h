@@ -66,6 +66,7 @@ struct CudaCall {
   bool half;          // base is bf16 or fp16
   bool dropout;
   Rows rows;  // of the worst among x, dy, the weight and the results
+  bool transposed = false;  // the weight lies as [K, N]
 };
 
 // Whether code for these targets of a build ("80 90a-real", as CMake names them) runs on a GPU:
@@ -173,8 +174,9 @@ inline std::array<CudaCandidate, 9> cuda_candidates(const CudaProblem& problem) 
   // Tensor cores of sm_90 and of sm_100 to sm_110 run at their rate for instructions of their own.
   const bool slow_mma = sm80 && capability >= 90 && capability < 120;
   const bool few = few_tiles(call);
-  const bool few_rows =
-      !call.backward && few_rows_fit(call.M, call.r, call.adapter != call.base, call.dropout);
+  const bool few_rows = !call.backward && !call.transposed &&
+                        few_rows_fit(call.M, call.r, call.adapter != call.base, call.dropout,
+                                     family_for(problem));
   return {{
       {asked, problem.wish, name_of(problem.wish).asked},
       {measured, problem.fastest.value_or(CudaWish::Auto),

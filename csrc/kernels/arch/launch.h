@@ -51,6 +51,26 @@ inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessor
 // That a block may have, where its kernel asks for them: 99 KiB to 227 KiB from sm_80 on.
 inline int most_shared_bytes() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
+// How many clusters of so many blocks run at the same time: where the multiprocessors that a GPU
+// has side by side are no multiple of that, some of them are in none. At least one.
+template <class Params>
+inline int clusters_at_once(void (*kernel)(Params), int threads, int shared_bytes, int blocks) {
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.attrs = &cluster, config.numAttrs = 1;
+  int count = 0;
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
+  check(error, "the GPU does not tell how many clusters it runs");
+  return count > 1 ? count : 1;
+}
+
 // Whether kernels of this build may overlap on the current device: there it has their code for
 // sm_90, in which wait_for_previous_kernel waits. The emulator lets all of them.
 inline bool kernels_overlap() {
