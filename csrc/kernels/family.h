@@ -14,7 +14,7 @@ enum class KernelFamily { Sm80, Sm90 };
 // quarter of them: they should not be much more than its own rows of the weight.
 constexpr bool few_rows_fit(int64_t M, int64_t r, bool mixed, bool dropout, KernelFamily family) {
   const bool shared = family == KernelFamily::Sm90;
-  const int64_t most_rank = shared ? 128 : 64, most_read = shared ? 320 : 128;
+  const int64_t most_rank = shared ? 128 : 64, most_read = shared ? 144 : 96;
   return M <= 64 && r <= most_rank && M + (mixed ? 2 : 1) * r <= most_read && !dropout;
 }
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "elementwise.h"
+#include "family.h"
 
 namespace lora_ext::sm80 {
 
@@ -18,7 +19,8 @@ struct FewRowsShape {
   static constexpr int kMostColumns = kGroups * kColumnTiles * 8;
   static constexpr int kMostRank = kGroups * kRankTiles * 8;
   static constexpr int kStep = 64;                     // of K
-  static constexpr int kRing = kMostRows > 32 ? 4 : 6;  // steps: what is on its way hides latency
+  // Steps: what is on its way hides latency.
+  static constexpr int kRing = kBlocks > 1 || kMostRows > 32 ? 4 : 6;
   static constexpr int kWeightAt = kRows * kStep * 2;  // bytes of x before it
   static_assert(kStep % (16 * kDepths) == 0);
 };
@@ -31,7 +33,7 @@ struct FewRowsSizes {
 };
 
 template <class TA, class Shape>
-FewRowsSizes few_rows_sizes(int columns, int r) {
+constexpr FewRowsSizes few_rows_sizes(int columns, int r) {
   // Odd multiples of 8, so that four rows lie in different banks
   const auto stride = [](int floats) { return floats / 16 * 16 + 8; };
   const auto padded = [](int64_t value, int step) {
@@ -45,6 +47,27 @@ FewRowsSizes few_rows_sizes(int columns, int r) {
   constexpr int kReadBeyond = 8 * Shape::kStep * 2;  // rows are read 16 at a time
   sizes.shared_bytes = std::max(Shape::kRing * sizes.step_bytes + kReadBeyond, sums);
   return sizes;
+}
+
+// Whether the fewest columns have room, whatever call few_rows_fit lets through.
+template <class TA, int kBlocks>
+constexpr bool few_rows_have_room(int shared_bytes) {
+  constexpr auto kFamily = kBlocks > 1 ? KernelFamily::Sm90 : KernelFamily::Sm80;
+  const auto fits = [](int64_t M, int r) {
+    return few_rows_fit(M, r, sizeof(TA) == sizeof(float), false, kFamily);
+  };
+  bool room = true;
+  const auto check = [&](auto shape, int64_t fewest_rows) {
+    using Shape = decltype(shape);
+    for (int r = 1; fits(fewest_rows, r); ++r) {
+      const int bytes = few_rows_sizes<TA, Shape>(8 * kBlocks, r).shared_bytes;
+      room &= r <= Shape::kMostRank && bytes <= shared_bytes;
+    }
+  };
+  check(FewRowsShape<16, kBlocks>{}, 1);
+  check(FewRowsShape<32, kBlocks>{}, 17);
+  check(FewRowsShape<64, kBlocks>{}, 33);
+  return room;
 }
 
 }  // namespace lora_ext::sm80

@@ -40,7 +40,11 @@ class FewRows {
         rank_(static_cast<int>(blockIdx.x) % Shape::kSplits),
         first_(int64_t{blockIdx.x / Shape::kSplits} * params.columns),
         y_tiles_(params.columns / 8, group_),
-        h_tiles_((params.r + 7) / 8, group_) {}
+        h_tiles_((params.r + 7) / 8, group_),
+        x_(params.x.data, params.x.stride, M_, thread_),
+        weight_(params.weight.data + first_ * params.weight.stride, params.weight.stride,
+                columns_here(), thread_),
+        A_(params.lora_A, params.x.columns, params.r, thread_) {}
 
   LORA_EXT_DEVICE void run() {
     sum();
@@ -79,34 +83,59 @@ class FewRows {
 
   // ---- Copies ----------------------------------------------------------------------------------
 
+  // What this thread copies of each step: 16 bytes of every so many rows.
+  template <class E, int kMost>
+  struct Rows {
+    static constexpr int kVector = 16 / sizeof(E), kChunks = Shape::kStep / kVector;
+    static constexpr int kApart = Shape::kThreads / kChunks;
+
+    const E* first;
+    int64_t next;  // elements to the next row of this thread
+    int count;     // of rows from its first one on
+    int column;
+    uint32_t to;
+
+    LORA_EXT_DEVICE Rows(const E* matrix, int64_t stride, int rows, int thread)
+        : first(matrix + thread / kChunks * stride),
+          next(kApart * stride),
+          count(rows - thread / kChunks),
+          column(thread % kChunks * kVector),
+          to(offset<E>(thread / kChunks, thread % kChunks)) {}
+
+    // Starts to copy them from column k on; zero beyond the last column. Rows that are not there
+    // are left as they are: what is made of them is not stored.
+    LORA_EXT_DEVICE void copy(uint32_t tile, int k, int columns) const {
+      const bool inside = k + column < columns;
+      const E* from = first + (inside ? k + column : 0);
+#pragma unroll
+      for (int i = 0; i * kApart < kMost; ++i) {
+        if (i * kApart < count) {
+          arch::cp_async_16(tile + to + i * kApart * Shape::kStep * sizeof(E), from,
+                            inside ? 16 : 0);
+        }
+        from += next;
+      }
+    }
+  };
+
   // Where 16 bytes of a row lie, as Tile has them; of a row of floats, which is twice as long, so
   // that the pairs of eight rows lie in different banks.
   template <class E>
   LORA_EXT_DEVICE static uint32_t offset(int row, int chunk) {
     if constexpr (sizeof(E) == 2) return RowTile::offset(row, chunk);
-    return static_cast<uint32_t>(row * Shape::kStep * 4 + ((chunk ^ row % 8 * 2) << 4));
+    return static_cast<uint32_t>(row * Shape::kStep * 4 + ((chunk ^ (row & 7) * 2) << 4));
   }
 
-  // Starts to copy so many rows from column k on; zero beyond the last column. Other rows are left
-  // as they are: what is made of them is not stored.
-  template <class E>
-  LORA_EXT_DEVICE void copy(uint32_t to, const E* matrix, int64_t stride, int rows, int k) const {
-    constexpr int kVector = 16 / sizeof(E), kChunks = Shape::kStep / kVector;
-    const int chunk = thread_ % kChunks, column = k + chunk * kVector;
-    const bool inside = column < static_cast<int>(params_.x.columns);
-    for (int row = thread_ / kChunks; row < rows; row += Shape::kThreads / kChunks) {
-      const E* const from = matrix + row * stride + column;
-      arch::cp_async_16(to + offset<E>(row, chunk), inside ? from : matrix, inside ? 16 : 0);
-    }
+  LORA_EXT_DEVICE int columns_here() const {
+    const int64_t left = params_.weight.rows - first_;
+    return left < params_.columns ? static_cast<int>(left) : params_.columns;
   }
 
   LORA_EXT_DEVICE void load(uint32_t stage, int k) const {
-    const int64_t left = params_.weight.rows - first_;
-    const int columns = left < params_.columns ? static_cast<int>(left) : params_.columns;
-    const T* const weight = params_.weight.data + first_ * params_.weight.stride;
-    copy(stage, params_.x.data, params_.x.stride, M_, k);
-    copy(stage + Shape::kWeightAt, weight, params_.weight.stride, columns, k);
-    copy(stage + params_.sizes.A_at, params_.lora_A, params_.x.columns, params_.r, k);
+    const int K = static_cast<int>(params_.x.columns);
+    x_.copy(stage, k, K);
+    weight_.copy(stage + Shape::kWeightAt, k, K);
+    A_.copy(stage + params_.sizes.A_at, k, K);
   }
 
   // ---- Sums ------------------------------------------------------------------------------------
@@ -331,6 +360,9 @@ class FewRows {
   const int M_, thread_, lane_, group_, depth_, rank_;
   const int64_t first_;  // column of y
   const Tiles y_tiles_, h_tiles_;
+  const Rows<T, Shape::kRows> x_;
+  const Rows<T, Shape::kMostColumns> weight_;
+  const Rows<TA, Shape::kMostRank> A_;
   Sums<Shape::kColumnTiles> sums_of_y_;
   Sums<Shape::kRankTiles> sums_of_h_;
 };

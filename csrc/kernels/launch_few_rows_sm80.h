@@ -10,7 +10,7 @@ constexpr int kFewRowsCluster = 4;  // blocks
 
 // Columns of y for a cluster of `splits` blocks: as few rows of x, A and the weight as possible for
 // the busiest multiprocessor, of as many columns as its shared memory has room for. `at_once`:
-// clusters that run at the same time. Zero if there is no room.
+// clusters that run at the same time.
 template <class TA, class Shape>
 int few_rows_columns(int64_t M, int64_t N, int r, int64_t at_once, int most_shared_bytes) {
   constexpr int kEach = 8 * Shape::kSplits, kOfA = sizeof(TA) / 2;
@@ -25,9 +25,13 @@ int few_rows_columns(int64_t M, int64_t N, int r, int64_t at_once, int most_shar
   return best;
 }
 
+constexpr int kSharedBytesSm90 = 227 * 1024;
+
 template <class T, class TA, int kRows, int kSplits>
 void launch_few_rows_of(FewRowsParams<T, TA> params, Stream stream) {
   using Shape = FewRowsShape<kRows, kSplits>;
+  static_assert(
+      few_rows_have_room<TA, kSplits>(kSplits > 1 ? kSharedBytesSm90 : kLeastSharedBytes));
   const auto kernel = few_rows_sm80_kernel<T, TA, Shape>;
   const int64_t M = params.x.rows, N = params.weight.rows;
   const int most = arch::most_shared_bytes();

@@ -28,8 +28,8 @@ struct Tile {
   LORA_EXT_DEVICE static uint32_t offset(int row, int chunk) {
     constexpr int kRowsPerTurn = kChunks >= 8 ? 1 : 8 / kChunks;  // rows in one pass over the banks
     constexpr int kPermuted = kChunks >= 8 ? 8 : kChunks;
-    const int turn = row / kRowsPerTurn % kPermuted;
-    return static_cast<uint32_t>(row * kColumns * 2 + ((chunk ^ turn) << 4));
+    const unsigned turn = static_cast<unsigned>(row) / kRowsPerTurn % kPermuted;
+    return static_cast<uint32_t>(row * kColumns * 2 + ((static_cast<unsigned>(chunk) ^ turn) << 4));
   }
 
   // Starts to copy the tile at (row, column) of the matrix; zero outside of it. `thread` of
