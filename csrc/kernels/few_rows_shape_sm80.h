@@ -18,7 +18,7 @@ struct FewRowsShape {
   static constexpr int kColumnTiles = kBlocks > 1 ? 6 : 4, kRankTiles = 4;  // of a warp, at most
   static constexpr int kMostColumns = kGroups * kColumnTiles * 8;
   static constexpr int kMostRank = kGroups * kRankTiles * 8;
-  static constexpr int kStep = 64;                     // of K
+  static constexpr int kStep = 64;  // of K
   // Steps: what is on its way hides latency.
   static constexpr int kRing = kBlocks > 1 || kMostRows > 32 ? 4 : 6;
   static constexpr int kWeightAt = kRows * kStep * 2;  // bytes of x before it
@@ -54,7 +54,7 @@ template <class TA, int kBlocks>
 constexpr bool few_rows_have_room(int shared_bytes) {
   constexpr auto kFamily = kBlocks > 1 ? KernelFamily::Sm90 : KernelFamily::Sm80;
   const auto fits = [](int64_t M, int r) {
-    return few_rows_fit(M, r, sizeof(TA) == sizeof(float), false, kFamily);
+    return few_rows_fit(M, 1 << 20, r, sizeof(TA) == sizeof(float), false, kFamily);
   };
   bool room = true;
   const auto check = [&](auto shape, int64_t fewest_rows) {

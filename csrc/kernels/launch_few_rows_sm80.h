@@ -57,8 +57,8 @@ bool takes_few_rows(const ForwardCall<T, TA>& call, KernelFamily family) {
                        call.x.columns % 8 == 0 &&
                        reinterpret_cast<uintptr_t>(call.lora_A) % 16 == 0;
   const auto of_cluster = few_rows_share(family) ? KernelFamily::Sm90 : KernelFamily::Sm80;
-  return few_rows_fit(call.x.rows, call.r, sizeof(TA) == sizeof(float), call.dropout.enabled,
-                      of_cluster) &&
+  return few_rows_fit(call.x.rows, call.weight.N(), call.r, sizeof(TA) == sizeof(float),
+                      call.dropout.enabled, of_cluster) &&
          aligned && call.weight.stored.data != nullptr && !call.weight.transposed;
 }
 
