@@ -18,9 +18,7 @@ PRODUCTS = {
             "product_sm80.h", "__syncthreads();", "",
         ),
         "a slot filled while it is read": (
-            "product_sm80.h",
-            "P::load(stage(step + Shape::kRing - 1), params, loading, m, n, thread);",
-            "P::load(stage(step), params, loading, m, n, thread);",
+            "product_sm80.h", "loading.step(shared + `free`);", "full",
         ),
         "stores below the last row": (
             "product_sm80.h", "if (m >= params.M) continue;", "",
@@ -28,15 +26,14 @@ PRODUCTS = {
         "stores right of the last column": (
             "product_sm80.h", "if (n >= params.N) continue;", "",
         ),
-        "a segment one step too long": (
-            "product_sm80.h", "k >= params.segments[segment].a.columns",
-            "k > params.segments[segment].a.columns",
+        "a segment one step too short": (
+            "product_sm80.h", "if (`left > 0`) return false;", "left > Shape::kK",
         ),
         "a mask of the wrong rows": (
-            "product_sm80.h", "params.dropout.threshold, `m + warp_row`,", "m",
+            "product_sm80.h", "params.dropout.threshold, `tile.m + warp_row`,", "tile.m",
         ),
         "rows read beyond the matrix": (
-            "tile_sm80.h", "bool inside = `r < rows`;", "r <= rows",
+            "tile_sm80.h", "bytes(`i * kApart < rows_`)", "i * kApart <= rows_",
         ),
         "chunks not permuted for one operand": (
             "tile_sm80.h", "Tile::offset(row + lane % 16, column / 8 + lane / 16)",
