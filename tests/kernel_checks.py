@@ -96,7 +96,8 @@ def check(
         passes = [tma] * (-(-r // up_ranks) + -(-r // 64))
     # Of few rows without dropout all is one kernel's, whose threads read by themselves.
     read = M + r * (2 if adapter == torch.float32 else 1)
-    few = base and M <= 16 and r <= 32 and read <= 40 and dropout_p == 0
+    most_rank, most_read = (128, 144) if tma else (64, 80 if N < 2048 else 96)
+    few = base and M <= 64 and r <= most_rank and read <= most_read and dropout_p == 0
     few &= not transposed and K % 8 == 0
     check_instructions(forward, [False] if few else [*down, tma])
     check_instructions(backward, [*([] if has.h else down), *passes, tma])

@@ -39,8 +39,9 @@ extern "C" int64_t chunk_of_rows(int64_t M, int64_t K, int64_t parts, int64_t th
 // fastest: none if negative
 static CudaProblem cuda_problem(int64_t M, int64_t N, int64_t K, int64_t r, bool half, int rows,
                                 int compute_capability, bool built, bool sm90, int wish,
-                                int fastest, bool dropout, bool mixed) {
-  const CudaCall call{false, 0, M, N, K, r, 0, mixed, half, dropout, static_cast<Rows>(rows)};
+                                int fastest, bool dropout, bool mixed, bool transposed) {
+  const CudaCall call{false,     0, M, N, K, r, 0, mixed, half, dropout, static_cast<Rows>(rows),
+                      transposed};
   const auto measured = fastest < 0 ? std::nullopt : std::optional(static_cast<CudaWish>(fastest));
   return {call, compute_capability, built, sm90, static_cast<CudaWish>(wish), measured};
 }
@@ -48,18 +49,21 @@ static CudaProblem cuda_problem(int64_t M, int64_t N, int64_t K, int64_t r, bool
 // All candidates of a problem that the kernels can run, in their order.
 extern "C" int cuda_path_candidates(CudaCandidate* out, int64_t M, int64_t N, int64_t K, int64_t r,
                                     bool half, int rows, int compute_capability, bool built,
-                                    bool sm90, int wish, int fastest, bool dropout, bool mixed) {
-  const auto candidates = cuda_candidates(cuda_problem(M, N, K, r, half, rows, compute_capability,
-                                                       built, sm90, wish, fastest, dropout, mixed));
+                                    bool sm90, int wish, int fastest, bool dropout, bool mixed,
+                                    bool transposed) {
+  const auto candidates =
+      cuda_candidates(cuda_problem(M, N, K, r, half, rows, compute_capability, built, sm90, wish,
+                                   fastest, dropout, mixed, transposed));
   std::copy(candidates.begin(), candidates.end(), out);
   return static_cast<int>(candidates.size());
 }
 
 extern "C" ChosenPath cuda_path(int64_t M, int64_t N, int64_t K, int64_t r, bool half, int rows,
                                 int compute_capability, bool built, bool sm90, int wish,
-                                int fastest, bool dropout, bool mixed) {
-  const CudaPath path = choose_cuda_path(cuda_problem(M, N, K, r, half, rows, compute_capability,
-                                                      built, sm90, wish, fastest, dropout, mixed));
+                                int fastest, bool dropout, bool mixed, bool transposed) {
+  const CudaPath path =
+      choose_cuda_path(cuda_problem(M, N, K, r, half, rows, compute_capability, built, sm90, wish,
+                                    fastest, dropout, mixed, transposed));
   return {static_cast<int>(path.kernels), cuda_path_name(path), path.reason, 0, 0};
 }
 

@@ -18,9 +18,7 @@ PRODUCTS = {
             "product_sm80.h", "__syncthreads();", "",
         ),
         "a slot filled while it is read": (
-            "product_sm80.h",
-            "P::load(stage(step + Shape::kRing - 1), params, loading, m, n, thread);",
-            "P::load(stage(step), params, loading, m, n, thread);",
+            "product_sm80.h", "loading.step(shared + `free`);", "full",
         ),
         "stores below the last row": (
             "product_sm80.h", "if (m >= params.M) continue;", "",
@@ -28,19 +26,78 @@ PRODUCTS = {
         "stores right of the last column": (
             "product_sm80.h", "if (n >= params.N) continue;", "",
         ),
-        "a segment one step too long": (
-            "product_sm80.h", "k >= params.segments[segment].a.columns",
-            "k > params.segments[segment].a.columns",
+        "a segment one step too short": (
+            "product_sm80.h", "if (`left > 0`) return false;", "left > Shape::kK",
         ),
         "a mask of the wrong rows": (
-            "product_sm80.h", "params.dropout.threshold, `m + warp_row`,", "m",
+            "product_sm80.h", "params.dropout.threshold, `tile.m + warp_row`,", "tile.m",
         ),
         "rows read beyond the matrix": (
-            "tile_sm80.h", "bool inside = `r < rows`;", "r <= rows",
+            "tile_sm80.h", "bytes(`i * kApart < rows_`)", "i * kApart <= rows_",
         ),
         "chunks not permuted for one operand": (
             "tile_sm80.h", "Tile::offset(row + lane % 16, column / 8 + lane / 16)",
             "(row + lane % 16) * Tile::kChunks * 16 + (column / 8 + lane / 16) * 16",
+        ),
+    },
+    "test_few_rows": {
+        "few rows: no wait for the copies": (
+            "few_rows_sm80.h", "arch::cp_async_wait<Shape::kRing - 2>();", "",
+        ),
+        "few rows: a wait for one group too few": (
+            "few_rows_sm80.h", "arch::cp_async_wait<Shape::kRing - 2>();",
+            "arch::cp_async_wait<Shape::kRing - 1>();",
+        ),
+        "few rows: no barrier after the wait": (
+            "few_rows_sm80.h", "`__syncthreads();`  // the stage", "",
+        ),
+        "few rows: a slot filled while it is read": (
+            "few_rows_sm80.h", "load(stage(next), k_of(next));", "load(stage(step), k_of(next));",
+        ),
+        "few rows: sums over a ring that is still read": (
+            "few_rows_sm80.h", "`__syncthreads();`  // the ring", "",
+        ),
+        "few rows: no barrier before h is used": (
+            "few_rows_sm80.h", "`__syncthreads();`\n    add_low_rank", "",
+        ),
+        "few rows: no barrier before the sums of the warps are added": (
+            "few_rows_sm80.h", "} else {\n      `__syncthreads();`", "",
+        ),
+        "few rows: no barrier before the sums of the blocks are added": (
+            "few_rows_sm80.h", "arch::cluster_sync_stores();", "",
+        ),
+        "few rows: a block that ends while others read from it": (
+            "few_rows_sm80.h", "arch::cluster_sync();", "",
+        ),
+        "few rows: sums of one block alone": (
+            "few_rows_sm80.h", "arch::shared_address(first), `split`)", "0",
+        ),
+        "few rows: sums of one warp alone": (
+            "few_rows_sm80.h", "sum += first[`depth * apart`];", "0",
+        ),
+        "few rows: blocks with the same part of x": (
+            "few_rows_sm80.h", "step * Shape::kSplits + `rank_`", "0",
+        ),
+        "few rows: warps with the same part of a step": (
+            "few_rows_sm80.h", "i * Shape::kDepths + `depth_`", "0",
+        ),
+        "few rows: rows read beyond the matrix": (
+            "few_rows_sm80.h", "`i * kApart < count`", "true",
+        ),
+        "few rows: columns read beyond the matrix": (
+            "few_rows_sm80.h", "`k + column < columns`", "true",
+        ),
+        "few rows: ranks beyond the last": (
+            "few_rows_sm80.h", "sum += `j < params_.r` ?", "true",
+        ),
+        "few rows: columns written beyond the last": (
+            "few_rows_sm80.h", "if (n >= N) continue;", "",
+        ),
+        "few rows: h rounded to 16 bits": (
+            "few_rows_sm80.h", "multiply(sums_of_y_, rest, t, b);", "",
+        ),
+        "few rows: a float adapter rounded to 16 bits": (
+            "few_rows_sm80.h", "multiply(sums_of_h_, x, t, rest);", "",
         ),
     },
     "test_product_sm90": {
@@ -354,18 +411,6 @@ LAUNCHES = {
     ),
     "float adapters: a remainder in the place of the value": (
         "lora_linear_run.h", "in_columns ? `pack.value + pack.padded_columns`", "pack.value",
-    ),
-    "few rows: no barrier before the sums of the warps are added": (
-        "few_rows_sm80.h", "Shape::kAll);\n  `__syncthreads();`", "",
-    ),
-    "few rows: no barrier before h is used": (
-        "few_rows_sm80.h", "    }\n  }\n  `__syncthreads();`", "",
-    ),
-    "few rows: warps with the same part of x": (
-        "few_rows_sm80.h", "first = `warp * Shape::kStep`;", "0",
-    ),
-    "few rows: columns beyond the last": (
-        "few_rows_sm80.h", "row >= M || `n >= N`", "false",
     ),
     "up_grad alone: dh that is not scaled": (
         "lora_linear_run.h", "reduce(up.dh, M * r, `scaling`, call.dh, stream);",

@@ -188,6 +188,8 @@ def test_a_single_row_lies_anyhow(kernels: EmulatedKernels, which: str) -> None:
         given[which] = lie(given[which])
         kernels.take_launches()
         y, h = kernels.forward(given["x"], weight, None, A, B)
+        (forward,) = kernels.take_launches()
+        assert forward.copied_bytes > 0  # few rows are another kernel's
         results.append([y, h, *kernels.backward(given["dy"], given["x"], h, weight, A, B)])
         assert kernels.path == "cuda fused sm_90a"
         assert all(launch.copied_bytes == 0 for launch in kernels.take_launches())
@@ -198,7 +200,7 @@ TOLD = [
     (capability, wish, M, K, N)
     for capability in (75, 80, 86, 90, 100, 120)
     for wish in ("auto", "hybrid", "composed")
-    for M, K, N in ((33, 64, 72), (33, 66, 72), (33, 64, 65))
+    for M, K, N in ((66, 64, 72), (66, 66, 72), (66, 64, 65))
 ]
 TOLD.append((90, "auto", 513, 64, 72))
 
@@ -285,26 +287,54 @@ def test_what_is_recorded_is_what_runs(
     assert product.dependent == (family == "sm90")
 
 
-@pytest.mark.parametrize("types", TYPES.values())
-@pytest.mark.parametrize(
-    ("M", "N", "K", "r"),
-    [(1, 1, 8, 1), (3, 40, 264, 8), (8, 257, 520, 16), (6, 33, 72, 17), (16, 72, 1032, 12)],
-)
+FEW = [
+    (1, 8, 8, 1),
+    (16, 520, 40, 8),
+    (17, 264, 264, 12),
+    (31, 72, 136, 17),
+    (32, 2056, 72, 24),
+    (33, 1032, 520, 15),
+    (63, 136, 264, 8),
+    (64, 520, 200, 8),
+]
+FEW_SM90 = [(1, 72, 520, 71), (33, 264, 136, 40), (64, 328, 520, 40)]
+KINDS = list(TYPES.values())
+FEW_CASES = [
+    (family, size, schedule, KINDS[(i + j) % 4])
+    for family, sizes in (("sm80", FEW), ("sm90", FEW + FEW_SM90))
+    for i, (size, schedule) in enumerate(zip(sizes, itertools.cycle(SCHEDULES), strict=False))
+    for j in range(2)
+]
+FEW_CASES += [("sm90", (16, 136, 264, 128), SCHEDULES[1], "bf16")]
+
+
+@pytest.mark.parametrize(("family", "size", "schedule", "types"), FEW_CASES, ids=readable)
 def test_few_rows_without_dropout(
-    kernels: EmulatedKernels, M: int, N: int, K: int, r: int, types: str
+    kernels: EmulatedKernels,
+    family: str,
+    size: tuple[int, int, int, int],
+    schedule: tuple[str, int],
+    types: str,
 ) -> None:
-    """One launch, whatever the number of multiprocessors, which chooses the columns of a block."""
-    for schedule, processors in zip(SCHEDULES[::3], (1, 3, 132, 4), strict=True):
-        has = Options(bias=M != 3, factor=M != 8, h=M != 6, processors=processors)
-        check(kernels, (M, K, N, r), types, 0.0, schedule, family="sm90", has=has)
-    p = make_problem((M,), K, N, r, dtype=torch.bfloat16, bias=False)
+    """One launch, the same to the bit whatever the number of multiprocessors, which chooses the
+    columns of a block. The weight is read once, x and lora_A once for each cluster."""
+    M, K, N, r = size
+    has = Options(bias=M != 33, factor=M != 16, h=M != 64, processors=3)
+    check(kernels, size, types, 0.0, schedule, family, has=has)
+    base, adapter = next(dtypes for dtypes, name in TYPES.items() if name == types)
+    p = make_problem((M,), K, N, r, dtype=base, adapter_dtype=adapter, bias=False)
     x, weight, _, A, B, _ = (t if t is None else t.detach() for t in p.operands)
-    kernels.take_launches()
     results = []
-    for processors in (1, 4, 132):
-        kernels.gpu(90, processors)
+    for processors in (1, 8, 132):
+        kernels.gpu(GPUS[family], processors)
+        kernels.take_launches(), kernels.take_recorded()
         results.append(kernels.forward(x, weight, None, A, B))
-    assert len(kernels.take_launches()) == 3
+        (recorded,), (launch,) = kernels.take_recorded(), kernels.take_launches()
+        assert "few_rows_sm80_kernel" in recorded.kernel
+        assert recorded.cluster == (4 if family == "sm90" else 1)
+        clusters = recorded.grid[0] // recorded.cluster
+        of_each = x.nbytes + A.nbytes
+        assert launch.copied_bytes == clusters * of_each + weight.nbytes
     for y, h in results[1:]:
         assert torch.equal(y, results[0][0]) and torch.equal(h, results[0][1])
 
@@ -370,7 +400,7 @@ def test_traffic_and_operations(kernels: EmulatedKernels, r: int) -> None:
 @pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("r", [16, 24, 64, 80])
 @pytest.mark.parametrize(
-    ("M", "N", "K"), [(37, 72, 136), (200, 72, 272), (37, 512, 512)], ids=["64", "two", "256"]
+    ("M", "N", "K"), [(70, 72, 136), (200, 72, 272), (70, 512, 512)], ids=["64", "two", "256"]
 )
 def test_sm90_traffic_and_operations(
     kernels: EmulatedKernels, M: int, N: int, K: int, r: int, adapter_dtype: torch.dtype
@@ -411,7 +441,7 @@ def test_sm90_traffic_and_operations(
 
 
 @pytest.mark.parametrize(("r", "width"), [(8, 16), (24, 32), (64, 64), (80, 128)])
-@pytest.mark.parametrize(("M", "N", "K"), [(200, 136, 272), (37, 1000, 520)])
+@pytest.mark.parametrize(("M", "N", "K"), [(200, 136, 272), (70, 1000, 520)])
 def test_sm90_low_rank_traffic(
     kernels: EmulatedKernels, M: int, N: int, K: int, r: int, width: int
 ) -> None:

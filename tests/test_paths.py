@@ -16,7 +16,7 @@ CPU_FACTS = {
 CUDA_FACTS = {"M": None, "N": None, "K": None, "r": None, "half": ctypes.c_bool}
 CUDA_FACTS |= {"rows": ctypes.c_int, "compute_capability": ctypes.c_int, "built": ctypes.c_bool}
 CUDA_FACTS |= {"sm90": ctypes.c_bool, "wish": ctypes.c_int, "fastest": ctypes.c_int}
-CUDA_FACTS |= {"dropout": ctypes.c_bool, "mixed": ctypes.c_bool}
+CUDA_FACTS |= {name: ctypes.c_bool for name in ("dropout", "mixed", "transposed")}
 CPU_KERNELS = ("blas", "vector", "bf16 dot")
 ANY, ALIGNED, TMA = range(3)  # Rows of csrc/cuda/lora_linear_path.h
 
@@ -165,6 +165,7 @@ def test_chunks_of_rows_have_places_for_all_their_elements(
 
 CUDA = dict(M=2048, N=1024, K=1024, r=16, half=True, rows=TMA, compute_capability=80)
 CUDA |= dict(built=True, sm90=True, wish="auto", fastest=None, dropout=True, mixed=False)
+CUDA |= dict(transposed=False)
 FUSED, HYBRID, CUBLAS = "cuda fused sm_80", "cuda hybrid sm_80", "cuda cublas"
 FUSED_90, HYBRID_90 = "cuda fused sm_90a", "cuda hybrid sm_90a"
 RANKS, EMPTY, LARGE = "the kernels take ranks 1 to 256", "no empty matrices", "in 32 bits"
@@ -199,12 +200,28 @@ CUDA_CASES = {
     "more tiles": (SM90 | {"M": 1921}, FUSED_90, ONE_PASS),
     "few tiles of dx": (SM90 | {"N": 4096, "M": 1920}, HYBRID_90, SMALL),
     "few rows": (SM90 | {"M": 8, "r": 32, "dropout": False}, FUSED_90, ONE_KERNEL),
-    "more to read": (SM90 | {"M": 9, "r": 32, "dropout": False}, HYBRID_90, SMALL),
-    "floats": (SM90 | {"M": 9, "dropout": False, "mixed": True}, CUBLAS, KEEPS_UP),
+    "64 rows": (SM90 | {"M": 64, "r": 80, "dropout": False}, FUSED_90, ONE_KERNEL),
+    "65 rows": (SM90 | {"M": 65, "dropout": False}, HYBRID_90, SMALL),
+    "more to read": (SM90 | {"M": 64, "r": 81, "dropout": False}, CUBLAS, KEEPS_UP),
+    "floats": (SM90 | {"M": 16, "r": 64, "dropout": False, "mixed": True}, FUSED_90, ONE_KERNEL),
+    "wide floats": (SM90 | {"M": 16, "r": 65, "dropout": False, "mixed": True}, CUBLAS, KEEPS_UP),
+    "few rows, dropout": (SM90 | {"M": 8}, HYBRID_90, SMALL),
+    "few rows, transposed": (
+        SM90 | {"M": 8, "dropout": False, "transposed": True}, HYBRID_90, SMALL,
+    ),
+    "sm_80, 64 rows": ({"M": 64, "dropout": False}, FUSED, ONE_KERNEL),
+    "sm_80, 64 rows, narrow": ({"M": 64, "r": 17, "dropout": False}, CUBLAS, KEEPS_UP),
+    "sm_80, 64 rows, wide": ({"M": 64, "N": 2048, "r": 32, "dropout": False}, FUSED, ONE_KERNEL),
+    "sm_80, 64 rows, more": ({"M": 64, "N": 2048, "r": 33, "dropout": False}, CUBLAS, KEEPS_UP),
+    "sm_100, 16 rows": (
+        {"M": 16, "dropout": False, "compute_capability": 100}, FUSED, ONE_KERNEL,
+    ),
+    "sm_100, more rows": (
+        {"M": 17, "dropout": False, "compute_capability": 100}, CUBLAS, KEEPS_UP,
+    ),
     "few rows, sm_80": ({"M": 1, "dropout": False, "mixed": True}, FUSED, ONE_KERNEL),
-    "few rows, larger rank": (SM90 | {"M": 1, "r": 33, "dropout": False}, CUBLAS, KEEPS_UP),
+    "few rows, larger rank": (SM90 | {"M": 1, "r": 129, "dropout": False}, CUBLAS, KEEPS_UP),
     "few rows, wish hybrid": (SM90 | {"M": 1, "dropout": False, "wish": "hybrid"}, HYBRID_90, "="),
-    "17 rows": (SM90 | {"M": 17, "r": 32, "dropout": False}, HYBRID_90, SMALL),
     "many tiles, larger rank": (SM90 | {"r": 33, "dropout": False}, FUSED_90, ONE_PASS),
     "sm_80, no dropout": ({"dropout": False}, CUBLAS, KEEPS_UP),
     "sm_80, no dropout, float": ({"dropout": False, "mixed": True}, HYBRID, UNMEASURED),

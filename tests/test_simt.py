@@ -14,7 +14,7 @@ from emulated import ROOT, compile_source
 SIMT = ROOT / "tests" / "simt"
 PROGRAMS = (
     "test_primitives", "test_mistakes", "test_product_sm80", "test_sm90", "test_stores_sm90",
-    "test_product_sm90", "test_low_rank_sm90", "test_host",
+    "test_product_sm90", "test_low_rank_sm90", "test_few_rows", "test_host",
 )  # fmt: skip
 BUILDS = {
     "plain": ("-O2",),

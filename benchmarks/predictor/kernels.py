@@ -124,14 +124,43 @@ class Timer:
     # ---- Forward of few rows ---------------------------------------------------------------------
 
     def _few_rows(self, name: str, launch: RecordedLaunch) -> tuple[float, str]:
-        """It waits for what it reads: the weight once, x and lora_A in each block."""
+        """Blocks read their rows of the weight once, and x and lora_A beside them: all columns, or
+        the part of a block of a cluster."""
         call = self.call
-        width = 8 * int(re.search(r"FewRowsShape<(\d+)", name)[1])  # type: ignore[index]
-        of_A = 4 if call.fp32_adapters else 2
-        read = call.K * (2 * (width + call.M) + of_A * call.r)
+        shape = re.search(r"FewRowsShape<(\d+), (\d+)", name)
+        rows, splits = (int(size) for size in shape.groups())  # type: ignore[union-attr]
+        groups, depths = (2, 4) if splits == 1 else (4, 2)
+        width = 8 * splits * math.ceil(call.N * splits / launch.grid[0] / (8 * splits))
+        tiles, rank_tiles = (math.ceil(size / 8 / groups) for size in (width, call.r))
+        # Of a step of 64 columns
+        of_A = (4 if call.fp32_adapters else 2) * call.r
+        read = 64.0 * (2 * (width + call.M) + of_A)
+        by_warps = 64.0 * (2 * (width + rows * groups) + of_A)
+        # Counted is a step of as many columns and ranks as a warp may have.
+        most = self._kernel(re.sub(r"float(?=, FewRows)", "Bf16", name))["step"]
+        issued = {  # of four tiles of ranks; floats take more for each
+            unit: most[unit] + (count - most[unit]) * rank_tiles // 4
+            for unit, count in self._kernel(name)["step"].items()
+        }
+        products = 4 // depths * rows // 16 * (tiles + rank_tiles)
+        issued["instructions"] -= most["tensor"] - products
+        step = {
+            "L2": read / self._l2(),
+            "shared memory": (read + by_warps) / 128,
+            "issue": region_cycles(issued, 8),
+        }
+        bound = max(step, key=lambda unit: step[unit])
+        # Sums of all warps, written and read; those of other blocks as fast as from L2
+        sums = 4.0 * depths * rows
+        from_others = sums * width * (splits - 1) / splits
+        own = sums * (2 * width + (1 + groups) * call.r) - from_others
+        end = own / 128 + from_others / self._l2()
+        steps = math.ceil(math.ceil(call.K / 64) / splits)
         rounds = math.ceil(launch.grid[0] / self.card.multiprocessors)
-        us, bound = self._slowest({"L2": rounds * read / self._l2()}, 2.0 * call.K * call.N)
-        return us + 2 * LATENCY, bound  # the first reads, and those after the two barriers
+        cycles = {bound: rounds * (steps * step[bound] + end)}
+        us, bound = self._slowest(cycles, 2.0 * call.K * call.N)
+        # The first reads, and those after two barriers; those of a cluster take longer.
+        return us + (2 if splits == 1 else 3) * LATENCY, bound
 
     # ---- The product -----------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ KERNELS = ROOT / "csrc" / "kernels"
 # What is compiled, and for which target: the kernels with loops, for one type of the base, since
 # they are the same for the other.
 UNITS = {"product_sm90": "90a", "low_rank_sm90": "90a", "product_sm80": "80", "low_rank_sm80": "80"}
+UNITS["lora_linear_run"] = "90a"  # few rows
 
 TENSOR = ("HGMMA", "HMMA", "MMA", "OMMA", "QMMA")
 STORES = ("STG", "STSM", "UTMASTG", "UBLKCP")
@@ -184,15 +185,19 @@ def zero_adds(block: Block) -> int:
 
 
 def _step_loop(flow: Flow) -> Loop | None:
-    """The loop around the most products: of several the smallest."""
+    """The loop around the most products: of several the smallest. Where threads copy for the ring
+    that they multiply from, only that loop is meant."""
 
     def products(loop: Loop) -> int:
         path = flow.best_path([loop.header], loop.blocks, _tensor)
         return sum(_tensor(flow.blocks[at]) for at in path)
 
-    loops = [(products(loop), -len(loop.blocks), loop) for loop in flow.loops]
-    most = max(loops, key=lambda entry: entry[:2], default=None)
-    return most[2] if most is not None and most[0] > 0 else None
+    def copies(loop: Loop) -> bool:
+        return any(flow.blocks[at].count("LDGSTS") for at in loop.blocks)
+
+    loops = [loop for loop in flow.loops if products(loop) > 0]
+    loops = [loop for loop in loops if copies(loop)] or loops
+    return max(loops, key=lambda loop: (products(loop), -len(loop.blocks)), default=None)
 
 
 def _end_of_tile(flow: Flow) -> list[int]:

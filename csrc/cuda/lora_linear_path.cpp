@@ -53,11 +53,13 @@ CudaCall make_cuda_call(bool backward, int device, int64_t tokens, int64_t out_f
                         bool dropout, const std::optional<at::Tensor>& weight) {
   const bool half = base == at::kHalf || base == at::kBFloat16;
   Rows rows = rows_of_sizes(out_features, in_features);
+  bool transposed = false;
   if (weight && weight->dim() == 2) {
     // As it lies, by rows or by columns; otherwise it is copied.
+    transposed = weight->stride(1) != 1 && weight->stride(0) == 1;
     if (weight->stride(1) == 1)
       rows = std::min(rows, rows_of(*weight));
-    else if (weight->stride(0) == 1)
+    else if (transposed)
       rows = std::min(rows, rows_of(weight->t()));
   }
   return {backward,
@@ -70,7 +72,8 @@ CudaCall make_cuda_call(bool backward, int device, int64_t tokens, int64_t out_f
           static_cast<int>(adapter),
           half,
           dropout,
-          rows};
+          rows,
+          transposed};
 }
 
 CudaPath cuda_path(const CudaCall& call, int compute_capability) {

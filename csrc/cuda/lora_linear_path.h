@@ -65,7 +65,8 @@ struct CudaCall {
   int base, adapter;  // at::ScalarType
   bool half;          // base is bf16 or fp16
   bool dropout;
-  Rows rows;  // of the worst among x, dy, the weight and the results
+  Rows rows;                // of the worst among x, dy, the weight and the results
+  bool transposed = false;  // the weight lies as [K, N]
 };
 
 // Whether code for these targets of a build ("80 90a-real", as CMake names them) runs on a GPU:
@@ -136,11 +137,14 @@ inline bool few_tiles(const CudaCall& call) {
   return tiles(call.M) * tiles(std::min(call.N, call.K)) < kMultiprocessors;
 }
 
+constexpr int64_t kFewest =
+    16;  // rows that wait for launches and for the weight, whatever the rest
+
 // Whether cuBLAS's low-rank products are no slower than the kernels' passes. Few rows wait for
 // launches, of which the kernels for sm_90a have more where a rank or a float adapter is in several
 // parts. Those for sm_80 pay where they save a reading of x: dropout's, or of a float copy.
 inline bool blas_keeps_up(const CudaCall& call, KernelFamily family) {
-  constexpr int64_t kFewRows = 512, kFewest = 16;
+  constexpr int64_t kFewRows = 512;
   const bool mixed = call.adapter != call.base, fewest = call.M <= kFewest;
   if (family == KernelFamily::Sm90) {
     return few_tiles(call) && !call.dropout && (call.r > 32 || (mixed && fewest));
@@ -173,8 +177,9 @@ inline std::array<CudaCandidate, 9> cuda_candidates(const CudaProblem& problem) 
   // Tensor cores of sm_90 and of sm_100 to sm_110 run at their rate for instructions of their own.
   const bool slow_mma = sm80 && capability >= 90 && capability < 120;
   const bool few = few_tiles(call);
-  const bool few_rows =
-      !call.backward && few_rows_fit(call.M, call.r, call.adapter != call.base, call.dropout);
+  const bool few_rows = !call.backward && !call.transposed && (!slow_mma || call.M <= kFewest) &&
+                        few_rows_fit(call.M, call.N, call.r, call.adapter != call.base,
+                                     call.dropout, family_for(problem));
   return {{
       {asked, problem.wish, name_of(problem.wish).asked},
       {measured, problem.fastest.value_or(CudaWish::Auto),

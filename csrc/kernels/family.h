@@ -10,11 +10,17 @@ namespace lora_ext {
 enum class KernelFamily { Sm80, Sm90 };
 
 // Whether a forward with the base product is one kernel's (few_rows_sm80.h), if its matrices lie so
-// that it can read them. `mixed`: float adapters. Each block reads all of x and lora_A: they should
-// not be much more than its own rows of the weight, which are 8 to 32.
-constexpr bool few_rows_fit(int64_t M, int64_t r, bool mixed, bool dropout) {
-  constexpr int64_t kMostRows = 16, kMostRank = 32, kMostRead = 40;
-  return M <= kMostRows && r <= kMostRank && M + (mixed ? 2 : 1) * r <= kMostRead && !dropout;
+// that it can read them. `mixed`: float adapters. Each block reads x and lora_A, on sm_90a a
+// quarter of them: they should not be much more than its own rows of the weight. By prediction the
+// bounds are where cuBLAS's three products, or on sm_90a the product's own kernel, begin to be as
+// fast; where few columns leave multiprocessors idle that is earlier.
+constexpr bool few_rows_fit(int64_t M, int64_t N, int64_t r, bool mixed, bool dropout,
+                            KernelFamily family) {
+  constexpr int64_t kMostRows = 64, kFewColumns = 2048;
+  const bool shared = family == KernelFamily::Sm90;
+  const int64_t most_rank = shared ? 128 : 64;
+  const int64_t most_read = shared ? 144 : N < kFewColumns ? 80 : 96;
+  return M <= kMostRows && r <= most_rank && M + (mixed ? 2 : 1) * r <= most_read && !dropout;
 }
 
 }  // namespace lora_ext

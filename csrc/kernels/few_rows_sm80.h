@@ -1,14 +1,13 @@
-// y of a few rows without dropout, as in decoding, in one kernel. A block has a few columns of y
-// and reads their rows of the weight once, with all of x and lora_A beside them: these are small,
-// and making h again in every block spares the kernels that would hand it over. Warps have every
-// eighth part of 32 columns of x, and their sums are added in a fixed order.
+// y of up to 64 rows without dropout, as in decoding, in one kernel. A block has a few columns of y
+// and reads their rows of the weight once, with x and lora_A beside them: making h again in every
+// block spares the kernels that would hand it over. On sm_90a, whose L2 is too slow to bring all of
+// x to each multiprocessor, four blocks are a cluster: each has a quarter of x's columns for four
+// times as many columns of y, and reads the others' sums from their shared memory.
 #pragma once
 
-#include <algorithm>
-
-#include "arch/arch.h"
-#include "elementwise.h"
+#include "few_rows_shape_sm80.h"
 #include "lora_linear_passes.h"
+#include "tile_sm80.h"
 
 namespace lora_ext::sm80 {
 
@@ -18,207 +17,370 @@ struct FewRowsParams {
   const float* bias;    // [N] or null
   const TA *lora_A, *lora_B;
   int r;
+  int columns;  // of y that a cluster makes
+  FewRowsSizes sizes;
   HiddenFactor scaling;
   T* y;      // [M, N]
   float* h;  // [M, r] or null
 };
 
-template <int kColumnTiles, int kRankTiles>
-struct FewRowsShape {
-  static constexpr int kRows = 16, kColumns = 8 * kColumnTiles, kRank = 8 * kRankTiles;
-  static constexpr int kAll = kColumns + kRank;  // columns of the sums: y's, then h's
-  static constexpr int kWarps = 8, kThreads = kWarps * 32;
-  static constexpr int kStep = 32;  // of K, for a warp
-  static constexpr int kSharedBytes = (kWarps * kRows * kAll + kRows * kRank) * 4;
-  static_assert(kSharedBytes <= 48 * 1024);
-};
-
 template <class T, class TA, class Shape>
-struct FewRows {
-  // Eight neighbouring 16-bit elements of a row; the products take four at a time, so that lane t
-  // of a row has elements 8 t to 8 t + 7 of 32 as those that FragmentA and FragmentB want of 2
-  // x 16.
-  struct alignas(16) Chunk {
-    uint32_t pairs[4];
+class FewRows {
+ public:
+  using Params = FewRowsParams<T, TA>;
+
+  LORA_EXT_DEVICE FewRows(const Params& params, uint8_t* shared)
+      : params_(params),
+        shared_(shared),
+        M_(static_cast<int>(params.x.rows)),
+        thread_(static_cast<int>(threadIdx.x)),
+        lane_(thread_ % 32),
+        group_(thread_ / 32 % Shape::kGroups),
+        depth_(thread_ / 32 / Shape::kGroups),
+        rank_(static_cast<int>(blockIdx.x) % Shape::kSplits),
+        first_(int64_t{blockIdx.x / Shape::kSplits} * params.columns),
+        y_tiles_(params.columns / 8, group_),
+        h_tiles_((params.r + 7) / 8, group_),
+        x_(params.x.data, params.x.stride, M_, thread_),
+        weight_(params.weight.data + first_ * params.weight.stride, params.weight.stride,
+                columns_here(), thread_),
+        A_(params.lora_A, params.x.columns, params.r, thread_) {}
+
+  LORA_EXT_DEVICE void run() {
+    sum();
+    arch::cp_async_wait<0>();
+    __syncthreads();  // the ring becomes room for sums
+    store(sums_of_h_, h_tiles_, h_at(depth_), params_.sizes.h_stride);
+    __syncthreads();
+    add_low_rank();
+    store(sums_of_y_, y_tiles_, y_at(depth_), params_.sizes.y_stride);
+    all_have_stored();
+    if (blockIdx.x < Shape::kSplits && params_.h != nullptr) write_h();
+    write_y();
+    if constexpr (Shape::kSplits > 1) arch::cluster_sync();  // others may still read from this one
+  }
+
+ private:
+  static constexpr int kRowTiles = Shape::kRows / 16;
+  static constexpr bool kMixed = sizeof(TA) == sizeof(float);
+  using RowTile = Tile<Shape::kRows, Shape::kStep>;
+
+  // The tiles of 8 columns that this warp's group has of `all`.
+  struct Tiles {
+    int first, count;
+    LORA_EXT_DEVICE Tiles(int all, int group) {
+      const int each = (all + Shape::kGroups - 1) / Shape::kGroups;
+      first = group * each;
+      count = all - first < each ? all - first : each;
+    }
   };
 
-  LORA_EXT_DEVICE static Chunk load(const T* values, bool inside) {
-    return inside ? *reinterpret_cast<const Chunk*>(values) : Chunk{};
-  }
+  template <int kTiles>
+  struct Sums {
+    static constexpr int kMost = kTiles;
+    arch::FragmentC value[kRowTiles][kTiles] = {};
+  };
 
-  // Of a float matrix: the value, rounded, and what rounding left.
-  LORA_EXT_DEVICE static void load(const float* values, bool inside, Chunk& value, Chunk& rest) {
-    value = rest = Chunk{};
-    if (!inside) return;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float first = values[2 * i], second = values[2 * i + 1];
-      value.pairs[i] = pack_pair<T>(first, second);
-      rest.pairs[i] =
-          pack_pair<T>(first - first_of<T>(value.pairs[i]), second - second_of<T>(value.pairs[i]));
-    }
-  }
+  // ---- Copies ----------------------------------------------------------------------------------
 
-  LORA_EXT_DEVICE static void multiply(arch::FragmentC& sums, const Chunk& upper,
-                                       const Chunk& lower, const Chunk& b) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int at = half * 2;
-      const arch::FragmentA rows = {upper.pairs[at], lower.pairs[at], upper.pairs[at + 1],
-                                    lower.pairs[at + 1]};
-      const arch::FragmentB columns = {b.pairs[at], b.pairs[at + 1]};
-      arch::mma_m16n8k16<T>(sums, rows, columns);
-    }
-  }
+  // What this thread copies of each step: 16 bytes of every so many rows.
+  template <class E, int kMost>
+  struct Rows {
+    static constexpr int kVector = 16 / sizeof(E), kChunks = Shape::kStep / kVector;
+    static constexpr int kApart = Shape::kThreads / kChunks;
 
-  // The sums of this warp, to its part of shared memory.
-  LORA_EXT_DEVICE static void sum(const FewRowsParams<T, TA>& params, int64_t column, int warp,
-                                  int lane, float* out) {
-    constexpr int kColumnTiles = Shape::kColumns / 8, kTiles = Shape::kAll / 8;
-    const int64_t M = params.x.rows, K = params.x.columns, N = params.weight.rows;
-    const int own = lane / 4;
-    arch::FragmentC sums[kTiles] = {};
-#pragma unroll 2
-    for (int64_t first = warp * Shape::kStep; first < K; first += Shape::kWarps * Shape::kStep) {
-      const int64_t k = first + lane % 4 * 8;
-      const bool inside = k < K;
-      const T* const x = params.x.data + own * params.x.stride + k;
-      const Chunk upper = load(x, inside && own < M);
-      const Chunk lower = load(x + 8 * params.x.stride, inside && own + 8 < M);
+    const E* first;
+    int64_t next;  // elements to the next row of this thread
+    int count;     // of rows from its first one on
+    int column;
+    uint32_t to;
+
+    LORA_EXT_DEVICE Rows(const E* matrix, int64_t stride, int rows, int thread)
+        : first(matrix + thread / kChunks * stride),
+          next(kApart * stride),
+          count(rows - thread / kChunks),
+          column(thread % kChunks * kVector),
+          to(offset<E>(thread / kChunks, thread % kChunks)) {}
+
+    // Starts to copy them from column k on; zero beyond the last column. Rows that are not there
+    // are left as they are: what is made of them is not stored.
+    LORA_EXT_DEVICE void copy(uint32_t tile, int k, int columns) const {
+      const bool inside = k + column < columns;
+      const E* from = first + (inside ? k + column : 0);
 #pragma unroll
-      for (int tile = 0; tile < kColumnTiles; ++tile) {
-        const int64_t n = column + tile * 8 + own;
-        const T* const weight = params.weight.data + n * params.weight.stride + k;
-        multiply(sums[tile], upper, lower, load(weight, inside && n < N));
+      for (int i = 0; i * kApart < kMost; ++i) {
+        if (i * kApart < count) {
+          arch::cp_async_16(tile + to + i * kApart * Shape::kStep * sizeof(E), from,
+                            inside ? 16 : 0);
+        }
+        from += next;
       }
+    }
+  };
+
+  // Where 16 bytes of a row lie, as Tile has them; of a row of floats, which is twice as long, so
+  // that the pairs of eight rows lie in different banks.
+  template <class E>
+  LORA_EXT_DEVICE static uint32_t offset(int row, int chunk) {
+    if constexpr (sizeof(E) == 2) return RowTile::offset(row, chunk);
+    return static_cast<uint32_t>(row * Shape::kStep * 4 + ((chunk ^ (row & 7) * 2) << 4));
+  }
+
+  LORA_EXT_DEVICE int columns_here() const {
+    const int64_t left = params_.weight.rows - first_;
+    return left < params_.columns ? static_cast<int>(left) : params_.columns;
+  }
+
+  LORA_EXT_DEVICE void load(uint32_t stage, int k) const {
+    const int K = static_cast<int>(params_.x.columns);
+    x_.copy(stage, k, K);
+    weight_.copy(stage + Shape::kWeightAt, k, K);
+    A_.copy(stage + params_.sizes.A_at, k, K);
+  }
+
+  // ---- Sums ------------------------------------------------------------------------------------
+
+  // x W^T and x A^T of this warp's columns, of its parts of K.
+  LORA_EXT_DEVICE void sum() {
+    const int K = static_cast<int>(params_.x.columns);
+    const int all = (K + Shape::kStep - 1) / Shape::kStep;
+    const int steps = (all - rank_ + Shape::kSplits - 1) / Shape::kSplits;
+    const auto k_of = [&](int step) { return (step * Shape::kSplits + rank_) * Shape::kStep; };
+    const uint32_t ring = arch::shared_address(shared_);
+    const int bytes = params_.sizes.step_bytes;
+    const auto stage = [&](int step) {
+      return ring + static_cast<uint32_t>(step % Shape::kRing * bytes);
+    };
 #pragma unroll
-      for (int tile = 0; tile < Shape::kRank / 8; ++tile) {
-        const int j = tile * 8 + own;
-        const TA* const A = params.lora_A + j * K + k;
-        auto& h = sums[kColumnTiles + tile];
-        if constexpr (std::is_same_v<T, TA>) {
-          multiply(h, upper, lower, load(A, inside && j < params.r));
-        } else {
-          Chunk value, rest;
-          load(A, inside && j < params.r, value, rest);
-          multiply(h, upper, lower, value);
-          multiply(h, upper, lower, rest);
+    for (int step = 0; step < Shape::kRing - 1; ++step) {
+      if (step < steps) load(stage(step), k_of(step));
+      arch::cp_async_commit();
+    }
+    for (int step = 0; step < steps; ++step) {
+      arch::cp_async_wait<Shape::kRing - 2>();
+      __syncthreads();  // the stage has arrived for every thread, and every thread is done with
+                        // the last
+      const int next = step + Shape::kRing - 1;
+      if (next < steps) load(stage(next), k_of(next));
+      arch::cp_async_commit();
+      multiply(stage(step));
+    }
+  }
+
+  LORA_EXT_DEVICE void multiply(uint32_t stage) {
+#pragma unroll
+    for (int i = 0; i < Shape::kStep / 16 / Shape::kDepths; ++i) {
+      const int k = (i * Shape::kDepths + depth_) * 16;
+      arch::FragmentA x[kRowTiles];
+#pragma unroll
+      for (int row = 0; row < kRowTiles; ++row) load_a<RowTile>(x[row], stage, row * 16, k, lane_);
+      multiply(sums_of_y_, x, y_tiles_, stage + Shape::kWeightAt, k);
+      if constexpr (kMixed) {
+        multiply_floats(x, params_.sizes.A_at + (stage - arch::shared_address(shared_)), k);
+      } else {
+        multiply(sums_of_h_, x, h_tiles_, stage + params_.sizes.A_at, k);
+      }
+    }
+  }
+
+  template <class Of>
+  LORA_EXT_DEVICE void multiply(Of& sums, const arch::FragmentA (&x)[kRowTiles], Tiles tiles,
+                                uint32_t tile, int k) const {
+#pragma unroll
+    for (int t = 0; t < Of::kMost; t += 2) {
+      if (t >= tiles.count) break;
+      arch::FragmentB b[2];  // the second may be the next group's, or of nobody
+      load_b<RowTile>(b, tile, k, (tiles.first + t) * 8, lane_);
+      multiply(sums, x, t, b[0]);
+      if (t + 1 < tiles.count) multiply(sums, x, t + 1, b[1]);
+    }
+  }
+
+  // A of floats: their rounding, and what that leaves.
+  LORA_EXT_DEVICE void multiply_floats(const arch::FragmentA (&x)[kRowTiles], uint32_t at, int k) {
+#pragma unroll
+    for (int t = 0; t < Shape::kRankTiles; ++t) {
+      if (t >= h_tiles_.count) break;
+      const int row = (h_tiles_.first + t) * 8 + lane_ / 4;
+      arch::FragmentB value, rest;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int column = k + i * 8 + lane_ % 4 * 2;
+        const auto* pair = reinterpret_cast<const float*>(
+            shared_ + at + offset<float>(row, column / 4) + column % 4 * 4);
+        split(pair[0], pair[1], value[i], rest[i]);
+      }
+      multiply(sums_of_h_, x, t, value);
+      multiply(sums_of_h_, x, t, rest);
+    }
+  }
+
+  template <class Of>
+  LORA_EXT_DEVICE static void multiply(Of& sums, const arch::FragmentA (&x)[kRowTiles], int tile,
+                                       const arch::FragmentB& b) {
+#pragma unroll
+    for (int row = 0; row < kRowTiles; ++row) {
+      arch::mma_m16n8k16<T>(sums.value[row][tile], x[row], b);
+    }
+  }
+
+  LORA_EXT_DEVICE static void split(float first, float second, uint32_t& value, uint32_t& rest) {
+    value = pack_pair<T>(first, second);
+    rest = pack_pair<T>(left_of(first, first_of<T>(value)), left_of(second, second_of<T>(value)));
+  }
+  // What rounding left; of what became infinite nothing.
+  LORA_EXT_DEVICE static float left_of(float full, float near) {
+    const float left = full - near;
+    return left - left == 0.0f ? left : 0.0f;
+  }
+
+  // ---- The low-rank part -----------------------------------------------------------------------
+
+  // s h B^T, of what this block has of h: B's columns that are this warp's part.
+  LORA_EXT_DEVICE void add_low_rank() {
+    const float scaling = params_.scaling.get();
+    for (int j = depth_ * 16; j < params_.r; j += Shape::kDepths * 16) {
+      arch::FragmentA value[kRowTiles], rest[kRowTiles];
+#pragma unroll
+      for (int row = 0; row < kRowTiles; ++row) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int m = row * 16 + lane_ / 4 + i % 2 * 8, at = j + lane_ % 4 * 2 + i / 2 * 8;
+          split(scaling * h_of_block(m, at), scaling * h_of_block(m, at + 1), value[row][i],
+                rest[row][i]);
         }
       }
-    }
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
+      for (int t = 0; t < Shape::kColumnTiles; ++t) {
+        if (t >= y_tiles_.count) break;
+        const int64_t n = first_ + (y_tiles_.first + t) * 8 + lane_ / 4;
+        arch::FragmentB b, b_rest;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        out[(own + i / 2 * 8) * Shape::kAll + tile * 8 + lane % 4 * 2 + i % 2] = sums[tile][i];
+        for (int i = 0; i < 2; ++i) {
+          const int at = j + lane_ % 4 * 2 + i * 8;
+          split(B_of(n, at), B_of(n, at + 1), b[i], b_rest[i]);
+        }
+        multiply(sums_of_y_, value, t, b);
+        multiply(sums_of_y_, rest, t, b);
+        if constexpr (kMixed) multiply(sums_of_y_, value, t, b_rest);
       }
     }
   }
 
-  // Of all warps, of one element.
-  LORA_EXT_DEVICE static float added(const float* sums, int row, int column) {
+  LORA_EXT_DEVICE float h_of_block(int m, int j) const {
     float sum = 0.0f;
 #pragma unroll
-    for (int warp = 0; warp < Shape::kWarps; ++warp) {
-      sum += sums[(warp * Shape::kRows + row) * Shape::kAll + column];
+    for (int depth = 0; depth < Shape::kDepths; ++depth) {
+      sum += j < params_.r ? h_at(depth)[m * params_.sizes.h_stride + j] : 0.0f;
     }
     return sum;
   }
+  LORA_EXT_DEVICE float B_of(int64_t n, int j) const {
+    const bool inside = n < params_.weight.rows && j < params_.r;
+    return inside ? to_float(params_.lora_B[n * params_.r + j]) : 0.0f;
+  }
+
+  // ---- Sums of all warps -----------------------------------------------------------------------
+
+  LORA_EXT_DEVICE float* h_at(int depth) const {
+    return reinterpret_cast<float*>(shared_) + depth * Shape::kRows * params_.sizes.h_stride;
+  }
+  LORA_EXT_DEVICE float* y_at(int depth) const {
+    return h_at(Shape::kDepths) + depth * Shape::kRows * params_.sizes.y_stride;
+  }
+
+  template <class Of>
+  LORA_EXT_DEVICE void store(const Of& sums, Tiles tiles, float* to, int stride) const {
+#pragma unroll
+    for (int t = 0; t < Of::kMost; ++t) {
+      if (t >= tiles.count) break;
+#pragma unroll
+      for (int row = 0; row < kRowTiles; ++row) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float* const pair = to + (row * 16 + half * 8 + lane_ / 4) * stride +
+                              (tiles.first + t) * 8 + lane_ % 4 * 2;
+          pair[0] = sums.value[row][t][half * 2], pair[1] = sums.value[row][t][half * 2 + 1];
+        }
+      }
+    }
+  }
+
+  LORA_EXT_DEVICE static void all_have_stored() {
+    if constexpr (Shape::kSplits > 1) {
+      arch::cluster_sync_stores();
+    } else {
+      __syncthreads();
+    }
+  }
+
+  // Of an element of the sums: those of all blocks and warps, in their order.
+  LORA_EXT_DEVICE static float added(const float* first, int apart) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int split = 0; split < Shape::kSplits; ++split) {
+      if constexpr (Shape::kSplits > 1) {
+        const uint32_t there = arch::cluster_address(arch::shared_address(first), split);
+#pragma unroll
+        for (int depth = 0; depth < Shape::kDepths; ++depth) {
+          sum += arch::cluster_load_float(there + static_cast<uint32_t>(depth * apart * 4));
+        }
+      } else {
+#pragma unroll
+        for (int depth = 0; depth < Shape::kDepths; ++depth) sum += first[depth * apart];
+      }
+    }
+    return sum;
+  }
+
+  LORA_EXT_DEVICE void write_h() const {
+    const int stride = params_.sizes.h_stride, step = Shape::kSplits * Shape::kThreads;
+    for (int i = rank_ * Shape::kThreads + thread_; i < M_ * params_.r; i += step) {
+      const int row = i / params_.r, j = i % params_.r;
+      params_.h[i] = added(h_at(0) + row * stride + j, Shape::kRows * stride);
+    }
+  }
+
+  // Each block of a cluster has a part of its columns.
+  LORA_EXT_DEVICE void write_y() const {
+    const int stride = params_.sizes.y_stride, share = params_.columns / Shape::kSplits;
+    const int64_t N = params_.weight.rows;
+    for (int i = thread_; i < M_ * share; i += Shape::kThreads) {
+      const int row = i / share, column = rank_ * share + i % share;
+      const int64_t n = first_ + column;
+      if (n >= N) continue;
+      const float sum = added(y_at(0) + row * stride + column, Shape::kRows * stride);
+      const float bias = params_.bias != nullptr ? params_.bias[n] : 0.0f;
+      params_.y[row * N + n] = rounded<T>(sum + bias);
+    }
+  }
+
+  const Params& params_;
+  uint8_t* const shared_;
+  const int M_, thread_, lane_, group_, depth_, rank_;
+  const int64_t first_;  // column of y
+  const Tiles y_tiles_, h_tiles_;
+  const Rows<T, Shape::kRows> x_;
+  const Rows<T, Shape::kMostColumns> weight_;
+  const Rows<TA, Shape::kMostRank> A_;
+  Sums<Shape::kColumnTiles> sums_of_y_;
+  Sums<Shape::kRankTiles> sums_of_h_;
 };
 
 template <class T, class TA, class Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 1)
+__global__ void __launch_bounds__(Shape::kThreads, kLeastBlocks)
     few_rows_sm80_kernel(const __grid_constant__ FewRowsParams<T, TA> params) {
-  using Pass = FewRows<T, TA, Shape>;
-  arch::wait_for_previous_kernel();
-  arch::let_next_kernel_start();
-  LORA_EXT_DYNAMIC_SHARED(shared);
-  auto* const sums = reinterpret_cast<float*>(shared);
-  float* const h = sums + Shape::kWarps * Shape::kRows * Shape::kAll;
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
-  const int64_t column = int64_t{blockIdx.x} * Shape::kColumns;
-  const int64_t M = params.x.rows, N = params.weight.rows;
-  Pass::sum(params, column, warp, thread % 32, sums + warp * Shape::kRows * Shape::kAll);
-  __syncthreads();
-
-  for (int i = thread; i < Shape::kRows * Shape::kRank; i += Shape::kThreads) {
-    const int row = i / Shape::kRank, j = i % Shape::kRank;
-    h[i] = Pass::added(sums, row, Shape::kColumns + j);
-    if (blockIdx.x == 0 && params.h != nullptr && row < M && j < params.r) {
-      params.h[row * params.r + j] = h[i];
-    }
+#if defined(LORA_EXT_SM90A)
+  constexpr bool kHere = true;
+#else
+  constexpr bool kHere = Shape::kSplits == 1;
+#endif
+  if constexpr (kHere) {
+    LORA_EXT_DYNAMIC_SHARED(shared);
+    arch::wait_for_previous_kernel();
+    arch::let_next_kernel_start();
+    FewRows<T, TA, Shape>(params, shared).run();
   }
-  __syncthreads();
-
-  for (int i = thread; i < Shape::kRows * Shape::kColumns; i += Shape::kThreads) {
-    const int row = i / Shape::kColumns;
-    const int64_t n = column + i % Shape::kColumns;
-    if (row >= M || n >= N) continue;
-    float low_rank = 0.0f;
-    for (int j = 0; j < params.r; ++j) {
-      low_rank += h[row * Shape::kRank + j] * to_float(params.lora_B[n * params.r + j]);
-    }
-    const float base = Pass::added(sums, row, i % Shape::kColumns);
-    const float bias = params.bias != nullptr ? params.bias[n] : 0.0f;
-    params.y[row * N + n] = rounded<T>(base + params.scaling.get() * low_rank + bias);
-  }
-}
-
-// ---- Launching it ------------------------------------------------------------------------------
-
-template <class T, class TA>
-bool takes_few_rows(const ForwardCall<T, TA>& call) {
-  const bool aligned = call.x.aligned() && call.weight.stored.aligned() &&
-                       call.x.columns % 8 == 0 &&
-                       reinterpret_cast<uintptr_t>(call.lora_A) % 16 == 0;
-  return few_rows_fit(call.x.rows, call.r, !std::is_same_v<T, TA>, call.dropout.enabled) &&
-         aligned && call.weight.stored.data != nullptr && !call.weight.transposed;
-}
-
-// Columns of a block: as few rows of x, A and the weight as possible for the busiest
-// multiprocessor.
-inline int few_rows_columns(int64_t M, int64_t N, int64_t r, int64_t multiprocessors) {
-  int best = 0;
-  int64_t fewest = 0;
-  for (const int columns : {32, 16, 8}) {
-    const int64_t turns = ceil_div(ceil_div(N, columns), multiprocessors);
-    const int64_t rows = turns * (columns + round_up(r, 8) + M);
-    if (best == 0 || rows < fewest) best = columns, fewest = rows;
-  }
-  return best;
-}
-
-template <class T, class TA>
-void launch_few_rows(const ForwardCall<T, TA>& call, Stream stream) {
-  const FewRowsParams<T, TA> params{.x = call.x,
-                                    .weight = call.weight.stored,
-                                    .bias = call.bias,
-                                    .lora_A = call.lora_A,
-                                    .lora_B = call.lora_B,
-                                    .r = call.r,
-                                    .scaling = {call.scaling, call.scaling_factor},
-                                    .y = call.y,
-                                    .h = call.h};
-  const int64_t N = call.weight.N();
-  const auto launch = [&](auto shape) {
-    using Shape = decltype(shape);
-    const dim3 grid(static_cast<unsigned>(ceil_div(N, Shape::kColumns)));
-    arch::launch_dependent(few_rows_sm80_kernel<T, TA, Shape>, grid, Shape::kThreads,
-                           Shape::kSharedBytes, stream, params);
-  };
-  const auto of_columns = [&](auto rank_tiles) {
-    constexpr int kRankTiles = decltype(rank_tiles)::value;
-    switch (few_rows_columns(call.x.rows, N, call.r, arch::multiprocessors())) {
-      case 32:
-        return launch(FewRowsShape<4, kRankTiles>{});
-      case 16:
-        return launch(FewRowsShape<2, kRankTiles>{});
-      default:
-        return launch(FewRowsShape<1, kRankTiles>{});
-    }
-  };
-  if (call.r <= 16) return of_columns(std::integral_constant<int, 2>{});
-  of_columns(std::integral_constant<int, 4>{});
 }
 
 }  // namespace lora_ext::sm80

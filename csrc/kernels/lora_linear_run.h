@@ -3,7 +3,7 @@
 // or float.
 #pragma once
 
-#include "few_rows_sm80.h"
+#include "launch_few_rows_sm80.h"
 #include "lora_linear_elementwise.h"
 
 namespace lora_ext {
@@ -133,7 +133,6 @@ inline float survivor(const Dropout& dropout) { return dropout.enabled ? dropout
 template <class T, class TA>
 void forward(const Family<T>& family, const ForwardCall<T, TA>& call, const Allocator& scratch,
              Stream stream) {
-  if (sm80::takes_few_rows(call)) return sm80::launch_few_rows(call, stream);
   const int64_t M = call.x.rows, K = call.x.columns, N = call.weight.N();
   const BLayout layout = call.weight.transposed ? BLayout::kRows : BLayout::kColumns;
   const Remainder place = joined<T, TA>(call.r, layout);
@@ -220,6 +219,7 @@ const Family<T>& passes_of(KernelFamily family) {
 template <class T, class TA>
 void run_forward(const ForwardCall<T, TA>& call, const Allocator& scratch, Stream stream,
                  KernelFamily family) {
+  if (sm80::takes_few_rows(call, family)) return sm80::launch_few_rows(call, stream, family);
   forward(passes_of<T>(family), call, scratch, stream);
 }
 

@@ -72,43 +72,79 @@ struct ProductTile {
 
   // Where the loop over k stands.
   struct Position {
-    int segment = 0;
-    int64_t k = 0;
+    int segment, k, left;  // columns of A that are left
 
-    LORA_EXT_DEVICE void advance(const Product<T>& params) {
-      k += Shape::kK;
-      if (k >= params.segments[segment].a.columns) ++segment, k = 0;
+    LORA_EXT_DEVICE explicit Position(const Product<T>& params) { begin(params, 0); }
+    LORA_EXT_DEVICE void begin(const Product<T>& params, int at) {
+      segment = at, k = 0;
+      left = at < params.count ? static_cast<int>(params.segments[at].a.columns) : 0;
+    }
+    // Whether that ends a segment.
+    LORA_EXT_DEVICE bool advance(const Product<T>& params) {
+      k += Shape::kK, left -= Shape::kK;
+      if (left > 0) return false;
+      begin(params, segment + 1);
+      return true;
     }
   };
 
-  LORA_EXT_DEVICE static int64_t steps(const Product<T>& params) {
-    int64_t total = 0;
-    for (int s = 0; s < params.count; ++s) {
-      total += (params.segments[s].a.columns + Shape::kK - 1) / Shape::kK;
-    }
-    return total;
-  }
+  // What a thread copies of each step.
+  class Loading {
+   public:
+    LORA_EXT_DEVICE Loading(const Product<T>& params, TileCorner tile, int thread)
+        : params_(params),
+          tile_(tile),
+          thread_(thread),
+          at_(params),
+          a_(copies_of_a()),
+          b_(copies_of_b()) {}
 
-  LORA_EXT_DEVICE static void load(uint8_t* stage, const Product<T>& params, Position at, int64_t m,
-                                   int64_t n, int thread) {
-    const Segment<T>& segment = params.segments[at.segment];
-    const int64_t b_row = kLayout == BLayout::kColumns ? n : at.k;
-    const int64_t b_column = kLayout == BLayout::kColumns ? at.k : n;
-    if (params.aligned) {
-      const uint32_t shared = arch::shared_address(stage);
-      TileA::template load<Shape::kThreads>(shared, segment.a, m, at.k, thread);
-      TileB::template load<Shape::kThreads>(shared + TileA::kBytes, segment.b, b_row, b_column,
-                                            thread);
-    } else {
-      TileA::template load_elements<Shape::kThreads>(stage, segment.a, m, at.k, thread);
-      TileB::template load_elements<Shape::kThreads>(stage + TileA::kBytes, segment.b, b_row,
-                                                     b_column, thread);
+    LORA_EXT_DEVICE void step(uint8_t* stage) {
+      if (at_.segment == params_.count) return;
+      if (params_.aligned) {
+        const uint32_t shared = arch::shared_address(stage);
+        a_.start(shared);
+        b_.start(shared + TileA::kBytes);
+      } else {
+        const Segment<T>& segment = params_.segments[at_.segment];
+        TileA::template load_elements<Shape::kThreads>(stage, segment.a, tile_.m, at_.k, thread_);
+        TileB::template load_elements<Shape::kThreads>(stage + TileA::kBytes, segment.b,
+                                                       kColumns ? tile_.n : at_.k,
+                                                       kColumns ? at_.k : tile_.n, thread_);
+      }
+      if (!at_.advance(params_)) {
+        a_.advance_columns();
+        kColumns ? b_.advance_columns() : b_.advance_rows();
+      } else if (at_.segment < params_.count) {
+        a_ = copies_of_a(), b_ = copies_of_b();
+      }
     }
-  }
+
+   private:
+    static constexpr bool kColumns = kLayout == BLayout::kColumns;
+    using CopiesA = typename TileA::template Copies<Shape::kThreads, T>;
+    using CopiesB = typename TileB::template Copies<Shape::kThreads, T>;
+
+    // Of the segment that begins.
+    LORA_EXT_DEVICE CopiesA copies_of_a() const {
+      return {params_.segments[at_.segment].a, tile_.m, 0, thread_};
+    }
+    LORA_EXT_DEVICE CopiesB copies_of_b() const {
+      return {params_.segments[at_.segment].b, kColumns ? tile_.n : 0, kColumns ? 0 : tile_.n,
+              thread_};
+    }
+
+    const Product<T>& params_;
+    TileCorner tile_;
+    int thread_;
+    Position at_;
+    CopiesA a_;
+    CopiesB b_;
+  };
 
   // sums += the product of one stage, of which `depth` columns of A are left: a low-rank segment
   // needs no more steps than its rank
-  LORA_EXT_DEVICE static void multiply(WarpSums<Shape>& sums, uint32_t stage, int64_t depth,
+  LORA_EXT_DEVICE static void multiply(WarpSums<Shape>& sums, uint32_t stage, int depth,
                                        int warp_row, int warp_column, int lane) {
     constexpr int kRowTiles = WarpSums<Shape>::kRowTiles;
     constexpr int kColumnTiles = WarpSums<Shape>::kColumnTiles;
@@ -178,41 +214,37 @@ __global__ void __launch_bounds__(Shape::kThreads, kLeastBlocks)
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int warp_row = warp / Shape::kWarpsN * Shape::kWarpRows;
   const int warp_column = warp % Shape::kWarpsN * Shape::kWarpColumns;
-  const auto [m, n] = TileWalk<Shape>::tile(params.N);
-  const auto stage = [&](int64_t step) {
-    return shared + step % Shape::kRing * Shape::kStageBytes;
+  const TileCorner tile = TileWalk<Shape>::tile(params.N);
+  const auto following = [](int offset) {
+    return offset + Shape::kStageBytes < Shape::kSharedBytes ? offset + Shape::kStageBytes : 0;
   };
 
   WarpSums<Shape> sums;
   sums.clear();
-  const int64_t steps = P::steps(params);
-  typename P::Position loading, multiplying;
+  typename P::Loading loading(params, tile, thread);
+  typename P::Position multiplying(params);
 #pragma unroll
   for (int s = 0; s < Shape::kRing - 1; ++s) {
-    if (s < steps) {
-      P::load(stage(s), params, loading, m, n, thread);
-      loading.advance(params);
-    }
+    loading.step(shared + s * Shape::kStageBytes);
     arch::cp_async_commit();
   }
-  for (int64_t step = 0; step < steps; ++step) {
+  // Bytes before the stage that is multiplied, and before the one that is filled.
+  int full = 0, free = (Shape::kRing - 1) * Shape::kStageBytes;
+  while (multiplying.segment < params.count) {
     arch::cp_async_wait<Shape::kRing - 2>();
     __syncthreads();  // the stage has arrived for every thread, and every thread is done with the
                       // last
-    if (step + Shape::kRing - 1 < steps) {
-      P::load(stage(step + Shape::kRing - 1), params, loading, m, n, thread);
-      loading.advance(params);
-    }
+    loading.step(shared + free);
     arch::cp_async_commit();
-    const int64_t depth = params.segments[multiplying.segment].a.columns - multiplying.k;
-    P::multiply(sums, arch::shared_address(stage(step)), depth, warp_row, warp_column, lane);
-    multiplying.advance(params);
-    if (multiplying.k == 0 && multiplying.segment == params.masked) {
-      sums.drop(params.dropout.rng(), params.dropout.threshold, m + warp_row, n + warp_column,
+    P::multiply(sums, arch::shared_address(shared + full), multiplying.left, warp_row, warp_column,
                 lane);
+    free = full, full = following(full);
+    if (multiplying.advance(params) && multiplying.segment == params.masked) {
+      sums.drop(params.dropout.rng(), params.dropout.threshold, tile.m + warp_row,
+                tile.n + warp_column, lane);
     }
   }
-  P::store(sums, params, m + warp_row, n + warp_column, lane);
+  P::store(sums, params, tile.m + warp_row, tile.n + warp_column, lane);
 }
 
 }  // namespace lora_ext::sm80

@@ -28,32 +28,65 @@ struct Tile {
   LORA_EXT_DEVICE static uint32_t offset(int row, int chunk) {
     constexpr int kRowsPerTurn = kChunks >= 8 ? 1 : 8 / kChunks;  // rows in one pass over the banks
     constexpr int kPermuted = kChunks >= 8 ? 8 : kChunks;
-    const int turn = row / kRowsPerTurn % kPermuted;
-    return static_cast<uint32_t>(row * kColumns * 2 + ((chunk ^ turn) << 4));
+    const unsigned turn = static_cast<unsigned>(row) / kRowsPerTurn % kPermuted;
+    return static_cast<uint32_t>(row * kColumns * 2 + ((static_cast<unsigned>(chunk) ^ turn) << 4));
   }
 
+  // What a thread copies of the tile at (row, column) of a matrix, and of those that follow: its
+  // chunk of every so many rows. Numbers are of 32 bits, as all rows and columns are.
+  template <int kThreads, class T>
+  class Copies {
+   public:
+    LORA_EXT_DEVICE Copies(const Matrix<T>& matrix, int64_t row, int64_t column, int thread)
+        : first_(thread / kChunks),
+          rows_(static_cast<int>(matrix.rows - row) - first_),
+          columns_(static_cast<int>(matrix.columns - column) - thread % kChunks * 8),
+          to_(offset(first_, thread % kChunks)),
+          stride_(matrix.stride),
+          source_(matrix.data + (row + first_) * stride_ + column + thread % kChunks * 8) {}
+
+    // Starts; zero outside of the matrix, of which nothing is read there. Only the last columns may
+    // be a part of a chunk, whose bytes are counted.
+    LORA_EXT_DEVICE void start(uint32_t shared) const {
+      if (columns_ >= 8) {
+        start(shared, [](bool inside) { return inside ? 16 : 0; });
+      } else {
+        const int bytes = columns_ > 0 ? columns_ * 2 : 0;
+        start(shared, [&](bool inside) { return inside ? bytes : 0; });
+      }
+    }
+
+    LORA_EXT_DEVICE void advance_columns() { source_ += kColumns, columns_ -= kColumns; }
+    LORA_EXT_DEVICE void advance_rows() { source_ += kRows * stride_, rows_ -= kRows; }
+
+   private:
+    static_assert(kThreads % (8 * kChunks) == 0, "the rows of a thread have the same permutation");
+    static constexpr int kApart = kThreads / kChunks;  // rows
+
+    template <class Bytes>
+    LORA_EXT_DEVICE void start(uint32_t shared, const Bytes& bytes) const {
+      const T* from = source_;
+#pragma unroll
+      for (int i = 0; i < (kRows + kApart - 1) / kApart; ++i) {
+        if (kRows % kApart != 0 && first_ + i * kApart >= kRows) break;
+        arch::cp_async_16(shared + to_ + i * kApart * kColumns * 2, from,
+                          bytes(i * kApart < rows_));
+        from += kApart * stride_;
+      }
+    }
+
+    int first_, rows_, columns_;  // what the matrix has from this thread's first element on
+    uint32_t to_;
+    int64_t stride_;
+    const T* source_;
+  };
+
   // Starts to copy the tile at (row, column) of the matrix; zero outside of it. `thread` of
-  // kThreads. A thread keeps its chunk of a row, so that only rows are counted in the loop, whose
-  // length is a constant: it is unrolled.
+  // kThreads.
   template <int kThreads, class T>
   LORA_EXT_DEVICE static void load(uint32_t shared, const Matrix<T>& matrix, int64_t row,
                                    int64_t column, int thread) {
-    static_assert(kThreads % kChunks == 0);
-    constexpr int kStep = kThreads / kChunks;  // rows at a time
-    const int first = thread / kChunks, chunk = thread % kChunks;
-    const int64_t left = matrix.columns - column - chunk * 8;
-    const int bytes = left >= 8 ? 16 : left > 0 ? static_cast<int>(left) * 2 : 0;
-    const int64_t rows = bytes > 0 ? matrix.rows - row : 0;
-    const T* source = matrix.data + (row + first) * matrix.stride + column + chunk * 8;
-#pragma unroll
-    for (int i = 0; i < (kRows + kStep - 1) / kStep; ++i) {
-      const int r = first + i * kStep;
-      if (kRows % kStep != 0 && r >= kRows) break;
-      const bool inside = r < rows;
-      arch::cp_async_16(shared + offset(r, chunk), inside ? source : matrix.data,
-                        inside ? bytes : 0);
-      source += kStep * matrix.stride;
-    }
+    Copies<kThreads, T>(matrix, row, column, thread).start(shared);
   }
 
   // The same for matrices that are not aligned: element by element, finished when it returns.

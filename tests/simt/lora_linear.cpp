@@ -89,8 +89,12 @@ bool choose(const Arguments& a, bool backward) {
   if (backward) read(a.dy, a.M, a.ldy, a.N);
   read(a.x, a.M, a.ldx, a.K);
   read(a.weight, a.transposed ? a.K : a.N, a.ldw, a.transposed ? a.N : a.K);
-  const CudaCall call{backward,       0,   a.M, a.N, a.K, a.r, 0, !std::is_same_v<T, TA>, true,
-                      a.dropout != 0, rows};
+  const CudaCall call{backward, 0,
+                      a.M,      a.N,
+                      a.K,      a.r,
+                      0,        !std::is_same_v<T, TA>,
+                      true,     a.dropout != 0,
+                      rows,     a.transposed != 0};
   path() = choose_cuda_path({call, simt::options().compute_capability, true, kSm90, wish(), {}});
   return path().kernels != CudaPath::Kernels::Composed;
 }

@@ -7,6 +7,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 
 #include "wait_report.h"
@@ -114,6 +115,31 @@ inline cudaError_t allow_shared_bytes(const void* kernel, int bytes) {
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error == cudaSuccess) most = bytes;
   return error;
+}
+
+// How many clusters of so many blocks run at the same time on the current device: where the
+// multiprocessors that it has side by side are no multiple of that, some of them are in none. At
+// least one.
+template <class Params>
+inline int clusters_at_once(void (*kernel)(Params), int threads, int shared_bytes, int blocks) {
+  using Question = std::tuple<const void*, int, int, int, int>;
+  static thread_local std::map<Question, int> answers;
+  const auto* const address = reinterpret_cast<const void*>(kernel);
+  int& answer = answers[{address, current_device(), threads, shared_bytes, blocks}];
+  if (answer > 0) return answer;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.attrs = &cluster, config.numAttrs = 1;
+  int count = 0;
+  cudaError_t error = allow_shared_bytes(address, shared_bytes);
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
+  check(error, "the GPU does not tell how many clusters it runs");
+  return answer = count > 1 ? count : 1;
 }
 
 template <class Params>

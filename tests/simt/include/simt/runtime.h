@@ -161,6 +161,17 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
   return cudaSuccess;
 }
 
+// Of blocks that have a multiprocessor each; an H100 has 16 or 18 of them side by side.
+template <class Params>
+cudaError_t cudaOccupancyMaxActiveClusters(int* count, void (*kernel)(Params),
+                                           const cudaLaunchConfig_t* config) {
+  const auto error = simt::check_limits(*config, reinterpret_cast<const void*>(kernel));
+  const int multiprocessors = simt::options().multiprocessors;
+  const auto blocks = static_cast<int>(simt::Asked(*config).cluster.x);
+  *count = (multiprocessors > 18 ? multiprocessors / 33 * 32 : multiprocessors) / blocks;
+  return simt::failed(error);
+}
+
 template <class Params>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params),
                                const Params& params) {
