@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from emulated import Arguments, EmulatedKernels, guarded_arguments, take_results
+from problems import UNIT, rms
 from torch import Tensor
 
 import lora_ext
@@ -180,3 +181,43 @@ def exact(x: Tensor, layers: list[Layer]) -> tuple[Tensor, list[Results], Tensor
             size += dh.square() @ A.square()
         results.append(found)
     return dx, results, size.sqrt()
+
+
+def bound(got: Tensor, base: torch.dtype, depth: int) -> float:
+    """h and dh are rounded once for the product and the result once; what is stored in float has
+    factors of 16 bits and a remainder of as many. Sums are in float."""
+    roundings = 2 * UNIT[base] if got.dtype == base else 3 * UNIT[base] ** 2
+    return roundings + UNIT[torch.float32] * depth**0.5
+
+
+def check(
+    kernels: EmulatedKernels,
+    x: Tensor,
+    layers: list[Layer],
+    backward: bool = True,
+    wants_x: bool = True,
+) -> list[Results]:
+    """Everything against float64; y, dA and dB bit for bit as of calls of their own."""
+    dx_exact, wanted, dx_size = exact(x, layers)
+    found = forward_together(kernels, x, layers)
+    hs = [one.get("h") for one in found]
+    if backward:
+        dx, gradients = backward_together(kernels, x, layers, hs, wants_x)
+        if dx is not None:
+            depth = sum(len(layer.weight) for layer in layers)
+            error = rms(dx.double() - dx_exact)
+            assert error <= bound(dx, x.dtype, depth) * rms(dx_size), "dx"
+        for one, made in zip(found, gradients, strict=True):
+            one.update(made)
+    depth = max(*x.shape, *(len(layer.weight) for layer in layers))
+    for i, (layer, got, want) in enumerate(zip(layers, found, wanted, strict=True)):
+        for name, value in got.items():
+            assert rms(value.double() - want[name]) <= bound(value, x.dtype, depth) * rms(
+                want[name]
+            ), f"{name} of layer {i}"
+        if layer.lora_A is None:
+            continue
+        own = alone(kernels, x, layer, got["h"])
+        for name in own.keys() & got.keys():
+            assert torch.equal(own[name], got[name]), f"{name} of layer {i}, alone"
+    return found

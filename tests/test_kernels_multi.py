@@ -8,17 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from emulated import GPUS, EmulatedKernels
-from emulated_multi import (
-    Layer,
-    Results,
-    alone,
-    backward_together,
-    exact,
-    forward_together,
-    make_layers,
-)
-from problems import UNIT, rms
-from torch import Tensor
+from emulated_multi import backward_together, check, forward_together, make_layers
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -26,46 +16,6 @@ BF16, FP32 = torch.bfloat16, torch.float32
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernels:
     return EmulatedKernels.build(tmp_path_factory.mktemp("kernels"))
-
-
-def bound(got: Tensor, base: torch.dtype, depth: int) -> float:
-    """h and dh are rounded once for the product and the result once; what is stored in float has
-    factors of 16 bits and a remainder of as many. Sums are in float."""
-    roundings = 2 * UNIT[base] if got.dtype == base else 3 * UNIT[base] ** 2
-    return roundings + UNIT[FP32] * depth**0.5
-
-
-def check(
-    kernels: EmulatedKernels,
-    x: Tensor,
-    layers: list[Layer],
-    backward: bool = True,
-    wants_x: bool = True,
-) -> list[Results]:
-    """Everything against float64; y, dA and dB bit for bit as of calls of their own."""
-    dx_exact, wanted, dx_size = exact(x, layers)
-    found = forward_together(kernels, x, layers)
-    hs = [one.get("h") for one in found]
-    if backward:
-        dx, gradients = backward_together(kernels, x, layers, hs, wants_x)
-        if dx is not None:
-            depth = sum(len(layer.weight) for layer in layers)
-            error = rms(dx.double() - dx_exact)
-            assert error <= bound(dx, x.dtype, depth) * rms(dx_size), "dx"
-        for one, made in zip(found, gradients, strict=True):
-            one.update(made)
-    depth = max(*x.shape, *(len(layer.weight) for layer in layers))
-    for i, (layer, got, want) in enumerate(zip(layers, found, wanted, strict=True)):
-        for name, value in got.items():
-            assert rms(value.double() - want[name]) <= bound(value, x.dtype, depth) * rms(
-                want[name]
-            ), f"{name} of layer {i}"
-        if layer.lora_A is None:
-            continue
-        own = alone(kernels, x, layer, got["h"])
-        for name in own.keys() & got.keys():
-            assert torch.equal(own[name], got[name]), f"{name} of layer {i}, alone"
-    return found
 
 
 # Tiles of 64 to 256 columns with tails; the third of four has no adapter
@@ -161,7 +111,8 @@ def test_the_grid_changes_nothing(
     """Clusters or none; h is given, since its parts follow the number of multiprocessors."""
     kernels.schedule("eager", 0)
     x, layers = make_layers(300, 136, [(264, 8), (72, 24), (136, 0)])
-    outcomes = []
+    outcomes, clusters = [], set()
+    kernels.take_recorded()
     for processors, off in ((2, ""), (2, "cluster"), (5, ""), (132, "cluster")):
         monkeypatch.setenv("LORA_EXT_CUDA_OFF", off)
         kernels.gpu(90, processors)
@@ -169,6 +120,8 @@ def test_the_grid_changes_nothing(
         hs = [one.get("h") for one in found]
         dx, _ = backward_together(kernels, x, layers, hs)
         outcomes.append([dx, *(one["y"] for one in found)])
+        clusters |= {one.cluster for one in kernels.take_recorded() if "product" in one.kernel}
+    assert clusters == {1, 2}
     for other in outcomes[1:]:
         for a, b in zip(outcomes[0], other, strict=True):
             assert torch.equal(a, b)  # type: ignore[arg-type]

@@ -30,6 +30,9 @@ inline const char* why_alone(const CudaMultiLayer& layer) {
   if (call.backward && call.dropout) {
     return "with dropout each layer drops of dx by a mask of its own, which one sum cannot do";
   }
+  if (call.dropout && layer.path.family == KernelFamily::Sm80) {
+    return "with dropout each layer has a pass over x of its own, and on sm_80 a product";
+  }
   if (layer.makes_h) return "h was not kept for backward";
   return nullptr;
 }
