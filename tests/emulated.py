@@ -188,6 +188,35 @@ class EmulatedKernels:
         self.dry_paths = (paths[0], paths[1])
         return launches[0], launches[1]
 
+    def dry_run_multi(
+        self,
+        M: int,
+        K: int,
+        layers: list[tuple[int, int]],  # N, r
+        types: str,
+        dropout_p: float,
+        backward: bool,
+    ) -> list[RecordedLaunch]:
+        """The same of layers of one x, forward or backward."""
+        memory = torch.zeros(64)
+        somewhere = memory.data_ptr() // 16 * 16 + 16
+        arguments = [
+            Arguments(
+                M=M, N=N, K=K, ldx=K, ldy=N, ldw=K, r=r, scaling=1, dropout=dropout_p > 0 < r,
+                **dict.fromkeys(POINTERS + RESULTS, somewhere),
+            )
+            for N, r in layers
+        ]  # fmt: skip
+        self.take_recorded()
+        self.library.set_limits_only(True)
+        try:
+            several = (Arguments * len(layers))(*arguments)
+            if self.library.lora_multi(types.encode(), several, len(layers), backward):
+                raise RuntimeError(self.library.last_error().decode())
+            return self.take_recorded()
+        finally:
+            self.library.set_limits_only(False)
+
     def take_recorded(self) -> list[RecordedLaunch]:
         """What each launch since the last call asked for."""
         launches = (_Recorded * MOST_LAUNCHES)()
