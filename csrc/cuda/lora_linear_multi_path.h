@@ -6,6 +6,7 @@
 
 #include "cuda/lora_linear_path.h"
 #include "kernels/lora_linear_multi.h"
+#include "kernels/switches.h"
 
 namespace lora_ext {
 
@@ -49,6 +50,10 @@ struct CudaMultiChoice {
 // and adapters are of the same kind.
 inline CudaMultiChoice choose_cuda_multi(std::span<const CudaMultiLayer> layers) {
   CudaMultiChoice choice;
+  if (switched_off(Mechanism::kTogether)) {
+    choice.alone.assign(layers.size(), "LORA_EXT_CUDA_OFF=together");
+    return choice;
+  }
   const CudaMultiLayer* first = nullptr;
   for (size_t i = 0; i < layers.size(); ++i) {
     choice.alone.push_back(why_alone(layers[i]));
