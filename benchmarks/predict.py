@@ -155,12 +155,16 @@ def group(card: Card, options: argparse.Namespace, known: Any) -> tuple[Table, R
     if options.passes:
         columns = ["kind", "", "what", "kernel", "blocks", "us", "bound by"]
     else:
-        columns = ["kind", "path", "frozen fwd, dx", "by calls fwd, fwd+bwd", "together", "alone"]
+        columns = ["kind", "path", "frozen fwd, dx", "by calls fwd, fwd+bwd", "together"]
     for name in (*LABELS, *columns):
         table.add_column(name)
     rows: Rows = []
+    alone: set[str] = set()
+    caption = ""
     for M, r in itertools.product(options.tokens or [8192], options.ranks):
-        layers = [Call(M, N, K, r, options.fp32_adapters, options.dropout) for _, N in options.group]
+        layers = [
+            Call(M, N, K, r, options.fp32_adapters, options.dropout) for _, N in options.group
+        ]
         one = predict_group(card, layers, known, options.path, options.scenario)
         names = (f"{K}→{','.join(str(N) for _, N in options.group)}", *label(layers[0])[1:])
         if options.passes:
@@ -171,14 +175,20 @@ def group(card: Card, options: argparse.Namespace, known: Any) -> tuple[Table, R
                     table.add_row(*names, "predicted", direction, *told)
         else:
             frozen = " ".join(f"{us:.0f} us" for us in one.frozen)
-            ratios = ["{:.3f} {:.3f}".format(*one.ratios(us)) for us in (one.separate, one.together)]
-            table.add_row(*names, "predicted", one.path, frozen, *ratios, one.alone)
+            ratios = [
+                "{:.3f} {:.3f}".format(*one.ratios(us)) for us in (one.separate, one.together)
+            ]
+            table.add_row(*names, "predicted", one.path, frozen, *ratios)
         found = asdict(one) | {"kind": "predicted", "by_calls": one.ratios(one.separate)}
         rows.append(found | {"ratios": one.ratios(one.together)})
-        table.caption = (
-            "Over the frozen layers as so many products. Those, and calls for each, also add up dx: "
-            f"{one.additions:.0f} us, counted nowhere"
+        caption = (
+            "Over the frozen layers as so many products. Those, and calls for each, also add up "
+            f"dx: {one.additions:.0f} us, counted nowhere"
         )
+        alone |= {f"M {M}, r {r}: {one.alone}"} if one.alone else set()
+    if alone:
+        caption += f". By calls, in backward or both ways: {'; '.join(sorted(alone))}"
+    table.caption = caption
     return table, rows
 
 

@@ -57,7 +57,9 @@ void with_types(at::ScalarType base, at::ScalarType adapter, const F& f) {
 
 // What the kernels are given as the weight: itself, or a copy where neither rows nor columns lie
 // together.
-inline Tensor readable(const Tensor& weight) { return lies_transposed(weight) ? weight : as_rows(weight); }
+inline Tensor readable(const Tensor& weight) {
+  return lies_transposed(weight) ? weight : as_rows(weight);
+}
 
 // The bias, which kernels read in pairs: a copy where a view of it begins between two.
 inline Tensor in_pairs(const Tensor& bias) {
@@ -120,7 +122,7 @@ inline CudaCall cuda_call_of(bool backward, const Tensor& rows, const Tensor& x,
 
 // Of a call that reads x or dy [M, ...].
 inline void print_cuda_path(const char* pass, const Tensor& rows, const Tensor& lora_A,
-                     const Tensor& lora_B, const LoraDropout& dropout, const CudaPath& path,
+                            const Tensor& lora_B, const LoraDropout& dropout, const CudaPath& path,
                             const std::string& reason) {
   print_path({pass, rows.size(0), lora_B.size(0), lora_A.size(1), lora_A.size(0),
               rows.scalar_type(), lora_A.scalar_type(), dropout.enabled()},

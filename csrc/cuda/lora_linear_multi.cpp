@@ -26,8 +26,7 @@ template <class Layer>
 CudaMultiLayer facts_of(const Layer& layer, bool backward, const Tensor& rows, const Tensor& x,
                         const OptionalTensor& weight) {
   CudaMultiLayer facts{};
-  facts.call =
-      cuda_call_of(backward, rows, x, weight, layer.lora_A, layer.lora_B, layer.dropout);
+  facts.call = cuda_call_of(backward, rows, x, weight, layer.lora_A, layer.lora_B, layer.dropout);
   facts.adapted = layer.adapted;
   if (!layer.adapted) facts.call.r = 1;
   facts.path = trusted_path(facts.call);

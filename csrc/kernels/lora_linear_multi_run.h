@@ -1,5 +1,5 @@
-// Forward and backward of layers of one x (lora_linear_multi.h), out of the passes of a family: x is
-// read once for the low-rank parts of all layers, whose adapters lie beside each other along the
+// Forward and backward of layers of one x (lora_linear_multi.h), out of the passes of a family: x
+// is read once for the low-rank parts of all layers, whose adapters lie beside each other along the
 // rank; the products of forward are one launch, and dx is one product. Host code without torch.
 #pragma once
 
@@ -154,8 +154,8 @@ void multi_forward(const Family<T>& family, std::span<const ForwardCall<T, TA>> 
   family.products({y, static_cast<int>(calls.size())}, layout, stream);
 }
 
-// dh of all layers lies beside each other, as lora_A does: dA is one pass over x, and dx the product
-// of both and of each layer's dy and weight.
+// dh of all layers lies beside each other, as lora_A does: dA is one pass over x, and dx the
+// product of both and of each layer's dy and weight.
 template <class T, class TA>
 void multi_backward(const Family<T>& family, std::span<const BackwardCall<T, TA>> calls,
                     const Allocator& scratch, Stream stream) {

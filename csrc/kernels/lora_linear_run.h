@@ -29,8 +29,8 @@ Remainder joined(int64_t r, BLayout layout) {
 constexpr int64_t joined_rank(int64_t r) { return round_up(r, 16); }  // of each of the two
 constexpr int copies(Remainder place) { return place == Remainder::kApart ? 1 : 2; }  // of h or dh
 
-// What makes a copy of in [rows, columns], of elements `row_step` and `column_step` apart, as tensor
-// cores read it.
+// What makes a copy of in [rows, columns], of elements `row_step` and `column_step` apart, as
+// tensor cores read it.
 template <class T, class TA>
 PackParams<T, TA> packing(const TA* in, int64_t rows, int64_t columns, int64_t row_step,
                           int64_t column_step, Remainder place, const Allocator& scratch) {
@@ -91,8 +91,8 @@ Split<T> split_transposed(const TA* in, int64_t rows, int64_t columns, Remainder
   return packed<T>(in, columns, rows, 1, columns, place, scratch, stream);
 }
 
-// What adds the parts of h or dh [M, r], whose rows are so far apart, for `copies` beside each other;
-// where to is not said yet.
+// What adds the parts of h or dh [M, r], whose rows are so far apart, for `copies` beside each
+// other; where to is not said yet.
 template <class T>
 FinishParams<T> finishing(const Parts& parts, int64_t parts_stride, int64_t M, int64_t r,
                           int copies, HiddenFactor scaling) {

@@ -29,15 +29,24 @@ void run_multi(lora_ext::KernelFamily family, bool transposed) {
     A[i] = random_values<TA>(count(r[i], K), seed + 2);
     B[i] = random_values<TA>(count(N[i], r[i]), seed + 3);
     const T* const W = memory.copy(weight[i]);
-    const Weight<T> lies = transposed ? Weight<T>{{W, K, N[i], N[i]}, true}
-                                      : Weight<T>{{W, N[i], K, K}, false};
+    const Weight<T> lies =
+        transposed ? Weight<T>{{W, K, N[i], N[i]}, true} : Weight<T>{{W, N[i], K, K}, false};
     const TA* const lora_A = memory.copy(A[i]);
     const TA* const lora_B = memory.copy(B[i]);
     float* const h = memory.fresh<float>(count(M, r[i]));
     forwards.push_back({x_on_gpu, lies, i == 0 ? memory.copy(bias) : nullptr, lora_A, lora_B, r[i],
                         0.5f, nullptr, Dropout{}, memory.fresh<T>(count(M, N[i])), h});
-    backwards.push_back({{memory.copy(dy[i]), M, N[i], N[i]}, x_on_gpu, lies, h, lora_A, lora_B,
-                         r[i], 0.5f, nullptr, Dropout{}, dx,
+    backwards.push_back({{memory.copy(dy[i]), M, N[i], N[i]},
+                         x_on_gpu,
+                         lies,
+                         h,
+                         lora_A,
+                         lora_B,
+                         r[i],
+                         0.5f,
+                         nullptr,
+                         Dropout{},
+                         dx,
                          r[i] ? memory.fresh<TA>(count(r[i], K)) : nullptr,
                          r[i] ? memory.fresh<TA>(count(N[i], r[i])) : nullptr});
   }

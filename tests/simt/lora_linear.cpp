@@ -89,8 +89,7 @@ CudaCall cuda_call(const Arguments& a, bool backward) {
   read(a.x, a.M, a.ldx, a.K);
   read(a.weight, a.transposed ? a.K : a.N, a.ldw, a.transposed ? a.N : a.K);
   const int64_t r = std::max(a.r, 1);  // as if there were an adapter
-  return {backward,       0,   a.M, a.N, a.K, r, 0, !std::is_same_v<T, TA>, true,
-          a.dropout != 0, rows};
+  return {backward, 0, a.M, a.N, a.K, r, 0, !std::is_same_v<T, TA>, true, a.dropout != 0, rows};
 }
 
 CudaPath choose(const CudaCall& call) {
