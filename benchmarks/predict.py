@@ -4,6 +4,7 @@
     python benchmarks/predict.py --paths               # is the default path the fastest one?
     python benchmarks/predict.py --passes --ranks 16   # where the time goes
     python benchmarks/predict.py --dora                # what DoRA adds
+    python benchmarks/predict.py --group 4096x4096,4096x1024,4096x1024   # layers of one x
     python benchmarks/predict.py --compare run.json    # beside rows that were measured
 
 Launches are those of the real launchers, recorded by the emulator of the tests (g++ compiles it);
@@ -25,6 +26,7 @@ from typing import Any
 
 from predictor import counts, rows, sass
 from predictor.cards import CARDS, SCENARIOS, Card
+from predictor.groups import predict_group
 from predictor.launches import Call
 from predictor.model import PATHS, Prediction, calibration, predict
 from rich.console import Console
@@ -67,6 +69,9 @@ def parser() -> argparse.ArgumentParser:
     self.add_argument("--paths", action="store_true", help="where the default is not the fastest")
     self.add_argument("--passes", action="store_true", help="every launch of ours")
     self.add_argument("--dora", action="store_true", help="what DoRA without dropout adds")
+    self.add_argument(
+        "--group", type=shapes, metavar="KxN,...", help="layers of one x: together, or calls"
+    )
     self.add_argument("--compare", type=Path, metavar="FILE", help="measured by lora_ext.bench")
     self.add_argument("--json", action="store_true", help="instead of tables")
     self.add_argument("--refresh-counts", action="store_true", help="with nvcc, into the file")
@@ -137,6 +142,53 @@ def passes(card: Card, options: argparse.Namespace, known: Any) -> tuple[Table, 
                 )
                 table.add_row(*label(call), "predicted", direction, *cells, entry.bound)
         rows.append(as_json(one))
+    return table, rows
+
+
+def group(card: Card, options: argparse.Namespace, known: Any) -> tuple[Table, Rows]:
+    """Layers of one x together and by a call for each, over the frozen layers; with --passes what
+    they launch together."""
+    K = options.group[0][0]
+    if any(own_K != K for own_K, _ in options.group):
+        raise ValueError("--group: layers of one x have the same K")
+    table = Table(title=f"{card.name}: PREDICTED, layers of one x, {options.scenario}")
+    if options.passes:
+        columns = ["kind", "", "what", "kernel", "blocks", "us", "bound by"]
+    else:
+        columns = ["kind", "path", "frozen fwd, dx", "by calls fwd, fwd+bwd", "together"]
+    for name in (*LABELS, *columns):
+        table.add_column(name)
+    rows: Rows = []
+    alone: set[str] = set()
+    caption = ""
+    for M, r in itertools.product(options.tokens or [8192], options.ranks):
+        layers = [
+            Call(M, N, K, r, options.fp32_adapters, options.dropout) for _, N in options.group
+        ]
+        one = predict_group(card, layers, known, options.path, options.scenario)
+        names = (f"{K}→{','.join(str(N) for _, N in options.group)}", *label(layers[0])[1:])
+        if options.passes:
+            for direction, launches in zip(("fwd", "bwd"), one.passes, strict=True):
+                for entry in launches:
+                    kernel = entry.kernel.replace("(Major)", "")
+                    told = (entry.what, kernel, str(entry.blocks), f"{entry.us:.1f}", entry.bound)
+                    table.add_row(*names, "predicted", direction, *told)
+        else:
+            frozen = " ".join(f"{us:.0f} us" for us in one.frozen)
+            ratios = [
+                "{:.3f} {:.3f}".format(*one.ratios(us)) for us in (one.separate, one.together)
+            ]
+            table.add_row(*names, "predicted", one.path, frozen, *ratios)
+        found = asdict(one) | {"kind": "predicted", "by_calls": one.ratios(one.separate)}
+        rows.append(found | {"ratios": one.ratios(one.together)})
+        caption = (
+            "Over the frozen layers as so many products. Those, and calls for each, also add up "
+            f"dx: {one.additions:.0f} us, counted nowhere"
+        )
+        alone |= {f"M {M}, r {r}: {one.alone}"} if one.alone else set()
+    if alone:
+        caption += f". By calls, in backward or both ways: {'; '.join(sorted(alone))}"
+    table.caption = caption
     return table, rows
 
 
@@ -244,6 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ways = (passes, options.passes), (paths, options.paths), (dora, options.dora)
     for chosen, wanted in ways:
         what = chosen if wanted else what
+    what = group if options.group else what
     what = compare if options.compare else what
     try:
         known = counts.refresh() if options.refresh_counts else counts.load()

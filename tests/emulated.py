@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -188,6 +188,35 @@ class EmulatedKernels:
         self.dry_paths = (paths[0], paths[1])
         return launches[0], launches[1]
 
+    def dry_run_multi(
+        self,
+        M: int,
+        K: int,
+        layers: list[tuple[int, int]],  # N, r
+        types: str,
+        dropout_p: float,
+        backward: bool,
+    ) -> list[RecordedLaunch]:
+        """The same of layers of one x, forward or backward."""
+        memory = torch.zeros(64)
+        somewhere = memory.data_ptr() // 16 * 16 + 16
+        arguments = [
+            Arguments(
+                M=M, N=N, K=K, ldx=K, ldy=N, ldw=K, r=r, scaling=1, dropout=dropout_p > 0 < r,
+                **dict.fromkeys(POINTERS + RESULTS, somewhere),
+            )
+            for N, r in layers
+        ]  # fmt: skip
+        self.take_recorded()
+        self.library.set_limits_only(True)
+        try:
+            several = (Arguments * len(layers))(*arguments)
+            if self.library.lora_multi(types.encode(), several, len(layers), backward):
+                raise RuntimeError(self.library.last_error().decode())
+            return self.take_recorded()
+        finally:
+            self.library.set_limits_only(False)
+
     def take_recorded(self) -> list[RecordedLaunch]:
         """What each launch since the last call asked for."""
         launches = (_Recorded * MOST_LAUNCHES)()
@@ -286,39 +315,71 @@ class EmulatedKernels:
         rng_state: Tensor | None,
         **tensors: Tensor | None,
     ) -> None:
-        weight = tensors["weight"]
-        transposed = weight is not None and weight.stride(1) != 1 and weight.stride(0) == 1
-        if weight is not None and transposed:
-            tensors["weight"] = weight.t()
-        guarded = {
-            name: Guarded(t, as_it_lies=name in LIE) for name, t in tensors.items() if t is not None
-        }
-        stride = {name: guard.tensor.stride(0) for name, guard in guarded.items() if name in LIE}
-        M, K = guarded["x"].tensor.shape
-        N, r = guarded["lora_B"].tensor.shape
-        arguments = Arguments(
-            M=M,
-            N=N,
-            K=K,
-            ldx=stride["x"],
-            ldy=stride.get("dy", N),
-            ldw=stride.get("weight", K),
-            r=r,
-            transposed=transposed,
-            scaling=scaling,
-            dropout=dropout_p > 0,
-            threshold=round((1 - dropout_p) * 65536),
-            survivor=1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
-            rng_state=None if rng_state is None else rng_state.data_ptr(),
-            **{name: guard.tensor.data_ptr() for name, guard in guarded.items()},
+        guarded, arguments = guarded_arguments(
+            tensors, scaling=scaling, dropout_p=dropout_p, rng_state=rng_state
         )
-        types = TYPES[(guarded["x"].tensor.dtype, guarded["lora_B"].tensor.dtype)].encode()
-        if function(types, ctypes.byref(arguments)):
+        self.call(function, [guarded], ctypes.byref(arguments))
+        take_results(guarded, tensors)
+
+    def call(
+        self, function: ctypes._CFuncPtr, guarded: list[dict[str, Guarded]], *arguments: Any
+    ) -> None:
+        """Of functions that take the types first."""
+        adapter = next(one["lora_B"] for one in guarded if "lora_B" in one)
+        types = TYPES[(guarded[0]["x"].tensor.dtype, adapter.tensor.dtype)].encode()
+        if function(types, *arguments):
             raise RuntimeError(self.library.last_error().decode())
-        for name, guard in guarded.items():
-            guard.check(name)
-            if name in RESULTS:
-                tensors[name].copy_(guard.tensor)  # type: ignore[union-attr]
+        for layer in guarded:
+            for name, guard in layer.items():
+                guard.check(name)
+
+
+def take_results(guarded: dict[str, Guarded], tensors: dict[str, Tensor | None]) -> None:
+    for name in RESULTS:
+        if name in guarded:
+            tensors[name].copy_(guarded[name].tensor)  # type: ignore[union-attr]
+
+
+def guarded_arguments(
+    tensors: dict[str, Tensor | None],
+    *,
+    scaling: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
+) -> tuple[dict[str, Guarded], Arguments]:
+    """A call's tensors between NaN, and what the kernels are given of them."""
+    weight = tensors["weight"]
+    transposed = weight is not None and weight.stride(1) != 1 and weight.stride(0) == 1
+    if weight is not None and transposed:
+        tensors = tensors | {"weight": weight.t()}
+    guarded = {
+        name: Guarded(t, as_it_lies=name in LIE) for name, t in tensors.items() if t is not None
+    }
+    stride = {name: guard.tensor.stride(0) for name, guard in guarded.items() if name in LIE}
+    M, K = guarded["x"].tensor.shape
+    lora_B = tensors.get("lora_B")
+    if lora_B is not None:
+        N, r = lora_B.shape
+    else:  # without adapter
+        assert weight is not None
+        N, r = len(weight), 0
+    arguments = Arguments(
+        M=M,
+        N=N,
+        K=K,
+        ldx=stride["x"],
+        ldy=stride.get("dy", N),
+        ldw=stride.get("weight", K),
+        r=r,
+        transposed=transposed,
+        scaling=scaling,
+        dropout=dropout_p > 0,
+        threshold=round((1 - dropout_p) * 65536),
+        survivor=1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
+        rng_state=None if rng_state is None else rng_state.data_ptr(),
+        **{name: guard.tensor.data_ptr() for name, guard in guarded.items()},
+    )
+    return guarded, arguments
 
 
 @dataclass

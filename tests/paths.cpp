@@ -2,7 +2,7 @@
 // given.
 #include "cpu/dora_linear_path.h"
 #include "cpu/lora_linear_path.h"
-#include "cuda/lora_linear_path.h"
+#include "cuda/lora_linear_multi_path.h"
 #include "cuda/lora_linear_tuned.h"
 
 using namespace lora_ext;
@@ -103,4 +103,22 @@ extern "C" void set_tuned(Facts facts, int wish) {
 extern "C" int find_tuned(Facts facts) {
   const auto found = tuned.find(cuda_call(facts));
   return found ? static_cast<int>(*found) : -1;
+}
+
+// Of layers of one x, each of eleven facts: why each has a call of its own, or null.
+extern "C" void multi_choice(int count, const int64_t (*facts)[11], const char** alone) {
+  std::vector<CudaMultiLayer> layers;
+  for (int i = 0; i < count; ++i) {
+    const auto& [adapted, kernels, sm90, transposed, mixed, dropout, backward, M, r, makes_h,
+                 wants_nothing] = facts[i];
+    CudaMultiLayer layer{};
+    layer.call = {backward != 0, 0, M, 4096, 4096, r, 0, mixed != 0, true, dropout != 0, Rows::Tma};
+    layer.path = {static_cast<CudaPath::Kernels>(kernels),
+                  sm90 != 0 ? KernelFamily::Sm90 : KernelFamily::Sm80, "its own reason"};
+    layer.adapted = adapted != 0, layer.transposed = transposed != 0;
+    layer.makes_h = makes_h != 0, layer.wants_nothing = wants_nothing != 0;
+    layers.push_back(layer);
+  }
+  const CudaMultiChoice choice = choose_cuda_multi(layers);
+  std::copy(choice.alone.begin(), choice.alone.end(), alone);
 }

@@ -197,6 +197,31 @@ PRODUCTS = {
         "sm90: stores right of the last column": (
             "launch_product_sm90.h", "out{product.out, product.M, `product.N`,", "product.N + 8",
         ),
+        "sm90: the result before at the edge of two": (
+            "product_sm90.h", "product += `column >= params.first[i]`;", "column > params.first[i]",
+        ),
+        "sm90: columns as if results were one": (
+            "product_sm90.h", "n -= int64_t{params.first[product]} * Shape::kN;", "",
+        ),
+        "sm90: the bias of the first result": (
+            "product_sm90.h", "params.bias[`tile.product`]", "0",
+        ),
+        "sm90: the width of the first result": (
+            "product_sm90.h", "column, params.N[`tile.product`], lane", "0",
+        ),
+        "sm90: everything into the first result": (
+            "product_sm90.h", "store<T>(sums, params.out[`tile.product`],", "0",
+        ),
+        "sm90: segments of the results before": (
+            "product_sm90.h", "product > 0 ? `params.ends[product - 1]` : 0", "0",
+        ),
+        "sm90: a result without its last segment": (
+            "launch_product_sm90.h", "params.ends[i] = `segments`;", "segments - 1",
+        ),
+        "sm90: a result without its last columns": (
+            "launch_product_sm90.h", "static_cast<int>(`column_tiles<Shape>(product.N)`)",
+            "product.N / Shape::kN",
+        ),
         "sm90: a box filled while it is read": (
             "epilogue_sm90.h", "arch::tma_store_wait_read<Boxes::kCount - 1>();", "",
         ),
@@ -404,7 +429,7 @@ LAUNCHES = {
         "elementwise.h", "arch::wait_for_previous_kernel();", "",
     ),
     "float adapters: h once, beside nothing": (
-        "lora_linear_elementwise.h", "`copy < params.copies`; ++copy", "copy < 1",
+        "lora_linear_elementwise.h", "`copy < copies`; ++copy", "copy < 1",
     ),
     "float adapters: rows of rank that are not padded": (
         "lora_linear_run.h", ".padded_rows = `in_rows ? joined_rank(rows) : rows`,", "rows",
@@ -415,6 +440,35 @@ LAUNCHES = {
     "up_grad alone: dh that is not scaled": (
         "lora_linear_run.h", "reduce(up.dh, M * r, `scaling`, call.dh, stream);",
         "HiddenFactor{1.0f, nullptr}",
+    ),
+    "several: h of the first layer": (
+        "lora_linear_multi_run.h", "shared.data + `ranks.first[i]`,", "0",
+    ),
+    "several: rows of a layer's own h": (
+        "lora_linear_multi_run.h", "`ranks.has[i] ? ranks.total : call.r`, M", "call.r",
+    ),
+    "several: one layer's lora_A over the one before": (
+        "lora_linear_multi_run.h", "const int64_t begin = `ranks.first[i]` *", "0",
+    ),
+    "several: dh of all layers in one place": (
+        "lora_linear_multi_run.h", "finish.value = `value + first`;", "value",
+    ),
+    "several: the remainder of another layer's dh": (
+        "lora_linear_multi_run.h", "remainder ? `remainder + first` : nullptr;\n    finishes",
+        "remainder",
+    ),
+    "several: dA of another layer": (
+        "lora_linear_multi_run.h", "const Parts own{parts.data + `ranks.first[i]` * K", "0",
+    ),
+    "several: dx without a layer's dy": (
+        "lora_linear_multi_run.h", "dx.segments[`dx.count++`] = {call.dy, call.weight.stored};",
+        "(dx.count = 2, 1)",
+    ),
+    "several: dx without the low-rank part": (
+        "lora_linear_multi_run.h", "if (`ranks.total > 0`) add_segments(dx", "false",
+    ),
+    "several: a kernel for the first layer alone": (
+        "lora_linear_multi_run.h", "params.of[`blockIdx.y`]", "0",
     ),
     "a factor of the scaling that is not read": (
         "lora_linear_passes.h", "factor ? value * *factor : value", "value",

@@ -74,6 +74,41 @@ def test_every_product_drops_what_the_cpu_drops(dtype: torch.dtype, K: int) -> N
     assert torch.equal(dx, 2 * keep.to(dtype))
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+@pytest.mark.parametrize("adapter_dtype", [BF16, torch.float32], ids=str)
+def test_layers_of_one_x(adapter_dtype: torch.dtype, dropout_p: float) -> None:
+    """Together, where the kernels run, as one by one; the last layer has no adapter."""
+    x = torch.randn(1300, 264, dtype=BF16, device="cuda", requires_grad=True)
+    layers = [
+        make_problem((1300,), 264, N, r, dtype=BF16, adapter_dtype=adapter_dtype, seed=N,
+                     dropout_p=dropout_p, device="cuda")
+        for N, r in ((2056, 16), (1288, 40), (1032, 8))
+    ]  # fmt: skip
+    for p in layers:
+        p.x = x
+    frozen = layers[-1]
+    adapted = [*layers[:-1], None]
+    ys = lora_ext.lora_linear_multi(
+        x,
+        [p.weight for p in layers],
+        [p.bias for p in layers],
+        [p and p.lora_A for p in adapted],
+        [p and p.lora_B for p in adapted],
+        scalings=[p.scaling for p in layers],
+        dropout_p=dropout_p,
+        rng_states=[p and p.rng_state for p in adapted],
+    )
+    separate = [p.fused() for p in layers[:-1]]
+    separate.append(torch.nn.functional.linear(x, frozen.weight, frozen.bias))
+    leaves = [x, *(t for p in layers[:-1] for t in (p.lora_A, p.lora_B))]
+    dys = [p.dy for p in layers]
+    got = [*ys, *torch.autograd.grad(ys, leaves, dys)]
+    want = [*separate, *torch.autograd.grad(separate, leaves, dys)]
+    for one, other in zip(got, want, strict=True):
+        # dx of the calls is rounded for each and for each sum of two
+        assert rms(one - other) <= 4 * UNIT[BF16] * rms(other)
+
+
 def capture(call: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
     warm_up = torch.cuda.Stream()
     warm_up.wait_stream(torch.cuda.current_stream())

@@ -73,7 +73,8 @@ def test_the_programs_for_a_gpu_compile(name: str, tmp_path: Path) -> None:
 
 
 # Whose kernels arch::launch_dependent starts, all but fill_rng_state's.
-OVERLAPPING = (*FOR_ANY_GPU, "lora_linear_run.cu", "low_rank_sm90.cu", "product_sm90.cu")
+OVERLAPPING = (*FOR_ANY_GPU, "lora_linear_run.cu", "lora_linear_multi_run.cu")
+OVERLAPPING += ("low_rank_sm90.cu", "product_sm90.cu")
 
 
 @pytest.mark.parametrize("name", OVERLAPPING)

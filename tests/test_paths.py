@@ -385,3 +385,56 @@ def test_measured_paths_are_found_by_every_fact(library: ctypes.CDLL) -> None:
     for call in (facts(), facts(backward=1), facts(M=1)):
         library.set_tuned(call, -1)
         assert library.find_tuned(call) == -1
+
+
+MULTI = dict(adapted=1, kernels=2, sm90=1, transposed=0, mixed=0, dropout=0, backward=0)
+MULTI |= dict(M=2048, r=16, makes_h=0, wants_nothing=0)
+FROZEN, HYBRID, SM80 = {"adapted": 0, "r": 1}, {"kernels": 1}, {"sm90": 0}
+BACKWARD = {"backward": 1}
+
+# Layers of one x by how they differ from MULTI, and why each has a call of its own: a part of it.
+MULTI_CASES = {
+    "q, k and v": ([{}, {}, {}], ["", "", ""]),
+    "one frozen": ([FROZEN, {}], ["", ""]),
+    "all frozen": ([FROZEN, FROZEN], ["no layer has an adapter"] * 2),
+    "one": ([{}], ["no other layer"]),
+    "a hybrid one": ([{}, HYBRID, {}], ["", "its own reason", ""]),
+    "one beside hybrid ones": ([HYBRID, {}], ["its own reason", "no other layer"]),
+    "few rows": ([{"M": 16}] * 2, ["few rows"] * 2),
+    "few rows of a float adapter": ([{"M": 16, "mixed": 1}] * 2, ["", ""]),
+    "few rows of a frozen layer": ([{"M": 16, "r": 32}, {"M": 16} | FROZEN], ["no", "few rows"]),
+    "few rows in backward": ([{"M": 16} | BACKWARD] * 2, ["", ""]),
+    "dropout": ([{"dropout": 1}, {}], ["", ""]),
+    "dropout in backward": (
+        [BACKWARD | {"dropout": 1}, BACKWARD, BACKWARD], ["a mask of its own", "", ""]
+    ),
+    "dropout on sm_80": ([SM80 | {"dropout": 1}] * 2, ["on sm_80 a product"] * 2),
+    "families": ([{}, SM80, {}], ["", "another family", ""]),
+    "weights": ([{}, {"transposed": 1}, {}], ["", "lies otherwise", ""]),
+    "types": ([{}, {"mixed": 1}, FROZEN | {"mixed": 1}], ["", "another type", ""]),
+    "five": ([{}] * 5, ["", "", "", "", "four layers"]),
+    "h that is missing": ([BACKWARD | {"makes_h": 1}] + [BACKWARD] * 2, ["h was not", "", ""]),
+    "nothing wanted": ([BACKWARD | {"wants_nothing": 1}] + [BACKWARD] * 2, ["no gradient", "", ""]),
+}  # fmt: skip
+
+
+def alone_reasons(library: ctypes.CDLL, layers: list[dict[str, int]]) -> list[str]:
+    rows = [(ctypes.c_int64 * len(MULTI))(*(MULTI | of).values()) for of in layers]
+    told = (ctypes.c_char_p * len(layers))()
+    library.multi_choice(len(layers), (type(rows[0]) * len(rows))(*rows), told)
+    return [(reason or b"").decode() for reason in told]
+
+
+@pytest.mark.parametrize(("layers", "alone"), MULTI_CASES.values(), ids=MULTI_CASES.keys())
+def test_layers_of_one_x(
+    library: ctypes.CDLL, layers: list[dict[str, int]], alone: list[str]
+) -> None:
+    for reason, part in zip(alone_reasons(library, layers), alone, strict=True):
+        assert (reason == "") == (part == "") and part in reason
+
+
+def test_layers_of_one_x_can_be_kept_apart(
+    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA_EXT_CUDA_OFF", "together")
+    assert alone_reasons(library, [{}, {}]) == ["LORA_EXT_CUDA_OFF=together"] * 2

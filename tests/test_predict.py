@@ -6,12 +6,13 @@ import itertools
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import predict
 import pytest
-from predictor import blas, counts, kernels, rows
+from predictor import blas, counts, groups, kernels, rows
 from predictor.cards import CARDS, SCENARIOS, Card
 from predictor.launches import Call, RecordedLaunch, record
 from predictor.model import PATHS, calibration
@@ -76,6 +77,25 @@ def test_what_dora_adds() -> None:
     cycles = warps * (instructions + rows.RANK_INSTRUCTIONS[False] * 64) / 4 / 132
     assert ours.norm == pytest.approx(cycles / 1.4e3 + 0.7 + 2.0 + 0.7 + 1.2, rel=1e-6)
     assert ours.both < aten.both / 3
+
+
+def test_layers_of_one_x() -> None:
+    """q, k and v on an H200 read x once for h and once for dA, and have one product each way."""
+    layers = [Call(8192, N, 4096, 16) for N in (4096, 1024, 1024)]
+    one = groups.predict_group(H200, layers, COUNTS)
+    names = [[entry.what.split(" ")[0] for entry in launches] for launches in one.passes]
+    assert names[0] == ["pack", "h", "add", "y"]
+    assert names[1] == ["pack", "pack", *["dh,"] * 3, "add", "add", "dA", "add", "dx"]
+    # 1,536 tiles of 64 steps of 1,024 cycles and of a low-rank one, and what is between them
+    steps = 12 * (64 + 0.25) * 1024 / 1400
+    assert steps < one.passes[0][-1].us < 1.05 * steps
+    assert sum(one.together) + one.additions < sum(one.separate) + one.additions
+    assert one.together[0] == sum(entry.us for entry in one.passes[0]) and one.alone == ""
+
+    dropped = [replace(layer, dropout_p=0.1) for layer in layers]
+    two = groups.predict_group(H200, dropped, COUNTS)
+    assert two.together[0] < two.separate[0] and two.together[1] == two.separate[1]
+    assert "a mask of its own" in two.alone and not two.passes[1]
 
 
 PRODUCT = "product_sm90_kernel<Bf16, ProductShape<256, 4>, (Major)0>"
@@ -170,7 +190,9 @@ ONE = ("--tokens", "512", "--ranks", "16", "--shapes", "4096x1024")
 
 
 @pytest.mark.parametrize(
-    "what", [[], ["--passes"], ["--paths"], ["--dora"]], ids=lambda what: " ".join(what)
+    "what",
+    [[], ["--passes"], ["--paths"], ["--dora"], ["--group", "4096x4096,4096x1024"]],
+    ids=lambda what: " ".join(what),
 )
 def test_all_it_prints_is_called_predicted(
     capsys: pytest.CaptureFixture[str], what: list[str]

@@ -18,6 +18,10 @@ TILE_SM80 = 64  # the same of the low-rank passes of sm_80
 ELEMENTS = 256  # of a block of the small kernels
 
 
+# Columns of a result, the depths of its base's segments, and those of its low-rank ones.
+Segments = tuple[int, list[int], list[int]]
+
+
 @dataclass(frozen=True)
 class Pass:
     """One launch: what it does, for how long, and what that is bound by."""
@@ -71,7 +75,7 @@ class Timer:
                 what, us, bound = self._small(name, launch)
             elif name.startswith("few_rows_"):
                 what, (us, bound) = "h, y", self._few_rows(name, launch)
-            elif name.startswith("product_"):
+            elif name.startswith(("product_", "products_")):
                 what, (us, bound) = self._product(name, launch)
             else:
                 what, (us, bound) = self._low_rank(name, launch)
@@ -108,11 +112,11 @@ class Timer:
     # ---- Small kernels ---------------------------------------------------------------------------
 
     def _small(self, name: str, launch: RecordedLaunch) -> tuple[str, float, str]:
-        elements = launch.grid[0] * ELEMENTS
-        if "pack" in name:
+        elements = math.prod(launch.grid) * ELEMENTS
+        if "pack" in name.lower():
             what, parts, moved = "pack", 1.0, elements * 8.0
         else:
-            reduces = "reduce" in name
+            reduces = "reduce" in name.lower()
             parts = self.parts_of_gradient if reduces else self.parts_of_h
             what = f"add {parts:.0f} parts"
             moved = elements * (4 * parts + 6)
@@ -182,31 +186,40 @@ class Timer:
         return 2.0 * (M * depth + depth * columns + M * columns + r * (M + columns))
 
     def _product_sm90(self, name: str, launch: RecordedLaunch) -> tuple[float, str]:
+        columns, depth, ranks = self._depths()
+        moved = self._product_bytes(columns, depth)
+        return self._products_sm90(name, launch, [(columns, [depth], ranks)], moved)
+
+    def _products_sm90(
+        self, name: str, launch: RecordedLaunch, products: list[Segments], moved: float
+    ) -> tuple[float, str]:
+        """Several beside each other: the busiest block has tiles of all of them."""
         counts, card, scenario = self._kernel(name), self.card, self.scenario
         width = int(re.search(r"ProductShape<(\d+)", name)[1])  # type: ignore[index]
-        columns, depth, ranks = self._depths()
         rows = math.ceil(math.ceil(self.call.M / TILE_SM90) / launch.cluster) * launch.cluster
-        tiles = rows * math.ceil(columns / width)
         tensor = 2 * TILE_SM90 * width * 64 / card.flops_per_cycle
         # Rows that are not there are zeros of TMA's, which nobody reads. Blocks of a cluster lie
         # along M, and share what is read of B.
         read = min(TILE_SM90, self.call.M) + width / launch.cluster
         feed = read * 128 / self._l2()
-        steps = math.ceil(depth / 64)
-        # Of a low-rank segment as many products as its rank needs, and bytes of as many columns.
-        short = sum(
-            max(tensor * math.ceil(r / 16) / 4, feed * min(1.0, r / 64) * math.ceil(r / 64))
-            for r in ranks
-        )
         warps = launch.block / 32 - 4  # those of the warpgroups that multiply
         idle = scenario.tile_gap + scenario.stall * region_cycles(counts["end_of_tile"], warps)
         if self.backward and self.call.dropout_p > 0:
             idle += scenario.tile_gap
             idle += scenario.stall * region_cycles(counts["dropout"], warps)
-        cycles = steps * max(tensor, feed) + short + idle
+        tiles, cycles = 0, 0.0
+        for columns, depths, ranks in products:
+            steps = sum(math.ceil(depth / 64) for depth in depths)
+            # Of a low-rank segment as many products as its rank needs, bytes of as many columns.
+            short = sum(
+                max(tensor * math.ceil(r / 16) / 4, feed * min(1.0, r / 64) * math.ceil(r / 64))
+                for r in ranks
+            )
+            own = rows * math.ceil(columns / width)
+            tiles, cycles = tiles + own, cycles + own * (steps * max(tensor, feed) + short + idle)
         rounds = math.ceil(tiles / launch.grid[0])
         bound = "L2" if feed > tensor else "tensor"
-        return self._slowest({bound: rounds * cycles}, self._product_bytes(columns, depth))
+        return self._slowest({bound: rounds * cycles / tiles}, moved)
 
     def _product_sm80(self, name: str, launch: RecordedLaunch) -> tuple[float, str]:
         counts, card, scenario = self._kernel(name), self.card, self.scenario

@@ -23,12 +23,15 @@ void launch_product_of_layout(const Product<T>& params, Stream stream) {
   }
 }
 
+// A launch for each.
 template <class T>
-void launch_product(const Product<T>& call, BLayout layout, Stream stream) {
-  if (layout == BLayout::kColumns) {
-    launch_product_of_layout<T, BLayout::kColumns>(call, stream);
-  } else {
-    launch_product_of_layout<T, BLayout::kRows>(call, stream);
+void launch_products(const Products<T>& call, BLayout layout, Stream stream) {
+  for (int i = 0; i < call.count; ++i) {
+    if (layout == BLayout::kColumns) {
+      launch_product_of_layout<T, BLayout::kColumns>(call.data[i], stream);
+    } else {
+      launch_product_of_layout<T, BLayout::kRows>(call.data[i], stream);
+    }
   }
 }
 

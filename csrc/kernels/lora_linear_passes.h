@@ -2,7 +2,7 @@
 // forward and backward are made of. lora_linear_run.h puts them together.
 #pragma once
 
-#include "lora_linear.h"
+#include "lora_linear_multi.h"
 
 namespace lora_ext {
 
@@ -13,8 +13,10 @@ namespace lora_ext {
 //   out [M, N] = round(sum over segments of A_i [M, K_i] B_i [K_i, N] + bias)
 //
 // Forward is (x, weight), (h, lora_B); backward's dx is (dh, lora_A), dropout's mask, (dy, weight).
+// Layers of one x have a product each in forward, and one of all their segments in backward.
 
-constexpr int kMaxSegments = 3;
+constexpr int kLayerSegments = 3;  // of one layer, whose adapter may have a remainder
+constexpr int kMaxSegments = kLayerSegments * kMostTogether;
 
 // B is read as it lies: kColumns rows are columns of B (a weight [N, K] in forward), kRows rows are
 // rows of B (the same weight in backward). Of a weight that lies transposed the other way round.
@@ -36,6 +38,13 @@ struct Product {
   const float* bias;  // [N] or null
   T* out;             // [M, N], contiguous
   int64_t M, N;
+};
+
+// Of the same M and layout, with no more segments than kMaxSegments. Several have no masks.
+template <class T>
+struct Products {
+  const Product<T>* data;
+  int count;  // 1 to kMostTogether
 };
 
 // ---- The low-rank passes -----------------------------------------------------------------------
@@ -97,7 +106,7 @@ struct Family {
   // dh^T dropout(x) [r, K] without dropout's factor, in parts
   Parts (*down_grad)(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
                      const Allocator& scratch, Stream stream);
-  void (*product)(const Product<T>& call, BLayout layout, Stream stream);
+  void (*products)(const Products<T>& call, BLayout layout, Stream stream);
 };
 
 namespace sm80 {
@@ -111,11 +120,11 @@ template <class T>
 Parts launch_down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
                        const Allocator& scratch, Stream stream);
 template <class T>
-void launch_product(const Product<T>& call, BLayout layout, Stream stream);
+void launch_products(const Products<T>& call, BLayout layout, Stream stream);
 
 template <class T>
 constexpr Family<T> kFamily{&launch_down<T>, &launch_up_grad<T>, &launch_down_grad<T>,
-                            &launch_product<T>};
+                            &launch_products<T>};
 
 }  // namespace sm80
 
@@ -132,11 +141,11 @@ template <class T>
 Parts launch_down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
                        const Allocator& scratch, Stream stream);
 template <class T>
-void launch_product(const Product<T>& call, BLayout layout, Stream stream);
+void launch_products(const Products<T>& call, BLayout layout, Stream stream);
 
 template <class T>
 constexpr Family<T> kFamily{&launch_down<T>, &launch_up_grad<T>, &launch_down_grad<T>,
-                            &launch_product<T>};
+                            &launch_products<T>};
 
 }  // namespace sm90
 

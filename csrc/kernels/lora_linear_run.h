@@ -29,11 +29,11 @@ Remainder joined(int64_t r, BLayout layout) {
 constexpr int64_t joined_rank(int64_t r) { return round_up(r, 16); }  // of each of the two
 constexpr int copies(Remainder place) { return place == Remainder::kApart ? 1 : 2; }  // of h or dh
 
-// A copy of in [rows, columns], of elements `row_step` and `column_step` apart, as tensor cores
-// read it.
+// What makes a copy of in [rows, columns], of elements `row_step` and `column_step` apart, as
+// tensor cores read it.
 template <class T, class TA>
-Split<T> packed(const TA* in, int64_t rows, int64_t columns, int64_t row_step, int64_t column_step,
-                Remainder place, const Allocator& scratch, Stream stream) {
+PackParams<T, TA> packing(const TA* in, int64_t rows, int64_t columns, int64_t row_step,
+                          int64_t column_step, Remainder place, const Allocator& scratch) {
   const bool in_columns = place == Remainder::kInColumns, in_rows = place == Remainder::kInRows;
   PackParams<T, TA> pack{.in = in,
                          .rows = rows,
@@ -53,19 +53,33 @@ Split<T> packed(const TA* in, int64_t rows, int64_t columns, int64_t row_step, i
                      : in_rows  ? pack.value + elements
                                 : scratch.get<T>(elements);
   }
-  launch_elements(lora_linear_pack_kernel<T, TA>, pack.padded_rows * pack.padded_columns, stream,
-                  pack);
-  return {{pack.value, rows, columns, pack.stride}, pack.remainder};
+  return pack;
 }
 
-// Of in [rows, columns], contiguous: as it is where tensor cores can read that, else a packed copy.
+template <class T, class TA>
+Split<T> packed(const TA* in, int64_t rows, int64_t columns, int64_t row_step, int64_t column_step,
+                Remainder place, const Allocator& scratch, Stream stream) {
+  const auto pack = packing<T>(in, rows, columns, row_step, column_step, place, scratch);
+  launch_elements(lora_linear_pack_kernel<T, TA>, pack.elements(), stream, pack);
+  return pack.result();
+}
+
+// in [rows, columns], contiguous, as it is where tensor cores can read that; else without data.
+template <class T, class TA>
+Split<T> as_it_is(const TA* in, int64_t rows, int64_t columns) {
+  if constexpr (kSame<T, TA>) {
+    const Matrix<T> matrix{in, rows, columns, columns};
+    if (matrix.aligned()) return {matrix, nullptr};
+  }
+  return {};
+}
+
+// Of the same: as it is, or a packed copy.
 template <class T, class TA>
 Split<T> split(const TA* in, int64_t rows, int64_t columns, Remainder place,
                const Allocator& scratch, Stream stream) {
-  if constexpr (kSame<T, TA>) {
-    const Matrix<T> as_it_is{in, rows, columns, columns};
-    if (as_it_is.aligned()) return {as_it_is, nullptr};
-  }
+  const Split<T> found = as_it_is<T>(in, rows, columns);
+  if (found.value.data) return found;
   return packed<T>(in, rows, columns, columns, 1, place, scratch, stream);
 }
 
@@ -77,33 +91,51 @@ Split<T> split_transposed(const TA* in, int64_t rows, int64_t columns, Remainder
   return packed<T>(in, columns, rows, 1, columns, place, scratch, stream);
 }
 
+// What adds the parts of h or dh [M, r], whose rows are so far apart, for `copies` beside each
+// other; where to is not said yet.
+template <class T>
+FinishParams<T> finishing(const Parts& parts, int64_t parts_stride, int64_t M, int64_t r,
+                          int copies, HiddenFactor scaling) {
+  const int64_t padded = joined_rank(r);
+  return {.parts = parts.data,
+          .count = parts.count,
+          .M = M,
+          .parts_stride = parts_stride,
+          .r = static_cast<int>(r),
+          .padded = static_cast<int>(padded),
+          .copies = copies,
+          .stride = copies * padded,
+          .survivor = 1.0f,
+          .scaling = scaling,
+          .sums = nullptr,
+          .value = nullptr,
+          .remainder = nullptr};
+}
+
 // The parts of h or dh [M, r], added: times `survivor` into `sums` in float if that is not null;
 // and times `scaling` as well as an operand of the passes, `copies` beside each other.
 template <class T>
 Split<T> finish(const Parts& parts, int64_t M, int64_t r, int copies, float survivor,
                 HiddenFactor scaling, float* sums, bool wants_remainder, const Allocator& scratch,
                 Stream stream) {
-  const int64_t padded = joined_rank(r), stride = copies * padded;
-  const FinishParams<T> params{.parts = parts.data,
-                               .count = parts.count,
-                               .M = M,
-                               .r = static_cast<int>(r),
-                               .padded = static_cast<int>(padded),
-                               .copies = copies,
-                               .survivor = survivor,
-                               .scaling = scaling,
-                               .sums = sums,
-                               .value = scratch.get<T>(M * stride),
-                               .remainder = wants_remainder ? scratch.get<T>(M * stride) : nullptr};
-  launch_elements(lora_linear_finish_kernel<T>, M * padded, stream, params);
-  return {{params.value, M, padded, stride}, params.remainder};
+  FinishParams<T> params = finishing<T>(parts, r, M, r, copies, scaling);
+  params.survivor = survivor, params.sums = sums;
+  params.value = scratch.get<T>(M * params.stride);
+  if (wants_remainder) params.remainder = scratch.get<T>(M * params.stride);
+  launch_elements(lora_linear_finish_kernel<T>, M * params.padded, stream, params);
+  return {{params.value, M, params.padded, params.stride}, params.remainder};
 }
 
-// out [elements] = scale * the sum of the parts
+// What makes out [elements] = scale * the sum of the parts, which are `step` apart.
+template <class TA>
+ReduceParams<TA> reducing(const Parts& parts, int64_t step, int64_t elements, HiddenFactor scale,
+                          TA* out) {
+  return {parts.data, parts.count, step, elements, scale, out};
+}
 template <class TA>
 void reduce(const Parts& parts, int64_t elements, HiddenFactor scale, TA* out, Stream stream) {
   launch_elements(lora_linear_reduce_kernel<TA>, elements, stream,
-                  ReduceParams<TA>{parts.data, parts.count, elements, scale, out});
+                  reducing(parts, elements, elements, scale, out));
 }
 
 // h or dh [M, r], of which there are two copies unless the remainder of b lies apart.
@@ -120,12 +152,18 @@ void add_segments(Product<T>& product, const Matrix<T>& h, const Split<T>& b, Re
 }
 
 template <class T>
-void launch_product(const Family<T>& family, Product<T>& product, BLayout layout, Stream stream) {
-  product.aligned = true;
+bool aligned(const Product<T>& product) {
+  bool aligned = true;
   for (int s = 0; s < product.count; ++s) {
-    product.aligned &= product.segments[s].a.aligned() && product.segments[s].b.aligned();
+    aligned &= product.segments[s].a.aligned() && product.segments[s].b.aligned();
   }
-  family.product(product, layout, stream);
+  return aligned;
+}
+
+template <class T>
+void launch_product(const Family<T>& family, Product<T>& product, BLayout layout, Stream stream) {
+  product.aligned = aligned(product);
+  family.products({&product, 1}, layout, stream);
 }
 
 inline float survivor(const Dropout& dropout) { return dropout.enabled ? dropout.scale : 1.0f; }

@@ -4,6 +4,6 @@
 namespace lora_ext::sm90 {
 
 using Base = LORA_EXT_BASE;
-template void launch_product(const Product<Base>&, BLayout, Stream);
+template void launch_products(const Products<Base>&, BLayout, Stream);
 
 }  // namespace lora_ext::sm90

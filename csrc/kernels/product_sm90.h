@@ -11,18 +11,47 @@
 
 namespace lora_ext::sm90 {
 
-template <class T>
-struct ProductParams {
-  arch::TensorMap a[kMaxSegments];  // [M, depth]
-  arch::TensorMap b[kMaxSegments];  // [N, depth], or [depth, N] for Major::kMN
-  int64_t depth[kMaxSegments];
-  int count;
-  int masked;  // dropout is applied to the sums of the first `masked` segments
+// Results of the same rows, of which several have their columns of tiles beside each other, in
+// their order, and their segments after each other.
+template <class T, int kMostProducts, int kMostSegments>
+struct ProductsParams {
+  static constexpr int kProducts = kMostProducts;
+  arch::TensorMap a[kMostSegments];  // [M, depth]
+  arch::TensorMap b[kMostSegments];  // [N, depth], or [depth, N] for Major::kMN
+  int64_t depth[kMostSegments];
+  int ends[kProducts];   // of its segments, which begin where those before end
+  int columns;           // of tiles
+  int first[kProducts];  // of its columns of tiles; where there is no such product: 2^31 - 1
+  int masked;            // dropout is applied to the sums of the first `masked` segments of one
   Dropout dropout;
-  const float* bias;    // [N] or null
-  arch::TensorMap out;  // [M, N], contiguous, 16-byte aligned, N a multiple of 8
-  int64_t M, N;
+  const float* bias[kProducts];    // [N] or null
+  arch::TensorMap out[kProducts];  // [M, N], contiguous, 16-byte aligned, N a multiple of 8
+  int64_t M, N[kProducts];
   arch::WaitReport* report;
+};
+template <class T>
+using ProductParams = ProductsParams<T, 1, kLayerSegments>;
+template <class T>
+using SeveralParams = ProductsParams<T, kMostTogether, kMaxSegments>;
+static_assert(sizeof(SeveralParams<Bf16>) <= 4096, "what a kernel takes on every driver");
+
+// A tile's product, and where it is in that one's result.
+template <class Params, class Shape>
+struct TilePlace {
+  int product = 0;
+  int64_t m, n;
+
+  LORA_EXT_DEVICE TilePlace(const Params& params, TileCorner tile) : m(tile.m), n(tile.n) {
+    if constexpr (Params::kProducts > 1) {
+      const int column = static_cast<int>(tile.n / Shape::kN);
+#pragma unroll
+      for (int i = 1; i < Params::kProducts; ++i) product += column >= params.first[i];
+      n -= int64_t{params.first[product]} * Shape::kN;
+    }
+  }
+  LORA_EXT_DEVICE int first_segment(const Params& params) const {
+    return Params::kProducts > 1 && product > 0 ? params.ends[product - 1] : 0;
+  }
 };
 
 // The size of the running block's cluster, and which of its blocks it is.
@@ -48,15 +77,15 @@ struct ProductShape {
   static_assert(kStageBytes % 1024 == 0, "swizzled tiles begin at multiples of 1024 bytes");
 };
 
-template <class T, class Shape, Major kMajorB>
+template <class T, class Shape, Major kMajorB, class Params = ProductParams<T>>
 struct ProductTile {
   static constexpr int kSums = Shape::kN / 2;  // of a thread
 
   // ---- The thread that loads -------------------------------------------------------------------
 
   // What is outside of a matrix arrives as zero and counts as much.
-  LORA_EXT_DEVICE static void load(const ProductParams<T>& params, int segment, uint32_t stage,
-                                   uint32_t full, int m, int n, int k, Cluster cluster) {
+  LORA_EXT_DEVICE static void load(const Params& params, int segment, uint32_t stage, uint32_t full,
+                                   int m, int n, int k, Cluster cluster) {
     arch::mbarrier_arrive_expect_tx(full, Shape::kStageBytes);
     arch::tma_load_2d(stage, params.a[segment], full, k, m);
     // A box of B has kBoxRows rows; this block's share begins `skipped` rows into it.
@@ -82,14 +111,14 @@ struct ProductTile {
     }
   }
 
-  LORA_EXT_DEVICE static void load_tiles(const ProductParams<T>& params, Ring ring,
-                                         Cluster cluster) {
+  LORA_EXT_DEVICE static void load_tiles(const Params& params, Ring ring, Cluster cluster) {
     RingPosition at;
-    TileWalk<Shape> walk(params.M, params.N, cluster.size, cluster.rank);
+    TileWalk<Shape> walk(params.M, params.columns, cluster.size, cluster.rank);
     for (; walk.goes_on(); walk.advance()) {
-      const TileCorner tile = walk.tile();
+      const TilePlace<Params, Shape> tile(params, walk.tile());
       const int m = static_cast<int>(tile.m), n = static_cast<int>(tile.n);
-      for (int segment = 0; segment < params.count; ++segment) {
+      const int end = params.ends[tile.product];
+      for (int segment = tile.first_segment(params); segment < end; ++segment) {
         for (int64_t k = 0; k < params.depth[segment]; k += Shape::kK) {
           arch::mbarrier_wait_bounded(ring.empty(at.slot), at.parity ^ 1, params.report, m, n);
           load(params, segment, ring.data(at.slot), ring.full(at.slot), m, n, static_cast<int>(k),
@@ -139,8 +168,8 @@ struct ProductTile {
   }
 
   // `thread` of the warpgroup `number`.
-  LORA_EXT_DEVICE static void multiply_tiles(const ProductParams<T>& params, Ring ring,
-                                             Cluster cluster, int number, int thread) {
+  LORA_EXT_DEVICE static void multiply_tiles(const Params& params, Ring ring, Cluster cluster,
+                                             int number, int thread) {
     const int lane = thread % 32;
     const int warp = number * 4 + thread / 32;
     const int row_in_tile = warp * 16 + lane / 4;
@@ -149,9 +178,9 @@ struct ProductTile {
         static_cast<uint32_t>(Shape::kBoxes + warp * StoreBoxes<Shape::kN>::kWarpBytes);
     float sums[kSums];
     RingPosition at;
-    TileWalk<Shape> walk(params.M, params.N, cluster.size, cluster.rank);
+    TileWalk<Shape> walk(params.M, params.columns, cluster.size, cluster.rank);
     for (; walk.goes_on(); walk.advance()) {
-      const TileCorner tile = walk.tile();
+      const TilePlace<Params, Shape> tile(params, walk.tile());
       const int64_t row = tile.m + row_in_tile, column = tile.n;
       int held = -1;  // a slot whose products may be running
       const auto release = [&] {
@@ -160,7 +189,8 @@ struct ProductTile {
         }
       };
       bool accumulate = false;
-      for (int segment = 0; segment < params.count; ++segment) {
+      const int end = params.ends[tile.product];
+      for (int segment = tile.first_segment(params); segment < end; ++segment) {
         for (int64_t k = 0; k < params.depth[segment]; k += Shape::kK) {
           arch::mbarrier_wait(ring.full(at.slot), at.parity);
           const uint32_t a = ring.data(at.slot);
@@ -172,7 +202,7 @@ struct ProductTile {
           held = at.slot;
           at.advance(ring.count);
         }
-        if (segment + 1 == params.masked) {
+        if (Params::kProducts == 1 && segment + 1 == params.masked) {
           arch::wgmma_wait<0>();
           arch::wgmma_fence_sums(sums);
           drop(sums, params.dropout, row, column, lane);
@@ -182,19 +212,17 @@ struct ProductTile {
       arch::wgmma_wait<0>();
       arch::wgmma_fence_sums(sums);
       release();
-      if (params.bias != nullptr) add_bias(sums, params.bias, column, params.N, lane);
-      store<T>(sums, params.out, boxes, row - lane / 4, column, lane);
+      const float* const bias = params.bias[tile.product];
+      if (bias != nullptr) add_bias(sums, bias, column, params.N[tile.product], lane);
+      store<T>(sums, params.out[tile.product], boxes, row - lane / 4, column, lane);
     }
     if (lane == 0) arch::tma_store_wait_read<0>();
   }
 };
 
-template <class T, class Shape, Major kMajorB>
-__global__ void __launch_bounds__(Shape::kThreads, 1)
-    product_sm90_kernel(const __grid_constant__ ProductParams<T> params) {
-#if defined(LORA_EXT_SM90A)
-  using P = ProductTile<T, Shape, kMajorB>;
-  LORA_EXT_DYNAMIC_SHARED(shared);
+template <class T, class Shape, Major kMajorB, class Params>
+LORA_EXT_DEVICE void run_products(const Params& params, uint8_t* shared) {
+  using P = ProductTile<T, Shape, kMajorB, Params>;
   const Ring ring{.shared = arch::shared_address(shared),
                   .first = 0,
                   .bytes = Shape::kStageBytes,
@@ -203,10 +231,15 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const Cluster cluster{arch::cluster_size(), arch::cluster_rank()};
   const int thread = static_cast<int>(threadIdx.x);
   if (thread == 0) {
-    arch::tma_prefetch(params.out);
-    for (int segment = 0; segment < params.count; ++segment) {
-      arch::tma_prefetch(params.a[segment]);
-      arch::tma_prefetch(params.b[segment]);
+    int segment = 0;
+#pragma unroll
+    for (int i = 0; i < Params::kProducts; ++i) {
+      if (i > 0 && params.ends[i] == 0) break;
+      arch::tma_prefetch(params.out[i]);
+      for (; segment < params.ends[i]; ++segment) {
+        arch::tma_prefetch(params.a[segment]);
+        arch::tma_prefetch(params.b[segment]);
+      }
     }
     ring.initialise(Shape::kMultipliers * kWarpgroup / 32 * cluster.size);
     arch::fence_mbarrier_init();
@@ -221,6 +254,25 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     arch::register_increase<kMultiplyRegisters>();
     P::multiply_tiles(params, ring, cluster, thread / kWarpgroup - 1, thread % kWarpgroup);
   }
+}
+
+template <class T, class Shape, Major kMajorB>
+__global__ void __launch_bounds__(Shape::kThreads, 1)
+    product_sm90_kernel(const __grid_constant__ ProductParams<T> params) {
+#if defined(LORA_EXT_SM90A)
+  LORA_EXT_DYNAMIC_SHARED(shared);
+  run_products<T, Shape, kMajorB>(params, shared);
+#endif
+}
+
+// Several products, or one of more segments than a layer has. A kernel of its own: a single
+// layer's does not search for its product, nor is it given as many tensor maps.
+template <class T, class Shape, Major kMajorB>
+__global__ void __launch_bounds__(Shape::kThreads, 1)
+    products_sm90_kernel(const __grid_constant__ SeveralParams<T> params) {
+#if defined(LORA_EXT_SM90A)
+  LORA_EXT_DYNAMIC_SHARED(shared);
+  run_products<T, Shape, kMajorB>(params, shared);
 #endif
 }
 

@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "lora_linear.h"
+#include "lora_linear_multi.h"
 
 namespace lora_ext {
 
@@ -42,42 +42,66 @@ class SelfCheck {
     const auto* dy = halves(dy_);
     auto* const y = memory_.get<Bf16>(M_ * N_);
     auto* const h = memory_.get<float>(M_ * kRank);
-    run_forward(ForwardCall<Bf16, Bf16>{.x = {x, M_, K_, K_},
-                                        .weight = {{weight, N_, K_, K_}},
-                                        .bias = floats(bias_),
-                                        .lora_A = A,
-                                        .lora_B = B,
-                                        .r = kRank,
-                                        .scaling = kKept,
-                                        .scaling_factor = nullptr,
-                                        .dropout = dropout,
-                                        .y = y,
-                                        .h = h},
-                memory_, stream, family);
-    auto* const dx = memory_.get<Bf16>(M_ * K_);
-    auto* const dA = memory_.get<Bf16>(kRank * K_);
-    auto* const dB = memory_.get<Bf16>(N_ * kRank);
-    run_backward(BackwardCall<Bf16, Bf16>{.dy = {dy, M_, N_, N_},
-                                          .x = {x, M_, K_, K_},
+    const ForwardCall<Bf16, Bf16> forward{.x = {x, M_, K_, K_},
                                           .weight = {{weight, N_, K_, K_}},
-                                          .h = h,
+                                          .bias = floats(bias_),
                                           .lora_A = A,
                                           .lora_B = B,
                                           .r = kRank,
                                           .scaling = kKept,
                                           .scaling_factor = nullptr,
                                           .dropout = dropout,
-                                          .dx = dx,
-                                          .dA = dA,
-                                          .dB = dB},
-                 memory_, stream, family);
+                                          .y = y,
+                                          .h = h};
+    run_forward(forward, memory_, stream, family);
+    auto* const dx = memory_.get<Bf16>(M_ * K_);
+    auto* const dA = memory_.get<Bf16>(kRank * K_);
+    auto* const dB = memory_.get<Bf16>(N_ * kRank);
+    const BackwardCall<Bf16, Bf16> backward{.dy = {dy, M_, N_, N_},
+                                            .x = {x, M_, K_, K_},
+                                            .weight = {{weight, N_, K_, K_}},
+                                            .h = h,
+                                            .lora_A = A,
+                                            .lora_B = B,
+                                            .r = kRank,
+                                            .scaling = kKept,
+                                            .scaling_factor = nullptr,
+                                            .dropout = dropout,
+                                            .dx = dx,
+                                            .dA = dA,
+                                            .dB = dB};
+    run_backward(backward, memory_, stream, family);
     check_rows("y", y, N_, [&](int64_t m, int64_t n) { return expected_y(m, n); });
     check_rows("dx", dx, K_, [&](int64_t m, int64_t k) { return expected_dx(m, k); });
     check_gradients(dA, dB);
+    if (wrong_.empty()) run_together(forward, backward, family, stream);
     return wrong_;
   }
 
  private:
+  // Beside this layer one of its first columns, and without dropout the dx of both.
+  void run_together(ForwardCall<Bf16, Bf16> forward, BackwardCall<Bf16, Bf16> backward,
+                    KernelFamily family, Stream stream) {
+    const int64_t few = few_columns();
+    ForwardCall<Bf16, Bf16> forwards[] = {forward, forward};
+    forwards[1].weight.stored.rows = few;
+    for (auto& [call, columns] : {std::pair(&forwards[0], N_), std::pair(&forwards[1], few)}) {
+      call->y = memory_.get<Bf16>(M_ * columns), call->h = nullptr;
+    }
+    run_multi_forward<Bf16, Bf16>(forwards, memory_, stream, family);
+    backward.dropout = {}, backward.scaling = 1.0f;
+    backward.dA = backward.dB = nullptr;
+    BackwardCall<Bf16, Bf16> backwards[] = {backward, backward};
+    backwards[1].weight.stored.rows = backwards[1].dy.columns = few;
+    run_multi_backward<Bf16, Bf16>(backwards, memory_, stream, family);
+    const auto expected = [&](int64_t m, int64_t n) { return expected_y(m, n); };
+    check_rows("y of two layers", forwards[0].y, N_, expected);
+    check_rows("y of the second layer", forwards[1].y, few, expected);
+    check_rows("dx of two layers", backward.dx, K_,
+               [&](int64_t m, int64_t k) { return expected_dx_of_both(m, k); });
+  }
+  int64_t few_columns() const { return (N_ / 2 + 7) / 8 * 8; }
+
   static constexpr int kRank = 24;
   static constexpr float kKept = 0.5f;  // of x; the scaling, too: they make up for each other
   static constexpr uint32_t kThreshold = 32768;
@@ -151,9 +175,9 @@ class SelfCheck {
     }
     return row;
   }
-  std::vector<int> dh_of(int64_t m) const {
+  std::vector<int> dh_of(int64_t m, int64_t columns) const {
     std::vector<int> row(kRank);
-    for (int64_t n = 0; n < N_; ++n) {
+    for (int64_t n = 0; n < columns; ++n) {
       const int value = dy_[m * N_ + n];
       for (int j = 0; value != 0 && j < kRank; ++j) row[j] += value * B_[n * kRank + j];
     }
@@ -168,10 +192,24 @@ class SelfCheck {
     return sum;
   }
   double expected_dx(int64_t m, int64_t k) {
-    if (k == 0) low_rank_ = dh_of(m), kept_ = kept(m);
+    if (k == 0) low_rank_ = dh_of(m, N_), kept_ = kept(m);
     int sum = 0;
     for (int64_t n = 0; n < N_; ++n) sum += dy_[m * N_ + n] * weight_[n * K_ + k];
     for (int j = 0; kept_[k] && j < kRank; ++j) sum += low_rank_[j] * A_[j * K_ + k];
+    return sum;
+  }
+
+  double expected_dx_of_both(int64_t m, int64_t k) {
+    const int64_t few = few_columns();
+    if (k == 0) {
+      low_rank_ = dh_of(m, N_);
+      const std::vector<int> second = dh_of(m, few);
+      for (int j = 0; j < kRank; ++j) low_rank_[j] += second[j];
+    }
+    int sum = 0;
+    for (int64_t n = 0; n < N_; ++n)
+      sum += (n < few ? 2 : 1) * dy_[m * N_ + n] * weight_[n * K_ + k];
+    for (int j = 0; j < kRank; ++j) sum += low_rank_[j] * A_[j * K_ + k];
     return sum;
   }
 

@@ -13,12 +13,21 @@ namespace lora_ext {
 enum class Mechanism {
   kCluster,    // blocks of the product of sm_90a that share what they read
   kSelfCheck,  // of the kernels at their first use on a GPU (self_check.h)
+  kTogether,   // layers of one x (lora_linear_multi_run.h)
 };
 
 inline std::string_view name_of(Mechanism mechanism) {
-  return mechanism == Mechanism::kCluster ? "cluster" : "self_check";
+  switch (mechanism) {
+    case Mechanism::kCluster:
+      return "cluster";
+    case Mechanism::kSelfCheck:
+      return "self_check";
+    default:
+      return "together";
+  }
 }
-constexpr Mechanism kMechanisms[] = {Mechanism::kCluster, Mechanism::kSelfCheck};
+constexpr Mechanism kMechanisms[] = {Mechanism::kCluster, Mechanism::kSelfCheck,
+                                     Mechanism::kTogether};
 
 // Throws std::runtime_error if a name in it is no mechanism's. The environment is read each time.
 inline bool switched_off(Mechanism mechanism) {

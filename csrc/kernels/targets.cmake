@@ -24,7 +24,8 @@ function(add_cuda_kernels_by_base name)
 endfunction()
 
 # Those that need mma.sync and cp.async: setup.py leaves out targets before sm_80.
-add_cuda_kernels_by_base(cuda_kernels ${KERNELS}/lora_linear_run.cu ${KERNELS}/low_rank_sm80.cu
+add_cuda_kernels_by_base(cuda_kernels ${KERNELS}/lora_linear_multi_run.cu
+                         ${KERNELS}/lora_linear_run.cu ${KERNELS}/low_rank_sm80.cu
                          ${KERNELS}/product_sm80.cu)
 # Dropout's masks, merging, DoRA and embeddings, which a GPU without the others needs as well.
 add_cuda_kernels(cuda_kernels_any_gpu ${KERNELS}/column_scale.cu ${KERNELS}/dropout.cu

@@ -57,7 +57,8 @@ LORA_EXT_HOST_DEVICE TileIndex tile_at(int index, int rows, int columns, int ban
 // A cluster stays for all its tiles: from its own number on every so many-th, as many as there are
 // clusters. Its blocks have the same columns, and rows of tiles one below the other: where their
 // number is no multiple of the cluster's size, some have tiles below the last row. No result that
-// fits a GPU has 2^31 tiles.
+// fits a GPU has 2^31 tiles. `columns` are of tiles: of one result, or of several of the same rows
+// beside each other.
 template <class Shape>
 struct TileWalk {
   int size, rank;     // of the cluster, and of this block in it
@@ -65,17 +66,17 @@ struct TileWalk {
   int rows, columns;  // of tiles, those of a cluster as one
   int index;
 
-  LORA_EXT_DEVICE TileWalk(int64_t M, int64_t N, int size, int rank)
+  LORA_EXT_DEVICE TileWalk(int64_t M, int columns, int size, int rank)
       : size(size),
         rank(rank),
         clusters(static_cast<int>(gridDim.x) / size),
         rows(static_cast<int>((row_tiles<Shape>(M) + size - 1) / size)),
-        columns(static_cast<int>(column_tiles<Shape>(N))),
+        columns(columns),
         index(static_cast<int>(blockIdx.x) / size) {}
 
   // Of a cluster.
-  static int64_t tiles(int64_t M, int64_t N, int size) {
-    return (row_tiles<Shape>(M) + size - 1) / size * column_tiles<Shape>(N);
+  static int64_t tiles(int64_t M, int64_t columns, int size) {
+    return (row_tiles<Shape>(M) + size - 1) / size * columns;
   }
 
   LORA_EXT_DEVICE bool goes_on() const { return index < rows * columns; }

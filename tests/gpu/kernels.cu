@@ -7,6 +7,7 @@
 //
 // `make gpu-sanitize` builds and runs it (tests/gpu/test_sanitizer.py).
 #include "cuda/lora_linear_path.h"
+#include "multi.h"
 #include "problem.h"
 #include "rows.h"
 
@@ -166,6 +167,11 @@ void run_types(const std::string& types, int capability, int multiprocessors, bo
                     dropout_p);
       attempt(what, [&] { run_lora_linear<T, TA>(size, dropout_p, capability); });
     }
+  }
+  const KernelFamily family = capability == 90 ? KernelFamily::Sm90 : KernelFamily::Sm80;
+  for (const bool transposed : {false, true}) {
+    attempt(types + ", layers of one x" + (transposed ? ", weights transposed" : ""),
+            [&] { run_multi<T, TA>(family, transposed); });
   }
 }
 

@@ -10,11 +10,11 @@
 #include "kernels/launch_low_rank_sm90.h"
 #include "kernels/launch_product_sm90.h"
 #endif
-#include "cuda/lora_linear_path.h"
+#include "cuda/lora_linear_multi_path.h"
 #include "guarded.h"
 #include "kernels/launch_low_rank_sm80.h"
 #include "kernels/launch_product_sm80.h"
-#include "kernels/lora_linear_run.h"
+#include "kernels/lora_linear_multi_run.h"
 #include "kernels/self_check.h"
 
 using namespace lora_ext;
@@ -79,9 +79,8 @@ Weight<T> weight_of(const Arguments& a) {
   return {{data, a.N, a.K, a.ldw}, false};
 }
 
-// As csrc/cuda/lora_linear.cpp chooses on the GPU of simt::options(); false: no kernel runs.
 template <class T, class TA>
-bool choose(const Arguments& a, bool backward) {
+CudaCall cuda_call(const Arguments& a, bool backward) {
   Rows rows = rows_of_sizes(a.N, a.K);
   const auto read = [&](const void* data, int64_t count, int64_t stride, int64_t columns) {
     if (data) rows = std::min(rows, rows_of(data, count, stride, columns));
@@ -89,52 +88,91 @@ bool choose(const Arguments& a, bool backward) {
   if (backward) read(a.dy, a.M, a.ldy, a.N);
   read(a.x, a.M, a.ldx, a.K);
   read(a.weight, a.transposed ? a.K : a.N, a.ldw, a.transposed ? a.N : a.K);
-  const CudaCall call{backward, 0,
-                      a.M,      a.N,
-                      a.K,      a.r,
-                      0,        !std::is_same_v<T, TA>,
-                      true,     a.dropout != 0,
-                      rows,     a.transposed != 0};
+  const int64_t r = std::max(a.r, 1);  // as if there were an adapter
+  return {
+      backward,         0, a.M, a.N, a.K, r, 0, !std::is_same_v<T, TA>, true, a.dropout != 0, rows,
+      a.transposed != 0};
+}
+
+CudaPath choose(const CudaCall& call) {
   path() = choose_cuda_path({call, simt::options().compute_capability, true, kSm90, wish(), {}});
-  return path().kernels != CudaPath::Kernels::Composed;
+  return path();
+}
+// As csrc/cuda/lora_linear.cpp chooses on the GPU of simt::options(); false: no kernel runs.
+template <class T, class TA>
+bool choose(const Arguments& a, bool backward) {
+  return choose(cuda_call<T, TA>(a, backward)).kernels != CudaPath::Kernels::Composed;
+}
+
+template <class T, class TA>
+ForwardCall<T, TA> forward_call(const Arguments& a) {
+  return {{static_cast<const T*>(a.x), a.M, a.K, a.ldx},
+          weight_of<T>(a),
+          a.bias,
+          static_cast<const TA*>(a.lora_A),
+          static_cast<const TA*>(a.lora_B),
+          a.r,
+          a.scaling,
+          a.scaling_factor,
+          {a.dropout != 0, a.threshold, a.survivor, a.rng_state},
+          static_cast<T*>(a.y),
+          a.h};
 }
 
 template <class T, class TA>
 void forward(const Arguments& a) {
   if (!choose<T, TA>(a, false)) return;
   Scratch scratch;
-  const ForwardCall<T, TA> call{{static_cast<const T*>(a.x), a.M, a.K, a.ldx},
-                                weight_of<T>(a),
-                                a.bias,
-                                static_cast<const TA*>(a.lora_A),
-                                static_cast<const TA*>(a.lora_B),
-                                a.r,
-                                a.scaling,
-                                a.scaling_factor,
-                                {a.dropout != 0, a.threshold, a.survivor, a.rng_state},
-                                static_cast<T*>(a.y),
-                                a.h};
-  lora_ext::run_forward(call, {Scratch::allocate, &scratch}, nullptr, path().family);
+  lora_ext::run_forward(forward_call<T, TA>(a), {Scratch::allocate, &scratch}, nullptr,
+                        path().family);
+}
+
+template <class T, class TA>
+BackwardCall<T, TA> backward_call(const Arguments& a) {
+  return {{static_cast<const T*>(a.dy), a.M, a.N, a.ldy},
+          {static_cast<const T*>(a.x), a.M, a.K, a.ldx},
+          weight_of<T>(a),
+          a.saved_h,
+          static_cast<const TA*>(a.lora_A),
+          static_cast<const TA*>(a.lora_B),
+          a.r,
+          a.scaling,
+          a.scaling_factor,
+          {a.dropout != 0, a.threshold, a.survivor, a.rng_state},
+          static_cast<T*>(a.dx),
+          static_cast<TA*>(a.dA),
+          static_cast<TA*>(a.dB)};
 }
 
 template <class T, class TA>
 void backward(const Arguments& a) {
   if (!choose<T, TA>(a, true)) return;
   Scratch scratch;
-  const BackwardCall<T, TA> call{{static_cast<const T*>(a.dy), a.M, a.N, a.ldy},
-                                 {static_cast<const T*>(a.x), a.M, a.K, a.ldx},
-                                 weight_of<T>(a),
-                                 a.saved_h,
-                                 static_cast<const TA*>(a.lora_A),
-                                 static_cast<const TA*>(a.lora_B),
-                                 a.r,
-                                 a.scaling,
-                                 a.scaling_factor,
-                                 {a.dropout != 0, a.threshold, a.survivor, a.rng_state},
-                                 static_cast<T*>(a.dx),
-                                 static_cast<TA*>(a.dA),
-                                 static_cast<TA*>(a.dB)};
-  lora_ext::run_backward(call, {Scratch::allocate, &scratch}, nullptr, path().family);
+  lora_ext::run_backward(backward_call<T, TA>(a), {Scratch::allocate, &scratch}, nullptr,
+                         path().family);
+}
+
+// Layers of one x, all of which have to run together.
+template <class T, class TA>
+void multi(const Arguments* layers, int count, bool backward) {
+  std::vector<CudaMultiLayer> facts;
+  std::vector<ForwardCall<T, TA>> forwards;
+  std::vector<BackwardCall<T, TA>> backwards;
+  for (const Arguments& a : std::span(layers, static_cast<size_t>(count))) {
+    const CudaCall call = cuda_call<T, TA>(a, backward);
+    facts.push_back({call, a.r > 0, choose(call), a.transposed != 0, false, false});
+    forwards.push_back(forward_call<T, TA>(a)), backwards.push_back(backward_call<T, TA>(a));
+  }
+  for (const char* why : choose_cuda_multi(facts).alone) {
+    if (why != nullptr) throw simt::Error(std::string("alone: ") + why);
+  }
+  Scratch scratch;
+  const Allocator allocator{Scratch::allocate, &scratch};
+  if (backward) {
+    run_multi_backward<T, TA>(backwards, allocator, nullptr, path().family);
+  } else {
+    run_multi_forward<T, TA>(forwards, allocator, nullptr, path().family);
+  }
 }
 
 // dh takes h's place.
@@ -190,6 +228,14 @@ int lora_up_grad(const char* types, const Arguments* arguments) {
   return guarded([&] {
     with_types(types, [&](auto base, auto adapter) {
       up_grad<decltype(base), decltype(adapter)>(*arguments);
+    });
+  });
+}
+
+int lora_multi(const char* types, const Arguments* layers, int count, int is_backward) {
+  return guarded([&] {
+    with_types(types, [&](auto base, auto adapter) {
+      multi<decltype(base), decltype(adapter)>(layers, count, is_backward != 0);
     });
   });
 }

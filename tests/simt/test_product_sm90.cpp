@@ -23,8 +23,8 @@ void check_product(Sizes size, double unit) {
     const int64_t stages = tiles * (steps(size.K, 64) + steps(size.r, 64));
     for_each_schedule([&] {
       // Two clusters, or two blocks
-      sm90::launch_product_tiles<T, Shape, kMajor>(problem.product(), cluster, 2 * cluster,
-                                                   nullptr);
+      const Product<T> product = problem.product();
+      sm90::launch_product_tiles<T, Shape, kMajor>({&product, 1}, cluster, 2 * cluster, nullptr);
       problem.check(unit);
       const simt::Statistics& counts = simt::statistics();
       EXPECT(counts.tma_bytes == stages * (128 + Shape::kN) * 64 * 2);
@@ -48,11 +48,31 @@ CASE(bf16_weight_as_in_backward) {
   check_product<Bf16, Small, BLayout::kRows>(kSeveralTiles, kBf16Unit);
 }
 
+// Of several results each has columns of tiles of its own, the last of which are not whole.
+CASE(products_beside_each_other) {
+  using Check = ProductCheck<Bf16, BLayout::kColumns>;
+  Check problems[] = {Check({200, 72, 136, 16}), Check({200, 264, 72, 80}),
+                      Check({200, 128, 136, 8})};
+  for (const int cluster : {1, 2}) {
+    for_each_schedule([&] {
+      const Product<Bf16> products[] = {problems[0].product(), problems[1].product(),
+                                        problems[2].product()};
+      sm90::launch_product_tiles<Bf16, Small, sm90::Major::kK>({products, 3}, cluster, 2 * cluster,
+                                                               nullptr);
+      for (const Check& problem : problems) problem.check(kBf16Unit);
+      const int64_t steps = 1 * (3 + 1) + 3 * (2 + 2) + 1 * (3 + 1);  // of tiles of 128 columns
+      EXPECT(simt::statistics().tma_bytes == 2 * steps * (128 + 128) * 64 * 2);
+      EXPECT(simt::statistics().tma_stored_bytes == 200 * (72 + 264 + 128) * 2);
+    });
+  }
+}
+
 // Every lane fences what it stored itself.
 CASE(stores_are_seen_by_tma) {
   simt::options().watch_stores = true;
   ProductCheck<Bf16, BLayout::kColumns> problem(kOneTile);
-  sm90::launch_product_tiles<Bf16, Small, sm90::Major::kK>(problem.product(), 1, 2, nullptr);
+  const Product<Bf16> product = problem.product();
+  sm90::launch_product_tiles<Bf16, Small, sm90::Major::kK>({&product, 1}, 1, 2, nullptr);
   problem.check(kBf16Unit);
 }
 
@@ -88,7 +108,7 @@ CASE(tiles_of_one_wave_are_a_square) {
 CASE(the_cheapest_tiles_are_chosen) {
   const auto chosen = [](int64_t M, int64_t N, int most_cluster, int columns, int cluster,
                          int64_t cycles) {
-    const sm90::ProductTiles tiles = sm90::choose_tiles(M, N, 132, most_cluster);
+    const sm90::ProductTiles tiles = sm90::choose_tiles(M, std::span(&N, 1), 132, most_cluster);
     return tiles.columns == columns && tiles.cluster == cluster && tiles.cycles == cycles;
   };
   EXPECT(chosen(8192, 8192, 1, 256, 1, 16 * 1068));  // 2048 tiles
@@ -99,7 +119,17 @@ CASE(the_cheapest_tiles_are_chosen) {
   // Of 768 rows and 11264 columns 264 wide tiles and 1056 narrow ones
   EXPECT(chosen(768, 11264, 1, 256, 1, 2 * 1068));
   // A single multiprocessor has no neighbour
-  EXPECT(sm90::choose_tiles(8192, 8192, 1, 2).cluster == 1);
+  const int64_t wide = 8192;
+  EXPECT(sm90::choose_tiles(8192, std::span(&wide, 1), 1, 2).cluster == 1);
+}
+
+// Llama 3's gate and up of 8192 rows: each has 1792 pairs of wide tiles for 66 clusters.
+CASE(products_share_the_last_turn) {
+  const auto cycles = [](std::vector<int64_t> widths) {
+    return sm90::choose_tiles(8192, widths, 132, 2).cycles;
+  };
+  EXPECT(cycles({14336}) == 28 * 1024);
+  EXPECT(cycles({14336, 14336}) == 55 * 1024);
 }
 
 CASE(clusters_can_be_switched_off) {

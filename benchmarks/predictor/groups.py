@@ -1,0 +1,144 @@
+"""Layers of one x (`lora_linear_multi`): together, by a call for each, and frozen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+from predictor import blas
+from predictor.cards import SCENARIOS, Card, Scenario
+from predictor.kernels import Pass, Timer
+from predictor.launches import Call, RecordedLaunch, launchers
+from predictor.model import predict
+
+Calls = tuple[Call, ...]  # of the same M, K, adapters and dropout
+
+
+@dataclass(frozen=True)
+class GroupPrediction:
+    """us, forward and backward. What adds up the dx of frozen layers, or of calls for each, is not
+    in it: a single one has none of it."""
+
+    calls: Calls
+    path: str
+    alone: str  # why there is a call for each, if there is
+    frozen: tuple[float, float]
+    separate: tuple[float, float]
+    together: tuple[float, float]
+    additions: float  # of dx, not counted above
+    passes: tuple[list[Pass], list[Pass]]  # of the layers together
+
+    def ratios(self, of: tuple[float, float]) -> tuple[float, float]:
+        """Forward, and forward and backward, over the frozen layers."""
+        return of[0] / self.frozen[0], sum(of) / sum(self.frozen)
+
+
+def padded(r: int) -> int:
+    """As ranks lie beside each other."""
+    return math.ceil(r / 16) * 16
+
+
+@dataclass
+class GroupTimer(Timer):
+    """Of a group's launches; `call` is that of a layer whose rank is that of all."""
+
+    layers: Calls = ()
+    launches_over_dy: int = 0  # of all layers, each of which has as many
+    launched_over_dy: int = field(default=0, init=False)
+
+    def _low_rank(self, name: str, launch: RecordedLaunch) -> tuple[str, tuple[float, str]]:
+        whole, before = self.call, (self.parts_of_h, self.parts_of_gradient)
+        if not self.backward or self.reduced > 0:
+            return super()._low_rank(name, launch)
+        per_layer = self.launches_over_dy // len(self.layers)
+        self.call = self.layers[self.launched_over_dy // per_layer]
+        self.launched_over_dy += 1
+        timed = super()._low_rank(name, launch)
+        self.call = whole
+        # Their parts are added at once: as long as those of the most.
+        self.parts_of_h = max(before[0], self.parts_of_h)
+        self.parts_of_gradient = max(before[1], self.parts_of_gradient)
+        return timed
+
+    def _product_sm90(self, name: str, launch: RecordedLaunch) -> tuple[float, str]:
+        terms = 2 if self.call.fp32_adapters else 1
+        if self.backward:
+            depths, ranks = [one.N for one in self.layers], [self.call.r] * terms
+            moved = self._product_bytes(self.call.K, sum(depths))
+            return self._products_sm90(name, launch, [(self.call.K, depths, ranks)], moved)
+        products = [(one.N, [one.K], [one.r] * terms) for one in self.layers]
+        moved = self._product_bytes(sum(one.N for one in self.layers), self.call.K)
+        return self._products_sm90(name, launch, products, moved)
+
+
+@cache
+def record_group(
+    calls: Calls, capability: int, multiprocessors: int, wish: str, backward: bool
+) -> tuple[str, list[RecordedLaunch]]:
+    """(path, launches); without launches the path is why there are none."""
+    kernels = launchers()
+    kernels.gpu(capability, multiprocessors)
+    kernels.wish(wish)
+    one = calls[0]
+    types = "bf16-fp32" if one.fp32_adapters else "bf16"
+    sizes = [(call.N, call.r) for call in calls]
+    try:
+        launches = kernels.dry_run_multi(one.M, one.K, sizes, types, one.dropout_p, backward)
+    except RuntimeError as error:
+        if "alone: " not in str(error):
+            raise
+        return str(error).split("alone: ")[1], []
+    return kernels.path, launches
+
+
+def launches_over_dy(launches: list[RecordedLaunch]) -> int:
+    """Of backward: those of low-rank passes before the first sum of parts."""
+    names = [launch.kernel for launch in launches]
+    reduced = next((i for i, name in enumerate(names) if "ReduceParams" in name), 0)
+    return sum("low_rank_" in name for name in names[:reduced])
+
+
+def additions_us(card: Card, how: Scenario, calls: Calls) -> float:
+    one = calls[0]
+    return (len(calls) - 1) * blas.elementwise_us(card, how, 6.0 * one.M * one.K)
+
+
+def predict_group(
+    card: Card,
+    calls: Sequence[Call],
+    counts: dict[str, Any],
+    asked: str = "auto",
+    scenario: str = "central",
+) -> GroupPrediction:
+    how, layers = SCENARIOS[scenario], tuple(calls)
+    alone = [predict(card, call, counts, asked, scenario) for call in layers]
+    whole = replace(layers[0], r=sum(padded(call.r) for call in layers))
+    separate, together = [0.0, 0.0], [0.0, 0.0]
+    passes: list[list[Pass]] = [[], []]
+    path, reason = alone[0].path, ""
+    for i, backward in enumerate((False, True)):
+        separate[i] = together[i] = sum(one.layer[i] for one in alone)
+        found, launches = record_group(
+            layers, card.capability, card.multiprocessors, asked, backward
+        )
+        if not launches:
+            reason = found
+            continue
+        timer = GroupTimer(card, how, counts["kernels"], whole, backward, layers=layers)
+        timer.launches_over_dy = launches_over_dy(launches)
+        passes[i] = list(timer.times(launches))
+        together[i] = sum(one.us for one in passes[i])
+        path = found
+    return GroupPrediction(
+        layers,
+        path,
+        reason,
+        (sum(one.frozen[0] for one in alone), sum(one.frozen[1] for one in alone)),
+        (separate[0], separate[1]),
+        (together[0], together[1]),
+        additions_us(card, how, layers),
+        (passes[0], passes[1]),
+    )
