@@ -115,7 +115,7 @@ extern "C" void multi_choice(int count, const int64_t (*facts)[11], const char**
     layer.call = {backward != 0, 0, M, 4096, 4096, r, 0, mixed != 0, true, dropout != 0, Rows::Tma};
     layer.path = {static_cast<CudaPath::Kernels>(kernels),
                   sm90 != 0 ? KernelFamily::Sm90 : KernelFamily::Sm80, "its own reason"};
-    layer.adapted = adapted != 0, layer.transposed = transposed != 0;
+    layer.adapted = adapted != 0, layer.call.transposed = transposed != 0;
     layer.makes_h = makes_h != 0, layer.wants_nothing = wants_nothing != 0;
     layers.push_back(layer);
   }

@@ -30,7 +30,6 @@ CudaMultiLayer facts_of(const Layer& layer, bool backward, const Tensor& rows, c
   facts.adapted = layer.adapted;
   if (!layer.adapted) facts.call.r = 1;
   facts.path = trusted_path(facts.call);
-  facts.transposed = weight.has_value() && lies_transposed(*weight);
   return facts;
 }
 

@@ -14,7 +14,6 @@ struct CudaMultiLayer {
   CudaCall call;  // its own; without adapter as if it had one of rank 1
   bool adapted;
   CudaPath path;       // of that call
-  bool transposed;     // how its weight lies
   bool makes_h;        // in backward: h is needed and was not kept
   bool wants_nothing;  // in backward: neither dx nor a gradient of an adapter
 };
@@ -25,7 +24,9 @@ inline const char* why_alone(const CudaMultiLayer& layer) {
   const bool mixed = layer.adapted && call.adapter != call.base;
   if (layer.wants_nothing) return "no gradient is wanted that kernels make";
   if (layer.path.kernels != CudaPath::Kernels::Fused) return layer.path.reason;
-  if (!call.backward && few_rows_fit(call.M, call.r, mixed, call.dropout)) {
+  const auto shared = switched_off(Mechanism::kCluster) ? KernelFamily::Sm80 : layer.path.family;
+  if (!call.backward && !call.transposed &&
+      few_rows_fit(call.M, call.N, call.r, mixed, call.dropout, shared)) {
     return "few rows without dropout: one kernel makes h and y of each layer";
   }
   if (call.backward && call.dropout) {
@@ -69,7 +70,7 @@ inline CudaMultiChoice choose_cuda_multi(std::span<const CudaMultiLayer> layers)
       why = "no layer has an adapter";
     } else if (layer.path.family != first->path.family) {
       why = "the first layer's kernels are of another family";
-    } else if (layer.transposed != first->transposed) {
+    } else if (layer.call.transposed != first->call.transposed) {
       why = "its weight lies otherwise than the first layer's";
     } else if (layer.adapted && layer.call.adapter != first->call.adapter) {
       why = "its adapter is of another type than the first layer's";

@@ -160,7 +160,7 @@ void multi(const Arguments* layers, int count, bool backward) {
   std::vector<BackwardCall<T, TA>> backwards;
   for (const Arguments& a : std::span(layers, static_cast<size_t>(count))) {
     const CudaCall call = cuda_call<T, TA>(a, backward);
-    facts.push_back({call, a.r > 0, choose(call), a.transposed != 0, false, false});
+    facts.push_back({call, a.r > 0, choose(call), false, false});
     forwards.push_back(forward_call<T, TA>(a)), backwards.push_back(backward_call<T, TA>(a));
   }
   for (const char* why : choose_cuda_multi(facts).alone) {
