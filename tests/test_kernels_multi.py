@@ -58,6 +58,14 @@ def test_ranks_beyond_a_group(kernels: EmulatedKernels) -> None:
     check(kernels, x, layers)
 
 
+def test_rows_that_are_not_aligned(kernels: EmulatedKernels) -> None:
+    """sm_80's kernels read them element by element, if they are asked to."""
+    kernels.gpu(86, 3)
+    kernels.schedule("random", 6)
+    x, layers = make_layers(65, 131, [(70, 17), (33, 8)], adapter_dtype=FP32)
+    check(kernels, x, layers)
+
+
 def test_dropout_in_forward(kernels: EmulatedKernels) -> None:
     """Masks of each layer's own, one without; one launch of products all the same."""
     kernels.gpu(90, 4)
