@@ -401,8 +401,9 @@ MULTI_CASES = {
     "a hybrid one": ([{}, HYBRID, {}], ["", "its own reason", ""]),
     "one beside hybrid ones": ([HYBRID, {}], ["its own reason", "no other layer"]),
     "few rows": ([{"M": 16}] * 2, ["few rows"] * 2),
-    "few rows of a float adapter": ([{"M": 16, "mixed": 1}] * 2, ["", ""]),
-    "few rows of a frozen layer": ([{"M": 16, "r": 32}, {"M": 16} | FROZEN], ["no", "few rows"]),
+    "few rows of a wide float adapter": ([{"M": 16, "mixed": 1, "r": 80}] * 2, ["", ""]),
+    "few rows of a frozen layer": ([{"M": 64, "r": 96}, {"M": 64} | FROZEN], ["no", "few rows"]),
+    "few rows by columns": ([{"M": 16, "transposed": 1}] * 2, ["", ""]),
     "few rows in backward": ([{"M": 16} | BACKWARD] * 2, ["", ""]),
     "dropout": ([{"dropout": 1}, {}], ["", ""]),
     "dropout in backward": (
