@@ -23,7 +23,7 @@ void launch_product_tiles(const Product<T>& product, int cluster, int multiproce
     params.depth[s] = a.columns;
   }
   params.count = product.count, params.masked = product.masked;
-  params.dropout = product.dropout;
+  params.dropout = product.dropout, params.kept = product.kept;
   params.bias = product.bias;
   const Matrix<T> out{product.out, product.M, product.N, product.N};
   using Boxes = StoreBoxes<Shape::kN>;

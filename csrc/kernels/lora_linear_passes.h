@@ -2,7 +2,7 @@
 // forward and backward are made of. lora_linear_run.h puts them together.
 #pragma once
 
-#include "lora_linear.h"
+#include "kept_bits.h"
 
 namespace lora_ext {
 
@@ -33,6 +33,7 @@ struct Product {
   bool aligned;  // every matrix is
   int masked;    // dropout is applied to the sums of the first `masked` segments
   Dropout dropout;
+  KeptBits kept;      // its decisions, where another pass has made them; or none
   const float* bias;  // [N] or null
   T* out;             // [M, N], contiguous
   int64_t M, N;
@@ -94,9 +95,10 @@ struct Family {
   Parts (*down)(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout,
                 const Allocator& scratch, Stream stream);
   UpGradParts (*up_grad)(const UpGrad<T>& call, const Allocator& scratch, Stream stream);
-  // dh^T dropout(x) [r, K] without dropout's factor, in parts
+  // dh^T dropout(x) [r, K] without dropout's factor, in parts; dropout's decisions into `kept`
+  // unless it is none
   Parts (*down_grad)(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
-                     const Allocator& scratch, Stream stream);
+                     const KeptBits& kept, const Allocator& scratch, Stream stream);
   void (*product)(const Product<T>& call, BLayout layout, Stream stream);
 };
 
@@ -109,7 +111,7 @@ template <class T>
 UpGradParts launch_up_grad(const UpGrad<T>& call, const Allocator& scratch, Stream stream);
 template <class T>
 Parts launch_down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
-                       const Allocator& scratch, Stream stream);
+                       const KeptBits& kept, const Allocator& scratch, Stream stream);
 template <class T>
 void launch_product(const Product<T>& call, BLayout layout, Stream stream);
 
@@ -130,7 +132,7 @@ template <class T>
 UpGradParts launch_up_grad(const UpGrad<T>& call, const Allocator& scratch, Stream stream);
 template <class T>
 Parts launch_down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
-                       const Allocator& scratch, Stream stream);
+                       const KeptBits& kept, const Allocator& scratch, Stream stream);
 template <class T>
 void launch_product(const Product<T>& call, BLayout layout, Stream stream);
 

@@ -62,6 +62,27 @@ struct WarpSums {
       }
     }
   }
+
+  // The same by what another pass has decided.
+  LORA_EXT_DEVICE void drop(const KeptBits& kept, int64_t row, int64_t column, int lane) {
+    const uint32_t* const words = kept.at(row + lane / 4, column / kDropoutBlock);
+    const int first_slot = static_cast<int>(column % kDropoutBlock) / kDropoutLanes;
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const KeptLanes lanes = KeptLanes::load(words, i * 16 + half * 8, lane);
+        const uint32_t bytes = lanes.bytes(lane) >> first_slot;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+#pragma unroll
+          for (int j = 0; j < kColumnTiles / 2; ++j) {
+            if (!(bytes >> (c * 8 + j) & 1u)) value[i][2 * j + c / 2][half * 2 + c % 2] = 0.0f;
+          }
+        }
+      }
+    }
+  }
 };
 
 template <class T, class Shape, BLayout kLayout>
@@ -208,8 +229,12 @@ __global__ void __launch_bounds__(Shape::kThreads, kLeastBlocks)
     P::multiply(sums, arch::shared_address(stage(step)), depth, warp_row, warp_column, lane);
     multiplying.advance(params);
     if (multiplying.k == 0 && multiplying.segment == params.masked) {
-      sums.drop(params.dropout.rng(), params.dropout.threshold, m + warp_row, n + warp_column,
-                lane);
+      if (params.kept.data) {
+        sums.drop(params.kept, m + warp_row, n + warp_column, lane);
+      } else {
+        sums.drop(params.dropout.rng(), params.dropout.threshold, m + warp_row, n + warp_column,
+                  lane);
+      }
     }
   }
   P::store(sums, params, m + warp_row, n + warp_column, lane);

@@ -19,6 +19,7 @@ struct ProductParams {
   int count;
   int masked;  // dropout is applied to the sums of the first `masked` segments
   Dropout dropout;
+  KeptBits kept;        // its decisions; or none, to be drawn here
   const float* bias;    // [N] or null
   arch::TensorMap out;  // [M, N], contiguous, 16-byte aligned, N a multiple of 8
   int64_t M, N;
@@ -148,8 +149,15 @@ struct ProductTile {
         ring.shared +
         static_cast<uint32_t>(Shape::kBoxes + warp * StoreBoxes<Shape::kN>::kWarpBytes);
     float sums[kSums];
+    TileBits<Shape::kN> bits;
     RingPosition at;
     TileWalk<Shape> walk(params.M, params.N, cluster.size, cluster.rank);
+    const auto load_bits = [&](const TileWalk<Shape>& of) {
+      if (params.kept.data == nullptr || !of.goes_on()) return;
+      const TileCorner tile = of.tile();
+      bits.load(params.kept, tile.m + row_in_tile, tile.n, lane);
+    };
+    load_bits(walk);
     for (; walk.goes_on(); walk.advance()) {
       const TileCorner tile = walk.tile();
       const int64_t row = tile.m + row_in_tile, column = tile.n;
@@ -175,13 +183,20 @@ struct ProductTile {
         if (segment + 1 == params.masked) {
           arch::wgmma_wait<0>();
           arch::wgmma_fence_sums(sums);
-          drop(sums, params.dropout, row, column, lane);
+          if (params.kept.data) {
+            drop(sums, bits, column, lane);
+          } else {
+            drop(sums, params.dropout, row, column, lane);
+          }
           arch::wgmma_fence_sums(sums);
         }
       }
       arch::wgmma_wait<0>();
       arch::wgmma_fence_sums(sums);
       release();
+      TileWalk<Shape> next = walk;
+      next.advance();
+      load_bits(next);  // they arrive while this tile is stored
       if (params.bias != nullptr) add_bias(sums, params.bias, column, params.N, lane);
       store<T>(sums, params.out, boxes, row - lane / 4, column, lane);
     }
