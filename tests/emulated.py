@@ -282,13 +282,16 @@ class EmulatedKernels:
         scaling_factor: Tensor | None = None,  # [] float32
         dropout_p: float = 0.0,
         rng_state: Tensor | None = None,
+        wanted: str = "dx dA dB",
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(dx, dA, dB)"""
+        """(dx, dA, dB); what is not wanted stays NaN."""
         dx, dA, dB = (torch.full_like(t, torch.nan).contiguous() for t in (x, lora_A, lora_B))
+        results = {"dx": dx, "dA": dA, "dB": dB}
+        results |= {name: None for name in results if name not in wanted.split()}
         self._call(
             self.library.lora_backward, dy=dy, x=x, saved_h=h, weight=weight, lora_A=lora_A,
             lora_B=lora_B, scaling=scaling, scaling_factor=scaling_factor, dropout_p=dropout_p,
-            rng_state=rng_state, dx=dx, dA=dA, dB=dB,
+            rng_state=rng_state, **results,
         )  # fmt: skip
         return dx, dA, dB
 

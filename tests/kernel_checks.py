@@ -113,6 +113,30 @@ def check(
             assert error <= noise * rms(plain[name].double() - want[name]), name
 
 
+def check_wanted(
+    kernels: EmulatedKernels, size: tuple[int, int, int, int], types: str, family: str, base: bool
+) -> None:
+    """dx takes its mask from the pass that makes dA, and draws it where there is none: the same bit
+    for bit, as dA is if no dx asks for the mask."""
+    M, K, N, r = size
+    kernels.gpu(GPUS[family], 3)
+    dtype, adapter = (DTYPES[name] for name in (types.split("-") * 2)[:2])
+    p = make_problem((M,), K, N, r, dtype=dtype, adapter_dtype=adapter, dropout_p=0.3)
+    x, weight, _, A, B, _ = (t if t is None else t.detach() for t in p.operands)
+    options = {"dropout_p": 0.3, "rng_state": p.rng_state}
+
+    def run(wanted: str) -> tuple[torch.Tensor, ...]:
+        kernels.schedule("random", 1)
+        given = p.dy, x, None, weight if base else None, A, B
+        return kernels.backward(*given, **options, wanted=wanted)
+
+    names = ("dx", "dA", "dB")
+    everything = run("dx dA dB")
+    for wanted in ("dx", "dA", "dx dA", "dx dB"):
+        for name, got, same in zip(names, run(wanted), everything, strict=True):
+            assert torch.equal(got, same) == (name in wanted.split()), (wanted, name)
+
+
 def check_up_grad(
     kernels: EmulatedKernels,
     size: tuple[int, int, int],

@@ -32,6 +32,18 @@ PRODUCTS = {
         "a mask of the wrong rows": (
             "product_sm80.h", "params.dropout.threshold, `tile.m + warp_row`,", "tile.m",
         ),
+        "bits of the wrong rows": (
+            "product_sm80.h", "sums.drop(params.kept, `m + warp_row`,", "m",
+        ),
+        "bits of the wrong columns": (
+            "product_sm80.h", "sums.drop(params.kept, m + warp_row, `n + warp_column`,", "n",
+        ),
+        "bits of the first rows": (
+            "product_sm80.h", "KeptLanes::load(words, `i * 16 + half * 8`,", "0",
+        ),
+        "bits of the first slots": (
+            "product_sm80.h", "bytes(lane) >> `first_slot`;", "0",
+        ),
         "rows read beyond the matrix": (
             "tile_sm80.h", "bytes(`i * kApart < rows_`)", "i * kApart <= rows_",
         ),
@@ -254,6 +266,27 @@ PRODUCTS = {
         "sm90: a mask of the wrong columns": (
             "epilogue_sm90.h", "column / kDropoutBlock + block", "block",
         ),
+        "sm90: bits of the tile before": (
+            "product_sm90.h", "load_bits(next);", "",
+        ),
+        "sm90: bits of the first tile of rows": (
+            "product_sm90.h", "bits.load(params.kept, `tile.m + row_in_tile`,", "row_in_tile",
+        ),
+        "sm90: bits of the first columns": (
+            "epilogue_sm90.h", "kept.at(row, `column / kDropoutBlock + block`)", "block",
+        ),
+        "sm90: bits of the first row for both": (
+            "epilogue_sm90.h", "KeptLanes::load(words, `8`, lane)", "0",
+        ),
+        "sm90: bits of the first slots": (
+            "epilogue_sm90.h", "bytes(lane) >> `first_slot`;", "0",
+        ),
+        "sm90: bits of the first quarters": (
+            "kept_bits.h", "`lane % 4 / 2 * 2`", "0",
+        ),
+        "sm90: bits of the first pair of a quarter": (
+            "kept_bits.h", "`odd * 0x1111u`", "0",
+        ),
         "sm90: boxes of the weight at the wrong distance": (
             "product_sm90.h", "`Shape::kK * kRowBytes`,", "kRowBytes",
         ),
@@ -333,21 +366,41 @@ PRODUCTS = {
             "number * 64",
         ),
         "low rank: a mask of the wrong columns": (
-            "low_rank_sm90.h", "+ number * 64, `column_tile`, thread", "0",
+            "low_rank_sm90.h", "+ number * 64, `column_tile`, params.kept", "0",
+        ),
+        "low rank: both rows of a thread dropped as the first": (
+            "drop_tile.h", "own.row + `next * DropPlace::kNextRow`;", "0",
+        ),
+        "low rank: nothing borrowed from equal signs": (
+            "drop_tile.h", "`(~word | threshold) & difference`", "0u",
+        ),
+        "low rank: bits of the wrong rows": (
+            "drop_tile.h", "kept.at(`own_row`, block)", "row + own.row",
+        ),
+        "low rank: bits of the wrong columns": (
+            "drop_tile.h", "kept.at(own_row, `block`)", "0",
+        ),
+        "low rank: words in the order of their quarters": (
+            "drop_tile.h", "place_of_quarter(own.quarter)", "own.quarter",
+        ),
+        "low rank: bits of both pairs in one place": (
+            "kept_bits.h", "(`pair * kDropoutSlots` + slot)", "0",
+        ),
+        "low rank: bits that no group of ranks leaves": (
+            "launch_low_rank_sm90.h", "if (`first == 0`) params.kept", "first > 0",
         ),
         "low rank: a mask for the tile before": (
             "low_rank_sm90.h", "row_ends ? walk.first_column : tile + 1", "tile",
         ),
         "low rank: a mask for a tile beyond the last": (
             "low_rank_sm90.h",
-            "params.dropout.enabled && !(row_ends && row_tile + 1 == walk.last_row)",
-            "params.dropout.enabled",
+            "drops() && !(row_ends && row_tile + 1 == walk.last_row)", "drops()",
         ),
         "low rank: a mask that is not swizzled": (
             "low_rank_tile_sm90.h",
-            "arch::swizzled(static_cast<uint32_t>(own_row * kRowBytes + chunk * 16), "
+            "arch::swizzled(static_cast<uint32_t>(own.row * kRowBytes + own.quarter * 8), "
             "Swizzle::k128)",
-            "static_cast<uint32_t>(own_row * kRowBytes + chunk * 16)",
+            "static_cast<uint32_t>(own.row * kRowBytes + own.quarter * 8)",
         ),
         "low rank: the last columns left out": (
             "low_rank_sm90.h", "(size + step - 1) / step", "size / step",
@@ -383,8 +436,10 @@ PRODUCTS = {
             "low_rank_sm90.h", "`box * Shape::kRankBox`, row", "0",
         ),
         "low rank: boxes of ranks at the wrong distance": (
-            "low_rank_tile_sm90.h",
-            "static_cast<uint32_t>(k) * kBytes, `Shape::kRankBoxBytes`,", "16",
+            "low_rank_tile_sm90.h", "arch::wgmma_descriptor(tile, `Shape::kRankBoxBytes`,", "16",
+        ),
+        "low rank: the first products of a tile for all of them": (
+            "low_rank_tile_sm90.h", "arch::further(of_x, `k * kRowBytes`)", "0",
         ),
         "low rank: blocks that write the same part": (
             "low_rank_sm90.h", "int64_t{blockIdx.y} * params.Q_part", "0",
@@ -422,8 +477,16 @@ LAUNCHES = {
         "low_rank_down_grad_sm80.h", "arch::cp_async_wait<0>();", "",
     ),
     "down_grad: a mask of the wrong columns": (
-        "low_rank_down_grad_sm80.h", "`warp * kSlots`, lane);",
-        "0",
+        "low_rank_down_grad_sm80.h", "own, m, `blockIdx.x`, params.kept", "0",
+    ),
+    "down_grad: no barrier after dropout": (
+        "low_rank_down_grad_sm80.h", "      });\n      `__syncthreads();`", "",
+    ),
+    "down_grad: the other four of eight columns dropped": (
+        "low_rank_down_grad_sm80.h", "`own.quarter % 2` * 8", "(1 - own.quarter % 2)",
+    ),
+    "down_grad: bits that no group of ranks leaves": (
+        "launch_low_rank_sm80.h", ".kept = `first == 0 ? kept : KeptBits{}`,", "KeptBits{}",
     ),
     "no wait for the kernel before": (
         "elementwise.h", "arch::wait_for_previous_kernel();", "",

@@ -189,7 +189,7 @@ def test_nothing_is_noticed_in_the_right_kernels(
 @pytest.mark.parametrize(
     ("mistake", "wrong"),
     [
-        ("down_grad: a mask of the wrong columns", r"dA\[0, \d+\]"),
+        ("down_grad: a mask of the wrong columns", r"dx\[0, \d+\]"),
         ("up_grad: no barrier before the sums are stored", r"dB\[\d+, 0\]"),
     ],
 )

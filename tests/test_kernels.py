@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from emulated import COMPLETIONS, GPUS, TYPES, EmulatedKernels, Launch
-from kernel_checks import Options, check, check_up_grad
+from kernel_checks import Options, check, check_up_grad, check_wanted
 from kernel_problems import LIE, PAIRS, SCHEDULES, SIZES, padded, readable
 from problems import make_problem, rms
 
@@ -113,6 +113,18 @@ def test_low_rank_part_alone(
 ) -> None:
     """Without a weight: what a product by cuBLAS is added to."""
     check(kernels, size, "bf16", dropout_p, ("random", 1), family, base=False)
+
+
+@pytest.mark.parametrize("base", [True, False], ids=["base", "low-rank"])
+@pytest.mark.parametrize("types", ["bf16", "fp16-fp32"])
+@pytest.mark.parametrize(
+    "size", [(65, 131, 70, 17), (260, 328, 72, 16), (130, 264, 136, 200)], ids=readable
+)
+@pytest.mark.parametrize("family", SIZES)
+def test_dropout_of_what_is_wanted(
+    kernels: EmulatedKernels, family: str, size: tuple[int, int, int, int], types: str, base: bool
+) -> None:
+    check_wanted(kernels, size, types, family, base)
 
 
 @pytest.mark.parametrize("types", ["bf16", "fp16-fp32"])

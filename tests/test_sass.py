@@ -50,7 +50,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
 
 
 @pytest.mark.parametrize(
-    "unit", ["product_sm90", "low_rank_sm90", "product_sm80", "lora_linear_run"]
+    "unit", ["product_sm90", "low_rank_sm90", "product_sm80", "low_rank_sm80", "lora_linear_run"]
 )
 def test_no_local_memory_and_no_spills(compiled: Compiled, unit: str) -> None:
     for name, one in compiled[unit].items():
@@ -58,11 +58,11 @@ def test_no_local_memory_and_no_spills(compiled: Compiled, unit: str) -> None:
 
 
 # Of a warp, after the products of a tile: sums to 16 bits, to shared memory, and on from there.
-# Of several products a tile also finds its own.
+# Of several products a tile also finds its own; of one it begins to read decisions of the next.
 @pytest.mark.parametrize(
     ("kernel", "width", "ceiling"),
     [
-        ("product", 256, 220), ("product", 128, 126), ("product", 64, 82),
+        ("product", 256, 222), ("product", 128, 130), ("product", 64, 86),
         ("products", 256, 238), ("products", 128, 138), ("products", 64, 89),
     ],
 )  # fmt: skip
@@ -99,9 +99,24 @@ def test_step_of_few_rows(compiled: Compiled, shape: str, tensor: int, ceiling: 
         assert one["step"]["tensor"] == tensor and one["step"]["instructions"] <= ceiling, name
 
 
-# Of a warp: decisions about a tile of 128 x 128 of x, and about a tile of dx.
+# Of a tile of 128 x 128 of x or dy: 16 products, or 8 of h and 8 of each term of dA, and how they
+# are found.
+@pytest.mark.parametrize(
+    ("makes", "tensor", "ceiling"),
+    [("true, false", 8, 129), ("false, true", 8, 133), ("true, true", 16, 216)],
+)
+def test_step_of_low_rank_sm90(compiled: Compiled, makes: str, tensor: int, ceiling: int) -> None:
+    for name, one in compiled.of("low_rank_sm90", rf"LowRankShape<\d+, {makes}").items():
+        assert one["step"]["tensor"] == tensor and one["step"]["instructions"] <= ceiling, name
+
+
+# Of a warp: decisions about a tile of 64 or 128 rows and 128 columns of x, for h and for dA, whose
+# are left to dx; and about a tile of dx, where nobody has left them.
+DROPPING = r"LowRankShape<\d+, (true, false, .Major.0|false, true)"
 DROPOUT = [
-    ("low_rank_sm90", "", 643),
+    ("low_rank_sm90", r"LowRankShape<\d+, true, false, .Major.0", 507),
+    ("low_rank_sm90", r"LowRankShape<\d+, false, true", 545),
+    ("low_rank_sm80", "down_grad", 618),
     ("product_sm90", "^product_sm90_kernel<Bf16, ProductShape<256", 999),
     ("product_sm90", "^product_sm90_kernel<Bf16, ProductShape<128", 518),
     ("product_sm90", "^product_sm90_kernel<Bf16, ProductShape<64", 563),
@@ -115,10 +130,28 @@ def test_dropout(compiled: Compiled, unit: str, pattern: str, ceiling: int) -> N
         assert 0 < one["dropout"]["instructions"] <= ceiling, name
 
 
-@pytest.mark.parametrize("unit", ["low_rank_sm90", "product_sm90", "product_sm80"])
-def test_philox_adds_no_zeros(compiled: Compiled, unit: str) -> None:
+# Of a warp and a tile of dx, by decisions that the pass for dA has left.
+BITS = [
+    ("product_sm90", "^product_sm90_kernel<Bf16, ProductShape<256", 180),
+    ("product_sm90", "^product_sm90_kernel<Bf16, ProductShape<128", 92),
+    ("product_sm90", "^product_sm90_kernel<Bf16, ProductShape<64", 52),
+    ("product_sm80", "ProductShape<128, 128", 137),
+]
+
+
+@pytest.mark.parametrize(("unit", "pattern", "ceiling"), BITS)
+def test_dropout_by_bits(compiled: Compiled, unit: str, pattern: str, ceiling: int) -> None:
+    for name, one in compiled.of(unit, pattern).items():
+        assert 0 < one["bits"]["instructions"] <= ceiling, name
+
+
+@pytest.mark.parametrize(
+    ("unit", "pattern"),
+    [("low_rank_sm90", DROPPING), ("product_sm90", ""), ("product_sm80", "")],
+)
+def test_philox_adds_no_zeros(compiled: Compiled, unit: str, pattern: str) -> None:
     """nvcc 13.0 adds zero to the upper half of a product of two 64-bit factors."""
-    for name, one in compiled.of(unit, "").items():
+    for name, one in compiled.of(unit, pattern).items():
         dropout = one.get("dropout")  # which several products do not have
         assert name.startswith("products_") if dropout is None else dropout["zero_adds"] == 0, name
 

@@ -140,7 +140,7 @@ class Passes {
     passes.push_back({"down_grad", "cublas dx", of_x * r, of_x + 4.0 * K * r + 4.0 * M * r,
                       [=, this] {
                         dA_ = family_.down_grad(p_.x_matrix(), p_.split_dh.columns(0, r),
-                                                p_.dropout, scratch(), nullptr);
+                                                p_.dropout, {}, scratch(), nullptr);
                       },
                       [=, this] {
                         return std::vector{error_of("dA", made(dA_.data, dA_.count, K, r, true),

@@ -181,9 +181,17 @@ class Timer:
             return what, self._product_sm90(name, launch)
         return what, self._product_sm80(name, launch)
 
+    def _masked(self) -> bool:
+        """By bits, which the pass over x has left: all calls here want dA."""
+        return self.backward and self.call.dropout_p > 0
+
+    def _bits_bytes(self, columns: int) -> float:
+        return self.call.M * columns / 8
+
     def _product_bytes(self, columns: int, depth: int) -> float:
         M, r = self.call.M, self.call.r
-        return 2.0 * (M * depth + depth * columns + M * columns + r * (M + columns))
+        bits = self._bits_bytes(columns) if self._masked() else 0.0
+        return 2.0 * (M * depth + depth * columns + M * columns + r * (M + columns)) + bits
 
     def _product_sm90(self, name: str, launch: RecordedLaunch) -> tuple[float, str]:
         columns, depth, ranks = self._depths()
@@ -204,9 +212,9 @@ class Timer:
         feed = read * 128 / self._l2()
         warps = launch.block / 32 - 4  # those of the warpgroups that multiply
         idle = scenario.tile_gap + scenario.stall * region_cycles(counts["end_of_tile"], warps)
-        if self.backward and self.call.dropout_p > 0:
+        if self._masked():
             idle += scenario.tile_gap
-            idle += scenario.stall * region_cycles(counts["dropout"], warps)
+            idle += scenario.stall * region_cycles(counts["bits"], warps)
         tiles, cycles = 0, 0.0
         for columns, depths, ranks in products:
             steps = sum(math.ceil(depth / 64) for depth in depths)
@@ -240,8 +248,10 @@ class Timer:
         waiting = scenario.step_gap / resident  # another block's products fill it
         steps = math.ceil(depth / 64) + sum(math.ceil(r / 64) for r in ranks)
         end = scenario.tile_gap + scenario.stall * region_cycles(counts["end_of_tile"], warps)
-        if self.backward and self.call.dropout_p > 0:
-            end += scenario.stall * region_cycles(counts["dropout"], warps)
+        if self._masked():
+            # Where the bits are needed they are asked for
+            reading = LATENCY * 1e3 * card.clock
+            end += reading + scenario.stall * region_cycles(counts["bits"], warps)
         cycles = steps * (step[bound] + waiting) + end / resident
         rounds = math.ceil(launch.grid[0] / card.multiprocessors)
         return self._slowest({bound: rounds * cycles}, self._product_bytes(columns, depth))
@@ -271,6 +281,8 @@ class Timer:
         self.parts_of_h = of_h or self.parts_of_h
         self.parts_of_gradient = of_gradient or self.parts_of_gradient
         written = 4.0 * min(call.r, int(rank)) * (call.M * of_h + columns * of_gradient)
+        if dropped and makes_gradient:
+            written += self._bits_bytes(columns)
         names = ("dh", "dB") if of_dy else ("h", "dA")
         what = ", ".join(itertools.compress(names, (makes_h, makes_gradient)))
         sizes = (columns, int(rank), L_terms, R_terms, written)
@@ -297,6 +309,8 @@ class Timer:
         cycles = {"L2": tiles * (of_X + of_L + of_R) / self._l2() + parts / blocks / 64}
         warps = launch.block / 32 - 4
         step = region_cycles(counts["step"], warps)
+        more_terms = max(0, L_terms - 1) + max(0, R_terms - 1)
+        step += more_terms * region_cycles(counts["term"], warps)
         if dropped:
             step += self.scenario.stall * region_cycles(counts["dropout"], warps)
         cycles["issue"] = tiles * step
@@ -320,8 +334,8 @@ class Timer:
         rounds = math.ceil(blocks / card.multiprocessors)
         moved = min(TILE_SM80, self.call.M) * width * 2 + (L_terms + R_terms) * 64 * rank * 2
         step = region_cycles(counts["step"], launch.block / 32)
-        if dropped:  # of 128 columns at once, or of 16 rows
-            often = 4 if "down_grad" in name else 0.5
+        if dropped:  # of 128 columns at once
+            often = width / 128
             step += self.scenario.stall * often * region_cycles(counts["dropout"], 4)
         step += self.scenario.step_gap * 4 / resident
         cycles = {"L2": rounds * per_block * moved / self._l2(), "issue": rounds * per_block * step}

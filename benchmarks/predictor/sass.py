@@ -168,6 +168,11 @@ def _philox(block: Block) -> int:
     )
 
 
+def _reads_bits(block: Block) -> bool:
+    """Makes predicates of the bits of a register: of dropout's decisions, which are kept so."""
+    return block.count("R2P") > 1 and not _philox(block)
+
+
 def zero_adds(block: Block) -> int:
     """Additions of a uniform register that was set to zero: nvcc 13.0 makes one of the upper half
     of each product of 64 bits that is written as one of two 64-bit factors."""
@@ -184,9 +189,14 @@ def zero_adds(block: Block) -> int:
     return found
 
 
+def _waits(flow: Flow, loop: Loop) -> bool:
+    """For what is to be multiplied: with wgmma on an mbarrier."""
+    return any(flow.blocks[at].count("SYNCS") for at in loop.blocks)
+
+
 def _step_loop(flow: Flow) -> Loop | None:
-    """The loop around the most products: of several the smallest. Where threads copy for the ring
-    that they multiply from, only that loop is meant."""
+    """The loop around the most products: of several the smallest. With wgmma it has to wait for
+    operands; where threads copy for the ring that they multiply from, it is that which copies."""
 
     def products(loop: Loop) -> int:
         path = flow.best_path([loop.header], loop.blocks, _tensor)
@@ -195,18 +205,23 @@ def _step_loop(flow: Flow) -> Loop | None:
     def copies(loop: Loop) -> bool:
         return any(flow.blocks[at].count("LDGSTS") for at in loop.blocks)
 
+    asynchronous = any(block.count("HGMMA") for block in flow.blocks)
     loops = [loop for loop in flow.loops if products(loop) > 0]
-    loops = [loop for loop in loops if copies(loop)] or loops
+    if asynchronous:
+        loops = [loop for loop in loops if _waits(flow, loop)]
+    else:
+        loops = [loop for loop in loops if copies(loop)] or loops
     return max(loops, key=lambda loop: (products(loop), -len(loop.blocks)), default=None)
 
 
-def _end_of_tile(flow: Flow) -> list[int]:
-    """From the products of a tile to the end of its stores."""
+def _end_of_tile(flow: Flow, step: Loop) -> list[int]:
+    """From the products of a tile to the end of its stores. A step stores nothing but decisions of
+    dropout."""
     loops = [
         loop
         for loop in flow.loops
         if any(_tensor(flow.blocks[at]) for at in loop.blocks)
-        and not any(flow.blocks[at].count(*STORES) for at in loop.blocks)
+        and not any(flow.blocks[at].count(*STORES) for at in loop.blocks - step.blocks)
     ]
     if not loops:
         return []
@@ -214,7 +229,8 @@ def _end_of_tile(flow: Flow) -> list[int]:
     exits = {after for at in body for after in flow.blocks[at].next} - body
 
     def worth(block: Block) -> float:
-        return -1e6 if _philox(block) or _tensor(block) else block.count(*STORES)
+        dropping = _philox(block) or _reads_bits(block)
+        return -1e6 if dropping or _tensor(block) else block.count(*STORES)
 
     return flow.best_path(exits, set(flow.order) - body, worth)
 
@@ -232,16 +248,29 @@ def count(kernel: Kernel) -> dict[str, Any]:
     }
 
     def worth(block: Block) -> float:
-        return -1e6 if _philox(block) else 1000 * _tensor(block) + block.count(*COPIES[:2])
+        return (
+            -1e6
+            if _philox(block) or _reads_bits(block)
+            else 1000 * _tensor(block) + block.count(*COPIES[:2])
+        )
 
     if step := _step_loop(flow):
         counts["step"] = count_path(flow, flow.best_path([step.header], step.blocks, worth))
-        counts["end_of_tile"] = count_path(flow, _end_of_tile(flow))
+        # The loop over a matrix and its remainder, which is once in the step
+        inner = [loop for loop in flow.loops if loop.blocks < step.blocks]
+        paths = [flow.best_path([loop.header], loop.blocks, worth) for loop in inner]
+        terms = [count_path(flow, path) for path in paths]
+        if most := max((term["tensor"] for term in terms), default=0):
+            counts["term"] = next(term for term in terms if term["tensor"] == most)
+        counts["end_of_tile"] = count_path(flow, _end_of_tile(flow, step))
     dropping = [at for at, block in enumerate(flow.blocks) if _philox(block)]
     if dropping:  # code that is there several times counts once
         most = max(dropping, key=lambda at: len(flow.blocks[at].instructions))
         zeros = {"zero_adds": zero_adds(flow.blocks[most])}
         counts["dropout"] = count_path(flow, [most]) | zeros
+    if bits := [at for at, block in enumerate(flow.blocks) if _reads_bits(block)]:
+        most = max(bits, key=lambda at: len(flow.blocks[at].instructions))
+        counts["bits"] = count_path(flow, [most])
     return counts
 
 

@@ -42,17 +42,36 @@ LORA_EXT_HOST_DEVICE uint64_t wide_product(uint32_t a, uint32_t b) {
 #endif
 }
 
+LORA_EXT_HOST_DEVICE PhiloxBlock philox_round(const PhiloxBlock& counter, uint32_t key0,
+                                              uint32_t key1) {
+  const uint64_t product0 = wide_product(kPhiloxMultiplier0, counter.word[0]);
+  const uint64_t product1 = wide_product(kPhiloxMultiplier1, counter.word[2]);
+  return {{static_cast<uint32_t>(product1 >> 32) ^ counter.word[1] ^ key0,
+           static_cast<uint32_t>(product1),
+           static_cast<uint32_t>(product0 >> 32) ^ counter.word[3] ^ key1,
+           static_cast<uint32_t>(product0)}};
+}
+
 // The 128 random bits that belong to `counter` under the 64-bit key (key0, key1).
 LORA_EXT_HOST_DEVICE PhiloxBlock philox(PhiloxBlock counter, uint32_t key0, uint32_t key1) {
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const uint64_t product0 = wide_product(kPhiloxMultiplier0, counter.word[0]);
-    const uint64_t product1 = wide_product(kPhiloxMultiplier1, counter.word[2]);
-    counter = {{static_cast<uint32_t>(product1 >> 32) ^ counter.word[1] ^ key0,
-                static_cast<uint32_t>(product1),
-                static_cast<uint32_t>(product0 >> 32) ^ counter.word[3] ^ key1,
-                static_cast<uint32_t>(product0)}};
+    counter = philox_round(counter, key0, key1);
     key0 += kPhiloxKeyStep0;
     key1 += kPhiloxKeyStep1;
+  }
+  return counter;
+}
+
+// The same by the keys of all rounds, for who draws so often that adding them up counts.
+struct PhiloxKeys {
+  uint32_t round[kPhiloxRounds][2];
+};
+LORA_EXT_HOST_DEVICE PhiloxBlock philox(PhiloxBlock counter, const PhiloxKeys& keys) {
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    counter = philox_round(counter, keys.round[round][0], keys.round[round][1]);
   }
   return counter;
 }

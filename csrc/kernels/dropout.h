@@ -14,6 +14,10 @@ struct Dropout {
   float scale;               // of what is kept
   const int64_t* rng_state;  // [2]: seed and offset; on the device, for CUDA graphs
 
+  // Whether anything is dropped, on the host: below p = 2^-17 nothing is. Where it is so, the
+  // threshold has 16 bits.
+  bool drops() const { return enabled && threshold < 65536; }
+
   // Where `enabled`.
   LORA_EXT_DEVICE DropoutRng rng() const { return dropout_rng(rng_state); }
 };

@@ -38,6 +38,46 @@ LORA_EXT_DEVICE void drop(float (&sums)[kSums], const Dropout& dropout, int64_t 
   }
 }
 
+// Decisions about a thread's sums of a tile of so many columns.
+template <int kColumns>
+struct TileBits {
+  static constexpr int kWidth = kColumns < kDropoutBlock ? kColumns : kDropoutBlock;
+  static constexpr int kBlocks = kColumns / kWidth;
+  KeptLanes lanes[kBlocks][2];  // of its two rows
+
+  LORA_EXT_DEVICE void load(const KeptBits& kept, int64_t row, int64_t column, int lane) {
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+      const uint32_t* const words = kept.at(row, column / kDropoutBlock + block);
+      lanes[block][0] = KeptLanes::load(words, 0, lane);
+      lanes[block][1] = KeptLanes::load(words, 8, lane);
+    }
+  }
+};
+
+// Zeroes what was dropped, by what another pass has decided; `column` is the tile's first.
+template <int kSums>
+LORA_EXT_DEVICE void drop(float (&sums)[kSums], const TileBits<kSums * 2>& bits, int64_t column,
+                          int lane) {
+  using Bits = TileBits<kSums * 2>;
+  const int first_slot = static_cast<int>(column % kDropoutBlock) / kDropoutLanes;
+#pragma unroll
+  for (int block = 0; block < Bits::kBlocks; ++block) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t bytes = bits.lanes[block][half].bytes(lane) >> first_slot;
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+#pragma unroll
+        for (int slot = 0; slot < Bits::kWidth / kDropoutLanes; ++slot) {
+          const int eight = (block * kDropoutSlots + slot) * 2 + c / 2;
+          if (!(bytes >> (c * 8 + slot) & 1u)) sums[eight * 4 + half * 2 + c % 2] = 0.0f;
+        }
+      }
+    }
+  }
+}
+
 // bias [N], 8-byte aligned, N a multiple of 8; `column` is the tile's first. A warp's lanes are all
 // inside of the matrix or all outside.
 template <int kSums>

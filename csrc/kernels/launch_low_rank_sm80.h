@@ -80,7 +80,7 @@ UpGradParts launch_up_grad(const UpGrad<T>& call, const Allocator& scratch, Stre
 
 template <class T>
 Parts launch_down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
-                       const Allocator& scratch, Stream stream) {
+                       const KeptBits& kept, const Allocator& scratch, Stream stream) {
   const int64_t M = x.rows, K = x.columns, r = dh.value.columns;
   const int64_t column_blocks = ceil_div(K, DownGradShape<16>::kK);
   const int64_t wanted = larger(1, smaller(ceil_div(M, 64), wanted_blocks() / column_blocks));
@@ -90,14 +90,16 @@ Parts launch_down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dr
   for_each_group<64>(r, [&](int64_t first, int64_t count, auto width) {
     constexpr int kRank = decltype(width)::value;
     static_assert(DownGradShape<kRank>::kSharedBytes <= kLeastSharedBytes);
-    const DownGradParams<T> params{.x = x,
-                                   .dh = dh.columns(first, count),
-                                   .rank = static_cast<int>(count),
-                                   .stride = static_cast<int>(r),
-                                   .aligned = x.aligned(),
-                                   .dropout = dropout,
-                                   .rows_per_block = static_cast<int>(rows_per_block),
-                                   .dA = parts + first * K};
+    DownGradParams<T> params{.x = x,
+                             .dh = dh.columns(first, count),
+                             .rank = static_cast<int>(count),
+                             .stride = static_cast<int>(r),
+                             .aligned = x.aligned(),
+                             .dropout = dropout,
+                             .kept = first == 0 ? kept : KeptBits{},
+                             .rows_per_block = static_cast<int>(rows_per_block),
+                             .dA = parts + first * K};
+    params.dropout.enabled = dropout.drops();
     const dim3 grid(static_cast<unsigned>(column_blocks), static_cast<unsigned>(row_blocks));
     arch::launch(low_rank_down_grad_sm80_kernel<T, kRank>, grid, 128,
                  DownGradShape<kRank>::kSharedBytes, stream, params);

@@ -68,6 +68,7 @@ struct LowRankPass {
   Split<T> R;  // [M, r]
   int64_t r;
   Dropout dropout;
+  KeptBits kept;      // to be written, or none
   bool Q_transposed;  // [r, C] instead of [C, r]
 };
 
@@ -117,21 +118,21 @@ struct LowRankParts {
   Parts P, Q;
 };
 
-// The kernel for a group of the ranks: of the widest one that makes P or Q, otherwise one that
-// makes both, or only what is wanted.
+// The kernel for a group of the ranks, the narrowest that holds it. Where P is wanted of dy and Q
+// is not, that is one that makes both, up to the rank where they fit.
 template <class T, int kWidth, Major kMajorL>
 void launch_low_rank_width(const LowRankPass<T>& group, const LowRankCut& cut,
                            const LowRankParams<T>& params, Stream stream) {
   if constexpr (kMajorL == Major::kK) {
     launch_low_rank_group<T, LowRankShape<kWidth, true, false, kMajorL>>(group, cut, params,
                                                                          stream);
+  } else if (params.L_terms == 0) {
+    launch_low_rank_group<T, LowRankShape<kWidth, false, true, kMajorL>>(group, cut, params,
+                                                                         stream);
   } else if constexpr (kWidth <= kMostRankOfBoth) {
     launch_low_rank_group<T, LowRankShape<kWidth, true, true, kMajorL>>(group, cut, params, stream);
-  } else if (params.L_terms > 0) {
-    launch_low_rank_group<T, LowRankShape<kWidth, true, false, kMajorL>>(group, cut, params,
-                                                                         stream);
   } else {
-    launch_low_rank_group<T, LowRankShape<kWidth, false, true, kMajorL>>(group, cut, params,
+    launch_low_rank_group<T, LowRankShape<kWidth, true, false, kMajorL>>(group, cut, params,
                                                                          stream);
   }
 }
@@ -166,6 +167,8 @@ LowRankParts launch_low_rank(const LowRankPass<T>& pass, const Allocator& scratc
     params.row_tiles = static_cast<int>(cut.row_tiles);
     params.column_tiles = static_cast<int>(cut.column_tiles);
     params.dropout = pass.dropout;
+    params.dropout.enabled = pass.dropout.drops();
+    if (first == 0) params.kept = pass.kept;
     params.report = arch::wait_report(arch::WaitingKernel::kLowRank);
     params.P_stride = r, params.P = P ? P + first : nullptr;
     params.Q_row = pass.Q_transposed ? 1 : r, params.Q_column = pass.Q_transposed ? C : 1;
@@ -178,7 +181,7 @@ LowRankParts launch_low_rank(const LowRankPass<T>& pass, const Allocator& scratc
 template <class T>
 Parts launch_down(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout,
                   const Allocator& scratch, Stream stream) {
-  const LowRankPass<T> pass{x, A, {}, A.value.rows, dropout, false};
+  const LowRankPass<T> pass{x, A, {}, A.value.rows, dropout, {}, false};
   return launch_low_rank<T, Major::kK>(pass, scratch, stream).P;
 }
 
@@ -187,7 +190,7 @@ Parts launch_down(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout,
 template <class T>
 UpGradParts launch_up_grad(const UpGrad<T>& call, const Allocator& scratch, Stream stream) {
   const int64_t r = call.B.value.columns;
-  const LowRankPass<T> both{call.dy, call.wants_dh ? call.B : Split<T>{}, call.h, r, {}, false};
+  const LowRankPass<T> both{call.dy, call.wants_dh ? call.B : Split<T>{}, call.h, r, {}, {}, false};
   if (r <= kMostRankOfBoth) {
     const auto [dh, dB] = launch_low_rank<T, Major::kMN>(both, scratch, stream);
     return {dh, dB};
@@ -202,8 +205,8 @@ UpGradParts launch_up_grad(const UpGrad<T>& call, const Allocator& scratch, Stre
 
 template <class T>
 Parts launch_down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
-                       const Allocator& scratch, Stream stream) {
-  const LowRankPass<T> pass{x, {}, dh, dh.value.columns, dropout, true};
+                       const KeptBits& kept, const Allocator& scratch, Stream stream) {
+  const LowRankPass<T> pass{x, {}, dh, dh.value.columns, dropout, kept, true};
   return launch_low_rank<T, Major::kMN>(pass, scratch, stream).Q;
 }
 

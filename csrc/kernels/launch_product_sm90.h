@@ -37,7 +37,8 @@ Params product_params(const Products<T>& products, int cluster) {
   for (int i = products.count; i < Params::kProducts; ++i) {
     params.first[i] = std::numeric_limits<int>::max();
   }
-  params.masked = products.data->masked, params.dropout = products.data->dropout;
+  params.masked = products.data->masked;
+  params.dropout = products.data->dropout, params.kept = products.data->kept;
   params.M = products.data->M;
   params.report = arch::wait_report(arch::WaitingKernel::kProduct);
   return params;

@@ -202,7 +202,7 @@ void multi_backward(const Family<T>& family, std::span<const BackwardCall<T, TA>
   reductions.launch(stream), finishes.launch(stream);
 
   if (x.data) {
-    const Parts parts = family.down_grad(x, dh, Dropout{}, scratch, stream);
+    const Parts parts = family.down_grad(x, dh, Dropout{}, KeptBits{}, scratch, stream);
     for (size_t i = 0; i < calls.size(); ++i) {
       if (!calls[i].dA) continue;
       const int64_t elements = calls[i].r * K;

@@ -2,6 +2,7 @@
 // forward and backward are made of. lora_linear_run.h puts them together.
 #pragma once
 
+#include "kept_bits.h"
 #include "lora_linear_multi.h"
 
 namespace lora_ext {
@@ -35,6 +36,7 @@ struct Product {
   bool aligned;  // every matrix is
   int masked;    // dropout is applied to the sums of the first `masked` segments
   Dropout dropout;
+  KeptBits kept;      // its decisions, where another pass has made them; or none
   const float* bias;  // [N] or null
   T* out;             // [M, N], contiguous
   int64_t M, N;
@@ -103,9 +105,10 @@ struct Family {
   Parts (*down)(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout,
                 const Allocator& scratch, Stream stream);
   UpGradParts (*up_grad)(const UpGrad<T>& call, const Allocator& scratch, Stream stream);
-  // dh^T dropout(x) [r, K] without dropout's factor, in parts
+  // dh^T dropout(x) [r, K] without dropout's factor, in parts; dropout's decisions into `kept`
+  // unless it is none
   Parts (*down_grad)(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
-                     const Allocator& scratch, Stream stream);
+                     const KeptBits& kept, const Allocator& scratch, Stream stream);
   void (*products)(const Products<T>& call, BLayout layout, Stream stream);
 };
 
@@ -118,7 +121,7 @@ template <class T>
 UpGradParts launch_up_grad(const UpGrad<T>& call, const Allocator& scratch, Stream stream);
 template <class T>
 Parts launch_down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
-                       const Allocator& scratch, Stream stream);
+                       const KeptBits& kept, const Allocator& scratch, Stream stream);
 template <class T>
 void launch_products(const Products<T>& call, BLayout layout, Stream stream);
 
@@ -139,7 +142,7 @@ template <class T>
 UpGradParts launch_up_grad(const UpGrad<T>& call, const Allocator& scratch, Stream stream);
 template <class T>
 Parts launch_down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
-                       const Allocator& scratch, Stream stream);
+                       const KeptBits& kept, const Allocator& scratch, Stream stream);
 template <class T>
 void launch_products(const Products<T>& call, BLayout layout, Stream stream);
 

@@ -215,16 +215,19 @@ void backward(const Family<T>& family, const BackwardCall<T, TA>& call, const Al
 
   const Split<T> dh = finish<T>(up.dh, M, r, copies(place), survivor(call.dropout), scaling,
                                 nullptr, call.dA, scratch, stream);
+  KeptBits kept{};
   if (call.dA) {
-    const Parts parts = family.down_grad(call.x, dh.columns(0, r), call.dropout, scratch, stream);
+    if (call.dx && call.dropout.drops()) kept = KeptBits::allocate(M, K, scratch);
+    const Parts parts =
+        family.down_grad(call.x, dh.columns(0, r), call.dropout, kept, scratch, stream);
     reduce(parts, r * K, {1.0f, nullptr}, call.dA, stream);
   }
   if (call.dx) {
     Product<T> dx{};
     if (by_columns) A = split_transposed<T>(call.lora_A, r, K, place, scratch, stream);
     add_segments(dx, dh.value, A, place);
-    dx.masked = call.dropout.enabled ? dx.count : 0;
-    dx.dropout = call.dropout;
+    dx.masked = call.dropout.drops() ? dx.count : 0;
+    dx.dropout = call.dropout, dx.kept = kept;
     if (call.weight.stored.data) dx.segments[dx.count++] = {call.dy, call.weight.stored};
     dx.out = call.dx, dx.M = M, dx.N = K;
     launch_product(family, dx, layout, stream);

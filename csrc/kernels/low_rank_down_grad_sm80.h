@@ -3,6 +3,7 @@
 // fixed order afterwards.
 #pragma once
 
+#include "drop_tile.h"
 #include "low_rank_down_sm80.h"
 
 namespace lora_ext::sm80 {
@@ -14,6 +15,7 @@ struct DownGradParams {
   int rank, stride;  // of dA
   bool aligned;      // x is
   Dropout dropout;
+  KeptBits kept;       // for its decisions; or none
   int rows_per_block;  // a multiple of 64
   float* dA;           // [row blocks] parts of [rank, K], `stride` * K apart
 };
@@ -27,31 +29,6 @@ struct DownGradShape {
   static constexpr int kStageBytes = TileX::kBytes + 2 * TileDh::kBytes;
   static constexpr int kSharedBytes = kRing * kStageBytes;
 };
-
-// Zeroes the dropped elements of two operands B side by side (see load_b_rows): rows of x from
-// `row`, its columns 16 * slot from `block`.
-template <int kSlots>
-LORA_EXT_DEVICE void drop_operands(arch::FragmentB (&b)[kSlots][2], DropoutRng rng,
-                                   uint32_t threshold, int64_t row, int64_t block, int first_slot,
-                                   int lane) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {  // of the 16 columns of a slot
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const PhiloxBlock bits =
-            dropout_bits(rng, row + i * 8 + lane % 4 * 2 + e, block, half * 8 + lane / 4);
-#pragma unroll
-        for (int s = 0; s < kSlots; ++s) {
-          if (!keeps(bits, first_slot + s, threshold)) {
-            b[s][half][i] &= e == 0 ? 0xFFFF0000u : 0x0000FFFFu;
-          }
-        }
-      }
-    }
-  }
-}
 
 template <class T, int kRank>
 __global__ void __launch_bounds__(128, kLeastBlocks)
@@ -79,6 +56,8 @@ __global__ void __launch_bounds__(128, kLeastBlocks)
     load_split<TileDh, 128>(arch::shared_address(stage + TileX::kBytes), params.dh, m, 0, thread);
   };
 
+  Draw draw;
+  if (params.dropout.enabled) draw = Draw(params.dropout);
   arch::FragmentC sums[kRank / 16][kSlots * 2] = {};
   load(0);
   arch::cp_async_commit();
@@ -88,6 +67,16 @@ __global__ void __launch_bounds__(128, kLeastBlocks)
     __syncthreads();  // the stage has arrived; everyone is done with the other one
     if (step + 1 < steps) load(step + 1);
     arch::cp_async_commit();
+    if (params.dropout.enabled) {
+      uint8_t* const x = shared + step % Shape::kRing * Shape::kStageBytes;
+      const DropPlace own(thread);
+      drop_tile<true>(draw, own, m, blockIdx.x, params.kept, [&](int next, int slot) {
+        const int place =
+            TileX::offset(own.row + next * DropPlace::kNextRow, slot * 2 + own.quarter / 2);
+        return reinterpret_cast<FourColumns*>(x + place + own.quarter % 2 * 8);
+      });
+      __syncthreads();
+    }
     const uint32_t stage = arch::shared_address(shared + step % Shape::kRing * Shape::kStageBytes);
     const uint32_t dh_tiles = stage + TileX::kBytes;
 #pragma unroll
@@ -96,10 +85,6 @@ __global__ void __launch_bounds__(128, kLeastBlocks)
 #pragma unroll
       for (int s = 0; s < kSlots; ++s) {
         load_b_rows<TileX>(b[s], stage, k, warp * Shape::kWarpColumns + s * 16, lane);
-      }
-      if (params.dropout.enabled) {
-        drop_operands<kSlots>(b, params.dropout.rng(), params.dropout.threshold, m + k, blockIdx.x,
-                              warp * kSlots, lane);
       }
 #pragma unroll
       for (int i = 0; i < kRank / 16; ++i) {

@@ -9,6 +9,6 @@ template Parts launch_down(const Matrix<Base>&, const Split<Base>&, const Dropou
                            const Allocator&, Stream);
 template UpGradParts launch_up_grad(const UpGrad<Base>&, const Allocator&, Stream);
 template Parts launch_down_grad(const Matrix<Base>&, const Split<Base>&, const Dropout&,
-                                const Allocator&, Stream);
+                                const KeptBits&, const Allocator&, Stream);
 
 }  // namespace lora_ext::sm90

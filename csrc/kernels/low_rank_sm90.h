@@ -106,19 +106,15 @@ struct LowRank {
     uint8_t* shared;
     Ring stages, Rs;
     int number, thread;  // of the warpgroup, and in it
-    DropoutRng rng;
+    Draw draw;
 
     LORA_EXT_DEVICE Multiplier(const Params& params, uint8_t* shared, Ring stages, Ring Rs,
                                int number, int thread)
-        : params(params),
-          shared(shared),
-          stages(stages),
-          Rs(Rs),
-          number(number),
-          thread(thread),
-          rng{} {
-      if (params.dropout.enabled) rng = params.dropout.rng();
+        : params(params), shared(shared), stages(stages), Rs(Rs), number(number), thread(thread) {
+      if (drops()) draw = Draw(params.dropout);
     }
+
+    LORA_EXT_DEVICE bool drops() const { return Shape::kDrops && params.dropout.enabled; }
 
     // The first of this thread's rows of what its warpgroup sums.
     LORA_EXT_DEVICE int own_row() const { return number * 64 + thread / 32 * 16 + thread % 32 / 4; }
@@ -129,8 +125,8 @@ struct LowRank {
 
     // Each warpgroup drops its rows; of Q both read all.
     LORA_EXT_DEVICE void drop(uint8_t* stage, int row_tile, int column_tile) const {
-      Tile::drop(stage + number * 64 * kRowBytes, rng, params.dropout.threshold,
-                 int64_t{row_tile} * Shape::kRows + number * 64, column_tile, thread);
+      Tile::drop(stage + number * 64 * kRowBytes, draw,
+                 int64_t{row_tile} * Shape::kRows + number * 64, column_tile, params.kept, thread);
       arch::fence_proxy_async();
       if constexpr (Shape::kQ) {
         arch::barrier_sync(1, Shape::kMultipliers * kWarpgroup);
@@ -187,7 +183,7 @@ struct LowRank {
     // Waits for the tile in this slot, and drops what dropout drops of it.
     LORA_EXT_DEVICE void prepare(RingPosition at, int row_tile, int column_tile) const {
       arch::mbarrier_wait(stages.full(at.slot), at.parity);
-      if (params.dropout.enabled) drop(shared + stages.offset(at.slot), row_tile, column_tile);
+      if (drops()) drop(shared + stages.offset(at.slot), row_tile, column_tile);
     }
 
     LORA_EXT_DEVICE void run(const Walk& walk) const {
@@ -213,7 +209,7 @@ struct LowRank {
           at.advance(stages.count);
           // Dropout takes as long as a tile takes to arrive: the next one's while products run.
           const bool row_ends = tile + 1 == walk.last_column;
-          prepared = params.dropout.enabled && !(row_ends && row_tile + 1 == walk.last_row);
+          prepared = drops() && !(row_ends && row_tile + 1 == walk.last_row);
           if (prepared) prepare(at, row_tile + row_ends, row_ends ? walk.first_column : tile + 1);
           arch::wgmma_wait<0>();
           release(empty);

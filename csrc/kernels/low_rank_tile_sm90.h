@@ -1,6 +1,7 @@
 // What the low-rank passes for sm_90a do with one tile of x or dy in shared memory.
 #pragma once
 
+#include "drop_tile.h"
 #include "lora_linear_passes.h"
 #include "ring_sm90.h"
 
@@ -29,6 +30,7 @@ struct LowRankParams {
   int row_tiles, column_tiles;  // of a block
   LowRankLayout layout;
   Dropout dropout;
+  KeptBits kept;                              // of dropout(X), by a kernel that makes Q; or none
   float* P;                                   // [column blocks, M, rank], rows P_stride apart
   float* Q;                                   // [row blocks] parts, Q_part apart, of [C, rank]
   int64_t P_stride, Q_row, Q_column, Q_part;  // Q's rows and columns are so far apart
@@ -46,6 +48,7 @@ struct LowRankShape {
   static constexpr int kN = kRank, kRows = 128, kColumns = 128, kBoxes = 2;
   static constexpr Major kMajorL = kMajorOfL;
   static constexpr bool kP = kWithP, kQ = kWithQ;
+  static constexpr bool kDrops = kMajorL == Major::kK || !kP;  // what makes h or dA; dy never is
   static constexpr int kMostColumnTiles = most_column_tiles(kN);
   static_assert(kN <= kMostRankOfBoth || (kN <= kMostRank && !(kP && kQ)));
   static constexpr int kMultipliers = 2;
@@ -71,68 +74,41 @@ template <class T, class Shape>
 struct LowRankTile {
   using Sums = float[Shape::kN / 2];  // of a thread: 64 rows of a warpgroup
 
-  // ---- Dropout, in place -----------------------------------------------------------------------
-
-  struct alignas(16) Chunk {
-    uint32_t pair[4];
-  };
-
-  // Zeroes what dropout drops in 64 rows from `row`, which begin at `x`. Each of the 128 threads
-  // has half of a row: eight times eight neighbouring columns, 16 apart, from eight Philox calls,
-  // all of whose decisions are used. Eight threads access eight chunks in different banks.
-  LORA_EXT_DEVICE static void drop(uint8_t* x, DropoutRng rng, uint32_t threshold, int64_t row,
-                                   int64_t block, int thread) {
-    const int own_row = thread % 64, half = thread / 64;
-    const auto draw = [&](int lane) {
-      return dropout_bits(rng, row + own_row, block, half * 8 + lane);
-    };
-    Chunk kept[kDropoutSlots];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const PhiloxBlock first = draw(2 * i), second = draw(2 * i + 1);
-#pragma unroll
-      for (int slot = 0; slot < kDropoutSlots; ++slot) {
-        kept[slot].pair[i] = (keeps(first, slot, threshold) ? 0x0000FFFFu : 0u) |
-                             (keeps(second, slot, threshold) ? 0xFFFF0000u : 0u);
-      }
-    }
-#pragma unroll
-    for (int slot = 0; slot < kDropoutSlots; ++slot) {
-      const int chunk = slot % 4 * 2 + half;
-      const uint32_t place =
-          arch::swizzled(static_cast<uint32_t>(own_row * kRowBytes + chunk * 16), Swizzle::k128);
-      auto* const values = reinterpret_cast<Chunk*>(x + slot / 4 * Shape::kBoxBytes + place);
-      Chunk chosen = *values;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) chosen.pair[i] &= kept[slot].pair[i];
-      *values = chosen;
-    }
+  // Zeroes what dropout drops in 64 rows from `row`, which begin at `x`; of Q the decisions may
+  // have to be left in `kept`. 16 threads access 16 times 8 bytes in different banks.
+  LORA_EXT_DEVICE static void drop(uint8_t* x, const Draw& draw, int64_t row, int64_t block,
+                                   const KeptBits& kept, int thread) {
+    const DropPlace own(thread);
+    const uint32_t first =
+        arch::swizzled(static_cast<uint32_t>(own.row * kRowBytes + own.quarter * 8), Swizzle::k128);
+    drop_tile<Shape::kQ>(draw, own, row, block, kept, [&](int next, int slot) {
+      const int tile = slot / 4 * Shape::kBoxBytes + next * DropPlace::kNextRow * kRowBytes;
+      return reinterpret_cast<FourColumns*>(x + tile +
+                                            (first ^ static_cast<uint32_t>(slot % 4 * 32)));
+    });
   }
 
   // ---- Products --------------------------------------------------------------------------------
 
-  // The operand of which the rank is contiguous, from its row `k`.
-  LORA_EXT_DEVICE static uint64_t rank_major(uint32_t tile, int k) {
-    constexpr uint32_t kBytes = Shape::kRankBox * 2;
-    return arch::wgmma_descriptor(tile + static_cast<uint32_t>(k) * kBytes, Shape::kRankBoxBytes,
-                                  8 * kBytes, Shape::kSwizzle);
+  // The operand of which the rank is contiguous, rows of so many bytes.
+  static constexpr int kRankRowBytes = Shape::kRankBox * 2;
+  LORA_EXT_DEVICE static uint64_t rank_major(uint32_t tile) {
+    return arch::wgmma_descriptor(tile, Shape::kRankBoxBytes, 8 * kRankRowBytes, Shape::kSwizzle);
   }
 
   // p (+)= 64 rows of X, which begin at `x`, times L.
   LORA_EXT_DEVICE static void multiply_p(Sums& p, uint32_t x, uint32_t l, bool accumulate) {
+    constexpr bool kByRanks = Shape::kMajorL == Major::kMN;
+    const uint64_t of_x = arch::wgmma_descriptor(x, 16, 8 * kRowBytes, Swizzle::k128);
+    const uint64_t of_l =
+        kByRanks ? rank_major(l) : arch::wgmma_descriptor(l, 16, 8 * kRowBytes, Swizzle::k128);
     arch::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < Shape::kColumns; k += 16) {
-      const int box = k / 64;
-      const auto k_bytes = static_cast<uint32_t>(k % 64 * 2);
-      const uint64_t a =
-          arch::wgmma_descriptor(x + static_cast<uint32_t>(box * Shape::kBoxBytes) + k_bytes, 16,
-                                 8 * kRowBytes, Swizzle::k128);
-      const uint64_t b = Shape::kMajorL == Major::kMN
-                             ? rank_major(l, k)
-                             : arch::wgmma_descriptor(
-                                   l + static_cast<uint32_t>(box * Shape::kN * kRowBytes) + k_bytes,
-                                   16, 8 * kRowBytes, Swizzle::k128);
+      const int box = k / 64, k_bytes = k % 64 * 2;
+      const uint64_t a = arch::further(of_x, box * Shape::kBoxBytes + k_bytes);
+      const uint64_t b =
+          arch::further(of_l, kByRanks ? k * kRankRowBytes : box * Shape::kN * kRowBytes + k_bytes);
       arch::wgmma<T, Shape::kN, Major::kK, Shape::kMajorL>(p, a, b, accumulate || k > 0);
     }
     arch::wgmma_commit();
@@ -140,12 +116,13 @@ struct LowRankTile {
 
   // q (+)= 64 columns of X, those of the box at `x`, times R.
   LORA_EXT_DEVICE static void multiply_q(Sums& q, uint32_t x, uint32_t r, bool accumulate) {
+    const uint64_t of_x = arch::wgmma_descriptor(x, 16, 8 * kRowBytes, Swizzle::k128);
+    const uint64_t of_r = rank_major(r);
     arch::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < Shape::kRows; k += 16) {
-      const uint64_t a = arch::wgmma_descriptor(x + static_cast<uint32_t>(k * kRowBytes), 16,
-                                                8 * kRowBytes, Swizzle::k128);
-      arch::wgmma<T, Shape::kN, Major::kMN, Major::kMN>(q, a, rank_major(r, k),
+      arch::wgmma<T, Shape::kN, Major::kMN, Major::kMN>(q, arch::further(of_x, k * kRowBytes),
+                                                        arch::further(of_r, k * kRankRowBytes),
                                                         accumulate || k > 0);
     }
     arch::wgmma_commit();

@@ -62,6 +62,27 @@ struct WarpSums {
       }
     }
   }
+
+  // The same by what another pass has decided.
+  LORA_EXT_DEVICE void drop(const KeptBits& kept, int64_t row, int64_t column, int lane) {
+    const uint32_t* const words = kept.at(row + lane / 4, column / kDropoutBlock);
+    const int first_slot = static_cast<int>(column % kDropoutBlock) / kDropoutLanes;
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const KeptLanes lanes = KeptLanes::load(words, i * 16 + half * 8, lane);
+        const uint32_t bytes = lanes.bytes(lane) >> first_slot;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+#pragma unroll
+          for (int j = 0; j < kColumnTiles / 2; ++j) {
+            if (!(bytes >> (c * 8 + j) & 1u)) value[i][2 * j + c / 2][half * 2 + c % 2] = 0.0f;
+          }
+        }
+      }
+    }
+  }
 };
 
 template <class T, class Shape, BLayout kLayout>
@@ -240,8 +261,12 @@ __global__ void __launch_bounds__(Shape::kThreads, kLeastBlocks)
                 lane);
     free = full, full = following(full);
     if (multiplying.advance(params) && multiplying.segment == params.masked) {
-      sums.drop(params.dropout.rng(), params.dropout.threshold, tile.m + warp_row,
-                tile.n + warp_column, lane);
+      const int64_t row = tile.m + warp_row, column = tile.n + warp_column;
+      if (params.kept.data) {
+        sums.drop(params.kept, row, column, lane);
+      } else {
+        sums.drop(params.dropout.rng(), params.dropout.threshold, row, column, lane);
+      }
     }
   }
   P::store(sums, params, tile.m + warp_row, tile.n + warp_column, lane);

@@ -24,6 +24,7 @@ struct ProductsParams {
   int first[kProducts];  // of its columns of tiles; where there is no such product: 2^31 - 1
   int masked;            // dropout is applied to the sums of the first `masked` segments of one
   Dropout dropout;
+  KeptBits kept;                   // its decisions, of one result; or none, to be drawn here
   const float* bias[kProducts];    // [N] or null
   arch::TensorMap out[kProducts];  // [M, N], contiguous, 16-byte aligned, N a multiple of 8
   int64_t M, N[kProducts];
@@ -177,8 +178,15 @@ struct ProductTile {
         ring.shared +
         static_cast<uint32_t>(Shape::kBoxes + warp * StoreBoxes<Shape::kN>::kWarpBytes);
     float sums[kSums];
+    TileBits<Shape::kN> bits;
     RingPosition at;
     TileWalk<Shape> walk(params.M, params.columns, cluster.size, cluster.rank);
+    const auto load_bits = [&](const TileWalk<Shape>& of) {
+      if (Params::kProducts > 1 || params.kept.data == nullptr || !of.goes_on()) return;
+      const TileCorner tile = of.tile();
+      bits.load(params.kept, tile.m + row_in_tile, tile.n, lane);
+    };
+    load_bits(walk);
     for (; walk.goes_on(); walk.advance()) {
       const TilePlace<Params, Shape> tile(params, walk.tile());
       const int64_t row = tile.m + row_in_tile, column = tile.n;
@@ -205,13 +213,20 @@ struct ProductTile {
         if (Params::kProducts == 1 && segment + 1 == params.masked) {
           arch::wgmma_wait<0>();
           arch::wgmma_fence_sums(sums);
-          drop(sums, params.dropout, row, column, lane);
+          if (params.kept.data) {
+            drop(sums, bits, column, lane);
+          } else {
+            drop(sums, params.dropout, row, column, lane);
+          }
           arch::wgmma_fence_sums(sums);
         }
       }
       arch::wgmma_wait<0>();
       arch::wgmma_fence_sums(sums);
       release();
+      TileWalk<Shape> next = walk;
+      next.advance();
+      load_bits(next);  // they arrive while this tile is stored
       const float* const bias = params.bias[tile.product];
       if (bias != nullptr) add_bias(sums, bias, column, params.N[tile.product], lane);
       store<T>(sums, params.out[tile.product], boxes, row - lane / 4, column, lane);

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "check.h"
-#include "common/dropout.h"
+#include "kept_bits.h"
 #include "kernels/lora_linear_passes.h"
 
 namespace simt_test {
@@ -51,8 +51,9 @@ class ProductCheck {
     }
   }
 
-  // Into an output of NaN.
-  Product<T> product() {
+  // Into an output of NaN; with dropout's decisions to be read, or drawn. Beside those of the
+  // matrix there are others.
+  Product<T> product(bool reads_bits = false) {
     std::fill(out_.begin(), out_.end(), kNanBits);
     Product<T> product{};
     product.count = 2;
@@ -61,6 +62,7 @@ class ProductCheck {
       product.bias = bias_.matrix().data;
     } else {
       product.masked = 1, product.dropout = {true, kThreshold, 1.0f, kRngState};
+      if (reads_bits) product.kept = make_bits();
     }
     product.out = out_.data() + kMargin;
     product.M = size_.M, product.N = size_.N;
@@ -81,6 +83,20 @@ class ProductCheck {
   }
 
  private:
+  KeptBits make_bits() {
+    const auto allocate = [](void* self, int64_t bytes) -> void* {
+      auto& words = static_cast<ProductCheck*>(self)->bits_;
+      words.assign(static_cast<size_t>(bytes / 4), 0x5A5A5A5Au);
+      return words.data();
+    };
+    const KeptBits bits = KeptBits::allocate(size_.M, size_.N, {allocate, this});
+    for (int64_t i = 0; i < size_.M * size_.N; ++i) {
+      const int64_t m = i / size_.N, n = i % size_.N;
+      KeptBit(bits, m, n).set(dropout_keep(kRng, m, n, kThreshold));
+    }
+    return bits;
+  }
+
   struct Expected {
     double value, size_of_terms;
   };
@@ -113,6 +129,7 @@ class ProductCheck {
   Values<T> a_[2], b_[2];
   Values<float> bias_;
   std::vector<T> out_;
+  std::vector<uint32_t> bits_;
   std::vector<Expected> expected_;
 };
 

@@ -7,6 +7,7 @@
 
 #include "check.h"
 #include "common/dropout.h"
+#include "kept_bits.h"
 #include "kernels/launch_low_rank_sm90.h"
 
 namespace {
@@ -86,7 +87,7 @@ struct Sizes {
 };
 
 bool kept(const Dropout& dropout, int64_t row, int64_t column) {
-  return !dropout.enabled || dropout_keep(kRng, row, column, kThreshold);
+  return !dropout.enabled || dropout_keep(kRng, row, column, dropout.threshold);
 }
 
 // [rows, columns] sums of term(row, column, k): the same in every schedule, and computed once.
@@ -209,13 +210,23 @@ struct DownGradCheck {
           return kept(dropout, m, k) ? x.at(m, k) * dh.at(m, j) : 0.0;
         })) {}
 
-  void check() const {
+  // Its decisions go to the product where there is dropout, if that is asked for.
+  void check(bool leaves_bits = true) const {
     Scratch scratch;
     begin(size);
+    KeptBits bits{};
+    if (dropout.enabled && leaves_bits) {
+      bits = KeptBits::allocate(size.M, size.C, scratch.allocator());
+    }
     const Parts dA =
-        sm90::launch_down_grad(x.matrix(), dh.split(), dropout, scratch.allocator(), nullptr);
+        sm90::launch_down_grad(x.matrix(), dh.split(), dropout, bits, scratch.allocator(), nullptr);
     check_counts(size, 0, 2);
     check_sum(dA, expected);
+    for (int64_t i = 0; bits.data && i < size.M * size.C; ++i) {
+      const int64_t row = i / size.C, column = i % size.C;
+      EXPECT(KeptBit(bits, row, column).get() ==
+             dropout_keep(kRng, row, column, dropout.threshold));
+    }
     scratch.check_margins();
   }
 
@@ -243,6 +254,15 @@ CASE(bf16_up_grad) {
 CASE(bf16_down_grad) {
   const DownGradCheck<Bf16> one(kOneBlock, kDropout), several(kSeveralBlocks, kNoDropout);
   for_each_schedule([&] { one.check(), several.check(); });
+}
+
+// Everything is dropped, or nothing, or nearly so: a threshold of 17 bits is none.
+CASE(bf16_any_threshold) {
+  for (const uint32_t threshold : {0u, 1u, 32767u, 32768u, 65535u, 65536u}) {
+    const Dropout dropout{true, threshold, 1.0f, kRngState};
+    DownCheck<Bf16>({65, 136, 8, false, 1}, dropout).check();
+    DownGradCheck<Bf16>({65, 136, 8, false, 1}, dropout).check(dropout.drops());
+  }
 }
 
 // Two boxes of ranks; dh and dB in passes of their own.

@@ -23,14 +23,17 @@ void check_product(Sizes size, double unit) {
     const int64_t stages = tiles * (steps(size.K, 64) + steps(size.r, 64));
     for_each_schedule([&] {
       // Two clusters, or two blocks
-      const Product<T> product = problem.product();
-      sm90::launch_product_tiles<T, Shape, kMajor>({&product, 1}, cluster, 2 * cluster, nullptr);
-      problem.check(unit);
-      const simt::Statistics& counts = simt::statistics();
-      EXPECT(counts.tma_bytes == stages * (128 + Shape::kN) * 64 * 2);
-      EXPECT(counts.tma_read_bytes == stages * (128 + Shape::kN / cluster) * 64 * 2);
-      EXPECT(counts.tma_stored_bytes == size.M * size.N * 2 && counts.stmatrix_conflicts == 0);
-      EXPECT(counts.wgmma == tiles * 2 * (steps(size.K, 16) + steps(size.r, 16)));
+      for (const bool reads_bits : {false, true}) {
+        if (kColumns && reads_bits) continue;  // forward drops nothing
+        const Product<T> product = problem.product(reads_bits);
+        sm90::launch_product_tiles<T, Shape, kMajor>({&product, 1}, cluster, 2 * cluster, nullptr);
+        problem.check(unit);
+        const simt::Statistics& counts = simt::statistics();
+        EXPECT(counts.tma_bytes == stages * (128 + Shape::kN) * 64 * 2);
+        EXPECT(counts.tma_read_bytes == stages * (128 + Shape::kN / cluster) * 64 * 2);
+        EXPECT(counts.tma_stored_bytes == size.M * size.N * 2 && counts.stmatrix_conflicts == 0);
+        EXPECT(counts.wgmma == tiles * 2 * (steps(size.K, 16) + steps(size.r, 16)));
+      }
     });
   }
 }
@@ -46,6 +49,7 @@ CASE(bf16_weight_as_in_forward) {
 CASE(bf16_weight_as_in_backward) {
   check_product<Bf16, Small, BLayout::kRows>(kOneTile, kBf16Unit);
   check_product<Bf16, Small, BLayout::kRows>(kSeveralTiles, kBf16Unit);
+  check_product<Bf16, sm90::ProductShape<64, 2>, BLayout::kRows>(kOneTile, kBf16Unit);
 }
 
 // Of several results each has columns of tiles of its own, the last of which are not whole.

@@ -28,6 +28,32 @@ LORA_EXT_DEVICE void store_16(void* p, const Words& words) {
                : "memory");
 }
 
+// Four of the eight bytes of `first` and `second`, chosen by four digits of 4 bits, the lowest
+// one's byte first; of a digit of 8 and more, eight times the sign of byte (digit - 8).
+LORA_EXT_DEVICE uint32_t permute_bytes(uint32_t first, uint32_t second, uint32_t digits) {
+  uint32_t bytes;
+  asm("prmt.b32 %0, %1, %2, %3;\n" : "=r"(bytes) : "r"(first), "r"(second), "r"(digits));
+  return bytes;
+}
+
+// The sums of both halves, each modulo 2^16: one instruction from sm_90 on.
+LORA_EXT_DEVICE uint32_t add_halves(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint32_t sums;
+  asm("add.u16x2 %0, %1, %2;\n" : "=r"(sums) : "r"(a), "r"(b));
+  return sums;
+#else
+  return ((a & 0x7FFF7FFFu) + (b & 0x7FFF7FFFu)) ^ ((a ^ b) & 0x80008000u);
+#endif
+}
+
+// A sum that is kept: nvcc adds a constant again in each turn of a loop, to save the register.
+LORA_EXT_DEVICE uint32_t add_once(uint32_t a, uint32_t b) {
+  uint32_t sum;
+  asm volatile("add.u32 %0, %1, %2;\n" : "=r"(sum) : "r"(a), "r"(b));
+  return sum;
+}
+
 // Whether this code is for GPUs that have the instructions of ptx_sm80.h.
 LORA_EXT_DEVICE constexpr bool has_mma() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800

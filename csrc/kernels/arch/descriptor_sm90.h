@@ -39,4 +39,11 @@ LORA_EXT_HOST_DEVICE constexpr uint64_t wgmma_descriptor(uint32_t shared, uint32
          uint64_t{stride >> 4} << 32 | static_cast<uint64_t>(swizzle) << 62;
 }
 
+// The same operand so many bytes further, a multiple of 16: its address has 14 bits, in multiples
+// of 16, of which no address of shared memory leaves any.
+LORA_EXT_DEVICE uint64_t further(uint64_t descriptor, int bytes) {
+  const auto low = static_cast<uint32_t>(descriptor) + static_cast<uint32_t>(bytes / 16);
+  return (descriptor & 0xFFFFFFFF00000000u) | low;
+}
+
 }  // namespace lora_ext::arch
