@@ -6,7 +6,7 @@ import itertools
 import os
 
 import torch
-from emulated import COMPLETIONS
+from emulated import COMPLETIONS, TYPES
 from kernel_checks import OPTIONS, Options
 
 # M, K, N, r. Every size meets every type and dropout, so every value does; and every two values of
@@ -41,6 +41,20 @@ PAIRS = [
 ]
 
 SCHEDULES = [(completion, seed) for seed in range(4) for completion in COMPLETIONS]
+
+# Of few rows without dropout: every size meets two types.
+FEW = [
+    (1, 8, 8, 1), (16, 520, 40, 8), (17, 264, 264, 12), (31, 72, 136, 17), (32, 2056, 72, 24),
+    (33, 1032, 520, 15), (63, 136, 264, 8), (64, 520, 200, 8),
+]  # fmt: skip
+FEW_SM90 = [(1, 72, 520, 71), (33, 264, 136, 40), (64, 328, 520, 40)]
+FEW_CASES = [
+    (family, size, schedule, list(TYPES.values())[(i + j) % 4])
+    for family, sizes in (("sm80", FEW), ("sm90", FEW + FEW_SM90))
+    for i, (size, schedule) in enumerate(zip(sizes, itertools.cycle(SCHEDULES), strict=False))
+    for j in range(2)
+]
+FEW_CASES += [("sm90", (16, 136, 264, 128), SCHEDULES[1], "bf16")]
 
 
 def readable(value: object) -> str | None:

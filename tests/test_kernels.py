@@ -10,7 +10,7 @@ import pytest
 import torch
 from emulated import COMPLETIONS, GPUS, TYPES, EmulatedKernels, Launch
 from kernel_checks import Options, check, check_up_grad, check_wanted
-from kernel_problems import LIE, PAIRS, SCHEDULES, SIZES, padded, readable
+from kernel_problems import FEW_CASES, LIE, PAIRS, SCHEDULES, SIZES, padded, readable
 from problems import make_problem, rms
 
 import lora_ext
@@ -299,27 +299,6 @@ def test_what_is_recorded_is_what_runs(
     assert product.dependent == (family == "sm90")
 
 
-FEW = [
-    (1, 8, 8, 1),
-    (16, 520, 40, 8),
-    (17, 264, 264, 12),
-    (31, 72, 136, 17),
-    (32, 2056, 72, 24),
-    (33, 1032, 520, 15),
-    (63, 136, 264, 8),
-    (64, 520, 200, 8),
-]
-FEW_SM90 = [(1, 72, 520, 71), (33, 264, 136, 40), (64, 328, 520, 40)]
-KINDS = list(TYPES.values())
-FEW_CASES = [
-    (family, size, schedule, KINDS[(i + j) % 4])
-    for family, sizes in (("sm80", FEW), ("sm90", FEW + FEW_SM90))
-    for i, (size, schedule) in enumerate(zip(sizes, itertools.cycle(SCHEDULES), strict=False))
-    for j in range(2)
-]
-FEW_CASES += [("sm90", (16, 136, 264, 128), SCHEDULES[1], "bf16")]
-
-
 @pytest.mark.parametrize(("family", "size", "schedule", "types"), FEW_CASES, ids=readable)
 def test_few_rows_without_dropout(
     kernels: EmulatedKernels,
@@ -345,8 +324,7 @@ def test_few_rows_without_dropout(
         assert "few_rows_sm80_kernel" in recorded.kernel
         assert recorded.cluster == (4 if family == "sm90" else 1)
         clusters = recorded.grid[0] // recorded.cluster
-        of_each = x.nbytes + A.nbytes
-        assert launch.copied_bytes == clusters * of_each + weight.nbytes
+        assert launch.copied_bytes == clusters * (x.nbytes + A.nbytes) + weight.nbytes
     for y, h in results[1:]:
         assert torch.equal(y, results[0][0]) and torch.equal(h, results[0][1])
 

@@ -194,9 +194,9 @@ inline std::array<CudaCandidate, 9> cuda_candidates(const CudaProblem& problem) 
        "cuBLAS's low-rank products are predicted to be as fast as the kernels for such a call"},
       {slow_mma, CudaWish::Hybrid,
        "mma.sync is slow on this GPU: cuBLAS makes the base product, kernels the rest"},
-      // Its main loop has five other instructions for each that multiplies, and one block a
-      // multiprocessor: predicted at 72 to 93 % of cuBLAS on an A100 (benchmarks/predict.py), so
-      // that it needs a measurement before it is anyone's default.
+      // All warps of a multiprocessor's one block wait for each step: predicted at 77 to 94 % of
+      // cuBLAS on an A100 (benchmarks/predict.py), so that it needs a measurement before it is
+      // anyone's default.
       {sm80, CudaWish::Hybrid,
        "the base product of the kernels for sm_80 is not measured yet: cuBLAS makes it, kernels "
        "the rest"},
