@@ -5,6 +5,7 @@
 #include <memory>
 #include <numeric>
 
+#include "simt/any_gpu.h"
 #include "simt/block.h"
 
 namespace simt {
@@ -133,6 +134,19 @@ inline void cluster_sync() {
 
 inline uint32_t cluster_address(uint32_t shared, int rank) {
   return shared | static_cast<uint32_t>(rank + 1) << simt::kRankShift;
+}
+
+inline Words cluster_load_16(uint32_t address) {
+  simt::Block& own = simt::block();
+  const auto [block, place] = simt::place_of(address);
+  own.check(own.thread().sees_cluster,
+            "cluster_load_16: no mbarrier_wait_cluster since this thread last arrived");
+  own.check(place % 16 == 0, "cluster_load_16: the address is no multiple of 16");
+  own.check(block.shared.contains(place, 16), "cluster_load_16: outside of shared memory");
+  if (&block != &own) own.counts.cluster_bytes += 16;
+  Words words;
+  std::memcpy(&words, block.shared.at(place), sizeof(words));
+  return words;
 }
 
 }  // namespace lora_ext::arch
