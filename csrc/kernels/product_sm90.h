@@ -25,11 +25,6 @@ struct ProductParams {
   arch::WaitReport* report;
 };
 
-// The size of the running block's cluster, and which of its blocks it is.
-struct Cluster {
-  int size, rank;
-};
-
 template <int kTileN, int kStages>
 struct ProductShape {
   static constexpr int kM = 128, kN = kTileN, kK = kRowBytes / 2;

@@ -11,7 +11,7 @@
 namespace lora_ext {
 
 enum class Mechanism {
-  kCluster,    // blocks of the product of sm_90a that share what they read
+  kCluster,    // blocks of sm_90a that share what they read, and add what they have summed
   kSelfCheck,  // of the kernels at their first use on a GPU (self_check.h)
 };
 
