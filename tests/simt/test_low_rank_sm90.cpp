@@ -290,7 +290,8 @@ CASE(clusters_make_the_same_results) {
     const auto expected = pass.run(false);
     int schedule = 0;
     for_each_schedule([&] {
-      if (++schedule % 2 == 0 && one.r > 64) return;  // it takes a while
+      const int turn = schedule++;  // all schedules, but not with all cases: they take a while
+      if ((turn + turn / 4 + (&one - kCases)) % (one.r > 64 ? 4 : 2) != 0) return;
       const auto results = pass.run(true);
       EXPECT(same_bits(results.P.sums, expected.P.sums));
       EXPECT(same_bits(results.P.value, expected.P.value));
