@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import low_rank_mistakes
 import pytest
 import row_kernel_mistakes
 from emulated import ROOT, EmulatedKernels, compile_source
@@ -23,6 +24,7 @@ from planted_mistakes import LAUNCHES, PRODUCTS
 
 NONE = "none"
 MISTAKES = {driver: {NONE: ("", "", "")} | mistakes for driver, mistakes in PRODUCTS.items()}
+MISTAKES["test_low_rank_sm90"] = {NONE: ("", "", "")} | low_rank_mistakes.MISTAKES
 MISTAKES["launches"] = {NONE: ("", "", "")} | LAUNCHES
 MISTAKES["rows"] = {NONE: ("", "", "")} | row_kernel_mistakes.MISTAKES
 
@@ -54,7 +56,7 @@ kernel_checks.check(kernels, few[0], "bf16-fp32", 0.1, (COMPLETIONS[0], 0), has=
 for schedule in itertools.product(COMPLETIONS[:1], range(4)):
     kernel_checks.check(kernels, (9, 520, 40, 8), "bf16", 0.0, schedule)
 kernel_checks.check_up_grad(kernels, (37, 72, 16), "bf16", (COMPLETIONS[0], 0), "sm80")
-emulated_multi.check(kernels, *emulated_multi.make_layers(37, 72, [(72, 8), (40, 0), (136, 24)]))
+emulated_multi.check(kernels, *emulated_multi.make_layers(69, 72, [(72, 8), (40, 0), (136, 24)]))
 print("no mistake noticed")
 """
 
