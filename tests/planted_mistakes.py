@@ -33,10 +33,11 @@ PRODUCTS = {
             "product_sm80.h", "params.dropout.threshold, `tile.m + warp_row`,", "tile.m",
         ),
         "bits of the wrong rows": (
-            "product_sm80.h", "sums.drop(params.kept, `m + warp_row`,", "m",
+            "product_sm80.h", "sums.drop(params.kept, `tile.m + warp_row`,", "tile.m",
         ),
         "bits of the wrong columns": (
-            "product_sm80.h", "sums.drop(params.kept, m + warp_row, `n + warp_column`,", "n",
+            "product_sm80.h", "sums.drop(params.kept, tile.m + warp_row, `tile.n + warp_column`,",
+            "tile.n",
         ),
         "bits of the first rows": (
             "product_sm80.h", "KeptLanes::load(words, `i * 16 + half * 8`,", "0",

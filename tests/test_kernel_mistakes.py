@@ -54,7 +54,7 @@ kernel_checks.check(kernels, few[0], "bf16-fp32", 0.1, (COMPLETIONS[0], 0), has=
 for schedule in itertools.product(COMPLETIONS[:1], range(4)):
     kernel_checks.check(kernels, (9, 520, 40, 8), "bf16", 0.0, schedule)
 kernel_checks.check_up_grad(kernels, (37, 72, 16), "bf16", (COMPLETIONS[0], 0), "sm80")
-emulated_multi.check(kernels, *emulated_multi.make_layers(37, 72, [(72, 8), (40, 0), (136, 24)]))
+emulated_multi.check(kernels, *emulated_multi.make_layers(69, 72, [(72, 8), (40, 0), (136, 24)]))
 print("no mistake noticed")
 """
 
