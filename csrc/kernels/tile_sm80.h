@@ -42,7 +42,7 @@ struct Tile {
           rows_(static_cast<int>(matrix.rows - row) - first_),
           columns_(static_cast<int>(matrix.columns - column) - thread % kChunks * 8),
           to_(offset(first_, thread % kChunks)),
-          stride_(matrix.stride),
+          stride_(matrix.rows > 1 ? matrix.stride : 0),  // a single row's may be any
           source_(matrix.data + (row + first_) * stride_ + column + thread % kChunks * 8) {}
 
     // Starts; zero outside of the matrix, of which nothing is read there. Only the last columns may
