@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import low_rank_mistakes
 import pytest
 import row_kernel_mistakes
 from emulated import ROOT, EmulatedKernels, compile_source
@@ -24,7 +23,6 @@ from planted_mistakes import LAUNCHES, PRODUCTS
 
 NONE = "none"
 MISTAKES = {driver: {NONE: ("", "", "")} | mistakes for driver, mistakes in PRODUCTS.items()}
-MISTAKES["test_low_rank_sm90"] = {NONE: ("", "", "")} | low_rank_mistakes.MISTAKES
 MISTAKES["launches"] = {NONE: ("", "", "")} | LAUNCHES
 MISTAKES["rows"] = {NONE: ("", "", "")} | row_kernel_mistakes.MISTAKES
 
