@@ -9,6 +9,9 @@ import torch
 from emulated import COMPLETIONS, TYPES
 from kernel_checks import OPTIONS, Options
 
+Size = tuple[int, int, int, int]
+Schedule = tuple[str, int]
+
 # M, K, N, r. Every size meets every type and dropout, so every value does; and every two values of
 # a family meet in PAIRS.
 SIZES = {

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import low_rank_mistakes
 import pytest
 import row_kernel_mistakes
 from emulated import ROOT, EmulatedKernels, compile_source
@@ -23,6 +24,7 @@ from planted_mistakes import LAUNCHES, PRODUCTS
 
 NONE = "none"
 MISTAKES = {driver: {NONE: ("", "", "")} | mistakes for driver, mistakes in PRODUCTS.items()}
+MISTAKES["test_low_rank_sm90"] = {NONE: ("", "", "")} | low_rank_mistakes.MISTAKES
 MISTAKES["launches"] = {NONE: ("", "", "")} | LAUNCHES
 MISTAKES["rows"] = {NONE: ("", "", "")} | row_kernel_mistakes.MISTAKES
 
@@ -191,6 +193,7 @@ def test_nothing_is_noticed_in_the_right_kernels(
     [
         ("down_grad: a mask of the wrong columns", r"dx\[0, \d+\]"),
         ("up_grad: no barrier before the sums are stored", r"dB\[\d+, 0\]"),
+        ("few rows: warps that have the same steps", r"y of few rows\[0, \d+\]"),
     ],
 )
 @pytest.mark.parametrize("driver", ["launches"])

@@ -10,7 +10,17 @@ import pytest
 import torch
 from emulated import COMPLETIONS, GPUS, TYPES, EmulatedKernels, Launch
 from kernel_checks import Options, check, check_up_grad, check_wanted
-from kernel_problems import FEW_CASES, LIE, PAIRS, SCHEDULES, SIZES, padded, readable
+from kernel_problems import (
+    FEW_CASES,
+    LIE,
+    PAIRS,
+    SCHEDULES,
+    SIZES,
+    Schedule,
+    Size,
+    padded,
+    readable,
+)  # fmt: skip
 from problems import make_problem, rms
 
 import lora_ext
@@ -35,8 +45,8 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernels:
 def test_values_and_gradients(
     kernels: EmulatedKernels,
     family: str,
-    size: tuple[int, int, int, int],
-    schedule: tuple[str, int],
+    size: Size,
+    schedule: Schedule,
     types: str,
     dropout_p: float,
 ) -> None:
@@ -60,10 +70,10 @@ def test_values_and_gradients(
 def test_pairs_of_sizes(
     kernels: EmulatedKernels,
     family: str,
-    size: tuple[int, int, int, int],
+    size: Size,
     types: str,
     dropout_p: float,
-    schedule: tuple[str, int],
+    schedule: Schedule,
 ) -> None:
     check(kernels, size, types, dropout_p, schedule, family)
 
@@ -73,9 +83,7 @@ def test_pairs_of_sizes(
     "size", [(1, 72, 72, 1), (65, 131, 70, 17), (37, 136, 264, 80)], ids=readable
 )
 @pytest.mark.parametrize("family", SIZES)
-def test_high_dropout(
-    kernels: EmulatedKernels, family: str, size: tuple[int, int, int, int], dropout_p: float
-) -> None:
+def test_high_dropout(kernels: EmulatedKernels, family: str, size: Size, dropout_p: float) -> None:
     check(kernels, size, "bf16", dropout_p, ("random", 2), family)
 
 
@@ -93,12 +101,7 @@ def test_high_dropout(
     ids=readable,
 )
 def test_every_schedule(
-    kernels: EmulatedKernels,
-    family: str,
-    size: tuple[int, int, int, int],
-    completion: str,
-    seed: int,
-    dropout_p: float,
+    kernels: EmulatedKernels, family: str, size: Size, completion: str, seed: int, dropout_p: float
 ) -> None:
     check(kernels, size, "bf16", dropout_p, (completion, seed), family)
 
@@ -109,7 +112,7 @@ def test_every_schedule(
 )
 @pytest.mark.parametrize("family", SIZES)
 def test_low_rank_part_alone(
-    kernels: EmulatedKernels, family: str, size: tuple[int, int, int, int], dropout_p: float
+    kernels: EmulatedKernels, family: str, size: Size, dropout_p: float
 ) -> None:
     """Without a weight: what a product by cuBLAS is added to."""
     check(kernels, size, "bf16", dropout_p, ("random", 1), family, base=False)
@@ -122,7 +125,7 @@ def test_low_rank_part_alone(
 )
 @pytest.mark.parametrize("family", SIZES)
 def test_dropout_of_what_is_wanted(
-    kernels: EmulatedKernels, family: str, size: tuple[int, int, int, int], types: str, base: bool
+    kernels: EmulatedKernels, family: str, size: Size, types: str, base: bool
 ) -> None:
     check_wanted(kernels, size, types, family, base)
 
@@ -132,9 +135,7 @@ def test_dropout_of_what_is_wanted(
     "size", [(37, 72, 136, 8), (65, 131, 70, 17), (130, 264, 264, 80)], ids=readable
 )
 @pytest.mark.parametrize("family", SIZES)
-def test_transposed_weight(
-    kernels: EmulatedKernels, family: str, size: tuple[int, int, int, int], types: str
-) -> None:
+def test_transposed_weight(kernels: EmulatedKernels, family: str, size: Size, types: str) -> None:
     """As GPT-2's Conv1D keeps it: read as it lies, without a copy."""
     check(kernels, size, types, 0.1, ("random", 3), family, transposed=True)
 
@@ -301,11 +302,7 @@ def test_what_is_recorded_is_what_runs(
 
 @pytest.mark.parametrize(("family", "size", "schedule", "types"), FEW_CASES, ids=readable)
 def test_few_rows_without_dropout(
-    kernels: EmulatedKernels,
-    family: str,
-    size: tuple[int, int, int, int],
-    schedule: tuple[str, int],
-    types: str,
+    kernels: EmulatedKernels, family: str, size: Size, schedule: Schedule, types: str
 ) -> None:
     """One launch, the same to the bit whatever the number of multiprocessors, which chooses the
     columns of a block. The weight is read once, x and lora_A once for each cluster."""

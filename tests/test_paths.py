@@ -272,6 +272,16 @@ def test_cuda_path(
     assert reason in path.reason.decode()
 
 
+def test_few_rows_without_clusters(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is told is what is launched then: blocks read all of x, as on sm_80."""
+    for switched, r, reason in (
+        ("", 80, ONE_KERNEL), ("cluster", 80, KEEPS_UP), ("cluster", 16, ONE_KERNEL),
+    ):  # fmt: skip
+        monkeypatch.setenv("LORA_EXT_CUDA_OFF", switched)
+        facts = SM90 | {"M": 64, "r": r, "dropout": False}
+        test_cuda_path(library, facts, FUSED_90 if reason == ONE_KERNEL else CUBLAS, reason)
+
+
 class Candidate(ctypes.Structure):
     _fields_ = (("fits", ctypes.c_bool), ("path", ctypes.c_int), ("reason", ctypes.c_char_p))
 

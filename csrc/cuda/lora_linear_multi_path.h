@@ -24,9 +24,9 @@ inline const char* why_alone(const CudaMultiLayer& layer) {
   const bool mixed = layer.adapted && call.adapter != call.base;
   if (layer.wants_nothing) return "no gradient is wanted that kernels make";
   if (layer.path.kernels != CudaPath::Kernels::Fused) return layer.path.reason;
-  const auto shared = switched_off(Mechanism::kCluster) ? KernelFamily::Sm80 : layer.path.family;
   if (!call.backward && !call.transposed &&
-      few_rows_fit(call.M, call.N, call.r, mixed, call.dropout, shared)) {
+      few_rows_fit(call.M, call.N, call.r, mixed, call.dropout,
+                   few_rows_family(layer.path.family))) {
     return "few rows without dropout: one kernel makes h and y of each layer";
   }
   if (call.backward && call.dropout) {

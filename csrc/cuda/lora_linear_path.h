@@ -179,7 +179,7 @@ inline std::array<CudaCandidate, 9> cuda_candidates(const CudaProblem& problem) 
   const bool few = few_tiles(call);
   const bool few_rows = !call.backward && !call.transposed && (!slow_mma || call.M <= kFewest) &&
                         few_rows_fit(call.M, call.N, call.r, call.adapter != call.base,
-                                     call.dropout, family_for(problem));
+                                     call.dropout, few_rows_family(family_for(problem)));
   return {{
       {asked, problem.wish, name_of(problem.wish).asked},
       {measured, problem.fastest.value_or(CudaWish::Auto),

@@ -3,11 +3,19 @@
 
 #include <cstdint>
 
+#include "switches.h"
+
 namespace lora_ext {
 
 // For GPUs from sm_80 on; and with TMA and wgmma for sm_90a, which read what Rows::Tma of
 // cuda/lora_linear_path.h says.
 enum class KernelFamily { Sm80, Sm90 };
+
+// Of the kernel of few rows, a family's: of sm_90a blocks share x in clusters, and without clusters
+// they do what sm_80's do.
+inline KernelFamily few_rows_family(KernelFamily family) {
+  return switched_off(Mechanism::kCluster) ? KernelFamily::Sm80 : family;
+}
 
 // Whether a forward with the base product is one kernel's (few_rows_sm80.h), if its matrices lie so
 // that it can read them. `mixed`: float adapters. Each block reads x and lora_A, on sm_90a a

@@ -46,19 +46,13 @@ void launch_few_rows_of(FewRowsParams<T, TA> params, Stream stream) {
                          kSplits);
 }
 
-// Whether blocks share x: sm_90a's, on a GPU that runs clusters.
-inline bool few_rows_share(KernelFamily family) {
-  return family == KernelFamily::Sm90 && !switched_off(Mechanism::kCluster);
-}
-
 template <class T, class TA>
 bool takes_few_rows(const ForwardCall<T, TA>& call, KernelFamily family) {
   const bool aligned = call.x.aligned() && call.weight.stored.aligned() &&
                        call.x.columns % 8 == 0 &&
                        reinterpret_cast<uintptr_t>(call.lora_A) % 16 == 0;
-  const auto of_cluster = few_rows_share(family) ? KernelFamily::Sm90 : KernelFamily::Sm80;
   return few_rows_fit(call.x.rows, call.weight.N(), call.r, sizeof(TA) == sizeof(float),
-                      call.dropout.enabled, of_cluster) &&
+                      call.dropout.enabled, few_rows_family(family)) &&
          aligned && call.weight.stored.data != nullptr && !call.weight.transposed;
 }
 
@@ -82,7 +76,9 @@ void launch_few_rows(const ForwardCall<T, TA>& call, Stream stream, KernelFamily
     launch_few_rows_of<T, TA, 64, kSplits>(params, stream);
   };
 #if defined(LORA_EXT_SM90)
-  if (few_rows_share(family)) return of_rows(std::integral_constant<int, kFewRowsCluster>{});
+  if (few_rows_family(family) == KernelFamily::Sm90) {
+    return of_rows(std::integral_constant<int, kFewRowsCluster>{});
+  }
 #endif
   static_cast<void>(family);
   of_rows(std::integral_constant<int, 1>{});

@@ -75,10 +75,20 @@ class SelfCheck {
     check_rows("dx", dx, K_, [&](int64_t m, int64_t k) { return expected_dx(m, k); });
     check_gradients(dA, dB);
     if (wrong_.empty()) run_together(forward, backward, family, stream);
+    if (wrong_.empty()) run_few_rows(forward, family, stream);
     return wrong_;
   }
 
  private:
+  // The first rows alone, without dropout, which are another kernel's.
+  void run_few_rows(ForwardCall<Bf16, Bf16> forward, KernelFamily family, Stream stream) {
+    forward.x.rows = kFewRows, forward.dropout = {}, forward.scaling = 1.0f;
+    forward.y = memory_.get<Bf16>(kFewRows * N_), forward.h = nullptr;
+    run_forward(forward, memory_, stream, family);
+    check_rows(
+        "y of few rows", forward.y, N_,
+        [&](int64_t m, int64_t n) { return expected_y(m, n, false); }, kFewRows);
+  }
   // Beside this layer one of its first columns, and without dropout the dx of both.
   void run_together(ForwardCall<Bf16, Bf16> forward, BackwardCall<Bf16, Bf16> backward,
                     KernelFamily family, Stream stream) {
@@ -103,6 +113,7 @@ class SelfCheck {
   int64_t few_columns() const { return (N_ / 2 + 7) / 8 * 8; }
 
   static constexpr int kRank = 24;
+  static constexpr int64_t kFewRows = 40;
   static constexpr float kKept = 0.5f;  // of x; the scaling, too: they make up for each other
   static constexpr uint32_t kThreshold = 32768;
   static constexpr int64_t kRngState[2] = {12345678901, 44};
@@ -159,16 +170,19 @@ class SelfCheck {
     }
     return row;
   }
+  std::vector<int> row_of_x(int64_t m) const {
+    return {x_.begin() + m * K_, x_.begin() + (m + 1) * K_};
+  }
   // A row of x without what is dropped; the factor of what is kept is the scaling's inverse.
   std::vector<int> dropped(int64_t m) const {
     const std::vector<bool> keep = kept(m);
-    std::vector<int> row(x_.begin() + m * K_, x_.begin() + (m + 1) * K_);
+    std::vector<int> row = row_of_x(m);
     for (int64_t k = 0; k < K_; ++k) row[k] = keep[k] ? row[k] : 0;
     return row;
   }
   // Of one row, of h and dh times the scaling: the factor of what is kept makes up for it.
-  std::vector<int> h_of(int64_t m) const {
-    const std::vector<int> x = dropped(m);
+  std::vector<int> h_of(int64_t m, bool drops) const {
+    const std::vector<int> x = drops ? dropped(m) : row_of_x(m);
     std::vector<int> row(kRank);
     for (int j = 0; j < kRank; ++j) {
       for (int64_t k = 0; k < K_; ++k) row[j] += x[k] * A_[j * K_ + k];
@@ -184,8 +198,8 @@ class SelfCheck {
     return row;
   }
 
-  double expected_y(int64_t m, int64_t n) {
-    if (n == 0) low_rank_ = h_of(m);
+  double expected_y(int64_t m, int64_t n, bool drops = true) {
+    if (n == 0) low_rank_ = h_of(m, drops);
     int sum = bias_[n];
     for (int64_t k = 0; k < K_; ++k) sum += x_[m * K_ + k] * weight_[n * K_ + k];
     for (int j = 0; j < kRank; ++j) sum += low_rank_[j] * B_[n * kRank + j];
@@ -239,13 +253,18 @@ class SelfCheck {
   // A few rows by value, all elements for being finite.
   template <class Expected>
   void check_rows(const char* name, const Bf16* device, int64_t columns, const Expected& expected) {
-    const std::vector<Bf16> found = from_device(device, M_ * columns);
-    for (const int64_t row : {int64_t{0}, int64_t{63}, int64_t{130}, M_ / 2, M_ - 1}) {
-      for (int64_t column = 0; column < columns; ++column) {
+    check_rows(name, device, columns, expected, M_);
+  }
+  template <class Expected>
+  void check_rows(const char* name, const Bf16* device, int64_t columns, const Expected& expected,
+                  int64_t rows) {
+    const std::vector<Bf16> found = from_device(device, rows * columns);
+    for (const int64_t row : {int64_t{0}, int64_t{63}, int64_t{130}, rows / 2, rows - 1}) {
+      for (int64_t column = 0; row < rows && column < columns; ++column) {
         compare(name, row, column, found[row * columns + column], expected(row, column));
       }
     }
-    for (int64_t i = 0; i < M_ * columns; ++i) {
+    for (int64_t i = 0; i < rows * columns; ++i) {
       const bool finite = (found[i].bits & 0x7F80) != 0x7F80;
       if (!finite) compare(name, i / columns, i % columns, found[i], 0);
     }
