@@ -27,23 +27,28 @@ MISTAKES = {
     ),
     "low rank: a slot released while it is read": (
         "low_rank_sm90.h",
-        "arch::wgmma_wait<0>();\n          release(empty);",
-        "release(empty);\n          arch::wgmma_wait<0>();",
+        "arch::wgmma_wait<0>();\n"
+        "          if (!(row_ends && adds_p)) release(stages.empty(slot));",
+        "if (!(row_ends && adds_p)) release(stages.empty(slot));\n arch::wgmma_wait<0>();",
     ),
     "low rank: a slot that is not released": (
-        "low_rank_sm90.h", "arch::wgmma_wait<0>();\n          release(empty);",
+        "low_rank_sm90.h",
+        "arch::wgmma_wait<0>();\n"
+        "          if (!(row_ends && adds_p)) release(stages.empty(slot));",
         "arch::wgmma_wait<0>();",
     ),
     "low rank: a slot of R that is not released": (
-        "low_rank_sm90.h", "release(Rs.empty(at_R.slot));", "",
+        "low_rank_sm90.h", "release_R(Rs.empty(at_R.slot));", "",
     ),
     "low rank: a slot released by too few warps": (
         "low_rank_sm90.h", "stages.initialise(Shape::kMultipliers * kWarpgroup / 32);",
         "stages.initialise(1);",
     ),
     "low rank: no wait for the products": (
-        "low_rank_sm90.h", "arch::wgmma_wait<0>();\n          release(empty);",
-        "release(empty);",
+        "low_rank_sm90.h",
+        "arch::wgmma_wait<0>();\n"
+        "          if (!(row_ends && adds_p)) release(stages.empty(slot));",
+        "if (!(row_ends && adds_p)) release(stages.empty(slot));",
     ),
     "low rank: no fence before wgmma": (
         "low_rank_tile_sm90.h", "arch::wgmma_fence();", "",
@@ -55,13 +60,16 @@ MISTAKES = {
         "low_rank_sm90.h", "arch::fence_mbarrier_init();", "",
     ),
     "low rank: no barrier after the barriers are made": (
-        "low_rank_sm90.h", "__syncthreads();", "",
+        "low_rank_sm90.h", "arch::cluster_sync();", "",
+    ),
+    "low rank: a barrier of one block after the barriers are made": (
+        "low_rank_sm90.h", "arch::cluster_sync();", "__syncthreads();",
     ),
     "low rank: no fence after dropout": (
-        "low_rank_sm90.h", "arch::fence_proxy_async();", "",
+        "low_rank_sm90.h", "`arch::fence_proxy_async();`\n      if constexpr", "",
     ),
     "low rank: a fence after dropout by one thread": (
-        "low_rank_sm90.h", "arch::fence_proxy_async();",
+        "low_rank_sm90.h", "`arch::fence_proxy_async();`\n      if constexpr",
         "if (thread == 0) arch::fence_proxy_async();",
     ),
     "low rank: no barrier after dropout, of Q": (
@@ -148,7 +156,76 @@ MISTAKES = {
         "low_rank_tile_sm90.h", "arch::further(of_x, `k * kRowBytes`)", "0",
     ),
     "low rank: blocks that write the same part": (
-        "low_rank_sm90.h", "int64_t{blockIdx.y} * params.Q_part", "0",
+        "low_rank_sm90.h", "`int64_t{part} * params.Q_part`,", "0",
+    ),
+    "low rank: sums put where others still read": (
+        "low_rank_sm90.h", "arch::barrier_sync(3, Shape::kMultipliers * kWarpgroup);", "",
+    ),
+    "low rank: no wait before other blocks' sums are read": (
+        "low_rank_sums_sm90.h", "meet(barriers);", "",
+    ),
+    "low rank: arrivals that no other block waits for": (
+        "low_rank_sums_sm90.h",
+        "mbarrier_arrive_cluster(arch::cluster_address(barrier, `first_block() + lane`",
+        "cluster.rank",
+    ),
+    "low rank: a wait that does not see what other blocks stored": (
+        "low_rank_sums_sm90.h", "arch::mbarrier_wait_cluster(barrier, parity);",
+        "arch::mbarrier_wait(barrier, parity);",
+    ),
+    "low rank: a block that leaves while others read": (
+        "low_rank_sums_sm90.h", "meet(barriers + 8);", "",
+    ),
+    "low rank: sums of the turn before": (
+        "low_rank_sums_sm90.h", "parity ^= 1;", "",
+    ),
+    "low rank: its own sums in the place of others": (
+        "low_rank_sums_sm90.h", "static_cast<uint32_t>(begin), `from_block`)", "cluster.rank",
+    ),
+    "low rank: the other blocks' sums in the wrong order": (
+        "low_rank_sums_sm90.h", "all.sum[k] += bits_to_float(`words[i]`.word[k])",
+        "words[blocks > 2 && i < 2 ? 1 - i : i]",
+    ),
+    "low rank: the last block's sums left out": (
+        "low_rank_sums_sm90.h", "first < `blocks`; first += kAtOnce", "blocks - kAtOnce + 1",
+    ),
+    "low rank: shares of the sums that overlap": (
+        "low_rank_sums_sm90.h", "unit = `units * rank() / blocks` + thread", "0",
+    ),
+    "low rank: shares of the sums with a gap": (
+        "low_rank_sums_sm90.h", "`units * (rank() + 1) / blocks`;",
+        "units * rank() / blocks + units / blocks / 2",
+    ),
+    "low rank: a slot of R released to one block alone": (
+        "low_rank_sm90.h", "release_R(Rs.empty(at_R.slot));", "release(Rs.empty(at_R.slot));",
+    ),
+    "low rank: a slot of R released by the warps of one block": (
+        "low_rank_sm90.h", "Pass::shares_R(params, cluster) ? `cluster.size` : 1", "1",
+    ),
+    "low rank: the same share of R from all blocks": (
+        "low_rank_sm90.h", "const int skipped = shares ? `cluster.rank` *", "0",
+    ),
+    "low rank: shares of R in the wrong rows": (
+        "low_rank_sm90.h", "box * Shape::kRankBox, `row + skipped`,", "row",
+    ),
+    "low rank: a share of R for one block alone": (
+        "low_rank_sm90.h", "`(1u << cluster.size) - 1`", "1u << cluster.rank",
+    ),
+    "low rank: a box of R as if there were no cluster": (
+        "launch_low_rank_sm90.h", "cut.along_rows ? 1 : `cut.cluster`", "1",
+    ),
+    "low rank: the last block's sums at another slot": (
+        "low_rank_sm90.h", "const int last = `stages.offset(last_slot(walk, row_tile, left))`;",
+        "others",
+    ),
+    "low rank: no fence before a stage of sums is filled": (
+        "low_rank_sm90.h", "`arch::fence_proxy_async();`\n      release", "",
+    ),
+    "low rank: sums of a tile of rows below the last": (
+        "low_rank_sm90.h", "if (`row + 8 < out.M`)", "true",
+    ),
+    "low rank: columns of the operand beyond the rank that are not zero": (
+        "lora_linear_sums.h", "return `column < r` ?", "true",
     ),
     "low rank: no wait for the kernel before": (
         "low_rank_sm90.h", "arch::wait_for_previous_kernel();", "",

@@ -31,14 +31,13 @@ PRODUCTS = {
             "product_sm80.h", "if (`left > 0`) return false;", "left > Shape::kK",
         ),
         "a mask of the wrong rows": (
-            "product_sm80.h", "params.dropout.threshold, `tile.m + warp_row`,", "tile.m",
+            "product_sm80.h", "params.dropout.threshold, `row`, column,", "tile.m",
         ),
         "bits of the wrong rows": (
-            "product_sm80.h", "sums.drop(params.kept, `tile.m + warp_row`,", "tile.m",
+            "product_sm80.h", "sums.drop(params.kept, `row`, column,", "tile.m",
         ),
         "bits of the wrong columns": (
-            "product_sm80.h", "sums.drop(params.kept, tile.m + warp_row, `tile.n + warp_column`,",
-            "tile.n",
+            "product_sm80.h", "sums.drop(params.kept, row, `column`,", "tile.n",
         ),
         "bits of the first rows": (
             "product_sm80.h", "KeptLanes::load(words, `i * 16 + half * 8`,", "0",
@@ -342,36 +341,38 @@ LAUNCHES = {
         "elementwise.h", "arch::wait_for_previous_kernel();", "",
     ),
     "float adapters: h once, beside nothing": (
-        "lora_linear_elementwise.h", "`copy < copies`; ++copy", "copy < 1",
+        "lora_linear_sums.h", "`copy < copies`; ++copy", "copy < 1",
     ),
     "float adapters: rows of rank that are not padded": (
         "lora_linear_run.h", ".padded_rows = `in_rows ? joined_rank(rows) : rows`,", "rows",
     ),
     "float adapters: a remainder in the place of the value": (
-        "lora_linear_run.h", "in_columns ? `pack.value + pack.padded_columns`", "pack.value",
+        "lora_linear_run.h", "in_columns ? `job.value + job.padded_columns`", "job.value",
     ),
     "up_grad alone: dh that is not scaled": (
-        "lora_linear_run.h", "reduce(up.dh, M * r, `scaling`, call.dh, stream);",
-        "HiddenFactor{1.0f, nullptr}",
+        "lora_linear_run.h", "float_hidden<T>(M, r, `call.scaling`, call.dh);", "1.0f",
     ),
     "several: h of the first layer": (
-        "lora_linear_multi_run.h", "shared.data + `ranks.first[i]`,", "0",
+        "lora_linear_multi_run.h", "shared + `ranks.first[i]`,", "0",
     ),
-    "several: rows of a layer's own h": (
-        "lora_linear_multi_run.h", "`ranks.has[i] ? ranks.total : call.r`, M", "call.r",
+    "several: sums of a layer's h as if they lay alone": (
+        "lora_linear_multi_run.h", "ranks.first[i], 1, `ranks.total`, h}", "call.r",
+    ),
+    "several: dh of a layer as if it lay alone": (
+        "lora_linear_multi_run.h", "up.dh.stride = `ranks.total`,", "up.dh.padded",
     ),
     "several: one layer's lora_A over the one before": (
         "lora_linear_multi_run.h", "const int64_t begin = `ranks.first[i]` *", "0",
     ),
     "several: dh of all layers in one place": (
-        "lora_linear_multi_run.h", "finish.value = `value + first`;", "value",
+        "lora_linear_multi_run.h", "up.dh.value = `value + first`;", "value",
     ),
     "several: the remainder of another layer's dh": (
-        "lora_linear_multi_run.h", "remainder ? `remainder + first` : nullptr;\n    finishes",
+        "lora_linear_multi_run.h", "up.dh.remainder = remainder ? `remainder + first` :",
         "remainder",
     ),
     "several: dA of another layer": (
-        "lora_linear_multi_run.h", "const Parts own{parts.data + `ranks.first[i]` * K", "0",
+        "lora_linear_multi_run.h", "left.add({dA + `ranks.first[i]` * K", "0",
     ),
     "several: dx without a layer's dy": (
         "lora_linear_multi_run.h", "dx.segments[`dx.count++`] = {call.dy, call.weight.stored};",
@@ -380,10 +381,13 @@ LAUNCHES = {
     "several: dx without the low-rank part": (
         "lora_linear_multi_run.h", "if (`ranks.total > 0`) add_segments(dx", "false",
     ),
-    "several: a kernel for the first layer alone": (
-        "lora_linear_multi_run.h", "params.of[`blockIdx.y`]", "0",
-    ),
     "a factor of the scaling that is not read": (
-        "lora_linear_passes.h", "factor ? value * *factor : value", "value",
+        "lora_linear_sums.h", "factor ? value * *factor : value", "value",
+    ),
+    "several jobs: the first for all blocks": (
+        "lora_linear_elementwise.h", "blockIdx.x >= `first_block[at + 1]`", "~0u",
+    ),
+    "several jobs: elements that are not counted from the job's first": (
+        "lora_linear_elementwise.h", "int64_t{`first_block[at]`} *", "0",
     ),
 }  # fmt: skip

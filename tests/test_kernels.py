@@ -287,7 +287,9 @@ def test_what_is_recorded_is_what_runs(
         return
     names = [re.search(r"(\w+_kernel)<", launch.kernel)[1] for launch in forward]
     middle = "low_rank_down_sm80_kernel" if family == "sm80" else "low_rank_sm90_kernel"
-    assert names == [middle, "lora_linear_finish_kernel", f"product_{family}_kernel"]
+    # On sm_90 the blocks that sum h are one, or a cluster.
+    sums = ["lora_linear_finish_kernel"] if family == "sm80" else []
+    assert names == [middle, *sums, f"product_{family}_kernel"]
     product = forward[-1]
     sizes = re.search(r"ProductShape<(\d+), (\d+)", product.kernel)
     assert sizes is not None
@@ -373,11 +375,11 @@ def test_traffic_and_operations(kernels: EmulatedKernels, r: int) -> None:
     assert product.mma == rows * columns * mma * (steps + rank_steps)
 
     kernels.backward(p.dy, x, h, weight, A, B)
-    pack, up, reduce_b, finish, down, reduce_a, product = kernels.take_launches()
+    pack, up, finish, down, reduce, product = kernels.take_launches()
     h_and_rest, blocks = 2 * M * r, -(-K // 128)  # read by each block of columns
     assert up.copied_bytes == 2 * (M * N + rows * N * r + h_and_rest)
     assert down.copied_bytes == 2 * (M * K + blocks * h_and_rest)
-    assert not any(map(any, (pack, reduce_a, reduce_b, finish)))
+    assert not any(map(any, (pack, finish, reduce)))
     assert product.copied_bytes == 2 * (
         x_columns * M * N + rows * N * K + x_columns * M * padded + rows * r * K
     )
@@ -441,7 +443,7 @@ def test_sm90_low_rank_traffic(
     _, h = kernels.forward(x, weight, None, A, B)
     down, *_ = kernels.take_launches()
     kernels.backward(p.dy, x, h, weight, A, B)
-    _pack, *up_grads, _reduce, _finish, down_grad, _reduce, _dx = kernels.take_launches()
+    *up_grads, down_grad, _dx = (launch for launch in kernels.take_launches() if launch.wgmma)
 
     tile, operand = 2 * 128 * 128, 2 * 128 * width  # bytes
     rows, x_columns, dy_columns = (-(-size // 128) for size in (M, K, N))

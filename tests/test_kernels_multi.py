@@ -50,6 +50,17 @@ def test_types_and_weights_that_lie_transposed(
     check(kernels, x, layers)
 
 
+def test_clusters_add_sums_of_layers(kernels: EmulatedKernels) -> None:
+    """h of all by eight blocks; dh by two, to its place beside that of the other layers."""
+    kernels.gpu(90, 16)
+    kernels.schedule("random", 1)
+    x, layers = make_layers(130, 1000, [(1000, 8), (264, 24), (136, 0)])
+    kernels.take_recorded()
+    check(kernels, x, layers)
+    low_rank = [one for one in kernels.take_recorded() if "low_rank" in one.kernel]
+    assert {one.cluster for one in low_rank} >= {2, 8}
+
+
 def test_ranks_beyond_a_group(kernels: EmulatedKernels) -> None:
     """272 of three layers: groups of 128, 128 and 16."""
     kernels.gpu(90, 2)
@@ -93,12 +104,12 @@ def test_what_is_launched(kernels: EmulatedKernels) -> None:
 
     kernels.take_recorded()
     found = forward_together(kernels, x, layers)
-    several, low_rank = "lora_linear_several_kernel", "low_rank_sm90_kernel"
-    assert passes() == [several, low_rank, several, "products_sm90_kernel"]
+    pack, low_rank = "lora_linear_pack_kernel", "low_rank_sm90_kernel"
+    assert passes() == [pack, low_rank, "lora_linear_finish_kernel", "products_sm90_kernel"]
     backward_together(kernels, x, layers, [one["h"] for one in found])
-    sums = [several, several]
+    # Blocks add all sums of these sizes themselves; the last kernel deals out dA.
     assert passes() == [
-        *sums, low_rank, low_rank, low_rank, *sums, low_rank, several, "products_sm90_kernel",
+        pack, *[low_rank] * 4, "lora_linear_reduce_kernel", "products_sm90_kernel",
     ]  # fmt: skip
 
 

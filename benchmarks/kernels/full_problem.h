@@ -165,13 +165,19 @@ class Problem {
     const Allocator kept = memory.allocator();
     const int64_t M = c.M, r = c.r;
     of_A = joined<Bf16, TA>(r, BLayout::kRows), of_B = joined<Bf16, TA>(r, BLayout::kColumns);
-    A = split<Bf16>(lora_A, r, c.K, of_A, kept, nullptr);
-    B = split<Bf16>(lora_B, c.N, r, of_B, kept, nullptr);
-    split_h = split<Bf16>(saved_h, M, r, Remainder::kApart, kept, nullptr);
-    scaled_h = finish<Bf16>(Parts{saved_h, 1}, M, r, copies(of_B), 1.0f, {kScaling, nullptr},
-                            nullptr, false, kept, nullptr);
-    split_dh = finish<Bf16>(Parts{dh_float, 1}, M, r, copies(of_A), 1.0f, {1.0f, nullptr}, nullptr,
-                            true, kept, nullptr);
+    Packs<Bf16> packs(kept);
+    A = packs.split(lora_A, r, c.K, of_A);
+    B = packs.split(lora_B, c.N, r, of_B);
+    split_h = packs.split(saved_h, M, r, Remainder::kApart);
+    packs.launch(nullptr);
+    const auto finished = [&](float* sums, int copies, float scaling, bool wants_remainder) {
+      const Hidden<Bf16> out =
+          hidden<Bf16>(M, r, copies, 1.0f, {scaling, nullptr}, nullptr, wants_remainder, kept);
+      finish(Parts{sums, 1}, out, nullptr);
+      return operand(out);
+    };
+    scaled_h = finished(saved_h, copies(of_B), kScaling, false);
+    split_dh = finished(dh_float, copies(of_A), 1.0f, true);
     check(cudaDeviceSynchronize());
   }
 };

@@ -117,34 +117,48 @@ class Passes {
 
   void add_low_rank(std::vector<Pass>& passes) {
     const auto [M, K, N, r] = std::tuple(p_.c.M, p_.c.K, p_.c.N, int64_t{p_.c.r});
-    const double kept = survivor(p_.dropout);
+    const float kept = survivor(p_.dropout);
+    const double stored = sizeof(TA) == 2 ? kRounding : 0;
     const double of_x = 2 * this->M() * this->K(), of_dy = 2 * this->M() * this->N();
+    passes.push_back({"down", "cublas y", of_x * r, of_x + 2.0 * r * K + 6.0 * M * r,
+                      [=, this] {
+                        const Allocator memory = scratch();
+                        const Hidden<Bf16> h = hidden<Bf16>(
+                            M, r, copies(p_.of_B), kept, {kScaling, nullptr}, p_.h, false, memory);
+                        family_.down(p_.x_matrix(), p_.A, p_.dropout, h, memory, nullptr);
+                      },
+                      [=, this] {
+                        return std::vector{
+                            error_of("h", made(p_.h, 1, M, r), 1.0, p_.want_h, of_sum(K) + kSplit)};
+                      }});
     passes.push_back(
-        {"down", "cublas y", of_x * r, of_x + 2.0 * r * K + 4.0 * M * r,
-         [this] { h_ = family_.down(p_.x_matrix(), p_.A, p_.dropout, scratch(), nullptr); },
+        {"up_grad", "cublas dx", 2 * of_dy * r, of_dy + 6.0 * N * r + 12.0 * M * r,
          [=, this] {
-           return std::vector{
-               error_of("h", made(h_.data, h_.count, M, r), kept, p_.want_h, of_sum(K) + kSplit)};
-         }});
-    passes.push_back(
-        {"up_grad", "cublas dx", 2 * of_dy * r, of_dy + 6.0 * N * r + 8.0 * M * r,
-         [this] {
-           up_ = family_.up_grad({p_.dy_matrix(), p_.B, p_.split_h, true}, scratch(), nullptr);
+           const Allocator memory = scratch();
+           dh_ = memory.get<float>(M * r);
+           const Hidden<Bf16> dh =
+               hidden<Bf16>(M, r, copies(p_.of_A), kept, {kScaling, nullptr}, dh_, true, memory);
+           const Gradient<Bf16> dB = gradient<Bf16>(p_.dB, {kScaling, nullptr});
+           Gradients<Bf16> left;
+           family_.up_grad({p_.dy_matrix(), p_.B, p_.split_h, true, dh, dB}, left, memory, nullptr);
+           left.launch(nullptr);
          },
          [=, this] {
-           return std::vector{error_of("dh", made(up_.dh.data, up_.dh.count, M, r), kScaling * kept,
-                                       p_.want_dh, of_sum(N) + kSplit),
-                              error_of("dB", made(up_.dB.data, up_.dB.count, N, r), kScaling,
-                                       p_.want_dB, of_sum(M) + kSplit)};
+           return std::vector{
+               error_of("dh", made(dh_, 1, M, r), kScaling, p_.want_dh, of_sum(N) + kSplit),
+               error_of("dB", made(p_.dB, 1, N, r), 1.0, p_.want_dB, of_sum(M) + kSplit + stored)};
          }});
     passes.push_back({"down_grad", "cublas dx", of_x * r, of_x + 4.0 * K * r + 4.0 * M * r,
                       [=, this] {
-                        dA_ = family_.down_grad(p_.x_matrix(), p_.split_dh.columns(0, r),
-                                                p_.dropout, {}, scratch(), nullptr);
+                        Gradients<Bf16> left;
+                        family_.down_grad(p_.x_matrix(), p_.split_dh.columns(0, r), p_.dropout, {},
+                                          gradient<Bf16>(p_.dA, {1.0f, nullptr}), left, scratch(),
+                                          nullptr);
+                        left.launch(nullptr);
                       },
                       [=, this] {
-                        return std::vector{error_of("dA", made(dA_.data, dA_.count, K, r, true),
-                                                    1.0, p_.want_dA, of_sum(M) + kSplit)};
+                        return std::vector{error_of("dA", made(p_.dA, 1, K, r, true), 1.0,
+                                                    p_.want_dA, of_sum(M) + kSplit + stored)};
                       }});
   }
 
@@ -223,8 +237,7 @@ class Passes {
   const Cublas& cublas_;
   const Family<Bf16>& family_;
   RowPasses<TA> rows_;
-  Parts h_{}, dA_{};
-  UpGradParts up_{};
+  float* dh_ = nullptr;  // [M, r], of up_grad
 };
 
 }  // namespace gpu_bench

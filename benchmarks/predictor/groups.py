@@ -10,7 +10,7 @@ from typing import Any
 
 from predictor import blas
 from predictor.cards import SCENARIOS, Card, Scenario
-from predictor.kernels import Pass, Timer
+from predictor.kernels import Pass, Timer, made_by, passes_over_dy
 from predictor.launches import Call, RecordedLaunch, launchers
 from predictor.model import predict
 
@@ -46,21 +46,34 @@ class GroupTimer(Timer):
     """Of a group's launches; `call` is that of a layer whose rank is that of all."""
 
     layers: Calls = ()
-    launches_over_dy: int = 0  # of all layers, each of which has as many
-    launched_over_dy: int = field(default=0, init=False)
+    over_dy: list[Call] = field(default_factory=list, init=False)  # the layers of passes to come
 
-    def _low_rank(self, name: str, launch: RecordedLaunch) -> tuple[str, tuple[float, str]]:
-        whole, before = self.call, (self.parts_of_h, self.parts_of_gradient)
-        if not self.backward or self.reduced > 0:
-            return super()._low_rank(name, launch)
-        per_layer = self.launches_over_dy // len(self.layers)
-        self.call = self.layers[self.launched_over_dy // per_layer]
-        self.launched_over_dy += 1
-        timed = super()._low_rank(name, launch)
+    def _made(self, names: Sequence[str]) -> list[tuple[str, ...] | None]:
+        passes = [passes_over_dy(layer.r) for layer in self.layers]
+        made = made_by(names, [one for of_layer in passes for one in of_layer])
+        launches = sum(1 for one in made if one and {"dh", "dB"} & {*one})
+        sm90 = any("low_rank_sm90" in name for name in names)
+        self.over_dy = [
+            layer
+            for layer, own in zip(self.layers, passes, strict=True)
+            for _ in range(len(own) if sm90 else launches // len(self.layers))
+        ]
+        return made
+
+    def _is_finished(self, following: Sequence[str]) -> bool:
+        """In forward a kernel takes h of the layers apart, also where no parts are left."""
+        if self.backward:
+            return super()._is_finished(following)
+        return len(following) > 1 and all("finish" in name for name in following[:2])
+
+    def _low_rank(
+        self, name: str, launch: RecordedLaunch, made: tuple[str, ...], finished: bool
+    ) -> tuple[str, tuple[float, str]]:
+        whole = self.call
+        if {"dh", "dB"} & {*made}:
+            self.call = self.over_dy.pop(0)
+        timed = super()._low_rank(name, launch, made, finished)
         self.call = whole
-        # Their parts are added at once: as long as those of the most.
-        self.parts_of_h = max(before[0], self.parts_of_h)
-        self.parts_of_gradient = max(before[1], self.parts_of_gradient)
         return timed
 
     def _product_sm90(self, name: str, launch: RecordedLaunch) -> tuple[float, str]:
@@ -94,13 +107,6 @@ def record_group(
     return kernels.path, launches
 
 
-def launches_over_dy(launches: list[RecordedLaunch]) -> int:
-    """Of backward: those of low-rank passes before the first sum of parts."""
-    names = [launch.kernel for launch in launches]
-    reduced = next((i for i, name in enumerate(names) if "ReduceParams" in name), 0)
-    return sum("low_rank_" in name for name in names[:reduced])
-
-
 def additions_us(card: Card, how: Scenario, calls: Calls) -> float:
     one = calls[0]
     return (len(calls) - 1) * blas.elementwise_us(card, how, 6.0 * one.M * one.K)
@@ -128,7 +134,6 @@ def predict_group(
             reason = found
             continue
         timer = GroupTimer(card, how, counts["kernels"], whole, backward, layers=layers)
-        timer.launches_over_dy = launches_over_dy(launches)
         passes[i] = list(timer.times(launches))
         together[i] = sum(one.us for one in passes[i])
         path = found

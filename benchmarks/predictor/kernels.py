@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from predictor.cards import LATENCY, Card, Scenario
@@ -53,6 +52,34 @@ def waits(parts: int) -> int:
     return parts // 16 + left // 8 + left % 8 // 4 + left % 4
 
 
+def passes_over_dy(r: int) -> list[tuple[str, ...]]:
+    """What each makes on sm_90: dh and dB in one, of more than 64 ranks one each, in groups of
+    128."""
+    passes: list[tuple[str, ...]] = [("dh", "dB")] if r <= 64 else [("dh",), ("dB",)]
+    return [one for one in passes for _ in range(math.ceil(r / 128))]
+
+
+def made_by(
+    names: Sequence[str], over_dy: Sequence[tuple[str, ...]]
+) -> list[tuple[str, ...] | None]:
+    """What each launch of a direction makes of "h", "dh", "dB", "dA"; None if it is no low-rank
+    pass. `over_dy`: what the passes over dy make on sm_90."""
+    of_dy = [*over_dy]
+    made: list[tuple[str, ...] | None] = []
+    for name in names:
+        if "_down_sm80" in name or re.search(r"LowRankShape<.*\(Major\)0", name):
+            made.append(("h",))
+        elif "up_grad_sm80" in name:
+            made.append(("dh", "dB"))
+        elif "low_rank_sm90" in name and of_dy:
+            made.append(of_dy.pop(0))
+        elif "low_rank_" in name:
+            made.append(("dA",))
+        else:
+            made.append(("product",) if "product" in name else None)
+    return made
+
+
 @dataclass
 class Timer:
     """Walks the launches of one direction of a call in their order."""
@@ -64,13 +91,14 @@ class Timer:
     backward: bool
     base: bool = True  # the product has the base's segment
     low_rank: bool = True  # and those of the low-rank part
-    parts_of_h: float = 0.0  # or of dh: what the last passes left to add
-    parts_of_gradient: float = 0.0
-    reduced: int = 0  # how many gradients were added of their parts
+    parts_of_h: int = 1  # or of dh: what the last passes left to add
+    # dB and dA, which one kernel adds: parts, and elements of each
+    left: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def times(self, launches: Sequence[RecordedLaunch]) -> Iterator[Pass]:
-        for launch in launches:
-            name = short_name(launch.kernel)
+        names = [short_name(launch.kernel) for launch in launches]
+        made = self._made(names)
+        for i, (launch, name) in enumerate(zip(launches, names, strict=True)):
             if name.startswith("lora_linear_"):
                 what, us, bound = self._small(name, launch)
             elif name.startswith("few_rows_"):
@@ -78,10 +106,18 @@ class Timer:
             elif name.startswith(("product_", "products_")):
                 what, (us, bound) = self._product(name, launch)
             else:
-                what, (us, bound) = self._low_rank(name, launch)
+                finished = self._is_finished(names[i + 1 :])
+                what, (us, bound) = self._low_rank(name, launch, made[i] or (), finished)
             gap = self.card.dependent_gap if launch.dependent else self.card.gap
             blocks = math.prod(launch.grid)
             yield Pass(what, name, blocks, us + gap * self.scenario.gap, bound)
+
+    def _made(self, names: Sequence[str]) -> list[tuple[str, ...] | None]:
+        return made_by(names, passes_over_dy(self.call.r))
+
+    def _is_finished(self, following: Sequence[str]) -> bool:
+        """Whether a kernel adds the parts of the h or dh that a launch before these made."""
+        return bool(following) and "finish" in following[0]
 
     # ---- Of all kernels --------------------------------------------------------------------------
 
@@ -113,16 +149,20 @@ class Timer:
 
     def _small(self, name: str, launch: RecordedLaunch) -> tuple[str, float, str]:
         elements = math.prod(launch.grid) * ELEMENTS
-        if "pack" in name.lower():
-            what, parts, moved = "pack", 1.0, elements * 8.0
+        if "pack" in name:
+            what, most, moved = "pack", 1, elements * 8.0
+        elif "reduce" in name:
+            left = [*self.left.values()] or [(1, elements)]
+            parts = [count for count, _ in left]
+            what, most = f"add {' and '.join(map(str, parts))} parts", max(parts)
+            moved = sum(size * (4.0 * count + 6) for count, size in left)
+            self.left.clear()
         else:
-            reduces = "reduce" in name.lower()
-            parts = self.parts_of_gradient if reduces else self.parts_of_h
-            what = f"add {parts:.0f} parts"
-            moved = elements * (4 * parts + 6)
-            self.reduced += reduces
+            what, most = f"add {self.parts_of_h} parts", self.parts_of_h
+            moved = elements * (4.0 * most + 6)
+            self.parts_of_h = 1
         rate = self._l2() * self.card.multiprocessors * self.card.clock * 1e-3
-        latency = LATENCY * (1 + waits(int(parts)))
+        latency = LATENCY * (1 + waits(most))
         return what, max(latency, moved / rate * 1e-6), "L2"
 
     # ---- Forward of few rows ---------------------------------------------------------------------
@@ -258,55 +298,80 @@ class Timer:
 
     # ---- The low-rank passes ---------------------------------------------------------------------
 
-    def _low_rank(self, name: str, launch: RecordedLaunch) -> tuple[str, tuple[float, str]]:
+    def _low_rank(
+        self, name: str, launch: RecordedLaunch, made: tuple[str, ...], finished: bool
+    ) -> tuple[str, tuple[float, str]]:
         call = self.call
-        if "sm90" in name:
-            shape = re.search(r"LowRankShape<(\d+), (\w+), (\w+), \(Major\)(\d)", name)
-            rank, P, Q, major = shape.groups()  # type: ignore[union-attr]
-            down = P == "true" and major == "0"
-            of_dy = not down and self.reduced == 0
-            makes_h, makes_gradient = P == "true" and (down or of_dy), Q == "true"
-        else:
-            rank = re.search(r", (\d+)>", name)[1]  # type: ignore[index]
-            down, of_dy = "_down_sm80" in name, "up_grad" in name
-            makes_h, makes_gradient = down or of_dy, not down
+        sm90 = "sm90" in name
+        pattern = r"LowRankShape<(\d+)" if sm90 else r", (\d+)>"
+        rank = int(re.search(pattern, name)[1])  # type: ignore[index]
+        makes_h, makes_gradient = bool({"h", "dh"} & {*made}), bool({"dA", "dB"} & {*made})
+        of_dy = bool({"dh", "dB"} & {*made})
         columns = call.N if of_dy else call.K
         dropped = call.dropout_p > 0 and not of_dy
         # h and dh are float: for dB and dA they are two 16-bit matrices, as a float adapter is.
         adapters = 2 if call.fp32_adapters else 1
         L_terms, R_terms = adapters * makes_h, 2 * makes_gradient
+        # A cluster that adds a gradient lies along the rows, which blockIdx.x counts then, as it
+        # does for h on sm_80. One that adds h, or shares h or dh, lies along the columns.
+        column_blocks, row_blocks = launch.grid[:2]
+        adds_h = sm90 and makes_h and not finished
+        along_rows = launch.cluster > 1 and not adds_h and launch.cluster == column_blocks
+        if along_rows or "_down_sm80" in name:
+            column_blocks, row_blocks = row_blocks, column_blocks
+        alone = row_blocks == 1 and not (adds_h and launch.cluster > 1)
+        adds_gradient = sm90 and makes_gradient and (along_rows or alone)
         # Blocks along the columns make parts of h or dh, those along the rows parts of gradients.
-        of_h = launch.grid[1 if "_down_sm80" in name else 0] * (L_terms > 0)
-        of_gradient = launch.grid[1] * (R_terms > 0)
-        self.parts_of_h = of_h or self.parts_of_h
-        self.parts_of_gradient = of_gradient or self.parts_of_gradient
-        written = 4.0 * min(call.r, int(rank)) * (call.M * of_h + columns * of_gradient)
+        own = min(call.r, rank)
+        copies = 2 if call.fp32_adapters and call.r <= 32 else 1
+        written = 0.0
+        if adds_h:  # in float too, or with a remainder
+            written += call.M * own * (4 + 2 * copies if "h" in made else 4 * copies)
+        elif makes_h:
+            self.parts_of_h = column_blocks
+            written += 4.0 * call.M * own * column_blocks
+        if adds_gradient:
+            written += 2.0 * adapters * columns * own
+        elif makes_gradient:
+            most, before = self.left.get(made[-1], (0, 0))
+            self.left[made[-1]] = max(most, row_blocks), before + columns * own
+            written += 4.0 * columns * own * row_blocks
         if dropped and makes_gradient:
             written += self._bits_bytes(columns)
-        names = ("dh", "dB") if of_dy else ("h", "dA")
-        what = ", ".join(itertools.compress(names, (makes_h, makes_gradient)))
-        sizes = (columns, int(rank), L_terms, R_terms, written)
-        if "sm90" in name:
-            return what, self._low_rank_sm90(name, launch, sizes, dropped)
-        return what, self._low_rank_sm80(name, launch, sizes, dropped)
+        sizes = (columns, rank, L_terms, R_terms, written)
+        if sm90:
+            blocks = (column_blocks, row_blocks)
+            adders = (launch.cluster if adds_h else 0), (launch.cluster if along_rows else 1)
+            adders = adders[0], adders[1] if adds_gradient else 0
+            sharing = 1 if along_rows else launch.cluster
+            timed = self._low_rank_sm90(name, launch, blocks, sizes, dropped, adders, sharing)
+        else:
+            timed = self._low_rank_sm80(name, launch, sizes, dropped)
+        return ", ".join(made), timed
 
     def _low_rank_sm90(
         self,
         name: str,
         launch: RecordedLaunch,
+        blocks: tuple[int, int],
         sizes: tuple[int, int, int, int, float],
         dropped: bool,
+        adders: tuple[int, int],
+        sharing: int,
     ) -> tuple[float, str]:
+        """`adders`: blocks that add h and a gradient, 0 where kernels do that; `sharing`: blocks
+        that read the second operand of a gradient together."""
         counts, card = self._kernel(name), self.card
-        columns, rank, L_terms, R_terms, parts = sizes
-        row_tiles = math.ceil(math.ceil(self.call.M / TILE_SM90) / launch.grid[1])
-        column_tiles = math.ceil(math.ceil(columns / TILE_SM90) / launch.grid[0])
-        blocks = launch.grid[0] * launch.grid[1]
-        tiles = row_tiles * column_tiles * math.ceil(blocks / card.multiprocessors)
+        columns, rank, L_terms, R_terms, written = sizes
+        column_tiles = math.ceil(math.ceil(columns / TILE_SM90) / blocks[0])
+        row_tiles = math.ceil(math.ceil(self.call.M / TILE_SM90) / blocks[1])
+        all_blocks = math.prod(blocks)
+        at_once = card.multiprocessors if launch.cluster <= 2 else card.cluster_blocks
+        tiles = row_tiles * column_tiles * math.ceil(all_blocks / at_once)
         of_X = min(TILE_SM90, self.call.M) * TILE_SM90 * 2
         of_L = L_terms * TILE_SM90 * rank * 2
-        of_R = R_terms * TILE_SM90 * rank * 2 / column_tiles
-        cycles = {"L2": tiles * (of_X + of_L + of_R) / self._l2() + parts / blocks / 64}
+        of_R = R_terms * TILE_SM90 * rank * 2 / column_tiles / sharing
+        cycles = {"L2": tiles * (of_X + of_L + of_R) / self._l2() + written / all_blocks / 64}
         warps = launch.block / 32 - 4
         step = region_cycles(counts["step"], warps)
         more_terms = max(0, L_terms - 1) + max(0, R_terms - 1)
@@ -314,7 +379,25 @@ class Timer:
         if dropped:
             step += self.scenario.stall * region_cycles(counts["dropout"], warps)
         cycles["issue"] = tiles * step
-        return self._slowest(cycles, 2.0 * self.call.M * columns + parts)
+        # Sums of h of each tile of rows, those of a gradient at the end. While the first ones are
+        # added the ring fills; the last ones find nothing to hide behind.
+        of_h = self._added(adders[0], rank)
+        exposed = of_h + self._added(adders[1], rank * column_tiles)
+        cycles = {unit: count + (row_tiles - 1) * of_h for unit, count in cycles.items()}
+        us, bound = self._slowest(cycles, 2.0 * self.call.M * columns + written)
+        return us + exposed / card.clock * 1e-3, bound
+
+    def _added(self, adders: int, rank: int) -> float:
+        """Cycles in which so many blocks add 128 rows of so many sums: each puts them into its
+        shared memory, and reads its share of all blocks."""
+        if adders == 0:
+            return 0.0
+        moved = TILE_SM90 * rank * 4
+        cycles = 2 * moved / 128
+        if adders > 1:
+            rate = self.card.cluster_read[adders > 2] * self.scenario.cluster
+            cycles += moved * (adders - 1) / adders / rate + self.card.cluster_wait
+        return cycles
 
     def _low_rank_sm80(
         self,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "elementwise.h"
+#include "lora_linear_elementwise.h"
 #include "low_rank_down_grad_sm80.h"
 #include "low_rank_up_grad_sm80.h"
 #include "rank_groups.h"
@@ -9,8 +10,8 @@
 namespace lora_ext::sm80 {
 
 template <class T>
-Parts launch_down(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout,
-                  const Allocator& scratch, Stream stream) {
+void launch_down(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout, const Hidden<T>& h,
+                 const Allocator& scratch, Stream stream) {
   const int64_t row_blocks = ceil_div(x.rows, 64), steps = ceil_div(x.columns, 64);
   const int64_t r = A.value.rows;
   const int splits = static_cast<int>(larger(1, smaller(steps, wanted_blocks() / row_blocks)));
@@ -31,13 +32,13 @@ Parts launch_down(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout,
     arch::launch(low_rank_down_sm80_kernel<T, kColumns>, grid, Shape::kThreads, Shape::kSharedBytes,
                  stream, params);
   });
-  return {parts, splits};
+  finish({parts, splits}, h, stream);
 }
 
 // By groups of up to kMost ranks.
 template <int kMost, class T>
-UpGradParts launch_up_grad_in_groups(const UpGrad<T>& call, const Allocator& scratch,
-                                     Stream stream) {
+void launch_up_grad_in_groups(const UpGrad<T>& call, Gradients<T>& left, const Allocator& scratch,
+                              Stream stream) {
   const int64_t M = call.dy.rows, N = call.dy.columns, r = call.B.value.columns;
   const bool wants_dB = call.h.value.data;
   const int64_t columns_per_block = smaller(round_up(N, 64), kMostUpGradColumns);
@@ -63,24 +64,27 @@ UpGradParts launch_up_grad_in_groups(const UpGrad<T>& call, const Allocator& scr
     arch::launch(low_rank_up_grad_sm80_kernel<T, kRank>, grid, 128,
                  UpGradShape<kRank>::shared_bytes(params.columns_per_block), stream, params);
   });
-  return {{dh, static_cast<int>(column_blocks)}, {dB, static_cast<int>(row_blocks)}};
+  if (dB) left.add({dB, static_cast<int>(row_blocks)}, N * r, call.dB);
+  if (dh) finish({dh, static_cast<int>(column_blocks)}, call.dh, stream);
 }
 
 // 64 ranks in one pass over dy where their sums fit beside them, else 32. Narrower blocks would
 // also fit, but make so many more parts of dh that these outweigh the second pass: for r = 64 and
 // columns of 256 or 64 bytes moved are 6 or 10 for each element of dy.
 template <class T>
-UpGradParts launch_up_grad(const UpGrad<T>& call, const Allocator& scratch, Stream stream) {
+void launch_up_grad(const UpGrad<T>& call, Gradients<T>& left, const Allocator& scratch,
+                    Stream stream) {
   const int columns = static_cast<int>(smaller(round_up(call.dy.columns, 64), kMostUpGradColumns));
   if (UpGradShape<64>::shared_bytes(columns) <= arch::most_shared_bytes()) {
-    return launch_up_grad_in_groups<64>(call, scratch, stream);
+    return launch_up_grad_in_groups<64>(call, left, scratch, stream);
   }
-  return launch_up_grad_in_groups<32>(call, scratch, stream);
+  return launch_up_grad_in_groups<32>(call, left, scratch, stream);
 }
 
 template <class T>
-Parts launch_down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
-                       const KeptBits& kept, const Allocator& scratch, Stream stream) {
+void launch_down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
+                      const KeptBits& kept, const Gradient<T>& dA, Gradients<T>& left,
+                      const Allocator& scratch, Stream stream) {
   const int64_t M = x.rows, K = x.columns, r = dh.value.columns;
   const int64_t column_blocks = ceil_div(K, DownGradShape<16>::kK);
   const int64_t wanted = larger(1, smaller(ceil_div(M, 64), wanted_blocks() / column_blocks));
@@ -104,7 +108,7 @@ Parts launch_down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dr
     arch::launch(low_rank_down_grad_sm80_kernel<T, kRank>, grid, 128,
                  DownGradShape<kRank>::kSharedBytes, stream, params);
   });
-  return {parts, static_cast<int>(row_blocks)};
+  left.add({parts, static_cast<int>(row_blocks)}, r * K, dA);
 }
 
 }  // namespace lora_ext::sm80

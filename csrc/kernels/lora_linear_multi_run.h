@@ -8,59 +8,6 @@
 
 namespace lora_ext {
 
-// What several layers want of a small kernel, in one launch: blockIdx.y counts them.
-template <class Params>
-struct Several {
-  static constexpr int kMost = 2 * kMostTogether;
-  Params of[kMost];
-};
-
-template <class Params>
-__global__ void __launch_bounds__(kElementThreads)
-    lora_linear_several_kernel(const __grid_constant__ Several<Params> params) {
-  params.of[blockIdx.y].run(element_index());
-}
-
-template <class Params>
-class Collected {
- public:
-  void add(const Params& params, int64_t elements) {
-    several_.of[count_++] = params;
-    most_ = larger(most_, elements);
-  }
-  void launch(Stream stream) const {
-    if (count_ == 0) return;
-    const dim3 grid(static_cast<unsigned>(ceil_div(most_, kElementThreads)),
-                    static_cast<unsigned>(count_));
-    arch::launch_dependent(lora_linear_several_kernel<Params>, grid, kElementThreads, 0, stream,
-                           several_);
-  }
-
- private:
-  Several<Params> several_{};
-  int count_ = 0;
-  int64_t most_ = 0;
-};
-
-template <class T, class TA>
-struct Packs : Collected<PackParams<T, TA>> {
-  Split<T> pack(const PackParams<T, TA>& params) {
-    this->add(params, params.elements());
-    return params.result();
-  }
-  // As split and split_transposed of lora_linear_run.h, but that launch() makes the copies.
-  Split<T> split(const TA* in, int64_t rows, int64_t columns, Remainder place,
-                 const Allocator& scratch) {
-    const Split<T> found = as_it_is<T>(in, rows, columns);
-    if (found.value.data) return found;
-    return pack(packing<T>(in, rows, columns, columns, 1, place, scratch));
-  }
-  Split<T> split_transposed(const TA* in, int64_t rows, int64_t columns, Remainder place,
-                            const Allocator& scratch) {
-    return pack(packing<T>(in, columns, rows, 1, columns, place, scratch));
-  }
-};
-
 // Where the layers' ranks begin that lie beside each other, each filled up with zeros.
 struct StackedRanks {
   bool has[kMostTogether] = {};
@@ -75,7 +22,7 @@ struct StackedRanks {
 // Their lora_A as one matrix, [total, K] or, transposed, [K, total].
 template <class T, class TA, class Call>
 Split<T> stacked_A(std::span<const Call> calls, const StackedRanks& ranks, int64_t K,
-                   bool transposed, Packs<T, TA>& packs, const Allocator& scratch) {
+                   bool transposed, Packs<T>& packs, const Allocator& scratch) {
   const int64_t stride = transposed ? ranks.total : round_up(K, 8);
   const int64_t rows = transposed ? K : ranks.total, columns = transposed ? ranks.total : K;
   T* const value = scratch.get<T>(rows * stride);
@@ -84,16 +31,17 @@ Split<T> stacked_A(std::span<const Call> calls, const StackedRanks& ranks, int64
     if (!ranks.has[i]) continue;
     const int64_t r = calls[i].r, padded = joined_rank(r);
     const int64_t begin = ranks.first[i] * (transposed ? 1 : stride);
-    packs.pack({.in = calls[i].lora_A,
-                .rows = transposed ? K : r,
-                .columns = transposed ? r : K,
-                .row_step = transposed ? 1 : K,
-                .column_step = transposed ? K : 1,
-                .padded_rows = transposed ? K : padded,
-                .padded_columns = transposed ? padded : stride,
-                .stride = stride,
-                .value = value + begin,
-                .remainder = remainder ? remainder + begin : nullptr});
+    packs.add({.in = calls[i].lora_A,
+               .in_float = !kSame<T, TA>,
+               .rows = transposed ? K : r,
+               .columns = transposed ? r : K,
+               .row_step = transposed ? 1 : K,
+               .column_step = transposed ? K : 1,
+               .padded_rows = transposed ? K : padded,
+               .padded_columns = transposed ? padded : stride,
+               .stride = stride,
+               .value = value + begin,
+               .remainder = remainder ? remainder + begin : nullptr});
   }
   return {{value, rows, columns, stride}, remainder};
 }
@@ -112,27 +60,30 @@ void multi_forward(const Family<T>& family, std::span<const ForwardCall<T, TA>> 
   const BLayout layout = layout_of(calls[0].weight, false);
   StackedRanks ranks;
   Split<T> A[kMostTogether] = {}, B[kMostTogether] = {}, stacked{};
-  Packs<T, TA> packs;
+  Packs<T> packs(scratch);
   for (size_t i = 0; i < calls.size(); ++i) {
     const ForwardCall<T, TA>& call = calls[i];
     const int64_t r = call.r, N = call.weight.N();
     if (r == 0) continue;
     const Remainder place = joined<T, TA>(r, layout);
-    B[i] = layout == BLayout::kRows ? packs.split_transposed(call.lora_B, N, r, place, scratch)
-                                    : packs.split(call.lora_B, N, r, place, scratch);
+    B[i] = layout == BLayout::kRows ? packs.split_transposed(call.lora_B, N, r, place)
+                                    : packs.split(call.lora_B, N, r, place);
     if (call.dropout.enabled) {
-      A[i] = packs.split(call.lora_A, r, K, Remainder::kApart, scratch);
+      A[i] = packs.split(call.lora_A, r, K, Remainder::kApart);
     } else {
       ranks.add(i, r);
     }
   }
-  if (ranks.total > 0) stacked = stacked_A(calls, ranks, K, false, packs, scratch);
+  if (ranks.total > 0) stacked = stacked_A<T, TA>(calls, ranks, K, false, packs, scratch);
   packs.launch(stream);
 
-  Parts shared{};
-  if (ranks.total > 0) shared = family.down(x, stacked, Dropout{}, scratch, stream);
+  float* const shared = ranks.total > 0 ? scratch.get<float>(M * ranks.total) : nullptr;
+  if (shared) {
+    const Hidden<T> of_all = float_hidden<T>(M, ranks.total, 1.0f, shared);
+    family.down(x, stacked, Dropout{}, of_all, scratch, stream);
+  }
   Product<T> y[kMostTogether] = {};
-  Collected<FinishParams<T>> finishes;
+  JobList<FinishJob<T>> finishes;
   for (size_t i = 0; i < calls.size(); ++i) {
     const ForwardCall<T, TA>& call = calls[i];
     y[i].segments[y[i].count++] = {x, call.weight.stored};
@@ -140,16 +91,16 @@ void multi_forward(const Family<T>& family, std::span<const ForwardCall<T, TA>> 
     y[i].out = call.y, y[i].M = M, y[i].N = call.weight.N();
     if (call.r == 0) continue;
     const Remainder place = joined<T, TA>(call.r, layout);
-    const Parts own = ranks.has[i] ? Parts{shared.data + ranks.first[i], shared.count}
-                                   : family.down(x, A[i], call.dropout, scratch, stream);
-    FinishParams<T> finish = finishing<T>(own, ranks.has[i] ? ranks.total : call.r, M, call.r,
-                                          copies(place), {call.scaling, call.scaling_factor});
-    finish.survivor = survivor(call.dropout), finish.sums = call.h;
-    finish.value = scratch.get<T>(M * finish.stride);
-    finishes.add(finish, M * finish.padded);
-    add_segments(y[i], {finish.value, M, finish.padded, finish.stride}, B[i], place);
+    const Hidden<T> h = hidden<T>(M, call.r, copies(place), survivor(call.dropout),
+                                  {call.scaling, call.scaling_factor}, call.h, false, scratch);
+    if (ranks.has[i]) {
+      finishes.add({shared + ranks.first[i], 1, ranks.total, h}, M * h.padded);
+    } else {
+      family.down(x, A[i], call.dropout, h, scratch, stream);
+    }
+    add_segments(y[i], operand(h).value, B[i], place);
   }
-  finishes.launch(stream);
+  finishes.launch(lora_linear_finish_kernel<T>, stream);
   for (Product<T>& one : y) one.aligned = aligned(one);
   family.products({y, static_cast<int>(calls.size())}, layout, stream);
 }
@@ -164,55 +115,51 @@ void multi_backward(const Family<T>& family, std::span<const BackwardCall<T, TA>
   const BLayout layout = layout_of(calls[0].weight, true);
   StackedRanks ranks;
   Split<T> B[kMostTogether] = {}, h[kMostTogether] = {}, A{}, dh{};
-  Packs<T, TA> packs;
-  Packs<T, float> packs_of_h;
+  Packs<T> packs(scratch);
   Matrix<T> x{};
   for (size_t i = 0; i < calls.size(); ++i) {
     const BackwardCall<T, TA>& call = calls[i];
     if (call.r == 0) continue;
     if (out || call.dA) ranks.add(i, call.r);
     if (call.dA) x = call.x;
-    B[i] = packs.split(call.lora_B, call.dy.columns, call.r, Remainder::kApart, scratch);
-    if (call.dB) h[i] = packs_of_h.split(call.h, M, call.r, Remainder::kApart, scratch);
+    B[i] = packs.split(call.lora_B, call.dy.columns, call.r, Remainder::kApart);
+    if (call.dB) h[i] = packs.split(call.h, M, call.r, Remainder::kApart);
   }
   if (out && ranks.total > 0) {
-    A = stacked_A(calls, ranks, K, layout == BLayout::kColumns, packs, scratch);
+    A = stacked_A<T, TA>(calls, ranks, K, layout == BLayout::kColumns, packs, scratch);
   }
-  packs.launch(stream), packs_of_h.launch(stream);
+  packs.launch(stream);
 
   T* const value = scratch.get<T>(M * ranks.total);
   T* const remainder = x.data ? scratch.get<T>(M * ranks.total) : nullptr;
   dh = {{value, M, ranks.total, ranks.total}, remainder};
-  Collected<FinishParams<T>> finishes;
-  Collected<ReduceParams<TA>> reductions, reductions_of_A;
+  Gradients<T> left;
   for (size_t i = 0; i < calls.size(); ++i) {
     const BackwardCall<T, TA>& call = calls[i];
     if (!ranks.has[i] && !call.dB) continue;
-    const int64_t N = call.dy.columns, r = call.r, first = ranks.first[i];
     const HiddenFactor scaling{call.scaling, call.scaling_factor};
-    const UpGradParts up = family.up_grad({call.dy, B[i], h[i], ranks.has[i]}, scratch, stream);
-    if (call.dB) reductions.add(reducing(up.dB, N * r, N * r, scaling, call.dB), N * r);
-    if (!ranks.has[i]) continue;
-    FinishParams<T> finish = finishing<T>(up.dh, r, M, r, 1, scaling);
-    finish.stride = ranks.total;
-    finish.value = value + first;
-    finish.remainder = remainder ? remainder + first : nullptr;
-    finishes.add(finish, M * finish.padded);
+    UpGrad<T> up{call.dy, B[i], h[i], ranks.has[i], {}, gradient<T>(call.dB, scaling)};
+    if (up.wants_dh) {
+      const int64_t first = ranks.first[i];
+      up.dh = float_hidden<T>(M, call.r, 1.0f, nullptr);
+      up.dh.stride = ranks.total, up.dh.scaling = scaling;
+      up.dh.value = value + first;
+      up.dh.remainder = remainder ? remainder + first : nullptr;
+    }
+    family.up_grad(up, left, scratch, stream);
   }
-  reductions.launch(stream), finishes.launch(stream);
 
   if (x.data) {
-    const Parts parts = family.down_grad(x, dh, Dropout{}, KeptBits{}, scratch, stream);
+    float* const dA = scratch.get<float>(ranks.total * K);
+    const HiddenFactor one{1.0f, nullptr};
+    family.down_grad(x, dh, Dropout{}, KeptBits{}, gradient<T>(dA, one), left, scratch, stream);
+    left.launch(stream);
     for (size_t i = 0; i < calls.size(); ++i) {
       if (!calls[i].dA) continue;
-      const int64_t elements = calls[i].r * K;
-      const Parts own{parts.data + ranks.first[i] * K, parts.count};
-      reductions_of_A.add(
-          reducing(own, ranks.total * K, elements, HiddenFactor{1.0f, nullptr}, calls[i].dA),
-          elements);
+      left.add({dA + ranks.first[i] * K, 1}, calls[i].r * K, gradient<T>(calls[i].dA, one));
     }
-    reductions_of_A.launch(stream);
   }
+  left.launch(stream);
   if (!out) return;
   Product<T> dx{};
   if (ranks.total > 0) add_segments(dx, dh.value, A, Remainder::kApart);

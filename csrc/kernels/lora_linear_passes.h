@@ -4,6 +4,7 @@
 
 #include "kept_bits.h"
 #include "lora_linear_multi.h"
+#include "lora_linear_sums.h"
 
 namespace lora_ext {
 
@@ -51,15 +52,6 @@ struct Products {
 
 // ---- The low-rank passes -----------------------------------------------------------------------
 
-// What h and dh are multiplied by, the same for all of their elements: a number of the call, times
-// one that only the device knows, so that nobody waits for it. Kernels read it here alone.
-struct HiddenFactor {
-  float value;
-  const float* factor;  // or null
-
-  LORA_EXT_DEVICE float get() const { return factor ? value * *factor : value; }
-};
-
 // A matrix as tensor cores read it: 16-bit rows that begin at multiples of 16 bytes, and of a float
 // one also what rounding it to 16 bits left.
 template <class T>
@@ -80,11 +72,14 @@ struct Split {
   }
 };
 
-// [count, rows, columns] in float, to be added in their order; data null where nothing was wanted.
+// [count, rows, columns] in float, to be added in their order.
 struct Parts {
   float* data;
   int count;
 };
+
+template <class T>
+class Gradients;  // lora_linear_elementwise.h: those whose parts are still to be added
 
 template <class T>
 struct UpGrad {
@@ -92,36 +87,37 @@ struct UpGrad {
   Split<T> B;    // [N, r]
   Split<T> h;    // [M, r]; data null if dB is not wanted
   bool wants_dh;
-};
-
-struct UpGradParts {
-  Parts dh;  // of dy B [M, r]
-  Parts dB;  // of dy^T h [N, r]
+  Hidden<T> dh;    // of dy B [M, r]
+  Gradient<T> dB;  // of dy^T h [N, r]
 };
 
 template <class T>
 struct Family {
-  // dropout(x) A^T [M, r] without dropout's factor, in parts
-  Parts (*down)(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout,
-                const Allocator& scratch, Stream stream);
-  UpGradParts (*up_grad)(const UpGrad<T>& call, const Allocator& scratch, Stream stream);
-  // dh^T dropout(x) [r, K] without dropout's factor, in parts; dropout's decisions into `kept`
-  // unless it is none
-  Parts (*down_grad)(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
-                     const KeptBits& kept, const Allocator& scratch, Stream stream);
+  // h of the sums dropout(x) A^T [M, r], which are without dropout's factor
+  void (*down)(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout, const Hidden<T>& h,
+               const Allocator& scratch, Stream stream);
+  void (*up_grad)(const UpGrad<T>& call, Gradients<T>& left, const Allocator& scratch,
+                  Stream stream);
+  // dA of the sums dh^T dropout(x) [r, K], which are without dropout's factor; dropout's decisions
+  // into `kept` unless it is none
+  void (*down_grad)(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
+                    const KeptBits& kept, const Gradient<T>& dA, Gradients<T>& left,
+                    const Allocator& scratch, Stream stream);
   void (*products)(const Products<T>& call, BLayout layout, Stream stream);
 };
 
 namespace sm80 {
 
 template <class T>
-Parts launch_down(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout,
-                  const Allocator& scratch, Stream stream);
+void launch_down(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout, const Hidden<T>& h,
+                 const Allocator& scratch, Stream stream);
 template <class T>
-UpGradParts launch_up_grad(const UpGrad<T>& call, const Allocator& scratch, Stream stream);
+void launch_up_grad(const UpGrad<T>& call, Gradients<T>& left, const Allocator& scratch,
+                    Stream stream);
 template <class T>
-Parts launch_down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
-                       const KeptBits& kept, const Allocator& scratch, Stream stream);
+void launch_down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
+                      const KeptBits& kept, const Gradient<T>& dA, Gradients<T>& left,
+                      const Allocator& scratch, Stream stream);
 template <class T>
 void launch_products(const Products<T>& call, BLayout layout, Stream stream);
 
@@ -136,13 +132,15 @@ constexpr Family<T> kFamily{&launch_down<T>, &launch_up_grad<T>, &launch_down_gr
 namespace sm90 {
 
 template <class T>
-Parts launch_down(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout,
-                  const Allocator& scratch, Stream stream);
+void launch_down(const Matrix<T>& x, const Split<T>& A, const Dropout& dropout, const Hidden<T>& h,
+                 const Allocator& scratch, Stream stream);
 template <class T>
-UpGradParts launch_up_grad(const UpGrad<T>& call, const Allocator& scratch, Stream stream);
+void launch_up_grad(const UpGrad<T>& call, Gradients<T>& left, const Allocator& scratch,
+                    Stream stream);
 template <class T>
-Parts launch_down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
-                       const KeptBits& kept, const Allocator& scratch, Stream stream);
+void launch_down_grad(const Matrix<T>& x, const Split<T>& dh, const Dropout& dropout,
+                      const KeptBits& kept, const Gradient<T>& dA, Gradients<T>& left,
+                      const Allocator& scratch, Stream stream);
 template <class T>
 void launch_products(const Products<T>& call, BLayout layout, Stream stream);
 

@@ -29,113 +29,99 @@ Remainder joined(int64_t r, BLayout layout) {
 constexpr int64_t joined_rank(int64_t r) { return round_up(r, 16); }  // of each of the two
 constexpr int copies(Remainder place) { return place == Remainder::kApart ? 1 : 2; }  // of h or dh
 
-// What makes a copy of in [rows, columns], of elements `row_step` and `column_step` apart, as
-// tensor cores read it.
-template <class T, class TA>
-PackParams<T, TA> packing(const TA* in, int64_t rows, int64_t columns, int64_t row_step,
-                          int64_t column_step, Remainder place, const Allocator& scratch) {
-  const bool in_columns = place == Remainder::kInColumns, in_rows = place == Remainder::kInRows;
-  PackParams<T, TA> pack{.in = in,
-                         .rows = rows,
-                         .columns = columns,
-                         .row_step = row_step,
-                         .column_step = column_step,
-                         .padded_rows = in_rows ? joined_rank(rows) : rows,
-                         .padded_columns = in_columns ? joined_rank(columns) : round_up(columns, 8),
-                         .stride = 0,
-                         .value = nullptr,
-                         .remainder = nullptr};
-  pack.stride = (in_columns ? 2 : 1) * pack.padded_columns;
-  const int64_t elements = pack.padded_rows * pack.stride;
-  pack.value = scratch.get<T>((in_rows ? 2 : 1) * elements);
-  if constexpr (!kSame<T, TA>) {
-    pack.remainder = in_columns ? pack.value + pack.padded_columns
-                     : in_rows  ? pack.value + elements
-                                : scratch.get<T>(elements);
-  }
-  return pack;
-}
-
-template <class T, class TA>
-Split<T> packed(const TA* in, int64_t rows, int64_t columns, int64_t row_step, int64_t column_step,
-                Remainder place, const Allocator& scratch, Stream stream) {
-  const auto pack = packing<T>(in, rows, columns, row_step, column_step, place, scratch);
-  launch_elements(lora_linear_pack_kernel<T, TA>, pack.elements(), stream, pack);
-  return pack.result();
-}
-
-// in [rows, columns], contiguous, as it is where tensor cores can read that; else without data.
-template <class T, class TA>
-Split<T> as_it_is(const TA* in, int64_t rows, int64_t columns) {
-  if constexpr (kSame<T, TA>) {
-    const Matrix<T> matrix{in, rows, columns, columns};
-    if (matrix.aligned()) return {matrix, nullptr};
-  }
-  return {};
-}
-
-// Of the same: as it is, or a packed copy.
-template <class T, class TA>
-Split<T> split(const TA* in, int64_t rows, int64_t columns, Remainder place,
-               const Allocator& scratch, Stream stream) {
-  const Split<T> found = as_it_is<T>(in, rows, columns);
-  if (found.value.data) return found;
-  return packed<T>(in, rows, columns, columns, 1, place, scratch, stream);
-}
-
-// Of its transpose [columns, rows], a packed copy: the adapter beside a weight that lies
-// transposed.
-template <class T, class TA>
-Split<T> split_transposed(const TA* in, int64_t rows, int64_t columns, Remainder place,
-                          const Allocator& scratch, Stream stream) {
-  return packed<T>(in, columns, rows, 1, columns, place, scratch, stream);
-}
-
-// What adds the parts of h or dh [M, r], whose rows are so far apart, for `copies` beside each
-// other; where to is not said yet.
+// Copies of adapters and of h as tensor cores read them, all made by one kernel, before the passes.
 template <class T>
-FinishParams<T> finishing(const Parts& parts, int64_t parts_stride, int64_t M, int64_t r,
-                          int copies, HiddenFactor scaling) {
-  const int64_t padded = joined_rank(r);
-  return {.parts = parts.data,
-          .count = parts.count,
-          .M = M,
-          .parts_stride = parts_stride,
+class Packs {
+ public:
+  explicit Packs(const Allocator& scratch) : scratch_(scratch) {}
+
+  // Of in [rows, columns], contiguous: as it is where tensor cores can read that, else a copy.
+  template <class TA>
+  Split<T> split(const TA* in, int64_t rows, int64_t columns, Remainder place) {
+    if constexpr (kSame<T, TA>) {
+      const Matrix<T> as_it_is{in, rows, columns, columns};
+      if (as_it_is.aligned()) return {as_it_is, nullptr};
+    }
+    return packed(in, rows, columns, columns, 1, place);
+  }
+
+  // Of its transpose [columns, rows], a copy: the adapter beside a weight that lies transposed.
+  template <class TA>
+  Split<T> split_transposed(const TA* in, int64_t rows, int64_t columns, Remainder place) {
+    return packed(in, columns, rows, 1, columns, place);
+  }
+
+  void add(const PackJob<T>& job) { jobs_.add(job, job.padded_rows * job.padded_columns); }
+  void launch(Stream stream) { jobs_.launch(lora_linear_pack_kernel<T>, stream); }
+
+ private:
+  // Of in [rows, columns], of elements `row_step` and `column_step` apart.
+  template <class TA>
+  Split<T> packed(const TA* in, int64_t rows, int64_t columns, int64_t row_step,
+                  int64_t column_step, Remainder place) {
+    const bool in_columns = place == Remainder::kInColumns, in_rows = place == Remainder::kInRows;
+    PackJob<T> job{.in = in,
+                   .in_float = !kSame<T, TA>,
+                   .rows = rows,
+                   .columns = columns,
+                   .row_step = row_step,
+                   .column_step = column_step,
+                   .padded_rows = in_rows ? joined_rank(rows) : rows,
+                   .padded_columns = in_columns ? joined_rank(columns) : round_up(columns, 8),
+                   .stride = 0,
+                   .value = nullptr,
+                   .remainder = nullptr};
+    job.stride = (in_columns ? 2 : 1) * job.padded_columns;
+    const int64_t elements = job.padded_rows * job.stride;
+    job.value = scratch_.get<T>((in_rows ? 2 : 1) * elements);
+    if constexpr (!kSame<T, TA>) {
+      job.remainder = in_columns ? job.value + job.padded_columns
+                      : in_rows  ? job.value + elements
+                                 : scratch_.get<T>(elements);
+    }
+    add(job);
+    return {{job.value, rows, columns, job.stride}, job.remainder};
+  }
+
+  const Allocator& scratch_;
+  JobList<PackJob<T>> jobs_;
+};
+
+// Where h or dh [M, r] goes in float: each sum times `survivor`.
+template <class T>
+Hidden<T> float_hidden(int64_t M, int64_t r, float survivor, float* sums) {
+  return {.M = M,
           .r = static_cast<int>(r),
-          .padded = static_cast<int>(padded),
-          .copies = copies,
-          .stride = copies * padded,
-          .survivor = 1.0f,
-          .scaling = scaling,
-          .sums = nullptr,
+          .padded = static_cast<int>(joined_rank(r)),
+          .copies = 1,
+          .stride = 0,
+          .survivor = survivor,
+          .scaling = {1.0f, nullptr},
+          .sums = sums,
           .value = nullptr,
           .remainder = nullptr};
 }
-
-// The parts of h or dh [M, r], added: times `survivor` into `sums` in float if that is not null;
-// and times `scaling` as well as an operand of the passes, `copies` beside each other.
+// There, unless `sums` is null; and times `scaling` as well into an operand of the passes, `copies`
+// beside each other.
 template <class T>
-Split<T> finish(const Parts& parts, int64_t M, int64_t r, int copies, float survivor,
-                HiddenFactor scaling, float* sums, bool wants_remainder, const Allocator& scratch,
-                Stream stream) {
-  FinishParams<T> params = finishing<T>(parts, r, M, r, copies, scaling);
-  params.survivor = survivor, params.sums = sums;
-  params.value = scratch.get<T>(M * params.stride);
-  if (wants_remainder) params.remainder = scratch.get<T>(M * params.stride);
-  launch_elements(lora_linear_finish_kernel<T>, M * params.padded, stream, params);
-  return {{params.value, M, params.padded, params.stride}, params.remainder};
+Hidden<T> hidden(int64_t M, int64_t r, int copies, float survivor, HiddenFactor scaling,
+                 float* sums, bool wants_remainder, const Allocator& scratch) {
+  Hidden<T> hidden = float_hidden<T>(M, r, survivor, sums);
+  hidden.copies = copies, hidden.stride = int64_t{copies} * hidden.padded;
+  hidden.scaling = scaling;
+  hidden.value = scratch.get<T>(M * hidden.stride);
+  if (wants_remainder) hidden.remainder = scratch.get<T>(M * hidden.stride);
+  return hidden;
+}
+template <class T>
+Split<T> operand(const Hidden<T>& hidden) {
+  return {{hidden.value, hidden.M, hidden.padded, hidden.stride}, hidden.remainder};
 }
 
-// What makes out [elements] = scale * the sum of the parts, which are `step` apart.
-template <class TA>
-ReduceParams<TA> reducing(const Parts& parts, int64_t step, int64_t elements, HiddenFactor scale,
-                          TA* out) {
-  return {parts.data, parts.count, step, elements, scale, out};
-}
-template <class TA>
-void reduce(const Parts& parts, int64_t elements, HiddenFactor scale, TA* out, Stream stream) {
-  launch_elements(lora_linear_reduce_kernel<TA>, elements, stream,
-                  reducing(parts, elements, elements, scale, out));
+template <class T, class TA>
+Gradient<T> gradient(TA* out, HiddenFactor scale) {
+  if constexpr (kSame<T, TA>) return {scale, out, nullptr};
+  if constexpr (!kSame<T, TA>) return {scale, nullptr, out};
 }
 
 // h or dh [M, r], of which there are two copies unless the remainder of b lies apart.
@@ -174,16 +160,18 @@ void forward(const Family<T>& family, const ForwardCall<T, TA>& call, const Allo
   const int64_t M = call.x.rows, K = call.x.columns, N = call.weight.N();
   const BLayout layout = call.weight.transposed ? BLayout::kRows : BLayout::kColumns;
   const Remainder place = joined<T, TA>(call.r, layout);
-  const Split<T> A = split<T>(call.lora_A, call.r, K, Remainder::kApart, scratch, stream);
+  Packs<T> packs(scratch);
+  const Split<T> A = packs.split(call.lora_A, call.r, K, Remainder::kApart);
   const Split<T> B = layout == BLayout::kRows
-                         ? split_transposed<T>(call.lora_B, N, call.r, place, scratch, stream)
-                         : split<T>(call.lora_B, N, call.r, place, scratch, stream);
-  const Parts parts = family.down(call.x, A, call.dropout, scratch, stream);
-  const Split<T> h = finish<T>(parts, M, call.r, copies(place), survivor(call.dropout),
-                               {call.scaling, call.scaling_factor}, call.h, false, scratch, stream);
+                         ? packs.split_transposed(call.lora_B, N, call.r, place)
+                         : packs.split(call.lora_B, N, call.r, place);
+  packs.launch(stream);
+  const Hidden<T> h = hidden<T>(M, call.r, copies(place), survivor(call.dropout),
+                                {call.scaling, call.scaling_factor}, call.h, false, scratch);
+  family.down(call.x, A, call.dropout, h, scratch, stream);
   Product<T> y{};
   if (call.weight.stored.data) y.segments[y.count++] = {call.x, call.weight.stored};
-  add_segments(y, h.value, B, place);
+  add_segments(y, operand(h).value, B, place);
   y.bias = call.bias;
   y.out = call.y, y.M = M, y.N = N;
   launch_product(family, y, layout, stream);
@@ -197,35 +185,40 @@ void backward(const Family<T>& family, const BackwardCall<T, TA>& call, const Al
   const BLayout layout = call.weight.transposed ? BLayout::kColumns : BLayout::kRows;
   const bool by_columns = call.weight.transposed, makes_h = call.dB && !call.h;
   const Remainder place = call.dx ? joined<T, TA>(r, layout) : Remainder::kApart;
-  Split<T> A{}, h{};
+  Packs<T> packs(scratch);
+  Split<T> A{}, A_of_dx{}, h{};
   if (makes_h || (call.dx && !by_columns)) {
-    A = split<T>(call.lora_A, r, K, by_columns ? Remainder::kApart : place, scratch, stream);
+    A = packs.split(call.lora_A, r, K, by_columns ? Remainder::kApart : place);
   }
-  const Split<T> B = split<T>(call.lora_B, N, r, Remainder::kApart, scratch, stream);
-  if (call.dB && call.h) {
-    h = split<T>(call.h, M, r, Remainder::kApart, scratch, stream);
-  } else if (makes_h) {
-    const Parts parts = family.down(call.x, A, call.dropout, scratch, stream);
-    h = finish<T>(parts, M, r, 1, survivor(call.dropout), {1.0f, nullptr}, nullptr, true, scratch,
-                  stream);
+  A_of_dx = call.dx && by_columns ? packs.split_transposed(call.lora_A, r, K, place) : A;
+  const Split<T> B = packs.split(call.lora_B, N, r, Remainder::kApart);
+  if (call.dB && call.h) h = packs.split(call.h, M, r, Remainder::kApart);
+  packs.launch(stream);
+  if (makes_h) {
+    const Hidden<T> again =
+        hidden<T>(M, r, 1, survivor(call.dropout), {1.0f, nullptr}, nullptr, true, scratch);
+    family.down(call.x, A, call.dropout, again, scratch, stream);
+    h = operand(again);
   }
-  const UpGradParts up = family.up_grad({call.dy, B, h, call.dx || call.dA}, scratch, stream);
-  if (call.dB) reduce(up.dB, N * r, scaling, call.dB, stream);
-  if (!up.dh.data) return;
-
-  const Split<T> dh = finish<T>(up.dh, M, r, copies(place), survivor(call.dropout), scaling,
-                                nullptr, call.dA, scratch, stream);
+  UpGrad<T> up{call.dy, B, h, call.dx || call.dA, {}, gradient<T>(call.dB, scaling)};
+  if (up.wants_dh) {
+    up.dh =
+        hidden<T>(M, r, copies(place), survivor(call.dropout), scaling, nullptr, call.dA, scratch);
+  }
+  Gradients<T> left;
+  family.up_grad(up, left, scratch, stream);
+  Split<T> dh{};
+  if (up.wants_dh) dh = operand(up.dh);
   KeptBits kept{};
   if (call.dA) {
     if (call.dx && call.dropout.drops()) kept = KeptBits::allocate(M, K, scratch);
-    const Parts parts =
-        family.down_grad(call.x, dh.columns(0, r), call.dropout, kept, scratch, stream);
-    reduce(parts, r * K, {1.0f, nullptr}, call.dA, stream);
+    family.down_grad(call.x, dh.columns(0, r), call.dropout, kept,
+                     gradient<T>(call.dA, {1.0f, nullptr}), left, scratch, stream);
   }
+  left.launch(stream);
   if (call.dx) {
     Product<T> dx{};
-    if (by_columns) A = split_transposed<T>(call.lora_A, r, K, place, scratch, stream);
-    add_segments(dx, dh.value, A, place);
+    add_segments(dx, dh.value, A_of_dx, place);
     dx.masked = call.dropout.drops() ? dx.count : 0;
     dx.dropout = call.dropout, dx.kept = kept;
     if (call.weight.stored.data) dx.segments[dx.count++] = {call.dy, call.weight.stored};
@@ -238,13 +231,16 @@ template <class T, class TA>
 void up_grad(const Family<T>& family, const UpGradCall<T, TA>& call, const Allocator& scratch,
              Stream stream) {
   const int64_t M = call.dy.rows, N = call.dy.columns, r = call.r;
-  const HiddenFactor scaling{call.scaling, nullptr};
-  const Split<T> B = split<T>(call.lora_B, N, r, Remainder::kApart, scratch, stream);
+  Packs<T> packs(scratch);
+  const Split<T> B = packs.split(call.lora_B, N, r, Remainder::kApart);
   Split<T> h{};
-  if (call.dB) h = split<T>(call.h, M, r, Remainder::kApart, scratch, stream);
-  const UpGradParts up = family.up_grad({call.dy, B, h, call.dh != nullptr}, scratch, stream);
-  if (call.dB) reduce(up.dB, N * r, scaling, call.dB, stream);
-  if (call.dh) reduce(up.dh, M * r, scaling, call.dh, stream);
+  if (call.dB) h = packs.split(call.h, M, r, Remainder::kApart);
+  packs.launch(stream);
+  const Hidden<T> dh = float_hidden<T>(M, r, call.scaling, call.dh);
+  const Gradient<T> dB = gradient<T>(call.dB, {call.scaling, nullptr});
+  Gradients<T> left;
+  family.up_grad({call.dy, B, h, call.dh != nullptr, dh, dB}, left, scratch, stream);
+  left.launch(stream);
 }
 
 // choose_cuda_path asks for sm_90a's only where they are built.

@@ -4,10 +4,11 @@
 namespace lora_ext::sm80 {
 
 using Base = LORA_EXT_BASE;
-template Parts launch_down(const Matrix<Base>&, const Split<Base>&, const Dropout&,
-                           const Allocator&, Stream);
-template UpGradParts launch_up_grad(const UpGrad<Base>&, const Allocator&, Stream);
-template Parts launch_down_grad(const Matrix<Base>&, const Split<Base>&, const Dropout&,
-                                const KeptBits&, const Allocator&, Stream);
+template void launch_down(const Matrix<Base>&, const Split<Base>&, const Dropout&,
+                          const Hidden<Base>&, const Allocator&, Stream);
+template void launch_up_grad(const UpGrad<Base>&, Gradients<Base>&, const Allocator&, Stream);
+template void launch_down_grad(const Matrix<Base>&, const Split<Base>&, const Dropout&,
+                               const KeptBits&, const Gradient<Base>&, Gradients<Base>&,
+                               const Allocator&, Stream);
 
 }  // namespace lora_ext::sm80

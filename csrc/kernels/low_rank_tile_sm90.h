@@ -7,7 +7,8 @@
 
 namespace lora_ext::sm90 {
 
-// A block's shared memory: a ring of stages, the tiles of R, then the barriers of both.
+// A block's shared memory: a ring of stages, the tiles of R, then the barriers of both and two for
+// sums that blocks share. Those of P take the place of a stage, those of Q the whole of both.
 struct LowRankLayout {
   int stages, stage_bytes;  // a tile of X and one of each term of L
   int R_tiles, R_bytes;     // where they begin, and bytes of one: of each term of R
@@ -18,8 +19,9 @@ constexpr int kRSlots = 2;
 // Of a matrix X [M, C], which is x or dy:
 //   P [M, rank] = dropout(X) L      h of x with L = lora_A^T; dh of dy with L = lora_B
 //   Q [C, rank] = dropout(X)^T R    dB of dy with R = h; dA (transposed) of x with R = dh
-// Block (i, j) has the i-th range of columns and the j-th of rows. Its sums are the i-th part of P
-// and the j-th of Q.
+// A block has a range of columns and one of rows. Of its sums P is one part of several, a part for
+// each range of columns, and Q another. The blocks of a cluster lie along the columns and add P, or
+// along the rows and add Q. What they do not add is written as parts.
 template <class T>
 struct LowRankParams {
   arch::TensorMap X;
@@ -30,9 +32,15 @@ struct LowRankParams {
   int row_tiles, column_tiles;  // of a block
   LowRankLayout layout;
   Dropout dropout;
-  KeptBits kept;                              // of dropout(X), by a kernel that makes Q; or none
-  float* P;                                   // [column blocks, M, rank], rows P_stride apart
-  float* Q;                                   // [row blocks] parts, Q_part apart, of [C, rank]
+  KeptBits kept;    // of dropout(X), by a kernel that makes Q; or none
+  bool along_rows;  // blockIdx.x counts ranges of rows, which are else those of columns
+  bool adds_P, adds_Q;
+  int adders;            // blocks that add: all of a cluster, or each for itself
+  Hidden<T> hidden;      // if it adds P
+  int hidden_column;     // where the columns of P begin
+  Gradient<T> gradient;  // if it adds Q; laid out as Q
+  float* P;              // [column blocks, M, rank], rows P_stride apart
+  float* Q;              // [row blocks] parts, Q_part apart, of [C, rank]
   int64_t P_stride, Q_row, Q_column, Q_part;  // Q's rows and columns are so far apart
   arch::WaitReport* report;
 };

@@ -261,11 +261,11 @@ __global__ void __launch_bounds__(Shape::kThreads, kLeastBlocks)
                 lane);
     free = full, full = following(full);
     if (multiplying.advance(params) && multiplying.segment == params.masked) {
+      const int64_t row = tile.m + warp_row, column = tile.n + warp_column;
       if (params.kept.data) {
-        sums.drop(params.kept, tile.m + warp_row, tile.n + warp_column, lane);
+        sums.drop(params.kept, row, column, lane);
       } else {
-        sums.drop(params.dropout.rng(), params.dropout.threshold, tile.m + warp_row,
-                  tile.n + warp_column, lane);
+        sums.drop(params.dropout.rng(), params.dropout.threshold, row, column, lane);
       }
     }
   }

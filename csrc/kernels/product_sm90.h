@@ -55,11 +55,6 @@ struct TilePlace {
   }
 };
 
-// The size of the running block's cluster, and which of its blocks it is.
-struct Cluster {
-  int size, rank;
-};
-
 template <int kTileN, int kStages>
 struct ProductShape {
   static constexpr int kM = 128, kN = kTileN, kK = kRowBytes / 2;

@@ -15,6 +15,11 @@ constexpr int kRowBytes = 128;  // of a box of TMA: the span of its swizzle, 64 
 // Registers of a thread that loads and of one that multiplies: those of a block are 65536.
 constexpr int kLoadRegisters = 40, kMultiplyRegisters = 232;
 
+// The size of the running block's cluster, and which of its blocks it is.
+struct Cluster {
+  int size, rank;
+};
+
 // Slots of shared memory that are used in turn, with two mbarriers each: full when TMA has filled
 // the slot, empty when every warp that multiplies is done with it; in a cluster whose blocks fill
 // each other's slots, every warp of all of them. Distances are in bytes from the

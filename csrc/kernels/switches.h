@@ -11,7 +11,7 @@
 namespace lora_ext {
 
 enum class Mechanism {
-  kCluster,    // blocks of sm_90a's product, and of few rows, that share what they read
+  kCluster,    // blocks on sm_90 that share what they read, and add what they have summed
   kSelfCheck,  // of the kernels at their first use on a GPU (self_check.h)
   kTogether,   // layers of one x (lora_linear_multi_run.h)
 };

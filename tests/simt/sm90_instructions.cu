@@ -48,6 +48,12 @@ __global__ void __launch_bounds__(128, 1)
   const uint32_t own = arch::shared_address(shared);
   arch::tma_load_2d_multicast(own, map, own + 64, 0, 0, (1u << arch::cluster_size()) - 1);
   arch::mbarrier_arrive_at(arch::cluster_address(own + 64, 1 - arch::cluster_rank()));
+  arch::mbarrier_arrive_cluster(arch::cluster_address(own + 64, 0));
+  arch::mbarrier_wait_cluster(own + 64, 1);
+  const arch::Words words = arch::cluster_load_16(arch::cluster_address(own, 0));
+  out[0] += bits_to_float(words.word[0] ^ words.word[1] ^ words.word[2] ^ words.word[3]);
+  arch::cluster_sync_stores();
+  out[1] += arch::cluster_load_float(arch::cluster_address(own, 1));
   arch::mbarrier_wait_bounded(own + 64, 0, reinterpret_cast<arch::WaitReport*>(out), 0, 0);
 #endif
 }

@@ -2,13 +2,9 @@
 // all values are small integers; what they read and multiply; and the choices of
 // launch_low_rank_sm90.h.
 
-#include <cmath>
-#include <memory>
-
-#include "check.h"
 #include "common/dropout.h"
 #include "kept_bits.h"
-#include "kernels/launch_low_rank_sm90.h"
+#include "low_rank_problem.h"
 
 namespace {
 
@@ -21,65 +17,6 @@ constexpr DropoutRng kRng{12345678901, 44};
 constexpr Dropout kNoDropout{false, 0, 1.0f, nullptr};
 constexpr Dropout kDropout{true, kThreshold, 1.0f, kRngState};
 
-// Small integers, rows at multiples of 16 bytes, and NaN wherever no kernel may read.
-template <class T>
-struct Integers {
-  static constexpr int64_t kMargin = 16384;
-
-  Integers(int64_t rows, int64_t columns, unsigned seed)
-      : rows(rows), columns(columns), stride((columns + 7) / 8 * 8) {
-    data.assign(static_cast<size_t>(rows * stride + 2 * kMargin), rounded<T>(kNan));
-    const auto values = small_integers<T>(static_cast<size_t>(rows * columns), seed);
-    for (int64_t i = 0; i < rows * columns; ++i) {
-      data[kMargin + i / columns * stride + i % columns] = values[i];
-    }
-  }
-  Matrix<T> matrix() const { return {data.data() + kMargin, rows, columns, stride}; }
-  double at(int64_t row, int64_t column) const {
-    return to_float(data[kMargin + row * stride + column]);
-  }
-
-  int64_t rows, columns, stride;
-  std::vector<T> data;
-};
-
-// An operand as a Split: of a float adapter with a remainder.
-template <class T>
-struct Operand {
-  Operand(int64_t rows, int64_t columns, bool remainder, unsigned seed)
-      : value(rows, columns, seed), rest(rows, columns, seed + 1), two(remainder) {}
-  Split<T> split() const { return {value.matrix(), two ? rest.matrix().data : nullptr}; }
-  double at(int64_t row, int64_t column) const {
-    return value.at(row, column) + (two ? rest.at(row, column) : 0.0);
-  }
-
-  Integers<T> value, rest;
-  bool two;
-};
-
-// NaN until a kernel writes, also beside what it may write.
-class Scratch {
- public:
-  Allocator allocator() { return {allocate, this}; }
-  void check_margins() const {
-    for (const std::vector<float>& block : blocks_) {
-      for (size_t i = 0; i < kMargin; ++i) {
-        EXPECT(std::isnan(block[i]) && std::isnan(block[block.size() - 1 - i]));
-      }
-    }
-  }
-
- private:
-  static constexpr size_t kMargin = 4096;
-
-  static void* allocate(void* context, int64_t bytes) {
-    auto& blocks = static_cast<Scratch*>(context)->blocks_;
-    blocks.emplace_back(static_cast<size_t>(bytes) / 4 + 2 * kMargin, kNan);
-    return blocks.back().data() + kMargin;
-  }
-  std::vector<std::vector<float>> blocks_;
-};
-
 struct Sizes {
   int64_t M, C, r;
   bool remainders;
@@ -90,25 +27,6 @@ bool kept(const Dropout& dropout, int64_t row, int64_t column) {
   return !dropout.enabled || dropout_keep(kRng, row, column, dropout.threshold);
 }
 
-// [rows, columns] sums of term(row, column, k): the same in every schedule, and computed once.
-template <class Term>
-std::vector<double> sums(int64_t rows, int64_t columns, int64_t depth, const Term& term) {
-  std::vector<double> result(static_cast<size_t>(rows * columns));
-  for (int64_t i = 0; i < rows * columns; ++i) {
-    for (int64_t k = 0; k < depth; ++k) result[i] += term(i / columns, i % columns, k);
-  }
-  return result;
-}
-
-// Every part is complete: their sum has no NaN.
-void check_sum(const Parts& parts, const std::vector<double>& expected) {
-  for (size_t i = 0; i < expected.size(); ++i) {
-    double sum = 0;
-    for (int part = 0; part < parts.count; ++part) sum += parts.data[part * expected.size() + i];
-    EXPECT(sum == expected[i]);
-  }
-}
-
 // What TMA brings and the tensor cores do: each tile of X once for each group of up to 128 ranks,
 // of more than 64 once for P and once for Q.
 void check_counts(const Sizes& size, int L_terms, int R_terms) {
@@ -117,12 +35,18 @@ void check_counts(const Sizes& size, int L_terms, int R_terms) {
   if (size.r > 64 && L_terms > 0 && R_terms > 0) passes = {{L_terms, 0}, {0, R_terms}};
   const auto& launches = simt::launches();
   size_t launch = 0;
+  const auto skip_sums = [&] {  // the kernels that add what is left
+    while (launch < launches.size() && launches[launch].wgmma == 0) ++launch;
+  };
   for (const auto& [of_P, of_Q] : passes) {
     for (int64_t first = 0; first < size.r; first += 128, ++launch) {
       int64_t width = 16;
       while (width < size.r - first && width < 128) width *= 2;
+      skip_sums();
       EXPECT(launch < launches.size());
-      const int64_t column_blocks = simt::recorded()[launch].grid.x;
+      const auto cut = sm90::choose_cut(sm90::low_rank_size(size.M, size.C, size.r, of_P, of_Q),
+                                        sm90::blocks_at_once(size.multiprocessors));
+      const int64_t column_blocks = cut.column_blocks;
       EXPECT(launches[launch].tma_bytes == tiles(size.M) *
                                                (tiles(size.C) * (128 * 128 + of_P * 128 * width) +
                                                 column_blocks * of_Q * 128 * width) *
@@ -130,6 +54,7 @@ void check_counts(const Sizes& size, int L_terms, int R_terms) {
       EXPECT(launches[launch].wgmma == tiles(size.M) * tiles(size.C) * 2 * 8 * (of_P + of_Q));
     }
   }
+  skip_sums();
   EXPECT(launch == launches.size());
 }
 
@@ -153,9 +78,10 @@ struct DownCheck {
   void check() const {
     Scratch scratch;
     begin(size);
-    const Parts h = sm90::launch_down(x.matrix(), A.split(), dropout, scratch.allocator(), nullptr);
+    HiddenResult<T> h(size.M, size.r);
+    sm90::launch_down(x.matrix(), A.split(), dropout, h.hidden(), scratch.allocator(), nullptr);
     check_counts(size, size.remainders ? 2 : 1, 0);
-    check_sum(h, expected);
+    h.check(expected);
     scratch.check_margins();
   }
 
@@ -183,13 +109,16 @@ struct UpGradCheck {
   void check(bool wants_dh = true, bool wants_dB = true) const {
     Scratch scratch;
     begin(size);
-    const auto [dh, dB] = sm90::launch_up_grad<T>(
-        {dy.matrix(), B.split(), wants_dB ? h.split() : Split<T>{}, wants_dh}, scratch.allocator(),
-        nullptr);
+    HiddenResult<T> dh(size.M, size.r);
+    GradientResult<T> dB(size.C * size.r);
+    Gradients<T> left;
+    sm90::launch_up_grad<T>({dy.matrix(), B.split(), wants_dB ? h.split() : Split<T>{}, wants_dh,
+                             dh.hidden(), dB.gradient(size.remainders)},
+                            left, scratch.allocator(), nullptr);
+    left.launch(nullptr);
     check_counts(size, wants_dh ? (size.remainders ? 2 : 1) : 0, wants_dB ? 2 : 0);
-    EXPECT((dh.data != nullptr) == wants_dh && (dB.data != nullptr) == wants_dB);
-    if (wants_dh) check_sum(dh, expected_dh);
-    if (wants_dB) check_sum(dB, expected_dB);
+    if (wants_dh) dh.check(expected_dh);
+    if (wants_dB) dB.check(expected_dB, size.remainders);
     scratch.check_margins();
   }
 
@@ -218,10 +147,13 @@ struct DownGradCheck {
     if (dropout.enabled && leaves_bits) {
       bits = KeptBits::allocate(size.M, size.C, scratch.allocator());
     }
-    const Parts dA =
-        sm90::launch_down_grad(x.matrix(), dh.split(), dropout, bits, scratch.allocator(), nullptr);
+    GradientResult<T> dA(size.r * size.C);
+    Gradients<T> left;
+    sm90::launch_down_grad(x.matrix(), dh.split(), dropout, bits, dA.gradient(size.remainders),
+                           left, scratch.allocator(), nullptr);
+    left.launch(nullptr);
     check_counts(size, 0, 2);
-    check_sum(dA, expected);
+    dA.check(expected, size.remainders);
     for (int64_t i = 0; bits.data && i < size.M * size.C; ++i) {
       const int64_t row = i / size.C, column = i % size.C;
       EXPECT(KeptBit(bits, row, column).get() ==
@@ -272,6 +204,134 @@ CASE(bf16_ranks_beyond_64) {
   for_each_schedule([&] { up_grad.check(), down_grad.check(); });
 }
 
+// ---- Clusters ----------------------------------------------------------------------------------
+
+// A pass that is cut as a test wants it.
+struct ClusterCase {
+  int64_t M, C, r;
+  bool P, Q;  // what it makes
+  int64_t row_tiles, column_tiles;
+  int cluster;
+  bool along_rows, adds_P, adds_Q;
+};
+
+// Of values whose sums depend on their order; one is infinite, so that nothing beyond the rank is
+// zero by itself.
+class ClusterPass {
+ public:
+  explicit ClusterPass(const ClusterCase& of)
+      : of_(of),
+        x_(normal(of.M, of.C, 1)),
+        L_(of.Q ? normal(of.C, of.r, 2) : normal(of.r, of.C, 2)),
+        R_(normal(of.M, of.r, 3)),
+        rest_(normal(of.M, of.r, 4)) {
+    x_.data[Integers<Bf16>::kMargin + x_.stride + 2] = rounded<Bf16>(INFINITY);
+  }
+
+  struct Results {
+    HiddenResult<Bf16> P;
+    GradientResult<Bf16> Q;
+  };
+
+  Results run(bool clusters) const {
+    const auto& [M, C, r, P, Q, row_tiles, column_tiles, cluster, along_rows, adds_P, adds_Q] = of_;
+    sm90::LowRankCut cut{row_tiles, column_tiles, ceil_div(ceil_div(M, 128), row_tiles),
+                         ceil_div(ceil_div(C, 128), column_tiles)};
+    cut.cluster_of(clusters ? cluster : 1, along_rows, P, Q);
+    if (clusters) EXPECT(cut.adds_P == adds_P && cut.adds_Q == adds_Q);
+    Scratch scratch;
+    Results results{HiddenResult<Bf16>(M, r), GradientResult<Bf16>(C * r)};
+    sm90::LowRankPass<Bf16> pass{.X = x_.matrix(),
+                                 .L = {L_.matrix(), nullptr},
+                                 .R = {R_.matrix(), rest_.matrix().data},
+                                 .r = r,
+                                 .dropout = Q && P ? kNoDropout : kDropout,
+                                 .Q_transposed = !P,
+                                 .P = results.P.hidden(1.25f, 0.3f),
+                                 .Q = results.Q.gradient(r % 2 == 0, 0.3f)};
+    if (!P) pass.L = {};
+    if (!Q) pass.R = {};
+    Gradients<Bf16> left;
+    simt::launches().clear();
+    if (Q) {
+      sm90::launch_low_rank<Bf16, sm90::Major::kMN>(pass, cut, left, scratch.allocator(), nullptr);
+    } else {
+      sm90::launch_low_rank<Bf16, sm90::Major::kK>(pass, cut, left, scratch.allocator(), nullptr);
+    }
+    left.launch(nullptr);
+    scratch.check_margins();
+    if (clusters) check_counts(cut);
+    return results;
+  }
+
+ private:
+  // Blocks read from each other each sum that another block has made, once; and R together.
+  void check_counts(const sm90::LowRankCut& cut) const {
+    const auto& counts = simt::launches().front();
+    const int64_t width = of_.r <= 16 ? 16 : (of_.r <= 32 ? 32 : 128);
+    const int64_t rows = ceil_div(of_.M, 128), columns = ceil_div(of_.C, 128);
+    const int64_t sums = (of_.adds_P ? rows : columns) * 128 * width * 4;
+    EXPECT(counts.cluster_bytes == (cut.adders() - 1) * sums);
+    const int64_t of_R = rows * cut.column_blocks / (of_.along_rows ? 1 : of_.cluster);
+    EXPECT(counts.tma_read_bytes ==
+           2 * 128 * (rows * columns * (128 + of_.P * width) + of_R * 2 * of_.Q * width));
+  }
+
+  static Integers<Bf16> normal(int64_t rows, int64_t columns, unsigned seed) {
+    Integers<Bf16> matrix(rows, columns, seed);
+    const auto values = normal_values<Bf16>(static_cast<size_t>(rows * columns), seed);
+    for (int64_t i = 0; i < rows * columns; ++i) {
+      matrix.data[Integers<Bf16>::kMargin + i / columns * matrix.stride + i % columns] = values[i];
+    }
+    return matrix;
+  }
+
+  ClusterCase of_;
+  Integers<Bf16> x_, L_, R_, rest_;
+};
+
+template <class E>
+bool same_bits(const std::vector<E>& a, const std::vector<E>& b) {
+  return std::memcmp(a.data(), b.data(), a.size() * sizeof(E)) == 0;
+}
+
+CASE(clusters_make_the_same_results) {
+  // P with several tiles of rows and fewer columns in the last block; and beside it Q in parts.
+  // Q with several tiles of columns. R that is shared, of two boxes of ranks. Q of one block.
+  constexpr ClusterCase kCases[] = {{530, 1336, 10, true, false, 3, 3, 4, false, true, false},
+                                    {290, 840, 10, true, true, 3, 2, 4, false, true, false},
+                                    {410, 300, 24, true, true, 1, 3, 4, true, false, true},
+                                    {900, 300, 24, false, true, 2, 2, 4, true, false, true},
+                                    {530, 500, 72, false, true, 3, 1, 2, false, false, false},
+                                    {270, 500, 72, false, true, 3, 2, 2, false, false, true},
+                                    {130, 1000, 72, true, false, 1, 1, 8, false, true, false}};
+  for (const ClusterCase& one : kCases) {
+    const ClusterPass pass(one);
+    const auto expected = pass.run(false);
+    int schedule = 0;
+    for_each_schedule([&] {
+      const int turn = schedule++;  // all schedules, but not with all cases: they take a while
+      if ((turn + turn / 4 + (&one - kCases)) % (one.r > 64 ? 4 : 2) != 0) return;
+      const auto results = pass.run(true);
+      EXPECT(same_bits(results.P.sums, expected.P.sums));
+      EXPECT(same_bits(results.P.value, expected.P.value));
+      EXPECT(same_bits(results.P.remainder, expected.P.remainder));
+      EXPECT(same_bits(results.Q.full, expected.Q.full));
+      EXPECT(same_bits(results.Q.near, expected.Q.near));
+    });
+  }
+}
+
+CASE(clusters_can_be_switched_off) {
+  const DownCheck<Bf16> down({130, 1000, 9, false, 16}, kDropout);
+  down.check();
+  EXPECT(simt::recorded().front().cluster.x == 8);
+  setenv("LORA_EXT_CUDA_OFF", "cluster", 1);
+  down.check();
+  unsetenv("LORA_EXT_CUDA_OFF");
+  for (const auto& launch : simt::recorded()) EXPECT(launch.cluster.x == 1);
+}
+
 #if !defined(BF16_ONLY)
 CASE(fp16_and_other_ranks) {
   constexpr Sizes kOthers[] = {{1, 72, 1, false, 3},
@@ -301,12 +361,8 @@ CASE(dropout_is_seen_by_wgmma) {
 // Tiles of 128 x 128.
 sm90::LowRankSize size_of(int64_t row_tiles, int64_t column_tiles, bool P, bool Q, int rank = 64) {
   const int64_t sums = 128 * rank * 4, operand = 128 * rank * 2;
-  return {row_tiles,
-          column_tiles,
-          32768 + (P ? operand : 0),
-          (P ? 2 * sums : 0) + (Q ? 2 * operand : 0),
-          Q ? 2 * sums : 0,
-          Q ? sm90::most_column_tiles(rank) : 0};
+  return {row_tiles,           column_tiles, 32768,        32768 + (P ? operand : 0),
+          Q ? 2 * operand : 0, P ? sums : 0, Q ? sums : 0, Q ? sm90::most_column_tiles(rank) : 0};
 }
 
 CASE(blocks_cover_every_tile_once_and_use_the_multiprocessors) {
@@ -331,21 +387,21 @@ CASE(blocks_cover_every_tile_once_and_use_the_multiprocessors) {
 CASE(parts_are_few) {
   const auto cut = [](bool P, bool Q) { return sm90::choose_cut(size_of(32, 32, P, Q), 132); };
   EXPECT(cut(true, false).column_blocks == 4);  // parts of h, each read and written once
-  EXPECT(cut(false, true).row_blocks == 8);     // of dA
+  EXPECT(cut(false, true).row_blocks == 4);     // of dA
   EXPECT(cut(true, true).column_blocks == 8 && cut(true, true).row_blocks == 16);
   // Of 128 ranks: dh and dB by themselves
   EXPECT(sm90::choose_cut(size_of(32, 32, true, false, 128), 132).column_blocks == 4);
-  EXPECT(sm90::choose_cut(size_of(32, 32, false, true, 128), 132).row_blocks == 8);
+  EXPECT(sm90::choose_cut(size_of(32, 32, false, true, 128), 132).row_blocks == 4);
 }
 
 CASE(a_ring_holds_what_fits) {
   using Shape = sm90::LowRankShape<64, true, true, sm90::Major::kMN>;
   const auto [stages, stage_bytes, R_tiles, R_bytes, barriers, bytes] =
-      sm90::layout_for<Shape>(1, 2, 1000);
+      sm90::layout_for<Shape>(1, 2, 250, 4);
   EXPECT(stages == 3 && stage_bytes == 3 * 16384 && R_bytes == 2 * 16384);
   EXPECT(R_tiles == stages * stage_bytes && barriers == R_tiles + 2 * R_bytes);
   EXPECT(bytes <= 227 * 1024 && bytes + stage_bytes > 227 * 1024);
-  EXPECT(sm90::layout_for<Shape>(1, 2, 2).stages == 2);
+  EXPECT(sm90::layout_for<Shape>(1, 2, 2, 1).stages == 2);
 }
 
 CASE(only_what_is_wanted) {

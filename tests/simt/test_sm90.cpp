@@ -379,4 +379,65 @@ CASE(misuse) {
   expect_misuse_error<Misuse::kNoWgmmaWait>("without having waited for wgmma");
 }
 
+// ---- Shared memory of other blocks -------------------------------------------------------------
+
+enum class Reading { kRight, kTooEarly, kFromNoBlock, kFromAnEndedBlock, kBetweenWords };
+
+// Each of two blocks reads what the other one has stored.
+template <Reading kReading>
+__global__ void exchange_kernel(StoreParams params) {
+  LORA_EXT_DYNAMIC_SHARED(shared);
+  const int thread = static_cast<int>(threadIdx.x), rank = arch::cluster_rank();
+  const uint32_t own = arch::shared_address(shared), barriers = own + 512;
+  reinterpret_cast<float*>(shared)[thread] = static_cast<float>(rank * 128 + thread);
+  if (thread == 0) {
+    for (uint32_t i = 0; i < 2; ++i) arch::mbarrier_init(barriers + 8 * i, 2 * 4);
+    arch::fence_mbarrier_init();
+  }
+  arch::cluster_sync();
+  const auto meet = [&](uint32_t barrier) {
+    __syncwarp();
+    const int lane = thread % 32;
+    if (lane < 2) arch::mbarrier_arrive_cluster(arch::cluster_address(barrier, lane));
+    if (kReading != Reading::kTooEarly) arch::mbarrier_wait_cluster(barrier, 0);
+  };
+  meet(barriers);
+  if (kReading == Reading::kFromAnEndedBlock && rank == 1) return;
+  const int other = kReading == Reading::kFromNoBlock ? 2 : 1 - rank;
+  const uint32_t skipped = kReading == Reading::kBetweenWords ? 4 : 0;
+  if (thread < 32) {
+    const arch::Words words =
+        arch::cluster_load_16(arch::cluster_address(own + thread * 16 + skipped, other));
+    for (int i = 0; i < 4; ++i) {
+      params.out[rank * 128 + thread * 4 + i] = bits_to_float(words.word[i]);
+    }
+  }
+  if (kReading != Reading::kFromAnEndedBlock) meet(barriers + 8);
+}
+
+template <Reading kReading>
+std::vector<float> exchange() {
+  std::vector<float> out(256, kNan);
+  arch::launch(exchange_kernel<kReading>, 2, 128, 512 + 16, nullptr, StoreParams{out.data()}, false,
+               2);
+  return out;
+}
+
+CASE(blocks_of_a_cluster_read_from_each_other) {
+  for_each_schedule([] {
+    const std::vector<float> out = exchange<Reading::kRight>();
+    for (int i = 0; i < 256; ++i) EXPECT(out[i] == static_cast<float>((i + 128) % 256));
+    EXPECT(simt::statistics().cluster_bytes == 2 * 512);
+  });
+  expect_error([] { exchange<Reading::kTooEarly>(); },
+               {"cluster_load: the thread has not waited since it last arrived"});
+  expect_error([] { exchange<Reading::kFromNoBlock>(); },
+               {"an address of a block that the cluster has not"});
+  expect_error([] { exchange<Reading::kBetweenWords>(); }, {"no multiple of its size"});
+  EXPECT(schedules_that_catch([] {
+           exchange<Reading::kFromAnEndedBlock>();
+           return true;
+         }) > 0);
+}
+
 }  // namespace

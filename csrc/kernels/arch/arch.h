@@ -12,7 +12,6 @@
 #include "any_gpu.h"
 #include "ptx_sm80.h"
 #include "ptx_sm90.h"
-#include "ptx_sm90_distributed.h"
 
 // The block's dynamic shared memory, as bytes, aligned for every instruction.
 #define LORA_EXT_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) uint8_t name[]

@@ -6,6 +6,7 @@
 #include <cuda.h>
 
 #include "../element.h"
+#include "any_gpu.h"
 #include "descriptor_sm90.h"
 #include "ptx_sm90_wgmma.h"
 #include "wait_report.h"
@@ -120,6 +121,14 @@ LORA_EXT_DEVICE void cluster_sync() {
           : "memory");
 }
 
+// The same, after which they also see what all of them had stored to shared memory.
+LORA_EXT_DEVICE void cluster_sync_stores() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;\n" ::
+          : "memory");
+}
+
 // This address of shared memory in the block of that rank.
 LORA_EXT_DEVICE uint32_t cluster_address(uint32_t shared, int rank) {
   uint32_t address;
@@ -130,6 +139,46 @@ LORA_EXT_DEVICE uint32_t cluster_address(uint32_t shared, int rank) {
 // mbarrier_arrive at a cluster_address.
 LORA_EXT_DEVICE void mbarrier_arrive_at(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];\n" ::"r"(barrier) : "memory");
+}
+
+// The same, and what this thread stored to shared memory, or saw there, comes before: for who waits
+// with mbarrier_wait_cluster.
+LORA_EXT_DEVICE void mbarrier_arrive_cluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];\n" ::"r"(barrier)
+               : "memory");
+}
+
+// mbarrier_wait for what threads of any block of the cluster did before they arrived.
+LORA_EXT_DEVICE void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
+  uint32_t complete = 0;
+  while (complete == 0) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}\n"
+        : "=r"(complete)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  }
+}
+
+// At a cluster_address.
+LORA_EXT_DEVICE float cluster_load_float(uint32_t address) {
+  float value;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];\n" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+
+// 16 bytes there.
+LORA_EXT_DEVICE Words cluster_load_16(uint32_t address) {
+  Words words;
+  asm volatile("ld.shared::cluster.v4.b32 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(words.word[0]), "=r"(words.word[1]), "=r"(words.word[2]), "=r"(words.word[3])
+               : "r"(address)
+               : "memory");
+  return words;
 }
 
 // ---- Barriers 1 to 15 of a block, for some of its warps; 0 is that of __syncthreads ------------

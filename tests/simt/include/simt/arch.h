@@ -3,7 +3,6 @@
 
 #include "simt/any_gpu.h"
 #include "simt/builtins.h"
-#include "simt/distributed.h"
 #include "simt/runtime.h"
 #include "simt/sm80.h"
 #include "simt/sm90.h"

@@ -121,6 +121,7 @@ inline void Block::start(dim3 block_index) {
     thread.ready = nullptr;
     thread.group = thread.store_group = 0;
     thread.may_access = !dependent;
+    thread.sees_cluster = false;
     const auto entry = [](void* self) {
       auto& block = *static_cast<Block*>(self);
       try {

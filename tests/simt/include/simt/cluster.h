@@ -5,6 +5,7 @@
 #include <memory>
 #include <numeric>
 
+#include "simt/any_gpu.h"
 #include "simt/block.h"
 
 namespace simt {
@@ -130,9 +131,32 @@ inline void cluster_sync() {
   simt::block().cluster->barrier();
   simt::block().preempt();
 }
+inline void cluster_sync_stores() {
+  simt::block().thread().sees_cluster = false;
+  cluster_sync();
+  simt::block().thread().sees_cluster = true;
+}
 
 inline uint32_t cluster_address(uint32_t shared, int rank) {
   return shared | static_cast<uint32_t>(rank + 1) << simt::kRankShift;
 }
+
+template <class Value>
+Value cluster_load(uint32_t address) {
+  constexpr uint32_t kBytes = sizeof(Value);
+  simt::Block& own = simt::block();
+  const auto [block, place] = simt::place_of(address);
+  own.check(own.thread().sees_cluster,
+            "cluster_load: the thread has not waited since it last arrived: cluster_sync_stores, "
+            "mbarrier_wait_cluster");
+  own.check(place % kBytes == 0, "cluster_load: the address is no multiple of its size");
+  own.check(block.shared.contains(place, kBytes), "cluster_load: outside of shared memory");
+  if (&block != &own) own.counts.cluster_bytes += kBytes;
+  Value value;
+  std::memcpy(&value, block.shared.at(place), kBytes);
+  return value;
+}
+inline float cluster_load_float(uint32_t address) { return cluster_load<float>(address); }
+inline Words cluster_load_16(uint32_t address) { return cluster_load<Words>(address); }
 
 }  // namespace lora_ext::arch

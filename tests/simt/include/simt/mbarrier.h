@@ -88,6 +88,11 @@ inline void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
 inline void mbarrier_arrive(uint32_t barrier) { mbarrier_arrive_expect_tx(barrier, 0); }
 inline void mbarrier_arrive_at(uint32_t barrier) { mbarrier_arrive_expect_tx(barrier, 0); }
 
+inline void mbarrier_arrive_cluster(uint32_t barrier) {
+  simt::block().thread().sees_cluster = false;
+  mbarrier_arrive_at(barrier);
+}
+
 inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   struct Phase {
     const simt::Mbarrier* barrier;
@@ -100,6 +105,11 @@ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   simt::block().check(parity <= 1, "mbarrier_wait: parity is 0 or 1");
   if (!Phase::over(&phase)) simt::block().wait(Phase::over, &phase, "mbarrier_wait");
   simt::block().preempt();
+}
+
+inline void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
+  mbarrier_wait(barrier, parity);
+  simt::block().thread().sees_cluster = true;
 }
 
 // A deadlock is seen without counting.

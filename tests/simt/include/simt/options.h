@@ -78,6 +78,7 @@ struct Statistics {
   int64_t tma_bytes = 0;           // written to shared memory by TMA
   int64_t tma_read_bytes = 0;      // read for that: once, for however many blocks
   int64_t tma_stored_bytes = 0;    // written to global memory by TMA
+  int64_t cluster_bytes = 0;       // read by threads from other blocks' shared memory
   int64_t wgmma = 0;               // wgmma.mma_async instructions of warpgroups
   int64_t steps = 0;               // how often a thread was resumed
 
@@ -91,6 +92,7 @@ struct Statistics {
     tma_bytes += other.tma_bytes;
     tma_read_bytes += other.tma_read_bytes;
     tma_stored_bytes += other.tma_stored_bytes;
+    cluster_bytes += other.cluster_bytes;
     wgmma += other.wgmma;
     steps += other.steps;
     return *this;

@@ -45,6 +45,8 @@ struct Thread {
   const void* ready_argument = nullptr;
   const char* where = "";  // it waits, for the report of a deadlock
   bool may_access = true;  // global memory: the kernel before is over
+  // What other blocks of its cluster stored: it has waited since it last told them of its own work.
+  bool sees_cluster = false;
 
   std::vector<Copy> copies;
   uint32_t group = 0;  // that copies are added to
