@@ -147,7 +147,8 @@ inline bool blas_keeps_up(const CudaCall& call, KernelFamily family) {
   constexpr int64_t kFewRows = 512;
   const bool mixed = call.adapter != call.base, fewest = call.M <= kFewest;
   if (family == KernelFamily::Sm90) {
-    return few_tiles(call) && !call.dropout && (call.r > 32 || (mixed && fewest));
+    const int64_t largest_rank = call.M <= 64 ? 32 : 64;
+    return few_tiles(call) && !call.dropout && (call.r > largest_rank || (mixed && fewest));
   }
   const bool few = call.M <= kFewRows, saves = call.dropout || (mixed && !few);
   return !saves || fewest || (few && call.r > 64);
