@@ -47,7 +47,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
 
 
 def run(program: Path, *cases: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(program), *cases], capture_output=True, text=True, timeout=120)
+    return subprocess.run([str(program), *cases], capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize(("program", "build"), WANTED)
