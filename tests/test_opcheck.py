@@ -219,7 +219,7 @@ def lora_linear_grouped_fwd_samples() -> Iterator[Sample]:
 def lora_linear_grouped_bwd_samples() -> Iterator[Sample]:
     for i, operands in enumerate(grouped_operands()):
         detached_operands = detached_all(operands)
-        _, h = torch.ops.lora_ext.lora_linear_grouped_fwd(*detached_operands, True)
+        _, h = torch.ops.lora_ext.lora_linear_grouped_fwd(*detached_operands, return_h=True)
         x, weight, _, *adapters = detached_operands
         dy = torch.randn(2, 3, 6).to(x.dtype)
         mask = [True, i % 2 == 0, i % 3 == 0, adapters[5] is not None]
