@@ -21,12 +21,17 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from lora_ext.arguments import describe, listed, refuse
-from lora_ext.errors import NotBuiltError
+from lora_ext._batch_arguments import (
+    integers,
+    names_of,
+    places_of,
+    slots_of_gates,
+    slots_of_rows,
+)
+from lora_ext.arguments import listed, refuse
 
 __all__ = ["BatchPlan", "batch"]
 
-BASE = "__base__"  # PEFT's name of the model without adapters
 _NEVER = torch.iinfo(torch.int64).max
 
 
@@ -34,10 +39,11 @@ class Assignment(NamedTuple):
     """Which rows of one input, counted over all its leading dimensions, have which adapter."""
 
     names: tuple[str, ...]  # of the adapters that have a row
-    order: Tensor  # int32 [R]: the rows of the first name, of the second, ...; ascending in each
+    order: Tensor  # int32 [R]: the rows of the first name, of the second, ...
     counts: tuple[int, ...]  # how many each has
     factor: Tensor | None  # [R], floating: the strength of each of these rows
     alone: bool  # one adapter has all rows, at its own strength
+    several: bool  # rows may have several adapters
 
     def by_name(self) -> list[tuple[str, Tensor, Tensor | None]]:
         """(name, rows, factor) of each adapter."""
@@ -111,16 +117,19 @@ class BatchPlan:
         lengths: Tensor | None = None,
         rows: tuple[int, int] | None = None,
         per_row: bool = False,
+        gates: Tensor | None = None,
         scale: Tensor | None = None,
         after: Tensor | None = None,
         repeats: bool = False,
         zero_grads: bool = False,
     ) -> None:
         self.names = tuple(names)
-        self._slots = slots  # int64, on the CPU: a slot for each request, segment or row
+        # int64 [.., k], on the CPU: the slots of each request, segment or row, k of them
+        self._slots = slots
         self._lengths = lengths
         self._rows = rows
         self._per_row = per_row
+        self._gates = gates  # in the shape of slots, or None
         self._scale = scale
         self._after = after
         self._repeats = repeats
@@ -128,7 +137,7 @@ class BatchPlan:
         # Whether an input of fewer rows is of tokens that follow those of the plan, as with a KV
         # cache, or of the last ones (transformers' logits_to_keep).
         self.tokens_follow = True
-        self._made: dict[Any, tuple[Assignment, Tensor]] = {}
+        self._made: dict[Any, tuple[Assignment, Tensor, Tensor]] = {}
         self._found: set[str] = set()
         self._was_asked = False
 
@@ -164,7 +173,17 @@ class BatchPlan:
     @property
     def has_scale(self) -> bool:
         """Whether rows have strengths."""
-        return self._scale is not None
+        return self._scale is not None or self._gates is not None
+
+    @property
+    def mixes(self) -> bool:
+        """Whether rows have several adapters, each with a gate."""
+        return self._gates is not None
+
+    def set_gates(self, gates: Tensor) -> None:
+        """Other values for the gates, in the shape that they had: of the next layer."""
+        assert self._gates is not None
+        self._gates = gates.reshape(self._gates.shape)
 
     @property
     def has_after(self) -> bool:
@@ -188,19 +207,31 @@ class BatchPlan:
         those of a layer. `whole`: wherever they begin (`after`), all rows of their requests.
 
         Raises:
-            ValueError: the input does not have the rows that the plan is for; names the layer.
+            ValueError: the input does not have the rows that the plan is for, or `whole` requests
+                have several adapters; names the layer.
         """
+        if whole and self.mixes:
+            raise ValueError(
+                f"{where}: batch: gates: got a value, expected None: each adapter has a copy of "
+                f"what is trained here, and copies are not mixed; leave {listed(self.names)} "
+                "without modules_to_save and trainable_token_indices"
+            )
         present = tuple(name for name in self.names if name in names)
         key = (tuple(leading), device, present, whole)
         made = self._made.get(key)
         if made is None:
             with torch.inference_mode(False):  # it may be kept for backward later
                 made = self._made[key] = self._assign(tuple(leading), device, present, where, whole)
-        assignment, owners = made
-        if self._scale is None or not assignment.names:
+        assignment, owners, gated = made
+        if not self.has_scale or not assignment.names:
             return assignment
         # Not kept: its gradient is that of one backward.
-        factor = self._scale.to(device).index_select(0, owners)
+        factors = []
+        if self._scale is not None:
+            factors.append(self._scale.to(device).index_select(0, owners))
+        if self._gates is not None:
+            factors.append(self._gates.to(device).flatten().index_select(0, gated))
+        factor = factors[0] if len(factors) == 1 else factors[0].double() * factors[1].double()
         return assignment._replace(factor=factor, alone=False)
 
     def _assign(
@@ -210,21 +241,28 @@ class BatchPlan:
         names: Sequence[str],
         where: str,
         whole: bool,
-    ) -> tuple[Assignment, Tensor]:
+    ) -> tuple[Assignment, Tensor, Tensor]:
+        """And of each entry of its order the request, segment or row of the plan, and the place
+        of its gate."""
         owners, positions, lengths = self._owners(leading, where, whole)
         slots = self._slots.index_select(0, owners)
         if self._after is not None and not whole:
             after = self._after[owners]
             after = torch.where(after < 0, after + lengths, after)
-            slots = torch.where(positions >= after, slots, -1)
+            slots = torch.where((positions >= after).unsqueeze(1), slots, -1)
         # In the order of `names`; others are the base's.
         places = torch.full((len(self.names) + 1,), -1, device="cpu")
         for place, name in enumerate(names):
             places[self.names.index(name)] = place
-        slots = places[slots]  # -1 is the last one, which is -1
-        order = slots.argsort(stable=True)
-        counts = torch.bincount(slots + 1, minlength=len(names) + 1).tolist()
+        slots, columns = places[slots].sort(1)  # -1 is the last place, which is -1
+        # In an adapter those rows first for which it is the first one, then the second, ...: no row
+        # is twice in such a part, so that its rows are independent.
+        k = slots.shape[1]
+        rounds = torch.arange(k, device="cpu") - (slots < 0).sum(1, keepdim=True)
+        order = (slots * k + rounds.clamp(min=0)).flatten().argsort(stable=True)
+        counts = torch.bincount(slots.flatten() + 1, minlength=len(names) + 1).tolist()
         order = order[counts[0] :]
+        rows = order // k
         having = [
             (name, count)
             for name, count in zip(names, counts[1:], strict=True)
@@ -232,12 +270,14 @@ class BatchPlan:
         ]
         assignment = Assignment(
             tuple(name for name, _ in having),
-            order.to(device, torch.int32),
+            rows.to(device, torch.int32),
             tuple(count for _, count in having),
             None,
-            len(having) == 1 and len(order) == len(slots),
+            len(having) == 1 and len(rows) == len(slots),
+            k > 1,
         )
-        return assignment, owners[order].to(device)
+        gated = owners[rows] * k + columns.flatten()[order]
+        return assignment, owners[rows].to(device), gated.to(device)
 
     def _owners(
         self, leading: tuple[int, ...], where: str, whole: bool
@@ -246,7 +286,8 @@ class BatchPlan:
         and how long that is."""
         total, count = math.prod(leading), len(self._slots)
         if self._per_row or self._lengths is not None:
-            lengths = torch.ones_like(self._slots) if self._lengths is None else self._lengths
+            ones = torch.ones(count, dtype=torch.int64, device="cpu")
+            lengths = ones if self._lengths is None else self._lengths
             if total != int(lengths.sum()):
                 what = "ids" if self._lengths is None else "lengths"
                 raise ValueError(
@@ -314,8 +355,10 @@ def batch(
             where later inputs are the tokens that follow (a KV cache).
         lengths: of segments that are packed one behind the other; `adapters` has one name for each.
         ids: int [rows] or [requests, rows]: of each row the place of its adapter in `adapters`;
-            -1 is the base.
-        gates: of several adapters for each row; not built yet.
+            -1 is the base. With gates one dimension more, of the adapters that a row has.
+        gates: floating, several adapters for each row, whose updates they multiply: in the shape of
+            ids; or without ids [requests, adapters] or [requests, rows, adapters], of all
+            `adapters` then. They may require grad (X-LoRA, mixtures of adapters).
         scale: floating [requests], or [segments], or with ids [rows]: multiplies the update of each
             one's rows. It may require grad.
         after: the position in its request, or segment, from which on each one's adapter takes
@@ -331,39 +374,43 @@ def batch(
 
     Raises:
         ValueError, TypeError: arguments that do not go together, by name.
-        NotBuiltError: gates.
     """
-    if gates is not None:
-        raise NotBuiltError(
-            "batch: gates: got a value, which is not built: each row has one adapter; add up the "
-            "outputs of several plans, or make one adapter with add_weighted_adapter()"
-        )
-    given = _names_of(adapters)
+    given = names_of(adapters)
     names = tuple(dict.fromkeys(name for name in given if name is not None))
     if ids is not None:
         if rows is not None or lengths is not None or after is not None:
             raise ValueError("batch: ids: got rows, lengths or after beside it, expected none")
-        slots = _slots_of_rows(ids, given, names)
+        slots = slots_of_rows(ids, given, names, gates)
+    elif gates is not None:
+        if lengths is not None:
+            raise ValueError("batch: gates: got lengths beside it, expected ids or none of them")
+        slots = slots_of_gates(gates, given, names)
     else:
-        places = [-1 if name is None else names.index(name) for name in given]
-        slots = torch.tensor(places, dtype=torch.int64, device="cpu")
+        slots = places_of(given, names).unsqueeze(1)
+    per_row = ids is not None or (gates is not None and gates.dim() == 3)
+    if per_row and (rows is not None or after is not None):
+        raise ValueError("batch: gates: got rows or after beside those of each row, expected none")
+    requests = len(slots) if ids is None else len(given)
+    if gates is not None:
+        gates = gates.reshape(slots.shape)
     if lengths is not None:
         if rows is not None:
             raise ValueError("batch: lengths: got rows beside it, expected one of them")
-        lengths = _integers(lengths, "lengths", len(given))
+        lengths = integers(lengths, "lengths", len(given))
         if (lengths < 0).any():
             raise ValueError(f"batch: lengths: got {int(lengths.min())}, expected at least 0")
     if rows is not None:
         rows = (int(rows[0]), int(rows[1]))
-        if rows[0] != len(given):
+        if rows[0] != requests:
+            what = "adapters" if gates is None else "gates"
             raise ValueError(
-                f"batch: rows: got {rows} with {len(given)} adapters, expected ({len(given)}, rows "
-                "of each)"
+                f"batch: rows: got {rows} with {requests} {what}, expected ({requests}, rows of "
+                "each)"
             )
     if after is not None:
         if not isinstance(after, Tensor):
             after = [_NEVER if position is None else position for position in after]
-        after = _integers(after, "after", len(given))
+        after = integers(after, "after", requests)
     if scale is not None:
         if not isinstance(scale, Tensor) or not scale.is_floating_point():
             refuse("batch", "scale", scale, "a floating-point tensor")
@@ -377,48 +424,10 @@ def batch(
         slots,
         lengths=lengths,
         rows=rows,
-        per_row=ids is not None,
+        per_row=per_row,
+        gates=gates,
         scale=scale,
         after=after,
         repeats=repeats,
         zero_grads=zero_grads,
     )
-
-
-def _names_of(adapters: Any) -> list[str | None]:
-    if adapters is None or isinstance(adapters, str | bytes | Tensor):
-        refuse("batch", "adapters", adapters, "a list of names, None for the base")
-    given = list(adapters)
-    for name in given:
-        if name is not None and not isinstance(name, str):
-            refuse("batch", "adapters", name, "names, or None for the base")
-    return [None if name == BASE else name for name in given]
-
-
-def _slots_of_rows(ids: Any, given: Sequence[str | None], names: Sequence[str]) -> Tensor:
-    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() not in (1, 2):
-        refuse("batch", "ids", ids, "a tensor of integers [rows] or [requests, rows]")
-    ids = ids.detach().to("cpu", torch.int64).flatten()
-    if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < len(given):
-        bad = int(ids.min()) if int(ids.min()) < -1 else int(ids.max())
-        raise ValueError(
-            f"batch: ids: got {bad}, expected -1 to {len(given) - 1}, places in adapters"
-        )
-    places = [-1 if name is None else names.index(name) for name in given]
-    return torch.tensor([*places, -1], device="cpu")[ids]
-
-
-def _integers(values: Any, argument: str, count: int) -> Tensor:
-    if isinstance(values, Tensor):
-        found = values.detach().to("cpu")
-    else:
-        try:
-            found = torch.tensor(list(values), dtype=torch.int64, device="cpu")
-        except (TypeError, ValueError, RuntimeError):
-            refuse("batch", argument, values, "integers")
-    if found.is_floating_point() or found.dtype == torch.bool or list(found.shape) != [count]:
-        raise ValueError(
-            f"batch: {argument}: got {describe(values)}, expected {count} integers, one for each "
-            "of adapters"
-        )
-    return found.to(torch.int64)

@@ -29,10 +29,11 @@ class Grouped:
     weight: Tensor  # [N, K]
     bias: Tensor | None  # [N]
     adapters: dict[str, LowRank]
-    ids: Tensor  # [M]: places in adapters, -1 is the base
+    ids: Tensor  # [M]: places in adapters, -1 is the base; [M, k] with gates
     scale: Tensor | None  # [M]
     rng_state: Tensor
     dy: Tensor  # [M, N]
+    gates: Tensor | None = None  # [M, k]
 
     @property
     def names(self) -> list[str]:
@@ -41,13 +42,14 @@ class Grouped:
     def leaves(self) -> dict[str, Tensor]:
         """The operands that have gradients."""
         found = {"x": self.x, "weight": self.weight, "bias": self.bias, "scale": self.scale}
+        found["gates"] = self.gates
         for name, one in self.adapters.items():
             found |= {f"{name}.A": one.lora_A, f"{name}.B": one.lora_B}
             found |= {f"{name}.bias": one.lora_bias}
         return {name: leaf for name, leaf in found.items() if leaf is not None}
 
     def fused(self) -> Tensor:
-        plan = lora_ext.batch(self.names, ids=self.ids, scale=self.scale)
+        plan = lora_ext.batch(self.names, ids=self.ids, scale=self.scale, gates=self.gates)
         return lora_ext.lora_linear_grouped(
             self.x, self.weight, self.bias, self.adapters, plan, rng_state=self.rng_state
         )
@@ -55,7 +57,8 @@ class Grouped:
     def plain(self) -> Tensor:
         y = torch.nn.functional.linear(self.x, self.weight, self.bias)
         for place, one in enumerate(self.adapters.values()):
-            rows = (self.ids == place).nonzero().flatten()
+            chosen = (self.ids == place).view(len(self.x), -1)
+            rows = chosen.any(1).nonzero().flatten()
             d = self.x
             if one.dropout_p > 0.0:
                 mask = lora_ext.dropout_mask(self.rng_state, *self.x.shape, one.dropout_p)
@@ -68,6 +71,9 @@ class Grouped:
             update = update * one.scaling
             if self.scale is not None:
                 update = update * self.scale[rows, None].to(update.dtype)
+            if self.gates is not None:
+                own = (self.gates * chosen).sum(1)
+                update = update * own[rows, None].to(update.dtype)
             y = y.index_add(0, rows, update.to(y.dtype))
         return y
 
@@ -83,7 +89,7 @@ class Grouped:
             )
             for name, one in self.adapters.items()
         }
-        tensors = {n: double(getattr(self, n)) for n in ("x", "weight", "bias", "scale")}
+        tensors = {n: double(getattr(self, n)) for n in ("x", "weight", "bias", "scale", "gates")}
         return replace(self, adapters=adapters, dy=self.dy.double(), **tensors)  # type: ignore[arg-type]
 
     def results(self, y: Tensor) -> dict[str, Tensor]:
@@ -149,6 +155,23 @@ def make_grouped(seed: int, dtype: torch.dtype) -> Grouped:
         torch.tensor([choice.randrange(2**31), choice.randrange(2**31)]),
         draw(M, N).detach(),
     )
+
+
+def make_gated(seed: int, dtype: torch.dtype) -> Grouped:
+    """Rows with several adapters: k of them, fewer in some rows, or all."""
+    problem = make_grouped(seed, dtype)
+    choice = random.Random(f"gates {seed} {dtype}")
+    generator = torch.Generator().manual_seed(seed)
+    M, slots = len(problem.x), len(problem.adapters)
+    if choice.random() < 0.3:
+        ids = torch.arange(slots).expand(M, slots)
+    else:
+        k = choice.randint(1, slots)
+        ids = torch.rand(M, slots, generator=generator).argsort(1)[:, :k]
+        ids = torch.where(torch.rand(M, k, generator=generator) < 0.2, -1, ids)
+    gates = torch.randn(ids.shape, generator=generator)
+    gates = gates.to(choice.choice([torch.float32, dtype])).requires_grad_()
+    return replace(problem, ids=ids, gates=gates)
 
 
 def bounds(problem: Grouped, wanted: dict[str, Tensor]) -> dict[str, float]:

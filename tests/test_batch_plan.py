@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import lora_ext
 from lora_ext.batching import current_plan
-from lora_ext.errors import NotBuiltError
 from lora_ext.nn.lora_layer import LoraLayer
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -90,7 +89,6 @@ REFUSED: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     (TypeError, "adapters: got None", lambda: lora_ext.batch()),
     (TypeError, "adapters: got 'a'", lambda: lora_ext.batch("a")),
     (TypeError, "adapters: got 3", lambda: lora_ext.batch([3])),  # type: ignore[list-item]
-    (NotBuiltError, "gates", lambda: lora_ext.batch(["a"], gates=torch.ones(1, 1))),
     (ValueError, "rows: got", lambda: lora_ext.batch(["a"], rows=(2, 3))),
     (ValueError, "lengths: got", lambda: lora_ext.batch(["a"], lengths=[1, 2])),
     (ValueError, "lengths: got -1", lambda: lora_ext.batch(["a"], lengths=[-1])),

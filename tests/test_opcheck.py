@@ -185,12 +185,13 @@ def grouped_operands() -> Iterator[tuple[Any, ...]]:
         first = make_problem((2, 3), 10, 6, 4, dtype=dtype, adapter_dtype=adapter, bias=i % 2 == 0)
         other = make_problem((2, 3), 10, 6, 3, dtype=dtype)
         biases = [first.lora_bias, other.weight.new_empty(0)] if first.lora_bias is not None else []
-        order = torch.tensor([0, 1, 5, 3], dtype=torch.int32)
+        several = i % 5 == 0
+        order = torch.tensor([0, 1, 5, 0 if several else 3], dtype=torch.int32)
         factor = torch.rand(4, requires_grad=i % 4 < 2) if i % 3 == 0 else None
         yield (
             *(first.x, first.weight, first.bias, [first.lora_A, other.lora_A]),
             *([first.lora_B, other.lora_B], biases, order, [3, 1], factor, [2.0, 0.5]),
-            *([p, 0.0], torch.tensor([7, 0]) if p else None),
+            *([p, 0.0], torch.tensor([7, 0]) if p else None, several),
         )
 
 
@@ -219,7 +220,7 @@ def lora_linear_grouped_fwd_samples() -> Iterator[Sample]:
 def lora_linear_grouped_bwd_samples() -> Iterator[Sample]:
     for i, operands in enumerate(grouped_operands()):
         detached_operands = detached_all(operands)
-        _, h = torch.ops.lora_ext.lora_linear_grouped_fwd(*detached_operands, True)
+        _, h = torch.ops.lora_ext.lora_linear_grouped_fwd(*detached_operands, return_h=True)
         x, weight, _, *adapters = detached_operands
         dy = torch.randn(2, 3, 6).to(x.dtype)
         mask = [True, i % 2 == 0, i % 3 == 0, adapters[5] is not None]

@@ -16,9 +16,11 @@ struct LoraLinearForwardArgs {
   const void* lora_B_t;  // [N, r] adapter type, packed
   const void* bias;      // [N] compute type: bias + scaling * lora_bias, or null
   double scaling;
+  const double* row_factors = nullptr;  // [M]: multiply scaling for each row; or null
   DropoutArgs dropout;
-  void* y;  // [M, N] base type, written
-  void* h;  // [M, r] compute type, written, or null
+  void* y;             // [M, N] base type, written
+  void* h;             // [M, r] compute type, written, or null
+  bool add_y = false;  // to what y holds
 };
 
 struct LoraLinearBackwardArgs {
@@ -32,9 +34,12 @@ struct LoraLinearBackwardArgs {
   const void* lora_B;    // [N, r] adapter type
   const void* lora_A_t;  // lora_A packed; may be null if h is given or dB not wanted
   double scaling;
+  const double* row_factors = nullptr;  // [M]: multiply scaling for each row; or null
   DropoutArgs dropout;
-  void* dx;          // [M, K] base type, written, or null
-  bool add = false;  // to what dA and dB hold, of rows before these
+  void* dx;                        // [M, K] base type, written, or null
+  double* drow_factors = nullptr;  // [M], written: gradients of row_factors; needs h; or null
+  bool add_dx = false;             // to what dx holds
+  bool add = false;                // to what dA and dB hold, of rows before these
 };
 
 // Several low-rank parts of one x.
@@ -62,11 +67,12 @@ struct LoraLinearKernels {
   int64_t (*packed_bytes)(int64_t rows, int64_t columns);
   void (*pack)(const void* in, int64_t rows, int64_t columns, int64_t begin, int64_t end,
                void* out);
-  // Rows [begin, end) of y = scaling * dropout(x) A^T B^T + bias, and of h = dropout(x) A^T.
+  // Rows [begin, end) of y = scaling * dropout(x) A^T B^T + bias, and of h = dropout(x) A^T, which
+  // has no factor of rows.
   void (*forward_rows)(const LoraLinearForwardArgs&, int64_t begin, int64_t end, void* scratch);
   // Rows [begin, end) of dx = dropout'(dh A) with dh = scaling * dy B; the sums over these rows
-  // dh^T dropout(x) go to dA [r, K] and h^T dy (not scaled) to dB [r, N], in the compute type;
-  // either may be null.
+  // dh^T dropout(x) go to dA [r, K] and h^T dy (not scaled, but with the factors of rows) to dB
+  // [r, N], in the compute type; either may be null.
   void (*backward_rows)(const LoraLinearBackwardArgs&, int64_t begin, int64_t end, void* dA,
                         void* dB, void* scratch);
   // The same for several low-rank parts of one x. Bytes of scratch for so many masks, one for each

@@ -222,19 +222,20 @@ TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
   m.def(
       "lora_linear_grouped(Tensor x, Tensor weight, Tensor? bias, Tensor[] lora_A, "
       "Tensor[] lora_B, Tensor[] lora_bias, Tensor order, int[] counts, Tensor? factor, "
-      "float[] scaling, float[] dropout_p, Tensor? rng_state=None) -> Tensor",
+      "float[] scaling, float[] dropout_p, Tensor? rng_state=None, bool several=False) -> Tensor",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "lora_linear_grouped_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor[] lora_A, "
       "Tensor[] lora_B, Tensor[] lora_bias, Tensor order, int[] counts, Tensor? factor, "
-      "float[] scaling, float[] dropout_p, Tensor? rng_state=None, bool return_h=False) "
+      "float[] scaling, float[] dropout_p, Tensor? rng_state=None, bool several=False, "
+      "bool return_h=False) "
       "-> (Tensor y, Tensor h)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "lora_linear_grouped_bwd(Tensor dy, Tensor? x, Tensor? h, Tensor? weight, "
       "Tensor[] lora_A, Tensor[] lora_B, Tensor[] lora_bias, Tensor order, int[] counts, "
-      "Tensor? factor, float[] scaling, float[] dropout_p, Tensor? rng_state, bool[4] mask, "
-      "int[] wanted) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dfactor, "
+      "Tensor? factor, float[] scaling, float[] dropout_p, Tensor? rng_state, bool several, "
+      "bool[4] mask, int[] wanted) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dfactor, "
       "Tensor[] dlora_A, Tensor[] dlora_B, Tensor[] dlora_bias)",
       {at::Tag::pt2_compliant_tag});
 }

@@ -17,12 +17,14 @@ struct GroupedAdapters {
   at::TensorList lora_A;            // of each slot [r, K]
   at::TensorList lora_B;            // of each slot [N, r]
   at::TensorList lora_bias;         // of each slot [N], or [0] for none; or empty: none has one
-  const Tensor& order;              // [R] int32: the rows of slot 0, of slot 1, ...
+  const Tensor& order;              // [R] int32: the rows of slot 0, of slot 1, ...; in each those
+                                    // first that are in fewer slots before it, which is fastest
   at::IntArrayRef counts;           // how many rows each slot has; R in all
   const OptionalTensor& factor;     // [R], floating: multiplies the update of each of these rows
   at::ArrayRef<double> scaling;     // of each slot
   at::ArrayRef<double> dropout_p;   // of each slot
   const OptionalTensor& rng_state;  // [2], int64; present where a slot drops elements
+  bool several;                     // a row may be in several slots, in each once
 
   size_t slots() const { return lora_A.size(); }
 };
@@ -37,13 +39,17 @@ struct LoraLinearGroupedCall {
   const OptionalTensor& factor;
   at::ArrayRef<double> scaling, dropout_p;
   const OptionalTensor& rng_state;
+  bool several;
 
   auto fields() const {
     return std::tie(x, weight, bias, lora_A, lora_B, lora_bias, order, counts, factor, scaling,
-                    dropout_p, rng_state);
+                    dropout_p, rng_state, several);
   }
-  GroupedAdapters adapters() const {
-    return {lora_A, lora_B, lora_bias, order, counts, factor, scaling, dropout_p, rng_state};
+  GroupedAdapters adapters() const { return adapters_of(order); }
+  // With `order` as another tensor holds it, which is to live as long.
+  GroupedAdapters adapters_of(const Tensor& other_order) const {
+    return {lora_A, lora_B,  lora_bias, other_order, counts,
+            factor, scaling, dropout_p, rng_state,   several};
   }
 };
 
@@ -58,13 +64,17 @@ struct LoraLinearGroupedBackwardCall {
   const OptionalTensor& factor;
   at::ArrayRef<double> scaling, dropout_p;
   const OptionalTensor& rng_state;
+  bool several;
 
   auto fields() const {
     return std::tie(dy, x, h, weight, lora_A, lora_B, lora_bias, order, counts, factor, scaling,
-                    dropout_p, rng_state);
+                    dropout_p, rng_state, several);
   }
-  GroupedAdapters adapters() const {
-    return {lora_A, lora_B, lora_bias, order, counts, factor, scaling, dropout_p, rng_state};
+  GroupedAdapters adapters() const { return adapters_of(order); }
+  // With `order` as another tensor holds it, which is to live as long.
+  GroupedAdapters adapters_of(const Tensor& other_order) const {
+    return {lora_A, lora_B,  lora_bias, other_order, counts,
+            factor, scaling, dropout_p, rng_state,   several};
   }
 };
 

@@ -98,6 +98,7 @@ struct LoraLinearGrouped : torch::autograd::Function<LoraLinearGrouped> {
     ctx->saved_data["scaling"] = call.scaling.vec();
     ctx->saved_data["dropout_p"] = call.dropout_p.vec();
     ctx->saved_data["has_bias"] = call.bias.has_value();
+    ctx->saved_data["several"] = call.several;
     return y;
   }
 
@@ -123,7 +124,8 @@ struct LoraLinearGrouped : torch::autograd::Function<LoraLinearGrouped> {
                                              factor,
                                              scaling,
                                              dropout_p,
-                                             rng_state};
+                                             rng_state,
+                                             ctx->saved_data["several"].toBool()};
     // needs_input_grad counts the tensors that were passed; None has no number.
     const bool has_bias = ctx->saved_data["has_bias"].toBool();
     size_t input = 0;
@@ -158,7 +160,7 @@ struct LoraLinearGrouped : torch::autograd::Function<LoraLinearGrouped> {
     }
     grads.insert(grads.end(), 2, Tensor());  // order, counts
     grads.push_back(kept(mask[kGroupedFactor], dfactor));
-    grads.insert(grads.end(), 3, Tensor());  // scaling, dropout_p, rng_state
+    grads.insert(grads.end(), 4, Tensor());  // scaling, dropout_p, rng_state, several
     return grads;
   }
 };
@@ -213,7 +215,7 @@ Tensor lora_linear_grouped_autocast(const LoraLinearGroupedCall& call) {
                      lora_bias = adapters(call.lora_bias);
   return lora_linear_grouped({cast.base(call.x), cast.base(call.weight), cast.base(call.bias),
                               lora_A, lora_B, lora_bias, call.order, call.counts, call.factor,
-                              call.scaling, call.dropout_p, call.rng_state});
+                              call.scaling, call.dropout_p, call.rng_state, call.several});
 }
 
 // torch.func's transforms come before autocast.

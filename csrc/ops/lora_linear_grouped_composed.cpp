@@ -18,6 +18,12 @@ Tensor times_factor(const Tensor& values, const SlotRows& rows) {
   return rows.factor.defined() ? values * rows.factor : values;
 }
 
+// out [M, columns] += values at these rows, in the wider of their types, rounded once
+void add_to_rows(const Tensor& out, const Tensor& rows, const Tensor& values) {
+  const Tensor sum = out.index_select(0, rows) + values;
+  out.index_copy_(0, rows, sum.to(out.scalar_type()));
+}
+
 // A slot's part of h, or where it is to be written.
 Tensor hidden_of(const Slot& slot, const Tensor& h) {
   return h.narrow(0, slot.h_begin, slot.rows * slot.rank()).view({slot.rows, slot.rank()});
@@ -86,15 +92,12 @@ SlotGradients slot_gradients(const Slot& slot, const SlotRows& rows, const Tenso
 }
 
 void composed_slot_forward(const Slot& slot, const Tensor& x, const Tensor& order,
-                           const OptionalTensor& factor, const OptionalTensor& bias,
-                           const Tensor& y, const Tensor& h) {
+                           const OptionalTensor& factor, const Tensor& y, const Tensor& h) {
   if (slot.rows == 0) return;
   const SlotRows rows = rows_of(slot, x, x.size(0), x.size(1), order, factor, slot.dtype());
   const Tensor hidden = slot_hidden(slot, rows);
   if (h.defined()) hidden_of(slot, h).copy_(hidden);
-  Tensor update = slot_update(slot, rows, hidden);
-  if (bias.has_value()) update = update + *bias;
-  y.index_copy_(0, rows.index, update.to(y.scalar_type()));
+  add_to_rows(y, rows.index, slot_update(slot, rows, hidden));
 }
 
 void composed_slot_backward(const Slot& slot, const Tensor& dy, const Tensor& x,
@@ -122,7 +125,7 @@ void composed_slot_backward(const Slot& slot, const Tensor& dy, const Tensor& x,
   if (wanted & kSlotA) dA.copy_(own.dA);
   if (wanted & kSlotB) dB.copy_(own.dB);
   if (wanted & kSlotBias) dlora_bias.copy_(own.dlora_bias);
-  if (dx.defined()) dx.index_copy_(0, rows.index, own.dx.to(dx.scalar_type()));
+  if (dx.defined()) add_to_rows(dx, rows.index, own.dx);
   if (dfactor.defined()) dfactor.narrow(0, slot.begin, slot.rows).copy_(own.dfactor);
 }
 
@@ -141,8 +144,7 @@ std::tuple<Tensor, Tensor> lora_linear_grouped_fwd_composed(const LoraLinearGrou
     y_rows.zero_();
   }
   for (const Slot& slot : slots_of(call.adapters())) {
-    composed_slot_forward(slot, x, call.order, call.factor, call.bias, y_rows,
-                          return_h ? h : Tensor());
+    composed_slot_forward(slot, x, call.order, call.factor, y_rows, return_h ? h : Tensor());
   }
   if (y.numel() > 0) add_base(y_rows, x, call.weight);
   return {y, h};

@@ -31,13 +31,11 @@ struct SlotGradients {
 SlotGradients slot_gradients(const Slot& slot, const SlotRows& rows, const Tensor& dy,
                              const Tensor& h, int64_t wanted, bool dx, bool dfactor);
 
-// One slot's rows of y [M, N], written: its update and the bias; and its part of h, if h is
-// defined.
+// One slot's update, added to its rows of y [M, N]; and its part of h, if h is defined.
 void composed_slot_forward(const Slot& slot, const Tensor& x, const Tensor& order,
-                           const OptionalTensor& factor, const OptionalTensor& bias,
-                           const Tensor& y, const Tensor& h);
+                           const OptionalTensor& factor, const Tensor& y, const Tensor& h);
 // What gradients there are for one slot: written into dA, dB and dlora_bias as `wanted` says, and
-// where they are defined into its rows of dx [M, K] and its entries of dfactor [R].
+// where they are defined added to its rows of dx [M, K] and written to its entries of dfactor [R].
 void composed_slot_backward(const Slot& slot, const Tensor& dy, const Tensor& x,
                             const OptionalTensor& h, const Tensor& order,
                             const OptionalTensor& factor, int64_t wanted, const Tensor& dx,

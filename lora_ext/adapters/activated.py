@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_ext._batch_arguments import BASE
 from lora_ext.arguments import listed, refuse, warn
-from lora_ext.batching import BASE, BatchPlan, batch
+from lora_ext.batching import BatchPlan, batch
 from lora_ext.errors import NotBuiltError
 
 

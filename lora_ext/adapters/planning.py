@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_ext._batch_arguments import BASE
 from lora_ext.adapters.activated import plan_of_activated
 from lora_ext.adapters.training import is_checkpointing
 from lora_ext.arguments import check_known, refuse
-from lora_ext.batching import BASE, BatchPlan, batch, current_plan, following
+from lora_ext.batching import BatchPlan, batch, current_plan, following
 
 Context = AbstractContextManager[Any]
 

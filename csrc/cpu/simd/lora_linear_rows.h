@@ -82,6 +82,14 @@ void for_chunks(const Panel<Math>& panel, const typename Math::Base* in, int64_t
   }
 }
 
+// hidden [rows, r] *= row_factors [rows]
+template <class Hidden>
+void multiply_rows(Hidden* hidden, const double* row_factors, int64_t rows, int64_t r) {
+  for (int64_t i = 0; i < rows * r; ++i) {
+    hidden[i] = static_cast<Hidden>(hidden[i] * row_factors[i / r]);
+  }
+}
+
 // What follows is not inlined: each holds a product's code, which is large, and several callers.
 
 // hidden [rows, r] = the kept elements of x A^T; `few`: sums are short, as of few rows
@@ -114,10 +122,11 @@ template <class Math>
   for (int64_t i = 0; h_out && i < rows * r; ++i) {
     h_out[m * r + i] = static_cast<S>(panel.hidden[i] * survivor);
   }
+  if (args.row_factors) multiply_rows(panel.hidden, args.row_factors + m, rows, r);
   const auto h = Math::rows(panel.operand, panel.hidden, rows, r, args.scaling * survivor, true);
   Math::product(rows, N, r, h, Math::packed(args.lora_B_t, N),
                 StoreRounded<S, T>{static_cast<T*>(args.y) + m * N, N,
-                                   static_cast<const S*>(args.bias), nullptr, 0});
+                                   static_cast<const S*>(args.bias), nullptr, 0, args.add_y});
 }
 
 template <class Math>
@@ -143,7 +152,42 @@ struct BackwardRows {
   bool few;              // the call has few rows: a row is the same in any range
 };
 
-// hidden [rows, r] = dy B, still without factor, if wants_dh, and dB += h^T dy: from one pass over
+// h of a panel's rows as it is in dB.
+template <class Math>
+auto hidden_columns(const Panel<Math>& panel, const LoraLinearBackwardArgs& args,
+                    const BackwardRows& at) {
+  using S = typename Math::Sum;
+  const int64_t r = args.r, rows = at.rows;
+  const auto* h = row_of<S>(args.h, at.m, r);
+  if (h && !args.row_factors) return Math::columns(panel.operand, h, rows, r, 1.0, at.few);
+  double survivor = 1.0;  // which a given h has
+  if (h) {
+    for (int64_t i = 0; i < rows * r; ++i) panel.hidden[i] = h[i];
+  } else {
+    down_project(panel, row_of<typename Math::Base>(args.x, at.m, args.ldx), args.ldx,
+                 has_short_sums<Math>(args.M, r), rows, args.K, r, at.keep, args.lora_A_t);
+    survivor = args.dropout.survivor;
+  }
+  if (args.row_factors) multiply_rows(panel.hidden, args.row_factors + at.m, rows, r);
+  return Math::columns(panel.operand, panel.hidden, rows, r, survivor, at.few);
+}
+
+// drow_factors of a panel's rows, whose dy B, without factors, is in hidden.
+template <class Math>
+void factor_gradients(const Panel<Math>& panel, const LoraLinearBackwardArgs& args, int64_t m,
+                      int64_t rows) {
+  const int64_t r = args.r;
+  const auto* h = row_of<typename Math::Sum>(args.h, m, r);
+  for (int64_t i = 0; i < rows; ++i) {
+    double sum = 0.0;
+    for (int64_t j = 0; j < r; ++j) {
+      sum += static_cast<double>(panel.hidden[i * r + j]) * static_cast<double>(h[i * r + j]);
+    }
+    args.drow_factors[m + i] = args.scaling * sum;
+  }
+}
+
+// hidden [rows, r] = dy B, still without scaling, if wants_dh, and dB += h^T dy: from one pass over
 // dy.
 template <class Math>
 [[gnu::noinline]] void hidden_gradient(const Panel<Math>& panel, const LoraLinearBackwardArgs& args,
@@ -151,22 +195,19 @@ template <class Math>
                                        typename Math::Sum* dB) {
   using T = typename Math::Base;
   using S = typename Math::Sum;
-  const int64_t K = args.K, N = args.N, r = args.r, rows = at.rows;
-  const bool recompute_h = dB && !args.h;
-  if (recompute_h) {
-    down_project(panel, row_of<T>(args.x, at.m, args.ldx), args.ldx,
-                 has_short_sums<Math>(args.M, r), rows, K, r, at.keep, args.lora_A_t);
-  }
-  const auto h_t =
-      recompute_h
-          ? Math::columns(panel.operand, panel.hidden, rows, r, args.dropout.survivor, at.few)
-          : Math::columns(panel.operand, row_of<S>(args.h, at.m, r), dB ? rows : 0, r, 1.0, at.few);
+  const int64_t N = args.N, r = args.r, rows = at.rows;
+  const auto h_t = dB ? hidden_columns(panel, args, at)
+                      : Math::columns(panel.operand, row_of<S>(nullptr, 0, r), 0, r, 1.0, at.few);
   const auto B = Math::adapter(args.lora_B, r);
   for_chunks(panel, row_of<T>(args.dy, at.m, args.lddy), args.lddy, rows, N, nullptr,
              [&](int64_t n, const auto& chunk) {
                if (wants_dh) chunk.times(B.from(n), r, n > 0, r == 1, panel.hidden);
                if (dB) chunk.left_times(h_t, r, at.later, dB + n, N);
              });
+  if (args.drow_factors) factor_gradients(panel, args, at.m, rows);
+  if (wants_dh && args.row_factors) {
+    multiply_rows(panel.hidden, args.row_factors + at.m, rows, r);
+  }
 }
 
 // dA += dh^T dropout(x), of dh = factor * hidden
@@ -199,12 +240,12 @@ void lora_linear_backward_rows(const LoraLinearBackwardArgs& args, int64_t begin
     const uint16_t* keep =
         reads_mask ? fill_panel_bits(args.dropout, m, rows, K, panel.keep) : nullptr;
     const BackwardRows at{m, rows, keep, args.add || m > begin, few};
-    hidden_gradient(panel, args, at, dA || dx, dB);
+    hidden_gradient(panel, args, at, dA || dx || args.drow_factors, dB);
     if (dA) adapter_gradient(panel, args, at, factor, dA);
     if (dx) {  // = dropout'(dh A)
       const auto dh = Math::rows(panel.operand, panel.hidden, rows, r, factor, few);
       Math::product(rows, K, r, dh, Math::adapter(args.lora_A, K),
-                    StoreRounded<S, T>{dx + m * K, K, nullptr, keep, keep_words(K)});
+                    StoreRounded<S, T>{dx + m * K, K, nullptr, keep, keep_words(K), args.add_dx});
     }
   }
 }

@@ -40,7 +40,7 @@ struct StoreDouble {
   }
 };
 
-// out[i][j] = result + bias, or result where kept
+// out[i][j] = result + bias, or result where kept; or += it
 template <class S, class T>
 struct StoreRounded {
   T* out;
@@ -48,11 +48,14 @@ struct StoreRounded {
   const S* bias;
   const uint16_t* keep;
   int64_t keep_stride;
+  bool add;
 
   void operator()(int64_t i, int64_t j, typename Vec<S>::Reg result, int lanes) const {
+    T* p = out + i * stride + j;
     if (bias) result = Vec<S>::add(result, load_lanes<S>(bias + j, lanes));
     if (keep) result = Vec<S>::keep(result, bits_at(keep + i * keep_stride, j));
-    store_lanes<S>(out + i * stride + j, result, lanes);
+    if (add) result = Vec<S>::add(result, load_lanes<S>(p, lanes));
+    store_lanes<S>(p, result, lanes);
   }
 };
 

@@ -1,0 +1,209 @@
+"""Several adapters for each row, with gates: `lora_ext.batch(..., gates=...)`, against float64, and
+bit for bit where gates say that there is one adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from grouped_problems import PAIRS, bounds, make_gated, make_grouped
+from problems import rms
+from torch import nn
+
+import lora_ext
+from lora_ext.functional import LowRank
+
+SEEDS = range(60)  # of each dtype
+DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in PAIRS]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_and_gradients_are_those_of_float64(dtype: torch.dtype) -> None:
+    for seed in SEEDS:
+        problem = make_gated(seed, dtype)
+        exact = problem.in_double()
+        wanted = exact.results(exact.plain())
+        found = problem.results(problem.fused())
+        present = {f"a{i}" for i in problem.ids.unique().tolist() if i >= 0}
+        for name, bound in bounds(problem, wanted).items():
+            if name.startswith("a") and name.split(".")[0] not in present:
+                assert name not in found, f"{seed}: a gradient of {name}, which has no row"
+                continue
+            if name in ("scale", "gates") and not present:
+                continue
+            error = rms(found[name].double() - wanted[name])
+            assert error <= bound, f"{seed} {name}: error {error:.3g}, at most {bound:.3g} allowed"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_other_adapters_change_no_bit(dtype: torch.dtype) -> None:
+    """Of rows that have one adapter alone, and of its gradients; nor do gates of other adapters."""
+    compared = 0
+    for seed in SEEDS:
+        problem = make_gated(seed, dtype)
+        mixed = problem.results(problem.fused())
+        own = problem.ids == 0
+        alone = replace(problem, ids=torch.where(own, 0, -1))
+        found = alone.results(alone.fused()) if own.any() else {}
+        rows = own.any(1) & ((problem.ids >= 0).sum(1) == 1)
+        for name in ("y", "x"):
+            if found:
+                assert torch.equal(mixed[name][rows], found[name][rows]), f"{seed} {name}"
+        for name in [name for name in found if name.startswith("a0.")]:
+            assert torch.equal(mixed[name], found[name]), f"{seed} {name}"
+            compared += 1
+        if "gates" in found:
+            assert torch.equal(mixed["gates"][own], found["gates"][own]), seed
+    assert compared > 40
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_hot_gates_are_that_adapter(dtype: torch.dtype) -> None:
+    """Bit for bit where vector kernels run, as of so many rows: the others add zeros."""
+    for seed in SEEDS:
+        problem = make_grouped(seed, dtype)
+        if len(problem.x) < 97:
+            continue
+        plain = {n: one._replace(lora_bias=None) for n, one in problem.adapters.items()}
+        problem = replace(problem, adapters=plain)
+        slots = len(problem.adapters)
+        hot = torch.nn.functional.one_hot(problem.ids + 1, slots + 1)[:, 1:].float()
+        gated = lora_ext.lora_linear_grouped(
+            problem.x, problem.weight, problem.bias, problem.adapters,
+            lora_ext.batch(problem.names, gates=hot), rng_state=problem.rng_state,
+        )  # fmt: skip
+        ones = lora_ext.batch(
+            problem.names, ids=problem.ids[:, None], gates=torch.ones(len(problem.x), 1)
+        )
+        wanted = lora_ext.lora_linear_grouped(
+            problem.x, problem.weight, problem.bias, problem.adapters, ones,
+            rng_state=problem.rng_state,
+        )  # fmt: skip
+        assert torch.equal(gated, wanted), seed
+
+
+def test_gradcheck() -> None:
+    problem = make_gated(4, torch.float64)
+    width = slice(0, 5)
+    adapters = {
+        n: a._replace(
+            lora_A=a.lora_A.detach()[:2, width].clone().requires_grad_(),
+            lora_B=a.lora_B.detach()[width, :2].clone().requires_grad_(),
+            lora_bias=None,
+        )
+        for n, a in list(problem.adapters.items())[:3]
+    }
+    x, weight = (torch.randn(5, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    gates = torch.randn(5, len(adapters), dtype=torch.float64, requires_grad=True)
+    ids = torch.arange(len(adapters)).expand(5, -1)
+    small = replace(
+        problem, x=x, weight=weight, bias=None, adapters=adapters, ids=ids, gates=gates, scale=None
+    )
+    leaves = list(small.leaves().values())
+    assert torch.autograd.gradcheck(lambda *_: small.fused(), leaves)
+    assert torch.autograd.gradgradcheck(lambda *_: small.fused(), leaves)
+
+
+def two_layers() -> nn.Sequential:
+    layers = [lora_ext.nn.Linear(6, 8), lora_ext.nn.Linear(8, 5)]
+    for name, r in (("a", 2), ("b", 4), ("c", 1)):
+        for layer in layers:
+            layer.add_adapter(name, r=r, init_lora_weights=False)
+    return nn.Sequential(layers[0], nn.Tanh(), layers[1])
+
+
+def test_gates_of_requests_hold_for_their_rows_and_for_all_layers() -> None:
+    net, x = two_layers(), torch.randn(2, 3, 6)
+    gates = torch.tensor([[0.5, 0.25, 0.0], [0.0, -1.0, 2.0]], requires_grad=True)
+    with lora_ext.batch(["a", "b", "c"], gates=gates):
+        y = net(x)
+    (found,) = torch.autograd.grad(y.square().sum(), gates)
+
+    def by_hand(gates: torch.Tensor) -> torch.Tensor:
+        value = x
+        for layer in (net[0], net[2]):
+            base = nn.functional.linear(value, layer.weight, layer.bias)
+            updates = [value @ layer.get_delta_weight(name).T for name in "abc"]
+            mixed = sum(g[:, None, None] * u for g, u in zip(gates.T, updates, strict=True))
+            value = base + mixed
+            value = value.tanh() if layer is net[0] else value
+        return value
+
+    again = gates.detach().clone().requires_grad_()
+    wanted = by_hand(again)
+    torch.testing.assert_close(y, wanted)
+    torch.testing.assert_close(found, torch.autograd.grad(wanted.square().sum(), again)[0])
+    rows = gates.detach()[:, None].expand(2, 3, 3)
+    with lora_ext.batch(["a", "b", "c"], gates=rows):
+        assert torch.equal(net(x), y)
+
+
+@pytest.mark.parametrize("kind", ["embedding", "conv"])
+def test_composed_layers_mix_too(kind: str) -> None:
+    if kind == "embedding":
+        layer = lora_ext.nn.Embedding(10, 6)
+        x = torch.randint(0, 10, (2, 4))
+    else:
+        layer = lora_ext.nn.Conv1d(3, 6, 3, padding=1)
+        x = torch.randn(2, 3, 4)
+    for name, r in (("a", 2), ("b", 3)):
+        layer.add_adapter(name, r=r, init_lora_weights=False)
+    gates = torch.tensor([[0.5, -2.0], [1.5, 0.0]])
+    with lora_ext.batch(["a", "b"], gates=gates):
+        y = layer(x)
+    layer.set_adapter([])
+    wanted = layer(x)
+    base = wanted.clone()
+    for place, name in enumerate("ab"):
+        layer.set_adapter(name)
+        wanted = wanted + gates[:, place].view(2, 1, 1) * (layer(x) - base)
+    torch.testing.assert_close(y, wanted)
+
+
+REFUSED: dict[str, tuple[str, Callable[[], object]]] = {
+    "no tensor": ("gates: got", lambda: lora_ext.batch(["a"], gates=[1.0])),  # type: ignore[arg-type]
+    "integers": ("gates: got", lambda: lora_ext.batch(["a"], gates=torch.ones(1, 1).long())),
+    "other adapters": ("gates: got shape", lambda: lora_ext.batch(["a"], gates=torch.ones(1, 2))),
+    "not those of ids": (
+        "gates: got",
+        lambda: lora_ext.batch(["a"], ids=torch.zeros(3, 1).long(), gates=torch.ones(2, 1)),
+    ),
+    "twice": (
+        "the same adapter twice",
+        lambda: lora_ext.batch(["a"], ids=torch.zeros(1, 2).long(), gates=torch.ones(1, 2)),
+    ),
+    "a name twice": ("each name once", lambda: lora_ext.batch(["a", "a"], gates=torch.ones(1, 2))),
+    "lengths": ("lengths", lambda: lora_ext.batch(["a"], lengths=[1], gates=torch.ones(1, 1))),
+    "after": (
+        "after",
+        lambda: lora_ext.batch(["a"], after=[1], gates=torch.ones(1, 2, 1)),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case: str) -> None:
+    what, call = REFUSED[case]
+    with pytest.raises((ValueError, TypeError), match=what):
+        call()
+
+
+def test_a_row_twice_in_an_adapter_is_refused() -> None:
+    x, weight = torch.randn(3, 4), torch.randn(5, 4)
+    one = LowRank(torch.randn(2, 4), torch.randn(5, 2), None, 1.0, 0.0)
+    for order, several, what in (
+        ([0, 0], True, "twice in one slot"),
+        ([1, 1], False, "twice in one slot"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            torch.ops.lora_ext.lora_linear_grouped(
+                x, weight, None, [one.lora_A], [one.lora_B], [],
+                torch.tensor(order, dtype=torch.int32), [2], None, [1.0], [0.0], None, several,
+            )  # fmt: skip
+    with pytest.raises(ValueError, match="several=True"):
+        torch.ops.lora_ext.lora_linear_grouped(
+            x, weight, None, [one.lora_A] * 2, [one.lora_B] * 2, [],
+            torch.tensor([1, 1], dtype=torch.int32), [1, 1], None, [1.0] * 2, [0.0] * 2,
+        )  # fmt: skip
