@@ -222,7 +222,12 @@ SLOTS: Arguments = {"lora_A": [T(2, 4), T(1, 4)], "lora_B": [T(3, 2), T(3, 1)], 
 SLOTS |= {**ROWS, "factor": None, "scaling": [1.0, 1.0], "dropout_p": [0.0, 0.0]}
 GROUPED: Arguments = {"x": T(5, 4), "weight": T(3, 4), "bias": T(3), **SLOTS, "rng_state": None}
 GROUPED_BWD: Arguments = {"dy": T(5, 3), "x": T(5, 4), "h": T(5), "weight": T(3, 4), **SLOTS}
-GROUPED_BWD |= {"rng_state": None, "several": False, "mask": [True, True, True, False], "wanted": [3, 3]}
+GROUPED_BWD |= {
+    "rng_state": None,
+    "several": False,
+    "mask": [True, True, True, False],
+    "wanted": [3, 3],
+}
 SLOT_CASES: list[Case] = [
     ({"lora_A": []}, ValueError, "lora_A: got no adapters, expected at least one"),
     *(

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import ClassVar, NamedTuple, Self, Unpack
+from typing import Any, ClassVar, Self, Unpack, cast
 
 import torch
 from torch import Tensor, nn
 
+from lora_ext import batching
+from lora_ext.batching import current_plan
 from lora_ext.nn.adapter import DEFAULT, AdapterOptions, AdapterSettings
 from lora_ext.nn.any_layer import AnyLayer
-
-
-class _Factors(NamedTuple):
-    """Of every matrix of a stack: A [E, r, in] and B [E, out, r]."""
-
-    A: Tensor
-    B: Tensor
-    scaling: float
+from lora_ext.nn.experts import (
+    Factors,
+    experts_forward,
+    mix,
+    planned_expert_linear,
+    route,
+    slots_of,
+    why_not_experts,
+)
+from lora_ext.nn.planned import follows_plan, planned_names, refuse_plan
 
 
 class ParamLayer(AnyLayer):
-    """A layer of any class whose chosen parameters are `W + scaling * B A` in every call, with the
-    shapes of PEFT's ParamWrapper.
+    """A layer of any class whose chosen parameters are `W + scaling * B A`, with the shapes of
+    PEFT's ParamWrapper.
+
+    transformers' experts run each on its own rows, with the adapter as `lora_linear`; of any other
+    module the sum is formed in every call.
 
     A parameter of two dimensions is one matrix [out, in]. One of three is a stack of E matrices,
     the weights of experts, and each has an update of rank r of its own: [E, out, in], or
@@ -62,6 +69,70 @@ class ParamLayer(AnyLayer):
             module, weights, r, lora_alpha, adapter_name=adapter_name, **options
         )
 
+    # Experts
+
+    def _why_formed(self) -> str | None:
+        """Why W + scaling * B A is formed; None where experts run one by one."""
+        if torch.compiler.is_compiling():
+            return "compiled code cannot depend on how many rows an expert has"
+        return why_not_experts(self, self.WEIGHTS)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base's."""
+        planned = batching.in_use and follows_plan(self) and bool(planned_names(self))
+        if not (planned or self._running) or self._why_formed() is not None:
+            return super().forward(*args, **kwargs)
+        if self.merged_adapters:
+            self._check_merged()
+        if planned:
+            return self._planned_experts(*args, **kwargs)
+        adapters = {name: self._factors(self._running, name) for name in self.WEIGHTS}
+        return self._experts(adapters, *args, **kwargs)
+
+    def _experts(
+        self,
+        adapters: dict[str, Factors],
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+    ) -> Tensor:
+        return experts_forward(self, hidden_states, top_k_index, top_k_weights, adapters)
+
+    def _planned_experts(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        plan = current_plan()
+        assert plan is not None
+        where = type(self).__name__
+        tokens = len(hidden_states)
+        rows = plan.assign((tokens,), hidden_states.device, planned_names(self), where)
+        if rows.several:
+            refuse_plan(self, "a token has one adapter in each expert, and no gates")
+        routed = route(top_k_index, cast(int, self.num_experts))
+        slots = slots_of(routed, tokens, rows)
+
+        def product(name: str, x: Tensor) -> Tensor:
+            adapters = []
+            if name in self.WEIGHTS:
+                adapters = [self._factors([adapter], name) for adapter in rows.names]
+            own = slots if adapters else [one._replace(used=[]) for one in slots]
+            return planned_expert_linear(self, name, x, routed, own, adapters)
+
+        return mix(self, hidden_states, top_k_weights, routed, product)
+
+    def _planned_path(self) -> tuple[str, str]:
+        why = self._why_formed()
+        if why is not None:
+            return super()._planned_path()
+        return "lora_linear_grouped", "for the rows of each expert: a slot is an adapter of one"
+
+    def _product_path(self, tokens: int) -> tuple[str, str]:
+        why = self._why_formed()
+        if why is None:
+            return "lora_linear", "for the rows of each expert, fused with its base product"
+        path, reason = super()._product_path(tokens)
+        return path, f"{reason}: {why}"
+
     # The stack
 
     def _is_transposed(self, name: str) -> bool:
@@ -74,7 +145,7 @@ class ParamLayer(AnyLayer):
             return weight.unsqueeze(0)
         return weight.mT if self._is_transposed(name) else weight
 
-    def _factors(self, names: Sequence[str], weight_name: str) -> _Factors:
+    def _factors(self, names: Sequence[str], weight_name: str) -> Factors:
         """Adapters as one of the sum of their ranks."""
         E = self._matrices(weight_name).shape[0]
         each = []
@@ -82,12 +153,12 @@ class ParamLayer(AnyLayer):
             stack = self._stack([name], prefix=f"{weight_name}_").for_any()
             A = torch.unflatten(stack.lora_A, 0, (E, -1))
             B = torch.unflatten(stack.lora_B, 1, (-1, E)).permute(2, 0, 1)
-            each.append(_Factors(A, B, stack.scaling))
+            each.append(Factors(A, B, stack.scaling))
         if len(each) == 1:
             return each[0]
         # The scalings go into B, and with it into float32: there they cost no accuracy.
         compute = torch.promote_types(each[0].B.dtype, torch.float32)
-        return _Factors(
+        return Factors(
             torch.cat([factors.A.to(compute) for factors in each], 1),
             torch.cat([factors.B.to(compute) * factors.scaling for factors in each], 2),
             1.0,
