@@ -261,10 +261,6 @@ def test_hotswap_of_fewer_layers_makes_the_others_zero(folder: Path, tmp_path: P
 
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception]]] = {
     "mixed": (lambda: get_lora_model(Net(), config_of(lora_ext), mixed=True), NotBuiltError),
-    "prepare_model_for_compiled_hotswap": (
-        lambda: lora_ext.prepare_model_for_compiled_hotswap(Net()),
-        NotBuiltError,
-    ),
     "replace_lora_weights_loftq": (
         lambda: lora_ext.replace_lora_weights_loftq(Net()),
         NotBuiltError,

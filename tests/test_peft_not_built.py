@@ -107,9 +107,7 @@ def test_every_field_of_pefts_is_one_here() -> None:
     assert FIELDS.keys() - theirs == {"enable_lora"}  # of PEFT 0.2
 
 
-@pytest.mark.parametrize(
-    "name", ["replace_lora_weights_loftq", "prepare_model_for_compiled_hotswap"]
-)
+@pytest.mark.parametrize("name", ["replace_lora_weights_loftq"])
 def test_functions_that_are_there_to_refuse_say_what_to_do(name: str) -> None:
     with pytest.raises(NotBuiltError, match=f"^{name}: .* is not built; "):
         getattr(lora_ext, name)(None)

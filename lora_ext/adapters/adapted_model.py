@@ -4,14 +4,17 @@ other modules here, and methods of `LoraModel`."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 
 from lora_ext._offloaded import check_values
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.names import named_modules
 from lora_ext.adapters.planning import plan_of_call
+from lora_ext.adapters.requests import Requests
 from lora_ext.adapters.tuner import Tuner
 from lora_ext.arguments import check_known, check_module
 from lora_ext.nn import LoraLayer
@@ -53,8 +56,14 @@ class AdaptedModel(nn.Module):
         # What this model put there: layers and modules to save. The base may have others, which
         # stay as they are: of a LoraModel inside it, or put there by hand.
         self._own: frozenset[nn.Module] = frozenset()
+        self._requests = Requests()
         self.training = model.training
         self.register_load_state_dict_pre_hook(_with_present_keys)  # type: ignore[no-untyped-call]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A pickle of before has no requests."""
+        super().__setstate__(state)
+        self.__dict__.setdefault("_requests", Requests())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As of the model in it.
@@ -63,8 +72,36 @@ class AdaptedModel(nn.Module):
             adapter_names: as in PEFT, of the adapter that each input has, "__base__" for none; in
                 training, too. See `lora_ext.batch`, within which a call may also be.
         """
-        with plan_of_call(self, args, kwargs):
+        if torch.compiler.is_compiling():  # a lock is no part of a graph
+            return self._planned(args, kwargs)
+        me = self._requests.enter()
+        try:
+            return self._planned(args, kwargs)
+        finally:
+            self._requests.leave(me)
+
+    def _planned(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        plan = plan_of_call(self, args, kwargs)
+        if plan is None:
             return self.base_model.model(*args, **kwargs)
+        with plan:
+            return self.base_model.model(*args, **kwargs)
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Within this context no other thread changes which adapters run, or swaps them: for
+        several calls that belong together, and for compiled models, whose calls do not see to it
+        themselves. A change waits for the end of all requests."""
+        me = self._requests.enter()
+        try:
+            yield
+        finally:
+            self._requests.leave(me)
+
+    def changing(self) -> AbstractContextManager[None]:
+        """Within this context no other thread calls the model: what is changed in it is changed at
+        once for all of them."""
+        return self._requests.changing()
 
     def _with_given(self, kwargs: dict[str, Any], **named: Any) -> Any:
         """A call with those of the named arguments that are not None."""
@@ -78,7 +115,7 @@ class AdaptedModel(nn.Module):
         own = vars(self).get("generation_config")
         if own is not None:
             base.generation_config = own
-        with plan_of_call(self, args, kwargs, generates=True):
+        with self.request(), plan_of_call(self, args, kwargs, generates=True) or nullcontext():
             return base.generate(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

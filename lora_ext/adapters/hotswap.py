@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_ext._not_built import INSTEAD
 from lora_ext.adapters.adapted_model import AdaptedModel
@@ -21,12 +21,15 @@ from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.inject import adapted
 from lora_ext.adapters.patterns import FILE_SECONDS, in_time
 from lora_ext.adapters.plan import adapter_settings
-from lora_ext.arguments import check_known
+from lora_ext.arguments import check_known, refuse, warn
 from lora_ext.errors import NotBuiltError
 from lora_ext.io.adapter_file import TensorSpec
 from lora_ext.io.adapter_folder import open_adapter
 from lora_ext.io.hub import adapter_folder
-from lora_ext.nn.adapter import DEFAULT
+from lora_ext.nn import LoraLayer, MergedLinear
+from lora_ext.nn.adapter import DEFAULT, part_name, variant_of
+from lora_ext.nn.conv import LoraConv
+from lora_ext.nn.linear import LinearBase
 from lora_ext.nn.sharded import like
 from lora_ext.nn.transaction import Transaction
 
@@ -40,7 +43,8 @@ def hotswap_adapter(
     **options: Any,
 ) -> None:
     """Gives an adapter the values and the scaling of another one's files. Where these have no
-    tensors for a layer, its own become zero.
+    tensors for a layer, its own become zero. Calls of the model in other threads see the former
+    adapter or the new one; if anything fails, the former one stays whole.
 
     Args:
         model_name_or_path: a folder, or an id on the hub.
@@ -51,7 +55,8 @@ def hotswap_adapter(
         AdapterFileError: a file is missing, damaged, or has tensors that the adapter has not.
         ValueError: no such adapter, it is merged, or one of the two trains other rows of embeddings
             (trainable_token_indices).
-        NotBuiltError: the files' tensors have another rank.
+        NotBuiltError: the files' tensors have another rank, or a larger one than
+            `prepare_model_for_compiled_hotswap` made room for.
     """
     where = "hotswap_adapter"
     found, _ = adapted(model, where)
@@ -91,44 +96,99 @@ def _swap(model: AdaptedModel, adapter_name: str, config: LoraConfig, file: File
             "hotswap_adapter: trainable_token_indices: the files' are not those of "
             f"'{adapter_name}', expected the same; use load_adapter() and set_adapter()"
         )
+    layers = dict(layers_in_file(model, adapter_name))
     expected = {}
     for key, spec in file.specs.items():
         shape = tuple(targets[key].shape)
-        if spec.shape != shape:
+        layer = layers.get(key.removeprefix(PREFIX).rpartition(".lora_")[0])
+        prepared = layer is not None and adapter_name in layer._scaling_tensors
+        if not (_fits(spec.shape, shape) if prepared else spec.shape == shape):
             raise NotBuiltError(
                 f"hotswap_adapter: {file.path}: {key}: got shape {list(spec.shape)}, expected "
-                f"{list(shape)}: another rank is not built; use load_adapter() and set_adapter()"
+                f"{list(shape)}"
+                + (
+                    ", the rank for which prepare_model_for_compiled_hotswap() made room"
+                    if prepared
+                    else ": another rank needs prepare_model_for_compiled_hotswap(target_rank=...) "
+                    "before; or use load_adapter() and set_adapter()"
+                )
             )
-        expected[key] = TensorSpec(shape, held_in=targets[key].dtype)
+        expected[key] = TensorSpec(spec.shape, held_in=targets[key].dtype)
     tensors = file.with_plain_keys(file.read(expected))
     transaction = Transaction()
     for key, target in targets.items():
         value = tensors.get(key)
-        value = torch.zeros_like(target) if value is None else like(value, target)
-        transaction.write(target, value)
-    for name, layer in layers_in_file(model, adapter_name):
-        settings = layer.adapters[adapter_name]
+        value = torch.zeros_like(target) if value is None else _widened(value, target)
+        transaction.write(target, like(value, target))
+    for name, layer in layers.items():
         if f"{PREFIX}{name}.lora_A.weight" in tensors or len(layer.PREFIXES) > 1:
-            new = adapter_settings(config, name, settings.autocast_adapter_dtype)
-            scaling = replace(new, init_lora_weights=True).scaling
-            draft = transaction.draft(layer)
-            alpha = scaling * (settings.r**0.5 if settings.use_rslora else settings.r)
-            tokens = new.alora_invocation_tokens
-            if tokens and not layer.HAS_ALORA:
-                raise ValueError(
-                    f"hotswap_adapter: alora_invocation_tokens: got {list(tokens)}, expected None: "
-                    f"'{name}' is no linear layer, and only these have activated adapters"
-                )
-            draft.adapters[adapter_name] = replace(
-                settings, lora_alpha=alpha, alora_invocation_tokens=tokens
-            )
-            draft._scaling[adapter_name] = scaling
-            draft._choose_running()
+            _rescale(layer, name, adapter_name, config, transaction)
     kept = copy.deepcopy(config)
     kept.inference_mode = model.peft_config[adapter_name].inference_mode
     kept.target_modules = model.peft_config[adapter_name].target_modules
+    drafts = {name: transaction.draft(layer) for name, layer in layers.items()}
+    if any(adapter_name in layer._scaling_tensors for layer in layers.values()):
+        kept = _as_padded(kept, drafts, adapter_name)
     transaction.put(model.peft_config, adapter_name, kept)
-    transaction.commit()
+    with model.changing():
+        transaction.commit()
+
+
+def _rescale(
+    layer: LoraLayer, name: str, adapter_name: str, config: LoraConfig, transaction: Transaction
+) -> None:
+    """Gives a layer the scaling that the files' config says."""
+    settings = layer.adapters[adapter_name]
+    new = adapter_settings(config, name, settings.autocast_adapter_dtype)
+    scaling = replace(new, init_lora_weights=True).scaling
+    draft = transaction.draft(layer)
+    alpha = scaling * (settings.r**0.5 if settings.use_rslora else settings.r)
+    tokens = new.alora_invocation_tokens
+    if tokens and not layer.HAS_ALORA:
+        raise ValueError(
+            f"hotswap_adapter: alora_invocation_tokens: got {list(tokens)}, expected None: "
+            f"'{name}' is no linear layer, and only these have activated adapters"
+        )
+    draft.adapters[adapter_name] = replace(
+        settings, lora_alpha=alpha, alora_invocation_tokens=tokens
+    )
+    draft._set_scaling({adapter_name: scaling})
+
+
+def _fits(shape: Sequence[int], room: Sequence[int]) -> bool:
+    """Whether a part of an adapter has no more ranks than there is room for."""
+    return len(shape) == len(room) and all(a <= b for a, b in zip(shape, room, strict=True))
+
+
+def _widened(value: Tensor, target: Tensor) -> Tensor:
+    """value where target has its first ranks, and zeros for the others."""
+    if value.shape == target.shape:
+        return value
+    wide = value.new_zeros(target.shape)
+    wide[tuple(slice(size) for size in value.shape)] = value
+    return wide
+
+
+def _as_padded(
+    config: LoraConfig, layers: Mapping[str, LoraLayer], adapter_name: str
+) -> LoraConfig:
+    """The config of an adapter as its layers hold it, with the ranks that are filled up."""
+    settings = {name: layer.adapters[adapter_name] for name, layer in layers.items()}
+    if not settings:
+        return config
+    first = next(iter(settings.values()))
+    return replace(
+        config,
+        r=first.r,
+        lora_alpha=first.scaling * first.r,
+        use_rslora=False,
+        rank_pattern={name: one.r for name, one in settings.items() if one.r != first.r},
+        alpha_pattern={
+            name: one.scaling * one.r
+            for name, one in settings.items()
+            if one.scaling * one.r != first.scaling * first.r
+        },
+    )
 
 
 def prepare_model_for_compiled_hotswap(
@@ -136,16 +196,96 @@ def prepare_model_for_compiled_hotswap(
     target_rank: int | None = None,
     config: LoraConfig | Mapping[str, LoraConfig] | None = None,
     check_compiled: str = "error",
-) -> NoReturn:
-    """Is not built.
+) -> None:
+    """Makes room in all adapters of a model for those that `hotswap_adapter` puts there later, of
+    other ranks and scalings, so that neither compiles anything again nor captures a CUDA graph:
+    ranks are filled up with zeros, and scalings become tensors. Before the model is compiled, and
+    before an optimizer has the parameters.
+
+    Args:
+        target_rank: the largest rank that is to come; None leaves ranks as they are.
+        config: further configs whose rank becomes target_rank, as PEFT does it; those of the model
+            follow by themselves.
+        check_compiled: "error", "warn" or "ignore": what to do if the model is compiled already.
 
     Raises:
-        NotBuiltError: always.
+        ValueError: an adapter has a larger rank, is merged or of a variant (DoRA), or of a layer
+            that is no linear layer and no convolution; the model is compiled, or has no adapters.
+            Nothing is changed then.
     """
-    raise NotBuiltError(
-        "prepare_model_for_compiled_hotswap: padding ranks for a later hotswap is not built; give "
-        "the adapters the same rank, and leave the call out"
-    )
+    where = "prepare_model_for_compiled_hotswap"
+    if check_compiled not in ("error", "warn", "ignore"):
+        raise ValueError(
+            f"{where}: check_compiled: check_compiles should be one of 'error', 'warn', or "
+            f"'ignore', got {check_compiled!r} instead."
+        )
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None):
+        text = f"Call {where} *before* compiling the model"
+        if check_compiled == "error":
+            raise ValueError(text)
+        if check_compiled == "warn":
+            warn(f"{text}: it will be compiled again")
+    found, _ = adapted(model, where)
+    rank = target_rank
+    if rank is not None and (not isinstance(rank, int) or rank < 1):
+        refuse(where, "target_rank", rank, "a positive integer, or None")
+    transaction = Transaction()
+    drafts: dict[str, LoraLayer] = {}
+    for name, layer in found.lora_layers():
+        drafts[name] = draft = transaction.draft(layer)
+        for adapter_name in layer.adapters:
+            _make_room(draft, name, adapter_name, rank, where)
+    if not drafts:
+        raise ValueError(
+            "No adapter layers found on the model, make sure call "
+            f"`{where}` after loading the first adapter and before loading the second adapter."
+        )
+    for adapter_name, own in found.peft_config.items() if rank is not None else ():
+        layers = {name: one for name, one in drafts.items() if adapter_name in one.adapters}
+        transaction.put(found.peft_config, adapter_name, _as_padded(own, layers, adapter_name))
+    with found.changing():
+        transaction.commit()
+    for other in config.values() if isinstance(config, Mapping) else [config]:
+        if other is not None and rank is not None:
+            other.r = rank
+            other.rank_pattern = dict.fromkeys(other.rank_pattern or {}, rank)
+
+
+def _make_room(
+    draft: LoraLayer, name: str, adapter_name: str, rank: int | None, where: str
+) -> None:
+    settings = draft.adapters[adapter_name]
+    what = f"{where}: '{name}': '{adapter_name}'"
+    if adapter_name in draft.merged_adapters:
+        raise ValueError(f"{what} is merged; call unmerge_adapter() first")
+    if flag := variant_of(settings):
+        raise ValueError(f"{what}: got {flag}=True, expected an adapter without a variant")
+    if not isinstance(draft, LinearBase | LoraConv) or isinstance(draft, MergedLinear):
+        raise ValueError(
+            f"{what}: the layer is a {type(draft).__name__}, expected a linear layer or a "
+            "convolution: others compile again for each scaling; leave it out with exclude_modules"
+        )
+    if settings.has_blocks:
+        raise ValueError(f"{what}: its matrices are block-diagonal, which cannot be filled up")
+    if rank is not None and settings.r > rank:
+        raise ValueError(
+            f"{what}: target_rank: got {rank}, expected at least {settings.r}, the adapter's rank"
+        )
+    scaling = draft._scaling[adapter_name]
+    if rank is not None and settings.r != rank:
+        wide = replace(settings, r=rank, lora_alpha=settings.scaling * rank, use_rslora=False)
+        for part, shape in draft.part_shapes(wide).items():
+            key = part_name(part, adapter_name)
+            old: Any = draft._parameters[key]
+            new = nn.Parameter(
+                _widened(old.detach(), old.new_zeros(shape)), requires_grad=old.requires_grad
+            )
+            draft._parameters[key] = new
+        draft.adapters[adapter_name] = wide
+    base = draft._adapted_weight()
+    exact = torch.float64 if base.dtype == torch.float64 else torch.float32
+    draft._scaling_tensors[adapter_name] = torch.tensor(scaling, dtype=exact, device=base.device)
+    draft._choose_running()
 
 
 def replace_lora_weights_loftq(

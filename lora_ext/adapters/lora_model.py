@@ -18,6 +18,7 @@ from lora_ext.adapters.deleting import delete_adapter
 from lora_ext.adapters.inject import on_meta
 from lora_ext.adapters.mergeable_model import MergeableModel
 from lora_ext.adapters.names import unwrapped
+from lora_ext.adapters.requests import changes
 from lora_ext.adapters.saving import SavableModel
 from lora_ext.adapters.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from lora_ext.adapters.switching import SwitchableModel
@@ -130,6 +131,7 @@ class LoraModel(SwitchableModel, MergeableModel, SavableModel):
         plan = plan_for(self, config, autocast_adapter_dtype)
         add_planned(self, adapter_name, plan, transaction)
 
+    @changes
     def delete_adapter(self, adapter_name: str) -> None:
         """Forgets an adapter in every layer; see `lora_ext.adapters.deleting`.
 
@@ -138,6 +140,7 @@ class LoraModel(SwitchableModel, MergeableModel, SavableModel):
         """
         delete_adapter(self, adapter_name)
 
+    @changes
     def rename_adapter(self, old: str, new: str) -> None:
         """Gives an adapter another name in every layer."""
         self._check_names([old], "old")

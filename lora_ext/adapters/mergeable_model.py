@@ -8,6 +8,7 @@ from torch import nn
 
 from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.merging import merge_layers, unmerge_layers, untied_text
+from lora_ext.adapters.requests import changes
 from lora_ext.adapters.swap import swap_modules
 from lora_ext.adapters.ties import untie_embeddings
 from lora_ext.arguments import as_flag, names_of, warn
@@ -17,6 +18,7 @@ from lora_ext.nn.transaction import Transaction
 class MergeableModel(AdaptedModel):
     """Merging and unloading: part of `LoraModel`."""
 
+    @changes
     def merge_adapter(
         self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = False
     ) -> None:
@@ -41,6 +43,7 @@ class MergeableModel(AdaptedModel):
         if untied:
             warn(untied_text(untied, "until unmerge_adapter()"))
 
+    @changes
     def unmerge_adapter(self) -> None:
         """Gives the base's weights their places in all merged layers again; a warning says if no
         layer is merged."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,9 +19,9 @@ Context = AbstractContextManager[Any]
 
 def plan_of_call(
     model: Any, args: Sequence[Any], kwargs: dict[str, Any], generates: bool = False
-) -> Context:
-    """What a call of the model runs in: the plan that its arguments, from which PEFT's own are
-    taken, ask for; else the one around it, if there is one.
+) -> Context | None:
+    """What a call of the model runs in, if anything: the plan that its arguments, from which PEFT's
+    own are taken, ask for. The one around it, if there is one, is checked else.
 
     Raises:
         ValueError: a name that is not of the model's adapters.
@@ -37,12 +37,12 @@ def plan_of_call(
         plan = batch(names, rows=_rows_of(names, args, kwargs), repeats=generates)
     around = current_plan() if plan is None else plan
     if around is None:
-        return nullcontext()
+        return None
     check_known("LoraModel", "batch: adapters", around.names, model.peft_config)
     around.note(around.names)
     if is_checkpointing(model.get_base_model()):
         _carry_into_checkpoints(model.get_base_model())
-    return nullcontext() if plan is None else plan
+    return plan
 
 
 def _rows_of(
@@ -69,14 +69,14 @@ def _check_names(model: Any, names: Any) -> None:
 
 def _activates(model: Any, names: Iterable[str | None] | None, offsets: Any) -> bool:
     """Whether tokens activate an adapter of this call (aLoRA)."""
-    activated = {n for n, config in model.peft_config.items() if config.alora_invocation_tokens}
+    activated = [n for n, config in model.peft_config.items() if config.alora_invocation_tokens]
     if not activated:
         return False
     if names is not None:
-        return not activated.isdisjoint(names)
+        return not set(activated).isdisjoint(names)
     if offsets is None and current_plan() is not None:
         return False  # which says it
-    return model.has_active_enabled_adapter and not activated.isdisjoint(model.active_adapters)
+    return model.has_active_enabled_adapter and not set(activated).isdisjoint(model.active_adapters)
 
 
 class _Carrying:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from lora_ext.adapters.activation import activate, check_held, switched_back
 from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.merging import of_layer
+from lora_ext.adapters.requests import changes
 from lora_ext.arguments import as_flag, as_number, former_names, names_of, warn
 from lora_ext.nn.transaction import AtTheEnd, Transaction
 
@@ -15,6 +16,7 @@ from lora_ext.nn.transaction import AtTheEnd, Transaction
 class SwitchableModel(AdaptedModel):
     """Choosing, switching off and scaling adapters: part of `LoraModel`."""
 
+    @changes
     @former_names("LoraModel.set_adapter", adapter_names="adapter_name")
     def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
         """Makes exactly these adapters run, and train unless `inference_mode`; several add up.
@@ -38,6 +40,7 @@ class SwitchableModel(AdaptedModel):
                 "merge_adapter() to merge the adapters that are active now"
             )
 
+    @changes
     def enable_adapters(self, enabled: bool = True) -> None:
         """Switches all adapters, and the copies of modules to save, on or off. Off is the base
         model exactly, but for biases of its own that were trained (the config's `bias`); merged
@@ -64,6 +67,7 @@ class SwitchableModel(AdaptedModel):
             self.enable_adapters(False)
             yield
 
+    @changes
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Makes an adapter's scaling `scale` times that of its config, in every layer: 0 is the
         same as without it."""
@@ -79,6 +83,46 @@ class SwitchableModel(AdaptedModel):
                     raise of_layer(error, name) from None
         transaction.commit()
 
+    @changes
+    def set_adapters(
+        self,
+        adapter_names: str | Iterable[str],
+        adapter_weights: float | Iterable[float] | None = None,
+    ) -> None:
+        """Makes exactly these adapters run, at these strengths, in one step: as diffusers' method
+        of this name, and llama.cpp's of the whole set. An empty list is the base.
+
+        Args:
+            adapter_weights: times the scaling of each one's config; one number for all; None is 1.
+
+        Raises:
+            ValueError: an unknown name, numbers that are not finite or not as many as names.
+                Nothing is changed then.
+        """
+        where = "LoraModel.set_adapters"
+        names = names_of(adapter_names, where, "adapter_names")
+        self._check_names(names, "adapter_names")
+        weights = [1.0 if adapter_weights is None else adapter_weights] * len(names)
+        if isinstance(adapter_weights, Iterable):
+            weights = list(adapter_weights)
+        if len(weights) != len(names):
+            raise ValueError(
+                f"{where}: adapter_weights: got {len(weights)} numbers for {len(names)} adapters, "
+                "expected one for each"
+            )
+        scales = [as_number(w, where, "adapter_weights", "finite numbers") for w in weights]
+        check_held(self, where, names)
+        transaction = Transaction()
+        activate(self, names, not any(p.requires_grad for p in self.parameters()), transaction)
+        for adapter_name, scale in zip(names, scales, strict=True):
+            for name, layer in self.layers_with(adapter_name):
+                try:
+                    transaction.draft(layer).set_scale(adapter_name, scale)
+                except ValueError as error:
+                    raise of_layer(error, name) from None
+        transaction.commit()
+
+    @changes
     def set_requires_grad(
         self, adapter_names: str | Iterable[str], requires_grad: bool = True
     ) -> None:

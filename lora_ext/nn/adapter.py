@@ -220,7 +220,8 @@ class LowRank(functional.LowRank):
     def for_any(self) -> LowRank:
         """The same with a scaling that is a constant, for what takes no other; see
         `_scaling.is_for_any`."""
-        return stacked([self]) if is_for_any(self.scaling) else self
+        constant = not isinstance(self.scaling, Tensor) and not is_for_any(self.scaling)
+        return self if constant else stacked([self])
 
 
 def stacked(adapters: Sequence[LowRank], factors: Sequence[Tensor] | None = None) -> LowRank:

@@ -53,12 +53,13 @@ class LoraLayer(DefaultAdapter, RunningLayer):
     # What `_adopt` and the constructors add to the base's attributes.
     _STATE: ClassVar[frozenset[str]] = frozenset(
         "adapters active_adapters merged_adapters merge_weights "
-        "_base_class _scaling _enabled _running _lora_alone _lora_variant _aside".split()
+        "_base_class _scaling _scaling_tensors _enabled _running _lora_alone _lora_variant "
+        "_aside".split()
     )
     # What changes with adapters: that of a draft becomes the layer's (see `transaction`).
     DRAFTED: ClassVar[tuple[str, ...]] = (
         *("_parameters", "adapters", "active_adapters", "merged_adapters", "_aside"),
-        *("_scaling", "_enabled", "_running", "_lora_alone", "_lora_variant"),
+        *("_scaling", "_scaling_tensors", "_enabled", "_running", "_lora_alone", "_lora_variant"),
     )
 
     _hf_hook = hook_of_accelerate
@@ -106,7 +107,7 @@ class LoraLayer(DefaultAdapter, RunningLayer):
         self._aside = {}
         self.merge_weights = as_flag(merge_weights, type(self).__name__, "merge_weights")
         self._base_class = base_class
-        self._scaling = {}
+        self._scaling, self._scaling_tensors = {}, {}
         self._enabled = True
         self._running = ()
         self._lora_alone = self._lora_variant = None
@@ -234,6 +235,7 @@ class LoraLayer(DefaultAdapter, RunningLayer):
             for part in self.PARTS:
                 self._parameters[part] = None
         del self.adapters[adapter_name], self._scaling[adapter_name]
+        self._scaling_tensors.pop(adapter_name, None)
 
     @all_or_nothing
     def rename_adapter(self, old: str, new: str) -> None:
@@ -251,7 +253,7 @@ class LoraLayer(DefaultAdapter, RunningLayer):
                 del self._parameters[part_name(part, old)]
             if old == DEFAULT:
                 self._parameters[part] = None
-        for registry in (self.adapters, self._scaling):
+        for registry in (self.adapters, self._scaling, self._scaling_tensors):
             renamed = {new if name == old else name: value for name, value in registry.items()}
             registry.clear()
             registry.update(renamed)  # type: ignore[arg-type]
@@ -428,7 +430,18 @@ class LoraLayer(DefaultAdapter, RunningLayer):
                     f"{type(self).__name__}: scale: '{name}' is merged; call unmerge() first"
                 )
         self._scaling.update(scaling)
+        for name, value in scaling.items():
+            if name in self._scaling_tensors:
+                self._transaction.write(self._scaling_tensors[name], torch.tensor(value))
         self._choose_running()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Scalings that are tensors go where the parameters go, and keep their type."""
+        super()._apply(fn, recurse)
+        if self._scaling_tensors:
+            device = self._adapted_weight().device
+            self._scaling_tensors = {n: t.to(device) for n, t in self._scaling_tensors.items()}
+        return self
 
     # Checks
 

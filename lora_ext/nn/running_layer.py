@@ -28,6 +28,9 @@ class RunningLayer(AdoptingLayer):
     # (path, reason) for `explain`, of the kinds that have only one.
     PATH: ClassVar[tuple[str, str]] = ("composed", "in plain PyTorch")
     _scaling: dict[str, float]
+    # Of adapters that are swapped under compiled code or CUDA graphs: the same numbers, in float64,
+    # where these read them. Instances have their own.
+    _scaling_tensors: dict[str, Tensor] = {}  # noqa: RUF012
     _running: tuple[str, ...]
     # The names of lora_A, lora_B and lora_bias of the one adapter that runs, and whether it has the
     # last; None where another number does.
@@ -45,7 +48,8 @@ class RunningLayer(AdoptingLayer):
         )
         self._lora_variant = self._first_variant(self._running)
         self._lora_alone = None
-        if len(self._running) == 1 and not self.adapters[self._running[0]].has_blocks:
+        alone = len(self._running) == 1 and self._running[0] not in self._scaling_tensors
+        if alone and not self.adapters[self._running[0]].has_blocks:
             name = self._running[0]
             A, B, bias = (part_name(part, name) for part in ("lora_A", "lora_B", "lora_bias"))
             self._lora_alone = A, B, bias, self.adapters[name].lora_bias
@@ -53,6 +57,7 @@ class RunningLayer(AdoptingLayer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A pickle of 0.1.0 says `_runs_dora` of what runs, and no more."""
         super().__setstate__(state)
+        self.__dict__.setdefault("_scaling_tensors", {})
         if self.__dict__.pop("_runs_dora", None) is not None:
             self._choose_running()
 
@@ -106,7 +111,10 @@ class RunningLayer(AdoptingLayer):
         return block_diagonal(found, blocks) if blocks > 1 else found
 
     def low_rank(self, prefix: str = "") -> list[LowRank]:
-        """The adapters that run now, stacked where they share a dropout probability."""
+        """The adapters that run now, stacked where they share a dropout probability and their
+        scalings are numbers."""
+        if self._scaling_tensors:
+            return [self._alone(name, prefix) for name in self._running]
         if len(self._running) == 1:  # nearly always
             dropout_p = self.adapters[self._running[0]].lora_dropout if self.training else 0.0
             return [self._stack(self._running, dropout_p, prefix)]
@@ -119,6 +127,20 @@ class RunningLayer(AdoptingLayer):
             dropout_p = self.adapters[name].lora_dropout if self.training else 0.0
             groups.setdefault(dropout_p, []).append(name)
         return [self._stack(names, dropout_p, prefix) for dropout_p, names in groups.items()]
+
+    def _alone(self, name: str, prefix: str) -> LowRank:
+        """One adapter, with the tensor that is its scaling, if it has one: the number is not read,
+        on which compiled code would depend."""
+        dropout_p = self.adapters[name].lora_dropout if self.training else 0.0
+        if name not in self._scaling_tensors:
+            return self._stack([name], dropout_p, prefix)
+        return LowRank(
+            self._matrix(f"{prefix}lora_A", name, 1),
+            self._matrix(f"{prefix}lora_B", name, 1),
+            self._part(f"{prefix}lora_bias", name),
+            self._scaling_tensors[name],  # type: ignore[arg-type]
+            dropout_p,
+        )
 
     def _settings(self, name: str, prefix: str) -> AdapterSettings:
         """Those of an adapter's product of a prefix."""

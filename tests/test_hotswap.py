@@ -1,0 +1,312 @@
+"""Adapters of other ranks and scalings in the place of one, also under compiled code; and calls in
+other threads, which see one adapter or the other in all layers."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+
+import lora_ext
+from lora_ext import LoraConfig, LoraModel, get_lora_model
+from lora_ext.errors import AdapterFileError, NotBuiltError
+
+CAPACITY = 16
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 4)
+    )
+
+
+def config(r: int, alpha: float, **more: Any) -> LoraConfig:
+    return LoraConfig(
+        r=r, lora_alpha=alpha, target_modules=["0", "2", "4"], init_lora_weights=False, **more
+    )
+
+
+def saved(folder: Path, r: int, alpha: float, seed: int, **more: Any) -> Path:
+    model = get_lora_model(net(), config(r, alpha, **more))
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    kinds: list[dict[str, Any]] = [
+        {"r": 4, "alpha": 8},
+        {"r": 16, "alpha": 4},
+        {"r": 1, "alpha": 3, "use_rslora": True},
+        {"r": 8, "alpha": 8, "rank_pattern": {"2": 3}, "alpha_pattern": {"4": 5}},
+    ]
+    return [saved(tmp_path / str(i), seed=i, **kind) for i, kind in enumerate(kinds)]
+
+
+def loaded(folder: Path) -> LoraModel:
+    return LoraModel.from_pretrained(net(), folder).eval()
+
+
+def prepared(folder: Path) -> LoraModel:
+    model = loaded(folder)
+    lora_ext.prepare_model_for_compiled_hotswap(model, target_rank=CAPACITY)
+    return model
+
+
+X = torch.randn(5, 12, generator=torch.Generator().manual_seed(1))
+
+
+def test_preparing_changes_no_result(folders: list[Path]) -> None:
+    for folder in folders:
+        torch.testing.assert_close(prepared(folder)(X), loaded(folder)(X))
+
+
+def test_swapped_is_loaded(folders: list[Path], tmp_path: Path) -> None:
+    """And so is what is saved of it, here and in a model without room."""
+    model = prepared(folders[0])
+    for folder in [*folders[1:], folders[0]]:
+        lora_ext.hotswap_adapter(model, folder, "default")
+        wanted = loaded(folder)(X)
+        torch.testing.assert_close(model(X), wanted)
+        model.save_pretrained(tmp_path / "again")
+        torch.testing.assert_close(loaded(tmp_path / "again")(X), wanted)
+        merged = copy.deepcopy(model).merge_and_unload()
+        torch.testing.assert_close(merged(X), wanted)
+        torch.testing.assert_close(pickle.loads(pickle.dumps(model))(X), wanted)
+
+
+def test_parameters_stay_the_same_objects(folders: list[Path]) -> None:
+    model = prepared(folders[0])
+    before = {n: (id(p), p.data_ptr()) for n, p in model.named_parameters()}
+    for folder in folders:
+        lora_ext.hotswap_adapter(model, folder, "default")
+    assert before == {n: (id(p), p.data_ptr()) for n, p in model.named_parameters()}
+
+
+def test_a_hundred_swaps_compile_nothing(folders: list[Path]) -> None:
+    model = prepared(folders[0])
+    wanted = [loaded(folder)(X) for folder in folders]
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(X), wanted[0])
+        assert counter.frame_count == 1
+        for i in range(1, 101):
+            which = i % len(folders)
+            lora_ext.hotswap_adapter(model, folders[which], "default")
+            torch.testing.assert_close(compiled(X), wanted[which])
+        model.set_scale("default", 0.5)
+        torch.testing.assert_close(compiled(X), model(X))
+    assert counter.frame_count == 1
+
+
+def test_convolutions_and_biases(tmp_path: Path) -> None:
+    def base() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 16, 5))
+
+    x = torch.randn(2, 3, 4, 4)
+    made = []
+    for i, r in enumerate((2, 6)):
+        model = get_lora_model(
+            base(),
+            LoraConfig(r=r, target_modules=["0", "2"], init_lora_weights=False, lora_bias=True),
+        )
+        model.save_pretrained(tmp_path / str(i))
+        made.append(model.eval()(x))
+    model = LoraModel.from_pretrained(base(), tmp_path / "0").eval()
+    lora_ext.prepare_model_for_compiled_hotswap(model, target_rank=6)
+    torch.testing.assert_close(model(x), made[0])
+    lora_ext.hotswap_adapter(model, tmp_path / "1", "default")
+    torch.testing.assert_close(model(x), made[1])
+    lora_ext.hotswap_adapter(model, tmp_path / "0", "default")
+    torch.testing.assert_close(model(x), made[0])
+
+
+def test_it_goes_where_the_model_goes(folders: list[Path]) -> None:
+    model = prepared(folders[2]).double()
+    torch.testing.assert_close(model(X.double()), loaded(folders[2]).double()(X.double()))
+    for layer in (model.get_base_model()[0],):
+        assert layer._scaling_tensors["default"].dtype == torch.float32
+        assert torch.equal(
+            layer._scaling_tensors["default"].double(),
+            torch.tensor(layer._scaling["default"]).double(),
+        )
+
+
+def test_a_failed_swap_leaves_the_former_adapter(folders: list[Path], tmp_path: Path) -> None:
+    model = prepared(folders[0])
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    larger = saved(tmp_path / "larger", r=CAPACITY + 1, alpha=1, seed=9)
+    with pytest.raises((NotBuiltError, AdapterFileError), match="made room"):
+        lora_ext.hotswap_adapter(model, larger, "default")
+    plain = loaded(folders[0])
+    with pytest.raises((NotBuiltError, AdapterFileError), match="target_rank"):
+        lora_ext.hotswap_adapter(plain, folders[1], "default")
+    (folders[3] / "adapter_model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError):
+        lora_ext.hotswap_adapter(model, folders[3], "default")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+    torch.testing.assert_close(model(X), loaded(folders[0])(X))
+
+
+def test_refused(folders: list[Path]) -> None:
+    prepare = lora_ext.prepare_model_for_compiled_hotswap
+    model = loaded(folders[0])
+    with pytest.raises(ValueError, match="at least 4"):
+        prepare(model, target_rank=2)
+    with pytest.raises(ValueError, match="compiling"):
+        prepare(torch.compile(model), target_rank=8)
+    with pytest.raises(TypeError, match="without adapters"):
+        prepare(net(), target_rank=8)
+    with pytest.raises(ValueError, match="check_compile"):
+        prepare(model, check_compiled="maybe")
+    dora = get_lora_model(net(), config(2, 2, use_dora=True))
+    with pytest.raises(ValueError, match="use_dora"):
+        prepare(dora, target_rank=8)
+    embedding = get_lora_model(nn.Sequential(nn.Embedding(4, 3)), LoraConfig(target_modules=["0"]))
+    with pytest.raises(ValueError, match="Embedding"):
+        prepare(embedding, target_rank=8)
+
+
+def test_the_whole_set_with_strengths(folders: list[Path]) -> None:
+    """As llama.cpp sets it, and diffusers."""
+    model = loaded(folders[0])
+    for i in (1, 2):
+        model.load_adapter(str(folders[i]), f"a{i}")
+    base = net()(X)
+    with torch.no_grad():
+        model.set_adapters(["default", "a2"], [0.5, 2.0])
+        mixed = model(X)
+        model.set_adapters([])
+        torch.testing.assert_close(model(X), base)
+        model.set_adapters("a1")
+        torch.testing.assert_close(model(X), loaded(folders[1])(X))
+        model.set_adapters(["a2", "default"], [2.0, 0.5])
+        torch.testing.assert_close(model(X), mixed)
+    assert model.active_adapters == ["a2", "default"]
+    for arguments, what in (
+        ((["a2", "no"],), "no"),
+        ((["a2"], [1.0, 2.0]), "2 numbers for 1"),
+        ((["a2"], [float("inf")]), "finite"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            model.set_adapters(*arguments)
+    assert model.active_adapters == ["a2", "default"]
+
+
+def under_load(model: LoraModel, change: Any, seconds: float) -> list[Tensor]:
+    """The results of sixteen threads of calls, while `change(i)` is called again and again."""
+    results: list[Tensor] = []
+    failures: list[BaseException] = []
+    end = time.monotonic() + seconds
+
+    def calls() -> None:
+        try:
+            with torch.no_grad():
+                while time.monotonic() < end:
+                    results.append(model(X))
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=calls) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    changed = 0
+    while time.monotonic() < end:
+        change(changed)
+        changed += 1
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
+    assert changed > 3 and len(results) > 32
+    return results
+
+
+@pytest.mark.parametrize("kind", ["swap", "set_adapter", "set_adapters"])
+def test_sixteen_threads_see_one_or_the_other(folders: list[Path], kind: str) -> None:
+    model = LoraModel.from_pretrained(net(), folders[0]).eval()
+    lora_ext.prepare_model_for_compiled_hotswap(model, target_rank=CAPACITY)
+    model.load_adapter(str(folders[1]), "other")
+    for name in ("1", "3"):
+        model.get_base_model()[int(name)].register_forward_hook(
+            lambda module, args, y: time.sleep(0.0005)
+        )
+    with torch.no_grad():
+        model.set_adapters(["default"])
+        first = model(X)
+        model.set_adapters(["other"])
+        second = model(X)
+    model.set_adapters(["default"])
+
+    def change(i: int) -> None:
+        if kind == "swap":
+            lora_ext.hotswap_adapter(model, folders[(i + 1) % 2], "default")
+        elif kind == "set_adapter":
+            model.set_adapter(["default", "other"][(i + 1) % 2])
+        else:
+            model.set_adapters(["default", "other"][(i + 1) % 2], 1.0)
+
+    for y in under_load(model, change, 1.5):
+        errors = [float((y - wanted).abs().max()) for wanted in (first, second)]
+        assert min(errors) < 1e-5, errors
+
+
+def test_a_request_of_several_calls(folders: list[Path]) -> None:
+    model = prepared(folders[0])
+    order: list[str] = []
+    inside = threading.Event()
+
+    def request() -> None:
+        with model.request():
+            inside.set()
+            time.sleep(0.1)
+            model(X)
+            order.append("request")
+
+    thread = threading.Thread(target=request)
+    thread.start()
+    inside.wait()
+    model.set_scale("default", 2.0)
+    order.append("change")
+    thread.join()
+    assert order == ["request", "change"]
+
+
+def test_changes_inside_of_a_call_wait_for_nobody(folders: list[Path]) -> None:
+    model = prepared(folders[0])
+    hook = model.get_base_model()[1].register_forward_hook(
+        lambda *_: model.set_scale("default", 1.0)
+    )
+    threads = [threading.Thread(target=lambda: model(X)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+        assert not thread.is_alive()
+    hook.remove()
+
+
+def test_an_exception_in_a_call_ends_it(folders: list[Path]) -> None:
+    model = prepared(folders[0])
+    with pytest.raises((ValueError, RuntimeError)):
+        model(torch.randn(5, 3))
+    done = threading.Thread(target=lambda: model.set_scale("default", 1.5))
+    done.start()
+    done.join(timeout=10)
+    assert not done.is_alive()
