@@ -62,7 +62,7 @@ class AdaptedModel(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A pickle of before has no requests."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.__dict__.setdefault("_requests", Requests())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
