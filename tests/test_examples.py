@@ -17,6 +17,7 @@ SAYS = {
     "half_precision.py": r"lora_ext +keeps 1\.00 times",
     "peft_one_line.py": r"patched they differ by \d\.\de-0[5-9]",
     "trainer.py": r"the same, bit for bit: True\s+.*goes on after \[7, 8, 9\]: \[10, 11, 12,",
+    "train_many.py": r"(\w +\d+ +\d+ +\d\.\d+ +True\s+){8}",
     "several_adapters.py": r"sum +loss \d\.\d+ -> 0\.0",
     "variants.py": r"DoRA +\d\.\d+ +0\.000\d+",
 }

@@ -99,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     axes.add_argument("--dropouts", type=dropouts, metavar="P")
     axes.add_argument("--modes", type=_one_of(*grid.MODES), help=", ".join(grid.MODES))
     axes.add_argument("--rivals", type=_one_of(*RIVALS), help=", ".join(RIVALS))
+    axes.add_argument(
+        "--adapters", type=sizes, metavar="N", help="instead: so many adapters in one batch"
+    )
 
     how = parser.add_argument_group("how to measure")
     how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
@@ -177,6 +180,22 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
     return Report(environment, rows)
 
 
+def _run_adapters(options: argparse.Namespace, console: Console) -> None:
+    from lora_ext.bench import adapters
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    rows = adapters.measure(
+        options.shapes or ((768, 768), (2048, 2048), (1024, 4096)),
+        options.tokens or (2048,),
+        options.adapters,
+        options.dtypes or ("fp32", "bf16"),
+        options.modes or grid.MODES,
+        Budget(options.budget or 4.0),
+    )
+    adapters.report(rows, console, options.json)
+
+
 def _writers(options: argparse.Namespace) -> list[Callable[[Report], object]]:
     """Prepares the outputs before a long run, so that what cannot work fails now."""
     writers: list[Callable[[Report], object]] = []
@@ -211,6 +230,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
 
     console = Console()
+    if options.adapters:
+        try:
+            _run_adapters(options, console)
+        except ValueError as error:
+            parser.error(f"--adapters: {error}")
+        return 0
     try:
         report = new or _run(options, arguments)
         print_report(report, console)
