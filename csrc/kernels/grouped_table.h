@@ -30,6 +30,7 @@ class GroupedTable {
     return place;
   }
   void copy(const TableCopy& copy) {
+    bytes_.resize(static_cast<size_t>(round_up(static_cast<int64_t>(bytes_.size()), 16)));
     device_ = static_cast<const std::byte*>(
         copy.copy(copy.context, bytes_.data(), static_cast<int64_t>(bytes_.size())));
   }

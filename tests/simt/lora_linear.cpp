@@ -11,6 +11,7 @@
 #include "cuda/lora_linear_multi_path.h"
 #include "kernels/launch_low_rank_sm80.h"
 #include "kernels/launch_product_sm80.h"
+#include "kernels/lora_linear_grouped_run.h"
 #include "kernels/lora_linear_multi_run.h"
 #include "kernels/self_check.h"
 #include "launched.h"
