@@ -223,6 +223,26 @@ def test_what_is_launched_and_copied(kernels: GroupedKernels, slots: int) -> Non
     assert down_grad == problem.x.nbytes + M * r * 2 * 2
 
 
+@pytest.mark.parametrize("slots", [2, 90])
+def test_what_a_graph_captures_is_all_in_the_arguments(kernels: GroupedKernels, slots: int) -> None:
+    """Nothing is copied from the host, whose memory a replay would read again; the same results."""
+    kernels.gpu(86, 3)
+    kernels.schedule("random", 3)
+    ids = torch.arange(160) % slots
+    problem = make_problem(12, sizes=(160, 72, 136), ids=ids, ranks=[8] * slots)
+    want = results(kernels, problem)
+    kernels.take_copies(), launched(kernels)
+    kernels.library.set_capturing(True)
+    try:
+        found = results(kernels, problem)
+    finally:
+        kernels.library.set_capturing(False)
+    assert kernels.take_copies() == 0
+    writes = [one.kernel for one in kernels.take_recorded() if "write_table" in one.kernel]
+    assert len(writes) > (1 if slots == 2 else 10)
+    assert all(torch.equal(found[name], want[name]) for name in want)
+
+
 def test_nothing_is_launched_without_rows(kernels: GroupedKernels) -> None:
     problem = make_problem(9, sizes=(20, 64, 72), ids=torch.full((20,), -1), ranks=[8, 3])
     launched(kernels)

@@ -63,6 +63,8 @@ __global__ void __launch_bounds__(128, kLeastBlocks)
   constexpr bool kDrops = kLayout == BLayout::kRows;
   LORA_EXT_DYNAMIC_SHARED(shared);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  arch::wait_for_previous_kernel();
+  arch::let_next_kernel_start();
   const GroupedWork work = params.work[blockIdx.x];
   const GroupedSlot<T>& slot = params.slots[work.slot];
   const int* const list = list_rows(shared + params.list_offset, params.order + work.begin,

@@ -29,6 +29,8 @@ template <class T, int kColumns>
 __global__ void __launch_bounds__(128, kLeastBlocks)
     grouped_down_sm80_kernel(const __grid_constant__ GroupedPass<T> params) {
   LORA_EXT_DYNAMIC_SHARED(shared);
+  arch::wait_for_previous_kernel();
+  arch::let_next_kernel_start();
   const GroupedWork work = params.work[blockIdx.x];
   const GroupedSlot<T>& slot = params.slots[work.slot];
   const ListedRows rows{list_rows(shared + params.list_offset, params.order + work.begin, work.rows,
@@ -51,6 +53,8 @@ template <class T, int kRank>
 __global__ void __launch_bounds__(128, kLeastBlocks)
     grouped_up_grad_sm80_kernel(const __grid_constant__ GroupedPass<T> params) {
   LORA_EXT_DYNAMIC_SHARED(shared);
+  arch::wait_for_previous_kernel();
+  arch::let_next_kernel_start();
   const GroupedWork work = params.work[blockIdx.x];
   const GroupedSlot<T>& slot = params.slots[work.slot];
   const ListedRows rows{list_rows(shared + params.list_offset, params.order + work.begin, work.rows,
@@ -88,6 +92,8 @@ template <class T, int kRank>
 __global__ void __launch_bounds__(128, kLeastBlocks)
     grouped_down_grad_sm80_kernel(const __grid_constant__ GroupedPass<T> params) {
   LORA_EXT_DYNAMIC_SHARED(shared);
+  arch::wait_for_previous_kernel();
+  arch::let_next_kernel_start();
   const GroupedWork work = params.work[blockIdx.x];
   const GroupedSlot<T>& slot = params.slots[work.slot];
   const ListedRows rows{list_rows(shared + params.list_offset, params.order + work.begin, work.rows,

@@ -114,7 +114,7 @@ struct GroupedPlan {
 
   // in [rows, columns] as tensor cores read it, of `width` columns: as it lies where they can.
   Split<T> split(const void* in, bool in_float, int64_t count, int64_t columns, int64_t width) {
-    if (columns == width && !in_float) {
+    if (columns == width && !in_float && count * columns > 0) {
       const Matrix<T> as_it_is{static_cast<const T*>(in), count, columns, columns};
       if (as_it_is.aligned()) return {as_it_is, nullptr};
     }

@@ -64,7 +64,8 @@ struct GroupedLaunches {
       constexpr int kShared = Shape::kSharedBytes + 64 * int{sizeof(int)};
       static_assert(kShared <= sm80::kLeastSharedBytes);
       const dim3 grid(tiles.blocks(), static_cast<unsigned>(params.splits));
-      arch::launch(sm80::grouped_down_sm80_kernel<T, kColumns>, grid, 128, kShared, stream, params);
+      arch::launch_dependent(sm80::grouped_down_sm80_kernel<T, kColumns>, grid, 128, kShared,
+                             stream, params);
     });
     out.parts = params.parts, out.count = params.splits, out.dropped = true;
     launch(out);
@@ -95,8 +96,8 @@ struct GroupedLaunches {
       constexpr int kRank = decltype(width)::value;
       const auto groups = static_cast<int>(larger(1, ceil_div(most_rank, kRank)));
       const int shared = sm80::AddShape<kRank, kLayout>::divide(params, remainders ? 2 : 1, groups);
-      arch::launch(sm80::grouped_add_sm80_kernel<T, kRank, kLayout>, grid, 128, shared, stream,
-                   params);
+      arch::launch_dependent(sm80::grouped_add_sm80_kernel<T, kRank, kLayout>, grid, 128, shared,
+                             stream, params);
     });
   }
 
@@ -107,8 +108,8 @@ struct GroupedLaunches {
       const int64_t shared = params.list_offset + round_up(list.most_rows, 64) * sizeof(int);
       const dim3 grid(list.blocks(),
                       static_cast<unsigned>(ceil_div(params.rows.columns, params.columns)));
-      arch::launch(sm80::grouped_up_grad_sm80_kernel<T, kRank>, grid, 128, static_cast<int>(shared),
-                   stream, params);
+      arch::launch_dependent(sm80::grouped_up_grad_sm80_kernel<T, kRank>, grid, 128,
+                             static_cast<int>(shared), stream, params);
     });
   }
   void down_grad(sm80::GroupedPass<T> params, const WorkList& list) const {
@@ -121,8 +122,8 @@ struct GroupedLaunches {
       const int64_t shared = params.list_offset + round_up(list.most_rows, 64) * sizeof(int);
       const dim3 grid(list.blocks(),
                       static_cast<unsigned>(ceil_div(params.rows.columns, Shape::kK)));
-      arch::launch(sm80::grouped_down_grad_sm80_kernel<T, kRank>, grid, 128,
-                   static_cast<int>(shared), stream, params);
+      arch::launch_dependent(sm80::grouped_down_grad_sm80_kernel<T, kRank>, grid, 128,
+                             static_cast<int>(shared), stream, params);
     });
   }
 };

@@ -2,6 +2,7 @@
 // tests/emulated_grouped.py loads them with ctypes and passes the addresses of CPU tensors.
 #include "cuda/lora_linear_grouped_path.h"
 #include "kernels/lora_linear_grouped_run.h"
+#include "kernels/write_table.cu"
 #include "launched.h"
 
 using namespace lora_ext;
@@ -39,6 +40,10 @@ int& copies() {
   static int count = 0;
   return count;
 }
+bool& capturing() {
+  static bool value = false;
+  return value;
+}
 GroupedPath& path() {
   static GroupedPath value{};
   return value;
@@ -51,6 +56,10 @@ struct Table {
   static const void* copy(void* context, const void* from, int64_t bytes) {
     auto* const self = static_cast<Table*>(context);
     void* const to = Scratch::allocate(&self->scratch, bytes);
+    if (capturing()) {
+      write_table(to, from, bytes, nullptr);
+      return to;
+    }
     if (!simt::options().limits_only) memcpy(to, from, static_cast<size_t>(bytes));
     ++copies();
     return to;
@@ -136,6 +145,9 @@ int grouped(int fp16, int is_backward, const Arguments* arguments) {
     is_backward ? backward<Bf16>(*arguments) : forward<Bf16>(*arguments);
   });
 }
+
+// As while a CUDA graph is captured.
+void set_capturing(bool value) { capturing() = value; }
 
 // Copies to the device since the last call.
 int take_copies() { return std::exchange(copies(), 0); }
