@@ -230,16 +230,18 @@ def test_what_a_graph_captures_is_all_in_the_arguments(kernels: GroupedKernels, 
     kernels.schedule("random", 3)
     ids = torch.arange(160) % slots
     problem = make_problem(12, sizes=(160, 72, 136), ids=ids, ranks=[8] * slots)
+    kernels.take_recorded()
     want = results(kernels, problem)
-    kernels.take_copies(), launched(kernels)
+    launches = len(kernels.take_recorded())
+    kernels.take_copies()
     kernels.library.set_capturing(True)
     try:
         found = results(kernels, problem)
     finally:
         kernels.library.set_capturing(False)
     assert kernels.take_copies() == 0
-    writes = [one.kernel for one in kernels.take_recorded() if "write_table" in one.kernel]
-    assert len(writes) > (1 if slots == 2 else 10)
+    writes = len(kernels.take_recorded()) - launches
+    assert writes >= (2 if slots == 2 else 10)
     assert all(torch.equal(found[name], want[name]) for name in want)
 
 
