@@ -64,7 +64,7 @@ LORA_EXT_DEVICE void down_grad_tile(const DownGradParams<T>& params, const Rows&
     if (params.dropout.enabled) {
       uint8_t* const x = shared + step % Shape::kRing * Shape::kStageBytes;
       const DropPlace own(thread);
-      const auto number = [&](int row) { return rows.number(m + row); };
+      const auto number = [&](int row, int further) { return rows.number(m + row + further); };
       drop_rows<!Rows::kListed>(
           draw, own, number, column_block, params.kept, [&](int next, int slot) {
             const int place =
