@@ -80,9 +80,9 @@ struct LoraLinearGrouped : torch::autograd::Function<LoraLinearGrouped> {
     const bool save_x = call.weight.requires_grad() || any_requires_grad(call.lora_A);
     const bool all_drop =
         std::all_of(call.dropout_p.begin(), call.dropout_p.end(), [](double p) { return p > 0.0; });
-    const bool save_h =
-        requires_grad(call.factor) ||
-        (any_requires_grad(call.lora_B) && !(save_x && all_drop && !call.x.is_cuda() && !call.factor.has_value()));
+    const bool save_h = requires_grad(call.factor) ||
+                        (any_requires_grad(call.lora_B) &&
+                         !(save_x && all_drop && !call.x.is_cuda() && !call.factor.has_value()));
     auto [y, h] = lora_linear_grouped_fwd(call, save_h);
     variable_list saved = {save_x ? call.x : Tensor(),
                            save_h ? h : Tensor(),
