@@ -162,7 +162,7 @@ GroupedResults lora_linear_grouped_bwd_cuda(const LoraLinearGroupedBackwardCall&
   if (mask[kGroupedX]) dx = at::mm(dy, *call.weight).view_symint(with_width(call.dy, K));
   const auto in_float = dy.options().dtype(at::kFloat);
   const Tensor dfactor =
-      mask[kGroupedFactor] ? at::empty(call.factor->sizes(), in_float) : Tensor();
+      mask[kGroupedFactor] ? at::zeros(call.factor->sizes(), in_float) : Tensor();
   const Tensor h = call.h.has_value() ? call.h->contiguous() : Tensor();
   KernelAdapters adapters(given);
   TensorVector dA, dB, dlora_bias;
