@@ -17,6 +17,7 @@
 #include "ops/operator.h"
 #if defined(LORA_EXT_CUDA_VERSION)
 #include "cuda/lora_linear.h"
+#include "cuda/lora_linear_grouped.h"
 #include "cuda/row_path.h"
 #endif
 
@@ -142,6 +143,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("explain_lora_linear_cuda",
         torch::wrap_pybind_function(&lora_ext::explain_lora_linear_cuda), py::arg("call"),
         py::arg("compute_capability"), "The path of a call on a GPU of this kind, and why.");
+  m.def("explain_lora_linear_grouped_cuda",
+        torch::wrap_pybind_function(&lora_ext::explain_lora_linear_grouped_cuda), py::arg("call"),
+        py::arg("compute_capability"),
+        "The path of a call whose adapters have up to this rank on a GPU of this kind, and why.");
   m.def(
       "explain_rows_cuda", [](at::ScalarType base) { return lora_ext::row_path(base).told(); },
       py::arg("base"), "The path of column_scale, weight_norm, lora_embedding, and why.");

@@ -209,12 +209,13 @@ def lora_linear_grouped(
     where: str = "lora_linear_grouped",
 ) -> Tensor:
     """`x @ weight.T + bias` once for all rows, and to each row `scaling * (dropout(x) @ lora_A.T @
-    lora_B.T + lora_bias)` of its own adapter, times its strength; fused on the CPU.
+    lora_B.T + lora_bias)` of its own adapter, times its strength; fused on the CPU, and on GPUs as
+    docs/many_adapters.md says.
 
-    Rows of no adapter are the base's, bit for bit. On the CPU no bit of a row, or of a gradient of
-    an adapter, depends on which adapters other adapters' rows have; where all rows have one adapter
-    it is `lora_linear`. Differentiable twice, also in the strengths; adapters that have no row here
-    get no gradient. Keeps for backward x, and `dropout(x) @ lora_A.T` of each row.
+    Rows of no adapter are the base's, bit for bit. Where it is fused no bit of a row, or of a
+    gradient of an adapter, depends on which adapters other adapters' rows have. Where all rows have
+    one adapter it is `lora_linear`. Differentiable twice, also in the strengths; adapters that have
+    no row here get no gradient. Keeps for backward x, and `dropout(x) @ lora_A.T` of each row.
 
     Args:
         x, weight, bias: as for `lora_linear`.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +38,33 @@ def lora_linear_path(weight: Tensor, lora_A: Tensor, dropout_p: float, tokens: i
         weight=weight if type(weight) in (nn.Parameter, Tensor) else None,
     )
     return _C.explain_lora_linear_cuda(call, 10 * major + minor)
+
+
+def lora_linear_grouped_path(weight: Tensor, ranks: Iterable[int], several: bool = False) -> Path:
+    """That of `lora_linear_grouped` with a weight [N, K] and such ranks, as far as sizes tell;
+    `several`: rows have several adapters."""
+    name = "lora_linear_grouped"
+    if weight.device.type == "cpu":
+        return name, "vector kernels over the rows of each adapter"
+    composed = "composed products, one adapter after another"
+    if several:
+        return name, f"{composed}: rows have several adapters, with gates"
+    if weight.device.type != "cuda" or build_info()["cuda"] is None:
+        return name, f"{composed}: this build has no kernels for {weight.device.type}"
+    major, minor = torch.cuda.get_device_capability(weight.device)
+    call = _C.CudaCall(
+        backward=False,
+        device=weight.device.index or 0,
+        tokens=1,
+        out_features=weight.shape[0],
+        in_features=weight.shape[1],
+        r=max([1, *ranks]),
+        base=weight.dtype,
+        adapter=weight.dtype,
+        dropout=False,
+    )
+    path, reason = _C.explain_lora_linear_grouped_cuda(call, 10 * major + minor)
+    return f"{name}, {path}", reason if path != "cuda cublas" else f"{composed}: {reason}"
 
 
 def why_no_lora_embedding(weight: Tensor, max_norm: float | None, sparse: bool) -> str:

@@ -32,7 +32,7 @@ info = lora_ext.build_info()
 assert info["cuda"] == torch.version.cuda, info
 OPERATORS = ("lora_linear_fwd", "lora_linear_bwd", "draw_rng_state", "dropout_mask", "merge_")
 OPERATORS += ("column_scale", "column_scale_bwd", "weight_norm", "lora_embedding_fwd")
-OPERATORS += ("lora_embedding_bwd",)
+OPERATORS += ("lora_embedding_bwd", "lora_linear_grouped_fwd", "lora_linear_grouped_bwd")
 for operator in OPERATORS:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lora_ext::{operator}", "CUDA"), operator
 
@@ -91,6 +91,10 @@ if on_80 and info["cuda_path"] == "auto":
     assert told == "cuda fused sm_80, backward cuda cublas" and "one kernel" in reason, told
     told, reason = _C.explain_lora_linear_cuda(call(model[0], out_features=50257), 80)
     assert told == "cuda cublas" and "no multiple of 8" in reason, (told, reason)
+    told, reason = _C.explain_lora_linear_grouped_cuda(call(model[0]), 80)
+    assert told == "cuda hybrid sm_80" and "all adapters" in reason, (told, reason)
+    told, reason = _C.explain_lora_linear_grouped_cuda(call(model[0], r=257), 80)
+    assert told == "cuda cublas" and "ranks 1 to 256" in reason, (told, reason)
 
 # What autotune measured, unless the environment says otherwise
 _C.set_tuned_cuda_path(call(model[0], backward=True), "composed")

@@ -73,7 +73,11 @@ class Guarded:
     with its rows as far apart, and as far from multiples of 16 bytes."""
 
     def __init__(
-        self, values: Tensor, dtype: torch.dtype | None = None, as_it_lies: bool = False
+        self,
+        values: Tensor,
+        dtype: torch.dtype | None = None,
+        as_it_lies: bool = False,
+        margin: int = MARGIN,
     ) -> None:
         dtype = dtype or values.dtype
         fill = torch.nan if dtype.is_floating_point else 255
@@ -81,8 +85,8 @@ class Guarded:
         if as_it_lies:
             strides, offset = values.stride(), values.storage_offset() % 8
         reach = sum(max(size - 1, 0) * s for size, s in zip(values.shape, strides, strict=True))
-        self.first, self.end = MARGIN + offset, MARGIN + offset + reach + 1
-        self.whole = torch.full((self.end + MARGIN,), fill, dtype=dtype)
+        self.first, self.end = margin + offset, margin + offset + reach + 1
+        self.whole = torch.full((self.end + margin,), fill, dtype=dtype)
         self.tensor = self.whole.as_strided(values.shape, strides, self.first)
         if strides[:1] == (0,):  # one row that is all rows
             self.tensor[0].copy_(values[0])

@@ -320,13 +320,13 @@ LAUNCHES = {
         "low_rank_up_grad_sm80.h", "const int turn = `step / column_tiles % 2`;", "0",
     ),
     "up_grad: no barrier before the sums are stored": (
-        "low_rank_up_grad_sm80.h", "  if (params.dB) {\n    `__syncthreads();`", "",
+        "low_rank_up_grad_sm80.h", "  if (wants_dB) {\n    `__syncthreads();`", "",
     ),
     "down_grad: no wait for the copies": (
         "low_rank_down_grad_sm80.h", "arch::cp_async_wait<0>();", "",
     ),
     "down_grad: a mask of the wrong columns": (
-        "low_rank_down_grad_sm80.h", "own, m, `blockIdx.x`, params.kept", "0",
+        "low_rank_down_grad_sm80.h", "`column_block`, params.kept", "0",
     ),
     "down_grad: no barrier after dropout": (
         "low_rank_down_grad_sm80.h", "      });\n      `__syncthreads();`", "",

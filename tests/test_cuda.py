@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from devices import NO_CUDA
+from grouped_problems import Grouped, make_grouped
+from grouped_problems import bounds as grouped_bounds
 from problems import NAMES, UNIT, Problem, make_problem, results, rms
 from torch import Tensor
 
@@ -107,6 +110,70 @@ def test_layers_of_one_x(adapter_dtype: torch.dtype, dropout_p: float) -> None:
     for one, other in zip(got, want, strict=True):
         # dx of the calls is rounded for each and for each sum of two
         assert rms(one - other) <= 4 * UNIT[BF16] * rms(other)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+def test_rows_with_adapters_of_their_own(dtype: torch.dtype) -> None:
+    """As in float64, by kernels where sizes are multiples of 8; rows of none are the base's, bit
+    for bit."""
+    for seed in range(40):
+        problem = make_grouped(seed, dtype)
+        exact = problem.in_double()
+        wanted = exact.results(exact.plain())
+        found = on_cuda(problem)
+        results = found.results(found.fused())
+        for name, bound in grouped_bounds(problem, wanted).items():
+            if name in results:
+                assert rms(results[name].cpu().double() - wanted[name]) <= bound, (seed, name)
+        base = torch.nn.functional.linear(found.x, found.weight, found.bias)
+        rows = (problem.ids == -1).cuda()
+        assert torch.equal(results["y"][rows], base[rows])
+
+
+def on_cuda(problem: Grouped) -> Grouped:
+    def moved(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        return tensor.detach().cuda().requires_grad_(tensor.requires_grad)
+
+    adapters = {
+        name: one._replace(
+            lora_A=moved(one.lora_A), lora_B=moved(one.lora_B), lora_bias=moved(one.lora_bias)
+        )
+        for name, one in problem.adapters.items()
+    }
+    names = ("x", "weight", "bias", "scale", "rng_state", "dy")
+    tensors = {name: moved(getattr(problem, name)) for name in names}
+    return replace(problem, adapters=adapters, **tensors)  # type: ignore[arg-type]
+
+
+def test_nobody_waits_for_rows_with_adapters_of_their_own() -> None:
+    """Nor does a graph need memory of the host: it replays what it captured."""
+    M, K, N, ranks = 300, 256, 136, [8, 40, 3]
+    place = {"dtype": BF16, "device": "cuda"}
+    x, weight, dy = (torch.randn(*of, **place) for of in ((M, K), (N, K), (M, N)))
+    A, B = [torch.randn(r, K, **place) for r in ranks], [torch.randn(N, r, **place) for r in ranks]
+    order = torch.randperm(M, device="cuda")[:250].int()
+    rows = [], order, [100, 30, 120], None, [1.0, 2.0, 0.5], [0.0] * 3
+
+    def call() -> list[Tensor]:
+        y, h = torch.ops.lora_ext.lora_linear_grouped_fwd(x, weight, None, A, B, *rows, None, True)
+        dx, _, _, _, dA, dB, _ = torch.ops.lora_ext.lora_linear_grouped_bwd(
+            dy, x, h, weight, A, B, *rows, None, [True, False, False, False], [3, 3, 3]
+        )
+        return [y, dx, *dA, *dB]
+
+    want = call()  # checks the kernels, if nobody has
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph, captured = capture(call)
+    graph.replay()
+    for one, other, replayed in zip(want, again, captured, strict=True):
+        assert torch.equal(one, other)
+        assert_same(replayed, one)
 
 
 def capture(call: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:

@@ -15,10 +15,12 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import grouped_mistakes
 import low_rank_mistakes
 import pytest
 import row_kernel_mistakes
 from emulated import ROOT, EmulatedKernels, compile_source
+from emulated_grouped import GroupedKernels
 from emulated_rows import RowKernels
 from planted_mistakes import LAUNCHES, PRODUCTS
 
@@ -26,6 +28,7 @@ NONE = "none"
 MISTAKES = {driver: {NONE: ("", "", "")} | mistakes for driver, mistakes in PRODUCTS.items()}
 MISTAKES["test_low_rank_sm90"] = {NONE: ("", "", "")} | low_rank_mistakes.MISTAKES
 MISTAKES["launches"] = {NONE: ("", "", "")} | LAUNCHES
+MISTAKES["grouped"] = {NONE: ("", "", "")} | grouped_mistakes.MISTAKES
 MISTAKES["rows"] = {NONE: ("", "", "")} | row_kernel_mistakes.MISTAKES
 
 # In every file that has a switch.
@@ -61,6 +64,7 @@ print("no mistake noticed")
 """
 
 SCRIPTS = {"launches": SCRIPT, "rows": row_kernel_mistakes.SCRIPT}
+SCRIPTS["grouped"] = grouped_mistakes.SCRIPT
 
 Result = subprocess.CompletedProcess[str]
 
@@ -113,6 +117,8 @@ def build(driver: str, folder: Path) -> Path:
     csrc = plant(driver, folder)
     if driver == "launches":
         return EmulatedKernels.compile(folder, "-O1", "-DSM80_BF16_ONLY", csrc=csrc)
+    if driver == "grouped":
+        return GroupedKernels.compile(folder, "-O1", "-DBF16_ONLY", csrc=csrc)
     if driver == "rows":
         return RowKernels.compile(folder, "-O1", csrc=csrc)
     source, target = ROOT / "tests" / "simt" / f"{driver}.cpp", folder / driver

@@ -19,6 +19,8 @@ import torch
 import test_kernels
 from kernel_checks import check
 from emulated import COMPLETIONS, TYPES, EmulatedKernels
+from emulated_grouped import GroupedKernels
+from emulated_grouped import check as check_grouped, make_problem as make_grouped
 from emulated_rows import Problem, RowKernels, check_column_scale, check_embedding, check_norms
 options = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 kernels = EmulatedKernels.build(Path(sys.argv[1]), *options)
@@ -28,6 +30,11 @@ for size, types, (seed, family) in itertools.product(
 ):
     completion = COMPLETIONS[(size[0] + seed) % 3]
     check(kernels, size, types, 0.1, (completion, seed), family)
+grouped = GroupedKernels.build(Path(sys.argv[1]), *options)
+for seed in range(24):
+    grouped.gpu((80, 86)[seed % 2], 3)
+    grouped.schedule(COMPLETIONS[seed % 3], seed)
+    check_grouped(grouped, make_grouped(seed))
 rows = RowKernels.load(RowKernels.compile(Path(sys.argv[1]), *options))
 for base, adapter in [(torch.bfloat16, torch.float32), (torch.float32, torch.float32)]:
     for size in [(1, 1, 1, 0), (37, 264, 40, 0), (70, 257, 8, 0), (33, 528, 5, 8)]:

@@ -15,7 +15,7 @@ KERNELS = ROOT / "csrc" / "kernels"
 SOURCES = sorted(path.name for path in KERNELS.glob("*.cu"))
 # Before sm_80 too, as setup.py tells CMake
 FOR_ANY_GPU = ("column_scale.cu", "dropout.cu", "lora_embedding.cu", "merge.cu", "sum_parts.cu")
-FOR_ANY_GPU += ("weight_norm.cu",)
+FOR_ANY_GPU += ("weight_norm.cu", "write_table.cu")
 # As CMakeLists.txt compiles them: those for tensor cores once for each type of the base.
 COMPILED = [
     (name, base) for name in SOURCES for base in ([""] if name in FOR_ANY_GPU else ["Bf16", "Fp16"])
@@ -74,7 +74,7 @@ def test_the_programs_for_a_gpu_compile(name: str, tmp_path: Path) -> None:
 
 # Whose kernels arch::launch_dependent starts, all but fill_rng_state's.
 OVERLAPPING = (*FOR_ANY_GPU, "lora_linear_run.cu", "lora_linear_multi_run.cu")
-OVERLAPPING += ("low_rank_sm90.cu", "product_sm90.cu")
+OVERLAPPING += ("lora_linear_grouped_run.cu", "low_rank_sm90.cu", "product_sm90.cu")
 
 
 @pytest.mark.parametrize("name", OVERLAPPING)

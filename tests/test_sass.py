@@ -50,7 +50,15 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
 
 
 @pytest.mark.parametrize(
-    "unit", ["product_sm90", "low_rank_sm90", "product_sm80", "low_rank_sm80", "lora_linear_run"]
+    "unit",
+    [
+        "product_sm90",
+        "low_rank_sm90",
+        "product_sm80",
+        "low_rank_sm80",
+        "lora_linear_run",
+        "lora_linear_grouped_run",
+    ],
 )
 def test_no_local_memory_and_no_spills(compiled: Compiled, unit: str) -> None:
     for name, one in compiled[unit].items():

@@ -90,7 +90,9 @@ void warn(KernelFamily family, const std::string& wrong) {
              "). LORA_EXT_CUDA_OFF=self_check uses them unchecked");
 }
 
-bool trusted(KernelFamily family) {
+}  // namespace
+
+bool is_trusted(KernelFamily family) {
   Entry& entry = entry_of(family, c10::cuda::current_device());
   if (entry.trust == Trust::Unknown) {
     if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
@@ -106,13 +108,11 @@ bool trusted(KernelFamily family) {
   return entry.trust == Trust::Trusted;
 }
 
-}  // namespace
-
 CudaPath trusted_path(const CudaCall& call) {
   const auto* device = at::cuda::getCurrentDeviceProperties();
   const int capability = device->major * 10 + device->minor;
   const CudaPath path = cuda_path(call, capability);
-  if (path.kernels == CudaPath::Kernels::Composed || trusted(path.family)) return path;
+  if (path.kernels == CudaPath::Kernels::Composed || is_trusted(path.family)) return path;
   return cuda_path(call, capability);  // which knows what was found
 }
 

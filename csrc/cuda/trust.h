@@ -13,6 +13,9 @@ namespace lora_ext {
 // call trusts, and a later one checks.
 CudaPath trusted_path(const CudaCall& call);
 
+// Whether the kernels of a family may be used on the current device: checks as trusted_path does.
+bool is_trusted(KernelFamily family);
+
 // Whether a check on this device has found something wrong. Checks nothing.
 bool found_wrong(KernelFamily family, int device);
 

@@ -52,16 +52,16 @@ struct alignas(8) FourColumns {
   uint32_t pair[2];
 };
 
-// Zeroes what dropout drops; `row` is the tile's first, and columns(next, slot) points to those of
-// `own` in its first or next row. Its decisions go to `kept`, where kLeavesBits, unless that is
-// none. Four Philox calls decide about all of a row's columns, and what they have of the column
-// alone is computed once for both rows.
-template <bool kLeavesBits, class Columns>
-LORA_EXT_DEVICE void drop_tile(const Draw& draw, const DropPlace& own, int64_t row, int64_t block,
-                               const KeptBits& kept, const Columns& columns) {
+// Zeroes what dropout drops; number(row, further) is the number in the call of the tile's row, so
+// many further on, and columns(next, slot) points to those of `own` in its first or next row. Its
+// decisions go to `kept`, where kLeavesBits, unless that is none. Four Philox calls decide about
+// all of a row's columns, and what they have of the column alone is computed once for both rows.
+template <bool kLeavesBits, class Number, class Columns>
+LORA_EXT_DEVICE void drop_rows(const Draw& draw, const DropPlace& own, const Number& number,
+                               int64_t block, const KeptBits& kept, const Columns& columns) {
 #pragma unroll
   for (int next = 0; next < 2; ++next) {
-    const int64_t own_row = row + own.row + next * DropPlace::kNextRow;
+    const int64_t own_row = number(own.row, next * DropPlace::kNextRow);
     FourColumns masks[kDropoutSlots];
     [[maybe_unused]] uint32_t bits = 0;
 #pragma unroll
@@ -88,6 +88,14 @@ LORA_EXT_DEVICE void drop_tile(const Draw& draw, const DropPlace& own, int64_t r
       if (kept.data) kept.at(own_row, block)[place_of_quarter(own.quarter)] = bits;
     }
   }
+}
+
+// Of neighbouring rows, from `row` on.
+template <bool kLeavesBits, class Columns>
+LORA_EXT_DEVICE void drop_tile(const Draw& draw, const DropPlace& own, int64_t row, int64_t block,
+                               const KeptBits& kept, const Columns& columns) {
+  const auto number = [row](int in_tile, int further) { return row + in_tile + further; };
+  drop_rows<kLeavesBits>(draw, own, number, block, kept, columns);
 }
 
 }  // namespace lora_ext

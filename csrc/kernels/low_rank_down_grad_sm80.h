@@ -30,29 +30,23 @@ struct DownGradShape {
   static constexpr int kSharedBytes = kRing * kStageBytes;
 };
 
-template <class T, int kRank>
-__global__ void __launch_bounds__(128, kLeastBlocks)
-    low_rank_down_grad_sm80_kernel(const __grid_constant__ DownGradParams<T> params) {
+// The sums of `count` rows from first_row on and of a block of columns, store(row of dA, column,
+// sum) each.
+template <class T, int kRank, class Rows, class Store>
+LORA_EXT_DEVICE void down_grad_tile(const DownGradParams<T>& params, const Rows& rows,
+                                    int64_t first_row, int64_t count, int64_t column_block,
+                                    uint8_t* shared, const Store& store) {
   using Shape = DownGradShape<kRank>;
   using TileX = typename Shape::TileX;
   using TileDh = typename Shape::TileDh;
   constexpr int kSlots = Shape::kWarpColumns / 16;
-  LORA_EXT_DYNAMIC_SHARED(shared);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  const int64_t M = params.x.rows, K = params.x.columns;
-  const int64_t first_row = int64_t{blockIdx.y} * params.rows_per_block;
-  const int64_t first_column = int64_t{blockIdx.x} * Shape::kK;
-  const int64_t rows =
-      M - first_row < params.rows_per_block ? M - first_row : params.rows_per_block;
-  const int steps = static_cast<int>((rows + Shape::kM - 1) / Shape::kM);
+  const int64_t K = params.x.columns, first_column = column_block * Shape::kK;
+  const int steps = static_cast<int>((count + Shape::kM - 1) / Shape::kM);
   const auto load = [&](int step) {
     uint8_t* stage = shared + step % Shape::kRing * Shape::kStageBytes;
     const int64_t m = first_row + step * Shape::kM;
-    if (params.aligned) {
-      TileX::template load<128>(arch::shared_address(stage), params.x, m, first_column, thread);
-    } else {
-      TileX::template load_elements<128>(stage, params.x, m, first_column, thread);
-    }
+    rows.template load<TileX, 128>(stage, params.x, params.aligned, m, first_column, thread);
     load_split<TileDh, 128>(arch::shared_address(stage + TileX::kBytes), params.dh, m, 0, thread);
   };
 
@@ -70,11 +64,13 @@ __global__ void __launch_bounds__(128, kLeastBlocks)
     if (params.dropout.enabled) {
       uint8_t* const x = shared + step % Shape::kRing * Shape::kStageBytes;
       const DropPlace own(thread);
-      drop_tile<true>(draw, own, m, blockIdx.x, params.kept, [&](int next, int slot) {
-        const int place =
-            TileX::offset(own.row + next * DropPlace::kNextRow, slot * 2 + own.quarter / 2);
-        return reinterpret_cast<FourColumns*>(x + place + own.quarter % 2 * 8);
-      });
+      const auto number = [&](int row, int further) { return rows.number(m + row + further); };
+      drop_rows<!Rows::kListed>(
+          draw, own, number, column_block, params.kept, [&](int next, int slot) {
+            const int place =
+                TileX::offset(own.row + next * DropPlace::kNextRow, slot * 2 + own.quarter / 2);
+            return reinterpret_cast<FourColumns*>(x + place + own.quarter % 2 * 8);
+          });
       __syncthreads();
     }
     const uint32_t stage = arch::shared_address(shared + step % Shape::kRing * Shape::kStageBytes);
@@ -88,6 +84,7 @@ __global__ void __launch_bounds__(128, kLeastBlocks)
       }
 #pragma unroll
       for (int i = 0; i < kRank / 16; ++i) {
+        if (Rows::kListed && i * 16 >= params.rank) break;
 #pragma unroll
         for (int term = 0; term < (params.dh.remainder ? 2 : 1); ++term) {
           arch::FragmentA a;
@@ -101,7 +98,6 @@ __global__ void __launch_bounds__(128, kLeastBlocks)
     }
   }
 
-  float* out = params.dA + int64_t{blockIdx.y} * params.stride * K;
 #pragma unroll
   for (int i = 0; i < kRank / 16; ++i) {
 #pragma unroll
@@ -111,10 +107,24 @@ __global__ void __launch_bounds__(128, kLeastBlocks)
         const int row = i * 16 + e / 2 * 8 + lane / 4;
         const int64_t column =
             first_column + warp * Shape::kWarpColumns + j * 8 + lane % 4 * 2 + e % 2;
-        if (row < params.rank && column < K) out[row * K + column] = sums[i][j][e];
+        if (row < params.rank && column < K) store(row, column, sums[i][j][e]);
       }
     }
   }
+}
+
+template <class T, int kRank>
+__global__ void __launch_bounds__(128, kLeastBlocks)
+    low_rank_down_grad_sm80_kernel(const __grid_constant__ DownGradParams<T> params) {
+  LORA_EXT_DYNAMIC_SHARED(shared);
+  const int64_t M = params.x.rows, K = params.x.columns;
+  const int64_t first_row = int64_t{blockIdx.y} * params.rows_per_block;
+  const int64_t rows =
+      M - first_row < params.rows_per_block ? M - first_row : params.rows_per_block;
+  float* const out = params.dA + int64_t{blockIdx.y} * params.stride * K;
+  down_grad_tile<T, kRank>(
+      params, NeighbouringRows{}, first_row, rows, blockIdx.x, shared,
+      [&](int row, int64_t column, float sum) { out[row * K + column] = sum; });
 }
 
 }  // namespace lora_ext::sm80

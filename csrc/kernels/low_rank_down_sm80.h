@@ -33,14 +33,15 @@ struct DownShape {
 struct OperandMask {
   uint32_t keep[2][4];  // [row half][column 2t, 2t + 1, 2t + 8, 2t + 9], a bit per step
 
-  LORA_EXT_DEVICE void draw(DropoutRng rng, uint32_t threshold, int64_t row, int64_t block,
-                            int lane) {
+  // `rows`: of the call, that of each half that is the lane's
+  LORA_EXT_DEVICE void draw(DropoutRng rng, uint32_t threshold, const int64_t (&rows)[2],
+                            int64_t block, int lane) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         const PhiloxBlock bits =
-            dropout_bits(rng, row + half * 8 + lane / 4, block, lane % 4 * 2 + c % 2 + c / 2 * 8);
+            dropout_bits(rng, rows[half], block, lane % 4 * 2 + c % 2 + c / 2 * 8);
         keep[half][c] = 0;
 #pragma unroll
         for (int slot = 0; slot < kDropoutSlots; ++slot) {
@@ -58,17 +59,32 @@ struct OperandMask {
       a[i] &= (first ? 0x0000FFFFu : 0u) | (second ? 0xFFFF0000u : 0u);
     }
   }
+
+  // To sums of the same rows, of neighbouring columns from a slot's first one on.
+  template <int kColumnTiles>
+  LORA_EXT_DEVICE void apply(arch::FragmentC (&sums)[kColumnTiles], int first_slot) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const uint32_t bits = keep[half][c] >> first_slot;
+#pragma unroll
+        for (int j = 0; j < kColumnTiles / 2; ++j) {
+          if (!(bits >> j & 1u)) sums[2 * j + c / 2][half * 2 + c % 2] = 0.0f;
+        }
+      }
+    }
+  }
 };
 
-template <class T, int kColumns>
-__global__ void __launch_bounds__(DownShape<kColumns>::kThreads, kLeastBlocks)
-    low_rank_down_sm80_kernel(const __grid_constant__ DownParams<T> params) {
+// The sums of the tile of rows from m on, of split blockIdx.y, into `out` [rows of x, rank].
+template <class T, int kColumns, class Rows>
+LORA_EXT_DEVICE void down_tile(const DownParams<T>& params, const Rows& rows, int64_t m,
+                               uint8_t* shared, float* out) {
   using Shape = DownShape<kColumns>;
   using TileX = Tile<Shape::kM, Shape::kK>;
   using TileA = Tile<Shape::kN, Shape::kK>;
-  LORA_EXT_DYNAMIC_SHARED(shared);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  const int64_t m = int64_t{blockIdx.x} * Shape::kM;
   const int64_t steps = (params.x.columns + Shape::kK - 1) / Shape::kK;
   const int64_t first = steps * blockIdx.y / params.splits;
   const int64_t last = steps * (blockIdx.y + 1) / params.splits;
@@ -76,11 +92,7 @@ __global__ void __launch_bounds__(DownShape<kColumns>::kThreads, kLeastBlocks)
   const auto load = [&](int64_t step) {
     uint8_t* const x = shared + step % Shape::kRing * Shape::kStageBytes;
     const int64_t k = step * Shape::kK;
-    if (params.aligned) {
-      TileX::template load<Shape::kThreads>(arch::shared_address(x), params.x, m, k, thread);
-    } else {
-      TileX::template load_elements<Shape::kThreads>(x, params.x, m, k, thread);
-    }
+    rows.template load<TileX, Shape::kThreads>(x, params.x, params.aligned, m, k, thread);
     load_split<TileA, Shape::kThreads>(arch::shared_address(x + TileX::kBytes), params.A, 0, k,
                                        thread);
   };
@@ -103,7 +115,9 @@ __global__ void __launch_bounds__(DownShape<kColumns>::kThreads, kLeastBlocks)
     const uint32_t stage = arch::shared_address(shared + step % Shape::kRing * Shape::kStageBytes);
     const int64_t block = step * Shape::kK / kDropoutBlock;
     if (params.dropout.enabled && block != masked_block) {
-      mask.draw(params.dropout.rng(), params.dropout.threshold, m + warp * 16, block, lane);
+      const int64_t first_row = m + warp * 16 + lane / 4;
+      mask.draw(params.dropout.rng(), params.dropout.threshold,
+                {rows.number(first_row), rows.number(first_row + 8)}, block, lane);
       masked_block = block;
     }
 #pragma unroll
@@ -118,6 +132,7 @@ __global__ void __launch_bounds__(DownShape<kColumns>::kThreads, kLeastBlocks)
         const uint32_t b_tile = stage + TileX::kBytes + term * TileA::kBytes;
 #pragma unroll
         for (int j = 0; j < Shape::kN / 16; ++j) {
+          if (Rows::kListed && j * 16 >= params.rank) break;
           arch::FragmentB b[2];
           load_b<TileA>(b, b_tile, k, j * 16, lane);
           arch::mma_m16n8k16<T>(sums.value[0][2 * j], a, b[0]);
@@ -127,7 +142,6 @@ __global__ void __launch_bounds__(DownShape<kColumns>::kThreads, kLeastBlocks)
     }
   }
 
-  float* out = params.partial + int64_t{blockIdx.y} * params.x.rows * params.stride;
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
     const int64_t row = m + warp * 16 + e / 2 * 8 + lane / 4;
@@ -139,6 +153,15 @@ __global__ void __launch_bounds__(DownShape<kColumns>::kThreads, kLeastBlocks)
       out[row * params.stride + column] = sums.value[0][j][e];
     }
   }
+}
+
+template <class T, int kColumns>
+__global__ void __launch_bounds__(DownShape<kColumns>::kThreads, kLeastBlocks)
+    low_rank_down_sm80_kernel(const __grid_constant__ DownParams<T> params) {
+  LORA_EXT_DYNAMIC_SHARED(shared);
+  down_tile<T, kColumns>(params, NeighbouringRows{}, int64_t{blockIdx.x} * DownShape<kColumns>::kM,
+                         shared,
+                         params.partial + int64_t{blockIdx.y} * params.x.rows * params.stride);
 }
 
 }  // namespace lora_ext::sm80

@@ -41,25 +41,25 @@ struct UpGradShape {
 // Which up_grad relies on: 32 ranks fit on every GPU from sm_80 on.
 static_assert(UpGradShape<32>::shared_bytes(kMostUpGradColumns) <= kLeastSharedBytes);
 
-template <class T, int kRank>
-__global__ void __launch_bounds__(128, kLeastBlocks)
-    low_rank_up_grad_sm80_kernel(const __grid_constant__ UpGradParams<T> params) {
+// Of `count` rows from first_row on, and of the columns from first_column on: dh of each row into
+// `out_dh` [rows of dy, rank], unless that is null, and dB by store(column of dy, rank, sum), if it
+// is wanted.
+template <class T, int kRank, class Rows, class Store>
+LORA_EXT_DEVICE void up_grad_tile(const UpGradParams<T>& params, const Rows& rows,
+                                  int64_t first_row, int64_t count, int64_t first_column,
+                                  uint8_t* shared, float* out_dh, bool wants_dB,
+                                  const Store& store) {
   using Shape = UpGradShape<kRank>;
   using TileDy = typename Shape::TileDy;
   using TileB = typename Shape::TileB;
   using TileH = typename Shape::TileH;
   constexpr int kColumnTiles = kRank / 8;
-  LORA_EXT_DYNAMIC_SHARED(shared);
   auto* const dB_sums = reinterpret_cast<float*>(shared + Shape::kSumsOffset);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int64_t M = params.dy.rows, N = params.dy.columns;
-  const int64_t first_row = int64_t{blockIdx.y} * params.rows_per_block;
-  const int64_t first_column = int64_t{blockIdx.x} * params.columns_per_block;
-  const int64_t rows =
-      M - first_row < params.rows_per_block ? M - first_row : params.rows_per_block;
   const int64_t columns =
       N - first_column < params.columns_per_block ? N - first_column : params.columns_per_block;
-  const int row_tiles = static_cast<int>((rows + Shape::kM - 1) / Shape::kM);
+  const int row_tiles = static_cast<int>((count + Shape::kM - 1) / Shape::kM);
   const int column_tiles = static_cast<int>((columns + Shape::kN - 1) / Shape::kN);
   const int steps = row_tiles * column_tiles;
 
@@ -73,11 +73,7 @@ __global__ void __launch_bounds__(128, kLeastBlocks)
     uint8_t* stage = shared + step % Shape::kRing * Shape::kStageBytes;
     const int64_t m = first_row + step / column_tiles * Shape::kM;
     const int64_t n = first_column + step % column_tiles * Shape::kN;
-    if (params.aligned) {
-      TileDy::template load<128>(arch::shared_address(stage), params.dy, m, n, thread);
-    } else {
-      TileDy::template load_elements<128>(stage, params.dy, m, n, thread);
-    }
+    rows.template load<TileDy, 128>(stage, params.dy, params.aligned, m, n, thread);
     load_split<TileB, 128>(arch::shared_address(stage + TileDy::kBytes), params.B, n, 0, thread);
     if (params.h.value.data && step % column_tiles == 0) {
       load_split<TileH, 128>(arch::shared_address(h_tile(step)), params.h, m, 0, thread);
@@ -104,7 +100,7 @@ __global__ void __launch_bounds__(128, kLeastBlocks)
     const uint32_t stage = arch::shared_address(shared + step % Shape::kRing * Shape::kStageBytes);
 
     // dh [16 rows of this warp] += dy B
-    if (params.dh) {
+    if (out_dh) {
       for (int term = 0; term < (params.B.remainder ? 2 : 1); ++term) {
         const uint32_t b_tile = stage + TileDy::kBytes + term * TileB::kBytes;
 #pragma unroll
@@ -113,6 +109,7 @@ __global__ void __launch_bounds__(128, kLeastBlocks)
           load_a<TileDy>(a, stage, warp * 16, k, lane);
 #pragma unroll
           for (int j = 0; j < kRank / 16; ++j) {
+            if (Rows::kListed && j * 16 >= params.rank) break;
             arch::FragmentB b[2];
             load_b_rows<TileB>(b, b_tile, k, j * 16, lane);
             arch::mma_m16n8k16<T>(dh[2 * j], a, b[0]);
@@ -123,7 +120,7 @@ __global__ void __launch_bounds__(128, kLeastBlocks)
     }
 
     // dB [16 columns of dy of this warp] += dy^T h
-    if (params.dB) {
+    if (wants_dB) {
       arch::FragmentC sums[kColumnTiles] = {};
       const uint32_t h_tiles = arch::shared_address(h_tile(step));
 #pragma unroll
@@ -134,6 +131,7 @@ __global__ void __launch_bounds__(128, kLeastBlocks)
         for (int term = 0; term < (params.h.remainder ? 2 : 1); ++term) {
 #pragma unroll
           for (int j = 0; j < kRank / 16; ++j) {
+            if (Rows::kListed && j * 16 >= params.rank) break;
             arch::FragmentB b[2];
             load_b_rows<TileH>(b, h_tiles + term * TileH::kBytes, k, j * 16, lane);
             arch::mma_m16n8k16<T>(sums[2 * j], a, b[0]);
@@ -151,29 +149,42 @@ __global__ void __launch_bounds__(128, kLeastBlocks)
       }
     }
 
-    if (params.dh && column_tile == column_tiles - 1) {
-      float* out = params.dh + int64_t{blockIdx.x} * M * params.stride;
+    if (out_dh && column_tile == column_tiles - 1) {
 #pragma unroll
       for (int j = 0; j < kColumnTiles; ++j) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int64_t row = first_row + row_tile * Shape::kM + warp * 16 + e / 2 * 8 + lane / 4;
           const int column = j * 8 + lane % 4 * 2 + e % 2;
-          if (row < M && column < params.rank) out[row * params.stride + column] = dh[j][e];
+          if (row < M && column < params.rank) out_dh[row * params.stride + column] = dh[j][e];
         }
       }
     }
   }
-  if (params.dB) {
+  if (wants_dB) {
     __syncthreads();
-    float* out = params.dB + int64_t{blockIdx.y} * N * params.stride;
     for (int64_t i = thread; i < columns * kRank; i += 128) {
       const int64_t column = i % kRank;
-      if (column < params.rank) {
-        out[(first_column + i / kRank) * params.stride + column] = dB_sums[i];
-      }
+      if (column < params.rank) store(first_column + i / kRank, column, dB_sums[i]);
     }
   }
+}
+
+template <class T, int kRank>
+__global__ void __launch_bounds__(128, kLeastBlocks)
+    low_rank_up_grad_sm80_kernel(const __grid_constant__ UpGradParams<T> params) {
+  LORA_EXT_DYNAMIC_SHARED(shared);
+  const int64_t M = params.dy.rows, N = params.dy.columns;
+  const int64_t first_row = int64_t{blockIdx.y} * params.rows_per_block;
+  const int64_t first_column = int64_t{blockIdx.x} * params.columns_per_block;
+  const int64_t rows =
+      M - first_row < params.rows_per_block ? M - first_row : params.rows_per_block;
+  float* const dh = params.dh ? params.dh + int64_t{blockIdx.x} * M * params.stride : nullptr;
+  up_grad_tile<T, kRank>(params, NeighbouringRows{}, first_row, rows, first_column, shared, dh,
+                         params.dB != nullptr, [&](int64_t column, int64_t rank, float sum) {
+                           float* const dB = params.dB + int64_t{blockIdx.y} * N * params.stride;
+                           dB[column * params.stride + rank] = sum;
+                         });
 }
 
 }  // namespace lora_ext::sm80

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "lora_linear_grouped.h"
 #include "lora_linear_multi.h"
 
 namespace lora_ext {
@@ -76,10 +77,65 @@ class SelfCheck {
     check_gradients(dA, dB);
     if (wrong_.empty()) run_together(forward, backward, family, stream);
     if (wrong_.empty()) run_few_rows(forward, family, stream);
+    if (wrong_.empty() && family == KernelFamily::Sm80) run_grouped(forward, backward, stream);
     return wrong_;
   }
 
  private:
+  // Every second row, from the last one, has this adapter, and the others have it without dropout;
+  // what they are added to is 0.
+  void run_grouped(const ForwardCall<Bf16, Bf16>& forward, const BackwardCall<Bf16, Bf16>& backward,
+                   Stream stream) {
+    std::vector<int> order;
+    for (int64_t parity = 0; parity < 2; ++parity) {
+      for (int64_t m = M_ - 1; m >= 0; --m) {
+        if (m % 2 == parity) order.push_back(static_cast<int>(m));
+      }
+    }
+    GroupedAdapter adapters[2];
+    for (int64_t parity = 0; parity < 2; ++parity) {
+      adapters[parity] = {.lora_A = forward.lora_A,
+                          .lora_B = forward.lora_B,
+                          .lora_bias = nullptr,
+                          .in_float = false,
+                          .r = kRank,
+                          .rows = (M_ + 1 - parity) / 2,
+                          .scaling = parity == 0 ? kKept : 1.0f,
+                          .dropout = parity == 0 ? forward.dropout : Dropout{}};
+    }
+    adapters[0].dA = backward.dA, adapters[0].dB = backward.dB;
+    const GroupedRows rows{adapters, to_device(order.data(), M_), nullptr};
+    const TableCopy table{[](void* self, const void* from, int64_t bytes) -> const void* {
+                            return static_cast<SelfCheck*>(self)->to_device(
+                                static_cast<const char*>(from), bytes);
+                          },
+                          this};
+    auto* const y = const_cast<Bf16*>(halves(Values(static_cast<size_t>(M_ * N_))));
+    auto* const dx = const_cast<Bf16*>(halves(Values(static_cast<size_t>(M_ * K_))));
+    run_grouped_forward<Bf16>({rows, forward.x, y, N_, forward.h}, memory_, table, stream);
+    run_grouped_backward<Bf16>({rows, backward.dy, backward.x, nullptr, K_, dx, nullptr}, memory_,
+                               table, stream);
+    check_rows("y of several adapters", y, N_, [&](int64_t m, int64_t n) {
+      if (n == 0) low_rank_ = h_of(m, m % 2 == 0);
+      return low_rank_y(n);
+    });
+    check_rows("dx of several adapters", dx, K_, [&](int64_t m, int64_t k) {
+      if (k == 0) low_rank_ = dh_of(m, N_), kept_ = kept(m);
+      return m % 2 == 0 && !kept_[k] ? 0 : low_rank_dx(k);
+    });
+    check_gradients(backward.dA, backward.dB, 2);
+  }
+  int low_rank_y(int64_t n) const {
+    int sum = 0;
+    for (int j = 0; j < kRank; ++j) sum += low_rank_[j] * B_[n * kRank + j];
+    return sum;
+  }
+  int low_rank_dx(int64_t k) const {
+    int sum = 0;
+    for (int j = 0; j < kRank; ++j) sum += low_rank_[j] * A_[j * K_ + k];
+    return sum;
+  }
+
   // The first rows alone, without dropout, which are another kernel's.
   void run_few_rows(ForwardCall<Bf16, Bf16> forward, KernelFamily family, Stream stream) {
     forward.x.rows = kFewRows, forward.dropout = {}, forward.scaling = 1.0f;
@@ -202,15 +258,13 @@ class SelfCheck {
     if (n == 0) low_rank_ = h_of(m, drops);
     int sum = bias_[n];
     for (int64_t k = 0; k < K_; ++k) sum += x_[m * K_ + k] * weight_[n * K_ + k];
-    for (int j = 0; j < kRank; ++j) sum += low_rank_[j] * B_[n * kRank + j];
-    return sum;
+    return sum + low_rank_y(n);
   }
   double expected_dx(int64_t m, int64_t k) {
     if (k == 0) low_rank_ = dh_of(m, N_), kept_ = kept(m);
     int sum = 0;
     for (int64_t n = 0; n < N_; ++n) sum += dy_[m * N_ + n] * weight_[n * K_ + k];
-    for (int j = 0; kept_[k] && j < kRank; ++j) sum += low_rank_[j] * A_[j * K_ + k];
-    return sum;
+    return kept_[k] ? sum + low_rank_dx(k) : sum;
   }
 
   double expected_dx_of_both(int64_t m, int64_t k) {
@@ -223,8 +277,7 @@ class SelfCheck {
     int sum = 0;
     for (int64_t n = 0; n < N_; ++n)
       sum += (n < few ? 2 : 1) * dy_[m * N_ + n] * weight_[n * K_ + k];
-    for (int j = 0; j < kRank; ++j) sum += low_rank_[j] * A_[j * K_ + k];
-    return sum;
+    return sum + low_rank_dx(k);
   }
 
   // ---- What is found ---------------------------------------------------------------------------
@@ -270,8 +323,8 @@ class SelfCheck {
     }
   }
 
-  // Of the first rank and the last: all sums over the rows.
-  void check_gradients(const Bf16* dA, const Bf16* dB) {
+  // Of the first rank and the last: all sums over the rows, or every so many of them.
+  void check_gradients(const Bf16* dA, const Bf16* dB, int64_t step = 1) {
     const std::vector<Bf16> found_A = from_device(dA, kRank * K_);
     const std::vector<Bf16> found_B = from_device(dB, N_ * kRank);
     constexpr int kRanks[] = {0, kRank - 1};
@@ -279,7 +332,7 @@ class SelfCheck {
     for (int i = 0; i < 2; ++i) {
       want_A[i].resize(static_cast<size_t>(K_)), want_B[i].resize(static_cast<size_t>(N_));
     }
-    for (int64_t m = 0; m < M_; ++m) {
+    for (int64_t m = 0; m < M_; m += step) {
       const std::vector<int> x = dropped(m);
       const int8_t* const dy = &dy_[m * N_];
       for (int i = 0; i < 2; ++i) {

@@ -89,7 +89,28 @@ struct Tile {
     Copies<kThreads, T>(matrix, row, column, thread).start(shared);
   }
 
-  // The same for matrices that are not aligned: element by element, finished when it returns.
+  // Starts to copy these columns of the rows of the matrix that `list` names, the first `count` of
+  // the tile; zero below them. The matrix is aligned.
+  template <int kThreads, class T>
+  LORA_EXT_DEVICE static void gather(uint32_t shared, const Matrix<T>& matrix, const int* list,
+                                     int count, int64_t column, int thread) {
+    static_assert(kThreads % kChunks == 0, "a thread copies one chunk of its rows");
+    constexpr int kApart = kThreads / kChunks;
+    const int first = thread / kChunks, chunk = thread % kChunks;
+    const int64_t left = matrix.columns - column - chunk * 8;
+    const int bytes = left >= 8 ? 16 : left > 0 ? static_cast<int>(left) * 2 : 0;
+    const T* const source = matrix.data + column + chunk * 8;
+#pragma unroll
+    for (int i = 0; i < (kRows + kApart - 1) / kApart; ++i) {
+      const int row = first + i * kApart;
+      if (kRows % kApart != 0 && row >= kRows) break;
+      const bool inside = row < count;
+      arch::cp_async_16(shared + offset(row, chunk),
+                        inside ? source + list[row] * matrix.stride : source, inside ? bytes : 0);
+    }
+  }
+
+  // As load, of matrices that are not aligned: element by element, finished when it returns.
   template <int kThreads, class T>
   LORA_EXT_DEVICE static void load_elements(uint8_t* shared, const Matrix<T>& matrix, int64_t row,
                                             int64_t column, int thread) {
@@ -102,6 +123,39 @@ struct Tile {
         out[e] = inside ? matrix.data[(row + r) * matrix.stride + c] : T{0};
       }
     }
+  }
+};
+
+// Which rows of a matrix the tiles of a kernel are made of: as they lie there.
+struct NeighbouringRows {
+  static constexpr bool kListed = false;
+
+  // Of the tiles' row, in the call: what dropout draws by.
+  LORA_EXT_DEVICE int64_t number(int64_t row) const { return row; }
+
+  template <class Tile, int kThreads, class T>
+  LORA_EXT_DEVICE void load(uint8_t* shared, const Matrix<T>& matrix, bool aligned, int64_t row,
+                            int64_t column, int thread) const {
+    if (aligned) {
+      Tile::template load<kThreads>(arch::shared_address(shared), matrix, row, column, thread);
+    } else {
+      Tile::template load_elements<kThreads>(shared, matrix, row, column, thread);
+    }
+  }
+};
+
+// Those that a list names, of an aligned matrix whose `rows` are their count.
+struct ListedRows {
+  static constexpr bool kListed = true;
+  const int* list;  // of whole tiles
+
+  LORA_EXT_DEVICE int64_t number(int64_t row) const { return list[row]; }
+
+  template <class Tile, int kThreads, class T>
+  LORA_EXT_DEVICE void load(uint8_t* shared, const Matrix<T>& matrix, bool, int64_t row,
+                            int64_t column, int thread) const {
+    Tile::template gather<kThreads>(arch::shared_address(shared), matrix, list + row,
+                                    static_cast<int>(matrix.rows - row), column, thread);
   }
 };
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from lora_ext.batching import Assignment, BatchPlan, current_plan
 from lora_ext.functional import lora_linear_grouped
 from lora_ext.nn.adapter import LowRank, variant_of
+from lora_ext.paths import lora_linear_grouped_path
 
 Layer: TypeAlias = Any  # a LoraLayer, which imports this
 
@@ -83,11 +84,11 @@ def refuse_plan(layer: Layer, why: str) -> NoReturn:
 
 def planned_linear_path(layer: Layer) -> tuple[str, str]:
     """(path, reason) of it, for `explain`."""
-    path, how = "lora_linear_grouped", "vector kernels over the rows of each adapter"
-    if layer._adapted_weight().device.type != "cpu":
-        how = "composed products of each adapter's rows: there are no kernels for this device yet"
+    names = planned_names(layer)
+    ranks = [layer.adapters[name].r for name in names]
+    path, how = lora_linear_grouped_path(layer._adapted_weight(), ranks, _plan().mixes)
     reason = f"the base product once, then {how}"
-    if any(variant_of(layer.adapters[name]) for name in planned_names(layer)):
+    if any(variant_of(layer.adapters[name]) for name in names):
         reason += "; DoRA's rows once more, base and all"
     return path, reason
 

@@ -1,8 +1,6 @@
 // lora_linear on the CUDA kernels, run by the emulator, as plain C functions: tests/test_kernels.py
 // loads them with ctypes and passes the addresses of CPU tensors.
-#include <cstdlib>
 #include <string>
-#include <utility>
 #include <vector>
 
 #if !defined(SM80_BF16_ONLY)  // compiled in a third of the time
@@ -11,32 +9,17 @@
 #include "kernels/launch_product_sm90.h"
 #endif
 #include "cuda/lora_linear_multi_path.h"
-#include "guarded.h"
 #include "kernels/launch_low_rank_sm80.h"
 #include "kernels/launch_product_sm80.h"
+#include "kernels/lora_linear_grouped_run.h"
 #include "kernels/lora_linear_multi_run.h"
 #include "kernels/self_check.h"
+#include "launched.h"
 
 using namespace lora_ext;
-using simt_test::guarded, simt_test::message;
+using simt_test::guarded, simt_test::message, simt_test::Scratch;
 
 namespace {
-
-// NaN in every type until a kernel writes it.
-struct Scratch {
-  std::vector<void*> blocks;
-
-  static void* allocate(void* context, int64_t bytes) {
-    if (simt::options().limits_only) bytes = 0;  // nobody reads it, and it may be huge
-    void* block = std::aligned_alloc(256, static_cast<size_t>((bytes + 255) / 256 * 256 + 256));
-    memset(block, 0xFF, static_cast<size_t>(bytes));
-    static_cast<Scratch*>(context)->blocks.push_back(block);
-    return block;
-  }
-  ~Scratch() {
-    for (void* block : blocks) std::free(block);
-  }
-};
 
 #if defined(LORA_EXT_SM90)
 constexpr bool kSm90 = true;
@@ -240,8 +223,6 @@ int lora_multi(const char* types, const Arguments* layers, int count, int is_bac
   });
 }
 
-const char* last_error() { return message().c_str(); }
-
 // What csrc/kernels/self_check.h finds wrong with a family in a problem of these sizes.
 const char* self_check(int family, int64_t M, int64_t N, int64_t K) {
   Scratch scratch;
@@ -256,68 +237,6 @@ const char* self_check(int family, int64_t M, int64_t N, int64_t K) {
   }
   return message().c_str();
 }
-
-// How many launches there were since the last call of take_launches, and of each of at most `count`
-// of them: the bytes that cp.async read from global memory, the mma.sync instructions of warps, the
-// bytes that TMA wrote to shared memory, the wgmma instructions of warpgroups, and the bytes that
-// TMA read.
-int take_launches(int count, int64_t (*out)[5]) {
-  const std::vector<simt::Statistics> launches = std::move(simt::launches());
-  simt::launches().clear();
-  const int known = static_cast<int>(launches.size());
-  for (int i = 0; i < known && i < count; ++i) {
-    const simt::Statistics& launch = launches[static_cast<size_t>(i)];
-    const int64_t counts[] = {launch.copied_bytes, launch.mma, launch.tma_bytes, launch.wgmma,
-                              launch.tma_read_bytes};
-    std::copy(std::begin(counts), std::end(counts), out[i]);
-  }
-  return known;
-}
-
-// Of a launch, as it was asked for.
-struct Recorded {
-  const char* kernel;  // until the next call of take_recorded
-  int64_t grid[3], block, cluster, shared_bytes;
-  int dependent;
-};
-
-// As take_launches; also of launches whose kernels do not run (set_limits_only).
-int take_recorded(int count, Recorded* out) {
-  static std::vector<std::string> names;
-  const std::vector<simt::RecordedLaunch> launches = std::move(simt::recorded());
-  simt::recorded().clear();
-  names.clear();
-  for (const simt::RecordedLaunch& launch : launches) {
-    names.push_back(simt::kernel_name(launch.kernel));
-  }
-  const int known = static_cast<int>(launches.size());
-  for (int i = 0; i < known && i < count; ++i) {
-    const auto& [kernel, grid, block, cluster, shared_bytes, dependent] =
-        launches[static_cast<size_t>(i)];
-    out[i] = {
-        names[static_cast<size_t>(i)].c_str(),      {grid.x, grid.y, grid.z},           block.x,
-        int64_t{cluster.x} * cluster.y * cluster.z, static_cast<int64_t>(shared_bytes), dependent};
-  }
-  return known;
-}
-
-// completion: 0 eager, 1 deferred, 2 random. Products are late where copies are early: so a slot
-// that is released too early shows.
-void set_schedule(int completion, uint64_t seed) {
-  using simt::Completion;
-  simt::options().copies = static_cast<Completion>(completion);
-  simt::options().multiplies = completion == 2 ? Completion::kRandom : Completion::kDeferred;
-  simt::options().seed = seed;
-}
-
-// The GPU, by its compute capability and multiprocessors.
-void set_gpu(int capability, int multiprocessors) {
-  simt::options().compute_capability = capability;
-  simt::options().multiprocessors = multiprocessors;
-}
-
-// Launches are checked against the GPU's limits, and no kernel runs.
-void set_limits_only(bool value) { simt::options().limits_only = value; }
 
 // What LORA_EXT_CUDA_PATH asks for, by its number in CudaWish.
 void set_wish(int value) { wish() = static_cast<CudaWish>(value); }
