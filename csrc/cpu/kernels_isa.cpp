@@ -7,6 +7,7 @@
 #include "simd/lora_embedding_rows.h"
 #include "simd/lora_linear_multi_rows.h"
 #include "simd/lora_linear_rows.h"
+#include "simd/lora_linear_single_rows.h"
 #include "simd/merge_rows.h"
 #include "simd/transpose.h"
 #include "simd/weight_norm_rows.h"
@@ -23,6 +24,8 @@ constexpr CpuKernels kernels_for() {
                       .packed_bytes = transposed_bytes<S>,
                       .pack = transpose<S, TA>,
                       .forward_rows = lora_linear_forward_rows<Math>,
+                      .single_rows_bytes = single_rows_bytes<S>,
+                      .single_rows = lora_linear_single_rows<T, TA>,
                       .backward_rows = lora_linear_backward_rows<Math>,
                       .multi_scratch_bytes = multi_bytes<Math>,
                       .multi_forward_rows = lora_linear_multi_forward_rows<Math>,

@@ -14,7 +14,7 @@ namespace {
 void pack_adapters(GroupedWork& work, bool lora_B) {
   for_slots(work.slots.size(), [&](int64_t index) {
     CpuSlot& slot = work.slots[index];
-    if (!slot.kernels || slot.rows == 0) return;
+    if (!slot.kernels || slot.rows == 0 || (lora_B && slot.rows <= kUnpackedRows)) return;
     slot.A_t = packed(*slot.kernels, slot.lora_A);
     if (lora_B) slot.B_t = packed(*slot.kernels, slot.lora_B);
   });
@@ -88,14 +88,17 @@ std::tuple<Tensor, Tensor> lora_linear_grouped_fwd_cpu(const LoraLinearGroupedCa
       LoraLinearForwardArgs args{};
       args.M = M, args.K = work.K, args.N = N, args.r = slot.rank();
       args.x = x_of.begin(gathered, rows[0], worker), args.ldx = x_of.stride(gathered);
-      args.lora_A_t = slot.A_t.const_data_ptr(), args.lora_B_t = slot.B_t.const_data_ptr();
+      args.lora_A_t = data_or_null(slot.A_t), args.lora_B_t = data_or_null(slot.B_t);
+      args.lora_A = slot.lora_A.const_data_ptr(), args.lora_B = slot.lora_B.const_data_ptr();
       args.bias = data_or_null(total_bias);
       args.scaling = slot.scaling, args.row_factors = factor;
       args.dropout = dropout_of(slot, rows);
       args.add_y = later;
       args.y = y_of.begin(gathered, rows[0], worker);
       if (return_h) args.h = at_element(h, slot.h_begin + (begin - slot.begin) * slot.rank());
-      slot.kernels->forward_rows(args, 0, end - begin, scratch.part(worker));
+      const auto run =
+          slot.rows <= kUnpackedRows ? slot.kernels->single_rows : slot.kernels->forward_rows;
+      run(args, 0, end - begin, scratch.part(worker));
       if (gathered) y_of.scatter(rows, end - begin, worker);
     });
   });

@@ -17,6 +17,7 @@
 
 namespace lora_ext {
 
+constexpr int64_t kUnpackedRows = 2;   // of a slot: so many read its adapter as it lies in forward
 constexpr int64_t kGatheredRows = 96;  // copied at a time, where a slot's rows are not neighbours
 
 // f(task, worker) for tasks [begin, end), by whichever thread is free.
@@ -113,7 +114,9 @@ struct GroupedWork {
   int64_t scratch_bytes() const {
     int64_t bytes = 0;
     for (const CpuSlot& slot : slots) {
-      if (slot.kernels) bytes = std::max(bytes, slot.kernels->scratch_bytes(K, slot.rank()));
+      if (!slot.kernels) continue;
+      bytes = std::max({bytes, slot.kernels->scratch_bytes(K, slot.rank()),
+                        slot.kernels->single_rows_bytes(K, slot.rank())});
     }
     return bytes;
   }

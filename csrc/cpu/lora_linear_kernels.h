@@ -12,9 +12,11 @@ struct LoraLinearForwardArgs {
   int64_t M, K, N, r;  // M: of the whole call, on which sums of a row may depend; not on threads
   const void* x;       // [M, K] base type, rows ldx apart
   int64_t ldx;
-  const void* lora_A_t;  // [r, K] adapter type, packed
-  const void* lora_B_t;  // [N, r] adapter type, packed
-  const void* bias;      // [N] compute type: bias + scaling * lora_bias, or null
+  const void* lora_A_t;          // [r, K] adapter type, packed
+  const void* lora_B_t;          // [N, r] adapter type, packed
+  const void* lora_A = nullptr;  // and as they lie, for single_rows
+  const void* lora_B = nullptr;
+  const void* bias;  // [N] compute type: bias + scaling * lora_bias, or null
   double scaling;
   const double* row_factors = nullptr;  // [M]: multiply scaling for each row; or null
   DropoutArgs dropout;
@@ -70,6 +72,9 @@ struct LoraLinearKernels {
   // Rows [begin, end) of y = scaling * dropout(x) A^T B^T + bias, and of h = dropout(x) A^T, which
   // has no factor of rows.
   void (*forward_rows)(const LoraLinearForwardArgs&, int64_t begin, int64_t end, void* scratch);
+  // The same, reading lora_A and lora_B as they lie: for very few rows. Bytes of scratch for it.
+  int64_t (*single_rows_bytes)(int64_t K, int64_t r);
+  void (*single_rows)(const LoraLinearForwardArgs&, int64_t begin, int64_t end, void* scratch);
   // Rows [begin, end) of dx = dropout'(dh A) with dh = scaling * dy B; the sums over these rows
   // dh^T dropout(x) go to dA [r, K] and h^T dy (not scaled, but with the factors of rows) to dB
   // [r, N], in the compute type; either may be null.

@@ -75,14 +75,9 @@ struct LoraLinearGrouped : torch::autograd::Function<LoraLinearGrouped> {
   static Tensor forward(AutogradContext* ctx, const Fields&... fields) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     const LoraLinearGroupedCall call{fields...};
-    // As in lora_linear: under dropout h is made again from x, unless x is not kept, or on a GPU;
-    // but its product with factor is not made again.
     const bool save_x = call.weight.requires_grad() || any_requires_grad(call.lora_A);
-    const bool all_drop =
-        std::all_of(call.dropout_p.begin(), call.dropout_p.end(), [](double p) { return p > 0.0; });
-    const bool save_h = requires_grad(call.factor) ||
-                        (any_requires_grad(call.lora_B) &&
-                         !(save_x && all_drop && !call.x.is_cuda() && !call.factor.has_value()));
+    // Whatever other slots are: gradients do not depend on them to the bit.
+    const bool save_h = requires_grad(call.factor) || any_requires_grad(call.lora_B);
     auto [y, h] = lora_linear_grouped_fwd(call, save_h);
     variable_list saved = {save_x ? call.x : Tensor(),
                            save_h ? h : Tensor(),
