@@ -92,7 +92,7 @@ _OTHER_KINDS = re.compile(
     "(AdaLora|Adamss|AdaptionPrompt|BOFT|Beft|C3A|CPT|Cartridge|Deft|Delora|FourierFT|Frod|Glora|"
     "Gralora|HRA|Hira|IA3|LNTuning|Lily|LoHa|LoKr|Miss|MultitaskPromptTuning|OFT|OSF|Peanut|Poly|"
     "Prefix|PrefixTuning|Prompt|PromptLearning|PromptTuning|Psoft|Pvera|RandLora|Road|Shadow|Shira|"
-    "Supertuning|TinyLora|TrainableTokens|UniLora|VBLoRA|Vera|WaveFT|XLora)"
+    "Supertuning|TinyLora|TrainableTokens|UniLora|VBLoRA|Vera|WaveFT)"
     "(Config|Model|Embedding|Encoder|EncoderConfig|EncoderReparameterizationType|Init)|"
     "bloom_model_postprocess_past_key_value|compose_cartridge_adapters|shift_tokens_right|"
     "initialize_kv_prefix_from_[a-z_]+|prompt_embeddings_from_past_key_values"
