@@ -19,9 +19,16 @@ from lora_ext.adapters.names import unwrapped
 from lora_ext.adapters.xlora.classifier import XLoraClassifier
 from lora_ext.adapters.xlora.config import XLoraConfig
 from lora_ext.adapters.xlora.experts import expert_folders
-from lora_ext.arguments import as_path, short
+from lora_ext.arguments import as_path, short, warn
 from lora_ext.errors import AdapterFileError, NotBuiltError
-from lora_ext.io.adapter_file import TensorSpec, adapter_bytes, read_adapter_tensors, read_header
+from lora_ext.io.adapter_file import (
+    TensorSpec,
+    adapter_bytes,
+    check_finite,
+    open_tensors,
+    read_adapter_tensors,
+    read_header,
+)
 from lora_ext.io.adapter_folder import (
     CONFIG_NAME,
     MAX_CONFIG_BYTES,
@@ -150,6 +157,14 @@ class XLoraFiles:
                     + "; say where it is: from_pretrained(..., adapters={'name': 'folder', ...})"
                 )
             found[name] = place
+        if config.use_trainable_adapters and any(
+            not place.is_relative_to(inside(self.folder, "adapters")) for place in found.values()
+        ):
+            warn(
+                f"{self.folder}: use_trainable_adapters: the adapters were trained with the "
+                f"classifier, but are not in adapters/: those in {short(list(found.values()))} may "
+                "be as they were before; say where the trained ones are by adapters={...}"
+            )
         return found
 
     def _said(self, config: XLoraConfig) -> dict[str, Path | None]:
@@ -170,7 +185,9 @@ class XLoraFiles:
         return said
 
     def _inside(self, name: str) -> Path | None:
-        for place in (f"adapters/{name}", name):
+        # PEFT's subfolders of an adapter's name hold parts of other tensors.
+        places = [f"adapters/{name}", *([name] if self.layout == "xlora" else [])]
+        for place in places:
             path = inside(self.folder, place)
             if (path / CONFIG_NAME).is_file():
                 return path
@@ -191,10 +208,31 @@ class XLoraFiles:
             for part, tensor in linear.named_parameters()
         }
         self._check_numbers(classifier, list(keys.values())[-1])
-        found = read_adapter_tensors(self._weights, expected)
+        found = self._lost_by_peft(expected)
+        rest = {key: spec for key, spec in expected.items() if key not in found}
+        found |= read_adapter_tensors(self._weights, rest)
         for name, linear in classifier.linears():
             for part, tensor in linear.named_parameters():
                 tensor.copy_(found[f"{keys[name]}.{part}"])
+
+    def _lost_by_peft(self, expected: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
+        """PEFT 0.21 names adapters by number and takes a classifier's `layers.0.weight` for a
+        tensor of the adapter "0": it is not in the classifier's file, but in that adapter's folder,
+        as `layers.weight`."""
+        header = read_header(self._weights)
+        found: dict[str, Tensor] = {}
+        for key, spec in expected.items():
+            number = key.removeprefix(_PEFT_PREFIX + "layers.").partition(".")[0]
+            path = inside(self.folder, f"{number}/{WEIGHTS_NAME}")
+            if self.layout != "peft" or key in header or not path.is_file():
+                continue
+            with open_tensors(path) as file:
+                other = key.replace(f"layers.{number}.", "layers.")
+                if file.specs.get(other) is None or file.specs[other].shape != spec.shape:
+                    continue  # said with the other keys
+                found[key] = file.tensor(other)
+                check_finite(f"{path}: {other}", found[key])
+        return found
 
     def _check_numbers(self, classifier: XLoraClassifier, last: str) -> None:
         header = read_header(self._weights)
