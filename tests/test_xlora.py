@@ -21,7 +21,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "deep": {"xlora_depth": 3, "layerwise_scalings": True},
     "one linear layer": {"xlora_depth": 1},
     "temperature": {"softmax_temperature": 0.3, "layerwise_scalings": True},
-    "pass value": {"scaling_pass_value": 0.4, "global_scaling_weight": 1.5},
+    "pass value": {"scaling_pass_value": 0.25, "global_scaling_weight": 1.5},
     "top k": {"top_k_lora": 1, "layerwise_scalings": True},
     "softmax of top k": {"enable_softmax": False, "enable_softmax_topk": True, "top_k_lora": 2},
     "no softmax": {"enable_softmax": False, "global_scaling_weight": 0.5},
@@ -62,9 +62,10 @@ def test_results_gradients_and_generated_tokens_are_pefts(
     for cached in (False, True):
         tokens = model.generate(input_ids=TOKENS, max_new_tokens=6, use_cache=cached)
         assert torch.equal(tokens, theirs.generate(input_ids=TOKENS, max_new_tokens=6))
-    # Without what float32 rounds of small differences (PEFT's scaling pass has it still).
+    # Without what float32 rounds of small differences.
+    theirs.internal_xlora_classifier.dtype = torch.float64
     found, wanted = (loss_and_gradients(one.double())[1] for one in (model, theirs))
-    assert_close(found, wanted, 1e-6)
+    assert_close(found, wanted, 1e-10)
 
 
 # Against float64

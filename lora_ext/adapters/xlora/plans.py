@@ -39,7 +39,8 @@ class UniformPlan(BatchPlan):
             return Assignment((), none, (), None, False, False)
         rows = math.prod(leading)
         if rows not in self._of_rows:
-            gates = torch.full((rows, len(self.names)), self._value, device=device)
+            size = rows, len(self.names)
+            gates = torch.full(size, self._value, dtype=torch.float64, device="cpu")
             slots = _everything(rows, self.names)
             self._of_rows[rows] = BatchPlan(self.names, slots, per_row=True, gates=gates)
         return self._of_rows[rows].assign((rows,), device, names, where, whole)
