@@ -116,7 +116,7 @@ def name_text(name: str) -> str | None:
         if re.fullmatch(names, name):
             return f"{name} {text}"
     if _OTHER_KINDS.fullmatch(name):
-        return f"{name} is not built: of PEFT's adapters lora_ext has LoRA alone; others are peft's"
+        return f"{name} is not built: lora_ext has LoRA and X-LoRA; other adapters are peft's"
     if name in _MODULES:
         return (
             f"{name} is no module here: PEFT's names are in lora_ext itself, layers in lora_ext.nn"

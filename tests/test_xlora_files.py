@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from xlora_models import TOKENS, base_of, ours, saved_experts, settings, theirs_of
@@ -317,6 +318,33 @@ def test_the_classifier_and_adapters_get_a_folders_values(tmp_path: Path) -> Non
     assert torch.equal(logits(other), logits(model))
     with pytest.raises(ValueError, match="'x', expected one of"):
         other.load_adapter(folder, "x")
+
+
+def test_a_trainer_saves_and_goes_on(tmp_path: Path) -> None:
+    model = ours("llama", saved_experts("llama", tmp_path / "experts", NAMES))
+    data = [{"input_ids": TOKENS[i % 2], "labels": TOKENS[i % 2]} for i in range(8)]
+
+    def trainer(model: Any, steps: int) -> Any:
+        args = transformers.TrainingArguments(
+            output_dir=str(tmp_path / "out"),
+            per_device_train_batch_size=2,
+            max_steps=steps,
+            save_steps=2,
+            learning_rate=1e-2,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        return transformers.Trainer(model=model, args=args, train_dataset=data)
+
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer(model, 4).train()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert {name.split(".")[0] for name in changed} == {"internal_xlora_classifier"}
+    half = tmp_path / "out" / "checkpoint-2"
+    again = ours("llama", saved_experts("llama", tmp_path / "experts", NAMES), seed=8)
+    trainer(again, 4).train(resume_from_checkpoint=str(half))
+    torch.testing.assert_close(logits(again.eval()), logits(model.eval()))
 
 
 def test_configs_are_pefts(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from lora_ext.io.adapter_folder import (
     MAX_CONFIG_BYTES,
     WEIGHTS_NAME,
     check_adapter_files,
+    read_config_file,
 )
 from lora_ext.io.atomic import open_files, save_folders
 from lora_ext.io.files import inside, json_text, parse_json, read_all, typed_errors
@@ -272,7 +273,17 @@ def _keys(classifier: XLoraClassifier, layout: str) -> Iterator[tuple[str, str]]
             yield name, "last" if name == names[-1] else f"inner.{place * step}"
 
 
-def local_folder(where: str, model_id: Any, options: Mapping[str, Any], with_experts: bool) -> Path:
+def has_classifier(folder: Path) -> bool:
+    """Whether a folder's files are those of an X-LoRA model."""
+    if (folder / XLORA_CONFIG).is_file():
+        return True
+    config = folder / CONFIG_NAME
+    return config.is_file() and read_config_file(config).get("peft_type") == "XLORA"
+
+
+def local_folder(
+    where: str, model_id: Any, options: Mapping[str, Any], *, with_experts: bool = False
+) -> Path:
     """The folder of a classifier's files, from the hub if there is none of that name."""
     path = as_path(model_id, where, "model_id")
     if path.is_dir() or not is_hub_id(str(model_id)):

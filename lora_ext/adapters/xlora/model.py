@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -20,10 +21,12 @@ from lora_ext.adapters.training import is_checkpointing, prepare_model_for_gradi
 from lora_ext.adapters.xlora.classifier import XLoraClassifier
 from lora_ext.adapters.xlora.config import XLoraConfig, checked_top_k
 from lora_ext.adapters.xlora.experts import check_config, check_layers, expert_folders, hidden_size
-from lora_ext.adapters.xlora.files import XLoraFiles, local_folder, save_xlora
+from lora_ext.adapters.xlora.files import XLoraFiles, has_classifier, local_folder, save_xlora
+from lora_ext.adapters.xlora.plans import UniformPlan
 from lora_ext.adapters.xlora.routing import RoutedForward, check_routed
 from lora_ext.adapters.xlora.scalings import ScaledModel, ScalingsLog
-from lora_ext.arguments import as_flag, names_of
+from lora_ext.arguments import as_flag, check_known, names_of
+from lora_ext.batching import following
 from lora_ext.nn.adapter import DEFAULT, check_adapter_name
 from lora_ext.nn.transaction import Transaction
 
@@ -181,7 +184,7 @@ class XLoraModel(ScaledModel):
         is_trainable = as_flag(is_trainable, where, "is_trainable")
         options |= {"ephemeral_gpu_offload": ephemeral_gpu_offload}
         as_flag(low_cpu_mem_usage, where, "low_cpu_mem_usage")
-        folder = local_folder(where, model_id, options, adapters is None)
+        folder = local_folder(where, model_id, options, with_experts=adapters is None)
         own = None if config is None else XLoraConfig.of(config, where)
         with XLoraFiles(folder) as files, Transaction() as transaction:
             chosen = files.config if own is None else own
@@ -205,17 +208,32 @@ class XLoraModel(ScaledModel):
         is_trainable: bool = False,
         **options: Any,
     ) -> LoadResult:
-        """Gives one of the adapters, or, by `adapter_name` of this model, the classifier, the
-        values of a folder."""
+        """Gives one of the adapters the values of its folder; or, of a folder with a classifier,
+        the classifier its, and the adapters where they train: as a Trainer goes on.
+
+        Args:
+            adapter_name: of one of the adapters; for a folder with a classifier, also this model's.
+            is_trainable: whether the model stays in the mode that it is in; what trains stays so.
+        """
         where = "XLoraModel.load_adapter"
-        if adapter_name == self.adapter_name and adapter_name not in self.peft_config:
-            folder = local_folder(where, model_id, options, False)
-            with XLoraFiles(folder) as files:
-                files.fill(self.internal_xlora_classifier)
-            return LoadResult([], [])
-        self._check_names([adapter_name])
-        trains = self.xlora_config.use_trainable_adapters
-        return super().load_adapter(model_id, adapter_name, is_trainable or trains, **options)
+        known = {self.adapter_name: None, **self.peft_config}
+        check_known(where, "adapter_name", [adapter_name], list(known))
+        folder = local_folder(where, model_id, options)
+        if not has_classifier(folder):
+            self._check_names([adapter_name])
+            return super().load_adapter(folder, adapter_name, is_trainable)
+        with XLoraFiles(folder) as files:
+            if self.xlora_config.use_trainable_adapters:
+                for name, place in files.experts(self.xlora_config, None, {}).items():
+                    super().load_adapter(place, name, True)
+            files.fill(self.internal_xlora_classifier)
+        if not is_trainable:
+            self.eval()
+        return LoadResult([], [])
+
+    def _explained_in(self) -> AbstractContextManager[None]:
+        """What `explain` asks the layers in."""
+        return following(UniformPlan(self.active_adapters, 1.0))
 
     def save_pretrained(  # type: ignore[override]
         self,

@@ -47,8 +47,9 @@ class RoutedForward:
                 "XLoraModel: batch: got a plan around the call (lora_ext.batch), expected none: "
                 "X-LoRA chooses the adapters of each token; call it outside of the `with`"
             )
-        if len(args) <= len(self.parameters):
-            kwargs, args = dict(zip(self.parameters, args, strict=False)) | kwargs, ()
+        named = dict(zip(self.parameters, args, strict=False))
+        if len(named) == len(args) and kwargs.keys().isdisjoint(named):
+            kwargs, args = named | kwargs, ()
         cached = self._cached(kwargs)
         hidden = self._scaling_pass(args, kwargs, cached)
         scalings = model.internal_xlora_classifier(hidden)
