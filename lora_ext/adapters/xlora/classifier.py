@@ -57,7 +57,8 @@ class XLoraClassifier(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """[requests, tokens, hidden_size] → [requests, tokens, layers, adapters]; one layer stands
         for all without layerwise_scalings."""
-        logits = self.layers(hidden.to(next(self.parameters()).dtype))
+        weight = next(self.parameters())
+        logits = self.layers(hidden.to(weight.device, weight.dtype))
         scalings: Tensor = logits.unflatten(-1, (-1, self.n_classes))
         if self.config.enable_softmax:
             scalings = (scalings / self.config.softmax_temperature).softmax(-1)

@@ -169,20 +169,19 @@ class XLoraFiles:
         return found
 
     def _said(self, config: XLoraConfig) -> dict[str, Path | None]:
-        """What the config names. PEFT runs adapters under numbers alone: where it has a number for
-        a folder beside the classifier, the folder's name is the adapter's."""
+        """The adapters that the config names, and where they are. PEFT runs adapters under numbers
+        alone: those beside a classifier have the names of their folders."""
+        names = [
+            Path(path).name if Path(path).parent.name == "adapters" else name
+            for name, path in config.adapters.items()
+        ]
+        if len(set(names)) < len(names):
+            names = list(config.adapters)
         said: dict[str, Path | None] = {}
-        for place, (name, path) in enumerate(config.adapters.items()):
-            last = Path(path).name
-            if name == str(place) and Path(path).parent.name == "adapters":
-                own = self._inside(last)
-                if own is not None:
-                    said[last] = own
-                    continue
-            own = self._inside(name)
-            if own is None and self.layout == "peft":
-                own = as_path(path, "XLoraModel.from_pretrained", "adapters")
-            said[name] = own
+        for name, path in zip(names, config.adapters.values(), strict=True):
+            said[name] = self._inside(name)
+            if said[name] is None and self.layout == "peft":
+                said[name] = as_path(path, "XLoraModel.from_pretrained", "adapters")
         return said
 
     def _inside(self, name: str) -> Path | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -70,8 +70,17 @@ class XLoraModel(ScaledModel):
         as_flag(low_cpu_mem_usage, "XLoraModel", "low_cpu_mem_usage")
         config = XLoraConfig.of(peft_config, "XLoraModel")
         folders = expert_folders(config.adapters, options)
-        with Transaction() as transaction:
+        with self._gone_after_errors(model), Transaction() as transaction:
             self._put_in(model, config, adapter_name, folders, autocast_adapter_dtype, transaction)
+
+    @contextmanager
+    def _gone_after_errors(self, model: nn.Module) -> Iterator[None]:
+        """What a transaction does not take back is, too."""
+        try:
+            yield
+        except BaseException:
+            self._leave(model)
+            raise
 
     def _put_in(
         self,
@@ -129,7 +138,7 @@ class XLoraModel(ScaledModel):
         self.eval()
 
     def _route(self, model: nn.Module) -> None:
-        """Last, for nothing takes it back."""
+        """Has all calls of the base go through both passes."""
         self._hooks = [layer.register_forward_pre_hook(check_routed) for layer in self._places]
         self._had_forward = "forward" in vars(model)
         model.forward = RoutedForward(self, model.forward)
@@ -186,18 +195,18 @@ class XLoraModel(ScaledModel):
         as_flag(low_cpu_mem_usage, where, "low_cpu_mem_usage")
         folder = local_folder(where, model_id, options, with_experts=adapters is None)
         own = None if config is None else XLoraConfig.of(config, where)
-        with XLoraFiles(folder) as files, Transaction() as transaction:
+        with XLoraFiles(folder) as files:
             chosen = files.config if own is None else own
+            options.pop("subfolder", None)  # of the classifier
             places = files.experts(chosen, adapters, options)
             chosen.adapters = {name: str(place) for name, place in places.items()}
             chosen.inference_mode = not is_trainable
             self = cls.__new__(cls)
-            self._put_in(model, chosen, adapter_name, places, autocast_adapter_dtype, transaction)
-            try:
+            with self._gone_after_errors(model), Transaction() as transaction:
+                self._put_in(
+                    model, chosen, adapter_name, places, autocast_adapter_dtype, transaction
+                )
                 files.fill(self.internal_xlora_classifier)
-            except BaseException:
-                self._leave()
-                raise
         made: Self = also_pefts(self)
         return made
 
@@ -319,18 +328,17 @@ class XLoraModel(ScaledModel):
     def unload(self) -> nn.Module:
         """The base model with plain layers."""
         base = super().unload()
-        self._leave()
+        self._leave(base)
         return base
 
-    def _leave(self) -> None:
+    def _leave(self, model: nn.Module) -> None:
         """Takes forward and hooks off the base."""
-        model = self.get_base_model()
         routed = vars(model).get("forward")
         if isinstance(routed, RoutedForward):
             del model.forward
             if self._had_forward:
                 model.forward = routed.forward
-        for hook in self._hooks:
+        for hook in vars(self).get("_hooks", ()):
             hook.remove()
 
 
