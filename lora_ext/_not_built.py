@@ -92,7 +92,7 @@ _OTHER_KINDS = re.compile(
     "(AdaLora|Adamss|AdaptionPrompt|BOFT|Beft|C3A|CPT|Cartridge|Deft|Delora|FourierFT|Frod|Glora|"
     "Gralora|HRA|Hira|IA3|LNTuning|Lily|LoHa|LoKr|Miss|MultitaskPromptTuning|OFT|OSF|Peanut|Poly|"
     "Prefix|PrefixTuning|Prompt|PromptLearning|PromptTuning|Psoft|Pvera|RandLora|Road|Shadow|Shira|"
-    "Supertuning|TinyLora|TrainableTokens|UniLora|VBLoRA|Vera|WaveFT|XLora)"
+    "Supertuning|TinyLora|TrainableTokens|UniLora|VBLoRA|Vera|WaveFT)"
     "(Config|Model|Embedding|Encoder|EncoderConfig|EncoderReparameterizationType|Init)|"
     "bloom_model_postprocess_past_key_value|compose_cartridge_adapters|shift_tokens_right|"
     "initialize_kv_prefix_from_[a-z_]+|prompt_embeddings_from_past_key_values"
@@ -116,7 +116,7 @@ def name_text(name: str) -> str | None:
         if re.fullmatch(names, name):
             return f"{name} {text}"
     if _OTHER_KINDS.fullmatch(name):
-        return f"{name} is not built: of PEFT's adapters lora_ext has LoRA alone; others are peft's"
+        return f"{name} is not built: lora_ext has LoRA and X-LoRA; other adapters are peft's"
     if name in _MODULES:
         return (
             f"{name} is no module here: PEFT's names are in lora_ext itself, layers in lora_ext.nn"

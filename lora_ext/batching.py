@@ -10,6 +10,7 @@ layer does not have leave its rows at the base.
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 from collections.abc import Collection, Iterator, Sequence
@@ -30,7 +31,7 @@ from lora_ext._batch_arguments import (
 )
 from lora_ext.arguments import listed, refuse
 
-__all__ = ["BatchPlan", "batch"]
+__all__ = ["BatchPlan", "Checkpointing", "batch"]
 
 _NEVER = torch.iinfo(torch.int64).max
 
@@ -106,6 +107,36 @@ def following(plan: BatchPlan) -> Iterator[None]:
         _leave(outer)
 
 
+class Checkpointing:
+    """`torch.utils.checkpoint.checkpoint`, or a function like it, so that what it runs again in
+    backward follows the plan that it was called under. The gates are an input of what it runs, of
+    which they get the gradient with `use_reentrant=True`, too."""
+
+    def __init__(self, checkpoint: Any) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        plan = current_plan()
+        if plan is None:
+            return self.checkpoint(function, *args, **kwargs)
+        followed = plan
+
+        def carried(gates: Tensor | None, *inputs: Any, **named: Any) -> Any:
+            # A plan of its own: what is made of the gates is made again.
+            with following(followed if gates is None else followed.with_gates(gates)):
+                return function(*inputs, **named)
+
+        return self.checkpoint(carried, plan.gates, *args, **kwargs)
+
+
+class _Found:
+    """What layers that ran have told a plan."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.names: set[str] = set()
+
+
 class BatchPlan:
     """Made by `batch`; a context manager, in which every layer of `lora_ext.nn` follows it."""
 
@@ -138,8 +169,7 @@ class BatchPlan:
         # cache, or of the last ones (transformers' logits_to_keep).
         self.tokens_follow = True
         self._made: dict[Any, tuple[Assignment, Tensor, Tensor]] = {}
-        self._found: set[str] = set()
-        self._was_asked = False
+        self._found = _Found()
 
     def __repr__(self) -> str:
         kind = "rows" if self._per_row else "requests" if self._lengths is None else "segments"
@@ -158,8 +188,8 @@ class BatchPlan:
         entered = _ENTERED.get()
         assert entered is not None and entered.plan is self, "plans are left in another order"
         _leave(entered.outer)
-        unknown = [name for name in self.names if name not in self._found]
-        if kind is None and self._was_asked and unknown:
+        unknown = [name for name in self.names if name not in self._found.names]
+        if kind is None and self._found.asked and unknown:
             raise ValueError(
                 f"batch: adapters: got {unknown[0]!r}, which no layer that ran has: its rows were "
                 "the base's; expected names of adapters of the model, or None for the base"
@@ -180,10 +210,23 @@ class BatchPlan:
         """Whether rows have several adapters, each with a gate."""
         return self._gates is not None
 
-    def set_gates(self, gates: Tensor) -> None:
-        """Other values for the gates, in the shape that they had: of the next layer."""
+    @property
+    def gates(self) -> Tensor | None:
+        """The gates, all of them in one tensor: what a checkpoint has to be given as an input."""
+        return self._gates
+
+    def with_gates(self, gates: Tensor) -> BatchPlan:
+        """The same plan with other values for the gates, in the shape that they had. What is known
+        of rows is shared."""
         assert self._gates is not None
-        self._gates = gates.reshape(self._gates.shape)
+        other = copy.copy(self)
+        other._gates = gates.reshape(self._gates.shape)
+        return other
+
+    def of(self, layer: object) -> BatchPlan:
+        """The plan that one layer follows: this one; a plan with gates of its own for each layer
+        has others."""
+        return self
 
     @property
     def has_after(self) -> bool:
@@ -192,8 +235,8 @@ class BatchPlan:
 
     def note(self, names: Collection[str]) -> None:
         """A layer, or a module to save, has these adapters."""
-        self._was_asked = True
-        self._found.update(names)
+        self._found.asked = True
+        self._found.names.update(names)
 
     def assign(
         self,

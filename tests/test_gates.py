@@ -164,6 +164,23 @@ def test_composed_layers_mix_too(kind: str) -> None:
     torch.testing.assert_close(y, wanted)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_runs_again_under_its_plan(reentrant: bool) -> None:
+    """In a backward outside of the `with`; the gates get their gradient."""
+    net, x = two_layers(), torch.randn(2, 3, 6)
+    gates = torch.randn(2, 3, requires_grad=True)
+    checkpoint = lora_ext.batching.Checkpointing(torch.utils.checkpoint.checkpoint)
+    found = []
+    for checkpointed in (False, True):
+        with lora_ext.batch(["a", "b", "c"], gates=2.0 * gates):
+            y = checkpoint(net, x, use_reentrant=reentrant) if checkpointed else net(x)
+        gates.grad = None
+        y.square().sum().backward()
+        found.append(gates.grad)
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(found[1], found[0])
+
+
 REFUSED: dict[str, tuple[str, Callable[[], object]]] = {
     "no tensor": ("gates: got", lambda: lora_ext.batch(["a"], gates=[1.0])),  # type: ignore[arg-type]
     "integers": ("gates: got", lambda: lora_ext.batch(["a"], gates=torch.ones(1, 1).long())),

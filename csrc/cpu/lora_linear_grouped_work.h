@@ -77,7 +77,10 @@ struct GroupedWork {
     std::vector<int32_t> last_slot(rows, -1);  // in which a row was
     for (Slot& slot : slots_of(adapters)) {
       check_rows(slot, adapters.several, last_slot);
-      const CpuPath path = path_for(M, N, slot.lora_A, base, slot.dropout.enabled());
+      CpuPath path = path_for(M, N, slot.lora_A, base, slot.dropout.enabled());
+      if (slot.rows <= kUnpackedRows && path.kernels == CpuPath::Kernels::Blas) {
+        path.kernels = CpuPath::Kernels::Vector;  // calls of BLAS cost more than such rows
+      }
       if (slot.lora_bias.defined()) slot.lora_bias = slot.lora_bias.to(compute);
       const bool blas = path.kernels == CpuPath::Kernels::Blas;
       const Tensor like = at::empty({0}, at::TensorOptions().dtype(base));

@@ -42,6 +42,7 @@ from lora_ext.adapters.training import (
     prepare_model_for_kbit_training,
 )
 from lora_ext.adapters.types import PeftType, TaskType
+from lora_ext.adapters.xlora import XLoraConfig, XLoraModel
 from lora_ext.nn.trainable import (
     lora_state_dict,
     mark_only_lora_as_trainable,
@@ -62,6 +63,8 @@ __all__ = [
     "PeftModelForTokenClassification",
     "PeftType",
     "TaskType",
+    "XLoraConfig",
+    "XLoraModel",
     "cast_mixed_precision_params",
     "check_if_peft_model",
     "explain",

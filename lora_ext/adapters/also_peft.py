@@ -9,6 +9,7 @@ import peft
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from lora_ext.adapters import lora_model, tasks
+from lora_ext.adapters.xlora import model as xlora
 from lora_ext.nn import LoraLayer
 
 # So that who asks whether a layer has adapters is told: TRL computes with the weight of a head
@@ -18,6 +19,10 @@ BaseTunerLayer.register(LoraLayer)
 
 class LoraModel(lora_model.LoraModel, peft.PeftModel):
     __doc__ = lora_model.LoraModel.__doc__
+
+
+class XLoraModel(xlora.XLoraModel, peft.PeftModel):
+    __doc__ = xlora.XLoraModel.__doc__
 
 
 class PeftModelForCausalLM(tasks.PeftModelForCausalLM, peft.PeftModelForCausalLM):

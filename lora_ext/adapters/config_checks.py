@@ -220,7 +220,8 @@ def check_fields(values: Mapping[str, Any]) -> None:
     """
     peft_type = values["peft_type"]
     if peft_type != "LORA":
-        raise NotBuiltError(_message("peft_type", peft_type, "'LORA': nothing else is built"))
+        other = "XLoraConfig is for 'XLORA'" if peft_type == "XLORA" else "nothing else is built"
+        raise NotBuiltError(_message("peft_type", peft_type, f"'LORA': {other}"))
     try:
         check_init(values["init_lora_weights"])
     except (TypeError, ValueError, NotImplementedError) as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -44,6 +46,13 @@ def explain(model: nn.Module, tokens: int = 2048) -> Explanation:
     check_module("explain", "model", model)
     check_sizes("explain", tokens=tokens)
     rows = Explanation()
+    context: Any = getattr(model, "_explained_in", nullcontext)
+    with context():
+        _explain(model, tokens, rows)
+    return rows
+
+
+def _explain(model: nn.Module, tokens: int, rows: Explanation) -> None:
     for name, module in named_modules(model):
         if isinstance(module, LoraLayer):
             rows.append(LayerPath(name, *module._lora_explain(tokens)))
@@ -51,4 +60,3 @@ def explain(model: nn.Module, tokens: int = 2048) -> Explanation:
             rows.append(LayerPath(name, *module._lora_explain(tokens)))
         elif isinstance(module, TrainableTokensWrapper):
             rows.append(LayerPath(name, *module.token_adapter._lora_explain(tokens)))
-    return rows

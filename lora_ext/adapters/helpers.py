@@ -11,19 +11,23 @@ import torch
 from torch import nn
 
 from lora_ext.adapters.config import LoraConfig
+from lora_ext.adapters.xlora.config import XLoraConfig, is_xlora
 from lora_ext.arguments import as_number, check_module, refuse, short
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.transaction import AtTheEnd, Transaction
 
 
 def check_if_peft_model(model_name_or_path: str | os.PathLike[str]) -> bool:
-    """Whether a folder, or an id on the hub, is an adapter that `LoraConfig.from_pretrained`
-    reads."""
-    try:
-        LoraConfig.from_pretrained(model_name_or_path)
-    except (OSError, TypeError, ValueError, NotImplementedError):
-        return False
-    return True
+    """Whether a folder, or an id on the hub, is an adapter, or an X-LoRA model, of which the config
+    is read."""
+    kinds: tuple[Any, ...] = (LoraConfig, XLoraConfig)
+    for kind in kinds:
+        try:
+            kind.from_pretrained(model_name_or_path)
+        except (OSError, TypeError, ValueError, NotImplementedError):
+            continue
+        return True
+    return False
 
 
 @contextmanager
@@ -60,8 +64,8 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
         yield
 
 
-def get_peft_config(config_dict: Mapping[str, Any]) -> LoraConfig:
-    """A config of a dict of its fields; `LoraConfig.from_peft_type(**config_dict)`.
+def get_peft_config(config_dict: Mapping[str, Any]) -> LoraConfig | XLoraConfig:
+    """A config of a dict of its fields: `LoraConfig.from_peft_type(**config_dict)`, or X-LoRA's.
 
     Raises:
         TypeError: it is no dict.
@@ -73,6 +77,8 @@ def get_peft_config(config_dict: Mapping[str, Any]) -> LoraConfig:
     if "peft_type" not in config_dict:
         got = short(list(config_dict))
         raise ValueError(f"{where}: config_dict: got {got}, expected 'peft_type': 'LORA' with them")
+    if is_xlora(config_dict):
+        return XLoraConfig.from_dict(config_dict)
     return LoraConfig.from_peft_type(**config_dict)
 
 

@@ -12,7 +12,7 @@ from lora_ext._batch_arguments import BASE
 from lora_ext.adapters.activated import plan_of_activated
 from lora_ext.adapters.training import is_checkpointing
 from lora_ext.arguments import check_known, refuse
-from lora_ext.batching import BatchPlan, batch, current_plan, following
+from lora_ext.batching import BatchPlan, Checkpointing, batch, current_plan
 
 Context = AbstractContextManager[Any]
 
@@ -41,7 +41,7 @@ def plan_of_call(
     check_known("LoraModel", "batch: adapters", around.names, model.peft_config)
     around.note(around.names)
     if is_checkpointing(model.get_base_model()):
-        _carry_into_checkpoints(model.get_base_model())
+        carry_into_checkpoints(model.get_base_model())
     return plan
 
 
@@ -79,27 +79,10 @@ def _activates(model: Any, names: Iterable[str | None] | None, offsets: Any) -> 
     return model.has_active_enabled_adapter and not set(activated).isdisjoint(model.active_adapters)
 
 
-class _Carrying:
-    """A function that checkpoints another: what it runs again follows the plan of its first run."""
-
-    def __init__(self, checkpoint: Any) -> None:
-        self.checkpoint = checkpoint
-
-    def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        plan = current_plan()
-        if plan is None:
-            return self.checkpoint(function, *args, **kwargs)
-
-        def carried(*inputs: Any, **named: Any) -> Any:
-            with following(plan):
-                return function(*inputs, **named)
-
-        return self.checkpoint(carried, *args, **kwargs)
-
-
-def _carry_into_checkpoints(model: nn.Module) -> None:
-    """transformers' layers checkpoint by a function that they hold."""
+def carry_into_checkpoints(model: nn.Module) -> None:
+    """transformers' layers checkpoint by a function that they hold: what it runs again then follows
+    the plan of its first run."""
     for module in model.modules():
         checkpoint = vars(module).get("_gradient_checkpointing_func")
-        if checkpoint is not None and not isinstance(checkpoint, _Carrying):
-            module._gradient_checkpointing_func = _Carrying(checkpoint)  # type: ignore[assignment]
+        if checkpoint is not None and not isinstance(checkpoint, Checkpointing):
+            module._gradient_checkpointing_func = Checkpointing(checkpoint)  # type: ignore[assignment]

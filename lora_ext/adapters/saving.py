@@ -16,10 +16,11 @@ from lora_ext.adapters.adding import freeze_base
 from lora_ext.adapters.checkpoint import load_adapter, save_pretrained
 from lora_ext.adapters.checkpoint.model_card import write_model_card
 from lora_ext.adapters.checkpoint.state_dict import LoadResult
-from lora_ext.adapters.classes import class_for
+from lora_ext.adapters.classes import class_for, class_of_kind
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.training import is_checkpointing, prepare_model_for_gradient_checkpointing
 from lora_ext.arguments import as_flag, former_names, names_of, warn
+from lora_ext.io.adapter_folder import CONFIG_NAME, read_config_file
 from lora_ext.io.hub import adapter_folder, push_folder
 from lora_ext.nn.adapter import DEFAULT, check_adapter_name
 from lora_ext.nn.transaction import Transaction
@@ -68,6 +69,17 @@ class SavableModel(AdaptedModel):
         check_adapter_name(adapter_name, (), "LoraModel.from_pretrained")
         options |= {"ephemeral_gpu_offload": ephemeral_gpu_offload}
         as_flag(low_cpu_mem_usage, "LoraModel.from_pretrained", "low_cpu_mem_usage")
+        kind = class_of_kind(_kind_of(model_id, options)) if cls.FOLLOWS_TASK else None
+        if kind is not None:
+            return kind.from_pretrained(  # type: ignore[no-any-return]
+                model,
+                model_id,
+                adapter_name,
+                is_trainable,
+                config,
+                autocast_adapter_dtype,
+                **options,
+            )
         folder = adapter_folder("LoraModel.from_pretrained", model_id, options)
         if key_mapping is None:  # of models of transformers that were written anew
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
@@ -230,3 +242,13 @@ class SavableModel(AdaptedModel):
                 revision=revision,
                 create_pr=create_pr,
             )
+
+
+def _kind_of(model_id: Any, options: Mapping[str, Any]) -> object:
+    """The peft_type that a folder's config says; None where that cannot be read here, which is said
+    when the adapter is loaded."""
+    try:
+        folder = Path(model_id) / (options.get("subfolder") or "")
+        return read_config_file(folder / CONFIG_NAME).get("peft_type")
+    except (OSError, TypeError, ValueError):
+        return None

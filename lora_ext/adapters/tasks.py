@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from lora_ext.adapters.classes import class_for, for_task
+from lora_ext.adapters.classes import also_pefts, class_for, for_task
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.lora_model import LoraModel
+from lora_ext.adapters.xlora.config import XLoraConfig, is_xlora
+from lora_ext.adapters.xlora.model import XLoraModel
 from lora_ext.arguments import as_flag, former_names, warn
 from lora_ext.errors import NotBuiltError
 from lora_ext.nn.adapter import DEFAULT
@@ -165,14 +167,15 @@ class PeftModelForFeatureExtraction(LoraModel):
 
 def get_lora_model(
     model: nn.Module,
-    peft_config: LoraConfig,
+    peft_config: LoraConfig | XLoraConfig,
     adapter_name: str = DEFAULT,
     mixed: bool = False,
     autocast_adapter_dtype: bool = True,
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
 ) -> LoraModel:
-    """Puts adapters into `model`, in place; see `LoraModel`. Also named `get_peft_model`.
+    """Puts adapters into `model`, in place; see `LoraModel`, and `XLoraModel` for an XLoraConfig.
+    Also named `get_peft_model`.
 
     Args:
         revision: of the base model, for the config.
@@ -183,6 +186,16 @@ def get_lora_model(
     where = "get_lora_model"
     if as_flag(mixed, where, "mixed"):
         raise NotBuiltError(f"{where}: mixed: got True, which is not built: there is LoRA alone")
+    if is_xlora(peft_config):
+        mixed_model: Any = XLoraModel(
+            model,
+            XLoraConfig.of(peft_config, where),
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+        )
+        _note_base(mixed_model.xlora_config, model, revision)
+        return also_pefts(mixed_model)  # type: ignore[no-any-return]
     config = LoraConfig.of(peft_config, where)
     kind = class_for(model, config.task_type) if isinstance(model, nn.Module) else LoraModel
     made: LoraModel = kind(
@@ -200,7 +213,7 @@ get_lora_model = former_names("get_lora_model", config="peft_config")(get_lora_m
 get_peft_model = get_lora_model
 
 
-def _note_base(config: LoraConfig, model: nn.Module, revision: str | None) -> None:
+def _note_base(config: LoraConfig | XLoraConfig, model: nn.Module, revision: str | None) -> None:
     """Which base it is for, in the model's own config."""
     before, name = config.base_model_name_or_path, vars(model).get("name_or_path") or None
     if before is not None and before != name:

@@ -17,6 +17,7 @@ class TaskType(str, enum.Enum):  # noqa: UP042 - as PEFT's, also what str() make
 
 
 class PeftType(str, enum.Enum):  # noqa: UP042
-    """The kinds of adapters that there are here: LoRA."""
+    """The kinds of adapters that there are here: LoRA, and mixtures of it (X-LoRA)."""
 
     LORA = "LORA"
+    XLORA = "XLORA"

@@ -58,15 +58,15 @@ def follows_plan(layer: Layer) -> bool:
 
 def planned_names(layer: Layer) -> list[str]:
     """The adapters of the plan that this layer has, and that do something."""
-    plan = _plan()
+    plan = _plan(layer)
     plan.note(layer.adapters)
     return [name for name in plan.names if layer._scaling.get(name, 0.0) != 0.0]
 
 
-def _plan() -> BatchPlan:
+def _plan(layer: Layer) -> BatchPlan:
     plan = current_plan()
     assert plan is not None
-    return plan
+    return plan.of(layer)
 
 
 def dropout_p(layer: Layer, name: str) -> float:
@@ -86,7 +86,7 @@ def planned_linear_path(layer: Layer) -> tuple[str, str]:
     """(path, reason) of it, for `explain`."""
     names = planned_names(layer)
     ranks = [layer.adapters[name].r for name in names]
-    path, how = lora_linear_grouped_path(layer._adapted_weight(), ranks, _plan().mixes)
+    path, how = lora_linear_grouped_path(layer._adapted_weight(), ranks, _plan(layer).mixes)
     reason = f"the base product once, then {how}"
     if any(variant_of(layer.adapters[name]) for name in names):
         reason += "; DoRA's rows once more, base and all"
@@ -105,7 +105,7 @@ def planned_linear(
 
     x [..., in_features], weight [out_features, in_features] → [..., out_features].
     """
-    plan = _plan()
+    plan = _plan(layer)
     where = type(layer).__name__
     y = lora_linear_grouped(x, weight, bias, adapters, plan, where=where)
     variants = [n for n in planned_names(layer) if variant_of(layer.adapters[n])]
@@ -134,7 +134,7 @@ def planned_updates(
 ) -> Tensor:
     """y, the base's, with update_of(x, name) of each adapter on its own rows, which are counted
     over the first `dimensions` of x and y."""
-    plan = _plan()
+    plan = _plan(layer)
     where, leading = type(layer).__name__, x.shape[:dimensions]
     names = planned_names(layer)
     plain = [name for name in names if not variant_of(layer.adapters[name])]

@@ -163,7 +163,7 @@ def save_pretrained(
         )
     with values_of(model, state_dict):
         ready = [  # all of them, before the first is written
-            _files_of(
+            files_of(
                 model,
                 name,
                 Path(folder) if name == DEFAULT else Path(folder) / name,
@@ -187,7 +187,7 @@ def save_pretrained(
         save_adapters(ready)
 
 
-def _files_of(
+def files_of(
     model: AdaptedModel,
     name: str,
     place: Path,
