@@ -148,14 +148,12 @@ def kernel_bound(p: Problem, dtype: torch.dtype) -> float:
     """The error of a result of this dtype that the CUDA kernels may have, over its expected size.
 
     h and dh are rounded for the base product's sums, and the result once. The gradient of a float
-    adapter is not, but its three factors are 16 bits and a remainder of as many; those of fp16 are
-    denormal here, multiples of 2^-24. Errors are as large as h and dh are, whose expected size is
-    that of many values: the RMS of n is off by 1 / sqrt(2 n), here four times of that.
+    adapter is not, but its three factors are 16 bits and a remainder of as many. Errors are as
+    large as h and dh are, whose expected size is that of many values: the RMS of n is off by
+    1 / sqrt(2 n), here four times of that.
     """
     base = p.x.dtype
     roundings = 2 * UNIT[base] if dtype == base else 3 * UNIT[base] ** 2
-    if (base, dtype) == (torch.float16, torch.float32):
-        roundings += 2.0**-25 * (1 / rms(p.lora_A) + 1 / rms(p.lora_B))
     N, K = p.weight.shape
     M = p.x.numel() // max(K, 1)
     few = 1 + 4 / (2 * max(M * p.lora_A.shape[0], 1)) ** 0.5

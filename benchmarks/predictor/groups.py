@@ -96,10 +96,9 @@ def record_group(
     kernels.gpu(capability, multiprocessors)
     kernels.wish(wish)
     one = calls[0]
-    types = "bf16-fp32" if one.fp32_adapters else "bf16"
     sizes = [(call.N, call.r) for call in calls]
     try:
-        launches = kernels.dry_run_multi(one.M, one.K, sizes, types, one.dropout_p, backward)
+        launches = kernels.dry_run_multi(one.M, one.K, sizes, one.types, one.dropout_p, backward)
     except RuntimeError as error:
         if "alone: " not in str(error):
             raise
