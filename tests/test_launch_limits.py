@@ -7,7 +7,8 @@ import itertools
 
 import pytest
 import torch
-from emulated import TYPES, EmulatedKernels
+from emulated import GPUS, TYPES, EmulatedKernels
+from kernel_checks import check
 from problems import make_problem
 
 CARDS = (86, 90)  # with the least shared memory, and with launches of sm_90a
@@ -86,6 +87,15 @@ def test_of_an_embedding(kernels: EmulatedKernels, card: int) -> None:
             kernels.dry_run_up_grad(M, N, r, list(TYPES.values())[r % 4], without)
 
 
+@pytest.mark.parametrize("card", CARDS)
+def test_ranks_beyond_256(kernels: EmulatedKernels, card: int) -> None:
+    for r, types, p in itertools.product((257, 300, 512, 1000, 1024), TYPES.values(), (0.0, 0.1)):
+        for N, K in LAYERS:
+            kernels.gpu(card, 132)
+            for without in ([], ["dB"], ["dx"]):
+                kernels.dry_run(8192, N, K, r, types, p, without=without)
+
+
 @pytest.mark.parametrize("r", [16, 136])
 def test_wide_blocks_make_dx_and_dA_without_dB(kernels: EmulatedKernels, r: int) -> None:
     """Blocks have more tiles of columns than there would be room for the sums of dB."""
@@ -99,3 +109,13 @@ def test_wide_blocks_make_dx_and_dA_without_dB(kernels: EmulatedKernels, r: int)
     # dh is a sum in another order: a last bit of it may differ.
     for got, same in zip(fewer[:2], everything[:2], strict=True):
         assert (got.double() - same.double()).norm() <= 2**-8 * same.double().norm()
+
+
+@pytest.mark.parametrize("types", ["bf16", "bf16-fp32", "fp16-fp32"])
+@pytest.mark.parametrize("r", [264, 300, 384, 512, 1000])
+@pytest.mark.parametrize("family", GPUS)
+def test_values_of_ranks_beyond_256(
+    kernels: EmulatedKernels, family: str, r: int, types: str
+) -> None:
+    """By passes over x and dy for each group of the ranks, of which the last is narrow."""
+    check(kernels, (130, 136, 72, r), types, 0.1, ("random", r), family)
