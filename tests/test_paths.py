@@ -192,7 +192,7 @@ CUDA_CASES = {
     "rank 256": (SM90 | {"r": 256}, FUSED_90, ONE_PASS),
     "rank 257": (SM90 | {"r": 257}, FUSED_90, ONE_PASS),
     "rank 257, no dropout": (SM90 | {"r": 257, "dropout": False}, CUBLAS, KEEPS_UP),
-    "rank 257, floats": (SM90 | {"r": 257, "dropout": False, "mixed": True}, HYBRID_90, SMALL),
+    "rank 257, floats": (SM90 | {"r": 257, "dropout": False, "mixed": True}, FUSED_90, ONE_PASS),
     "rank 257, floats of 64 rows": (SM90 | {"r": 257, "M": 64, "mixed": True}, CUBLAS, KEEPS_UP),
     "rank 512, 1024 rows": (SM90 | {"r": 512, "M": 1024}, HYBRID_90, SMALL),
     "rank 513, 1024 rows": (SM90 | {"r": 513, "M": 1024}, CUBLAS, KEEPS_UP),
