@@ -11,13 +11,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from machine import PREBUILT, ROOT, cublas, facts, sources_hash, tool, why_no_gpu, why_not_prebuilt
+from machine import (
+    DEFAULT,
+    PREBUILT,
+    ROOT,
+    capability,
+    cublas,
+    facts,
+    runs_on,
+    sources_hash,
+    tool,
+    why_no_gpu,
+    why_not_prebuilt,
+)
 from timed_steps import FAILED, KILLED, LEFT_OUT, RIGHT, Step, Steps
 
 LARGE = "4096x4096,4096x1024,4096x14336,14336x4096"
@@ -44,11 +57,24 @@ print(json.dumps({n: found.get(n) for n in names} | {"cuda": torch.version.cuda,
 """
 
 
-class First:
-    """All steps, in their order."""
+class Planned:
+    """Stands for Steps in a dry run: nothing is run or written, and everything goes well."""
 
-    def __init__(self, steps: Steps, dry: bool, families: Sequence[str]):
-        self.steps, self.dry, self.families = steps, dry, families
+    results: Sequence[dict[str, Any]] = ()
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def status(self, name: str) -> str:
+        return "" if "of wrong" in name else RIGHT
+
+
+class First:
+    """All steps, in their order. `stand_in`: something small takes the place of each command, for
+    tests; limits and order are the same."""
+
+    def __init__(self, steps: Steps | Planned, stand_in: bool, families: Sequence[str]):
+        self.steps, self.stand_in, self.families = steps, stand_in, families
         self.make = [
             tool("make"),
             "--no-print-directory",
@@ -69,7 +95,7 @@ class First:
         yield self._step("nvidia-smi", [tool("nvidia-smi"), "-q"], 10)
         yield self._step("nvcc", [tool("nvcc"), "--version"], 5)
         yield self._step(
-            "programs", [*self.make, "gpu-prebuilt"], 150,
+            "programs", [*self.make, "gpu-prebuilt", *architectures()], 150,
             left_out=lambda: "" if why_not_prebuilt() else "they were built before",
         )  # fmt: skip
         for family in self.families:
@@ -141,9 +167,8 @@ class First:
     # ---- One step ------------------------------------------------------------------------------
 
     def _step(self, name: str, command: Sequence[Any], seconds: float, **more: Any) -> Step:
-        """In a dry run something small stands for the command; limits and order are the same."""
         words = list(map(str, command))
-        if self.dry:
+        if self.stand_in:
             line = json.dumps({"pass": name, "command": " ".join(words)})
             words = [sys.executable, "-c", f"print({line!r})"]
         return Step(name, words, seconds, **more)
@@ -236,8 +261,30 @@ def digest(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def architectures() -> list[str]:
+    """What `make gpu-prebuilt` is to be told where its default has no code for the GPU here."""
+    found = capability()
+    return [] if not found or runs_on(DEFAULT, found) else [f"GPU_ARCHITECTURES={found}-real"]
+
+
+def show_all(first: First) -> None:
+    """Each step with its limit and its command, in the order in which they begin."""
+
+    def show(step: Step, told: str) -> None:
+        print(f"{step.name} ({told}): {' '.join(shlex.join(step.command).split())}")
+
+    for step in (first.build(), first.versions()):
+        show(step, f"in the background, {step.seconds:g} s")
+    last = [first.counters(), *first.at_last()]
+    for step in [*first.before_the_build(), *first.after_the_build(), *last]:
+        without = step.left_out()
+        told = f"{step.seconds:g} s" + (f"; left out where {without}" if without else "")
+        show(step, told)
+
+
 def run_all(first: First) -> None:
     steps = first.steps
+    assert isinstance(steps, Steps)
     background = [steps.start(first.build()), steps.start(first.versions())]
     try:
         for step in first.before_the_build():
@@ -254,16 +301,27 @@ def run_all(first: First) -> None:
             started.kill()
 
 
+def seconds(text: str) -> float:
+    value = float(text)
+    if not RESERVE < value < 1e6:
+        raise argparse.ArgumentTypeError(
+            f"got {text}, expected more than {RESERVE:g}: with less no step begins"
+        )
+    return value
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("tests/gpu/first.py", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=560.0, help="for everything (560)")
+    parser.add_argument("--seconds", type=seconds, default=560.0, help="for everything (560)")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "gpu-first")
     parser.add_argument(
-        "--copy-to", type=Path, default=os.environ.get("OUT") or None,
-        help="a folder that gets summary.json, rows.jsonl and logs.tar.gz too ($OUT)",
+        "--copy-to", type=Path,
+        default=os.environ.get("GPU_FIRST_OUT") or os.environ.get("OUT") or None,
+        help="a folder that gets summary.json, rows.jsonl and logs.tar.gz too ($GPU_FIRST_OUT, "
+        "else $OUT); what an earlier run left there is moved into earlier-1, and so on",
     )  # fmt: skip
     parser.add_argument(
-        "--dry-run", action="store_true", help="each step tells its command instead"
+        "--dry-run", action="store_true", help="shows steps, limits, commands; writes nothing"
     )
     parser.add_argument(
         "--hash", action="store_true", help="of the programs' sources; runs nothing"
@@ -272,16 +330,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.hash:
         print(sources_hash())
         return 0
-    if not options.dry_run and (reason := why_no_gpu()):
+    if options.dry_run:
+        show_all(First(Planned(options.folder), False, ("sm90", "sm80")))
+        return 0
+    if reason := why_no_gpu():
         print(f"make gpu-first: {reason}; --dry-run shows the steps", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children are killed first
     known = facts()
     steps = Steps(options.folder, options.seconds - RESERVE, options.copy_to, known)
-    newest = known["capability"] == 90 or options.dry_run
-    run_all(First(steps, options.dry_run, ("sm90", "sm80") if newest else ("sm80",)))
-    if not options.dry_run:
-        print(digest(steps.rows))
+    newest = known["capability"] == 90
+    run_all(First(steps, False, ("sm90", "sm80") if newest else ("sm80",)))
+    print(digest(steps.rows))
     bad = [r["name"] for r in steps.results if r["status"] in (FAILED, KILLED)]
     left_out = [r["name"] for r in steps.results if r["status"] == LEFT_OUT]
     print(f"{steps.passed():.0f} s; failed or killed: {', '.join(bad) or 'none'}; left out: "
