@@ -126,6 +126,7 @@ class Launch(NamedTuple):
 class EmulatedKernels:
     library: ctypes.CDLL
     dry_paths: tuple[str, str] = ("", "")
+    dry_reasons: tuple[str, str] = ("", "")
 
     @staticmethod
     def compile(folder: Path, *options: str, csrc: Path = ROOT / "csrc") -> Path:
@@ -141,7 +142,7 @@ class EmulatedKernels:
     def load(cls, compiled: Path) -> EmulatedKernels:
         library = ctypes.CDLL(str(compiled))
         library.last_error.restype = library.last_path.restype = ctypes.c_char_p
-        library.self_check.restype = ctypes.c_char_p
+        library.self_check.restype = library.last_reason.restype = ctypes.c_char_p
         return cls(library)
 
     def schedule(self, completion: str, seed: int) -> None:
@@ -175,14 +176,16 @@ class EmulatedKernels:
     ) -> tuple[list[RecordedLaunch], list[RecordedLaunch]]:
         """What a forward and a backward call launch on the GPU; no kernel runs, and no operand is
         there. Raises RuntimeError if the GPU refuses a launch. `saved_h`: backward is given h;
-        `without`: results that it is not asked for. `dry_paths` then has the path of each."""
+        `without`: results that it is not asked for. `dry_paths` and `dry_reasons` then
+        have the path of each, and why."""
         missing = [*without, *([] if saved_h else ["saved_h"])]
         one = operands_nowhere(M, N, K, r, dropout_p, missing)
-        launches, paths = [], []
+        launches, paths, reasons = [], [], []
         for function in (self.library.lora_forward, self.library.lora_backward):
             launches.append(self._dry(function, types, ctypes.byref(one)))
             paths.append(self.path)
-        self.dry_paths = (paths[0], paths[1])
+            reasons.append(str(self.library.last_reason().decode()))
+        self.dry_paths, self.dry_reasons = (paths[0], paths[1]), (reasons[0], reasons[1])
         return launches[0], launches[1]
 
     def dry_run_multi(
@@ -200,6 +203,24 @@ class EmulatedKernels:
             *(operands_nowhere(M, N, K, r, dropout_p if r else 0.0, without) for N, r in layers)
         )
         return self._dry(self.library.lora_multi, types, several, len(layers), backward)
+
+    def alone(
+        self,
+        M: int,
+        K: int,
+        layers: list[tuple[int, int]],  # N, r
+        types: str,
+        dropout_p: float,
+        backward: bool,
+    ) -> list[str]:
+        """Of each of these layers: why it has a call of its own; "" where it runs with others."""
+        several = (Arguments * len(layers))(
+            *(operands_nowhere(M, N, K, r, dropout_p if r else 0.0) for N, r in layers)
+        )
+        told = (ctypes.c_char_p * len(layers))()
+        if self.library.lora_multi_alone(types.encode(), several, len(layers), backward, told):
+            raise RuntimeError(self.library.last_error().decode())
+        return [(why or b"").decode() for why in told]
 
     def dry_run_up_grad(
         self, M: int, N: int, r: int, types: str, without: Iterable[str] = ()

@@ -35,6 +35,7 @@ class Call:
 @dataclass(frozen=True)
 class Recorded:
     paths: tuple[str, str]  # of forward and backward
+    reasons: tuple[str, str]
     forward: list[RecordedLaunch]
     backward: list[RecordedLaunch]
 
@@ -43,6 +44,12 @@ class Recorded:
         """As `explain` tells it."""
         forward, backward = self.paths
         return forward if forward == backward else f"{forward}, backward {backward}"
+
+    @property
+    def reason(self) -> str:
+        forward, backward = self.reasons
+        same = self.paths[0] == self.paths[1]
+        return forward if same else f"{forward}; in backward {backward}"
 
 
 @cache
@@ -68,4 +75,4 @@ def record(call: Call, capability: int, multiprocessors: int, wish: str) -> Reco
     kernels.gpu(capability, multiprocessors)
     kernels.wish(wish)
     forward, backward = kernels.dry_run(call.M, call.N, call.K, call.r, call.types, call.dropout_p)
-    return Recorded(kernels.dry_paths, forward, backward)
+    return Recorded(kernels.dry_paths, kernels.dry_reasons, forward, backward)

@@ -152,8 +152,8 @@ void fill_maps(arch::TensorMap (&maps)[2], const Split<T>& matrix, int rows, int
   if (matrix.remainder) maps[1] = tensor_map(matrix.rest(), rows, columns, swizzle);
 }
 
-// As many stages as fit beside each other, and no more than the block has tiles. Q has room if it is
-// wanted: without it a block may have any number of tiles of columns.
+// As many stages as fit beside each other, and no more than the block has tiles. Q has room if it
+// is wanted: without it a block may have any number of tiles of columns.
 template <class Shape>
 LowRankLayout layout_for(int L_terms, int R_terms, int64_t row_tiles, int64_t column_tiles) {
   constexpr int64_t kMostStages = 8;
