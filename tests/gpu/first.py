@@ -3,7 +3,7 @@
 `make gpu-first` runs it; nothing is installed and nothing fetched. Every step has a limit and a log
 of its own (timed_steps.py), the whole ends after --seconds. The raw kernels come first, from
 programs that `make gpu-prebuilt` built before, while the extension is compiled in the background;
-then its tests on three paths, rows of the goals' table, hardware counters and the sanitizers.
+then its tests on three paths, layers beside cuBLAS's, hardware counters and the sanitizers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from machine import (
 from timed_steps import FAILED, KILLED, LEFT_OUT, RIGHT, Step, Steps
 
 LARGE = "4096x4096,4096x1024,4096x14336,14336x4096"
-GOALS = f"{LARGE},4096x6144,8192x8192,8192x28672,28672x8192"
+EVERY = f"{LARGE},4096x6144,8192x8192,8192x28672,28672x8192"
 TESTED_PATHS = ("fused", "hybrid", "composed")
 MEASURED_PATHS = ("fused", "hybrid")
 # What runs the same kernels as a pass of bench_kernels, by the first word of the names.
@@ -114,7 +114,7 @@ class First:
                 adapters="bf16,fp32", rounds="0",
             )  # fmt: skip
         for rank in ("16", "64", "128"):  # in processes of their own, as all groups: one may die
-            yield self._bench(f"times r{rank}", 35, shapes=GOALS, families=ours, ranks=rank)
+            yield self._bench(f"times r{rank}", 35, shapes=EVERY, families=ours, ranks=rank)
         yield self._bench("times dropout", 30, shapes=LARGE, families=ours, dropouts="0.1")
         yield self._bench("times fp32", 30, shapes=LARGE, families=ours, adapters="fp32")
         yield self._bench(
@@ -231,7 +231,7 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def digest(rows: Sequence[dict[str, Any]]) -> str:
-    """What is wrong; then a line for each case, of ratios to cuBLAS's product as in the goals."""
+    """What is wrong; then a line for each case, of ratios to cuBLAS's product."""
     lines = []
     cases: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
