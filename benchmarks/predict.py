@@ -94,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
     one_of.add_argument("--paths", action="store_true", help="where the default is not the fastest")
     one_of.add_argument("--dora", action="store_true", help="what DoRA without dropout adds")
     one_of.add_argument(
-        "--group", type=shapes, metavar="KxN,...", help="layers of one lora_linear_multi: together, or calls"
+        "--group", type=shapes, metavar="KxN,...", help="layers of one lora_linear_multi"
     )
     one_of.add_argument("--compare", type=Path, metavar="FILE", help="measured by lora_ext.bench")
     self.add_argument("--json", action="store_true", help="instead of tables")

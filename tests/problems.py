@@ -12,8 +12,8 @@ import lora_ext
 from lora_ext import reference
 
 # Of one rounding, relative to its value: half an ulp at 1.0 of the wide types; of the 16-bit types,
-# which are summed in float32, a quarter of one, which is about the RMS error. A single one of theirs
-# may err by 2 * UNIT, finfo(dtype).eps / 2.
+# which are summed in float32, a quarter of one, about the RMS error. A single one of theirs may err
+# by 2 * UNIT, finfo(dtype).eps / 2.
 UNIT = {
     torch.float64: 2.0**-53,
     torch.float32: 2.0**-24,

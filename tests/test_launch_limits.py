@@ -3,11 +3,12 @@ more blocks and clusters than it has. Dry runs: the launchers work, no kernel ru
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 
 import pytest
 import torch
-from emulated import GPUS, TYPES, EmulatedKernels
+from emulated import GPUS, TYPES, EmulatedKernels, operands_nowhere
 from kernel_checks import check
 from problems import make_problem
 
@@ -119,3 +120,20 @@ def test_values_of_ranks_beyond_256(
 ) -> None:
     """By passes over x and dy for each group of the ranks, of which the last is narrow."""
     check(kernels, (130, 136, 72, r), types, 0.1, ("random", r), family)
+
+
+@pytest.mark.parametrize("card", [80, 90])
+def test_few_rows_are_told_where_their_kernel_runs(kernels: EmulatedKernels, card: int) -> None:
+    """It reads lora_A 16 bytes at a time: of one that begins elsewhere nothing is told of it."""
+    kernels.gpu(card, 132)
+    kernels.wish("auto")
+    try:
+        for offset in (0, 2):
+            one = operands_nowhere(8, 256, 256, 8, 0.0)
+            one.lora_A += offset
+            launches = kernels._dry(kernels.library.lora_forward, "bf16", ctypes.byref(one))
+            told = kernels.library.last_reason().decode()
+            runs = any("few_rows" in launch.kernel for launch in launches)
+            assert runs == (offset == 0) == told.startswith("few rows")
+    finally:
+        kernels.wish("fused")

@@ -122,7 +122,7 @@ def test_layers_of_one_x() -> None:
     ("widths", "own"), [([4096] * 5, {4}), ([4096, 4096, 100], {2}), ([100, 4096], {0, 1})], ids=str
 )
 def test_a_group_is_predicted_as_the_backend_runs_it(widths: list[int], own: set[int]) -> None:
-    """Four together and the fifth by a call, as a layer that is not aligned; each with its reason."""
+    """Four together and the fifth by a call, as a layer that is not aligned; and why."""
     layers = [Call(8192, N, 4096, 16) for N in widths]
     one = groups.predict_group(H200, layers, COUNTS)
     for i, reasons in enumerate(one.alone):

@@ -67,6 +67,7 @@ struct CudaCall {
   bool dropout;
   Rows rows;                // of the worst among x, dy, the weight and the results
   bool transposed = false;  // the weight lies as [K, N]
+  bool aligned_A = true;    // lora_A begins at a multiple of 16 bytes, as few rows' kernel reads it
 };
 
 // Whether code for these targets of a build ("80 90a-real", as CMake names them) runs on a GPU:
@@ -186,7 +187,8 @@ inline std::array<CudaCandidate, 9> cuda_candidates(const CudaProblem& problem) 
   // Tensor cores of sm_90 and of sm_100 to sm_110 run at their rate for instructions of their own.
   const bool slow_mma = sm80 && capability >= 90 && capability < 120;
   const bool few = few_tiles(call);
-  const bool few_rows = !call.backward && !call.transposed && (!slow_mma || call.M <= kFewest) &&
+  const bool few_rows = !call.backward && !call.transposed && call.aligned_A &&
+                        (!slow_mma || call.M <= kFewest) &&
                         few_rows_fit(call.M, call.N, call.r, call.adapter != call.base,
                                      call.dropout, few_rows_family(family_for(problem)));
   return {{
