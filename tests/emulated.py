@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,6 +130,7 @@ class Launch(NamedTuple):
 class EmulatedKernels:
     library: ctypes.CDLL
     dry_paths: tuple[str, str] = ("", "")
+    dry_reasons: tuple[str, str] = ("", "")
 
     @staticmethod
     def compile(folder: Path, *options: str, csrc: Path = ROOT / "csrc") -> Path:
@@ -144,7 +146,7 @@ class EmulatedKernels:
     def load(cls, compiled: Path) -> EmulatedKernels:
         library = ctypes.CDLL(str(compiled))
         library.last_error.restype = library.last_path.restype = ctypes.c_char_p
-        library.self_check.restype = ctypes.c_char_p
+        library.self_check.restype = library.last_reason.restype = ctypes.c_char_p
         return cls(library)
 
     def schedule(self, completion: str, seed: int) -> None:
@@ -166,30 +168,28 @@ class EmulatedKernels:
         return str(self.library.last_path().decode())
 
     def dry_run(
-        self, M: int, N: int, K: int, r: int, types: str, dropout_p: float, saved_h: bool = True
+        self,
+        M: int,
+        N: int,
+        K: int,
+        r: int,
+        types: str,
+        dropout_p: float,
+        saved_h: bool = True,
+        without: Iterable[str] = (),
     ) -> tuple[list[RecordedLaunch], list[RecordedLaunch]]:
         """What a forward and a backward call launch on the GPU; no kernel runs, and no operand is
-        there. Raises RuntimeError if the GPU refuses a launch. `saved_h`: backward is given h.
-        `dry_paths` then has the path of each."""
-        memory = torch.zeros(64)
-        somewhere = memory.data_ptr() // 16 * 16 + 16
-        pointers = dict.fromkeys(POINTERS + RESULTS, somewhere)
-        arguments = Arguments(
-            M=M, N=N, K=K, ldx=K, ldy=N, ldw=K, r=r, scaling=1, dropout=dropout_p > 0,
-            **pointers | ({} if saved_h else {"saved_h": None}),
-        )  # fmt: skip
-        self.take_recorded()
-        self.library.set_limits_only(True)
-        launches, paths = [], []
-        try:
-            for function in (self.library.lora_forward, self.library.lora_backward):
-                if function(types.encode(), ctypes.byref(arguments)):
-                    raise RuntimeError(self.library.last_error().decode())
-                launches.append(self.take_recorded())
-                paths.append(self.path)
-        finally:
-            self.library.set_limits_only(False)
-        self.dry_paths = (paths[0], paths[1])
+        there. Raises RuntimeError if the GPU refuses a launch. `saved_h`: backward is given h;
+        `without`: results that it is not asked for. `dry_paths` and `dry_reasons` then
+        have the path of each, and why."""
+        missing = [*without, *([] if saved_h else ["saved_h"])]
+        one = operands_nowhere(M, N, K, r, dropout_p, missing)
+        launches, paths, reasons = [], [], []
+        for function in (self.library.lora_forward, self.library.lora_backward):
+            launches.append(self._dry(function, types, ctypes.byref(one)))
+            paths.append(self.path)
+            reasons.append(str(self.library.last_reason().decode()))
+        self.dry_paths, self.dry_reasons = (paths[0], paths[1]), (reasons[0], reasons[1])
         return launches[0], launches[1]
 
     def dry_run_multi(
@@ -200,22 +200,44 @@ class EmulatedKernels:
         types: str,
         dropout_p: float,
         backward: bool,
+        without: Iterable[str] = (),
     ) -> list[RecordedLaunch]:
         """The same of layers of one x, forward or backward."""
-        memory = torch.zeros(64)
-        somewhere = memory.data_ptr() // 16 * 16 + 16
-        arguments = [
-            Arguments(
-                M=M, N=N, K=K, ldx=K, ldy=N, ldw=K, r=r, scaling=1, dropout=dropout_p > 0 < r,
-                **dict.fromkeys(POINTERS + RESULTS, somewhere),
-            )
-            for N, r in layers
-        ]  # fmt: skip
+        several = (Arguments * len(layers))(
+            *(operands_nowhere(M, N, K, r, dropout_p if r else 0.0, without) for N, r in layers)
+        )
+        return self._dry(self.library.lora_multi, types, several, len(layers), backward)
+
+    def alone(
+        self,
+        M: int,
+        K: int,
+        layers: list[tuple[int, int]],  # N, r
+        types: str,
+        dropout_p: float,
+        backward: bool,
+    ) -> list[str]:
+        """Of each of these layers: why it has a call of its own; "" where it runs with others."""
+        several = (Arguments * len(layers))(
+            *(operands_nowhere(M, N, K, r, dropout_p if r else 0.0) for N, r in layers)
+        )
+        told = (ctypes.c_char_p * len(layers))()
+        if self.library.lora_multi_alone(types.encode(), several, len(layers), backward, told):
+            raise RuntimeError(self.library.last_error().decode())
+        return [(why or b"").decode() for why in told]
+
+    def dry_run_up_grad(
+        self, M: int, N: int, r: int, types: str, without: Iterable[str] = ()
+    ) -> list[RecordedLaunch]:
+        """The same of an embedding's backward; `without` its dh ("h"), or "dB" and "saved_h"."""
+        one = operands_nowhere(M, N, 8, r, 0.0, without)
+        return self._dry(self.library.lora_up_grad, types, ctypes.byref(one))
+
+    def _dry(self, function: ctypes._CFuncPtr, types: str, *arguments: Any) -> list[RecordedLaunch]:
         self.take_recorded()
         self.library.set_limits_only(True)
         try:
-            several = (Arguments * len(layers))(*arguments)
-            if self.library.lora_multi(types.encode(), several, len(layers), backward):
+            if function(types.encode(), *arguments):
                 raise RuntimeError(self.library.last_error().decode())
             return self.take_recorded()
         finally:
@@ -339,6 +361,16 @@ class EmulatedKernels:
         for layer in guarded:
             for name, guard in layer.items():
                 guard.check(name)
+
+
+def operands_nowhere(
+    M: int, N: int, K: int, r: int, dropout_p: float, without: Iterable[str] = ()
+) -> Arguments:
+    """Of a dry run: all at one place that nobody reads, but for those that are missing."""
+    return Arguments(
+        M=M, N=N, K=K, ldx=K, ldy=N, ldw=K, r=r, scaling=1, dropout=dropout_p > 0,
+        **dict.fromkeys(POINTERS + RESULTS, 1 << 12) | dict.fromkeys(without),
+    )  # fmt: skip
 
 
 def take_results(guarded: dict[str, Guarded], tensors: dict[str, Tensor | None]) -> None:

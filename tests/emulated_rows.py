@@ -206,7 +206,7 @@ def check_norms(kernels: RowKernels, p: Problem, by_column: bool) -> None:
     exact = p.weight.double() + B @ A
     of_elements = (r + 2) * SUM * (p.weight.double().abs() + B.abs() @ A.abs())
     if p.weight.dtype.itemsize < p.lora_A.dtype.itemsize:  # on tensor cores two of 16 bits
-        of_elements += 3.03 * UNIT[torch.bfloat16] ** 2 * (B.abs() @ A.abs())
+        of_elements += 3.03 * (2 * UNIT[torch.bfloat16]) ** 2 * (B.abs() @ A.abs())
     # Squares follow each other in a lane, a warp or block, and every eighth part.
     parts = len(exact) // 32 if by_column else exact.shape[1] // 256
     chain = 16 + 8 + 8 + (parts + 1) / 8

@@ -11,7 +11,9 @@ from torch import Tensor
 import lora_ext
 from lora_ext import reference
 
-# Half an ulp at 1.0. Accumulation is in float32 for the 16-bit types.
+# Of one rounding, relative to its value: half an ulp at 1.0 of the wide types; of the 16-bit types,
+# which are summed in float32, a quarter of one, about the RMS error. A single one of theirs may err
+# by 2 * UNIT, finfo(dtype).eps / 2.
 UNIT = {
     torch.float64: 2.0**-53,
     torch.float32: 2.0**-24,
@@ -148,14 +150,12 @@ def kernel_bound(p: Problem, dtype: torch.dtype) -> float:
     """The error of a result of this dtype that the CUDA kernels may have, over its expected size.
 
     h and dh are rounded for the base product's sums, and the result once. The gradient of a float
-    adapter is not, but its three factors are 16 bits and a remainder of as many; those of fp16 are
-    denormal here, multiples of 2^-24. Errors are as large as h and dh are, whose expected size is
-    that of many values: the RMS of n is off by 1 / sqrt(2 n), here four times of that.
+    adapter is not, but its three factors are 16 bits and a remainder of as many. Errors are as
+    large as h and dh are, whose expected size is that of many values: the RMS of n is off by
+    1 / sqrt(2 n), here four times of that.
     """
     base = p.x.dtype
     roundings = 2 * UNIT[base] if dtype == base else 3 * UNIT[base] ** 2
-    if (base, dtype) == (torch.float16, torch.float32):
-        roundings += 2.0**-25 * (1 / rms(p.lora_A) + 1 / rms(p.lora_B))
     N, K = p.weight.shape
     M = p.x.numel() // max(K, 1)
     few = 1 + 4 / (2 * max(M * p.lora_A.shape[0], 1)) ** 0.5

@@ -43,6 +43,38 @@ def test_masks_do_not_depend_on_it(capability: str) -> None:
     assert outputs[0]["mask"] == outputs[1]["mask"]
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong", "expected"),
+    [
+        (
+            "LORA_EXT_CUDA_PATH",
+            "fuse",
+            "got 'fuse', expected 'auto', 'fused', 'hybrid', 'composed'",
+        ),
+        ("LORA_EXT_CUDA_OFF", "cluster,clock", "got 'clock', expected of 'cluster', 'self_check'"),
+    ],
+)
+def test_wrong_values_for_the_gpu_are_told_by_every_build(
+    name: str, wrong: str, expected: str
+) -> None:
+    told = subprocess.run(
+        [sys.executable, "-c", "import lora_ext; lora_ext.build_info()"],
+        env=os.environ | {name: wrong}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert told.returncode == 1 and f"{name}: {expected}" in told.stderr
+    doctor = subprocess.run(
+        [sys.executable, "-m", "lora_ext", "doctor"],
+        env=os.environ | {name: wrong}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert doctor.returncode == 1 and name in doctor.stdout
+
+
+def test_spaces_behind_commas_are_fine() -> None:
+    environment = os.environ | {"LORA_EXT_CUDA_OFF": "cluster, together , self_check"}
+    program = "import lora_ext; lora_ext.build_info()"
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES[:-1])
 def test_results_are_right_on_lower_ones(capability: str) -> None:
     skip_without(capability)

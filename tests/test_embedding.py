@@ -445,7 +445,7 @@ def test_bad_tokens() -> None:
         layer(torch.tensor([0, VOCABULARY]))
     with pytest.raises(IndexError, match="index out of range"):
         layer(torch.tensor([-1]))
-    with pytest.raises(TypeError, match="got dtype Float, expected int64 or int32"):
+    with pytest.raises(TypeError, match="got dtype float32, expected int64 or int32"):
         layer(torch.tensor([0.5]))
     assert layer(torch.empty(2, 0, dtype=torch.int64)).shape == (2, 0, WIDTH)
 

@@ -167,16 +167,15 @@ steps.run(Step("hangs", [sys.executable, "-c", {HANGS!r}], 50))
 # ---- What is run, in which order -------------------------------------------------------------
 
 
-def dry_run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(PROGRAM), "--dry-run", "--folder", str(folder), *arguments]
-    environment = {name: value for name, value in os.environ.items() if name != "OUT"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+def program(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(PROGRAM), *arguments]
+    return subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, timeout=60
+    )
 
 
-def test_the_most_important_comes_first(tmp_path: Path) -> None:
-    result = dry_run(tmp_path / "run")
-    assert result.returncode == 0, result.stderr
-    steps = summary(tmp_path / "run")["steps"]
+def test_the_most_important_comes_first(first: ModuleType, tmp_path: Path) -> None:
+    steps = list(run_dry(first, tmp_path / "run").values())
     names = [step["name"] for step in steps]
     wanted = ["kernels sm90", "kernels sm80", "passes right", "times r16", "times few rows"]
     wanted += ["build", "tests fused", "tests hybrid", "tests composed"]
@@ -190,13 +189,68 @@ def test_the_most_important_comes_first(tmp_path: Path) -> None:
     assert all("bench_kernels" in json.loads(row)["command"] for row in rows) and len(rows) >= 6
 
 
-def test_a_dry_run_of_little_time_is_cut(tmp_path: Path) -> None:
-    result = dry_run(tmp_path / "run", "--seconds", "6")
-    assert result.returncode in (0, 1), result.stderr  # 1: what runs in the background was killed
-    steps = summary(tmp_path / "run")["steps"]
-    assert {step["why"] for step in steps if step["name"].startswith("times")} == {
+def test_a_run_of_little_time_is_cut(first: ModuleType, tmp_path: Path) -> None:
+    steps = run_dry(first, tmp_path / "run", 0.0)
+    assert {step["why"] for name, step in steps.items() if name.startswith("times")} == {
         "no time is left"
     }
+
+
+def test_a_dry_run_shows_the_steps_and_writes_nothing(tmp_path: Path) -> None:
+    """What a real run has left stays as it is, wherever."""
+    folder, out = tmp_path / "run", tmp_path / "out"
+    for place in (folder, out):
+        place.mkdir()
+        (place / "summary.json").write_text("of a real run")
+    result = program("--dry-run", "--folder", str(folder), OUT=str(out), GPU_FIRST_OUT=str(out))
+    assert result.returncode == 0, result.stderr
+    for place in (folder, out):
+        assert [file.read_text() for file in place.iterdir()] == ["of a real run"]
+    assert sorted(os.listdir(tmp_path)) == ["out", "run"]
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("build (in the background, 330 s): nice -n 19")
+    assert any(line.startswith("kernels sm90 (45 s): ") for line in lines)
+    assert all(": " in line and " s" in line for line in lines) and len(lines) > 25
+
+
+def test_results_of_an_earlier_run_are_moved_aside(timed: ModuleType, tmp_path: Path) -> None:
+    folder, out = tmp_path / "run", tmp_path / "out"
+    for number in range(3):
+        timed.Steps(folder, 30, out, facts={"run": number})
+    assert [summary(tmp_path / name)["facts"]["run"] for name in ("run-1", "run-2", "run")] == [
+        0, 1, 2,
+    ]  # fmt: skip
+    kept = [summary(out / name)["facts"]["run"] for name in ("earlier-1", "earlier-2", ".")]
+    assert kept == [0, 1, 2]
+
+
+@pytest.mark.parametrize("wrong", ["0", "-5", "nan", "soon"])
+def test_no_time_is_refused(wrong: str) -> None:
+    result = program(f"--seconds={wrong}", "--dry-run")
+    assert result.returncode == 2 and "--seconds" in result.stderr
+
+
+def test_which_folder_gets_the_results(
+    first: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[Path | None] = []
+
+    class Stop(Exception):
+        pass
+
+    def steps(folder: Path, seconds: float, copy_to: Path | None, facts: Any) -> None:
+        seen.append(copy_to)
+        raise Stop
+
+    monkeypatch.setattr(first, "why_no_gpu", lambda: "")
+    monkeypatch.setattr(first, "Steps", steps)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    for one, other in (("", ""), ("", "b"), ("a", ""), ("a", "b")):
+        monkeypatch.setenv("GPU_FIRST_OUT", one)
+        monkeypatch.setenv("OUT", other)
+        with pytest.raises(Stop):
+            first.main(["--folder", str(tmp_path / "run")])
+    assert seen == [None, Path("b"), Path("a"), Path("a")]
 
 
 @pytest.fixture
@@ -213,8 +267,9 @@ def broken(first: ModuleType, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return names
 
 
-def run_dry(first: ModuleType, folder: Path) -> dict[str, dict[str, Any]]:
-    steps = first.Steps(folder, 60, None)
+def run_dry(first: ModuleType, folder: Path, seconds: float = 60) -> dict[str, dict[str, Any]]:
+    """With something small in the place of each command."""
+    steps = first.Steps(folder, seconds, None)
     first.run_all(first.First(steps, True, ("sm90", "sm80")))
     return {step["name"]: step for step in steps.results}
 
@@ -293,7 +348,22 @@ def test_programs_of_other_sources_are_built_again(
     (tmp_path / "sources").write_text(answer.stdout)  # as `make gpu-prebuilt` does
     assert machine.why_not_prebuilt() == "they cannot be run here: Permission denied"
     (tmp_path / "bench_kernels").chmod(0o755)
+    monkeypatch.setattr(machine, "capability", lambda: 90)
+    assert "nobody knows which GPUs" in machine.why_not_prebuilt()
+    (tmp_path / "architectures").write_text("75-real\n")
+    assert machine.why_not_prebuilt() == "they are for 75-real, and the GPU is sm_90"
+    (tmp_path / "architectures").write_text("80-real;90a-real\n")
     assert machine.why_not_prebuilt() == ""
+
+
+def test_gpus_that_run_the_programs(first: ModuleType) -> None:
+    machine = importlib.import_module("machine")
+    every = (80, 86, 89, 90, 100, 120)
+    for targets, gpus in (
+        ("80-real;90a-real", {80, 86, 89, 90}), ("80", {*every}), ("90a", {90}), ("75-real", set()),
+        ("86-real", {86, 89}), ("100f-real", {100}), ("", set()),
+    ):  # fmt: skip
+        assert {gpu for gpu in every if machine.runs_on(targets, gpu)} == gpus, targets
 
 
 def test_without_a_gpu_one_sentence_says_so(first: ModuleType) -> None:

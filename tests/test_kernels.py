@@ -248,19 +248,6 @@ def test_what_is_told_is_launched(
     assert rms(y.double() - want) <= 2**-7 * rms(want)
 
 
-def test_every_launch_is_within_the_limits(kernels: EmulatedKernels) -> None:
-    """Of shared memory and of grids, however many rows or columns there are; no kernel runs."""
-    many = (1 << 31) - 1
-    sizes = [(M, N, K) for M in (1, 4_194_241, 8_388_481, many) for N, K in ((64, 64), (65, 4096))]
-    sizes += [(1, many // 8 * 8, 64), (1, 64, many // 8 * 8)]
-    gpus = itertools.product((80, 86, 90, 100, 120), (1, 132))
-    for gpu, (M, N, K), r in itertools.product(gpus, sizes, (8, 40, 256)):
-        kernels.gpu(*gpu)
-        kernels.dry_run(M, N, K, r, "bf16-fp32", 0.1)
-        family = "sm_90a" if gpu[0] == 90 and N % 8 == 0 else "sm_80"
-        assert kernels.path == f"cuda fused {family}"
-
-
 @pytest.mark.parametrize("wish", ["fused", "hybrid", "composed"])
 @pytest.mark.parametrize(("capability", "family"), [(80, "sm80"), (90, "sm90")])
 def test_what_is_recorded_is_what_runs(

@@ -411,3 +411,31 @@ def test_what_other_devices_run_is_a_call_for_each(dropout_p: float) -> None:
         for i, got in enumerate(of_layers):
             if f"{name}.{i}" in wanted:
                 assert equal(got, wanted[f"{name}.{i}"]), (name, i)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("biases", [None]),
+        ("lora_biases", [None] * 3),
+        ("rng_states", [None]),
+        ("scalings", [1.0]),
+        ("dropout_p", [0.0] * 3),
+        ("lora_As", [None]),
+    ],
+    ids=str,
+)
+def test_lists_of_other_lengths_are_refused(name: str, value: list[float | None]) -> None:
+    """Also of None alone; by the names that the call has."""
+    x, W = torch.randn(3, 4), [torch.randn(5, 4), torch.randn(2, 4)]
+    arguments = {
+        "biases": None, "lora_As": [torch.randn(1, 4)] * 2,
+        "lora_Bs": [torch.randn(5, 1), torch.randn(2, 1)],
+    } | {name: value}  # fmt: skip
+    with pytest.raises(ValueError, match=f"lora_linear_multi: {name}: got {len(value)} entries"):
+        lora_ext.lora_linear_multi(x, W, **arguments)
+
+
+def test_no_layers_are_refused_by_the_name_of_the_argument() -> None:
+    with pytest.raises(ValueError, match="lora_linear_multi: weights: got no layers"):
+        lora_ext.lora_linear_multi(torch.randn(3, 4), [], None, [], [])

@@ -64,6 +64,20 @@ def test_make_builds_programs_before_and_has_first_minutes() -> None:
     parts = ["cmake -S tests/gpu -B", "--parallel 3", "first.py --hash >", "first.py --seconds 9"]
     places = [result.stdout.index(part) for part in parts]
     assert places == sorted(places)
+    assert '-DCMAKE_CUDA_ARCHITECTURES="80-real;90a-real"' in result.stdout
+
+
+def test_programs_for_older_gpus_are_refused(tmp_path: Path) -> None:
+    cmake = shutil.which("cmake", path=str(Path(sys.executable).parent)) or shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("no cmake")
+    command = [cmake, "-S", str(ROOT / "tests" / "gpu"), "-B", str(tmp_path)]
+    command += ["-DCMAKE_CUDA_ARCHITECTURES=80-real;75-real"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    if "or higher is required" in result.stderr:
+        pytest.skip("a cmake that is too old")
+    assert "GPU_ARCHITECTURES: got '75-real', expected numbers from 80 on" in result.stderr
 
 
 def test_the_architecture_of_the_gpu_or_what_is_missing() -> None:

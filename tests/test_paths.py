@@ -168,7 +168,7 @@ CUDA |= dict(built=True, sm90=True, wish="auto", fastest=None, dropout=True, mix
 CUDA |= dict(transposed=False)
 FUSED, HYBRID, CUBLAS = "cuda fused sm_80", "cuda hybrid sm_80", "cuda cublas"
 FUSED_90, HYBRID_90 = "cuda fused sm_90a", "cuda hybrid sm_90a"
-RANKS, EMPTY, LARGE = "the kernels take ranks 1 to 256", "no empty matrices", "in 32 bits"
+RANKS, EMPTY, LARGE = "the kernels take ranks 1 to 1024", "no empty matrices", "in 32 bits"
 MEASURED, UNMEASURED, MMA = "that autotune measured", "is not measured yet", "mma.sync is slow"
 UNALIGNED, SMALL = "rows that begin at no multiple of 16 bytes", "a small result"
 KEEPS_UP, ONE_KERNEL = "predicted to be as fast", "one kernel makes h and y"
@@ -190,7 +190,18 @@ CUDA_CASES = {
     "fp32 or fp64": ({"half": False}, CUBLAS, "float32 and float64 products are cuBLAS's"),
     "rank 0": ({"r": 0}, CUBLAS, RANKS),
     "rank 256": (SM90 | {"r": 256}, FUSED_90, ONE_PASS),
-    "rank 257": (SM90 | {"r": 257}, CUBLAS, RANKS),
+    "rank 257": (SM90 | {"r": 257}, FUSED_90, ONE_PASS),
+    "rank 257, no dropout": (SM90 | {"r": 257, "dropout": False}, CUBLAS, KEEPS_UP),
+    "rank 257, floats": (SM90 | {"r": 257, "dropout": False, "mixed": True}, FUSED_90, ONE_PASS),
+    "rank 257, floats of 64 rows": (SM90 | {"r": 257, "M": 64, "mixed": True}, CUBLAS, KEEPS_UP),
+    "rank 512, 1024 rows": (SM90 | {"r": 512, "M": 1024}, HYBRID_90, SMALL),
+    "rank 513, 1024 rows": (SM90 | {"r": 513, "M": 1024}, CUBLAS, KEEPS_UP),
+    "rank 1024": (SM90 | {"r": 1024}, FUSED_90, ONE_PASS),
+    "rank 1025": (SM90 | {"r": 1025}, CUBLAS, RANKS),
+    "sm_80, rank 257": ({"r": 257}, HYBRID, UNMEASURED),
+    "sm_80, rank 257, 1024 rows": ({"r": 257, "M": 1024}, CUBLAS, KEEPS_UP),
+    "sm_80, rank 513": ({"r": 513}, CUBLAS, KEEPS_UP),
+    "sm_80, rank 513, floats": ({"r": 513, "mixed": True}, HYBRID, UNMEASURED),
     "no outputs": ({"N": 0}, CUBLAS, EMPTY),
     "no inputs": ({"K": 0}, CUBLAS, EMPTY),
     "2^31 rows": (SM90 | {"M": 1 << 31}, CUBLAS, LARGE),
@@ -205,6 +216,9 @@ CUDA_CASES = {
     "more to read": (SM90 | {"M": 64, "r": 81, "dropout": False}, CUBLAS, KEEPS_UP),
     "floats": (SM90 | {"M": 16, "r": 64, "dropout": False, "mixed": True}, FUSED_90, ONE_KERNEL),
     "wide floats": (SM90 | {"M": 16, "r": 65, "dropout": False, "mixed": True}, CUBLAS, KEEPS_UP),
+    "wide floats of more rows": (
+        SM90 | {"M": 512, "r": 128, "dropout": False, "mixed": True}, HYBRID_90, SMALL,
+    ),
     "few rows, dropout": (SM90 | {"M": 8}, HYBRID_90, SMALL),
     "few rows, transposed": (
         SM90 | {"M": 8, "dropout": False, "transposed": True}, HYBRID_90, SMALL,
@@ -251,7 +265,8 @@ CUDA_CASES = {
     "wish fused, sm_100": ({"wish": "fused", "compute_capability": 100}, FUSED, "PATH=fused"),
     "wish fused, fp32": ({"wish": "fused", "half": False}, CUBLAS, "float32 and float64"),
     "wish fused, sm_75": ({"wish": "fused", "compute_capability": 75}, CUBLAS, "from sm_80 on"),
-    "wish hybrid, rank 257": ({"wish": "hybrid", "r": 257}, CUBLAS, RANKS),
+    "wish hybrid, rank 1024": ({"wish": "hybrid", "r": 1024}, HYBRID, "PATH=hybrid"),
+    "wish hybrid, rank 1025": ({"wish": "hybrid", "r": 1025}, CUBLAS, RANKS),
     "measured": ({"fastest": "composed"}, CUBLAS, MEASURED),
     "measured, sm_90": (SM90 | {"fastest": "hybrid"}, HYBRID_90, MEASURED),
     "measured, few rows": (SM90 | {"fastest": "fused", "M": 1}, FUSED_90, MEASURED),

@@ -108,12 +108,31 @@ def test_layers_of_one_x() -> None:
     steps = 12 * (64 + 0.25) * 1024 / 1400
     assert steps < one.passes[0][-1].us < 1.05 * steps
     assert sum(one.together) + one.additions < sum(one.separate) + one.additions
-    assert one.together[0] == sum(entry.us for entry in one.passes[0]) and one.alone == ""
+    assert one.together[0] == sum(entry.us for entry in one.passes[0]) and not any(one.alone[0])
 
     dropped = [replace(layer, dropout_p=0.1) for layer in layers]
     two = groups.predict_group(H200, dropped, COUNTS)
-    assert two.together[0] < two.separate[0] and two.together[1] == two.separate[1]
-    assert "a mask of its own" in two.alone and not two.passes[1]
+    assert two.together[0] < two.separate[0]
+    assert two.together[1] == pytest.approx(two.separate[1])
+    assert all("a mask of its own" in why for why in two.alone[1]) and not two.passes[1]
+    assert two.alone[0] == ["", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("widths", "own"), [([4096] * 5, {4}), ([4096, 4096, 100], {2}), ([100, 4096], {0, 1})], ids=str
+)
+def test_a_group_is_predicted_as_the_backend_runs_it(widths: list[int], own: set[int]) -> None:
+    """Four together and the fifth by a call, as a layer that is not aligned; and why."""
+    layers = [Call(8192, N, 4096, 16) for N in widths]
+    one = groups.predict_group(H200, layers, COUNTS)
+    for i, reasons in enumerate(one.alone):
+        assert {at for at, why in enumerate(reasons) if why} == own
+        alone = sum(predict.predict(H200, layers[at], COUNTS).layer[i] for at in own)
+        together = sum(entry.us for entry in one.passes[i])
+        assert one.together[i] == pytest.approx(alone + together)
+    if widths == [100, 4096]:
+        assert "no multiple of 16 bytes" in one.alone[0][0]
+        assert one.alone[0][1] == "no other layer can run together with it"
 
 
 PRODUCT = "product_sm90_kernel<Bf16, ProductShape<256, 4>, (Major)0>"
@@ -295,7 +314,7 @@ def made_up_report(path: Path, **changed: Any) -> Path:
         return Row(case, mode, rival, OK, timing=timing)
 
     environment = {
-        "device": "MADE UP, NO GPU", "threads": 1, "cpus": 1, "load_average": 0.0,
+        "device": "NVIDIA H200, MADE UP", "threads": 1, "cpus": 1, "load_average": 0.0,
         "versions": {"python": "3"}, "commit": None, "dirty": None, "date": "2026-01-01",
         "command": "none",
     }  # fmt: skip
@@ -312,7 +331,7 @@ def made_up_report(path: Path, **changed: Any) -> Path:
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = made_up_report(tmp_path / "made_up.json")
     printed = run(capsys, "--compare", str(report))
-    assert "MADE UP, NO GPU" in printed and "PREDICTED for H200" in printed and "NO" in printed
+    assert "NVIDIA H200, MADE UP" in printed and "PREDICTED for H200" in printed and "NO" in printed
     rows = json.loads(run(capsys, "--compare", str(report), "--json"))["rows"]
     assert [(row["rival"], row["mode"], row["measured"]) for row in rows] == [
         ("lora_ext", FWD, 2.5), ("lora_ext", FWD_BWD, 50.0), ("lora_ext:fused", FWD, 3.5),
@@ -341,7 +360,51 @@ def test_a_report_without_our_rows(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "no row of lora_ext" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("wrong", [["--tokens", "0"], ["--shapes", "7"], ["--card", "h800"]])
+def test_a_report_of_another_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = str(made_up_report(tmp_path / "made_up.json"))
+    assert predict.main(["--compare", report, "--card", "a100"]) == 2
+    told = capsys.readouterr().err
+    assert "measured on NVIDIA H200, MADE UP, which is not the card A100" in told and "h200" in told
+
+
+def test_the_range_is_of_all_scenarios_and_the_reason_is_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Optimistic is worse than central where cuBLAS has more of it."""
+    one = ("--tokens", "8192", "--ranks", "16", "--shapes", "4096x14336")
+    (row,) = json.loads(run(capsys, *one, "--json"))["rows"]
+    ratios = row["scenarios"].values()
+    printed = run(capsys, *one)
+    assert f"{min(ratios):.3f} - {max(ratios):.3f}" in printed
+    assert min(ratios) <= row["ratio"] <= max(ratios)
+    assert row["reason"].startswith("one pass over x") and "one pass over x" in printed
+
+
+def test_a_base_of_fp16(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its h and dh are measured and packed by kernels of their own."""
+    (row,) = json.loads(run(capsys, *ONE, "--fp16", "--json"))["rows"]
+    (other,) = json.loads(run(capsys, *ONE, "--json"))["rows"]
+    made = [entry["what"] for entry in row["passes"][1]]
+    assert made.count("measure") == 2 and row["layer"][0] > other["layer"][0]
+
+
+def test_what_is_switched_off_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = ("--tokens", "511", "--ranks", "16", "--shapes", "4096x1024")
+    monkeypatch.setenv("LORA_EXT_CUDA_OFF", "cluster, together")
+    assert "LORA_EXT_CUDA_OFF=cluster, together changes" in run(capsys, *two)
+    monkeypatch.setenv("LORA_EXT_CUDA_OFF", "clusters")
+    predict.record.cache_clear() if hasattr(predict, "record") else record.cache_clear()
+    assert predict.main(two) == 2 and "LORA_EXT_CUDA_OFF: got 'clusters'" in capsys.readouterr().err
+
+
+WRONG = [["--tokens", "0"], ["--shapes", "7"], ["--card", "h800"], ["--dropout", "nan"]]
+WRONG += [["--dropout", "1"], ["--dropout", "-1"], ["--tokens", "99999999999"]]
+WRONG += [["--shapes", "3584-3584"], ["--dora", "--paths"], ["--passes", "--paths"]]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=" ".join)
 def test_wrong_arguments(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         predict.main(wrong)

@@ -33,5 +33,6 @@ def test_each_kind_of_call_is_printed_once(value: str) -> None:
     calls = ("forward", "dropout"), ("backward", "dropout"), ("forward", "")
     assert len(lines) == len(calls), ran.stderr
     for line, (of, dropout) in zip(lines, calls, strict=True):
-        what = f"lora_ext: {of} of 18 rows, 72 -> 40, r 4, Float{', dropout' if dropout else ''}: "
+        drops = ", dropout" if dropout else ""
+        what = f"lora_ext: {of} of 18 rows, 72 -> 40, r 4, float32{drops}: "
         assert line.startswith(f"{what}{path}: "), line

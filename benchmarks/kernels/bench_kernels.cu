@@ -201,11 +201,10 @@ int run_cases(const Options& options, const Machine& machine) {
   return status;
 }
 
-// What cannot be run, before anything is; empty if all can.
+// What no GPU can run; empty if there is nothing of it.
 std::string why_not(const Options& options) {
   for (const std::string& family : words(options.families)) {
     if (family != "sm90" && family != "sm80") return "there is no family '" + family + "'";
-    if (std::string reason = gpu_test::why_not_here(family); !reason.empty()) return reason;
   }
   for (const std::string& adapters : words(options.adapters)) {
     if (adapters != "bf16" && adapters != "fp32") return "no adapters of type '" + adapters + "'";
@@ -220,7 +219,7 @@ std::string why_not(const Options& options) {
     if (whole(text) == 0) return "no case has 0 tokens";
   }
   for (const std::string& text : words(options.ranks)) {
-    if (whole(text) == 0 || whole(text) > 256) return "the kernels take ranks 1 to 256";
+    if (whole(text) == 0 || whole(text) > 1024) return "the kernels take ranks 1 to 1024";
   }
   for (const std::string& text : words(options.dropouts)) {
     if (number(text) >= 1) return "the dropouts timed are below 1";
@@ -239,8 +238,13 @@ int main(int count, char** arguments) {
   try {
     if (count == 2 && std::string(arguments[1]) == "--help") return std::printf("%s", kUsage), 0;
     const Options options = parsed(count, arguments);
-    if (std::string reason = gpu_test::why_no_gpu(); !reason.empty()) return refused(reason);
     if (std::string reason = why_not(options); !reason.empty()) return refused(reason);
+    if (std::string reason = gpu_test::why_no_gpu(); !reason.empty()) return refused(reason);
+    for (const std::string& family : words(options.families)) {
+      if (std::string reason = gpu_test::why_not_here(family); !reason.empty()) {
+        return refused(reason);
+      }
+    }
     int l2_bytes = 0;
     check(cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, 0));
     const int64_t flush_bytes =

@@ -24,7 +24,7 @@ class GroupPrediction:
 
     calls: Calls
     path: str
-    alone: str  # why there is a call for each, if there is
+    alone: tuple[list[str], list[str]]  # of each layer, forward and backward: why it has a call
     frozen: tuple[float, float]
     separate: tuple[float, float]
     together: tuple[float, float]
@@ -87,24 +87,30 @@ class GroupTimer(Timer):
         return self._products_sm90(name, launch, products, moved)
 
 
+@dataclass(frozen=True)
+class Together:
+    """Of the layers of a group, in one direction: which run together, and what they launch."""
+
+    alone: list[str]  # of each layer: why it has a call of its own; or ""
+    path: str
+    launches: list[RecordedLaunch]
+
+
 @cache
 def record_group(
     calls: Calls, capability: int, multiprocessors: int, wish: str, backward: bool
-) -> tuple[str, list[RecordedLaunch]]:
-    """(path, launches); without launches the path is why there are none."""
+) -> Together:
     kernels = launchers()
     kernels.gpu(capability, multiprocessors)
     kernels.wish(wish)
     one = calls[0]
-    types = "bf16-fp32" if one.fp32_adapters else "bf16"
     sizes = [(call.N, call.r) for call in calls]
-    try:
-        launches = kernels.dry_run_multi(one.M, one.K, sizes, types, one.dropout_p, backward)
-    except RuntimeError as error:
-        if "alone: " not in str(error):
-            raise
-        return str(error).split("alone: ")[1], []
-    return kernels.path, launches
+    alone = kernels.alone(one.M, one.K, sizes, one.types, one.dropout_p, backward)
+    several = [size for size, why in zip(sizes, alone, strict=True) if not why]
+    if not several:
+        return Together(alone, "", [])
+    launches = kernels.dry_run_multi(one.M, one.K, several, one.types, one.dropout_p, backward)
+    return Together(alone, kernels.path, launches)
 
 
 def additions_us(card: Card, how: Scenario, calls: Calls) -> float:
@@ -121,26 +127,28 @@ def predict_group(
 ) -> GroupPrediction:
     how, layers = SCENARIOS[scenario], tuple(calls)
     alone = [predict(card, call, counts, asked, scenario) for call in layers]
-    whole = replace(layers[0], r=sum(padded(call.r) for call in layers))
     separate, together = [0.0, 0.0], [0.0, 0.0]
     passes: list[list[Pass]] = [[], []]
-    path, reason = alone[0].path, ""
+    reasons: list[list[str]] = []
+    path = alone[0].path
     for i, backward in enumerate((False, True)):
-        separate[i] = together[i] = sum(one.layer[i] for one in alone)
-        found, launches = record_group(
-            layers, card.capability, card.multiprocessors, asked, backward
-        )
-        if not launches:
-            reason = found
+        separate[i] = sum(one.layer[i] for one in alone)
+        found = record_group(layers, card.capability, card.multiprocessors, asked, backward)
+        reasons.append(found.alone)
+        own = [one for one, why in zip(alone, found.alone, strict=True) if why]
+        together[i] = sum(one.layer[i] for one in own)
+        if not found.launches:
             continue
-        timer = GroupTimer(card, how, counts["kernels"], whole, backward, layers=layers)
-        passes[i] = list(timer.times(launches))
-        together[i] = sum(one.us for one in passes[i])
-        path = found
+        several = tuple(one for one, why in zip(layers, found.alone, strict=True) if not why)
+        whole = replace(several[0], r=sum(padded(call.r) for call in several))
+        timer = GroupTimer(card, how, counts["kernels"], whole, backward, layers=several)
+        passes[i] = list(timer.times(found.launches))
+        together[i] += sum(one.us for one in passes[i])
+        path = found.path
     return GroupPrediction(
         layers,
         path,
-        reason,
+        (reasons[0], reasons[1]),
         (sum(one.frozen[0] for one in alone), sum(one.frozen[1] for one in alone)),
         (separate[0], separate[1]),
         (together[0], together[1]),

@@ -91,12 +91,14 @@ class Timer:
     backward: bool
     base: bool = True  # the product has the base's segment
     low_rank: bool = True  # and those of the low-rank part
+    adapters: bool = False  # of fp16: what is measured next
     parts_of_h: int = 1  # or of dh: what the last passes left to add
     # dB and dA, which one kernel adds: parts, and elements of each
     left: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def times(self, launches: Sequence[RecordedLaunch]) -> Iterator[Pass]:
         names = [short_name(launch.kernel) for launch in launches]
+        self.adapters = self.call.fp32_adapters  # then they are measured first
         made = self._made(names)
         for i, (launch, name) in enumerate(zip(launches, names, strict=True)):
             if name.startswith("lora_linear_"):
@@ -149,7 +151,11 @@ class Timer:
 
     def _small(self, name: str, launch: RecordedLaunch) -> tuple[str, float, str]:
         elements = math.prod(launch.grid) * ELEMENTS
-        if "pack" in name:
+        if "measure" in name:  # by 128 blocks for a matrix: adapters, or then h or dh
+            size = self.call.r * (max(self.call.N, self.call.K) if self.adapters else self.call.M)
+            moved, self.adapters = math.prod(launch.grid) / 128 * 4.0 * size, False
+            what, most = "measure", math.ceil(size / 128 / ELEMENTS / 8)
+        elif "pack" in name:
             what, most, moved = "pack", 1, elements * 8.0
         elif "reduce" in name:
             left = [*self.left.values()] or [(1, elements)]
@@ -162,7 +168,7 @@ class Timer:
             moved = elements * (4.0 * most + 6)
             self.parts_of_h = 1
         rate = self._l2() * self.card.multiprocessors * self.card.clock * 1e-3
-        latency = LATENCY * (1 + waits(most))
+        latency = LATENCY * (1 + (most if what == "measure" else waits(most)))
         return what, max(latency, moved / rate * 1e-6), "L2"
 
     # ---- Forward of few rows ---------------------------------------------------------------------

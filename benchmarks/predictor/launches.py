@@ -16,7 +16,7 @@ from emulated import SOURCE, EmulatedKernels, RecordedLaunch  # noqa: E402
 
 @dataclass(frozen=True)
 class Call:
-    """A layer's call, bf16: y [M, N] of x [M, K]."""
+    """A layer's call, bf16 or fp16: y [M, N] of x [M, K]."""
 
     M: int
     N: int
@@ -24,11 +24,18 @@ class Call:
     r: int
     fp32_adapters: bool = False
     dropout_p: float = 0.0
+    fp16: bool = False
+
+    @property
+    def types(self) -> str:
+        """As tests/simt names them."""
+        return ("fp16" if self.fp16 else "bf16") + ("-fp32" if self.fp32_adapters else "")
 
 
 @dataclass(frozen=True)
 class Recorded:
     paths: tuple[str, str]  # of forward and backward
+    reasons: tuple[str, str]
     forward: list[RecordedLaunch]
     backward: list[RecordedLaunch]
 
@@ -37,6 +44,12 @@ class Recorded:
         """As `explain` tells it."""
         forward, backward = self.paths
         return forward if forward == backward else f"{forward}, backward {backward}"
+
+    @property
+    def reason(self) -> str:
+        forward, backward = self.reasons
+        same = self.paths[0] == self.paths[1]
+        return forward if same else f"{forward}; in backward {backward}"
 
 
 @cache
@@ -61,6 +74,5 @@ def record(call: Call, capability: int, multiprocessors: int, wish: str) -> Reco
     kernels = launchers()
     kernels.gpu(capability, multiprocessors)
     kernels.wish(wish)
-    types = "bf16-fp32" if call.fp32_adapters else "bf16"
-    forward, backward = kernels.dry_run(call.M, call.N, call.K, call.r, types, call.dropout_p)
-    return Recorded(kernels.dry_paths, forward, backward)
+    forward, backward = kernels.dry_run(call.M, call.N, call.K, call.r, call.types, call.dropout_p)
+    return Recorded(kernels.dry_paths, kernels.dry_reasons, forward, backward)

@@ -20,6 +20,7 @@ class Prediction:
     call: Call
     asked: str  # what LORA_EXT_CUDA_PATH asks for
     path: str  # as `explain` tells it
+    reason: str  # for it, the same
     scenario: str
     frozen: tuple[float, float]  # us: forward, dx
     flat: tuple[float, float]  # the same if cuBLAS kept its best rate in every shape
@@ -63,7 +64,15 @@ def predict(
             times[i] += blas.product_us(card, how, call.M, columns[i], depths[i], onto=True)
     layer = (times[0], times[1])
     return Prediction(
-        call, asked, recorded.path, scenario, frozen, flat, layer, (passes[0], passes[1])
+        call,
+        asked,
+        recorded.path,
+        recorded.reason,
+        scenario,
+        frozen,
+        flat,
+        layer,
+        (passes[0], passes[1]),
     )
 
 

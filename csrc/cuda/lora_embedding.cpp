@@ -24,10 +24,11 @@ Tensor lora_embedding_fwd_cuda(const LoraEmbeddingCall& call) {
   const c10::cuda::CUDAGuard guard(weight.device());
   const RowPath path = row_path(weight.scalar_type());
   if (prints_paths()) {
-    print_path(c10::str("lora_embedding of ", indices.numel(), " tokens, ", weight.size(0), " -> ",
-                        weight.size(1), ", r ", lora_A.size(0), ", ", weight.scalar_type(),
-                        " with ", lora_A.scalar_type(), " adapters"),
-               path.name, path.reason);
+    print_path(
+        c10::str("lora_embedding of ", indices.numel(), " tokens, ", weight.size(0), " -> ",
+                 weight.size(1), ", r ", lora_A.size(0), ", ", dtype_name(weight.scalar_type()),
+                 " with ", dtype_name(lora_A.scalar_type()), " adapters"),
+        path.name, path.reason);
   }
   if (!path.kernels) return lora_embedding_fwd_composed(call);
   auto sizes = indices.sizes().vec();
@@ -75,8 +76,8 @@ AdapterGradients lora_embedding_bwd_cuda(const LoraEmbeddingBackwardCall& call, 
   if (prints_paths()) {
     const char* name = path.family == KernelFamily::Sm90 ? "cuda fused sm_90a" : "cuda fused sm_80";
     print_path(c10::str("lora_embedding_bwd of ", rows.size(0), " tokens, ", lora_A.size(1), " -> ",
-                        rows.size(1), ", r ", lora_A.size(0), ", ", rows.scalar_type(), " with ",
-                        lora_A.scalar_type(), " adapters"),
+                        rows.size(1), ", r ", lora_A.size(0), ", ", dtype_name(rows.scalar_type()),
+                        " with ", dtype_name(lora_A.scalar_type()), " adapters"),
                kernels ? name : "cuda aten",
                kernels ? "one pass over dy, sums over tokens by ATen" : path.reason);
   }

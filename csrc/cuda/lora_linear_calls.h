@@ -114,6 +114,7 @@ inline CudaCall cuda_call_of(bool backward, const Tensor& rows, const Tensor& x,
   CudaCall call = make_cuda_call(backward, rows.get_device(), rows.size(0), lora_B.size(0),
                                  lora_A.size(1), lora_A.size(0), rows.scalar_type(),
                                  lora_A.scalar_type(), dropout.enabled(), weight);
+  call.aligned_A = reinterpret_cast<uintptr_t>(lora_A.const_data_ptr()) % 16 == 0;
   for (const Tensor& matrix : {rows, x}) {
     if (matrix.defined()) call.rows = std::min(call.rows, rows_of(matrix));
   }

@@ -24,7 +24,7 @@ inline const char* why_alone(const CudaMultiLayer& layer) {
   const bool mixed = layer.adapted && call.adapter != call.base;
   if (layer.wants_nothing) return "no gradient is wanted that kernels make";
   if (layer.path.kernels != CudaPath::Kernels::Fused) return layer.path.reason;
-  if (!call.backward && !call.transposed &&
+  if (!call.backward && !call.transposed && call.aligned_A &&
       few_rows_fit(call.M, call.N, call.r, mixed, call.dropout,
                    few_rows_family(layer.path.family))) {
     return "few rows without dropout: one kernel makes h and y of each layer";

@@ -5,37 +5,15 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <iterator>
 #include <string>
 
+#include "cuda/environment.h"
 #include "cuda/lora_linear.h"
 #include "cuda/trust.h"
 
 namespace lora_ext {
-namespace {
-
-// Of all paths from the `first` on: 'fused', 'hybrid', 'composed'
-std::string quoted_names(CudaWish first) {
-  std::string names;
-  for (size_t i = static_cast<size_t>(first); i < std::size(kCudaPaths); ++i) {
-    names += (names.empty() ? "'" : ", '") + std::string(kCudaPaths[i].name) + "'";
-  }
-  return names;
-}
-
-CudaWish read_wish() {
-  const char* value = std::getenv("LORA_EXT_CUDA_PATH");
-  if (value == nullptr || *value == '\0') return CudaWish::Auto;
-  if (const auto wish = cuda_wish_named(value)) return *wish;
-  TORCH_CHECK(false, "LORA_EXT_CUDA_PATH: got '", value, "', expected ",
-              quoted_names(CudaWish::Auto), "; unset it for 'auto'");
-}
-
-}  // namespace
-
 CudaWish cuda_wish() {
-  static const CudaWish wish = read_wish();
+  static const CudaWish wish = read_cuda_wish();
   return wish;
 }
 
@@ -112,7 +90,7 @@ void set_tuned_cuda_path(const CudaCall& call, const std::optional<std::string>&
   std::optional<CudaWish> wish;
   if (path) wish = cuda_wish_named(*path);
   TORCH_CHECK_VALUE(!path || (wish && *wish != CudaWish::Auto), "set_tuned_cuda_path: path: got '",
-                    path.value_or(""), "', expected ", quoted_names(CudaWish::Fused), " or None");
+                    path.value_or(""), "', expected ", quoted_paths(CudaWish::Fused), " or None");
   tuned_paths().set(call, wish);
 }
 

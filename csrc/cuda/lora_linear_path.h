@@ -67,6 +67,7 @@ struct CudaCall {
   bool dropout;
   Rows rows;                // of the worst among x, dy, the weight and the results
   bool transposed = false;  // the weight lies as [K, N]
+  bool aligned_A = true;    // lora_A begins at a multiple of 16 bytes, as few rows' kernel reads it
 };
 
 // Whether code for these targets of a build ("80 90a-real", as CMake names them) runs on a GPU:
@@ -110,7 +111,7 @@ struct CudaPath {
 
 // Why the kernels of csrc/kernels cannot run a call; null where they can.
 inline const char* why_no_kernels(const CudaCall& call, int compute_capability, bool built) {
-  constexpr int64_t kMaxRank = 256;  // beyond, the low-rank products are worth a BLAS
+  constexpr int64_t kMaxRank = 1024;
   constexpr int64_t kMostRows = (int64_t{1} << 31) - 1;
   if (!call.half) return "float32 and float64 products are cuBLAS's";
   if (compute_capability < 80) return "the kernels need a GPU from sm_80 on";
@@ -118,7 +119,7 @@ inline const char* why_no_kernels(const CudaCall& call, int compute_capability, 
     return "this build has no kernels for this GPU: add its number to TORCH_CUDA_ARCH_LIST and "
            "install lora_ext again";
   }
-  if (call.r == 0 || call.r > kMaxRank) return "the kernels take ranks 1 to 256";
+  if (call.r == 0 || call.r > kMaxRank) return "the kernels take ranks 1 to 1024";
   if (call.N == 0 || call.K == 0) return "the kernels take no empty matrices";
   if (std::max({call.M, call.N, call.K}) > kMostRows) {
     return "the kernels count rows and columns in 32 bits";
@@ -137,6 +138,7 @@ inline bool few_tiles(const CudaCall& call) {
   return tiles(call.M) * tiles(std::min(call.N, call.K)) < kMultiprocessors;
 }
 
+constexpr int64_t kWideRank = 256;  // beyond it cuBLAS's products have tiles for all of the rank
 constexpr int64_t kFewest =
     16;  // rows that wait for launches and for the weight, whatever the rest
 
@@ -146,9 +148,16 @@ constexpr int64_t kFewest =
 inline bool blas_keeps_up(const CudaCall& call, KernelFamily family) {
   constexpr int64_t kFewRows = 512;
   const bool mixed = call.adapter != call.base, fewest = call.M <= kFewest;
-  if (family == KernelFamily::Sm90) {
-    const int64_t largest_rank = call.M <= 64 ? 32 : 64;
-    return few_tiles(call) && !call.dropout && (call.r > largest_rank || (mixed && fewest));
+  const bool sm90 = family == KernelFamily::Sm90;
+  if (call.r > kWideRank) {
+    // A pass over x and one over dy for every 64 or 128 ranks: what they save has to be more.
+    const bool wider = call.r > 2 * kWideRank, few = call.M <= 2 * kFewRows;
+    const bool masks = call.dropout && !(sm90 ? wider && few : wider || few);
+    if (call.M <= 64 || !(mixed || masks)) return true;
+  }
+  if (sm90) {
+    const bool wide = call.r > (call.M <= 64 ? 32 : 64);
+    return few_tiles(call) && !call.dropout && (mixed ? fewest : wide);
   }
   const bool few = call.M <= kFewRows, saves = call.dropout || (mixed && !few);
   return !saves || fewest || (few && call.r > 64);
@@ -178,7 +187,8 @@ inline std::array<CudaCandidate, 9> cuda_candidates(const CudaProblem& problem) 
   // Tensor cores of sm_90 and of sm_100 to sm_110 run at their rate for instructions of their own.
   const bool slow_mma = sm80 && capability >= 90 && capability < 120;
   const bool few = few_tiles(call);
-  const bool few_rows = !call.backward && !call.transposed && (!slow_mma || call.M <= kFewest) &&
+  const bool few_rows = !call.backward && !call.transposed && call.aligned_A &&
+                        (!slow_mma || call.M <= kFewest) &&
                         few_rows_fit(call.M, call.N, call.r, call.adapter != call.base,
                                      call.dropout, few_rows_family(family_for(problem)));
   return {{

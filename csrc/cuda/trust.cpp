@@ -29,11 +29,13 @@ struct Entry {
   std::mutex mutex;  // of the check
 };
 
+// With clusters and without them: what is found of the one says nothing about the other.
 Entry& entry_of(KernelFamily family, int device) {
   constexpr int kMostDevices = 64;
-  static std::array<std::array<Entry, kMostDevices>, 2> entries;
+  static std::array<std::array<std::array<Entry, kMostDevices>, 2>, 2> entries;
   TORCH_CHECK(device >= 0 && device < kMostDevices, "lora_ext: no GPU ", device);
-  return entries[static_cast<size_t>(family)][static_cast<size_t>(device)];
+  const size_t clusters = switched_off(Mechanism::kCluster) ? 0 : 1;
+  return entries[clusters][static_cast<size_t>(family)][static_cast<size_t>(device)];
 }
 
 const char* name_of(KernelFamily family) {
@@ -99,8 +101,10 @@ bool is_trusted(KernelFamily family) {
       return true;
     }
     const std::lock_guard lock(entry.mutex);
+    // Not for good: whoever switches it on later gets the check.
+    if (entry.trust == Trust::Unknown && switched_off(Mechanism::kSelfCheck)) return true;
     if (entry.trust == Trust::Unknown) {
-      const std::string wrong = switched_off(Mechanism::kSelfCheck) ? "" : check_once(family);
+      const std::string wrong = check_once(family);
       entry.trust = wrong.empty() ? Trust::Trusted : Trust::Wrong;
       if (!wrong.empty()) warn(family, wrong);
     }

@@ -3,6 +3,9 @@
 #pragma once
 
 #include <dlfcn.h>
+#include <fcntl.h>
+#include <sys/file.h>
+#include <unistd.h>
 
 #include <cstdlib>
 #include <filesystem>
@@ -46,28 +49,53 @@ class TrustFile {
 
   // A file that cannot be read has none.
   bool has(const std::string& fact) const {
-    std::ifstream file(place_);
-    for (std::string line; std::getline(file, line);) {
-      if (line == as_line(fact)) return true;
+    for (const char* which : {"", ".old"}) {
+      std::ifstream file(beside(which));
+      for (std::string line; std::getline(file, line);) {
+        if (line == as_line(fact)) return true;
+      }
     }
     return false;
   }
 
-  // Does nothing where nothing can be written: the next process checks again. One that writes at
-  // the same time loses no line.
+  // Does nothing where nothing can be written: the next process checks again. Those that write at
+  // the same time wait for each other, so that no line is lost.
   void add(const std::string& fact) const {
     constexpr uintmax_t kMost = 1 << 16;  // of builds that are long gone
     if (place_.empty()) return;
     std::error_code error;
     std::filesystem::create_directories(place_.parent_path(), error);
+    const Lock lock(beside(".lock"));
     const auto size = std::filesystem::file_size(place_, error);
-    if (!error && size > kMost) std::filesystem::remove(place_, error);
-    const std::string line = as_line(fact) + "\n";
+    if (!error && size > kMost) std::filesystem::rename(place_, beside(".old"), error);
+    // It may follow what a process could not finish.
+    const std::string line = "\n" + as_line(fact) + "\n";
     std::ofstream file(place_, std::ios::app | std::ios::binary);
     file.write(line.data(), static_cast<std::streamsize>(line.size())).flush();
   }
 
  private:
+  // Of one process at a time, if the file system has such.
+  class Lock {
+   public:
+    explicit Lock(const std::filesystem::path& place)
+        : file_(open(place.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666)) {
+      if (file_ >= 0) flock(file_, LOCK_EX);
+    }
+    ~Lock() {
+      if (file_ >= 0) close(file_);
+    }
+    Lock(const Lock&) = delete;
+    Lock& operator=(const Lock&) = delete;
+
+   private:
+    int file_;
+  };
+
+  std::filesystem::path beside(const char* ending) const {
+    return std::filesystem::path(place_) += ending;
+  }
+
   static std::string as_line(std::string fact) {
     for (char& character : fact) character = character == '\n' ? ' ' : character;
     return fact;

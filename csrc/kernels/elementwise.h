@@ -22,10 +22,10 @@ constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <class Params>
-void launch_elements(void (*kernel)(Params), int64_t elements, Stream stream,
-                     const Params& params) {
+void launch_elements(void (*kernel)(Params), int64_t elements, Stream stream, const Params& params,
+                     int shared_bytes = 0) {
   const auto blocks = static_cast<unsigned>(ceil_div(elements, kElementThreads));
-  arch::launch_dependent(kernel, dim3(blocks), kElementThreads, 0, stream, params);
+  arch::launch_dependent(kernel, dim3(blocks), kElementThreads, shared_bytes, stream, params);
 }
 
 }  // namespace lora_ext

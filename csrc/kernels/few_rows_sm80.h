@@ -63,6 +63,8 @@ class FewRows {
  private:
   static constexpr int kRowTiles = Shape::kRows / 16;
   static constexpr bool kMixed = sizeof(TA) == sizeof(float);
+  // Of h and lora_B, which come from floats here: of fp16 they are two bf16, with all exponents.
+  using Low = std::conditional_t<kScaled<T>, Bf16, T>;
   using RowTile = Tile<Shape::kRows, Shape::kStep>;
 
   // The tiles of 8 columns that this warp's group has of `all`.
@@ -196,8 +198,11 @@ class FewRows {
     }
   }
 
-  // A of floats: their rounding, and what that leaves.
+  // A of floats: their rounding, and what that leaves; of fp16 as bf16, since fp16 has no exponents
+  // for it.
   LORA_EXT_DEVICE void multiply_floats(const arch::FragmentA (&x)[kRowTiles], uint32_t at, int k) {
+    arch::FragmentA low[kRowTiles];
+    for_rest(x, low);
 #pragma unroll
     for (int t = 0; t < Shape::kRankTiles; ++t) {
       if (t >= h_tiles_.count) break;
@@ -208,25 +213,40 @@ class FewRows {
         const int column = k + i * 8 + lane_ % 4 * 2;
         const auto* pair = reinterpret_cast<const float*>(
             shared_ + at + offset<float>(row, column / 4) + column % 4 * 4);
-        split(pair[0], pair[1], value[i], rest[i]);
+        split<T, Low>(pair[0], pair[1], value[i], rest[i]);
       }
       multiply(sums_of_h_, x, t, value);
-      multiply(sums_of_h_, x, t, rest);
+      multiply<Low>(sums_of_h_, low, t, rest);
     }
   }
 
-  template <class Of>
+  template <class E = T, class Of>
   LORA_EXT_DEVICE static void multiply(Of& sums, const arch::FragmentA (&x)[kRowTiles], int tile,
                                        const arch::FragmentB& b) {
 #pragma unroll
     for (int row = 0; row < kRowTiles; ++row) {
-      arch::mma_m16n8k16<T>(sums.value[row][tile], x[row], b);
+      arch::mma_m16n8k16<E>(sums.value[row][tile], x[row], b);
     }
   }
 
+  // x beside such a rest.
+  LORA_EXT_DEVICE static void for_rest(const arch::FragmentA (&x)[kRowTiles],
+                                       arch::FragmentA (&low)[kRowTiles]) {
+#pragma unroll
+    for (int row = 0; row < kRowTiles; ++row) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        low[row][i] = kScaled<T> ? pack_pair<Low>(first_of<T>(x[row][i]), second_of<T>(x[row][i]))
+                                 : x[row][i];
+      }
+    }
+  }
+
+  template <class E, class Rest = E>
   LORA_EXT_DEVICE static void split(float first, float second, uint32_t& value, uint32_t& rest) {
-    value = pack_pair<T>(first, second);
-    rest = pack_pair<T>(left_of(first, first_of<T>(value)), left_of(second, second_of<T>(value)));
+    value = pack_pair<E>(first, second);
+    rest =
+        pack_pair<Rest>(left_of(first, first_of<E>(value)), left_of(second, second_of<E>(value)));
   }
   // What rounding left; of what became infinite nothing.
   LORA_EXT_DEVICE static float left_of(float full, float near) {
@@ -246,8 +266,8 @@ class FewRows {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int m = row * 16 + lane_ / 4 + i % 2 * 8, at = j + lane_ % 4 * 2 + i / 2 * 8;
-          split(scaling * h_of_block(m, at), scaling * h_of_block(m, at + 1), value[row][i],
-                rest[row][i]);
+          split<Low>(scaling * h_of_block(m, at), scaling * h_of_block(m, at + 1), value[row][i],
+                     rest[row][i]);
         }
       }
 #pragma unroll
@@ -258,11 +278,11 @@ class FewRows {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int at = j + lane_ % 4 * 2 + i * 8;
-          split(B_of(n, at), B_of(n, at + 1), b[i], b_rest[i]);
+          split<Low>(B_of(n, at), B_of(n, at + 1), b[i], b_rest[i]);
         }
-        multiply(sums_of_y_, value, t, b);
-        multiply(sums_of_y_, rest, t, b);
-        if constexpr (kMixed) multiply(sums_of_y_, value, t, b_rest);
+        multiply<Low>(sums_of_y_, value, t, b);
+        multiply<Low>(sums_of_y_, rest, t, b);
+        if constexpr (kMixed || kScaled<T>) multiply<Low>(sums_of_y_, value, t, b_rest);
       }
     }
   }

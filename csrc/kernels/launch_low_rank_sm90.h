@@ -152,7 +152,8 @@ void fill_maps(arch::TensorMap (&maps)[2], const Split<T>& matrix, int rows, int
   if (matrix.remainder) maps[1] = tensor_map(matrix.rest(), rows, columns, swizzle);
 }
 
-// As many stages as fit beside each other, and no more than the block has tiles.
+// As many stages as fit beside each other, and no more than the block has tiles. Q has room if it
+// is wanted: without it a block may have any number of tiles of columns.
 template <class Shape>
 LowRankLayout layout_for(int L_terms, int R_terms, int64_t row_tiles, int64_t column_tiles) {
   constexpr int64_t kMostStages = 8;
@@ -161,7 +162,8 @@ LowRankLayout layout_for(int L_terms, int R_terms, int64_t row_tiles, int64_t co
   const int left = kMostSharedBytes - kRSlots * (R + 16) - 16;
   const auto stages = static_cast<int>(smaller(left / (stage + 16), smaller(tiles, kMostStages)));
   const int R_tiles = stages * stage;
-  const int of_Q = Shape::kQ ? static_cast<int>(column_tiles) * Shape::kRows * Shape::kN * 4 : 0;
+  const bool makes_Q = Shape::kQ && R_terms > 0;
+  const int of_Q = makes_Q ? static_cast<int>(column_tiles) * Shape::kRows * Shape::kN * 4 : 0;
   const auto barriers = static_cast<int>(larger(R_tiles + kRSlots * R, of_Q));
   return {stages, stage, R_tiles, R, barriers, barriers + (stages + kRSlots + 1) * 16};
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <iterator>
 #include <limits>
 #include <span>
 
@@ -18,6 +19,8 @@ Params product_params(const Products<T>& products, int cluster) {
   int segments = 0;
   for (int i = 0; i < products.count; ++i) {
     const Product<T>& product = products.data[i];
+    if (product.scaled > 0) params.scaled[i] = segments + product.scaled;
+    std::copy(std::begin(product.back), std::end(product.back), params.back[i]);
     for (int s = 0; s < product.count; ++s, ++segments) {
       const auto& [a, b] = product.segments[s];
       params.a[segments] = tensor_map(a, Shape::kM, Shape::kK, Swizzle::k128);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "elementwise.h"
+#include "fp16_range.h"
 #include "lora_linear_passes.h"
 
 namespace lora_ext {
@@ -36,15 +37,15 @@ class JobList {
     blocks_ += ceil_div(elements, kElementThreads);
   }
   // All that were added since the last time; one by one where they are more than a grid holds.
-  void launch(void (*kernel)(Jobs<Job>), Stream stream) {
+  void launch(void (*kernel)(Jobs<Job>), Stream stream, int shared_bytes = 0) {
     if (blocks_ > kMostBlocks && jobs_.count > 1) {
       for (int i = 0; i < jobs_.count; ++i) {
         JobList one;
         one.add(jobs_.job[i], jobs_.elements[i]);
-        one.launch(kernel, stream);
+        one.launch(kernel, stream, shared_bytes);
       }
     } else if (blocks_ > 0) {
-      launch_elements(kernel, blocks_ * kElementThreads, stream, jobs_);
+      launch_elements(kernel, blocks_ * kElementThreads, stream, jobs_, shared_bytes);
     }
     *this = {};
   }
@@ -100,7 +101,7 @@ struct ReduceJob {
   LORA_EXT_DEVICE void run(int64_t i) const {
     float sum = 0.0f;
     for (int64_t p = 0; p < count; ++p) sum += parts[p * size + i];
-    out.store(sum, out.scale.get(), i);
+    out.store(sum, out.factor(), i);
   }
 };
 
@@ -133,14 +134,27 @@ struct PackJob {
   int64_t rows, columns, row_step, column_step;
   int64_t padded_rows, padded_columns, stride;  // of the result
   T* value;
-  T* remainder;  // laid out like value; or null
+  T* remainder;      // laid out like value; or null
+  Range range = {};  // of fp16: of a float matrix, whose values this multiplies, too
+  HiddenFactor factor = {1.0f, nullptr};
 
   LORA_EXT_DEVICE void run(int64_t i) const {
     const int64_t row = i / padded_columns, column = i % padded_columns;
-    float full = 0.0f;
+    float full = 0.0f, power = 1.0f;
+    if constexpr (kScaled<T>) {
+      if (range.largest) {
+        const PowerOfTwo both = range.power();
+        power = both.to;
+        if (i == 0) *range.back = both.back;
+        if (row >= padded_rows) return;
+      }
+    }
     if (row < rows && column < columns) {
       const int64_t at = row * row_step + column * column_step;
       full = in_float ? static_cast<const float*>(in)[at] : to_float(static_cast<const T*>(in)[at]);
+    }
+    if constexpr (kScaled<T>) {
+      if (range.largest) full = rounded_product(rounded_product(factor.get(), full), power);
     }
     const T near = rounded<T>(full);
     const int64_t to = row * stride + column;
@@ -148,6 +162,12 @@ struct PackJob {
     if (remainder) remainder[to] = rounded<T>(left_of(full, near));
   }
 };
+
+template <class T>
+__global__ void __launch_bounds__(kElementThreads)
+    lora_linear_measure_kernel(const __grid_constant__ Jobs<MeasureJob> jobs) {
+  jobs.run();
+}
 
 template <class T>
 __global__ void __launch_bounds__(kElementThreads)

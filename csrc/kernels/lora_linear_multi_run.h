@@ -3,6 +3,8 @@
 // rank; the products of forward are one launch, and dx is one product. Host code without torch.
 #pragma once
 
+#include <algorithm>
+
 #include "lora_linear_multi.h"
 #include "lora_linear_run.h"
 
@@ -27,23 +29,30 @@ Split<T> stacked_A(std::span<const Call> calls, const StackedRanks& ranks, int64
   const int64_t rows = transposed ? K : ranks.total, columns = transposed ? ranks.total : K;
   T* const value = scratch.get<T>(rows * stride);
   T* const remainder = kSame<T, TA> ? nullptr : scratch.get<T>(rows * stride);
+  constexpr bool kMeasured = kScaled<T> && !kSame<T, TA>;
+  const auto adapters = static_cast<int>(std::count(ranks.has, ranks.has + calls.size(), true));
+  const Range range = kMeasured ? packs.range_of(adapters) : Range{};
+  int measured = 0;
   for (size_t i = 0; i < calls.size(); ++i) {
     if (!ranks.has[i]) continue;
     const int64_t r = calls[i].r, padded = joined_rank(r);
     const int64_t begin = ranks.first[i] * (transposed ? 1 : stride);
-    packs.add({.in = calls[i].lora_A,
-               .in_float = !kSame<T, TA>,
-               .rows = transposed ? K : r,
-               .columns = transposed ? r : K,
-               .row_step = transposed ? 1 : K,
-               .column_step = transposed ? K : 1,
-               .padded_rows = transposed ? K : padded,
-               .padded_columns = transposed ? padded : stride,
-               .stride = stride,
-               .value = value + begin,
-               .remainder = remainder ? remainder + begin : nullptr});
+    const PackJob<T> job{.in = calls[i].lora_A,
+                         .in_float = !kSame<T, TA>,
+                         .rows = transposed ? K : r,
+                         .columns = transposed ? r : K,
+                         .row_step = transposed ? 1 : K,
+                         .column_step = transposed ? K : 1,
+                         .padded_rows = transposed ? K : padded,
+                         .padded_columns = transposed ? padded : stride,
+                         .stride = stride,
+                         .value = value + begin,
+                         .remainder = remainder ? remainder + begin : nullptr,
+                         .range = range};
+    if constexpr (kMeasured) packs.measure(job, measured++);
+    packs.add(job);
   }
-  return {{value, rows, columns, stride}, remainder};
+  return {{value, rows, columns, stride}, remainder, range.back};
 }
 
 template <class T>
@@ -79,28 +88,36 @@ void multi_forward(const Family<T>& family, std::span<const ForwardCall<T, TA>> 
 
   float* const shared = ranks.total > 0 ? scratch.get<float>(M * ranks.total) : nullptr;
   if (shared) {
-    const Hidden<T> of_all = float_hidden<T>(M, ranks.total, 1.0f, shared);
+    Hidden<T> of_all = float_hidden<T>(M, ranks.total, 1.0f, shared);
+    of_all.back = stacked.back;
     family.down(x, stacked, Dropout{}, of_all, scratch, stream);
   }
   Product<T> y[kMostTogether] = {};
   JobList<FinishJob<T>> finishes;
+  Packs<T> operands(scratch);
   for (size_t i = 0; i < calls.size(); ++i) {
     const ForwardCall<T, TA>& call = calls[i];
-    y[i].segments[y[i].count++] = {x, call.weight.stored};
+    const bool low_rank_first = kScaled<T> && call.r > 0;
+    if (!low_rank_first) add_base(y[i], x, call.weight);
     y[i].bias = call.bias;
     y[i].out = call.y, y[i].M = M, y[i].N = call.weight.N();
     if (call.r == 0) continue;
     const Remainder place = joined<T, TA>(call.r, layout);
-    const Hidden<T> h = hidden<T>(M, call.r, copies(place), survivor(call.dropout),
-                                  {call.scaling, call.scaling_factor}, call.h, false, scratch);
+    const Hidden<T> whole = hidden<T>(M, call.r, copies(place), survivor(call.dropout), A[i].back,
+                                      {call.scaling, call.scaling_factor}, call.h, false, scratch);
+    const Hidden<T> h = made_by_pass(whole);
     if (ranks.has[i]) {
       finishes.add({shared + ranks.first[i], 1, ranks.total, h}, M * h.padded);
     } else {
       family.down(x, A[i], call.dropout, h, scratch, stream);
     }
-    add_segments(y[i], operand(h).value, B[i], place);
+    const Range range = operands.range_of(1);
+    add_operand(operands, whole, range);
+    add_segments(y[i], operand(whole, range), B[i], place);
+    if (low_rank_first) add_base(y[i], x, call.weight);
   }
   finishes.launch(lora_linear_finish_kernel<T>, stream);
+  operands.launch(stream);
   for (Product<T>& one : y) one.aligned = aligned(one);
   family.products({y, static_cast<int>(calls.size())}, layout, stream);
 }
@@ -132,37 +149,49 @@ void multi_backward(const Family<T>& family, std::span<const BackwardCall<T, TA>
 
   T* const value = scratch.get<T>(M * ranks.total);
   T* const remainder = x.data ? scratch.get<T>(M * ranks.total) : nullptr;
-  dh = {{value, M, ranks.total, ranks.total}, remainder};
+  Packs<T> operands(scratch);
+  const auto adapters = static_cast<int>(std::count(ranks.has, ranks.has + calls.size(), true));
+  const Range range = operands.range_of(adapters);
+  dh = {{value, M, ranks.total, ranks.total}, remainder, range.back};
+  int measured = 0;
   Gradients<T> left;
   for (size_t i = 0; i < calls.size(); ++i) {
     const BackwardCall<T, TA>& call = calls[i];
     if (!ranks.has[i] && !call.dB) continue;
     const HiddenFactor scaling{call.scaling, call.scaling_factor};
-    UpGrad<T> up{call.dy, B[i], h[i], ranks.has[i], {}, gradient<T>(call.dB, scaling)};
+    UpGrad<T> up{call.dy, B[i], h[i], ranks.has[i], {}, gradient<T>(call.dB, scaling, h[i].back)};
     if (up.wants_dh) {
       const int64_t first = ranks.first[i];
       up.dh = float_hidden<T>(M, call.r, 1.0f, nullptr);
       up.dh.stride = ranks.total, up.dh.scaling = scaling;
       up.dh.value = value + first;
       up.dh.remainder = remainder ? remainder + first : nullptr;
+      up.dh.back = B[i].back;
+      if (kScaled<T>) up.dh.sums = scratch.get<float>(M * call.r);
     }
+    const Hidden<T> own = up.dh;
+    up.dh = made_by_pass(own);
     family.up_grad(up, left, scratch, stream);
+    if (up.wants_dh) add_operand(operands, own, range, measured++);
   }
+  operands.launch(stream);
 
   if (x.data) {
     float* const dA = scratch.get<float>(ranks.total * K);
     const HiddenFactor one{1.0f, nullptr};
-    family.down_grad(x, dh, Dropout{}, KeptBits{}, gradient<T>(dA, one), left, scratch, stream);
+    family.down_grad(x, dh, Dropout{}, KeptBits{}, gradient<T>(dA, one, dh.back), left, scratch,
+                     stream);
     left.launch(stream);
     for (size_t i = 0; i < calls.size(); ++i) {
       if (!calls[i].dA) continue;
-      left.add({dA + ranks.first[i] * K, 1}, calls[i].r * K, gradient<T>(calls[i].dA, one));
+      left.add({dA + ranks.first[i] * K, 1}, calls[i].r * K,
+               gradient<T>(calls[i].dA, one, nullptr));
     }
   }
   left.launch(stream);
   if (!out) return;
   Product<T> dx{};
-  if (ranks.total > 0) add_segments(dx, dh.value, A, Remainder::kApart);
+  if (ranks.total > 0) add_segments(dx, dh, A, Remainder::kApart);
   for (const BackwardCall<T, TA>& call : calls) {
     dx.segments[dx.count++] = {call.dy, call.weight.stored};
   }

@@ -14,8 +14,9 @@ namespace lora_ext {
 //
 //   out [M, N] = round(sum over segments of A_i [M, K_i] B_i [K_i, N] + bias)
 //
-// Forward is (x, weight), (h, lora_B); backward's dx is (dh, lora_A), dropout's mask, (dy, weight).
-// Layers of one x have a product each in forward, and one of all their segments in backward.
+// Forward is (x, weight), (h, lora_B), of fp16 the other way round; backward's dx is (dh, lora_A),
+// dropout's mask, (dy, weight). Layers of one x have a product each in forward, and one of all
+// their segments in backward.
 
 constexpr int kLayerSegments = 3;  // of one layer, whose adapter may have a remainder
 constexpr int kMaxSegments = kLayerSegments * kMostTogether;
@@ -30,12 +31,19 @@ struct Segment {
   Matrix<T> b;  // [N, K_i] or [K_i, N], by the layout
 };
 
+// What multiplies the sums of segments: both, powers of two; or null.
+LORA_EXT_DEVICE float back_of(const float* const (&back)[2]) {
+  return (back[0] ? *back[0] : 1.0f) * (back[1] ? *back[1] : 1.0f);
+}
+
 template <class T>
 struct Product {
   Segment<T> segments[kMaxSegments];
   int count;
   bool aligned;  // every matrix is
-  int masked;    // dropout is applied to the sums of the first `masked` segments
+  int scaled;    // of fp16: the sums of the first `scaled` segments are multiplied by `back`
+  const float* back[2];  // those that are not null
+  int masked;  // dropout is applied to the sums of the first `masked` segments, afterwards
   Dropout dropout;
   KeptBits kept;      // its decisions, where another pass has made them; or none
   const float* bias;  // [N] or null
@@ -57,18 +65,21 @@ struct Products {
 template <class T>
 struct Split {
   Matrix<T> value;
-  const T* remainder;  // laid out like value; or null
+  const T* remainder;           // laid out like value; or null
+  const float* back = nullptr;  // what it is to be multiplied by, of fp16; or null: by nothing
 
   Matrix<T> rest() const { return {remainder, value.rows, value.columns, value.stride}; }
   // `count` columns from `first`
   Split columns(int64_t first, int64_t count) const {
     return {{value.data + first, value.rows, count, value.stride},
-            remainder ? remainder + first : nullptr};
+            remainder ? remainder + first : nullptr,
+            back};
   }
   Split rows(int64_t first, int64_t count) const {
     const int64_t skipped = first * value.stride;
     return {{value.data + skipped, count, value.columns, value.stride},
-            remainder ? remainder + skipped : nullptr};
+            remainder ? remainder + skipped : nullptr,
+            back};
   }
 };
 

@@ -51,8 +51,33 @@ class Packs {
     return packed(in, columns, rows, 1, columns, place);
   }
 
-  void add(const PackJob<T>& job) { jobs_.add(job, job.padded_rows * job.padded_columns); }
-  void launch(Stream stream) { jobs_.launch(lora_linear_pack_kernel<T>, stream); }
+  // Of a range whole warps.
+  void add(const PackJob<T>& job) {
+    const int64_t elements = job.padded_rows * job.padded_columns;
+    jobs_.add(job, job.range.largest ? round_up(elements, 32) : elements);
+  }
+
+  // Of fp16: that of so many float matrices of one launch, which are packed by one power of two.
+  Range range_of(int matrices) const {
+    if constexpr (!kScaled<T>) return {};
+    const int parts = matrices * Range::kBlocks;
+    return {scratch_.get<uint32_t>(parts), parts, scratch_.get<float>(1)};
+  }
+  // This one of them, contiguous, before anything is packed.
+  void measure(const PackJob<T>& job, int which) {
+    measures_.add({.in = static_cast<const float*>(job.in),
+                   .count = job.rows * job.columns,
+                   .factor = job.factor,
+                   .largest = job.range.largest + which * Range::kBlocks},
+                  Range::kBlocks * kElementThreads);
+  }
+
+  void launch(Stream stream) {
+    if constexpr (kScaled<T>) {
+      measures_.launch(lora_linear_measure_kernel<T>, stream, MeasureJob::kSharedBytes);
+    }
+    jobs_.launch(lora_linear_pack_kernel<T>, stream);
+  }
 
  private:
   // Of in [rows, columns], of elements `row_step` and `column_step` apart.
@@ -79,12 +104,17 @@ class Packs {
                       : in_rows  ? job.value + elements
                                  : scratch_.get<T>(elements);
     }
+    if constexpr (kScaled<T> && !kSame<T, TA>) {
+      job.range = range_of(1);
+      measure(job, 0);
+    }
     add(job);
-    return {{job.value, rows, columns, job.stride}, job.remainder};
+    return {{job.value, rows, columns, job.stride}, job.remainder, job.range.back};
   }
 
   const Allocator& scratch_;
   JobList<PackJob<T>> jobs_;
+  JobList<MeasureJob> measures_;
 };
 
 // Where h or dh [M, r] goes in float: each sum times `survivor`.
@@ -102,39 +132,92 @@ Hidden<T> float_hidden(int64_t M, int64_t r, float survivor, float* sums) {
           .remainder = nullptr};
 }
 // There, unless `sums` is null; and times `scaling` as well into an operand of the passes, `copies`
-// beside each other.
+// beside each other. `back`: that of the matrix that makes the sums.
 template <class T>
-Hidden<T> hidden(int64_t M, int64_t r, int copies, float survivor, HiddenFactor scaling,
-                 float* sums, bool wants_remainder, const Allocator& scratch) {
+Hidden<T> hidden(int64_t M, int64_t r, int copies, float survivor, const float* back,
+                 HiddenFactor scaling, float* sums, bool wants_remainder,
+                 const Allocator& scratch) {
   Hidden<T> hidden = float_hidden<T>(M, r, survivor, sums);
   hidden.copies = copies, hidden.stride = int64_t{copies} * hidden.padded;
-  hidden.scaling = scaling;
+  hidden.scaling = scaling, hidden.back = back;
   hidden.value = scratch.get<T>(M * hidden.stride);
   if (wants_remainder) hidden.remainder = scratch.get<T>(M * hidden.stride);
+  if (kScaled<T> && !sums) hidden.sums = scratch.get<float>(M * r);
   return hidden;
 }
+
+// What a pass is to make of it: both, or of fp16 the sums alone, of which `add_operand` makes the
+// operand when they are known.
 template <class T>
-Split<T> operand(const Hidden<T>& hidden) {
-  return {{hidden.value, hidden.M, hidden.padded, hidden.stride}, hidden.remainder};
+Hidden<T> made_by_pass(Hidden<T> hidden) {
+  if constexpr (kScaled<T>) hidden.value = nullptr;
+  return hidden;
+}
+// It is this one of the matrices of the range.
+template <class T>
+void add_operand(Packs<T>& packs, const Hidden<T>& hidden, const Range& range, int which = 0) {
+  if constexpr (!kScaled<T>) return;
+  for (int64_t copy = 0; copy < hidden.copies; ++copy) {
+    const int64_t at = copy * hidden.padded;
+    const PackJob<T> job{.in = hidden.sums,
+                         .in_float = true,
+                         .rows = hidden.M,
+                         .columns = hidden.r,
+                         .row_step = hidden.r,
+                         .column_step = 1,
+                         .padded_rows = hidden.M,
+                         .padded_columns = hidden.padded,
+                         .stride = hidden.stride,
+                         .value = hidden.value + at,
+                         .remainder = hidden.remainder ? hidden.remainder + at : nullptr,
+                         .range = range,
+                         .factor = hidden.scaling};
+    if (copy == 0) packs.measure(job, which);
+    packs.add(job);
+  }
+}
+template <class T>
+Split<T> operand(const Hidden<T>& hidden, const Range& range) {
+  const Matrix<T> value{hidden.value, hidden.M, hidden.padded, hidden.stride};
+  return {value, hidden.remainder, range.back};
+}
+// Of one, after the pass.
+template <class T>
+Split<T> operand(const Hidden<T>& hidden, const Allocator& scratch, Stream stream) {
+  Packs<T> packs(scratch);
+  const Range range = packs.range_of(1);
+  add_operand(packs, hidden, range);
+  packs.launch(stream);
+  return operand(hidden, range);
 }
 
 template <class T, class TA>
-Gradient<T> gradient(TA* out, HiddenFactor scale) {
-  if constexpr (kSame<T, TA>) return {scale, out, nullptr};
-  if constexpr (!kSame<T, TA>) return {scale, nullptr, out};
+Gradient<T> gradient(TA* out, HiddenFactor scale, const float* back) {
+  if constexpr (kSame<T, TA>) return {scale, out, nullptr, back};
+  if constexpr (!kSame<T, TA>) return {scale, nullptr, out, back};
 }
 
 // h or dh [M, r], of which there are two copies unless the remainder of b lies apart.
 template <class T>
-void add_segments(Product<T>& product, const Matrix<T>& h, const Split<T>& b, Remainder place) {
+void add_segments(Product<T>& product, const Split<T>& h, const Split<T>& b, Remainder place) {
   Segment<T>& first = product.segments[product.count++];
-  first = {h, b.value};
-  if (place == Remainder::kApart) {
-    if (b.remainder) product.segments[product.count++] = {h, b.rest()};
-    return;
+  first = {h.value, b.value};
+  if (place != Remainder::kApart) {
+    first.a.columns *= 2;
+    (place == Remainder::kInColumns ? first.b.columns : first.b.rows) = first.a.columns;
+  } else if (b.remainder) {
+    product.segments[product.count++] = {h.value, b.rest()};
   }
-  first.a.columns *= 2;
-  (place == Remainder::kInColumns ? first.b.columns : first.b.rows) = first.a.columns;
+  if constexpr (kScaled<T>) {
+    product.scaled = product.count;
+    product.back[0] = h.back, product.back[1] = b.back;
+  }
+}
+
+// y's segments: those whose sums are multiplied come first.
+template <class T>
+void add_base(Product<T>& y, const Matrix<T>& x, const Weight<T>& weight) {
+  if (weight.stored.data) y.segments[y.count++] = {x, weight.stored};
 }
 
 template <class T>
@@ -166,12 +249,13 @@ void forward(const Family<T>& family, const ForwardCall<T, TA>& call, const Allo
                          ? packs.split_transposed(call.lora_B, N, call.r, place)
                          : packs.split(call.lora_B, N, call.r, place);
   packs.launch(stream);
-  const Hidden<T> h = hidden<T>(M, call.r, copies(place), survivor(call.dropout),
+  const Hidden<T> h = hidden<T>(M, call.r, copies(place), survivor(call.dropout), A.back,
                                 {call.scaling, call.scaling_factor}, call.h, false, scratch);
-  family.down(call.x, A, call.dropout, h, scratch, stream);
+  family.down(call.x, A, call.dropout, made_by_pass(h), scratch, stream);
   Product<T> y{};
-  if (call.weight.stored.data) y.segments[y.count++] = {call.x, call.weight.stored};
-  add_segments(y, operand(h).value, B, place);
+  if (!kScaled<T>) add_base(y, call.x, call.weight);
+  add_segments(y, operand(h, scratch, stream), B, place);
+  if (kScaled<T>) add_base(y, call.x, call.weight);
   y.bias = call.bias;
   y.out = call.y, y.M = M, y.N = N;
   launch_product(family, y, layout, stream);
@@ -196,29 +280,31 @@ void backward(const Family<T>& family, const BackwardCall<T, TA>& call, const Al
   packs.launch(stream);
   if (makes_h) {
     const Hidden<T> again =
-        hidden<T>(M, r, 1, survivor(call.dropout), {1.0f, nullptr}, nullptr, true, scratch);
-    family.down(call.x, A, call.dropout, again, scratch, stream);
-    h = operand(again);
+        hidden<T>(M, r, 1, survivor(call.dropout), A.back, {1.0f, nullptr}, nullptr, true, scratch);
+    family.down(call.x, A, call.dropout, made_by_pass(again), scratch, stream);
+    h = operand(again, scratch, stream);
   }
-  UpGrad<T> up{call.dy, B, h, call.dx || call.dA, {}, gradient<T>(call.dB, scaling)};
+  UpGrad<T> up{call.dy, B, h, call.dx || call.dA, {}, gradient<T>(call.dB, scaling, h.back)};
+  Hidden<T> dh_of{};
   if (up.wants_dh) {
-    up.dh =
-        hidden<T>(M, r, copies(place), survivor(call.dropout), scaling, nullptr, call.dA, scratch);
+    dh_of = hidden<T>(M, r, copies(place), survivor(call.dropout), B.back, scaling, nullptr,
+                      call.dA, scratch);
+    up.dh = made_by_pass(dh_of);
   }
   Gradients<T> left;
   family.up_grad(up, left, scratch, stream);
   Split<T> dh{};
-  if (up.wants_dh) dh = operand(up.dh);
+  if (up.wants_dh) dh = operand(dh_of, scratch, stream);
   KeptBits kept{};
   if (call.dA) {
     if (call.dx && call.dropout.drops()) kept = KeptBits::allocate(M, K, scratch);
     family.down_grad(call.x, dh.columns(0, r), call.dropout, kept,
-                     gradient<T>(call.dA, {1.0f, nullptr}), left, scratch, stream);
+                     gradient<T>(call.dA, {1.0f, nullptr}, dh.back), left, scratch, stream);
   }
   left.launch(stream);
   if (call.dx) {
     Product<T> dx{};
-    add_segments(dx, dh.value, A_of_dx, place);
+    add_segments(dx, dh, A_of_dx, place);
     dx.masked = call.dropout.drops() ? dx.count : 0;
     dx.dropout = call.dropout, dx.kept = kept;
     if (call.weight.stored.data) dx.segments[dx.count++] = {call.dy, call.weight.stored};
@@ -236,8 +322,9 @@ void up_grad(const Family<T>& family, const UpGradCall<T, TA>& call, const Alloc
   Split<T> h{};
   if (call.dB) h = packs.split(call.h, M, r, Remainder::kApart);
   packs.launch(stream);
-  const Hidden<T> dh = float_hidden<T>(M, r, call.scaling, call.dh);
-  const Gradient<T> dB = gradient<T>(call.dB, {call.scaling, nullptr});
+  Hidden<T> dh = float_hidden<T>(M, r, call.scaling, call.dh);
+  dh.back = B.back;
+  const Gradient<T> dB = gradient<T>(call.dB, {call.scaling, nullptr}, h.back);
   Gradients<T> left;
   family.up_grad({call.dy, B, h, call.dh != nullptr, dh, dB}, left, scratch, stream);
   left.launch(stream);

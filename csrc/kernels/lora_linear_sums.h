@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "element.h"
 
@@ -25,6 +27,10 @@ LORA_EXT_DEVICE float rounded_product(float a, float b) {
   return a * b;
 #endif
 }
+
+// Whether what is rounded to T is multiplied by a power of two before (fp16_range.h).
+template <class T>
+constexpr bool kScaled = std::is_same_v<T, Fp16>;
 
 // What rounding to `near` left of it; of infinity nothing is left.
 template <class T>
@@ -50,8 +56,12 @@ struct Hidden {
   float* sums;   // [M, r]: survivor * sum; or null
   T* value;      // [M, copies * padded]: scaling * sums rounded, zero beyond r; or null
   T* remainder;  // the same: what that rounding left; or null
+  const float* back = nullptr;  // of fp16: multiplies the sums before anything else; or null
 
   LORA_EXT_DEVICE float kept(float sum, int column) const {
+    if constexpr (kScaled<T>) {
+      if (back) sum = rounded_product(sum, *back);
+    }
     return column < r ? rounded_product(survivor, sum) : 0.0f;
   }
 
@@ -94,9 +104,16 @@ struct Hidden {
 template <class T>
 struct Gradient {
   HiddenFactor scale;
-  T* rounded;   // scale * sum; or null:
-  float* full;  // the same in float
+  T* rounded;                   // scale * sum; or null:
+  float* full;                  // the same in float
+  const float* back = nullptr;  // of fp16: multiplies the scale; or null
 
+  LORA_EXT_DEVICE float factor() const {
+    if constexpr (kScaled<T>) {
+      if (back) return scale.get() * *back;
+    }
+    return scale.get();
+  }
   LORA_EXT_DEVICE void store(float sum, float factor, int64_t at) const {
     if (full) {
       full[at] = factor * sum;
@@ -105,7 +122,7 @@ struct Gradient {
     }
   }
   Gradient from(int64_t first) const {
-    return {scale, rounded ? rounded + first : nullptr, full ? full + first : nullptr};
+    return {scale, rounded ? rounded + first : nullptr, full ? full + first : nullptr, back};
   }
 };
 

@@ -264,7 +264,7 @@ struct LowRank {
         if (i < tiles) shared_sums.put(q[i], i * SharedSums::kBytes);
       }
       shared_sums.publish();
-      const float factor = params.gradient.scale.get();
+      const float factor = params.gradient.factor();
       shared_sums.add(0, 0, tiles, [&](int unit, const auto& all) {
         const int tile = walk.first_column + unit / SharedSums::kUnits;
         const int column = SharedSums::column_of(unit % SharedSums::kUnits);

@@ -37,6 +37,17 @@ struct WarpSums {
     }
   }
 
+  LORA_EXT_DEVICE void multiply_by(float factor) {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < kColumnTiles; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) value[i][j][e] *= factor;
+      }
+    }
+  }
+
   // Zeroes what dropout drops; (row, column) is the warp's corner in the matrix. One Philox call
   // decides for eight columns, 16 apart.
   LORA_EXT_DEVICE void drop(DropoutRng rng, uint32_t threshold, int64_t row, int64_t column,
@@ -260,7 +271,11 @@ __global__ void __launch_bounds__(Shape::kThreads, kLeastBlocks)
     P::multiply(sums, arch::shared_address(shared + full), multiplying.left, warp_row, warp_column,
                 lane);
     free = full, full = following(full);
-    if (multiplying.advance(params) && multiplying.segment == params.masked) {
+    const bool ends = multiplying.advance(params);
+    if constexpr (kScaled<T>) {
+      if (ends && multiplying.segment == params.scaled) sums.multiply_by(back_of(params.back));
+    }
+    if (ends && multiplying.segment == params.masked) {
       const int64_t row = tile.m + warp_row, column = tile.n + warp_column;
       if (params.kept.data) {
         sums.drop(params.kept, row, column, lane);

@@ -19,10 +19,12 @@ struct ProductsParams {
   arch::TensorMap a[kMostSegments];  // [M, depth]
   arch::TensorMap b[kMostSegments];  // [N, depth], or [depth, N] for Major::kMN
   int64_t depth[kMostSegments];
-  int ends[kProducts];   // of its segments, which begin where those before end
-  int columns;           // of tiles
-  int first[kProducts];  // of its columns of tiles; where there is no such product: 2^31 - 1
-  int masked;            // dropout is applied to the sums of the first `masked` segments of one
+  int ends[kProducts];    // of its segments, which begin where those before end
+  int columns;            // of tiles
+  int first[kProducts];   // of its columns of tiles; where there is no such product: 2^31 - 1
+  int scaled[kProducts];  // of fp16: the segment behind those whose sums are multiplied by `back`
+  const float* back[kProducts][2];
+  int masked;  // dropout is applied to the sums of the first `masked` segments of one
   Dropout dropout;
   KeptBits kept;                   // its decisions, of one result; or none, to be drawn here
   const float* bias[kProducts];    // [N] or null
@@ -204,6 +206,16 @@ struct ProductTile {
           release();
           held = at.slot;
           at.advance(ring.count);
+        }
+        if constexpr (kScaled<T>) {
+          if (segment + 1 == params.scaled[tile.product]) {
+            const float factor = back_of(params.back[tile.product]);
+            arch::wgmma_wait<0>();
+            arch::wgmma_fence_sums(sums);
+#pragma unroll
+            for (float& sum : sums) sum *= factor;
+            arch::wgmma_fence_sums(sums);
+          }
         }
         if (Params::kProducts == 1 && segment + 1 == params.masked) {
           arch::wgmma_wait<0>();

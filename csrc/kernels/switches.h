@@ -35,8 +35,10 @@ inline bool switched_off(Mechanism mechanism) {
   std::string_view left = value == nullptr ? "" : value;
   bool off = false;
   while (!left.empty()) {
-    const std::string_view name = left.substr(0, left.find(','));
+    std::string_view name = left.substr(0, left.find(','));
     left.remove_prefix(std::min(name.size() + 1, left.size()));
+    while (name.starts_with(' ')) name.remove_prefix(1);
+    while (name.ends_with(' ')) name.remove_suffix(1);
     bool known = name.empty();
     std::string names;
     for (const Mechanism one : kMechanisms) {

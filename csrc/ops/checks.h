@@ -19,7 +19,7 @@ inline bool is_adapter_dtype(at::ScalarType adapter, at::ScalarType base) {
 
 inline void check_base_dtype(const char* op, const char* name, const Tensor& tensor) {
   TORCH_CHECK_TYPE(is_lora_base_dtype(tensor.scalar_type()), op, ": ", name, ": got dtype ",
-                   tensor.scalar_type(),
+                   dtype_name(tensor.scalar_type()),
                    ", expected float64, float32, bfloat16 or float16; convert with .to()");
 }
 
@@ -42,7 +42,8 @@ inline void check_vector(const char* op, const char* name, const OptionalTensor&
   TORCH_CHECK_VALUE(vector->dim() == 1 && vector->sym_size(0) == N, op, ": ", name, ": got shape ",
                     vector->sym_sizes(), ", expected [", N, "], one entry per output feature");
   TORCH_CHECK_TYPE(vector->scalar_type() == dtype, op, ": ", name, ": got dtype ",
-                   vector->scalar_type(), ", expected ", dtype, "; convert it with .to()");
+                   dtype_name(vector->scalar_type()), ", expected ", dtype_name(dtype),
+                   "; convert it with .to()");
 }
 
 // A vector that kernels read in their compute type, so of any floating dtype.
@@ -50,7 +51,8 @@ inline void check_factor(const char* op, const char* name, const OptionalTensor&
                          const Tensor& x, const c10::SymInt& N) {
   if (!vector.has_value()) return;
   TORCH_CHECK_TYPE(is_lora_base_dtype(vector->scalar_type()), op, ": ", name, ": got dtype ",
-                   vector->scalar_type(), ", expected a floating-point one; convert with .to()");
+                   dtype_name(vector->scalar_type()),
+                   ", expected a floating-point one; convert with .to()");
   check_vector(op, name, vector, x, N, vector->scalar_type());
 }
 
@@ -68,10 +70,12 @@ inline void check_adapters(const char* op, const char* name, const Tensor& x, co
       ": lora_B: got shape ", lora_B.sym_sizes(), ", expected [", N, ", ", lora_A.sym_size(0),
       "], [out_features, rank]");
   TORCH_CHECK_TYPE(is_adapter_dtype(lora_A.scalar_type(), base), op, ": lora_A: got dtype ",
-                   lora_A.scalar_type(), " on a ", base, " base, expected ", base,
+                   dtype_name(lora_A.scalar_type()), " on a ", dtype_name(base), " base, expected ",
+                   dtype_name(base),
                    " (or float32 on a bfloat16 or float16 base); convert it with .to()");
   TORCH_CHECK_TYPE(lora_B.scalar_type() == lora_A.scalar_type(), op, ": lora_B: got dtype ",
-                   lora_B.scalar_type(), ", expected lora_A's ", lora_A.scalar_type());
+                   dtype_name(lora_B.scalar_type()), ", expected lora_A's ",
+                   dtype_name(lora_A.scalar_type()));
 }
 
 inline void check_dropout_p(const char* op, double dropout_p) {
@@ -81,8 +85,8 @@ inline void check_dropout_p(const char* op, double dropout_p) {
 
 inline void check_rng_state(const char* op, const Tensor& state) {
   TORCH_CHECK_VALUE(state.scalar_type() == at::kLong && state.dim() == 1 && state.sym_size(0) == 2,
-                    op, ": rng_state: got ", state.scalar_type(), " of shape ", state.sym_sizes(),
-                    ", expected an int64 tensor [2] from draw_rng_state(x)");
+                    op, ": rng_state: got ", dtype_name(state.scalar_type()), " of shape ",
+                    state.sym_sizes(), ", expected an int64 tensor [2] from draw_rng_state(x)");
 }
 
 }  // namespace lora_ext

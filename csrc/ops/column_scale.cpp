@@ -122,8 +122,8 @@ void check_column_scale_bwd(const Tensor& dy, const OptionalTensor& z, const Ten
   check_device(op, "z", *z, dy);
   TORCH_CHECK_VALUE(z->sym_sizes() == dy.sym_sizes(), op, ": z: got shape ", z->sym_sizes(),
                     ", expected dy's ", dy.sym_sizes());
-  TORCH_CHECK_TYPE(z->scalar_type() == dy.scalar_type(), op, ": z: got dtype ", z->scalar_type(),
-                   ", expected dy's ", dy.scalar_type());
+  TORCH_CHECK_TYPE(z->scalar_type() == dy.scalar_type(), op, ": z: got dtype ",
+                   dtype_name(z->scalar_type()), ", expected dy's ", dtype_name(dy.scalar_type()));
 }
 
 Tensor column_scale(const Tensor& z, const Tensor& scale, const OptionalTensor& bias) {

@@ -64,8 +64,8 @@ void check_dora_linear_bwd(const DoraLinearBackwardCall& call, const DoraMask& m
   check_device(op, "v", *v, dy);
   TORCH_CHECK_VALUE(v->sym_sizes() == dy.sym_sizes(), op, ": v: got shape ", v->sym_sizes(),
                     ", expected dy's ", dy.sym_sizes());
-  TORCH_CHECK_TYPE(v->scalar_type() == dy.scalar_type(), op, ": v: got dtype ", v->scalar_type(),
-                   ", expected dy's ", dy.scalar_type());
+  TORCH_CHECK_TYPE(v->scalar_type() == dy.scalar_type(), op, ": v: got dtype ",
+                   dtype_name(v->scalar_type()), ", expected dy's ", dtype_name(dy.scalar_type()));
 }
 
 std::tuple<Tensor, Tensor> dora_linear_fwd_composed(const DoraLinearCall& call) {

@@ -27,7 +27,7 @@ AdapterGradients lora_embedding_bwd_meta(const LoraEmbeddingBackwardCall& call, 
 void check_indices(const char* op, const Tensor& indices, const Tensor& table) {
   check_device(op, "indices", indices, table);
   TORCH_CHECK_TYPE(indices.scalar_type() == at::kLong || indices.scalar_type() == at::kInt, op,
-                   ": indices: got dtype ", indices.scalar_type(),
+                   ": indices: got dtype ", dtype_name(indices.scalar_type()),
                    ", expected int64 or int32; convert with .to()");
 }
 

@@ -38,7 +38,7 @@ void check_scaling(const char* op, const Tensor& x, const HiddenScale& scaling) 
   if (!scaling.tensor.has_value()) return;
   const Tensor& tensor = *scaling.tensor;
   TORCH_CHECK_VALUE(tensor.dim() == 0 && at::isFloatingType(tensor.scalar_type()), op,
-                    ": scaling: got a ", tensor.scalar_type(), " tensor of shape ",
+                    ": scaling: got a ", dtype_name(tensor.scalar_type()), " tensor of shape ",
                     tensor.sym_sizes(), ", expected a number or a floating-point 0-d tensor");
   TORCH_CHECK_VALUE(!tensor.requires_grad(), op,
                     ": scaling: got a tensor that requires grad, expected a constant; "
@@ -67,7 +67,8 @@ void check_weight(const char* op, const Tensor& x, const Tensor& weight, const c
                     weight.sym_sizes(), ", expected [out_features, ", K,
                     "], in_features being the input's last dimension");
   TORCH_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), op, ": weight: got dtype ",
-                   weight.scalar_type(), ", expected the input's ", x.scalar_type(),
+                   dtype_name(weight.scalar_type()), ", expected the input's ",
+                   dtype_name(x.scalar_type()),
                    "; convert one of them with .to(), or use torch.autocast");
 }
 
@@ -125,8 +126,9 @@ void check_lora_linear_bwd(const LoraLinearBackwardCall& call, const GradientMas
             x->sym_sizes().slice(0, x->dim() - 1) == dy.sym_sizes().slice(0, dy.dim() - 1),
         op, ": x: got shape ", x->sym_sizes(), ", expected dy's ", dy.sym_sizes(),
         " with in_features ", lora_A.sym_size(1), " last");
-    TORCH_CHECK_TYPE(x->scalar_type() == dy.scalar_type(), op, ": x: got dtype ", x->scalar_type(),
-                     ", expected dy's ", dy.scalar_type());
+    TORCH_CHECK_TYPE(x->scalar_type() == dy.scalar_type(), op, ": x: got dtype ",
+                     dtype_name(x->scalar_type()), ", expected dy's ",
+                     dtype_name(dy.scalar_type()));
   }
   if (h.has_value()) {
     check_device(op, "h", *h, dy);
@@ -135,8 +137,9 @@ void check_lora_linear_bwd(const LoraLinearBackwardCall& call, const GradientMas
         op, ": h: got shape ", h->sym_sizes(), ", expected [M, ", lora_A.sym_size(0),
         "] with one row per row of dy");
     const at::ScalarType compute = at::toOpMathType(lora_A.scalar_type());
-    TORCH_CHECK_TYPE(h->scalar_type() == compute, op, ": h: got dtype ", h->scalar_type(),
-                     ", expected ", compute, ", in which adapters of dtype ", lora_A.scalar_type(),
+    TORCH_CHECK_TYPE(h->scalar_type() == compute, op, ": h: got dtype ",
+                     dtype_name(h->scalar_type()), ", expected ", dtype_name(compute),
+                     ", in which adapters of dtype ", dtype_name(lora_A.scalar_type()),
                      " are summed");
   }
 }

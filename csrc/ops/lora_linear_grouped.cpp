@@ -77,14 +77,14 @@ void check_grouped_adapters(const char* op, const char* name, const Tensor& x, c
   check_device(op, "order", order, x);
   TORCH_CHECK_VALUE(
       order.scalar_type() == at::kInt && order.dim() == 1 && order.sym_size(0) == rows, op,
-      ": order: got ", order.scalar_type(), " of shape ", order.sym_sizes(), ", expected int32 [",
-      rows, "], the sum of counts");
+      ": order: got ", dtype_name(order.scalar_type()), " of shape ", order.sym_sizes(),
+      ", expected int32 [", rows, "], the sum of counts");
   if (adapters.factor.has_value()) {
     const Tensor& factor = *adapters.factor;
     check_device(op, "factor", factor, x);
     TORCH_CHECK_VALUE(
         at::isFloatingType(factor.scalar_type()) && factor.dim() == 1 && factor.sym_size(0) == rows,
-        op, ": factor: got ", factor.scalar_type(), " of shape ", factor.sym_sizes(),
+        op, ": factor: got ", dtype_name(factor.scalar_type()), " of shape ", factor.sym_sizes(),
         ", expected a floating-point [", rows, "], one for each entry of order");
   }
   if (drops) {
@@ -99,7 +99,8 @@ void check_grouped_adapters(const char* op, const char* name, const Tensor& x, c
 void check_base_weight(const char* op, const Tensor& x, const Tensor& weight) {
   check_device(op, "weight", weight, x);
   TORCH_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), op, ": weight: got dtype ",
-                   weight.scalar_type(), ", expected the input's ", x.scalar_type(),
+                   dtype_name(weight.scalar_type()), ", expected the input's ",
+                   dtype_name(x.scalar_type()),
                    "; convert one of them with .to(), or use torch.autocast");
 }
 
@@ -161,15 +162,16 @@ void check_lora_linear_grouped_bwd(const LoraLinearGroupedBackwardCall& call,
                       op, ": x: got shape ", call.x->sym_sizes(), ", expected dy's ",
                       dy.sym_sizes(), " with in_features ", K, " last");
     TORCH_CHECK_TYPE(call.x->scalar_type() == dy.scalar_type(), op, ": x: got dtype ",
-                     call.x->scalar_type(), ", expected dy's ", dy.scalar_type());
+                     dtype_name(call.x->scalar_type()), ", expected dy's ",
+                     dtype_name(dy.scalar_type()));
   }
   if (call.h.has_value()) {
     const int64_t size = grouped_hidden_size(adapters);
     check_device(op, "h", *call.h, dy);
     TORCH_CHECK_VALUE(call.h->dim() == 1 && call.h->sym_size(0) == size &&
                           call.h->scalar_type() == at::toOpMathType(dy.scalar_type()),
-                      op, ": h: got ", call.h->scalar_type(), " of shape ", call.h->sym_sizes(),
-                      ", expected [", size, "] of what _fwd returned");
+                      op, ": h: got ", dtype_name(call.h->scalar_type()), " of shape ",
+                      call.h->sym_sizes(), ", expected [", size, "] of what _fwd returned");
   }
 }
 

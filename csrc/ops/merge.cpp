@@ -41,7 +41,8 @@ void check_merged_finite(bool finite, const Tensor& weight) {
   TORCH_CHECK_VALUE(finite,
                     "merge_: the merged weight would hold NaN or Inf (in the weight, lora_A, "
                     "lora_B or by overflow of ",
-                    weight.scalar_type(), "), expected finite values; nothing was changed");
+                    dtype_name(weight.scalar_type()),
+                    "), expected finite values; nothing was changed");
 }
 
 TORCH_LIBRARY_FRAGMENT(lora_ext, m) {

@@ -7,6 +7,8 @@
 #include <sstream>
 #include <string_view>
 
+#include "ops/tensors.h"
+
 namespace lora_ext {
 
 bool prints_paths() {
@@ -27,9 +29,9 @@ void print_path(const std::string& call, const std::string& path, const std::str
 
 void print_path(const PathOfCall& call, const std::string& path, const std::string& reason) {
   std::ostringstream text;
-  text << call.pass << " of " << call.M << " rows, " << call.K << " -> " << call.N << ", r "
-       << call.r << ", " << call.base;
-  if (call.adapter != call.base) text << " with " << call.adapter << " adapters";
+  text << call.pass << " of " << call.M << (call.M == 1 ? " row, " : " rows, ") << call.K << " -> "
+       << call.N << ", r " << call.r << ", " << dtype_name(call.base);
+  if (call.adapter != call.base) text << " with " << dtype_name(call.adapter) << " adapters";
   if (call.dropout) text << ", dropout";
   print_path(text.str(), path, reason);
 }

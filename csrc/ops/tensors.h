@@ -4,9 +4,15 @@
 #include <ATen/ATen.h>
 
 #include <optional>
+#include <string>
 #include <vector>
 
 namespace lora_ext {
+
+// As Python has it: float32.
+inline std::string dtype_name(at::ScalarType dtype) {
+  return std::string(c10::getDtypeNames(dtype).first);
+}
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;

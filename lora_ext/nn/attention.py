@@ -142,8 +142,6 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
     def _init_projections(self, enable_lora: Iterable[str] | None) -> None:
         where = f"{type(self).__name__}: enable_lora"
         if enable_lora is not None:
-            if isinstance(enable_lora, str):
-                enable_lora = tuple(enable_lora)  # "qv"
             enable_lora = tuple(names_of(enable_lora, type(self).__name__, "enable_lora"))
             if not set(enable_lora) <= set(PROJECTIONS):
                 raise ValueError(f"{where}: got {enable_lora}, expected some of {PROJECTIONS}")
@@ -360,6 +358,13 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
             projected += adapted_linears(x, weights[first:end], biases[first:end], running)
         q, k, v = projected
         return q, k, v
+
+    def _lora_explain(self, tokens: int) -> tuple[str, str]:
+        path, reason = super()._lora_explain(tokens)
+        counts = [len(self._running_on(projection)) for projection in "qkv"]
+        if self.enable_lora is not None and max(counts) == 1 < sum(counts):
+            reason += "; q, k and v of one input are one lora_linear_multi"
+        return path, reason
 
     def _planned_path(self) -> tuple[str, str]:
         return planned_linear_path(self)

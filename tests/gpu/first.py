@@ -3,7 +3,7 @@
 `make gpu-first` runs it; nothing is installed and nothing fetched. Every step has a limit and a log
 of its own (timed_steps.py), the whole ends after --seconds. The raw kernels come first, from
 programs that `make gpu-prebuilt` built before, while the extension is compiled in the background;
-then its tests on three paths, rows of the goals' table, hardware counters and the sanitizers.
+then its tests on three paths, layers beside cuBLAS's, hardware counters and the sanitizers.
 """
 
 from __future__ import annotations
@@ -11,17 +11,30 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from machine import PREBUILT, ROOT, cublas, facts, sources_hash, tool, why_no_gpu, why_not_prebuilt
+from machine import (
+    DEFAULT,
+    PREBUILT,
+    ROOT,
+    capability,
+    cublas,
+    facts,
+    runs_on,
+    sources_hash,
+    tool,
+    why_no_gpu,
+    why_not_prebuilt,
+)
 from timed_steps import FAILED, KILLED, LEFT_OUT, RIGHT, Step, Steps
 
 LARGE = "4096x4096,4096x1024,4096x14336,14336x4096"
-GOALS = f"{LARGE},4096x6144,8192x8192,8192x28672,28672x8192"
+EVERY = f"{LARGE},4096x6144,8192x8192,8192x28672,28672x8192"
 TESTED_PATHS = ("fused", "hybrid", "composed")
 MEASURED_PATHS = ("fused", "hybrid")
 # What runs the same kernels as a pass of bench_kernels, by the first word of the names.
@@ -44,11 +57,24 @@ print(json.dumps({n: found.get(n) for n in names} | {"cuda": torch.version.cuda,
 """
 
 
-class First:
-    """All steps, in their order."""
+class Planned:
+    """Stands for Steps in a dry run: nothing is run or written, and everything goes well."""
 
-    def __init__(self, steps: Steps, dry: bool, families: Sequence[str]):
-        self.steps, self.dry, self.families = steps, dry, families
+    results: Sequence[dict[str, Any]] = ()
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def status(self, name: str) -> str:
+        return "" if "of wrong" in name else RIGHT
+
+
+class First:
+    """All steps, in their order. `stand_in`: something small takes the place of each command, for
+    tests; limits and order are the same."""
+
+    def __init__(self, steps: Steps | Planned, stand_in: bool, families: Sequence[str]):
+        self.steps, self.stand_in, self.families = steps, stand_in, families
         self.make = [
             tool("make"),
             "--no-print-directory",
@@ -69,7 +95,7 @@ class First:
         yield self._step("nvidia-smi", [tool("nvidia-smi"), "-q"], 10)
         yield self._step("nvcc", [tool("nvcc"), "--version"], 5)
         yield self._step(
-            "programs", [*self.make, "gpu-prebuilt"], 150,
+            "programs", [*self.make, "gpu-prebuilt", *architectures()], 150,
             left_out=lambda: "" if why_not_prebuilt() else "they were built before",
         )  # fmt: skip
         for family in self.families:
@@ -88,7 +114,7 @@ class First:
                 adapters="bf16,fp32", rounds="0",
             )  # fmt: skip
         for rank in ("16", "64", "128"):  # in processes of their own, as all groups: one may die
-            yield self._bench(f"times r{rank}", 35, shapes=GOALS, families=ours, ranks=rank)
+            yield self._bench(f"times r{rank}", 35, shapes=EVERY, families=ours, ranks=rank)
         yield self._bench("times dropout", 30, shapes=LARGE, families=ours, dropouts="0.1")
         yield self._bench("times fp32", 30, shapes=LARGE, families=ours, adapters="fp32")
         yield self._bench(
@@ -141,9 +167,8 @@ class First:
     # ---- One step ------------------------------------------------------------------------------
 
     def _step(self, name: str, command: Sequence[Any], seconds: float, **more: Any) -> Step:
-        """In a dry run something small stands for the command; limits and order are the same."""
         words = list(map(str, command))
-        if self.dry:
+        if self.stand_in:
             line = json.dumps({"pass": name, "command": " ".join(words)})
             words = [sys.executable, "-c", f"print({line!r})"]
         return Step(name, words, seconds, **more)
@@ -206,7 +231,7 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def digest(rows: Sequence[dict[str, Any]]) -> str:
-    """What is wrong; then a line for each case, of ratios to cuBLAS's product as in the goals."""
+    """What is wrong; then a line for each case, of ratios to cuBLAS's product."""
     lines = []
     cases: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
@@ -236,8 +261,30 @@ def digest(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def architectures() -> list[str]:
+    """What `make gpu-prebuilt` is to be told where its default has no code for the GPU here."""
+    found = capability()
+    return [] if not found or runs_on(DEFAULT, found) else [f"GPU_ARCHITECTURES={found}-real"]
+
+
+def show_all(first: First) -> None:
+    """Each step with its limit and its command, in the order in which they begin."""
+
+    def show(step: Step, told: str) -> None:
+        print(f"{step.name} ({told}): {' '.join(shlex.join(step.command).split())}")
+
+    for step in (first.build(), first.versions()):
+        show(step, f"in the background, {step.seconds:g} s")
+    last = [first.counters(), *first.at_last()]
+    for step in [*first.before_the_build(), *first.after_the_build(), *last]:
+        without = step.left_out()
+        told = f"{step.seconds:g} s" + (f"; left out where {without}" if without else "")
+        show(step, told)
+
+
 def run_all(first: First) -> None:
     steps = first.steps
+    assert isinstance(steps, Steps)
     background = [steps.start(first.build()), steps.start(first.versions())]
     try:
         for step in first.before_the_build():
@@ -254,16 +301,27 @@ def run_all(first: First) -> None:
             started.kill()
 
 
+def seconds(text: str) -> float:
+    value = float(text)
+    if not RESERVE < value < 1e6:
+        raise argparse.ArgumentTypeError(
+            f"got {text}, expected more than {RESERVE:g}: with less no step begins"
+        )
+    return value
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("tests/gpu/first.py", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=560.0, help="for everything (560)")
+    parser.add_argument("--seconds", type=seconds, default=560.0, help="for everything (560)")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "gpu-first")
     parser.add_argument(
-        "--copy-to", type=Path, default=os.environ.get("OUT") or None,
-        help="a folder that gets summary.json, rows.jsonl and logs.tar.gz too ($OUT)",
+        "--copy-to", type=Path,
+        default=os.environ.get("GPU_FIRST_OUT") or os.environ.get("OUT") or None,
+        help="a folder that gets summary.json, rows.jsonl and logs.tar.gz too ($GPU_FIRST_OUT, "
+        "else $OUT); what an earlier run left there is moved into earlier-1, and so on",
     )  # fmt: skip
     parser.add_argument(
-        "--dry-run", action="store_true", help="each step tells its command instead"
+        "--dry-run", action="store_true", help="shows steps, limits, commands; writes nothing"
     )
     parser.add_argument(
         "--hash", action="store_true", help="of the programs' sources; runs nothing"
@@ -272,16 +330,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.hash:
         print(sources_hash())
         return 0
-    if not options.dry_run and (reason := why_no_gpu()):
+    if options.dry_run:
+        show_all(First(Planned(options.folder), False, ("sm90", "sm80")))
+        return 0
+    if reason := why_no_gpu():
         print(f"make gpu-first: {reason}; --dry-run shows the steps", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children are killed first
     known = facts()
     steps = Steps(options.folder, options.seconds - RESERVE, options.copy_to, known)
-    newest = known["capability"] == 90 or options.dry_run
-    run_all(First(steps, options.dry_run, ("sm90", "sm80") if newest else ("sm80",)))
-    if not options.dry_run:
-        print(digest(steps.rows))
+    newest = known["capability"] == 90
+    run_all(First(steps, False, ("sm90", "sm80") if newest else ("sm80",)))
+    print(digest(steps.rows))
     bad = [r["name"] for r in steps.results if r["status"] in (FAILED, KILLED)]
     left_out = [r["name"] for r in steps.results if r["status"] == LEFT_OUT]
     print(f"{steps.passed():.0f} s; failed or killed: {', '.join(bad) or 'none'}; left out: "

@@ -239,6 +239,14 @@ void run_planted(void (*kernel)(const int*, int*)) {
 int main(int count, char** arguments) {
   const std::string wish = count > 1 ? arguments[1] : "";
   const bool small = count == 3 && std::string(arguments[2]) == "small";
+  const auto wishes = {"sm80", "sm90", "memcheck", "racecheck", "initcheck", "synccheck"};
+  const bool known = std::find(wishes.begin(), wishes.end(), wish) != wishes.end();
+  if (!known || count > 3 || (count == 3 && !small)) {
+    std::fprintf(stderr,
+                 "kernels_on_gpu: expected sm80 or sm90, and small or nothing; or the name "
+                 "of a tool: memcheck, racecheck, initcheck, synccheck\n");
+    return 2;
+  }
   std::string reason = why_no_gpu();
   if (reason.empty() && (wish == "sm80" || wish == "sm90")) reason = why_not_here(wish);
   if (!reason.empty()) {
@@ -255,11 +263,8 @@ int main(int count, char** arguments) {
       run_planted(planted_racecheck);
     } else if (wish == "initcheck") {
       run_planted(planted_initcheck);
-    } else if (wish == "synccheck") {
-      run_planted(planted_synccheck);
     } else {
-      std::fprintf(stderr, "expected sm80, sm90 or the name of a tool\n");
-      return 2;
+      run_planted(planted_synccheck);
     }
   } catch (const std::exception& error) {
     std::fprintf(stderr, "kernels_on_gpu %s: %s\n", wish.c_str(), error.what());

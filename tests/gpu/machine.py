@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PREBUILT = ROOT / "build" / "gpu-prebuilt"
+DEFAULT = "80-real;90a-real"  # as in the Makefile
 PROGRAMS = ("kernels_on_gpu", "bench_kernels")
 
 
@@ -54,6 +56,22 @@ def sources_hash() -> str:
     return digest.hexdigest()
 
 
+def runs_on(targets: str, capability: int) -> bool:
+    """Whether code for these targets ("80-real;90a-real", as CMake names them) runs on a GPU:
+    machine code for later ones of its generation, PTX for all later ones; with a letter alone."""
+    for target in targets.replace(" ", ";").split(";"):
+        found = re.match(r"(\d+)([af]?)(-real)?", target.strip())
+        if found is None:
+            continue
+        number, letter, real = int(found[1]), found[2], found[3]
+        same = number // 10 == capability // 10
+        if number == capability or (
+            number < capability and letter != "a" and (same or not (letter or real))
+        ):
+            return True
+    return False
+
+
 def why_not_prebuilt() -> str:
     """Why the programs have to be built here; "" if those that are there can be run."""
     if not all((PREBUILT / program).exists() for program in PROGRAMS):
@@ -61,6 +79,10 @@ def why_not_prebuilt() -> str:
     made_of = PREBUILT / "sources"
     if not made_of.exists() or made_of.read_text().strip() != sources_hash():
         return "they are of other sources"
+    targets = PREBUILT / "architectures"
+    built_for, here = targets.read_text().strip() if targets.exists() else "", capability()
+    if here and not runs_on(built_for, here):
+        return f"they are for {built_for or 'nobody knows which GPUs'}, and the GPU is sm_{here}"
     try:
         answer = subprocess.run([PREBUILT / "bench_kernels", "--help"], capture_output=True)
     except OSError as error:

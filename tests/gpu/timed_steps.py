@@ -7,9 +7,9 @@ others. summary.json is rewritten after every step; rows.jsonl holds the JSON li
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import tarfile
@@ -84,7 +84,10 @@ class Steps:
     def __init__(self, folder: Path, seconds: float, copy_to: Path | None, facts: Any = None):
         self.begun, self.seconds = time.monotonic(), seconds
         self.folder, self.copy_to = folder, copy_to
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            folder.rename(next_free(folder))
+        if copy_to is not None:
+            move_aside(copy_to)
         (folder / "logs").mkdir(parents=True)
         self.rows: list[dict[str, Any]] = []
         self.results: list[dict[str, Any]] = []
@@ -179,6 +182,28 @@ class Steps:
             with tarfile.open(packed, "w:gz", compresslevel=3) as archive:
                 archive.add(self.folder, arcname=self.folder.name)
             packed.replace(self.copy_to / "logs.tar.gz")
+
+
+COPIED = ("summary.json", "rows.jsonl", "logs.tar.gz")
+
+
+def next_free(path: Path) -> Path:
+    """results-1, or the first number that no earlier run has."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(1))
+    return next(place for place in numbered if not place.exists())
+
+
+def move_aside(folder: Path) -> None:
+    """What an earlier run has copied there, into a folder beside it: the folder itself may be one
+    that cannot be renamed."""
+    found = [folder / name for name in COPIED if (folder / name).exists()]
+    if not found:
+        return
+    with contextlib.suppress(OSError):  # as in `write`
+        place = next_free(folder / "earlier")
+        place.mkdir()
+        for file in found:
+            file.rename(place / file.name)
 
 
 def replace(path: Path, text: str) -> None:

@@ -72,9 +72,19 @@ CudaCall cuda_call(const Arguments& a, bool backward) {
   read(a.x, a.M, a.ldx, a.K);
   read(a.weight, a.transposed ? a.K : a.N, a.ldw, a.transposed ? a.N : a.K);
   const int64_t r = std::max(a.r, 1);  // as if there were an adapter
-  return {
-      backward,         0, a.M, a.N, a.K, r, 0, !std::is_same_v<T, TA>, true, a.dropout != 0, rows,
-      a.transposed != 0};
+  return {.backward = backward,
+          .device = 0,
+          .M = a.M,
+          .N = a.N,
+          .K = a.K,
+          .r = r,
+          .base = 0,
+          .adapter = !std::is_same_v<T, TA>,
+          .half = true,
+          .dropout = a.dropout != 0,
+          .rows = rows,
+          .transposed = a.transposed != 0,
+          .aligned_A = reinterpret_cast<uintptr_t>(a.lora_A) % 16 == 0};
 }
 
 CudaPath choose(const CudaCall& call) {
@@ -135,18 +145,25 @@ void backward(const Arguments& a) {
                          path().family);
 }
 
-// Layers of one x, all of which have to run together.
 template <class T, class TA>
-void multi(const Arguments* layers, int count, bool backward) {
+CudaMultiChoice choose_together(const Arguments* layers, int count, bool backward) {
   std::vector<CudaMultiLayer> facts;
-  std::vector<ForwardCall<T, TA>> forwards;
-  std::vector<BackwardCall<T, TA>> backwards;
   for (const Arguments& a : std::span(layers, static_cast<size_t>(count))) {
     const CudaCall call = cuda_call<T, TA>(a, backward);
     facts.push_back({call, a.r > 0, choose(call), false, false});
+  }
+  return choose_cuda_multi(facts);
+}
+
+// Layers of one x, all of which have to run together.
+template <class T, class TA>
+void multi(const Arguments* layers, int count, bool backward) {
+  std::vector<ForwardCall<T, TA>> forwards;
+  std::vector<BackwardCall<T, TA>> backwards;
+  for (const Arguments& a : std::span(layers, static_cast<size_t>(count))) {
     forwards.push_back(forward_call<T, TA>(a)), backwards.push_back(backward_call<T, TA>(a));
   }
-  for (const char* why : choose_cuda_multi(facts).alone) {
+  for (const char* why : choose_together<T, TA>(layers, count, backward).alone) {
     if (why != nullptr) throw simt::Error(std::string("alone: ") + why);
   }
   Scratch scratch;
@@ -240,6 +257,25 @@ const char* self_check(int family, int64_t M, int64_t N, int64_t K) {
 
 // What LORA_EXT_CUDA_PATH asks for, by its number in CudaWish.
 void set_wish(int value) { wish() = static_cast<CudaWish>(value); }
+
+// Why it has that path.
+const char* last_reason() { return path().reason; }
+
+// Of layers of one x, for a direction: why each has a call of its own, "" where it runs with
+// others.
+int lora_multi_alone(const char* types, const Arguments* layers, int count, int is_backward,
+                     const char** out) {
+  return guarded([&] {
+    with_types(types, [&](auto base, auto adapter) {
+      const auto choice =
+          choose_together<decltype(base), decltype(adapter)>(layers, count, is_backward != 0);
+      for (int i = 0; i < count; ++i) {
+        const char* const why = choice.alone[static_cast<size_t>(i)];
+        out[i] = why == nullptr ? "" : why;
+      }
+    });
+  });
+}
 
 // As `explain` tells the path of the last call.
 const char* last_path() { return cuda_path_name(path()); }
