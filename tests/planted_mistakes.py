@@ -107,10 +107,10 @@ PRODUCTS = {
             "few_rows_sm80.h", "if (n >= N) continue;", "",
         ),
         "few rows: h rounded to 16 bits": (
-            "few_rows_sm80.h", "multiply(sums_of_y_, rest, t, b);", "",
+            "few_rows_sm80.h", "multiply<Low>(sums_of_y_, rest, t, b);", "",
         ),
         "few rows: a float adapter rounded to 16 bits": (
-            "few_rows_sm80.h", "multiply(sums_of_h_, x, t, rest);", "",
+            "few_rows_sm80.h", "multiply<Low>(sums_of_h_, low, t, rest);", "",
         ),
     },
     "test_product_sm90": {

@@ -131,14 +131,14 @@ BAD_SUM = "the merged weight would hold NaN or Inf (in the weight, lora_A, lora_
 MERGE_CPU_CASES: list[Case] = [
     ({"weight": T(6, 8)[::2, ::2]}, ValueError, "weight: got strides [16, 2], expected rows or"),
     ({"weight": T(1, 4).expand(3, 4)}, ValueError, "weight: got strides [0, 1], expected"),
-    ({"lora_A": T(2, 4) + INF}, ValueError, f"{BAD_SUM} Float), expected finite values"),
-    ({"scaling": NAN}, ValueError, f"{BAD_SUM} Float), expected finite values"),
+    ({"lora_A": T(2, 4) + INF}, ValueError, f"{BAD_SUM} float32), expected finite values"),
+    ({"scaling": NAN}, ValueError, f"{BAD_SUM} float32), expected finite values"),
 ]
 WEIGHT_SCALE_CASES: list[Case] = [
     ({"weight_scale": T(4)}, ValueError, "weight_scale: got shape [4], expected [3], one entry"),
     ({"weight_scale": T(3).int()}, TypeError, "weight_scale: got dtype int32, expected a floating"),
     ({"weight_scale": T(3, device="meta")}, RuntimeError, f"weight_scale: {META}"),
-    ({"weight_scale": T(3) + INF}, ValueError, f"{BAD_SUM} Float), expected finite values"),
+    ({"weight_scale": T(3) + INF}, ValueError, f"{BAD_SUM} float32), expected finite values"),
 ]
 FACTOR_CASES: list[Case] = [
     ({"scale": T(4)}, ValueError, "scale: got shape [4], expected [3], one entry"),
@@ -244,9 +244,13 @@ SLOT_CASES: list[Case] = [
     ({"lora_A": [T(2, 4), T(1, 5)]}, ValueError, "lora_A: got shape [1, 5], expected [r, 4]"),
     ({"lora_bias": [T(3), T(4)]}, ValueError, "lora_bias: got shape [4], expected [3]"),
     ({"counts": [4, -1]}, ValueError, "counts: got -1, expected numbers of rows"),
-    ({"order": T(3)}, ValueError, "order: got Float of shape [3], expected int32 [3]"),
+    ({"order": T(3)}, ValueError, "order: got float32 of shape [3], expected int32 [3]"),
     ({"counts": [2, 2]}, ValueError, "order: got int32 of shape [3], expected int32 [4]"),
-    ({"factor": T(2)}, ValueError, "factor: got Float of shape [2], expected a floating-point [3]"),
+    (
+        {"factor": T(2)},
+        ValueError,
+        "factor: got float32 of shape [2], expected a floating-point [3]",
+    ),
     ({"dropout_p": [0.0, 2.0]}, ValueError, "dropout_p: got 2, expected a probability from 0"),
     ({"dropout_p": [0.0, 0.5]}, ValueError, "rng_state: got None with dropout, expected an int64"),
 ]
@@ -270,7 +274,7 @@ GROUPED_BWD_CASES: list[Case] = [
     ({"x": None}, ValueError, "x: got None, expected [..., in_features] for the gradient of"),
     ({"x": T(6, 4)}, ValueError, "x: got shape [6, 4], expected dy's [5, 3] with in_features 4"),
     ({"x": T(5, 4).half()}, TypeError, "x: got dtype float16, expected dy's float32"),
-    ({"h": T(6)}, ValueError, "h: got Float of shape [6], expected [5] of what _fwd returned"),
+    ({"h": T(6)}, ValueError, "h: got float32 of shape [6], expected [5] of what _fwd returned"),
     ({"wanted": [3]}, ValueError, "wanted: got 1 entries, expected 2, one for each of lora_A"),
     (
         {"x": None, "h": None, "mask": [False] * 4, "wanted": [2, 0]},

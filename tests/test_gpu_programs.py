@@ -133,7 +133,7 @@ REFUSED = {
     "number": (["--tokens", "many"], "'many' is no number"),
     "multiple": (["--shapes", "64x100"], "multiples of 8"),
     "family": (["--families", "sm70"], "there is no family 'sm70'"),
-    "rank": (["--ranks", "257"], "ranks 1 to 256"),
+    "rank": (["--ranks", "1025"], "ranks 1 to 1024"),
 }
 
 

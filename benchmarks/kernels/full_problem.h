@@ -171,10 +171,10 @@ class Problem {
     split_h = packs.split(saved_h, M, r, Remainder::kApart);
     packs.launch(nullptr);
     const auto finished = [&](float* sums, int copies, float scaling, bool wants_remainder) {
-      const Hidden<Bf16> out =
-          hidden<Bf16>(M, r, copies, 1.0f, {scaling, nullptr}, nullptr, wants_remainder, kept);
+      const Hidden<Bf16> out = hidden<Bf16>(M, r, copies, 1.0f, nullptr, {scaling, nullptr},
+                                            nullptr, wants_remainder, kept);
       finish(Parts{sums, 1}, out, nullptr);
-      return operand(out);
+      return operand(out, Range{});
     };
     scaled_h = finished(saved_h, copies(of_B), kScaling, false);
     split_dh = finished(dh_float, copies(of_A), 1.0f, true);

@@ -71,13 +71,13 @@ class Passes {
   Product<Bf16> y_product(bool low_rank) const {
     Product<Bf16> product{};
     product.segments[product.count++] = {p_.x_matrix(), p_.weight_matrix()};
-    if (low_rank) add_segments(product, p_.scaled_h.value, p_.B, p_.of_B);
+    if (low_rank) add_segments(product, p_.scaled_h, p_.B, p_.of_B);
     product.out = p_.y, product.M = p_.c.M, product.N = p_.c.N;
     return product;
   }
   Product<Bf16> dx_product(bool low_rank) const {
     Product<Bf16> product{};
-    if (low_rank) add_segments(product, p_.split_dh.value, p_.A, p_.of_A);
+    if (low_rank) add_segments(product, p_.split_dh, p_.A, p_.of_A);
     product.masked = p_.dropout.enabled ? product.count : 0;
     product.dropout = p_.dropout;
     product.segments[product.count++] = {p_.dy_matrix(), p_.weight_matrix()};
@@ -123,8 +123,9 @@ class Passes {
     passes.push_back({"down", "cublas y", of_x * r, of_x + 2.0 * r * K + 6.0 * M * r,
                       [=, this] {
                         const Allocator memory = scratch();
-                        const Hidden<Bf16> h = hidden<Bf16>(
-                            M, r, copies(p_.of_B), kept, {kScaling, nullptr}, p_.h, false, memory);
+                        const Hidden<Bf16> h =
+                            hidden<Bf16>(M, r, copies(p_.of_B), kept, nullptr, {kScaling, nullptr},
+                                         p_.h, false, memory);
                         family_.down(p_.x_matrix(), p_.A, p_.dropout, h, memory, nullptr);
                       },
                       [=, this] {
@@ -136,9 +137,9 @@ class Passes {
          [=, this] {
            const Allocator memory = scratch();
            dh_ = memory.get<float>(M * r);
-           const Hidden<Bf16> dh =
-               hidden<Bf16>(M, r, copies(p_.of_A), kept, {kScaling, nullptr}, dh_, true, memory);
-           const Gradient<Bf16> dB = gradient<Bf16>(p_.dB, {kScaling, nullptr});
+           const Hidden<Bf16> dh = hidden<Bf16>(M, r, copies(p_.of_A), kept, nullptr,
+                                                {kScaling, nullptr}, dh_, true, memory);
+           const Gradient<Bf16> dB = gradient<Bf16>(p_.dB, {kScaling, nullptr}, nullptr);
            Gradients<Bf16> left;
            family_.up_grad({p_.dy_matrix(), p_.B, p_.split_h, true, dh, dB}, left, memory, nullptr);
            left.launch(nullptr);
@@ -152,8 +153,8 @@ class Passes {
                       [=, this] {
                         Gradients<Bf16> left;
                         family_.down_grad(p_.x_matrix(), p_.split_dh.columns(0, r), p_.dropout, {},
-                                          gradient<Bf16>(p_.dA, {1.0f, nullptr}), left, scratch(),
-                                          nullptr);
+                                          gradient<Bf16>(p_.dA, {1.0f, nullptr}, nullptr), left,
+                                          scratch(), nullptr);
                         left.launch(nullptr);
                       },
                       [=, this] {
