@@ -22,6 +22,8 @@ inline GroupedPath choose_grouped_path(const CudaCall& call, int compute_capabil
   if (const char* reason = why_no_kernels(call, compute_capability, built)) {
     return {false, reason};
   }
+  constexpr int64_t kMaxRank = 256;  // 64 at a time: beyond, the low-rank products are worth a BLAS
+  if (call.r > kMaxRank) return {false, "the kernels of many adapters take ranks 1 to 256"};
   if (wish == CudaWish::Composed) return {false, name_of(wish).asked};
   if (call.rows == Rows::Any) {
     return {false,

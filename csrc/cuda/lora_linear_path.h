@@ -150,10 +150,9 @@ inline bool blas_keeps_up(const CudaCall& call, KernelFamily family) {
   const bool mixed = call.adapter != call.base, fewest = call.M <= kFewest;
   const bool sm90 = family == KernelFamily::Sm90;
   if (call.r > kWideRank) {
-    // A pass over x and one over dy for every 64 or 128 ranks: what they save has to be more.
-    const bool wider = call.r > 2 * kWideRank, few = call.M <= 2 * kFewRows;
-    const bool masks = call.dropout && !(sm90 ? wider && few : wider || few);
-    if (call.M <= 64 || !(mixed || masks)) return true;
+    // A pass over x and one over dy for every 128 ranks, or 64: what they save has to be more.
+    const bool masks = call.dropout && !(call.r > 2 * kWideRank && call.M <= 2 * kFewRows);
+    if (!sm90 || call.M <= 128 || !(mixed || masks)) return true;
   }
   if (sm90) {
     const bool wide = call.r > (call.M <= 64 ? 32 : 64);
