@@ -12,6 +12,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from wrong_calls_of_several import (
+    GROUPED,
+    GROUPED_BWD,
+    GROUPED_BWD_CASES,
+    GROUPED_CASES,
+    MULTI,
+    MULTI_BWD,
+    MULTI_BWD_CASES,
+    MULTI_CASES,
+    ORDER_CASES,
+    STATE,
+    Arguments,
+    Case,
+    T,
+)
 
 import lora_ext
 from lora_ext import lora_state_dict, mark_only_lora_as_trainable, replace_linear
@@ -19,11 +34,7 @@ from lora_ext.errors import AlreadyMergedError, NotMergedError
 from lora_ext.functional import column_scale, dora_linear, dropout, weight_norm
 from lora_ext.nn import Linear
 
-Arguments = dict[str, Any]
-Case = tuple[Arguments, type[Exception], str]  # what is wrong, what is raised, what it says
 OPS, NAN, INF = torch.ops.lora_ext, float("nan"), float("inf")
-T = torch.zeros
-STATE = T(2, dtype=torch.int64)
 
 
 def lora_linear(scaling: float, scaling_tensor: Tensor | None, **arguments: Any) -> Tensor:
@@ -225,120 +236,7 @@ RANGE_CASES: list[Case] = [
     for i in (-1, 4)
 ]
 # Two slots, of rows 0 and 3, and of row 1.
-ROWS: Arguments = {"order": torch.tensor([0, 3, 1], dtype=torch.int32), "counts": [2, 1]}
-SLOTS: Arguments = {"lora_A": [T(2, 4), T(1, 4)], "lora_B": [T(3, 2), T(3, 1)], "lora_bias": []}
-SLOTS |= {**ROWS, "factor": None, "scaling": [1.0, 1.0], "dropout_p": [0.0, 0.0]}
-GROUPED: Arguments = {"x": T(5, 4), "weight": T(3, 4), "bias": T(3), **SLOTS, "rng_state": None}
-GROUPED_BWD: Arguments = {"dy": T(5, 3), "x": T(5, 4), "h": T(5), "weight": T(3, 4), **SLOTS}
-GROUPED_BWD |= {"rng_state": None, "several": False, "wanted": [3, 3]}
-GROUPED_BWD |= {"mask": [True, True, True, False]}
-SLOT_CASES: list[Case] = [
-    ({"lora_A": []}, ValueError, "lora_A: got no adapters, expected at least one"),
-    *(
-        ({name: value}, ValueError, f"{name}: got 1 entries, expected 2, one for each of lora_A")
-        for name, value in (
-            *(("lora_B", [T(3, 2)]), ("lora_bias", [T(3)]), ("counts", [3]), ("scaling", [1.0])),
-            ("dropout_p", [0.0]),
-        )
-    ),
-    ({"lora_A": [T(2, 4), T(1, 5)]}, ValueError, "lora_A: got shape [1, 5], expected [r, 4]"),
-    ({"lora_bias": [T(3), T(4)]}, ValueError, "lora_bias: got shape [4], expected [3]"),
-    ({"counts": [4, -1]}, ValueError, "counts: got -1, expected numbers of rows"),
-    ({"order": T(3)}, ValueError, "order: got float32 of shape [3], expected int32 [3]"),
-    ({"counts": [2, 2]}, ValueError, "order: got int32 of shape [3], expected int32 [4]"),
-    (
-        {"factor": T(2)},
-        ValueError,
-        "factor: got float32 of shape [2], expected a floating-point [3]",
-    ),
-    ({"dropout_p": [0.0, 2.0]}, ValueError, "dropout_p: got 2, expected a probability from 0"),
-    ({"dropout_p": [0.0, 0.5]}, ValueError, "rng_state: got None with dropout, expected an int64"),
-]
-GROUPED_CASES: list[Case] = [
-    *SLOT_CASES,
-    ({"x": T(())}, ValueError, "x: got a 0-d tensor, expected [..., in_features]"),
-    ({"x": T(5, 6)}, ValueError, "x: got shape [5, 6], expected [..., 4]"),
-    ({"weight": T(4)}, ValueError, "weight: got shape [4], expected [out_features, in_features]"),
-    (
-        {"weight": T(3, 4).half()},
-        TypeError,
-        "weight: got dtype float16, expected the input's float32",
-    ),
-    ({"bias": T(4)}, ValueError, "bias: got shape [4], expected [3]"),
-]
-GROUPED_BWD_CASES: list[Case] = [
-    *SLOT_CASES,
-    ({"dy": T(())}, ValueError, "dy: got a 0-d tensor, expected [..., out_features]"),
-    ({"weight": None}, ValueError, "weight: got None, expected [out_features, in_features] for"),
-    ({"weight": T(2, 4)}, ValueError, "weight: got shape [2, 4], expected [3, 4]"),
-    ({"x": None}, ValueError, "x: got None, expected [..., in_features] for the gradient of"),
-    ({"x": T(6, 4)}, ValueError, "x: got shape [6, 4], expected dy's [5, 3] with in_features 4"),
-    ({"x": T(5, 4).half()}, TypeError, "x: got dtype float16, expected dy's float32"),
-    ({"h": T(6)}, ValueError, "h: got float32 of shape [6], expected [5] of what _fwd returned"),
-    ({"wanted": [3]}, ValueError, "wanted: got 1 entries, expected 2, one for each of lora_A"),
-    (
-        {"x": None, "h": None, "mask": [False] * 4, "wanted": [2, 0]},
-        ValueError,
-        "h: got None without x, expected what _fwd returned for the gradient of lora_B",
-    ),
-    (
-        {"h": None, "factor": T(3), "mask": [False] * 3 + [True]},
-        ValueError,
-        "h: got None, expected what _fwd returned for the gradient of factor",
-    ),
-]
-ORDER_CASES: list[Case] = [
-    ({"order": torch.tensor(rows, dtype=torch.int32)}, error, f"order: got row {message}")
-    for rows, error, message in (
-        ([0, 5, 1], IndexError, "5, expected 0 to 4, the rows of the input"),
-        ([0, -1, 1], IndexError, "-1, expected 0 to 4, the rows of the input"),
-        ([0, 3, 3], ValueError, "3 twice, expected one slot for each row"),
-    )
-]
-# Two layers of one x, the second without adapter.
-NONE = T(0)
-PAIR: Arguments = {"lora_A": [T(2, 4), NONE], "lora_B": [T(3, 2), NONE]}
-NUMBERS: Arguments = {"scaling": [1.0, 1.0], "scaling_tensor": [], "dropout_p": [0.0, 0.0]}
-MULTI: Arguments = {"x": T(5, 4), "weight": [T(3, 4), T(6, 4)], "bias": [T(3), NONE], **PAIR}
-MULTI |= {"lora_bias": [], **NUMBERS, "rng_state": []}
-MULTI_BWD: Arguments = {"dy": [T(5, 3), T(5, 6)], "x": T(5, 4), "h": []}
-MULTI_BWD |= {"weight": [T(3, 4), T(6, 4)], **PAIR, **NUMBERS, "rng_state": []}
-MULTI_BWD |= {"wants_x": True, "wanted": [24, 0]}
-LAYER_CASES: list[Case] = [
-    *(
-        ({name: value}, ValueError, f"{name}: got 1 entries, expected 2, one for each layer")
-        for name, value in (
-            *(("lora_A", [T(2, 4)]), ("lora_B", [T(3, 2)]), ("scaling", [1.0])),
-            *(("scaling_tensor", [T(())]), ("dropout_p", [0.0]), ("rng_state", [STATE])),
-        )
-    ),
-    ({"lora_B": [NONE, NONE]}, ValueError, "layer 0: lora_B: got none, expected both lora_A and"),
-    ({"lora_A": [NONE, NONE]}, ValueError, "layer 0: lora_A: got none, expected both lora_A and"),
-    ({"weight": [T(3, 4), T(6, 5)]}, ValueError, "layer 1: weight: got shape [6, 5], expected"),
-    ({"dropout_p": [2.0, 0.0]}, ValueError, "layer 0: dropout_p: got 2, expected a probability"),
-    ({"dropout_p": [0.5, 0.0]}, ValueError, "layer 0: rng_state: got None with dropout_p 0.5, exp"),
-]
-MULTI_CASES: list[Case] = [
-    *LAYER_CASES,
-    ({"lora_A": [T(2, 5), NONE]}, ValueError, "layer 0: lora_A: got shape [2, 5], expected [r, 4]"),
-    ({"weight": []}, ValueError, "weight: got no layers, expected at least one"),
-    ({"bias": [T(3)]}, ValueError, "bias: got 1 entries, expected 2, one for each layer, or none"),
-    ({"bias": [T(3), T(3)]}, ValueError, "layer 1: bias: got shape [3], expected [6]"),
-    ({"lora_bias": [NONE, T(6)]}, ValueError, "layer 1: lora_bias: got one without lora_A and"),
-    ({"x": T(())}, ValueError, "x: got a 0-d tensor, expected [..., in_features]"),
-    ({"x": T(5, 6)}, ValueError, "layer 0: x: got shape [5, 6], expected [..., 4]"),
-]
-MULTI_BWD_CASES: list[Case] = [
-    *LAYER_CASES,
-    ({"dy": []}, ValueError, "dy: got no layers, expected at least one"),
-    ({"dy": [T(()), T(5, 6)]}, ValueError, "layer 0: dy: got a 0-d tensor, expected [..., out_fe"),
-    ({"dy": [T(5, 3), T(4, 6)]}, ValueError, "layer 1: dy: got shape [4, 6], expected the rows of"),
-    ({"x": None}, ValueError, "layer 0: x: got None, expected [..., in_features] for the gradient"),
-    ({"weight": []}, ValueError, "layer 0: weight: got None, expected [out_features, in_features]"),
-    ({"h": [T(4, 2), NONE]}, ValueError, "layer 0: h: got shape [4, 2], expected [M, 2] with one"),
-    ({"wanted": [0]}, ValueError, "wanted: got 1 entries, expected 2, one for each layer"),
-    ({"wanted": [0, 8]}, ValueError, "layer 1: wanted: got 8, expected no gradients of an adapter"),
-]
+
 OPERATORS = {
     "lora_embedding": (lora_ext.lora_embedding, "lora_embedding", LOOKUP, LOOKUP_CASES),
     "embedding bwd": (OPS.lora_embedding_bwd, "lora_embedding_bwd", LOOKUP_BWD, LOOKUP_BWD_CASES),
