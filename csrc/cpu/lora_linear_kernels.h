@@ -12,17 +12,18 @@ struct LoraLinearForwardArgs {
   int64_t M, K, N, r;  // M: of the whole call, on which sums of a row may depend; not on threads
   const void* x;       // [M, K] base type, rows ldx apart
   int64_t ldx;
-  const void* lora_A_t;          // [r, K] adapter type, packed
-  const void* lora_B_t;          // [N, r] adapter type, packed
-  const void* lora_A = nullptr;  // and as they lie, for single_rows
-  const void* lora_B = nullptr;
-  const void* bias;  // [N] compute type: bias + scaling * lora_bias, or null
+  const void* lora_A_t;  // [r, K] adapter type, packed
+  const void* lora_B_t;  // [N, r] adapter type, packed
+  const void* bias;      // [N] compute type: bias + scaling * lora_bias, or null
   double scaling;
-  const double* row_factors = nullptr;  // [M]: multiply scaling for each row; or null
   DropoutArgs dropout;
-  void* y;             // [M, N] base type, written
-  void* h;             // [M, r] compute type, written, or null
-  bool add_y = false;  // to what y holds
+  void* y;  // [M, N] base type, written
+  void* h;  // [M, r] compute type, written, or null
+  // Of rows that have adapters of their own
+  const double* row_factors = nullptr;  // [M]: multiply scaling for each row; or null
+  bool add_y = false;                   // to what y holds
+  const void* lora_A = nullptr;         // as they lie, for single_rows
+  const void* lora_B = nullptr;
 };
 
 struct LoraLinearBackwardArgs {
@@ -36,12 +37,13 @@ struct LoraLinearBackwardArgs {
   const void* lora_B;    // [N, r] adapter type
   const void* lora_A_t;  // lora_A packed; may be null if h is given or dB not wanted
   double scaling;
-  const double* row_factors = nullptr;  // [M]: multiply scaling for each row; or null
   DropoutArgs dropout;
-  void* dx;                        // [M, K] base type, written, or null
-  double* drow_factors = nullptr;  // [M], written: gradients of row_factors; needs h; or null
-  bool add_dx = false;             // to what dx holds
-  bool add = false;                // to what dA and dB hold, of rows before these
+  void* dx;          // [M, K] base type, written, or null
+  bool add = false;  // to what dA and dB hold, of rows before these
+  // Of rows that have adapters of their own
+  const double* row_factors = nullptr;  // [M]: multiply scaling for each row; or null
+  double* drow_factors = nullptr;       // [M], written: their gradients; needs h; or null
+  bool add_dx = false;                  // to what dx holds
 };
 
 // Several low-rank parts of one x.

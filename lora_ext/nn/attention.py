@@ -38,8 +38,8 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
 
     Args:
         embed_dim, num_heads: as in `nn.MultiheadAttention`.
-        enable_lora: some of "q", "k", "v", "o", or None for PEFT's form (kdim and vdim must be
-            embed_dim then).
+        enable_lora: some of "q", "k", "v", "o", as names or in one word ("qv"), or None for PEFT's
+            form (kdim and vdim must be embed_dim then).
         r: rank of each adapter; 0 is plain attention, without adapters.
         lora_alpha, lora_dropout, use_rslora, init_lora_weights, autocast_adapter_dtype: see
             `AdapterSettings`. Dropout is that of each projection's input.
@@ -142,6 +142,8 @@ class MultiheadAttention(LoraLayer, nn.MultiheadAttention):
     def _init_projections(self, enable_lora: Iterable[str] | None) -> None:
         where = f"{type(self).__name__}: enable_lora"
         if enable_lora is not None:
+            if isinstance(enable_lora, str):
+                enable_lora = tuple(enable_lora)  # "qv"
             enable_lora = tuple(names_of(enable_lora, type(self).__name__, "enable_lora"))
             if not set(enable_lora) <= set(PROJECTIONS):
                 raise ValueError(f"{where}: got {enable_lora}, expected some of {PROJECTIONS}")
