@@ -140,7 +140,8 @@ def test_errors_of_the_troubleshooting_page_are_those_of_the_code() -> None:
         pytest.skip("docs/ is not here: an installed copy is tested")
     python = [*ROOT.glob("lora_ext/**/*.py"), ROOT / "setup.py"]
     code = re.sub(r"\{[^{}]*\}", "", "".join(path.read_text() for path in python))  # values
-    code += "".join(path.read_text() for path in ROOT.glob("csrc/**/*.cpp"))
+    sources = [*ROOT.glob("csrc/**/*.cpp"), *ROOT.glob("csrc/**/*.h")]
+    code += "".join(path.read_text() for path in sources)
     code = re.sub(r"\"\s*f?\"", "", code)  # sentences over several lines
     said = re.findall(r"^\| `([^`]+)` \|", page.read_text(), re.M)
     assert len(said) > 12
