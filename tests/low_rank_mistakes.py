@@ -83,13 +83,13 @@ MISTAKES = {
         "low_rank_sm90.h", "+ number * 64, `column_tile`, params.kept", "0",
     ),
     "low rank: both rows of a thread dropped as the first": (
-        "drop_tile.h", "own.row + `next * DropPlace::kNextRow`;", "0",
+        "drop_tile.h", "number(own.row, `next * DropPlace::kNextRow`);", "0",
     ),
     "low rank: nothing borrowed from equal signs": (
         "drop_tile.h", "`(~word | threshold) & difference`", "0u",
     ),
     "low rank: bits of the wrong rows": (
-        "drop_tile.h", "kept.at(`own_row`, block)", "row + own.row",
+        "drop_tile.h", "kept.at(`own_row`, block)", "number(own.row, 0)",
     ),
     "low rank: bits of the wrong columns": (
         "drop_tile.h", "kept.at(own_row, `block`)", "0",
