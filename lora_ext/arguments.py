@@ -130,7 +130,7 @@ def as_flag(value: Any, where: str, argument: str) -> bool:
 
 
 # What a function's arguments of these names are; all others are tensors.
-_NUMBERS = frozenset({"scaling", "dropout_p"})
+_NUMBERS = frozenset({"scaling", "scalings", "dropout_p"})
 _INTEGERS = frozenset({"rows", "columns", "padding_idx"})
 _FLAGS = frozenset({"scale_grad_by_freq"})
 

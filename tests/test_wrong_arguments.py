@@ -305,7 +305,7 @@ WIDTHS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: lora.Linear(4, 4, r=2, lora_dropout=0.5, use_dora=True)(T(3, 9)),
         r"dora_linear: x: got shape \[3, 9\], expected \[..., 4\]",
     ),
-    "integers": (lambda: linear()(T(3, 4).long()), "lora_linear: x: got dtype Long, expected flo"),
+    "integers": (lambda: linear()(T(3, 4).long()), "lora_linear: x: got dtype int64, expected flo"),
     "weight": (
         lambda: functional.lora_linear(T(3, 4), T(3, 9), None, **AB),
         r"weight: got shape \[3, 9\], expected \[out_features, 4\]",
