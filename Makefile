@@ -114,7 +114,7 @@ GPU_PROGRAMS := $(CURDIR)/build/gpu-programs
 GPU_PREBUILT := $(CURDIR)/build/gpu-prebuilt
 PREBUILT_ENV = PATH="$(BIN):$(GPU_PATH)"
 GPU_COMMIT = $(shell git describe --always --dirty --abbrev=12 2>/dev/null)
-gpu-prebuilt: ## build the programs without torch for a GPU, without one: 10 minutes on two cores
+gpu-prebuilt: ## build the programs without torch for a GPU, without one; minutes for each architecture
 	env $(PREBUILT_ENV) cmake -S tests/gpu -B "$(GPU_PROGRAMS)" -G Ninja -DCMAKE_BUILD_TYPE=Release \
 		-DCMAKE_RUNTIME_OUTPUT_DIRECTORY="$(GPU_PREBUILT)" -DLORA_EXT_COMMIT="$(GPU_COMMIT)" \
 		-DCMAKE_CUDA_ARCHITECTURES="$(GPU_ARCHITECTURES)"

@@ -126,7 +126,7 @@ def test_in_float64_it_is_the_sum(family: str, ranks: dict[str, int]) -> None:
 @pytest.mark.parametrize("family", MODULES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_errors_are_no_larger_than_those_of_the_sum(family: str, dtype: torch.dtype) -> None:
-    squares: dict[str, list[tuple[float, float]]] = {}
+    squares: dict[str, list[tuple[float, float, float]]] = {}
     for seed in range(12):
         torch.manual_seed(seed)
         layer = adapted(family, {"a": 4}).to(dtype)
@@ -139,11 +139,15 @@ def test_errors_are_no_larger_than_those_of_the_sum(family: str, dtype: torch.dt
             plain = results(layer, x, chosen, weights.to(dtype))
         for name, value in wanted.items():
             mine, theirs = (rms(one[name].double() - value) ** 2 for one in (found, plain))
-            squares.setdefault(name, []).append((mine, theirs))
-    for name, pairs in squares.items():
-        mine, theirs = (sum(column) ** 0.5 for column in zip(*pairs, strict=True))
-        # Rounding the sum to 16 bits is what is saved; in float32 luck decides, of twelve draws.
-        assert mine <= theirs * (1.15 if dtype == torch.float32 else 1.0), name
+            squares.setdefault(name, []).append((mine, theirs, rms(value) ** 2))
+    for name, draws in squares.items():
+        mine, theirs, size = (sum(column) for column in zip(*draws, strict=True))
+        # Rounding the sum to 16 bits is what is saved. In float32 two roundings come in its place,
+        # of h and of the update to which the base's product is added. Beyond four standard
+        # deviations of the errors of h, of 64 tokens, 2 experts, rank 4 and 12 draws, is no luck.
+        more = 2 * 2.0**-48 * size if dtype == torch.float32 else 0.0
+        luck = 1 + 4 / (64 * 2 * 4 * 12) ** 0.5
+        assert mine <= (theirs + more) * luck**2, name
 
 
 @pytest.mark.parametrize("family", MODULES)

@@ -90,7 +90,8 @@ class SwitchableModel(AdaptedModel):
         adapter_weights: float | Iterable[float] | None = None,
     ) -> None:
         """Makes exactly these adapters run, at these strengths, in one step: as diffusers' method
-        of this name, and llama.cpp's of the whole set. An empty list is the base.
+        of this name, and llama.cpp's of the whole set. An empty list is the base. They train where
+        any adapter did.
 
         Args:
             adapter_weights: times the scaling of each one's config; one number for all; None is 1.
@@ -113,7 +114,13 @@ class SwitchableModel(AdaptedModel):
         scales = [as_number(w, where, "adapter_weights", "finite numbers") for w in weights]
         check_held(self, where, names)
         transaction = Transaction()
-        activate(self, names, not any(p.requires_grad for p in self.parameters()), transaction)
+        trains = any(
+            parameter.requires_grad
+            for _, layer in self.lora_layers()
+            for name in layer.adapters
+            for parameter in layer.adapter_parameters(name).values()
+        )
+        activate(self, names, not trains, transaction)
         for adapter_name, scale in zip(names, scales, strict=True):
             for name, layer in self.layers_with(adapter_name):
                 try:

@@ -69,7 +69,7 @@ struct FloatMath {
                              const RightRows<B>& b, bool add, bool few, Hidden* sums) {
     if (few && r == 1) {
       for (int64_t i = 0; i < rows; ++i) {
-        sums[i] = dot_in_double(K, a.at(i, 0), b.data) + (add ? sums[i] : 0.0);
+        sums[i] = dot_in<double>(K, a.at(i, 0), b.data) + (add ? sums[i] : 0.0);
       }
       return;
     }

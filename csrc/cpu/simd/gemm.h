@@ -111,10 +111,10 @@ inline void row_tile(int64_t row, int64_t columns, int64_t K, const LeftRows<S>&
   }
 }
 
-// sum_k a[k] b[k]
-template <class S, class T>
-inline double dot_in_double(int64_t K, const S* a, const T* b) {
-  using V = Vec<double>;
+// sum_k a[k] b[k] in D
+template <class D, class S, class T>
+inline double dot_in(int64_t K, const S* a, const T* b) {
+  using V = Vec<D>;
   constexpr int kSums = 4;
   typename V::Reg sums[kSums] = {V::zero(), V::zero(), V::zero(), V::zero()};
   int64_t k = 0;

@@ -11,35 +11,6 @@
 
 namespace lora_ext::LORA_EXT_ISA {
 
-// sum_k a[k] b[k]. Of 16-bit numbers in the compute type: their rounding is what shows.
-template <class S, class TA>
-double dot_of_row(int64_t K, const S* a, const TA* b) {
-  if constexpr (std::is_same_v<S, TA>) {
-    return dot_in_double(K, a, b);
-  } else {
-    using V = Vec<S>;
-    constexpr int kSums = 4;
-    typename V::Reg sums[kSums] = {V::zero(), V::zero(), V::zero(), V::zero()};
-    int64_t k = 0;
-    for (; k + kSums * V::kWidth <= K; k += kSums * V::kWidth) {
-#pragma GCC unroll 4
-      for (int i = 0; i < kSums; ++i) {
-        const int64_t at = k + i * V::kWidth;
-        sums[i] = V::fma(V::load(a + at), V::load(b + at), sums[i]);
-      }
-    }
-    for (; k < K; k += V::kWidth) {
-      const int lanes = static_cast<int>(at_most(K - k, V::kWidth));
-      sums[0] = V::fma(load_lanes<S>(a + k, lanes), load_lanes<S>(b + k, lanes), sums[0]);
-    }
-    S lanes[V::kWidth];
-    V::store(lanes, V::add(V::add(sums[0], sums[1]), V::add(sums[2], sums[3])));
-    double total = 0.0;
-    for (int i = 0; i < V::kWidth; ++i) total += lanes[i];
-    return total;
-  }
-}
-
 template <class S>
 int64_t single_rows_bytes(int64_t K, int64_t r) {
   return (K + r) * static_cast<int64_t>(sizeof(S)) + 2 * keep_words(K);
@@ -51,6 +22,8 @@ void lora_linear_single_rows(const LoraLinearForwardArgs& args, int64_t begin, i
                              void* scratch) {
   using S = compute_t<T>;
   using V = Vec<S>;
+  // Of 16-bit adapters in the compute type: their rounding is what shows.
+  using D = std::conditional_t<std::is_same_v<S, TA>, double, S>;
   const int64_t K = args.K, N = args.N, r = args.r;
   const auto* A = static_cast<const TA*>(args.lora_A);
   const auto* B = static_cast<const TA*>(args.lora_B);
@@ -64,7 +37,7 @@ void lora_linear_single_rows(const LoraLinearForwardArgs& args, int64_t begin, i
               K);
     const double scaling = args.scaling * (args.row_factors ? args.row_factors[m] : 1.0);
     for (int64_t j = 0; j < r; ++j) {
-      const double hidden = dot_of_row(K, x, A + j * K) * args.dropout.survivor;
+      const double hidden = dot_in<D>(K, x, A + j * K) * args.dropout.survivor;
       if (args.h) static_cast<S*>(args.h)[m * r + j] = static_cast<S>(hidden);
       h[j] = static_cast<S>(scaling * hidden);
     }
