@@ -36,6 +36,7 @@ class Arguments(ctypes.Structure):
         + [("adapters", ctypes.POINTER(AdapterArguments)), ("count", ctypes.c_int64)]
         + [(name, ctypes.c_void_p) for name in ("order", "factor", "rng_state", "x", "dy")]
         + [(name, ctypes.c_void_p) for name in ("y", "dx", "h", "saved_h", "dfactor")]
+        + [("asked", ctypes.c_int)]
     )
 
 
@@ -82,6 +83,7 @@ Results = dict[str, Tensor]  # y, h, dx, dfactor; dA.3 and so on
 @dataclass
 class GroupedKernels(EmulatedKernels):
     reason: str = field(default="")
+    asks_in_fp16: bool = field(default=True)  # for the kernels, which have it no other way
 
     @staticmethod
     def compile(folder: Path, *options: str, csrc: Path = ROOT / "csrc") -> Path:
@@ -135,14 +137,14 @@ class GroupedKernels(EmulatedKernels):
             name: Guarded(t, as_it_lies=name in ("x", "dy")) for name, t in operands.items()
         }
         names = [name for name, _ in Arguments._fields_ if name in guarded]
+        fp16 = problem.x.dtype == torch.float16
         arguments = Arguments(
             M=len(problem.x), N=problem.dy.shape[1], K=problem.x.shape[1],
             ldx=guarded["x"].tensor.stride(0), ldy=problem.dy.stride(0),
             adapters=(AdapterArguments * len(adapters))(*adapters), count=len(adapters),
-            rng_state=problem.rng_state.data_ptr(),
+            rng_state=problem.rng_state.data_ptr(), asked=fp16 and self.asks_in_fp16,
             **{name: guarded[name].tensor.data_ptr() for name in names},
         )  # fmt: skip
-        fp16 = problem.x.dtype == torch.float16
         if self.library.grouped(fp16, backward, ctypes.byref(arguments)):
             raise RuntimeError(self.library.last_error().decode())
         self.reason = self.library.last_reason().decode()

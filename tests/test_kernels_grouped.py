@@ -272,6 +272,18 @@ def test_what_is_left_to_composed_products(
     assert not launched(kernels) and torch.equal(y, problem.base_y)
 
 
+def test_a_base_of_fp16_is_left_to_composed_products(kernels: GroupedKernels) -> None:
+    """Unless the kernels are asked for: they round h and dh to fp16 as they are."""
+    kernels.gpu(90, 3)
+    problem = make_problem(10, sizes=(20, 64, 64), ranks=[4, 8], dtype=torch.float16)
+    kernels.asks_in_fp16 = False
+    try:
+        kernels.forward(problem)
+    finally:
+        kernels.asks_in_fp16 = True
+    assert kernels.path == "cuda cublas" and "fp16 without a scale" in kernels.reason
+
+
 def test_every_launch_is_within_the_limits(kernels: GroupedKernels) -> None:
     """Of shared memory, for every width of ranks and adapters in float or not; no kernel runs."""
     EmulatedKernels.schedule(kernels, "eager", 0)

@@ -26,8 +26,8 @@ namespace lora_ext {
 namespace {
 
 GroupedPath path_on(const CudaCall& call, int capability, bool wrong) {
-  return choose_grouped_path(call, capability, built_for(LORA_EXT_CUDA_TARGETS, capability),
-                             cuda_wish(), wrong);
+  return choose_grouped_path(call, call.base == static_cast<int>(at::kHalf), capability,
+                             built_for(LORA_EXT_CUDA_TARGETS, capability), cuda_wish(), wrong);
 }
 
 // Of rows x or dy, and of x where a backward pass reads it.

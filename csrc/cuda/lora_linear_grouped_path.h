@@ -16,15 +16,19 @@ struct GroupedPath {
 constexpr const char* kRowsOfSeveral =
     "rows have several adapters, with gates: what these make is added one after another";
 
-// `call` has the largest rank of the adapters, at least 1; `wrong`: the kernels were found so.
-inline GroupedPath choose_grouped_path(const CudaCall& call, int compute_capability, bool built,
-                                       CudaWish wish, bool wrong) {
+// `call` has the largest rank of the adapters, at least 1; `fp16`: its base is; `wrong`: the
+// kernels were found so.
+inline GroupedPath choose_grouped_path(const CudaCall& call, bool fp16, int compute_capability,
+                                       bool built, CudaWish wish, bool wrong) {
   if (const char* reason = why_no_kernels(call, compute_capability, built)) {
     return {false, reason};
   }
   constexpr int64_t kMaxRank = 256;  // 64 at a time: beyond, the low-rank products are worth a BLAS
   if (call.r > kMaxRank) return {false, "the kernels of many adapters take ranks 1 to 256"};
   if (wish == CudaWish::Composed) return {false, name_of(wish).asked};
+  if (fp16 && wish == CudaWish::Auto) {  // unlike lora_linear's, see fp16_range.h
+    return {false, "the kernels of many adapters round h and dh to fp16 without a scale"};
+  }
   if (call.rows == Rows::Any) {
     return {false,
             "rows that begin at no multiple of 16 bytes, as where N or K is no multiple of 8, are "

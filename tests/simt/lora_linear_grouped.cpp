@@ -34,6 +34,7 @@ struct Arguments {
   float* h;
   const float* saved_h;
   float* dfactor;
+  int asked;  // for the kernels, by LORA_EXT_CUDA_PATH
 };
 
 int& copies() {
@@ -87,7 +88,9 @@ std::vector<GroupedAdapter> adapters_of(const Arguments& a) {
 
 // As csrc/cuda/lora_linear_grouped.cpp chooses on the GPU of simt::options(); false: no kernel
 // runs.
+template <class T>
 bool choose(const Arguments& a, bool backward) {
+  const CudaWish wish = a.asked ? CudaWish::Hybrid : CudaWish::Auto;
   CudaCall call{};
   call.backward = backward, call.half = true;
   call.M = a.M, call.N = a.N, call.K = a.K, call.r = 1;
@@ -95,14 +98,14 @@ bool choose(const Arguments& a, bool backward) {
   call.rows = rows_of_sizes(a.N, a.K);
   if (a.x) call.rows = std::min(call.rows, rows_of(a.x, a.M, a.ldx, a.K));
   if (a.dy) call.rows = std::min(call.rows, rows_of(a.dy, a.M, a.ldy, a.N));
-  path() =
-      choose_grouped_path(call, simt::options().compute_capability, true, CudaWish::Auto, false);
+  constexpr bool kFp16 = std::is_same_v<T, Fp16>;
+  path() = choose_grouped_path(call, kFp16, simt::options().compute_capability, true, wish, false);
   return path().kernels;
 }
 
 template <class T>
 void forward(const Arguments& a) {
-  if (!choose(a, false)) return;
+  if (!choose<T>(a, false)) return;
   const std::vector<GroupedAdapter> adapters = adapters_of(a);
   Scratch scratch;
   Table table;
@@ -116,7 +119,7 @@ void forward(const Arguments& a) {
 
 template <class T>
 void backward(const Arguments& a) {
-  if (!choose(a, true)) return;
+  if (!choose<T>(a, true)) return;
   const std::vector<GroupedAdapter> adapters = adapters_of(a);
   Scratch scratch;
   Table table;
