@@ -266,11 +266,11 @@ class EmulatedKernels:
         return found.decode()
 
     def take_launches(self) -> list[Launch]:
-        """Of each launch since the last call."""
+        """Of each launch since the last call; of the first MOST_LAUNCHES, where nobody took those of
+        tests before."""
         counts = ((ctypes.c_int64 * len(Launch._fields)) * MOST_LAUNCHES)()
-        return [
-            Launch(*counts[i]) for i in range(self.library.take_launches(MOST_LAUNCHES, counts))
-        ]
+        known = self.library.take_launches(MOST_LAUNCHES, counts)
+        return [Launch(*one) for one in counts[:known]]
 
     def forward(
         self,

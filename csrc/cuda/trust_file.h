@@ -47,8 +47,9 @@ class TrustFile {
     return std::to_string(size) + " bytes of " + std::to_string(time.time_since_epoch().count());
   }
 
-  // A file that cannot be read has none.
+  // A file that cannot be read has none; the empty lines between facts are none.
   bool has(const std::string& fact) const {
+    if (fact.empty()) return false;
     for (const char* which : {"", ".old"}) {
       std::ifstream file(beside(which));
       for (std::string line; std::getline(file, line);) {

@@ -158,13 +158,14 @@ CudaMultiChoice choose_together(const Arguments* layers, int count, bool backwar
 // Layers of one x, all of which have to run together.
 template <class T, class TA>
 void multi(const Arguments* layers, int count, bool backward) {
+  for (const char* why : choose_together<T, TA>(layers, count, backward).alone) {
+    if (why != nullptr) throw simt::Error(std::string("alone: ") + why);
+  }
+  // By the path that was chosen
   std::vector<ForwardCall<T, TA>> forwards;
   std::vector<BackwardCall<T, TA>> backwards;
   for (const Arguments& a : std::span(layers, static_cast<size_t>(count))) {
     forwards.push_back(forward_call<T, TA>(a)), backwards.push_back(backward_call<T, TA>(a));
-  }
-  for (const char* why : choose_together<T, TA>(layers, count, backward).alone) {
-    if (why != nullptr) throw simt::Error(std::string("alone: ") + why);
   }
   Scratch scratch;
   const Allocator allocator{Scratch::allocate, &scratch};
