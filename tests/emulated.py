@@ -266,8 +266,7 @@ class EmulatedKernels:
         return found.decode()
 
     def take_launches(self) -> list[Launch]:
-        """Of each launch since the last call; of the first MOST_LAUNCHES, where nobody took those of
-        tests before."""
+        """Of each launch since the last call; of the first MOST_LAUNCHES, if there were more."""
         counts = ((ctypes.c_int64 * len(Launch._fields)) * MOST_LAUNCHES)()
         known = self.library.take_launches(MOST_LAUNCHES, counts)
         return [Launch(*one) for one in counts[:known]]

@@ -98,10 +98,6 @@ class GroupedKernels(EmulatedKernels):
             getattr(library, name).restype = ctypes.c_char_p
         return cls(library)
 
-    def take_copies(self) -> int:
-        """To the device, since the last call."""
-        return int(self.library.take_copies())
-
     def run(self, problem: Problem, backward: bool, given: Results) -> Results:
         """What `given` has, as the kernels left it; h is given to backward as `saved_h`."""
         adapters = []

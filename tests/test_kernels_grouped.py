@@ -35,7 +35,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> GroupedKernels:
 
 def launched(kernels: GroupedKernels) -> list[str]:
     """The kernels since the last call, by their names."""
-    names = [re.search(r"(\w+)_kernel<", one.kernel) for one in kernels.take_recorded()]
+    names = [re.search(r"(\w+)_kernel\b", one.kernel) for one in kernels.take_recorded()]
     return [name[1] for name in names if name is not None]
 
 
@@ -110,7 +110,7 @@ def test_more_than_1023_slots(kernels: GroupedKernels) -> None:
     )
     launched(kernels)
     check(kernels, problem)
-    assert len(launched(kernels)) <= 12
+    assert len([name for name in launched(kernels) if name != "write_table"]) <= 12
 
 
 def test_a_long_slot_among_short_ones(kernels: GroupedKernels) -> None:
@@ -188,8 +188,8 @@ def test_masks_are_those_of_lora_linear(kernels: GroupedKernels) -> None:
 
 
 @pytest.mark.parametrize("slots", [1, 3, 40])
-def test_what_is_launched_and_copied(kernels: GroupedKernels, slots: int) -> None:
-    """One launch of each pass and one copy, whatever the slots; x, dy and the results go once."""
+def test_what_is_launched_and_read(kernels: GroupedKernels, slots: int) -> None:
+    """One launch of each pass, whatever the slots; x, dy and the results go once."""
     kernels.gpu(86, 3)
     kernels.schedule("eager", 0)
     M, K, N, r = 160, 72, 136, 8
@@ -200,11 +200,11 @@ def test_what_is_launched_and_copied(kernels: GroupedKernels, slots: int) -> Non
         for s in problem.slots
     ]
     problem = replace(problem, slots=plain, factor=None, keeps_h=True)
-    kernels.take_copies(), launched(kernels), kernels.take_launches()
+    launched(kernels), kernels.take_launches()
     made = kernels.forward(problem)
-    assert launched(kernels) == ["grouped_down_sm80", "grouped_finish", "grouped_add_sm80"]
-    assert kernels.take_copies() == 1
-    down, _, add = (one.copied_bytes for one in kernels.take_launches())
+    names = ["write_table", "grouped_down_sm80", "grouped_finish", "grouped_add_sm80"]
+    assert launched(kernels) == names
+    _, down, _, add = (one.copied_bytes for one in kernels.take_launches())
     tiles = sum(-(-len(problem.rows(s)) // 64) for s in range(slots))
     adapter = tiles * K * r * 2
     assert down == problem.x.nbytes + adapter
@@ -213,43 +213,35 @@ def test_what_is_launched_and_copied(kernels: GroupedKernels, slots: int) -> Non
     assert add == problem.dy.nbytes + tiles * N * r * 2 + blocks * operand
     kernels.backward(problem, made["h"])
     names = ["finish", "up_grad_sm80", "finish", "down_grad_sm80", "add_sm80"]
-    assert launched(kernels) == [f"grouped_{name}" for name in names] + (
+    assert launched(kernels) == ["write_table"] + [f"grouped_{name}" for name in names] + (
         ["grouped_reduce"] if len(problem.rows(0)) > 64 else []
     )
-    assert kernels.take_copies() == 1
-    _, up_grad, _, down_grad, _ = [one.copied_bytes for one in kernels.take_launches()][:5]
+    _, _, up_grad, _, down_grad, _ = [one.copied_bytes for one in kernels.take_launches()][:6]
     h = -(-N // 256) * M * r * 2 * 2
     assert up_grad == problem.dy.nbytes + tiles * N * r * 2 + h
     assert down_grad == problem.x.nbytes + M * r * 2 * 2
 
 
-@pytest.mark.parametrize("slots", [2, 90])
-def test_what_a_graph_captures_is_all_in_the_arguments(kernels: GroupedKernels, slots: int) -> None:
-    """Nothing is copied from the host, whose memory a replay would read again; the same results."""
+@pytest.mark.parametrize(("slots", "most"), [(2, 1), (300, 6)])
+def test_the_table_goes_in_arguments_of_kernels(
+    kernels: GroupedKernels, slots: int, most: int
+) -> None:
+    """So nothing is copied, and a graph that is replayed has it: one launch for 32 kB of it."""
     kernels.gpu(86, 3)
     kernels.schedule("random", 3)
-    ids = torch.arange(160) % slots
-    problem = make_problem(12, sizes=(160, 72, 136), ids=ids, ranks=[8] * slots)
-    kernels.take_recorded()
-    want = results(kernels, problem)
-    launches = len(kernels.take_recorded())
-    kernels.take_copies()
-    kernels.library.set_capturing(True)
-    try:
-        found = results(kernels, problem)
-    finally:
-        kernels.library.set_capturing(False)
-    assert kernels.take_copies() == 0
-    writes = len(kernels.take_recorded()) - launches
-    assert writes >= (2 if slots == 2 else 10)
-    assert all(torch.equal(found[name], want[name]) for name in want)
+    ids = torch.arange(310) % slots
+    problem = make_problem(12, sizes=(310, 72, 136), ids=ids, ranks=[8] * slots)
+    launched(kernels)
+    check(kernels, problem)
+    writes = launched(kernels).count("write_table")
+    assert 2 <= writes <= 2 * most  # of forward and of backward
 
 
 def test_nothing_is_launched_without_rows(kernels: GroupedKernels) -> None:
     problem = make_problem(9, sizes=(20, 64, 72), ids=torch.full((20,), -1), ranks=[8, 3])
     launched(kernels)
     check(kernels, problem)
-    assert set(launched(kernels)) <= {"grouped_reduce"}  # gradients of zero
+    assert set(launched(kernels)) <= {"write_table", "grouped_reduce"}  # gradients of zero
 
 
 @pytest.mark.parametrize(

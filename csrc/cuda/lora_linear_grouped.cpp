@@ -6,8 +6,6 @@
 
 #include <ATen/ATen.h>
 #include <ATen/cuda/CUDAContext.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/util/StringUtil.h>
 #include <torch/library.h>
@@ -18,7 +16,6 @@
 #include "cuda/lora_linear_calls.h"
 #include "cuda/trust.h"
 #include "kernels/lora_linear_grouped.h"
-#include "kernels/write_table.h"
 #include "ops/lora_linear_grouped_composed.h"
 #include "ops/operator.h"
 
@@ -56,30 +53,6 @@ void print_choice(const char* pass, const Tensor& rows, int64_t N, const Grouped
                       rows.scalar_type()),
              path.name(), path.reason);
 }
-
-// The table on the device. While a CUDA graph is captured kernels carry it in their arguments,
-// which the graph keeps: a copy would read the host's memory again in each replay.
-struct DeviceTable {
-  at::TensorOptions options;
-  Tensor device;
-
-  static const void* copy(void* context, const void* table, int64_t bytes) {
-    auto* const self = static_cast<DeviceTable*>(context);
-    self->device = at::empty({bytes}, self->options.dtype(at::kByte));
-    void* const to = self->device.data_ptr();
-    if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
-      write_table(to, table, bytes, at::cuda::getCurrentCUDAStream());
-      return to;
-    }
-    // Pinned, so that nobody waits; torch keeps it until the copy is over.
-    const Tensor host =
-        at::empty({bytes}, at::TensorOptions().dtype(at::kByte).pinned_memory(true));
-    memcpy(host.data_ptr(), table, static_cast<size_t>(bytes));
-    self->device.copy_(host, /*non_blocking=*/true);
-    return to;
-  }
-  TableCopy copier() { return {copy, this}; }
-};
 
 // The adapters as the kernels take them, and the tensors that they point into.
 struct KernelAdapters {
@@ -134,7 +107,6 @@ std::tuple<Tensor, Tensor> lora_linear_grouped_fwd_cuda(const LoraLinearGroupedC
       at::empty({return_h ? grouped_hidden_size(given) : 0}, x.options().dtype(at::kFloat));
   const KernelAdapters adapters(given);
   CudaScratch scratch(x.options());
-  DeviceTable table{x.options(), {}};
   with_half_type(x.scalar_type(), [&](auto base) {
     using T = decltype(base);
     const GroupedForwardCall<T> of_kernels{.rows = adapters.rows(),
@@ -142,8 +114,7 @@ std::tuple<Tensor, Tensor> lora_linear_grouped_fwd_cuda(const LoraLinearGroupedC
                                            .y = out_or_null<T>(y.view({M, N})),
                                            .N = N,
                                            .h = return_h ? out_or_null<float>(h) : nullptr};
-    run_grouped_forward(of_kernels, scratch.allocator(), table.copier(),
-                        at::cuda::getCurrentCUDAStream());
+    run_grouped_forward(of_kernels, scratch.allocator(), at::cuda::getCurrentCUDAStream());
   });
   return {y, h};
 }
@@ -180,7 +151,6 @@ GroupedResults lora_linear_grouped_bwd_cuda(const LoraLinearGroupedBackwardCall&
     own.dlora_bias = make(dlora_bias, kSlotBias, slot.lora_B, dy.sym_size(1));
   }
   CudaScratch scratch(dy.options());
-  DeviceTable table{dy.options(), {}};
   with_half_type(dy.scalar_type(), [&](auto base) {
     using T = decltype(base);
     const GroupedBackwardCall<T> of_kernels{.rows = adapters.rows(),
@@ -190,8 +160,7 @@ GroupedResults lora_linear_grouped_bwd_cuda(const LoraLinearGroupedBackwardCall&
                                             .K = K,
                                             .dx = mask[kGroupedX] ? out_or_null<T>(dx) : nullptr,
                                             .dfactor = out_or_null<float>(dfactor)};
-    run_grouped_backward(of_kernels, scratch.allocator(), table.copier(),
-                         at::cuda::getCurrentCUDAStream());
+    run_grouped_backward(of_kernels, scratch.allocator(), at::cuda::getCurrentCUDAStream());
   });
   auto [dweight, dbias] = base_gradients(dy, x, mask);
   return {

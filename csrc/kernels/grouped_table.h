@@ -1,5 +1,5 @@
 // The table of a call of lora_linear_grouped: slots, what each block of the passes has, and the
-// jobs of the small kernels, in one buffer that is copied to the device once. Host code.
+// jobs of the small kernels, in one buffer that is written to the device once. Host code.
 //
 // How a slot is cut into blocks and parts follows from its own rows and from the sizes of the call:
 // not from the other slots, nor from the GPU. So an adapter's results are the same bit for bit,
@@ -13,6 +13,7 @@
 #include "grouped_passes_sm80.h"
 #include "lora_linear_grouped.h"
 #include "span.h"
+#include "write_table.h"
 
 namespace lora_ext {
 
@@ -29,10 +30,12 @@ class GroupedTable {
     if (!entries.empty()) memcpy(bytes_.data() + place, entries.data(), entries.size() * sizeof(E));
     return place;
   }
-  void copy(const TableCopy& copy) {
-    bytes_.resize(static_cast<size_t>(round_up(static_cast<int64_t>(bytes_.size()), 16)));
-    device_ = static_cast<const std::byte*>(
-        copy.copy(copy.context, bytes_.data(), static_cast<int64_t>(bytes_.size())));
+  void write(const Allocator& scratch, Stream stream) {
+    const auto bytes = round_up(static_cast<int64_t>(bytes_.size()), 16);
+    bytes_.resize(static_cast<size_t>(bytes));
+    auto* const device = scratch.get<std::byte>(bytes);
+    write_table(device, bytes_.data(), bytes, stream);
+    device_ = device;
   }
   template <class E>
   const E* at(int64_t place) const {

@@ -52,19 +52,14 @@ struct GroupedBackwardCall {
   float* dfactor;  // [R], or null
 };
 
-// What the kernels are told of adapters and rows is one buffer of the host, which is copied to the
-// device, once in a call; nobody waits for it.
-struct TableCopy {
-  const void* (*copy)(void* context, const void* table, int64_t bytes);  // returns it on the device
-  void* context;
-};
-
-// By the kernels for sm_80 and later. They throw std::runtime_error if one cannot be launched.
+// By the kernels for sm_80 and later. What they are told of adapters and rows goes to the device in
+// arguments of a kernel (write_table.h): nothing is copied, and nobody waits. They throw
+// std::runtime_error if one cannot be launched.
 template <class T>
 void run_grouped_forward(const GroupedForwardCall<T>& call, const Allocator& scratch,
-                         const TableCopy& table, Stream stream);
+                         Stream stream);
 template <class T>
 void run_grouped_backward(const GroupedBackwardCall<T>& call, const Allocator& scratch,
-                          const TableCopy& table, Stream stream);
+                          Stream stream);
 
 }  // namespace lora_ext

@@ -4,9 +4,7 @@
 namespace lora_ext {
 
 using Base = LORA_EXT_BASE;
-template void run_grouped_forward(const GroupedForwardCall<Base>&, const Allocator&,
-                                  const TableCopy&, Stream);
-template void run_grouped_backward(const GroupedBackwardCall<Base>&, const Allocator&,
-                                   const TableCopy&, Stream);
+template void run_grouped_forward(const GroupedForwardCall<Base>&, const Allocator&, Stream);
+template void run_grouped_backward(const GroupedBackwardCall<Base>&, const Allocator&, Stream);
 
 }  // namespace lora_ext

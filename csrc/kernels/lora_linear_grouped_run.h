@@ -130,7 +130,7 @@ struct GroupedLaunches {
 
 template <class T>
 void run_grouped_forward(const GroupedForwardCall<T>& call, const Allocator& scratch,
-                         const TableCopy& copy, Stream stream) {
+                         Stream stream) {
   const int64_t K = call.x.columns;
   GroupedPlan<T> plan(call.rows, false, scratch);
   for (size_t s = 0; s < plan.slots.size(); ++s) {
@@ -145,7 +145,7 @@ void run_grouped_forward(const GroupedForwardCall<T>& call, const Allocator& scr
   GroupedTable table;
   const int64_t slots = table.add(plan.slots);
   tiles.put(table), plan.packs.put(table);
-  table.copy(copy);
+  table.write(scratch, stream);
 
   plan.packs.launch(grouped_pack_kernel<T>, table, stream);
   const GroupedLaunches<T> launches{plan, table, call.rows, slots, tiles, tile_count, stream};
@@ -196,7 +196,7 @@ Gradient<T> grouped_gradient(void* out, bool in_float, float scale) {
 
 template <class T>
 void run_grouped_backward(const GroupedBackwardCall<T>& call, const Allocator& scratch,
-                          const TableCopy& copy, Stream stream) {
+                          Stream stream) {
   const int64_t M = call.dy.rows, N = call.dy.columns, K = call.K;
   GroupedPlan<T> plan(call.rows, true, scratch);
   bool any_dA = false, any_dB = false, any_h = false;
@@ -259,7 +259,7 @@ void run_grouped_backward(const GroupedBackwardCall<T>& call, const Allocator& s
   const int64_t slots = table.add(plan.slots);
   tiles.put(table), up.put(table), down.put(table);
   plan.packs.put(table), left.put(table);
-  table.copy(copy);
+  table.write(scratch, stream);
 
   const GroupedLaunches<T> launches{plan, table, call.rows, slots, tiles, tile_count, stream};
   if (tile_count > 0) {

@@ -35,10 +35,10 @@ extern "C" {
 
 const char* last_error() { return simt_test::message().c_str(); }
 
-// How many launches there were since the last call of take_launches, and of each of the first `count`
-// of them: the bytes that cp.async read from global memory, the mma.sync instructions of warps, the
-// bytes that TMA wrote to shared memory, the wgmma instructions of warpgroups, and the bytes that
-// TMA read.
+// How many launches there were since the last call of take_launches, and of each of the first
+// `count` of them: the bytes that cp.async read from global memory, the mma.sync instructions of
+// warps, the bytes that TMA wrote to shared memory, the wgmma instructions of warpgroups, and the
+// bytes that TMA read.
 int take_launches(int count, int64_t (*out)[5]) {
   const std::vector<simt::Statistics> launches = std::move(simt::launches());
   simt::launches().clear();

@@ -14,6 +14,7 @@
 #include "kernels/lora_linear_grouped_run.h"
 #include "kernels/lora_linear_multi_run.h"
 #include "kernels/self_check.h"
+#include "kernels/write_table.cu"
 #include "launched.h"
 
 using namespace lora_ext;

@@ -37,35 +37,10 @@ struct Arguments {
   int asked;  // for the kernels, by LORA_EXT_CUDA_PATH
 };
 
-int& copies() {
-  static int count = 0;
-  return count;
-}
-bool& capturing() {
-  static bool value = false;
-  return value;
-}
 GroupedPath& path() {
   static GroupedPath value{};
   return value;
 }
-
-// The table as it was copied, freed when the call is over.
-struct Table {
-  Scratch scratch;
-
-  static const void* copy(void* context, const void* from, int64_t bytes) {
-    auto* const self = static_cast<Table*>(context);
-    void* const to = Scratch::allocate(&self->scratch, bytes);
-    if (capturing()) {
-      write_table(to, from, bytes, nullptr);
-      return to;
-    }
-    if (!simt::options().limits_only) memcpy(to, from, static_cast<size_t>(bytes));
-    ++copies();
-    return to;
-  }
-};
 
 std::vector<GroupedAdapter> adapters_of(const Arguments& a) {
   std::vector<GroupedAdapter> adapters;
@@ -108,13 +83,12 @@ void forward(const Arguments& a) {
   if (!choose<T>(a, false)) return;
   const std::vector<GroupedAdapter> adapters = adapters_of(a);
   Scratch scratch;
-  Table table;
   const GroupedForwardCall<T> call{.rows = {adapters, a.order, a.factor},
                                    .x = {static_cast<const T*>(a.x), a.M, a.K, a.ldx},
                                    .y = static_cast<T*>(a.y),
                                    .N = a.N,
                                    .h = a.h};
-  run_grouped_forward(call, {Scratch::allocate, &scratch}, {Table::copy, &table}, nullptr);
+  run_grouped_forward(call, {Scratch::allocate, &scratch}, nullptr);
 }
 
 template <class T>
@@ -122,7 +96,6 @@ void backward(const Arguments& a) {
   if (!choose<T>(a, true)) return;
   const std::vector<GroupedAdapter> adapters = adapters_of(a);
   Scratch scratch;
-  Table table;
   const GroupedBackwardCall<T> call{.rows = {adapters, a.order, a.factor},
                                     .dy = {static_cast<const T*>(a.dy), a.M, a.N, a.ldy},
                                     .x = {static_cast<const T*>(a.x), a.M, a.K, a.ldx},
@@ -130,7 +103,7 @@ void backward(const Arguments& a) {
                                     .K = a.K,
                                     .dx = static_cast<T*>(a.dx),
                                     .dfactor = a.dfactor};
-  run_grouped_backward(call, {Scratch::allocate, &scratch}, {Table::copy, &table}, nullptr);
+  run_grouped_backward(call, {Scratch::allocate, &scratch}, nullptr);
 }
 
 }  // namespace
@@ -148,12 +121,6 @@ int grouped(int fp16, int is_backward, const Arguments* arguments) {
     is_backward ? backward<Bf16>(*arguments) : forward<Bf16>(*arguments);
   });
 }
-
-// As while a CUDA graph is captured.
-void set_capturing(bool value) { capturing() = value; }
-
-// Copies to the device since the last call.
-int take_copies() { return std::exchange(copies(), 0); }
 
 const char* last_path() { return path().name(); }
 const char* last_reason() { return path().reason; }
