@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from lora_ext._assignment import Assignment, copied
 from lora_ext._batch_arguments import (
     integers,
     names_of,
@@ -34,25 +35,6 @@ from lora_ext.arguments import listed, refuse
 __all__ = ["BatchPlan", "Checkpointing", "batch"]
 
 _NEVER = torch.iinfo(torch.int64).max
-
-
-class Assignment(NamedTuple):
-    """Which rows of one input, counted over all its leading dimensions, have which adapter."""
-
-    names: tuple[str, ...]  # of the adapters that have a row
-    order: Tensor  # int32 [R]: the rows of the first name, of the second, ...
-    counts: tuple[int, ...]  # how many each has
-    factor: Tensor | None  # [R], floating: the strength of each of these rows
-    alone: bool  # one adapter has all rows, at its own strength
-    several: bool  # rows may have several adapters
-
-    def by_name(self) -> list[tuple[str, Tensor, Tensor | None]]:
-        """(name, rows, factor) of each adapter."""
-        order = self.order.split_with_sizes(self.counts)
-        factors: Sequence[Tensor | None] = [None] * len(order)
-        if self.factor is not None:
-            factors = self.factor.split_with_sizes(self.counts)
-        return list(zip(self.names, order, factors, strict=True))
 
 
 class Entered(NamedTuple):
@@ -169,6 +151,7 @@ class BatchPlan:
         # cache, or of the last ones (transformers' logits_to_keep).
         self.tokens_follow = True
         self._made: dict[Any, tuple[Assignment, Tensor, Tensor]] = {}
+        self._strengths: dict[Any, Tensor] = {}  # of other devices, copied
         self._found = _Found()
 
     def __repr__(self) -> str:
@@ -221,6 +204,7 @@ class BatchPlan:
         assert self._gates is not None
         other = copy.copy(self)
         other._gates = gates.reshape(self._gates.shape)
+        other._strengths = {}
         return other
 
     def of(self, layer: object) -> BatchPlan:
@@ -271,11 +255,22 @@ class BatchPlan:
         # Not kept: its gradient is that of one backward.
         factors = []
         if self._scale is not None:
-            factors.append(self._scale.to(device).index_select(0, owners))
+            factors.append(self._on(device, self._scale).index_select(0, owners))
         if self._gates is not None:
-            factors.append(self._gates.to(device).flatten().index_select(0, gated))
+            factors.append(self._on(device, self._gates).flatten().index_select(0, gated))
         factor = factors[0] if len(factors) == 1 else factors[0].double() * factors[1].double()
         return assignment._replace(factor=factor, alone=False)
+
+    def _on(self, device: torch.device, strengths: Tensor) -> Tensor:
+        """The scale or the gates there: copied once, but for those that train, whose every copy is
+        a node of one backward."""
+        if strengths.device == device or strengths.requires_grad:
+            return strengths.to(device)
+        key = (device, strengths is self._gates)
+        if key not in self._strengths:
+            with torch.inference_mode(False):
+                self._strengths[key] = copied(strengths, device)
+        return self._strengths[key]
 
     def _assign(
         self,
@@ -311,16 +306,20 @@ class BatchPlan:
             for name, count in zip(names, counts[1:], strict=True)
             if count or self._zero_grads
         ]
+        # In one copy
+        parts = [rows]
+        if self.has_scale:
+            parts += [owners[rows], owners[rows] * k + columns.flatten()[order]]
+        on_device = copied(torch.stack(parts).to(torch.int32), device)
         assignment = Assignment(
             tuple(name for name, _ in having),
-            rows.to(device, torch.int32),
+            on_device[0],
             tuple(count for _, count in having),
             None,
             len(having) == 1 and len(rows) == len(slots),
             k > 1,
         )
-        gated = owners[rows] * k + columns.flatten()[order]
-        return assignment, owners[rows].to(device), gated.to(device)
+        return assignment, on_device[len(parts) // 2], on_device[-1]
 
     def _owners(
         self, leading: tuple[int, ...], where: str, whole: bool
@@ -403,7 +402,8 @@ def batch(
             ids; or without ids [requests, adapters] or [requests, rows, adapters], of all
             `adapters` then. They may require grad (X-LoRA, mixtures of adapters).
         scale: floating [requests], or [segments], or with ids [rows]: multiplies the update of each
-            one's rows. It may require grad.
+            one's rows. It may require grad. It and gates are best where the model is: others are
+            copied there, once, or once for each layer if they require grad.
         after: the position in its request, or segment, from which on each one's adapter takes
             effect; negative ones count from its end, None is never.
         repeats: of inputs that have each request several times in a row, as beam search does.

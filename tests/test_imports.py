@@ -23,7 +23,15 @@ ROOT = Path(lora_ext.__file__).parent
 # From below to above: each may import what stands before it.
 PACKAGES = (
     *("_startup", "_missing", "_extension", "_flops", "_offloaded"),
-    *("_not_built", "errors", "arguments", "_batch_arguments", "batching", "reference"),
+    *(
+        "_not_built",
+        "errors",
+        "arguments",
+        "_assignment",
+        "_batch_arguments",
+        "batching",
+        "reference",
+    ),
     *("_scaling", "_linear_multi"),
     *(
         "functional",

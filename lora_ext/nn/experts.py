@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_ext.batching import Assignment
+from lora_ext._assignment import Assignment
 from lora_ext.functional import lora_linear
 
 # Of transformers' own ways those that compute what the module's forward does, in its dtype.

@@ -15,7 +15,8 @@ from typing import Any, NoReturn, TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor
 
-from lora_ext.batching import Assignment, BatchPlan, current_plan
+from lora_ext._assignment import Assignment
+from lora_ext.batching import BatchPlan, current_plan
 from lora_ext.functional import lora_linear_grouped
 from lora_ext.nn.adapter import LowRank, variant_of
 from lora_ext.paths import lora_linear_grouped_path

@@ -9,7 +9,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from lora_ext.batching import Assignment, BatchPlan
+from lora_ext._assignment import Assignment
+from lora_ext.batching import BatchPlan
 
 
 def _everything(rows: int, names: Sequence[str]) -> Tensor:

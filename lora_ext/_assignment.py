@@ -1,0 +1,35 @@
+"""What a plan tells a layer: which rows of its input have which adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Assignment(NamedTuple):
+    """Which rows of one input, counted over all its leading dimensions, have which adapter."""
+
+    names: tuple[str, ...]  # of the adapters that have a row
+    order: Tensor  # int32 [R]: the rows of the first name, of the second, ...
+    counts: tuple[int, ...]  # how many each has
+    factor: Tensor | None  # [R], floating: the strength of each of these rows
+    alone: bool  # one adapter has all rows, at its own strength
+    several: bool  # rows may have several adapters
+
+    def by_name(self) -> list[tuple[str, Tensor, Tensor | None]]:
+        """(name, rows, factor) of each adapter."""
+        order = self.order.split_with_sizes(self.counts)
+        factors: Sequence[Tensor | None] = [None] * len(order)
+        if self.factor is not None:
+            factors = self.factor.split_with_sizes(self.counts)
+        return list(zip(self.names, order, factors, strict=True))
+
+
+def copied(of_host: Tensor, device: torch.device) -> Tensor:
+    """On the device; nobody waits for it, the stream of a GPU apart."""
+    if device.type != "cuda" or of_host.device.type != "cpu":
+        return of_host.to(device)
+    return of_host.pin_memory().to(device, non_blocking=True)
