@@ -155,8 +155,8 @@ def test_keeps_x_once_and_h_of_each_row() -> None:
     assert sum(t.data_ptr() == problem.x.data_ptr() for t in kept) == 1
 
 
-def test_more_than_1023_adapters() -> None:
-    slots, K, N = 1500, 8, 6
+def test_2000_adapters() -> None:
+    slots, K, N = 2000, 8, 6
     adapters = {
         f"a{i}": LowRank(torch.randn(1 + i % 3, K), torch.randn(N, 1 + i % 3), None, 1.0, 0.0)
         for i in range(slots)
