@@ -4,6 +4,7 @@ emulator in tests/simt."""
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 import lora_ext
@@ -145,9 +147,22 @@ class EmulatedKernels:
     @classmethod
     def load(cls, compiled: Path) -> EmulatedKernels:
         library = ctypes.CDLL(str(compiled))
-        library.last_error.restype = library.last_path.restype = ctypes.c_char_p
-        library.self_check.restype = library.last_reason.restype = ctypes.c_char_p
+        for name in ("last_error", "last_path", "last_reason"):
+            getattr(library, name).restype = ctypes.c_char_p
         return cls(library)
+
+    @classmethod
+    def shared(cls, factory: pytest.TempPathFactory) -> EmulatedKernels:
+        """Compiled once for all files of tests and processes of xdist; each has a copy, and with it
+        a GPU, a schedule and launches of its own."""
+        folder = factory.getbasetemp()
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            folder = folder.parent
+        target = folder / "liblora_linear.so"
+        with FileLock(folder / "emulated_kernels.lock"):
+            if not target.exists():
+                cls.compile(factory.mktemp("compiled")).rename(target)
+        return cls.load(Path(shutil.copy(target, factory.mktemp("kernels"))))
 
     def schedule(self, completion: str, seed: int) -> None:
         self.library.set_schedule(COMPLETIONS.index(completion), ctypes.c_uint64(seed))
@@ -260,6 +275,7 @@ class EmulatedKernels:
 
     def self_check(self, family: str, M: int, N: int, K: int) -> str:
         """What the check of a family at its first use finds wrong; empty if nothing is."""
+        self.library.self_check.restype = ctypes.c_char_p
         found: bytes = self.library.self_check(
             list(GPUS).index(family), *map(ctypes.c_int64, (M, N, K))
         )

@@ -3,6 +3,12 @@ planted_mistakes.py."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
+from emulated import COMPLETIONS
+from emulated_grouped import GroupedKernels, check, make_problem
+
 MISTAKES = {
     "grouped: rows as they lie": (
         "tile_sm80.h", "source + `list[row]` * matrix.stride", "row",
@@ -172,37 +178,33 @@ MISTAKES = {
     ),
 }  # fmt: skip
 
-# Slots of several tiles and parts and of none, ranks beyond a group, factor, lora_bias, dropout.
-SCRIPT = """
-import sys
-from dataclasses import replace
-from pathlib import Path
-import torch
-from emulated import COMPLETIONS
-from emulated_grouped import GroupedKernels, check, make_problem
-kernels = GroupedKernels.load(Path(sys.argv[1]))
-print("loaded", flush=True)
-kernels.gpu(86, 3)
-ids = torch.arange(190) % 7
-ids = torch.where(ids < 3, ids, torch.where(ids == 3, -1, 3))
-for seed, sizes in enumerate([(190, 264, 200), (190, 72, 520), (190, 520, 72)]):
-    problem = make_problem(seed, sizes=sizes, ids=ids, ranks=[24, 3, 72, 17, 8],
-                           dtype=torch.bfloat16)
-    generator = torch.Generator().manual_seed(seed)
-    bias = torch.randn(sizes[2], generator=generator)
-    slots = [
-        replace(
-            slot, dropout_p=(0.5, 0.0, 0.1, 0.3, 0.2)[s], scaling=(0.5, 2.5)[s % 2],
-            lora_A=slot.lora_A.to(of), lora_B=slot.lora_B.to(of),
-            lora_bias=bias.to(of) if s in (1, 2, 3) else None,
+
+def notice(kernels: GroupedKernels) -> None:
+    """Fails of a mistake: slots of several tiles and parts and of none, ranks beyond a group,
+    factor, lora_bias, dropout."""
+    kernels.gpu(86, 3)
+    ids = torch.arange(190) % 7
+    ids = torch.where(ids < 3, ids, torch.where(ids == 3, -1, 3))
+    for seed, sizes in enumerate([(190, 264, 200), (190, 72, 520), (190, 520, 72)]):
+        problem = make_problem(
+            seed, sizes=sizes, ids=ids, ranks=[24, 3, 72, 17, 8], dtype=torch.bfloat16
         )
-        for s, slot in enumerate(problem.slots)
-        for of in [torch.float32 if s % 2 else torch.bfloat16]
-    ]
-    factor = torch.rand(190, generator=generator) + 0.5 if seed != 1 else None
-    problem = replace(problem, slots=slots, factor=factor, keeps_h=seed != 1)
-    for i, completion in enumerate(COMPLETIONS):
-        kernels.schedule(completion, 2 * seed + i)
-        check(kernels, problem)
-print("no mistake noticed")
-"""
+        generator = torch.Generator().manual_seed(seed)
+        bias = torch.randn(sizes[2], generator=generator)
+        slots = [
+            replace(
+                slot,
+                dropout_p=(0.5, 0.0, 0.1, 0.3, 0.2)[s],
+                scaling=(0.5, 2.5)[s % 2],
+                lora_A=slot.lora_A.to(of),
+                lora_B=slot.lora_B.to(of),
+                lora_bias=bias.to(of) if s in (1, 2, 3) else None,
+            )
+            for s, slot in enumerate(problem.slots)
+            for of in [torch.float32 if s % 2 else torch.bfloat16]
+        ]
+        factor = torch.rand(190, generator=generator) + 0.5 if seed != 1 else None
+        problem = replace(problem, slots=slots, factor=factor, keeps_h=seed != 1)
+        for i, completion in enumerate(COMPLETIONS):
+            kernels.schedule(completion, 2 * seed + i)
+            check(kernels, problem)

@@ -28,7 +28,7 @@ import lora_ext
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernels:
-    return EmulatedKernels.build(tmp_path_factory.mktemp("kernels"))
+    return EmulatedKernels.shared(tmp_path_factory)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])

@@ -38,7 +38,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernels:
-    return EmulatedKernels.build(tmp_path_factory.mktemp("kernels"))
+    return EmulatedKernels.shared(tmp_path_factory)
 
 
 def operands(M: int, r: int, size: Sizes, adapter: torch.dtype) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernels:
-    return EmulatedKernels.build(tmp_path_factory.mktemp("kernels"))
+    return EmulatedKernels.shared(tmp_path_factory)
 
 
 # Tiles of 64 to 256 columns with tails; the third of four has no adapter

@@ -22,7 +22,7 @@ FEWER = [
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernels:
-    return EmulatedKernels.build(tmp_path_factory.mktemp("kernels"))
+    return EmulatedKernels.shared(tmp_path_factory)
 
 
 def test_however_many_rows_or_columns(kernels: EmulatedKernels) -> None:
