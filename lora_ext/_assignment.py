@@ -17,7 +17,9 @@ class Assignment(NamedTuple):
     counts: tuple[int, ...]  # how many each has
     factor: Tensor | None  # [R], floating: the strength of each of these rows
     alone: bool  # one adapter has all rows, at its own strength
-    several: bool  # rows may have several adapters
+    # Where rows have several adapters: in how many of each name's rows it is the first, the second,
+    # ... of its row's, as pairs (0, rows), (1, rows), ...; a name's rows lie in that order.
+    rounds: tuple[int, ...]
 
     def by_name(self) -> list[tuple[str, Tensor, Tensor | None]]:
         """(name, rows, factor) of each adapter."""

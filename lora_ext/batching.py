@@ -289,16 +289,18 @@ class BatchPlan:
             after = torch.where(after < 0, after + lengths, after)
             slots = torch.where((positions >= after).unsqueeze(1), slots, -1)
         # In the order of `names`; others are the base's.
-        places = torch.full((len(self.names) + 1,), -1, device="cpu")
-        for place, name in enumerate(names):
-            places[self.names.index(name)] = place
+        place_of = {name: place for place, name in enumerate(names)}
+        places = torch.tensor([*(place_of.get(name, -1) for name in self.names), -1], device="cpu")
         slots, columns = places[slots].sort(1)  # -1 is the last place, which is -1
         # In an adapter those rows first for which it is the first one, then the second, ...: no row
         # is twice in such a part, so that its rows are independent.
         k = slots.shape[1]
         rounds = torch.arange(k, device="cpu") - (slots < 0).sum(1, keepdim=True)
-        order = (slots * k + rounds.clamp(min=0)).flatten().argsort(stable=True)
-        counts = torch.bincount(slots.flatten() + 1, minlength=len(names) + 1).tolist()
+        parts = ((slots + 1) * k + rounds.clamp(min=0)).flatten()
+        order = parts.argsort(stable=True)
+        sizes = torch.bincount(parts, minlength=(len(names) + 1) * k)
+        sizes = sizes.view(len(names) + 1, k)
+        counts = sizes.sum(1).tolist()
         order = order[counts[0] :]
         rows = order // k
         having = [
@@ -307,19 +309,19 @@ class BatchPlan:
             if count or self._zero_grads
         ]
         # In one copy
-        parts = [rows]
+        told = [rows]
         if self.has_scale:
-            parts += [owners[rows], owners[rows] * k + columns.flatten()[order]]
-        on_device = copied(torch.stack(parts).to(torch.int32), device)
+            told += [owners[rows], owners[rows] * k + columns.flatten()[order]]
+        on_device = copied(torch.stack(told).to(torch.int32), device)
         assignment = Assignment(
             tuple(name for name, _ in having),
             on_device[0],
             tuple(count for _, count in having),
             None,
             len(having) == 1 and len(rows) == len(slots),
-            k > 1,
+            _rounds(sizes[1:]) if k > 1 else (),
         )
-        return assignment, on_device[len(parts) // 2], on_device[-1]
+        return assignment, on_device[len(told) // 2], on_device[-1]
 
     def _owners(
         self, leading: tuple[int, ...], where: str, whole: bool
@@ -374,6 +376,14 @@ class BatchPlan:
             if each < length:
                 positions = positions + (length if self.tokens_follow else length - each)
         return owners.repeat_interleave(each), positions.repeat(sequences), length
+
+
+def _rounds(sizes: Tensor) -> tuple[int, ...]:
+    """Of an assignment, where each name has sizes[name, round] rows; () if there is one round."""
+    if not sizes[:, 1:].any():
+        return ()
+    name, number = sizes.nonzero(as_tuple=True)
+    return tuple(torch.stack([number, sizes[name, number]], 1).flatten().tolist())
 
 
 def batch(
