@@ -3,12 +3,13 @@ bit for bit where gates say that there is one adapter."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from grouped_problems import PAIRS, bounds, make_gated, make_grouped
+from grouped_problems import PAIRS, bounds, make_adapter, make_gated, make_grouped
 from problems import rms
 from torch import nn
 
@@ -57,6 +58,31 @@ def test_other_adapters_change_no_bit(dtype: torch.dtype) -> None:
         if "gates" in found:
             assert torch.equal(mixed["gates"][own], found["gates"][own]), seed
     assert compared > 40
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_other_adapters_are_changes_no_gradient(dtype: torch.dtype) -> None:
+    """Of an adapter whose rows have the others before it that they had: of other ranks, dropout and
+    dtypes."""
+    compared = 0
+    for seed in SEEDS:
+        problem = make_gated(seed, dtype)
+        mixed = problem.results(problem.fused())
+        choice, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        others = {
+            name: make_adapter(
+                generator, problem.x, problem.dy.shape[1], problem.x.shape[1], choice,
+                choice.choice(PAIRS[dtype]),
+            )
+            for name in problem.names
+        }  # fmt: skip
+        for name, own in problem.adapters.items():
+            found = replace(problem, adapters={**others, name: own})
+            for leaf, value in found.results(found.fused()).items():
+                if leaf.startswith(f"{name}."):
+                    assert torch.equal(value, mixed[leaf]), f"{seed} {leaf}"
+                    compared += 1
+    assert compared > 200
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
