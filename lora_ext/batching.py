@@ -295,17 +295,14 @@ class BatchPlan:
         # In an adapter those rows first for which it is the first one, then the second, ...: no row
         # is twice in such a part, so that its rows are independent.
         k = slots.shape[1]
-        rounds = torch.arange(k, device="cpu") - (slots < 0).sum(1, keepdim=True)
-        parts = ((slots + 1) * k + rounds.clamp(min=0)).flatten()
-        order = parts.argsort(stable=True)
-        sizes = torch.bincount(parts, minlength=(len(names) + 1) * k)
-        sizes = sizes.view(len(names) + 1, k)
-        counts = sizes.sum(1).tolist()
-        order = order[counts[0] :]
+        before = torch.arange(k, device="cpu") - (slots < 0).sum(1, keepdim=True)
+        parts, order = (slots * k + before).flatten().sort(stable=True)
+        counts, rounds = _counts(parts, k, len(names))
+        order = order[len(parts) - sum(counts) :]
         rows = order // k
         having = [
             (name, count)
-            for name, count in zip(names, counts[1:], strict=True)
+            for name, count in zip(names, counts, strict=True)
             if count or self._zero_grads
         ]
         # In one copy
@@ -319,7 +316,7 @@ class BatchPlan:
             tuple(count for _, count in having),
             None,
             len(having) == 1 and len(rows) == len(slots),
-            _rounds(sizes[1:]) if k > 1 else (),
+            rounds,
         )
         return assignment, on_device[len(told) // 2], on_device[-1]
 
@@ -378,12 +375,17 @@ class BatchPlan:
         return owners.repeat_interleave(each), positions.repeat(sequences), length
 
 
-def _rounds(sizes: Tensor) -> tuple[int, ...]:
-    """Of an assignment, where each name has sizes[name, round] rows; () if there is one round."""
-    if not sizes[:, 1:].any():
-        return ()
-    name, number = sizes.nonzero(as_tuple=True)
-    return tuple(torch.stack([number, sizes[name, number]], 1).flatten().tolist())
+def _counts(parts: Tensor, k: int, names: int) -> tuple[list[int], tuple[int, ...]]:
+    """How many rows each name has, and the rounds of an Assignment. `parts` are sorted: of an entry
+    k * its name's place + how many names its row has before it; below 0 are those of none."""
+    counts = [0] * names
+    rounds: list[int] = []
+    runs, lengths = parts.unique_consecutive(return_counts=True)  # type: ignore[no-untyped-call]
+    for part, rows in zip(runs.tolist(), lengths.tolist(), strict=True):
+        if part >= 0:
+            counts[part // k] += rows
+            rounds += [part % k, rows]
+    return counts, tuple(rounds) if any(rounds[::2]) else ()
 
 
 def batch(
