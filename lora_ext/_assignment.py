@@ -17,7 +17,9 @@ class Assignment(NamedTuple):
     counts: tuple[int, ...]  # how many each has
     factor: Tensor | None  # [R], floating: the strength of each of these rows
     alone: bool  # one adapter has all rows, at its own strength
-    several: bool  # rows may have several adapters
+    # Where rows have several adapters each name's lie by how many other names a row has before it;
+    # of each name, how many rows have how many, in pairs (names before, rows). Empty: one each.
+    rounds: tuple[int, ...]
 
     def by_name(self) -> list[tuple[str, Tensor, Tensor | None]]:
         """(name, rows, factor) of each adapter."""

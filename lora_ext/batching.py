@@ -289,37 +289,36 @@ class BatchPlan:
             after = torch.where(after < 0, after + lengths, after)
             slots = torch.where((positions >= after).unsqueeze(1), slots, -1)
         # In the order of `names`; others are the base's.
-        places = torch.full((len(self.names) + 1,), -1, device="cpu")
-        for place, name in enumerate(names):
-            places[self.names.index(name)] = place
+        place_of = {name: place for place, name in enumerate(names)}
+        places = torch.tensor([*(place_of.get(name, -1) for name in self.names), -1], device="cpu")
         slots, columns = places[slots].sort(1)  # -1 is the last place, which is -1
         # In an adapter those rows first for which it is the first one, then the second, ...: no row
         # is twice in such a part, so that its rows are independent.
         k = slots.shape[1]
-        rounds = torch.arange(k, device="cpu") - (slots < 0).sum(1, keepdim=True)
-        order = (slots * k + rounds.clamp(min=0)).flatten().argsort(stable=True)
-        counts = torch.bincount(slots.flatten() + 1, minlength=len(names) + 1).tolist()
-        order = order[counts[0] :]
+        before = torch.arange(k, device="cpu") - (slots < 0).sum(1, keepdim=True)
+        parts, order = (slots * k + before).flatten().sort(stable=True)
+        counts, rounds = _counts(parts, k, len(names))
+        order = order[len(parts) - sum(counts) :]
         rows = order // k
         having = [
             (name, count)
-            for name, count in zip(names, counts[1:], strict=True)
+            for name, count in zip(names, counts, strict=True)
             if count or self._zero_grads
         ]
         # In one copy
-        parts = [rows]
+        told = [rows]
         if self.has_scale:
-            parts += [owners[rows], owners[rows] * k + columns.flatten()[order]]
-        on_device = copied(torch.stack(parts).to(torch.int32), device)
+            told += [owners[rows], owners[rows] * k + columns.flatten()[order]]
+        on_device = copied(torch.stack(told).to(torch.int32), device)
         assignment = Assignment(
             tuple(name for name, _ in having),
             on_device[0],
             tuple(count for _, count in having),
             None,
             len(having) == 1 and len(rows) == len(slots),
-            k > 1,
+            rounds,
         )
-        return assignment, on_device[len(parts) // 2], on_device[-1]
+        return assignment, on_device[len(told) // 2], on_device[-1]
 
     def _owners(
         self, leading: tuple[int, ...], where: str, whole: bool
@@ -374,6 +373,19 @@ class BatchPlan:
             if each < length:
                 positions = positions + (length if self.tokens_follow else length - each)
         return owners.repeat_interleave(each), positions.repeat(sequences), length
+
+
+def _counts(parts: Tensor, k: int, names: int) -> tuple[list[int], tuple[int, ...]]:
+    """How many rows each name has, and the rounds of an Assignment. `parts` are sorted: of an entry
+    k * its name's place + how many names its row has before it; below 0 are those of none."""
+    counts = [0] * names
+    rounds: list[int] = []
+    runs, lengths = parts.unique_consecutive(return_counts=True)  # type: ignore[no-untyped-call]
+    for part, rows in zip(runs.tolist(), lengths.tolist(), strict=True):
+        if part >= 0:
+            counts[part // k] += rows
+            rounds += [part % k, rows]
+    return counts, tuple(rounds) if any(rounds[::2]) else ()
 
 
 def batch(

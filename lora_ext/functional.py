@@ -264,7 +264,7 @@ def lora_linear_grouped(
         [one.scaling for one in used],
         [one.dropout_p for one in used],
         rng_state,
-        rows.several,
+        rows.rounds,
     )
 
 

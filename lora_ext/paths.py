@@ -40,15 +40,12 @@ def lora_linear_path(weight: Tensor, lora_A: Tensor, dropout_p: float, tokens: i
     return _C.explain_lora_linear_cuda(call, 10 * major + minor)
 
 
-def lora_linear_grouped_path(weight: Tensor, ranks: Iterable[int], several: bool = False) -> Path:
-    """That of `lora_linear_grouped` with a weight [N, K] and such ranks, as far as sizes tell;
-    `several`: rows have several adapters."""
+def lora_linear_grouped_path(weight: Tensor, ranks: Iterable[int]) -> Path:
+    """That of `lora_linear_grouped` with a weight [N, K] and such ranks, as far as sizes tell."""
     name = "lora_linear_grouped"
     if weight.device.type == "cpu":
         return name, "vector kernels over the rows of each adapter"
     composed = "composed products, one adapter after another"
-    if several:
-        return name, f"{composed}: rows have several adapters, with gates"
     if weight.device.type != "cuda" or build_info()["cuda"] is None:
         return name, f"{composed}: this build has no kernels for {weight.device.type}"
     major, minor = torch.cuda.get_device_capability(weight.device)

@@ -34,7 +34,8 @@ class Arguments(ctypes.Structure):
     _fields_ = (
         [(name, ctypes.c_int64) for name in ("M", "N", "K", "ldx", "ldy")]
         + [("adapters", ctypes.POINTER(AdapterArguments)), ("count", ctypes.c_int64)]
-        + [(name, ctypes.c_void_p) for name in ("order", "factor", "rng_state", "x", "dy")]
+        + [("order", ctypes.c_void_p), ("rounds", ctypes.c_void_p), ("round_count", ctypes.c_int64)]
+        + [(name, ctypes.c_void_p) for name in ("factor", "rng_state", "x", "dy")]
         + [(name, ctypes.c_void_p) for name in ("y", "dx", "h", "saved_h", "dfactor")]
         + [("asked", ctypes.c_int)]
     )
@@ -63,14 +64,42 @@ class Problem:
     base_y: Tensor  # [M, N]: what the update is added to
     base_dx: Tensor  # [M, K]
     slots: list[Slot]
-    ids: Tensor  # [M]: the slot of each row; -1 is none
-    factor: Tensor | None  # [M] float32
+    ids: Tensor  # [M]: the slot of each row; -1 is none. [M, k]: of rows that may have several
+    factor: Tensor | None  # float32, in the shape of ids
     rng_state: Tensor
     wants_x: bool = True
     keeps_h: bool = True
+    apart: int = 1  # the numbers of rounds, so that some between them are empty
+
+    def has(self, slot: int) -> Tensor:
+        """[M]: which rows."""
+        return (self.ids == slot).view(len(self.x), -1).any(1)
 
     def rows(self, slot: int) -> Tensor:
-        return (self.ids == slot).nonzero().flatten()
+        """By rounds: first those that have no slot before this one."""
+        rows = self.has(slot).nonzero().flatten()
+        return rows[self._before(slot, rows).argsort(stable=True)]
+
+    def _before(self, slot: int, rows: Tensor) -> Tensor:
+        ids = self.ids.view(len(self.x), -1)[rows]
+        return ((ids >= 0) & (ids < slot)).sum(1)
+
+    @property
+    def rounds(self) -> Tensor:
+        """[.., 3]: slot, round, rows; none where each row has one slot."""
+        found = []
+        for s in range(len(self.slots) if self.ids.dim() > 1 else 0):
+            for number, count in enumerate(self._before(s, self.rows(s)).bincount().tolist()):
+                if count:
+                    found.append((s, number * self.apart, count))
+        return torch.tensor(found, dtype=torch.int64).view(-1, 3)
+
+    def factor_of(self, slot: int) -> Tensor | None:
+        """Of its rows, in their order."""
+        if self.factor is None:
+            return None
+        chosen = torch.where(self.ids == slot, self.factor, 0.0).view(len(self.x), -1)
+        return chosen.sum(1)[self.rows(slot)]
 
     @property
     def order(self) -> Tensor:
@@ -125,8 +154,10 @@ class GroupedKernels(EmulatedKernels):
                 )
             )  # fmt: skip
         operands = {"x": problem.x, "order": problem.order}
+        rounds = problem.rounds
         if problem.factor is not None:
-            operands["factor"] = problem.factor[problem.order.long()]
+            factors = [problem.factor_of(s) for s in range(len(problem.slots))]
+            operands["factor"] = torch.cat([f for f in factors if f is not None])
         if backward:
             operands["dy"] = problem.dy
         guarded |= {
@@ -138,6 +169,7 @@ class GroupedKernels(EmulatedKernels):
             M=len(problem.x), N=problem.dy.shape[1], K=problem.x.shape[1],
             ldx=guarded["x"].tensor.stride(0), ldy=problem.dy.stride(0),
             adapters=(AdapterArguments * len(adapters))(*adapters), count=len(adapters),
+            rounds=rounds.data_ptr(), round_count=len(rounds),
             rng_state=problem.rng_state.data_ptr(), asked=fp16 and self.asks_in_fp16,
             **{name: guarded[name].tensor.data_ptr() for name in names},
         )  # fmt: skip
@@ -237,7 +269,7 @@ def product(a: Tensor, b: Tensor) -> Exact:
 
 
 def exact_slot(problem: Problem, s: int) -> dict[str, Exact]:
-    """Everything of one slot, its rows alone, in float64."""
+    """Everything of one slot, its rows alone, in float64; of y and dx what it adds."""
     slot, rows = problem.slots[s], problem.rows(s)
     given = problem.x[rows], problem.dy[rows], slot.lora_A, slot.lora_B
     x, dy, A, B = (t.double() for t in given)
@@ -246,15 +278,15 @@ def exact_slot(problem: Problem, s: int) -> dict[str, Exact]:
         keep = mask / (1 - slot.dropout_p) if slot.dropout_p < 1 else mask * 0.0
     else:
         keep = torch.ones_like(x)
+    factors = problem.factor_of(s)
     factor = torch.ones(len(rows), 1, dtype=torch.float64)
-    if problem.factor is not None:
-        factor = problem.factor[rows, None].double()
+    if factors is not None:
+        factor = factors[:, None].double()
     strength = slot.scaling * factor
     bias = torch.zeros(len(B)).double() if slot.lora_bias is None else slot.lora_bias.double()
     d = x * keep
     h, unscaled = product(d, A.t()), product(dy, B)
     update = product(strength * h.value, B.t())
-    y = problem.base_y[rows].double() + update.value + strength * bias
     dh = strength * unscaled.value
     back = product(dh, A)
     # What is left of large terms errs as they do.
@@ -262,9 +294,9 @@ def exact_slot(problem: Problem, s: int) -> dict[str, Exact]:
     dh_size = strength.abs() * torch.maximum(unscaled.value.abs(), unscaled.size)
     sums = unscaled.value * h.value
     return {
-        "y": Exact(y, update.size),
+        "y": Exact(update.value + strength * bias, update.size),
         "h": h,
-        "dx": Exact(problem.base_dx[rows].double() + back.value * keep, back.size * keep),
+        "dx": Exact(back.value * keep, back.size * keep),
         "dA": Exact(dh.t() @ d, product(dh_size.t(), d).size),
         "dB": Exact((strength * dy).t() @ h.value, product((strength * dy).t(), h_size).size),
         "dlora_bias": product((strength * dy).t(), torch.ones(len(rows), 1).double()),
@@ -280,11 +312,11 @@ def exact_slot(problem: Problem, s: int) -> dict[str, Exact]:
     }
 
 
-def tolerance(problem: Problem, s: int, name: str, dtype: torch.dtype, exact: Exact) -> float:
-    """What roundings may leave, as kernel_bound of tests/problems.py counts them: h and dh once for
-    the product, y and dx once; what is float is two of 16 bits, three times in a product. Sums are
-    in float. Of few values errors are not seen as an average, which is off by 1 / sqrt(2 n); the
-    result's own rounding errs by at most half an ulp, twice the unit."""
+def relative_error(problem: Problem, s: int, name: str) -> float:
+    """Of what a slot makes, to the size of its terms: what roundings may leave, as kernel_bound of
+    tests/problems.py counts them: h and dh once for the product; what is float is two of 16 bits,
+    three times in a product. Sums are in float. Of few values errors are not seen as an average,
+    which is off by 1 / sqrt(2 n)."""
     slot, base, f = problem.slots[s], UNIT[problem.x.dtype], UNIT[torch.float32]
     M, K, N = *problem.x.shape, problem.dy.shape[1]
     terms = f * max(M, K, N) ** 0.5 + 3 * base**2
@@ -292,44 +324,78 @@ def tolerance(problem: Problem, s: int, name: str, dtype: torch.dtype, exact: Ex
         terms += 2.0**-25 * sum(1 / rms(t) for t in (slot.lora_A, slot.lora_B) if t.numel())
     if name in ("y", "dx"):
         terms += base
+    return terms * (1 + 4 / (2 * max(len(problem.rows(s)) * slot.r, 1)) ** 0.5)
 
-    stored = 2 * UNIT[dtype] * rms(exact.value)
-    few = 1 + 4 / (2 * max(len(problem.rows(s)) * slot.r, 1)) ** 0.5
-    return few * terms * rms(exact.size) + stored
+
+@dataclass(frozen=True)
+class ExactSums:
+    """y or dx: what all slots add to the base's, one after another."""
+
+    value: Tensor
+    error: Tensor  # of the updates, squared
+    rounded: Tensor  # what was rounded to be stored, squared and added up
+
+    def check(self, name: str, got: Tensor, rows: Tensor) -> None:
+        """Of these rows; storing errs by at most half an ulp, twice the unit."""
+        if got[rows].numel() == 0:
+            return
+        error = rms(got[rows].double() - self.value[rows])
+        most = float(self.error[rows].mean().sqrt())
+        most += 2 * UNIT[got.dtype] * float(self.rounded[rows].mean().sqrt())
+        assert error <= most, f"{name}: error {error:.3g}, at most {most:.3g}"
+
+
+def exact_sums(problem: Problem, name: str, exact: list[dict[str, Exact]]) -> ExactSums:
+    value = (problem.base_y if name == "y" else problem.base_dx).double()
+    error, rounded = torch.zeros_like(value), torch.zeros_like(value)
+    for s, own in enumerate(exact):
+        rows = problem.rows(s)
+        value = value.index_add(0, rows, own[name].value)
+        error[rows] += (relative_error(problem, s, name) * own[name].size).square()
+        rounded[rows] += value[rows].square()
+    return ExactSums(value, error, rounded)
 
 
 def check(kernels: GroupedKernels, problem: Problem) -> tuple[Results, Results]:
     """Forward and backward against float64; rows of no slot as they were, bit for bit."""
     made = kernels.forward(problem)
     gradients = kernels.backward(problem, made.get("h"))
-    none = problem.ids == -1
-    assert torch.equal(made["y"][none], problem.base_y[none])
-    if problem.wants_x:
-        assert torch.equal(gradients["dx"][none], problem.base_dx[none])
+    exact = [exact_slot(problem, s) for s in range(len(problem.slots))]
+    with_slot = problem.ids.view(len(problem.x), -1).amax(1) >= 0
+    # Of each slot alone, or of all where rows have several.
+    groups = [problem.rows(s) for s in range(len(exact))] if problem.ids.dim() == 1 else [with_slot]
+    for name, base, results in (
+        ("y", problem.base_y, made),
+        ("dx", problem.base_dx, gradients),
+    ):
+        if name not in results:
+            continue
+        assert torch.equal(results[name][~with_slot], base[~with_slot])
+        sums = exact_sums(problem, name, exact)
+        for number, rows in enumerate(groups):
+            sums.check(f"{name} of rows {number}", results[name], rows)
     begin = hidden = 0
     for s, slot in enumerate(problem.slots):
         rows = problem.rows(s)
-        found = {"y": made["y"][rows]}
+        found = {}
         if "h" in made:
             size = len(rows) * slot.r
             found["h"] = made["h"][hidden : hidden + size].view(len(rows), slot.r)
             hidden += size
-        if problem.wants_x:
-            found["dx"] = gradients["dx"][rows]
         if "dfactor" in gradients:
             found["dfactor"] = gradients["dfactor"][begin : begin + len(rows)]
         begin += len(rows)
         found |= {n: gradients[f"{n}.{s}"] for n in GRADIENTS if f"{n}.{s}" in gradients}
-        exact = exact_slot(problem, s)
         for name, got in found.items():
-            want = exact[name]
+            want = exact[s][name]
             if got.numel() == 0:
                 continue
             if len(rows) == 0:
                 assert (got == 0).all(), f"{name} of slot {s}, which has no rows"
                 continue
             error = rms(got.double() - want.value.view(got.shape))
-            most = tolerance(problem, s, name, got.dtype, want)
+            most = relative_error(problem, s, name) * rms(want.size)
+            most += 2 * UNIT[got.dtype] * rms(want.value)  # half an ulp of what is stored
             assert error <= most, f"{name} of slot {s}: error {error:.3g}, at most {most:.3g}"
     return made, gradients
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from emulated import COMPLETIONS
+from emulated_gates import check_gated
 from emulated_grouped import GroupedKernels, check, make_problem
 
 MISTAKES = {
@@ -159,10 +160,26 @@ MISTAKES = {
         "grouped_table.h", "const_cast<T*>(of) + `columns`", "columns - 1",
     ),
     "table: the first group of ranks alone": (
-        "grouped_table.h", "group > 0 && `from >= slots[s].r`", "true",
+        "grouped_table.h", "from > 0 && `from >= r`", "true",
     ),
-    "table: a piece one row too short": (
-        "grouped_table.h", "smaller(most, `rows[s] - first`)", "rows[s] - first - (first > 0)",
+    "table: a tile one row too short": (
+        "grouped_table.h", "smaller(64, `part.rows - first`)", "part.rows - first - (first > 0)",
+    ),
+    "rounds: tiles with rows of several": (
+        "grouped_table.h", "if (`call.rounds.empty()`)", "true",
+    ),
+    "rounds: all added in one launch": (
+        "grouped_table.h", "|| `parts[p + 1].round != part.round`", "false",
+    ),
+    "rounds: added in another order": (
+        "grouped_table.h", "return `a.round < b.round`;", "a.round > b.round",
+    ),
+    "rounds: rows as if each began a slot": (
+        "grouped_table.h", "one.round, `begin`, static_cast<int>(one.rows)});",
+        "slots[static_cast<size_t>(one.adapter)].begin",
+    ),
+    "rounds: the tiles of the first for all": (
+        "lora_linear_grouped_run.h", "(tiles.list.place) + `begin`;", "0",
     ),
     "run: gradients of slots without rows left as they are": (
         "lora_linear_grouped_run.h", "if (stores && `pieces != 1`)", "pieces > 1",
@@ -208,3 +225,10 @@ def notice(kernels: GroupedKernels) -> None:
         for i, completion in enumerate(COMPLETIONS):
             kernels.schedule(completion, 2 * seed + i)
             check(kernels, problem)
+        # And with further slots of some rows, so that a slot has tiles of several rounds.
+        generator = torch.Generator().manual_seed(seed)
+        more = torch.where(torch.rand(190, generator=generator) < 0.5, (ids + 2) % 5, -1)
+        both = torch.stack([ids, more.where(more != ids, -1)], 1)
+        gates = torch.rand(190, 2, generator=generator) + 0.5 if factor is not None else None
+        kernels.schedule(COMPLETIONS[seed], seed + 1)
+        check_gated(kernels, replace(problem, ids=both, factor=gates))

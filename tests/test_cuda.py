@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from devices import NO_CUDA
-from grouped_problems import Grouped, make_grouped
+from grouped_problems import Grouped, make_gated, make_grouped
 from grouped_problems import bounds as grouped_bounds
 from problems import NAMES, UNIT, Problem, make_problem, results, rms
 from torch import Tensor
@@ -112,12 +112,15 @@ def test_layers_of_one_x(adapter_dtype: torch.dtype, dropout_p: float) -> None:
         assert rms(one - other) <= 4 * UNIT[BF16] * rms(other)
 
 
+@pytest.mark.parametrize("make", [make_grouped, make_gated])
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
-def test_rows_with_adapters_of_their_own(dtype: torch.dtype) -> None:
+def test_rows_with_adapters_of_their_own(
+    dtype: torch.dtype, make: Callable[[int, torch.dtype], Grouped]
+) -> None:
     """As in float64, by kernels where sizes are multiples of 8; rows of none are the base's, bit
     for bit."""
     for seed in range(40):
-        problem = make_grouped(seed, dtype)
+        problem = make(seed, dtype)
         exact = problem.in_double()
         wanted = exact.results(exact.plain())
         found = on_cuda(problem)
@@ -126,7 +129,7 @@ def test_rows_with_adapters_of_their_own(dtype: torch.dtype) -> None:
             if name in results:
                 assert rms(results[name].cpu().double() - wanted[name]) <= bound, (seed, name)
         base = torch.nn.functional.linear(found.x, found.weight, found.bias)
-        rows = (problem.ids == -1).cuda()
+        rows = (problem.ids.view(len(problem.x), -1) == -1).all(1).cuda()
         assert torch.equal(results["y"][rows], base[rows])
 
 
@@ -142,7 +145,7 @@ def on_cuda(problem: Grouped) -> Grouped:
         )
         for name, one in problem.adapters.items()
     }
-    names = ("x", "weight", "bias", "scale", "rng_state", "dy")
+    names = ("x", "weight", "bias", "scale", "gates", "rng_state", "dy")
     tensors = {name: moved(getattr(problem, name)) for name in names}
     return replace(problem, adapters=adapters, **tensors)  # type: ignore[arg-type]
 
@@ -157,9 +160,11 @@ def test_nobody_waits_for_rows_with_adapters_of_their_own() -> None:
     rows = [], order, [100, 30, 120], None, [1.0, 2.0, 0.5], [0.0] * 3
 
     def call() -> list[Tensor]:
-        y, h = torch.ops.lora_ext.lora_linear_grouped_fwd(x, weight, None, A, B, *rows, None, True)
+        y, h = torch.ops.lora_ext.lora_linear_grouped_fwd(
+            x, weight, None, A, B, *rows, None, [], True
+        )
         dx, _, _, _, dA, dB, _ = torch.ops.lora_ext.lora_linear_grouped_bwd(
-            dy, x, h, weight, A, B, *rows, None, [True, False, False, False], [3, 3, 3]
+            dy, x, h, weight, A, B, *rows, None, [], [True, False, False, False], [3, 3, 3]
         )
         return [y, dx, *dA, *dB]
 

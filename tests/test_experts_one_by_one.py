@@ -222,14 +222,22 @@ def test_each_token_its_own_adapter(family: str) -> None:
         torch.testing.assert_close(y[rows], layer(x, chosen, weights)[rows])
 
 
-def test_gates_are_refused() -> None:
+def test_several_adapters_of_a_token_are_refused() -> None:
+    """Gates of one for each are strengths."""
     layer = adapted("mixtral", {"a": 3, "b": 5})
     chosen, weights = routing(4, 2, seed=5)
+    x, gates = torch.randn(4, HIDDEN), torch.rand(4, 2)
     with (
-        lora_ext.batch(["a", "b"], gates=torch.rand(4, 2)),
+        lora_ext.batch(["a", "b"], gates=gates),
         pytest.raises(ValueError, match="one adapter in each expert"),
     ):
-        layer(torch.randn(4, HIDDEN), chosen, weights)
+        layer(x, chosen, weights)
+    ids = torch.tensor([[0, -1], [-1, 1], [-1, -1], [1, -1]])
+    with lora_ext.batch(["a", "b"], ids=ids, gates=gates):
+        y = layer(x, chosen, weights)
+    own = gates[torch.arange(4), torch.tensor([0, 1, 0, 0])]
+    with lora_ext.batch(["a", "b"], ids=ids.amax(1), scale=own):
+        torch.testing.assert_close(y, layer(x, chosen, weights))
 
 
 def test_explain_says_which_way_and_why() -> None:

@@ -3,12 +3,13 @@ bit for bit where gates say that there is one adapter."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from grouped_problems import PAIRS, bounds, make_gated, make_grouped
+from grouped_problems import PAIRS, bounds, make_adapter, make_gated, make_grouped
 from problems import rms
 from torch import nn
 
@@ -57,6 +58,31 @@ def test_other_adapters_change_no_bit(dtype: torch.dtype) -> None:
         if "gates" in found:
             assert torch.equal(mixed["gates"][own], found["gates"][own]), seed
     assert compared > 40
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_other_adapters_are_changes_no_gradient(dtype: torch.dtype) -> None:
+    """Of an adapter whose rows have the others before it that they had: of other ranks, dropout and
+    dtypes."""
+    compared = 0
+    for seed in SEEDS:
+        problem = make_gated(seed, dtype)
+        mixed = problem.results(problem.fused())
+        choice, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        others = {
+            name: make_adapter(
+                generator, problem.x, problem.dy.shape[1], problem.x.shape[1], choice,
+                choice.choice(PAIRS[dtype]),
+            )
+            for name in problem.names
+        }  # fmt: skip
+        for name, own in problem.adapters.items():
+            found = replace(problem, adapters={**others, name: own})
+            for leaf, value in found.results(found.fused()).items():
+                if leaf.startswith(f"{name}."):
+                    assert torch.equal(value, mixed[leaf]), f"{seed} {leaf}"
+                    compared += 1
+    assert compared > 200
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -117,8 +143,8 @@ def two_layers() -> nn.Sequential:
 
 
 def test_gates_of_requests_hold_for_their_rows_and_for_all_layers() -> None:
-    net, x = two_layers(), torch.randn(2, 3, 6)
-    gates = torch.tensor([[0.5, 0.25, 0.0], [0.0, -1.0, 2.0]], requires_grad=True)
+    net, x = two_layers().double(), torch.randn(2, 3, 6, dtype=torch.float64)
+    gates = torch.tensor([[0.5, 0.25, 0.0], [0.0, -1.0, 2.0]]).double().requires_grad_()
     with lora_ext.batch(["a", "b", "c"], gates=gates):
         y = net(x)
     (found,) = torch.autograd.grad(y.square().sum(), gates)
@@ -212,17 +238,68 @@ def test_refused(case: str) -> None:
 def test_a_row_twice_in_an_adapter_is_refused() -> None:
     x, weight = torch.randn(3, 4), torch.randn(5, 4)
     one = LowRank(torch.randn(2, 4), torch.randn(5, 2), None, 1.0, 0.0)
-    for order, several, what in (
-        ([0, 0], True, "twice in one slot"),
-        ([1, 1], False, "twice in one slot"),
-    ):
-        with pytest.raises(ValueError, match=what):
-            torch.ops.lora_ext.lora_linear_grouped(
-                x, weight, None, [one.lora_A], [one.lora_B], [],
-                torch.tensor(order, dtype=torch.int32), [2], None, [1.0], [0.0], None, several,
-            )  # fmt: skip
-    with pytest.raises(ValueError, match="several=True"):
-        torch.ops.lora_ext.lora_linear_grouped(
-            x, weight, None, [one.lora_A] * 2, [one.lora_B] * 2, [],
-            torch.tensor([1, 1], dtype=torch.int32), [1, 1], None, [1.0] * 2, [0.0] * 2,
+
+    def run(order: list[int], counts: list[int], rounds: list[int]) -> torch.Tensor:
+        slots = len(counts)
+        return torch.ops.lora_ext.lora_linear_grouped(  # type: ignore[no-any-return]
+            x, weight, None, [one.lora_A] * slots, [one.lora_B] * slots, [],
+            torch.tensor(order, dtype=torch.int32), counts, None, [1.0] * slots, [0.0] * slots,
+            None, rounds,
         )  # fmt: skip
+
+    for rounds in ([], [0, 2], [0, 1, 1, 1]):
+        with pytest.raises(ValueError, match="row 1 twice in one slot, expected it once"):
+            run([1, 1], [2], rounds)
+    with pytest.raises(ValueError, match="row 1 twice, expected one slot for each row, or rounds"):
+        run([1, 1], [1, 1], [])
+    for rounds in ([0, 1, 0, 1], [5, 1, 4, 1]):
+        last, number = rounds[0], rounds[2]
+        told = f"in round {number} of slot 1, expected one after {last}, in which slot 0 has it"
+        with pytest.raises(ValueError, match=told):
+            run([1, 1], [1, 1], rounds)
+    both = run([1, 1], [1, 1], [0, 1, 7, 1])
+    torch.testing.assert_close(both[1], (x @ weight.T + 2 * x @ one.lora_A.T @ one.lora_B.T)[1])
+
+
+@pytest.mark.parametrize(
+    ("rounds", "what"),
+    [
+        ([0, 3, 1], r"got 3 numbers, with 2 rows of slot 1 left, expected pairs"),
+        ([0, 3], r"got 2 numbers, with 2 rows of slot 1 left, expected pairs"),
+        ([0, 3, 1, 2, 2, 1], r"got 6 numbers, .* add up to counts, as the first 4 do"),
+        ([0, 3, 1, 2, 2], r"got 5 numbers, .* add up to counts, as the first 4 do"),
+        ([0, 4, 1, 1], r"got \(0, 4\) in slot 0 after round -1, with 3 rows left"),
+        ([0, 3, 1, 3], r"got \(1, 3\) in slot 1 after round -1, with 2 rows left"),
+        ([0, 2, 0, 1, 1, 2], r"got \(0, 1\) in slot 0 after round 0, with 1 rows left"),
+        ([-1, 3, 0, 2], r"got \(-1, 3\) in slot 0 after round -1"),
+        ([0, 0, 1, 3, 0, 2], r"got \(0, 0\) in slot 0"),
+    ],
+)
+def test_rounds_that_do_not_divide_the_rows_are_refused(rounds: list[int], what: str) -> None:
+    x, weight, A, B = torch.randn(9, 4), torch.randn(5, 4), torch.randn(2, 4), torch.randn(5, 2)
+    slots = [[A, A], [B, B], [], torch.arange(5, dtype=torch.int32), [3, 2], None]
+    with pytest.raises(ValueError, match=f"lora_linear_grouped: rounds: {what}"):
+        torch.ops.lora_ext.lora_linear_grouped_fwd(
+            x, weight, None, *slots, [1.0, 1.0], [0.0, 0.0], None, rounds
+        )
+
+
+@pytest.mark.parametrize("kind", ["sparse", "all", "one each", "none"])
+def test_a_plan_tells_the_rounds(kind: str) -> None:
+    """Which of a row's adapters one is: as pairs (round, rows) for each name."""
+    ids = {
+        "sparse": torch.tensor([[2, 0], [-1, 2], [1, 2], [1, -1], [0, 1]]),
+        "all": torch.arange(3).expand(4, -1),
+        "one each": torch.tensor([[2, -1], [-1, 0], [-1, -1]]),
+        "none": torch.full((3, 2), -1),
+    }[kind]
+    names = ["a", "b", "c"]
+    plan = lora_ext.batch(names, ids=ids, gates=torch.ones(ids.shape))
+    found = plan.assign((len(ids),), torch.device("cpu"), names, "here")
+    assert found.rounds == {
+        "sparse": (0, 2, 0, 2, 1, 1, 0, 1, 1, 2), "all": (0, 4, 1, 4, 2, 4),
+        "one each": (), "none": (),
+    }[kind]  # fmt: skip
+    if kind == "sparse":
+        assert found.order.tolist() == [0, 4, 2, 3, 4, 1, 0, 2]
+        assert found.names == ("a", "b", "c") and found.counts == (2, 3, 3)

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from emulated import COMPLETIONS, EmulatedKernels
+from emulated_gates import check_gated, make_gated
 from emulated_grouped import (
     GRADIENTS,
     GroupedKernels,
@@ -97,6 +98,79 @@ def test_other_rows_change_no_bit(kernels: GroupedKernels, seed: int) -> None:
         for name in GRADIENTS:
             if f"{name}.{s}" in mixed:
                 assert torch.equal(mixed[f"{name}.{s}"], alone[f"{name}.1"]), (s, name)
+
+
+@pytest.mark.parametrize("seed", range(90))
+def test_rows_with_several_slots(kernels: GroupedKernels, seed: int) -> None:
+    kernels.gpu((80, 86, 90)[seed % 3], (3, 132)[seed % 2])
+    kernels.schedule(COMPLETIONS[seed // 3 % 3], seed % 4)
+    check_gated(kernels, make_gated(seed))
+    assert kernels.path == "cuda hybrid sm_80"
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("completion", COMPLETIONS)
+def test_every_schedule_of_several_slots(
+    kernels: GroupedKernels, completion: str, seed: int
+) -> None:
+    """In tiles that are whole, and such that are not."""
+    kernels.gpu(86, 3)
+    kernels.schedule(completion, seed)
+    problem = make_problem(1003, sizes=(210, 264, 136), ranks=[8, 40, 3, 72])
+    ids = torch.stack([torch.arange(210) % 5 - 1, torch.arange(210) // 3 % 4], 1)
+    ids[ids[:, 0] == ids[:, 1], 0] = -1
+    check_gated(kernels, replace(problem, ids=ids, factor=None))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_other_slots_of_a_row_change_no_bit(kernels: GroupedKernels, seed: int) -> None:
+    """Of a slot's gradients, nor of those of its gates: of other ranks, dropout and dtypes."""
+    kernels.gpu(86, 3)
+    kernels.schedule("random", seed)
+    problem = make_gated(3000 + seed)
+    mixed = results(kernels, problem)
+    other = make_problem(
+        seed, sizes=(*problem.x.shape, problem.dy.shape[1]), dtype=problem.x.dtype,
+        ranks=[1 + 11 * s for s in range(len(problem.slots))],
+    )  # fmt: skip
+    begin = 0
+    for s, slot in enumerate(problem.slots):
+        slots = [*other.slots[:s], slot, *other.slots[s + 1 :]]
+        found = results(kernels, replace(problem, slots=slots))
+        for name in GRADIENTS:
+            if f"{name}.{s}" in mixed:
+                assert torch.equal(mixed[f"{name}.{s}"], found[f"{name}.{s}"]), (s, name)
+        end = begin + len(problem.rows(s))
+        if "dfactor" in mixed:
+            assert torch.equal(mixed["dfactor"][begin:end], found["dfactor"][begin:end]), s
+        begin = end
+
+
+@pytest.mark.parametrize("slots", [2, 64])
+def test_rounds_are_launches_of_what_adds_alone(kernels: GroupedKernels, slots: int) -> None:
+    """Of rows that all have all slots: of y and dx one for each."""
+
+    def passes() -> list[str]:
+        return [name for name in launched(kernels) if name != "write_table"]
+
+    kernels.gpu(86, 3)
+    kernels.schedule("random", 5)
+    M, K, N = 70, 72, 136
+    problem = make_problem(13, sizes=(M, K, N), ranks=[8] * slots, dtype=BF16)
+    plain = [
+        replace(s, lora_A=s.lora_A.to(BF16), lora_B=s.lora_B.to(BF16), lora_bias=None)
+        for s in problem.slots
+    ]
+    ids, factor = torch.arange(slots).expand(M, -1), torch.rand(M, slots)
+    problem = replace(problem, slots=plain, ids=ids, factor=factor, keeps_h=True)
+    (check_gated if slots < 10 else check)(kernels, problem)
+    launched(kernels)
+    made = kernels.forward(problem)
+    adds = ["grouped_add_sm80"] * slots
+    assert passes() == ["grouped_down_sm80", "grouped_finish", *adds]
+    kernels.backward(problem, made["h"])
+    names = ["finish", "up_grad_sm80", "finish", "down_grad_sm80"]
+    assert passes() == [f"grouped_{name}" for name in names] + adds + ["grouped_reduce"]
 
 
 def test_more_than_1023_slots(kernels: GroupedKernels) -> None:

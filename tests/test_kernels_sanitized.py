@@ -19,6 +19,7 @@ import torch
 import test_kernels
 from kernel_checks import check
 from emulated import COMPLETIONS, EmulatedKernels
+from emulated_gates import check_gated, make_gated
 from emulated_grouped import GroupedKernels
 from emulated_grouped import check as check_grouped, make_problem as make_grouped
 from emulated_rows import Problem, RowKernels, check_column_scale, check_embedding, check_norms
@@ -36,6 +37,8 @@ for seed in range(24):
     grouped.gpu((80, 86)[seed % 2], 3)
     grouped.schedule(COMPLETIONS[seed % 3], seed)
     check_grouped(grouped, make_grouped(seed))
+    if seed % 4 == 0:
+        check_gated(grouped, make_gated(seed))
 rows = RowKernels.load(RowKernels.compile(Path(sys.argv[1]), *options))
 for base, adapter in [(torch.bfloat16, torch.float32), (torch.float32, torch.float32)]:
     for size in [(1, 1, 1, 0), (37, 264, 40, 0), (70, 257, 8, 0), (33, 528, 5, 8)]:

@@ -185,13 +185,13 @@ def grouped_operands() -> Iterator[tuple[Any, ...]]:
         first = make_problem((2, 3), 10, 6, 4, dtype=dtype, adapter_dtype=adapter, bias=i % 2 == 0)
         other = make_problem((2, 3), 10, 6, 3, dtype=dtype)
         biases = [first.lora_bias, other.weight.new_empty(0)] if first.lora_bias is not None else []
-        several = i % 5 == 0
-        order = torch.tensor([0, 1, 5, 0 if several else 3], dtype=torch.int32)
+        rounds = [0, 3, 1, 1] if i % 5 == 0 else []
+        order = torch.tensor([0, 1, 5, 0 if rounds else 3], dtype=torch.int32)
         factor = torch.rand(4, requires_grad=i % 4 < 2) if i % 3 == 0 else None
         yield (
             *(first.x, first.weight, first.bias, [first.lora_A, other.lora_A]),
             *([first.lora_B, other.lora_B], biases, order, [3, 1], factor, [2.0, 0.5]),
-            *([p, 0.0], torch.tensor([7, 0]) if p else None, several),
+            *([p, 0.0], torch.tensor([7, 0]) if p else None, rounds),
         )
 
 

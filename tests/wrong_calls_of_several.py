@@ -15,9 +15,10 @@ STATE = T(2, dtype=torch.int64)
 ROWS: Arguments = {"order": torch.tensor([0, 3, 1], dtype=torch.int32), "counts": [2, 1]}
 SLOTS: Arguments = {"lora_A": [T(2, 4), T(1, 4)], "lora_B": [T(3, 2), T(3, 1)], "lora_bias": []}
 SLOTS |= {**ROWS, "factor": None, "scaling": [1.0, 1.0], "dropout_p": [0.0, 0.0]}
-GROUPED: Arguments = {"x": T(5, 4), "weight": T(3, 4), "bias": T(3), **SLOTS, "rng_state": None}
+GROUPED: Arguments = {"x": T(5, 4), "weight": T(3, 4), "bias": T(3), **SLOTS}
+GROUPED |= {"rng_state": None, "rounds": []}
 GROUPED_BWD: Arguments = {"dy": T(5, 3), "x": T(5, 4), "h": T(5), "weight": T(3, 4), **SLOTS}
-GROUPED_BWD |= {"rng_state": None, "several": False, "wanted": [3, 3]}
+GROUPED_BWD |= {"rng_state": None, "rounds": [], "wanted": [3, 3]}
 GROUPED_BWD |= {"mask": [True, True, True, False]}
 SLOT_CASES: list[Case] = [
     ({"lora_A": []}, ValueError, "lora_A: got no adapters, expected at least one"),
@@ -31,6 +32,13 @@ SLOT_CASES: list[Case] = [
     ({"lora_A": [T(2, 4), T(1, 5)]}, ValueError, "lora_A: got shape [1, 5], expected [r, 4]"),
     ({"lora_bias": [T(3), T(4)]}, ValueError, "lora_bias: got shape [4], expected [3]"),
     ({"counts": [4, -1]}, ValueError, "counts: got -1, expected numbers of rows"),
+    ({"rounds": [0, 2]}, ValueError, "rounds: got 2 numbers, with 1 rows of slot 1 left, expected"),
+    ({"rounds": [0, 3, 0, 1]}, ValueError, "rounds: got (0, 3) in slot 0 after round -1, with 2"),
+    (
+        {"rounds": [0, 2, 0, 1, 1]},
+        ValueError,
+        "rounds: got 5 numbers, expected pairs (round, rows)",
+    ),
     ({"order": T(3)}, ValueError, "order: got float32 of shape [3], expected int32 [3]"),
     ({"counts": [2, 2]}, ValueError, "order: got int32 of shape [3], expected int32 [4]"),
     (

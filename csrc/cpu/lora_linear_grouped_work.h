@@ -50,7 +50,8 @@ struct Task {
   size_t slot;
   int64_t index;       // among those of the slot
   int64_t begin, end;  // of `order`
-  int64_t round;       // how many slots with kernels its rows are in before
+  int64_t round;       // how many slots with kernels its rows are in before: not that of the call,
+                       // in which slots count whose updates BLAS adds after all these
 };
 
 // A call cut into tasks.
@@ -74,16 +75,15 @@ struct GroupedWork {
         order(adapters.order.const_data_ptr<int32_t>()),
         rounds(rows, 0) {
     if (adapters.factor.has_value()) factors = adapters.factor->to(at::kDouble).contiguous();
-    std::vector<int32_t> last_slot(rows, -1);  // in which a row was
+    check_rows(adapters);
+    const Tensor like = at::empty({0}, at::TensorOptions().dtype(base));
     for (Slot& slot : slots_of(adapters)) {
-      check_rows(slot, adapters.several, last_slot);
       CpuPath path = path_for(M, N, slot.lora_A, base, slot.dropout.enabled());
       if (slot.rows <= kUnpackedRows && path.kernels == CpuPath::Kernels::Blas) {
         path.kernels = CpuPath::Kernels::Vector;  // calls of BLAS cost more than such rows
       }
       if (slot.lora_bias.defined()) slot.lora_bias = slot.lora_bias.to(compute);
       const bool blas = path.kernels == CpuPath::Kernels::Blas;
-      const Tensor like = at::empty({0}, at::TensorOptions().dtype(base));
       const auto* kernels = blas ? nullptr : &kernels_of(path, like, slot.lora_A);
       slots.push_back({std::move(slot), path.kernels, kernels, {}, {}});
       tasks_of.push_back(blas ? 0 : cut(slots.size() - 1));
@@ -128,18 +128,26 @@ struct GroupedWork {
   }
 
  private:
-  void check_rows(const Slot& slot, bool several, std::vector<int32_t>& last_slot) const {
-    const auto number = static_cast<int32_t>(slots.size());
-    for (int64_t i = slot.begin; i < slot.begin + slot.rows; ++i) {
-      TORCH_CHECK_INDEX(order[i] >= 0 && order[i] < M, "lora_linear_grouped: order: got row ",
-                        order[i], ", expected 0 to ", M - 1, ", the rows of the input");
-      int32_t& last = last_slot[order[i]];
-      TORCH_CHECK_VALUE(last == -1 || (several && last != number),
-                        "lora_linear_grouped: order: got row ", order[i],
-                        last == number ? " twice in one slot, expected it once"
-                                       : " twice, expected one slot for each row, or several=True");
-      last = number;
+  void check_rows(const GroupedAdapters& adapters) const {
+    const std::vector<SlotRound> parts = rounds_of(adapters);
+    std::vector<int32_t> last(M, -1);  // of them, that has a row
+    for (size_t p = 0; p < parts.size(); ++p) {
+      for (int64_t i = parts[p].begin; i < parts[p].begin + parts[p].rows; ++i) {
+        TORCH_CHECK_INDEX(order[i] >= 0 && order[i] < M, "lora_linear_grouped: order: got row ",
+                          order[i], ", expected 0 to ", M - 1, ", the rows of the input");
+        int32_t& before = last[order[i]];
+        if (before >= 0) check_again(order[i], parts[before], parts[p], adapters.rounds.empty());
+        before = static_cast<int32_t>(p);
+      }
     }
+  }
+  static void check_again(int32_t row, const SlotRound& before, const SlotRound& now, bool one) {
+    const char* op = "lora_linear_grouped: order: got row ";
+    TORCH_CHECK_VALUE(before.slot != now.slot, op, row, " twice in one slot, expected it once");
+    TORCH_CHECK_VALUE(!one, op, row, " twice, expected one slot for each row, or rounds");
+    TORCH_CHECK_VALUE(before.round < now.round, op, row, " in round ", now.round, " of slot ",
+                      now.slot, ", expected one after ", before.round, ", in which slot ",
+                      before.slot, " has it");
   }
 
   // Into tasks for all threads; not so small that they do not pay for sums of their own.

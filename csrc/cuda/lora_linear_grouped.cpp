@@ -1,6 +1,7 @@
 // lora_linear_grouped on CUDA: the base product by cuBLAS, the very call of
 // torch.nn.functional.linear, so that a row of no adapter is its row; then the kernels add the
-// updates of the others, each pass one launch for all adapters. What they cannot run is composed,
+// updates of the others, each pass one launch for all adapters, but one for each round of rows
+// that have several (rounds_of) where a pass adds to these. What they cannot run is composed,
 // one adapter after another.
 #include "cuda/lora_linear_grouped.h"
 
@@ -30,7 +31,6 @@ GroupedPath path_on(const CudaCall& call, int capability, bool wrong) {
 // Of rows x or dy, and of x where a backward pass reads it.
 GroupedPath path_of(bool backward, const Tensor& rows, const Tensor& x, int64_t N,
                     const GroupedAdapters& adapters) {
-  if (adapters.several) return {false, kRowsOfSeveral};
   int64_t rank = 1;
   for (const Tensor& lora_A : adapters.lora_A) rank = std::max(rank, lora_A.size(0));
   CudaCall call =
@@ -60,6 +60,7 @@ struct KernelAdapters {
   std::vector<Tensor> biases;
   Tensor order, factor, rng_state;
   std::vector<GroupedAdapter> adapters;
+  std::vector<GroupedRound> rounds;
 
   explicit KernelAdapters(const GroupedAdapters& given)
       : slots(slots_of(given)),
@@ -79,9 +80,13 @@ struct KernelAdapters {
                           static_cast<int>(slot.rank()), slot.rows,
                           static_cast<float>(slot.scaling), dropout});
     }
+    if (given.rounds.empty()) return;
+    for (const SlotRound& one : rounds_of(given)) {
+      rounds.push_back({static_cast<int>(one.slot), one.round, one.rows});
+    }
   }
   GroupedRows rows() const {
-    return {adapters, order.const_data_ptr<int>(), data_or_null<float>(factor)};
+    return {adapters, order.const_data_ptr<int>(), data_or_null<float>(factor), rounds};
   }
 };
 

@@ -12,10 +12,6 @@ struct GroupedPath {
   const char* name() const { return kernels ? "cuda hybrid sm_80" : "cuda cublas"; }
 };
 
-// Blocks that add to the same row at once would lose one of the sums.
-constexpr const char* kRowsOfSeveral =
-    "rows have several adapters, with gates: what these make is added one after another";
-
 // `call` has the largest rank of the adapters, at least 1; `fp16`: its base is; `wrong`: the
 // kernels were found so.
 inline GroupedPath choose_grouped_path(const CudaCall& call, bool fp16, int compute_capability,

@@ -6,6 +6,7 @@
 // whatever the rows of others have.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <vector>
 
@@ -83,11 +84,28 @@ struct WorkList {
   unsigned blocks() const { return static_cast<unsigned>(work.size()); }
 };
 
+// Tiles of up to 64 rows of a slot, all in one round: first one entry for each, then the ranks
+// beyond the first group.
+struct GroupedTiles {
+  WorkList list;
+  std::vector<unsigned> rounds{0};  // where each begins among the first, and where the last ends
+
+  unsigned count() const { return rounds.back(); }
+};
+
 template <class T>
 struct GroupedPlan {
+  // Rows of a slot that are in one round.
+  struct Part {
+    size_t slot;
+    int64_t round;
+    int begin, rows;
+  };
+
   std::vector<GroupedSlot<T>> slots;
-  std::vector<int> rows;  // of each
-  int64_t operand = 0;    // elements of an operand, or of a part of h or dh
+  std::vector<int> rows;    // of each
+  std::vector<Part> parts;  // of those that have anything to be added, by rounds
+  int64_t operand = 0;      // elements of an operand, or of a part of h or dh
   TableJobList<PackJob<T>> packs;
   const Allocator& scratch;
 
@@ -110,10 +128,25 @@ struct GroupedPlan {
       hidden += one.rows * one.r;
       operand += one.rows * slot.padded;
     }
+    if (call.rounds.empty()) {
+      for (size_t s = 0; s < slots.size(); ++s) add_part({s, 0, slots[s].begin, rows[s]});
+    } else {
+      begin = 0;
+      for (const GroupedRound& one : call.rounds) {
+        add_part({static_cast<size_t>(one.adapter), one.round, begin, static_cast<int>(one.rows)});
+        begin += static_cast<int>(one.rows);
+      }
+      std::stable_sort(parts.begin(), parts.end(),
+                       [](const Part& a, const Part& b) { return a.round < b.round; });
+    }
   }
 
   // Whether the slot's rows have anything to be added.
   bool is_there(size_t s) const { return rows[s] > 0 && (slots[s].r > 0 || slots[s].lora_bias); }
+
+  void add_part(const Part& part) {
+    if (is_there(part.slot)) parts.push_back(part);
+  }
 
   // in [rows, columns] as tensor cores read it, of `width` columns: as it lies where they can.
   Split<T> split(const void* in, bool in_float, int64_t count, int64_t columns, int64_t width) {
@@ -157,33 +190,23 @@ struct GroupedPlan {
     return both;
   }
 
-  // Calls f(slot, first row, rows) for pieces of up to `most` rows of each slot.
-  template <class F>
-  void for_pieces(int64_t most, const F& f) const {
-    for (size_t s = 0; s < slots.size(); ++s) {
-      if (!is_there(s)) continue;
-      for (int64_t first = 0; first < rows[s]; first += most) {
-        f(s, static_cast<int>(first), static_cast<int>(smaller(most, rows[s] - first)));
+  GroupedTiles tiles() const {
+    GroupedTiles made;
+    for (int from = 0; from < kMostGroupedRank; from += 64) {
+      for (size_t p = 0; p < parts.size(); ++p) {
+        const Part& part = parts[p];
+        const int r = slots[part.slot].r;
+        if (from > 0 && from >= r) continue;
+        for (int first = 0; first < part.rows; first += 64) {
+          made.list.add({static_cast<int>(part.slot), part.begin + first,
+                         static_cast<int>(smaller(64, part.rows - first)), from,
+                         static_cast<int>(smaller(64, r - from)), nullptr});
+        }
+        const bool ends = p + 1 == parts.size() || parts[p + 1].round != part.round;
+        if (from == 0 && ends) made.rounds.push_back(made.list.blocks());
       }
     }
-  }
-
-  // Tiles of 64 rows: first one entry for each, then the ranks beyond the first group.
-  WorkList tiles(unsigned* count) const {
-    WorkList list;
-    const auto add = [&](int64_t group) {
-      for_pieces(64, [&](size_t s, int first, int of_piece) {
-        const int64_t from = group * 64;
-        if (group > 0 && from >= slots[s].r) return;
-        list.add({static_cast<int>(s), slots[s].begin + first, of_piece, static_cast<int>(from),
-                  static_cast<int>(smaller(64, slots[s].r - from)), nullptr});
-      });
-    };
-    for (int64_t group = 0; group * 64 < kMostGroupedRank; ++group) {
-      add(group);
-      if (group == 0) *count = list.blocks();
-    }
-    return list;
+    return made;
   }
 };
 

@@ -24,11 +24,20 @@ struct GroupedAdapter {
   void* dlora_bias = nullptr;
 };
 
-// The rows of the first adapter, of the second, ..., each at most once.
+// So many rows of an adapter are in a round, in which no row is twice.
+struct GroupedRound {
+  int adapter;
+  int64_t round, rows;
+};
+
+// The rows of the first adapter, of the second, ..., in each at most once.
 struct GroupedRows {
   std::span<const GroupedAdapter> adapters;
   const int* order;     // [R], on the device
   const float* factor;  // [R], on the device: multiplies the update of each of these rows; or null
+  // Where a row may have several adapters: how `order` is divided, in its order. What rounds make
+  // of a row is added round after round. Empty: each row has one.
+  std::span<const GroupedRound> rounds = {};
 };
 
 // All rows begin at multiples of 16 bytes; h is [rows, r] of each adapter, one after another.

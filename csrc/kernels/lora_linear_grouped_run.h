@@ -1,5 +1,6 @@
 // Forward and backward where rows have adapters of their own (lora_linear_grouped.h): one launch of
-// each pass for all slots. Host code without torch.
+// each pass for all slots, but one for each round of what adds to y and dx. Host code without
+// torch.
 #pragma once
 
 #include "grouped_add_sm80.h"
@@ -26,8 +27,7 @@ struct GroupedLaunches {
   const GroupedTable& table;
   const GroupedRows& rows;
   int64_t slots;  // places in the table
-  const WorkList& tiles;
-  unsigned tile_count;
+  const GroupedTiles& tiles;
   Stream stream;
 
   sm80::GroupedPass<T> pass(const WorkList& list, const Matrix<T>& matrix) const {
@@ -40,30 +40,30 @@ struct GroupedLaunches {
   GroupedFinish<T> finish(const GroupedOperand<T>& out) const {
     GroupedFinish<T> params{};
     params.slots = table.at<GroupedSlot<T>>(slots);
-    params.work = table.at<GroupedWork>(tiles.place);
+    params.work = table.at<GroupedWork>(tiles.list.place);
     params.factor = rows.factor;
     params.part = plan.operand;
     params.value = out.value, params.remainder = out.remainder;
     return params;
   }
   void launch(const GroupedFinish<T>& params) const {
-    arch::launch_dependent(grouped_finish_kernel<T>, flat_grid(tile_count), kElementThreads, 0,
+    arch::launch_dependent(grouped_finish_kernel<T>, flat_grid(tiles.count()), kElementThreads, 0,
                            stream, params);
   }
 
   // h of x, in parts along K; then as the operand that `out` describes.
   void down(const Matrix<T>& x, GroupedFinish<T> out) const {
-    sm80::GroupedPass<T> params = pass(tiles, x);
+    sm80::GroupedPass<T> params = pass(tiles.list, x);
     params.splits = grouped_splits(x.rows, x.columns);
     params.part = plan.operand;
     params.parts = plan.scratch.template get<float>(params.splits * plan.operand);
-    with_width<64>(tiles.most_ranks, [&](auto width) {
+    with_width<64>(tiles.list.most_ranks, [&](auto width) {
       constexpr int kColumns = decltype(width)::value;
       using Shape = sm80::DownShape<kColumns>;
       params.list_offset = Shape::kSharedBytes;
       constexpr int kShared = Shape::kSharedBytes + 64 * int{sizeof(int)};
       static_assert(kShared <= sm80::kLeastSharedBytes);
-      const dim3 grid(tiles.blocks(), static_cast<unsigned>(params.splits));
+      const dim3 grid(tiles.list.blocks(), static_cast<unsigned>(params.splits));
       arch::launch_dependent(sm80::grouped_down_sm80_kernel<T, kColumns>, grid, 128, kShared,
                              stream, params);
     });
@@ -71,7 +71,8 @@ struct GroupedLaunches {
     launch(out);
   }
 
-  // out[rows] += operand b, b being lora_B of forward or lora_A of backward.
+  // out[rows] += operand b, b being lora_B of forward or lora_A of backward: a launch for each
+  // round, so that no two blocks add to the same row at once, and the order is always the same.
   template <BLayout kLayout>
   void add(const T* operand, T* out, int64_t columns) const {
     bool remainders = false;
@@ -82,22 +83,25 @@ struct GroupedLaunches {
       remainders |= (kLayout == BLayout::kColumns ? slot.B : slot.A).remainder != nullptr;
       most_rank = static_cast<int>(larger(most_rank, slot.r));
     }
-    const int64_t wanted = ceil_div(sm80::wanted_blocks(), tile_count);
-    const int64_t blocks = larger(1, smaller(ceil_div(columns, kDropoutBlock), wanted));
+    const int64_t wanted = sm80::wanted_blocks(), most = ceil_div(columns, kDropoutBlock);
     sm80::GroupedAdd<T> params{};
     params.slots = table.at<GroupedSlot<T>>(slots);
-    params.work = table.at<GroupedWork>(tiles.place);
     params.order = rows.order, params.factor = rows.factor;
     params.operand = operand, params.out = out, params.columns = columns;
-    params.columns_per_block =
-        static_cast<int>(smaller(round_up(ceil_div(columns, blocks), kDropoutBlock), 1024));
-    const dim3 grid(tile_count, static_cast<unsigned>(ceil_div(columns, params.columns_per_block)));
     with_width<64>(most_rank, [&](auto width) {
       constexpr int kRank = decltype(width)::value;
       const auto groups = static_cast<int>(larger(1, ceil_div(most_rank, kRank)));
       const int shared = sm80::AddShape<kRank, kLayout>::divide(params, remainders ? 2 : 1, groups);
-      arch::launch_dependent(sm80::grouped_add_sm80_kernel<T, kRank, kLayout>, grid, 128, shared,
-                             stream, params);
+      for (size_t i = 1; i < tiles.rounds.size(); ++i) {
+        const unsigned begin = tiles.rounds[i - 1], count = tiles.rounds[i] - begin;
+        const int64_t blocks = larger(1, smaller(most, ceil_div(wanted, count)));
+        const int64_t own = round_up(ceil_div(columns, blocks), kDropoutBlock);
+        params.work = table.at<GroupedWork>(tiles.list.place) + begin;
+        params.columns_per_block = static_cast<int>(smaller(own, 1024));
+        const dim3 grid(count, static_cast<unsigned>(ceil_div(columns, params.columns_per_block)));
+        arch::launch_dependent(sm80::grouped_add_sm80_kernel<T, kRank, kLayout>, grid, 128, shared,
+                               stream, params);
+      }
     });
   }
 
@@ -139,16 +143,15 @@ void run_grouped_forward(const GroupedForwardCall<T>& call, const Allocator& scr
     plan.slots[s].A = plan.split(one.lora_A, one.in_float, one.r, K, K);
     plan.slots[s].B = plan.split(one.lora_B, one.in_float, call.N, one.r, one.r);
   }
-  unsigned tile_count = 0;
-  WorkList tiles = plan.tiles(&tile_count);
-  if (tile_count == 0) return;
+  GroupedTiles tiles = plan.tiles();
+  if (tiles.count() == 0) return;
   GroupedTable table;
   const int64_t slots = table.add(plan.slots);
-  tiles.put(table), plan.packs.put(table);
+  tiles.list.put(table), plan.packs.put(table);
   table.write(scratch, stream);
 
   plan.packs.launch(grouped_pack_kernel<T>, table, stream);
-  const GroupedLaunches<T> launches{plan, table, call.rows, slots, tiles, tile_count, stream};
+  const GroupedLaunches<T> launches{plan, table, call.rows, slots, tiles, stream};
   const GroupedOperand<T> h(plan.operand, false, scratch);
   GroupedFinish<T> of_h = launches.finish(h);
   of_h.scaled = true, of_h.sums = call.h;
@@ -253,16 +256,15 @@ void run_grouped_backward(const GroupedBackwardCall<T>& call, const Allocator& s
         return GroupedReduceJob<T>{nullptr, 0, slot.r * K, width, width, slot.dA, {}};
       },
       left);
-  unsigned tile_count = 0;
-  WorkList tiles = plan.tiles(&tile_count);
+  GroupedTiles tiles = plan.tiles();
   GroupedTable table;
   const int64_t slots = table.add(plan.slots);
-  tiles.put(table), up.put(table), down.put(table);
+  tiles.list.put(table), up.put(table), down.put(table);
   plan.packs.put(table), left.put(table);
   table.write(scratch, stream);
 
-  const GroupedLaunches<T> launches{plan, table, call.rows, slots, tiles, tile_count, stream};
-  if (tile_count > 0) {
+  const GroupedLaunches<T> launches{plan, table, call.rows, slots, tiles, stream};
+  if (tiles.count() > 0) {
     plan.packs.launch(grouped_pack_kernel<T>, table, stream);
     sm80::GroupedPass<T> over_dy = launches.pass(up, call.dy);
     if (any_h) {

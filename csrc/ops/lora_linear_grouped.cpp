@@ -48,6 +48,29 @@ void check_count(const char* op, const char* name, size_t got, size_t slots) {
                     ", one for each of lora_A");
 }
 
+void check_rounds(const char* op, const GroupedAdapters& adapters) {
+  const at::IntArrayRef rounds = adapters.rounds;
+  if (rounds.empty()) return;
+  size_t at = 0;
+  for (size_t j = 0; j < adapters.slots(); ++j) {
+    int64_t left = adapters.counts[j];
+    for (int64_t last = -1; left > 0 && at + 1 < rounds.size(); at += 2) {
+      const int64_t round = rounds[at], rows = rounds[at + 1];
+      TORCH_CHECK_VALUE(round > last && rows > 0 && rows <= left, op, ": rounds: got (", round,
+                        ", ", rows, ") in slot ", j, " after round ", last, ", with ", left,
+                        " rows left, expected pairs (round, rows) of each slot, whose rounds go up "
+                        "from 0 and whose rows add up to its counts");
+      last = round, left -= rows;
+    }
+    TORCH_CHECK_VALUE(left <= 0, op, ": rounds: got ", rounds.size(), " numbers, with ", left,
+                      " rows of slot ", j, " left, expected pairs (round, rows) for all of counts");
+  }
+  TORCH_CHECK_VALUE(at == rounds.size(), op, ": rounds: got ", rounds.size(),
+                    " numbers, expected pairs (round, rows) whose rows add up to counts, as the "
+                    "first ",
+                    at, " do");
+}
+
 // x is the tensor that the others are to fit, under the name that it has in the call.
 void check_grouped_adapters(const char* op, const char* name, const Tensor& x, const c10::SymInt& N,
                             const c10::SymInt& K, const GroupedAdapters& adapters) {
@@ -73,6 +96,7 @@ void check_grouped_adapters(const char* op, const char* name, const Tensor& x, c
                       ", expected numbers of rows");
     rows += adapters.counts[j];
   }
+  check_rounds(op, adapters);
   const Tensor& order = adapters.order;
   check_device(op, "order", order, x);
   TORCH_CHECK_VALUE(
@@ -203,6 +227,22 @@ std::vector<Slot> slots_of(const GroupedAdapters& adapters) {
   return slots;
 }
 
+std::vector<SlotRound> rounds_of(const GroupedAdapters& adapters) {
+  std::vector<SlotRound> rounds;
+  int64_t begin = 0;
+  size_t at = 0;
+  for (size_t j = 0; j < adapters.slots(); ++j) {
+    for (const int64_t end = begin + adapters.counts[j]; begin < end;) {
+      const bool told = !adapters.rounds.empty();
+      const int64_t round = told ? adapters.rounds[at++] : 0;
+      const int64_t rows = told ? adapters.rounds[at++] : end - begin;
+      rounds.push_back({j, round, begin, rows});
+      begin += rows;
+    }
+  }
+  return rounds;
+}
+
 Tensor lora_linear_grouped(const LoraLinearGroupedCall& call) {
   static const Operator<&lora_linear_grouped> op("lora_ext::lora_linear_grouped");
   return op(call);
@@ -224,19 +264,19 @@ TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
   m.def(
       "lora_linear_grouped(Tensor x, Tensor weight, Tensor? bias, Tensor[] lora_A, "
       "Tensor[] lora_B, Tensor[] lora_bias, Tensor order, int[] counts, Tensor? factor, "
-      "float[] scaling, float[] dropout_p, Tensor? rng_state=None, bool several=False) -> Tensor",
+      "float[] scaling, float[] dropout_p, Tensor? rng_state=None, int[] rounds=[]) -> Tensor",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "lora_linear_grouped_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor[] lora_A, "
       "Tensor[] lora_B, Tensor[] lora_bias, Tensor order, int[] counts, Tensor? factor, "
-      "float[] scaling, float[] dropout_p, Tensor? rng_state=None, bool several=False, "
+      "float[] scaling, float[] dropout_p, Tensor? rng_state=None, int[] rounds=[], "
       "bool return_h=False) "
       "-> (Tensor y, Tensor h)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "lora_linear_grouped_bwd(Tensor dy, Tensor? x, Tensor? h, Tensor? weight, "
       "Tensor[] lora_A, Tensor[] lora_B, Tensor[] lora_bias, Tensor order, int[] counts, "
-      "Tensor? factor, float[] scaling, float[] dropout_p, Tensor? rng_state, bool several, "
+      "Tensor? factor, float[] scaling, float[] dropout_p, Tensor? rng_state, int[] rounds, "
       "bool[4] mask, int[] wanted) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dfactor, "
       "Tensor[] dlora_A, Tensor[] dlora_B, Tensor[] dlora_bias)",
       {at::Tag::pt2_compliant_tag});

@@ -17,14 +17,13 @@ struct GroupedAdapters {
   at::TensorList lora_A;            // of each slot [r, K]
   at::TensorList lora_B;            // of each slot [N, r]
   at::TensorList lora_bias;         // of each slot [N], or [0] for none; or empty: none has one
-  const Tensor& order;              // [R] int32: the rows of slot 0, of slot 1, ...; in each those
-                                    // first that are in fewer slots before it, which is fastest
+  const Tensor& order;              // [R] int32: the rows of slot 0, of slot 1, ...
   at::IntArrayRef counts;           // how many rows each slot has; R in all
   const OptionalTensor& factor;     // [R], floating: multiplies the update of each of these rows
   at::ArrayRef<double> scaling;     // of each slot
   at::ArrayRef<double> dropout_p;   // of each slot
   const OptionalTensor& rng_state;  // [2], int64; present where a slot drops elements
-  bool several;                     // a row may be in several slots, in each once
+  at::IntArrayRef rounds;           // empty: each row is in one slot; else see rounds_of
 
   size_t slots() const { return lora_A.size(); }
 };
@@ -39,17 +38,17 @@ struct LoraLinearGroupedCall {
   const OptionalTensor& factor;
   at::ArrayRef<double> scaling, dropout_p;
   const OptionalTensor& rng_state;
-  bool several;
+  at::IntArrayRef rounds;
 
   auto fields() const {
     return std::tie(x, weight, bias, lora_A, lora_B, lora_bias, order, counts, factor, scaling,
-                    dropout_p, rng_state, several);
+                    dropout_p, rng_state, rounds);
   }
   GroupedAdapters adapters() const { return adapters_of(order); }
   // With `order` as another tensor holds it, which is to live as long.
   GroupedAdapters adapters_of(const Tensor& other_order) const {
     return {lora_A, lora_B,  lora_bias, other_order, counts,
-            factor, scaling, dropout_p, rng_state,   several};
+            factor, scaling, dropout_p, rng_state,   rounds};
   }
 };
 
@@ -64,17 +63,17 @@ struct LoraLinearGroupedBackwardCall {
   const OptionalTensor& factor;
   at::ArrayRef<double> scaling, dropout_p;
   const OptionalTensor& rng_state;
-  bool several;
+  at::IntArrayRef rounds;
 
   auto fields() const {
     return std::tie(dy, x, h, weight, lora_A, lora_B, lora_bias, order, counts, factor, scaling,
-                    dropout_p, rng_state, several);
+                    dropout_p, rng_state, rounds);
   }
   GroupedAdapters adapters() const { return adapters_of(order); }
   // With `order` as another tensor holds it, which is to live as long.
   GroupedAdapters adapters_of(const Tensor& other_order) const {
     return {lora_A, lora_B,  lora_bias, other_order, counts,
-            factor, scaling, dropout_p, rng_state,   several};
+            factor, scaling, dropout_p, rng_state,   rounds};
   }
 };
 
@@ -118,6 +117,17 @@ struct Slot {
   at::ScalarType dtype() const { return lora_A.scalar_type(); }
 };
 std::vector<Slot> slots_of(const GroupedAdapters& adapters);
+
+// Where rows are in several slots, in each once, their updates are added one after another. So the
+// rows of each slot lie in rounds, of which `rounds` has pairs (round, rows), slot after slot:
+// rounds go up in a slot, their rows add up to its count. In a round no row is twice, and what
+// rounds a row is in go up with its slots.
+struct SlotRound {
+  size_t slot;
+  int64_t round, begin, rows;  // of `order`
+};
+// In that order, without slots of no rows. Where `rounds` is empty all is round 0.
+std::vector<SlotRound> rounds_of(const GroupedAdapters& adapters);
 // How many elements h has.
 int64_t grouped_hidden_size(const GroupedAdapters& adapters);
 

@@ -93,7 +93,7 @@ struct LoraLinearGrouped : torch::autograd::Function<LoraLinearGrouped> {
     ctx->saved_data["scaling"] = call.scaling.vec();
     ctx->saved_data["dropout_p"] = call.dropout_p.vec();
     ctx->saved_data["has_bias"] = call.bias.has_value();
-    ctx->saved_data["several"] = call.several;
+    ctx->saved_data["rounds"] = call.rounds.vec();
     return y;
   }
 
@@ -105,6 +105,7 @@ struct LoraLinearGrouped : torch::autograd::Function<LoraLinearGrouped> {
     const auto counts = ctx->saved_data["counts"].toIntVector();
     const auto scaling = ctx->saved_data["scaling"].toDoubleVector();
     const auto dropout_p = ctx->saved_data["dropout_p"].toDoubleVector();
+    const auto rounds = ctx->saved_data["rounds"].toIntVector();
     const size_t slots = counts.size(), biases = saved.size() - 6 - 2 * slots;
     const at::TensorList lists = at::TensorList(saved).slice(6);
     const LoraLinearGroupedBackwardCall call{grad_outputs[0],
@@ -120,7 +121,7 @@ struct LoraLinearGrouped : torch::autograd::Function<LoraLinearGrouped> {
                                              scaling,
                                              dropout_p,
                                              rng_state,
-                                             ctx->saved_data["several"].toBool()};
+                                             rounds};
     // needs_input_grad counts the tensors that were passed; None has no number.
     const bool has_bias = ctx->saved_data["has_bias"].toBool();
     size_t input = 0;
@@ -155,7 +156,7 @@ struct LoraLinearGrouped : torch::autograd::Function<LoraLinearGrouped> {
     }
     grads.insert(grads.end(), 2, Tensor());  // order, counts
     grads.push_back(kept(mask[kGroupedFactor], dfactor));
-    grads.insert(grads.end(), 4, Tensor());  // scaling, dropout_p, rng_state, several
+    grads.insert(grads.end(), 4, Tensor());  // scaling, dropout_p, rng_state, rounds
     return grads;
   }
 };
@@ -210,7 +211,7 @@ Tensor lora_linear_grouped_autocast(const LoraLinearGroupedCall& call) {
                      lora_bias = adapters(call.lora_bias);
   return lora_linear_grouped({cast.base(call.x), cast.base(call.weight), cast.base(call.bias),
                               lora_A, lora_B, lora_bias, call.order, call.counts, call.factor,
-                              call.scaling, call.dropout_p, call.rng_state, call.several});
+                              call.scaling, call.dropout_p, call.rng_state, call.rounds});
 }
 
 // torch.func's transforms come before autocast.

@@ -106,8 +106,8 @@ class ParamLayer(AnyLayer):
         where = type(self).__name__
         tokens = len(hidden_states)
         rows = plan.assign((tokens,), hidden_states.device, planned_names(self), where)
-        if rows.several:
-            refuse_plan(self, "a token has one adapter in each expert, and no gates")
+        if rows.rounds:
+            refuse_plan(self, "a token has one adapter in each expert, not several with gates")
         routed = route(top_k_index, cast(int, self.num_experts))
         slots = slots_of(routed, tokens, rows)
 

@@ -87,7 +87,7 @@ def planned_linear_path(layer: Layer) -> tuple[str, str]:
     """(path, reason) of it, for `explain`."""
     names = planned_names(layer)
     ranks = [layer.adapters[name].r for name in names]
-    path, how = lora_linear_grouped_path(layer._adapted_weight(), ranks, _plan(layer).mixes)
+    path, how = lora_linear_grouped_path(layer._adapted_weight(), ranks)
     reason = f"the base product once, then {how}"
     if any(variant_of(layer.adapters[name]) for name in names):
         reason += "; DoRA's rows once more, base and all"

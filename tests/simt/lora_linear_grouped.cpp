@@ -27,6 +27,8 @@ struct Arguments {
   const AdapterArguments* adapters;
   int64_t count;
   const int* order;
+  const int64_t* rounds;  // [round_count, 3]: adapter, round, rows
+  int64_t round_count;
   const float* factor;
   const int64_t* rng_state;
   const void *x, *dy;
@@ -61,6 +63,15 @@ std::vector<GroupedAdapter> adapters_of(const Arguments& a) {
   return adapters;
 }
 
+std::vector<GroupedRound> rounds_of(const Arguments& a) {
+  std::vector<GroupedRound> rounds;
+  for (int64_t i = 0; i < a.round_count; ++i) {
+    const int64_t* one = a.rounds + 3 * i;
+    rounds.push_back({static_cast<int>(one[0]), one[1], one[2]});
+  }
+  return rounds;
+}
+
 // As csrc/cuda/lora_linear_grouped.cpp chooses on the GPU of simt::options(); false: no kernel
 // runs.
 template <class T>
@@ -82,8 +93,9 @@ template <class T>
 void forward(const Arguments& a) {
   if (!choose<T>(a, false)) return;
   const std::vector<GroupedAdapter> adapters = adapters_of(a);
+  const std::vector<GroupedRound> rounds = rounds_of(a);
   Scratch scratch;
-  const GroupedForwardCall<T> call{.rows = {adapters, a.order, a.factor},
+  const GroupedForwardCall<T> call{.rows = {adapters, a.order, a.factor, rounds},
                                    .x = {static_cast<const T*>(a.x), a.M, a.K, a.ldx},
                                    .y = static_cast<T*>(a.y),
                                    .N = a.N,
@@ -95,8 +107,9 @@ template <class T>
 void backward(const Arguments& a) {
   if (!choose<T>(a, true)) return;
   const std::vector<GroupedAdapter> adapters = adapters_of(a);
+  const std::vector<GroupedRound> rounds = rounds_of(a);
   Scratch scratch;
-  const GroupedBackwardCall<T> call{.rows = {adapters, a.order, a.factor},
+  const GroupedBackwardCall<T> call{.rows = {adapters, a.order, a.factor, rounds},
                                     .dy = {static_cast<const T*>(a.dy), a.M, a.N, a.ldy},
                                     .x = {static_cast<const T*>(a.x), a.M, a.K, a.ldx},
                                     .h = a.saved_h,

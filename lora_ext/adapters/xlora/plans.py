@@ -37,7 +37,7 @@ class UniformPlan(BatchPlan):
     ) -> Assignment:
         if not self.names:
             none = torch.empty(0, dtype=torch.int32, device=device)
-            return Assignment((), none, (), None, False, False)
+            return Assignment((), none, (), None, False, ())
         rows = math.prod(leading)
         if rows not in self._of_rows:
             size = rows, len(self.names)
