@@ -57,13 +57,13 @@ cuda-check: ## compile the CUDA extension, without a GPU, in an environment of i
 	$(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/pip install --quiet $(CUDA_TORCH)
 	.venv-cuda/bin/pip install --quiet safetensors rich numpy regex 'setuptools>=77' cmake ninja
-	rm -rf build/sdist
+	rm -rf build/sdist build/cuda
 	.venv-cuda/bin/python setup.py -q sdist -d build/sdist
-	LORA_EXT_CUDA=1 NVCC_APPEND_FLAGS="-Xptxas -v" \
+	LORA_EXT_CUDA=1 NVCC_APPEND_FLAGS="-Xptxas -v" LORA_EXT_BUILD_DIR="$(CURDIR)/build/cuda" \
 		.venv-cuda/bin/pip install -v --force-reinstall --no-deps build/sdist/*.tar.gz >build/cuda-check.log 2>&1 \
 		|| { tail -n 50 build/cuda-check.log; exit 1; }
 	cd tests && ../.venv-cuda/bin/python cuda_check.py ../build/cuda-check.log
-	$(MAKE) gpu-prebuilt PYTHON="$(CURDIR)/.venv-cuda/bin/python" GPU_ARCHITECTURES=80-real \
+	$(MAKE) gpu-prebuilt PYTHON="$(CURDIR)/.venv-cuda/bin/python" KERNEL_OBJECTS="$(CURDIR)/build/cuda" \
 		GPU_PROGRAMS="$(CURDIR)/build/cuda-check" GPU_PREBUILT="$(CURDIR)/build/cuda-check" >>build/cuda-check.log 2>&1 \
 		|| { tail -n 50 build/cuda-check.log; exit 1; }
 	build/cuda-check/bench_kernels --help >/dev/null
@@ -108,7 +108,8 @@ gpu-bench: gpu-build ## measure on the GPU; GPU_BENCH_ARGS
 # from sm_80 on: where there is nvcc and no GPU, so that they are there when there is one. CMake (3.26 or
 # newer) and ninja of the environment of `make setup` or beside PYTHON come first. MAX_JOBS limits what is
 # compiled at a time; GPU_ARCHITECTURES, as CMake names them, says for what. CMake is told each time: what
-# one call asks for does not stay for the next.
+# one call asks for does not stay for the next. KERNEL_OBJECTS: the folder of a build of the extension for
+# the same architectures, whose kernels need not be compiled again.
 GPU_ARCHITECTURES ?= 80-real;90a-real
 GPU_PROGRAMS := $(CURDIR)/build/gpu-programs
 GPU_PREBUILT := $(CURDIR)/build/gpu-prebuilt
@@ -117,7 +118,7 @@ GPU_COMMIT = $(shell git describe --always --dirty --abbrev=12 2>/dev/null)
 gpu-prebuilt: ## build the programs without torch for a GPU, without one; minutes for each architecture
 	env $(PREBUILT_ENV) cmake -S tests/gpu -B "$(GPU_PROGRAMS)" -G Ninja -DCMAKE_BUILD_TYPE=Release \
 		-DCMAKE_RUNTIME_OUTPUT_DIRECTORY="$(GPU_PREBUILT)" -DLORA_EXT_COMMIT="$(GPU_COMMIT)" \
-		-DCMAKE_CUDA_ARCHITECTURES="$(GPU_ARCHITECTURES)"
+		-DCMAKE_CUDA_ARCHITECTURES="$(GPU_ARCHITECTURES)" -DKERNEL_OBJECTS="$(KERNEL_OBJECTS)"
 	env $(PREBUILT_ENV) cmake --build "$(GPU_PROGRAMS)" $(if $(MAX_JOBS),--parallel $(MAX_JOBS))
 	echo "$(GPU_ARCHITECTURES)" >"$(GPU_PREBUILT)/architectures"
 	$(PYTHON) tests/gpu/first.py --hash >"$(GPU_PREBUILT)/sources"

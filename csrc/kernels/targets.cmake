@@ -1,13 +1,14 @@
 # The kernels as object libraries, for the extension (CMakeLists.txt) and for programs without torch
 # (tests/gpu/CMakeLists.txt). Sets KERNEL_LIBRARIES, and KERNEL_DEFINITIONS for those that call them.
 # CMAKE_CUDA_ARCHITECTURES says what for; LORA_EXT_ANY_GPU_ARCHITECTURES the same for the kernels
-# that older GPUs run too.
+# that older GPUs run too. KERNEL_OBJECTS is empty, or the folder of another build of the same
+# sources and architectures, whose objects programs take instead of compiling them again.
 set(KERNELS ${CMAKE_CURRENT_LIST_DIR})
 set(KERNEL_LIBRARIES "")
 set(KERNEL_DEFINITIONS "")
 
 function(add_cuda_kernels name)
-  add_library(${name} OBJECT ${ARGN})
+  add_library(${name} OBJECT EXCLUDE_FROM_ALL ${ARGN})
   target_include_directories(${name} PRIVATE ${KERNELS}/..)
   set_target_properties(${name} PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON
                                            CUDA_VISIBILITY_PRESET hidden)
@@ -47,9 +48,14 @@ endforeach()
 # A program that calls them: add_gpu_program(name [EXCLUDE_FROM_ALL] sources...)
 function(add_gpu_program name)
   add_executable(${name} ${ARGN})
-  foreach(library ${KERNEL_LIBRARIES})
-    target_sources(${name} PRIVATE $<TARGET_OBJECTS:${library}>)
-  endforeach()
+  if(KERNEL_OBJECTS)
+    file(GLOB_RECURSE objects "${KERNEL_OBJECTS}/CMakeFiles/cuda_kernels*.cu.o")
+    target_sources(${name} PRIVATE ${objects})
+  else()
+    foreach(library ${KERNEL_LIBRARIES})
+      target_sources(${name} PRIVATE $<TARGET_OBJECTS:${library}>)
+    endforeach()
+  endif()
   target_include_directories(${name} PRIVATE ${KERNELS}/..)
   target_compile_definitions(${name} PRIVATE ${KERNEL_DEFINITIONS})
   target_compile_options(${name} PRIVATE -O3 -lineinfo)
