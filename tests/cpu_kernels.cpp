@@ -39,36 +39,13 @@ static __m512 dot_of_bf16(__m512 sum, __m512bh a, __m512bh b) {
 #include "cpu/kernels_bf16_dot.cpp"
 #endif
 
-using namespace lora_ext;
+#include "cpu_grouped_rows.h"
+
 using isa_sanitized::kKernels;
 
 namespace {
 
 bool canary = false, wrong = false;
-
-struct Size {
-  int64_t M, N, K, r;
-};
-
-DropoutArgs dropout_of(bool enabled) {
-  return enabled ? DropoutArgs{true, dropout_threshold(0.5), dropout_scale(0.5), {7, 9}}
-                 : DropoutArgs{false, dropout_threshold(0.0), 1.0, {}};
-}
-
-Buffer pack(const LoraLinearKernels& kernels, const Buffer& adapter, int64_t rows,
-            int64_t columns) {
-  Buffer packed(1, kernels.packed_bytes(rows, columns));
-  kernels.pack(adapter.data(), rows, columns, 0, rows / 2, packed.data());
-  kernels.pack(adapter.data(), rows, columns, rows / 2, rows, packed.data());
-  return packed;
-}
-
-// f(begin, end) for two ranges of rows, as two threads have them.
-template <class F>
-void in_two(int64_t rows, const F& f) {
-  f(0, 0, rows / 3);
-  f(1, rows / 3, rows);
-}
 
 void run_lora_linear(const Pair& pair, const LoraLinearKernels& kernels, const Size& size,
                      bool dropout) {
@@ -423,12 +400,14 @@ void run_all(const Size& size) {
 #ifdef __AVX512F__
   for (const bool dropout : {false, true}) {
     run_lora_linear(kPairs[2], isa_sanitized::kBf16Kernels, size, dropout);
+    run_grouped_rows(kPairs[2], isa_sanitized::kBf16Kernels, kKernels[0].dropout, size, dropout);
     run_lora_linear_multi(kPairs[2], isa_sanitized::kBf16Kernels, size, dropout);
   }
 #endif
   for (int i = 0; i < kDtypePairs; ++i) {
     for (const bool dropout : {false, true}) {
       run_lora_linear(kPairs[i], kKernels[i].lora_linear, size, dropout);
+      run_grouped_rows(kPairs[i], kKernels[i].lora_linear, kKernels[0].dropout, size, dropout);
       run_lora_linear_multi(kPairs[i], kKernels[i].lora_linear, size, dropout);
       run_dora_linear(kPairs[i], kKernels[i].dora_linear, size, dropout, true);
     }
