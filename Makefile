@@ -53,13 +53,14 @@ test: setup ## run all tests
 # environment of its own, with gigabytes of torch's CUDA libraries. ptxas tells what registers each kernel spills.
 # And the programs without torch, linked for one architecture.
 CUDA_TORCH ?= torch==2.11.0
-cuda-check: ## compile the CUDA extension, without a GPU, in an environment of its own
+cuda-check: setup ## compile the CUDA extension, without a GPU, in an environment of its own
 	$(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/pip install --quiet $(CUDA_TORCH)
 	.venv-cuda/bin/pip install --quiet safetensors rich numpy regex 'setuptools>=77' cmake ninja
 	rm -rf build/sdist build/cuda
 	.venv-cuda/bin/python setup.py -q sdist -d build/sdist
 	LORA_EXT_CUDA=1 NVCC_APPEND_FLAGS="-Xptxas -v" LORA_EXT_BUILD_DIR="$(CURDIR)/build/cuda" \
+		LORA_EXT_CPU_KERNELS="$(CURDIR)/build/cmake" \
 		.venv-cuda/bin/pip install -v --force-reinstall --no-deps build/sdist/*.tar.gz >build/cuda-check.log 2>&1 \
 		|| { tail -n 50 build/cuda-check.log; exit 1; }
 	cd tests && ../.venv-cuda/bin/python cuda_check.py ../build/cuda-check.log
