@@ -51,7 +51,8 @@ test: setup ## run all tests
 
 # The CUDA extension compiled from the source distribution, linked and imported, without a GPU: in an
 # environment of its own, with gigabytes of torch's CUDA libraries. ptxas tells what registers each kernel spills.
-# And the programs without torch, linked for one architecture.
+# And the programs without torch, linked with the same kernels. What knows nothing of torch, the vector kernels
+# of the CPU, is make setup's.
 CUDA_TORCH ?= torch==2.11.0
 cuda-check: setup ## compile the CUDA extension, without a GPU, in an environment of its own
 	$(PYTHON) -m venv .venv-cuda

@@ -31,7 +31,17 @@ class Assignment(NamedTuple):
 
 
 def copied(of_host: Tensor, device: torch.device) -> Tensor:
-    """On the device; nobody waits for it, the stream of a GPU apart."""
+    """On the device; nobody waits for it, the stream of a GPU apart.
+
+    Raises:
+        RuntimeError: a CUDA graph is captured, whose replays would read the host's memory again.
+    """
     if device.type != "cuda" or of_host.device.type != "cpu":
         return of_host.to(device)
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "batch: got a plan whose rows the GPU does not have while a CUDA graph is captured, "
+            "expected one that the model has followed before; run the model once within the plan, "
+            "on an input of the same shape, and capture then"
+        )
     return of_host.pin_memory().to(device, non_blocking=True)

@@ -305,20 +305,18 @@ class BatchPlan:
             for name, count in zip(names, counts, strict=True)
             if count or self._zero_grads
         ]
-        # In one copy
-        told = [rows]
-        if self.has_scale:
-            told += [owners[rows], owners[rows] * k + columns.flatten()[order]]
-        on_device = copied(torch.stack(told).to(torch.int32), device)
+        of, column = owners[rows], columns.flatten()[order]
+        told = torch.stack([rows, of, of * k + column]).to(torch.int32)
+        rows, of, gated = copied(told, device).unbind(0)
         assignment = Assignment(
             tuple(name for name, _ in having),
-            on_device[0],
+            rows,
             tuple(count for _, count in having),
             None,
-            len(having) == 1 and len(rows) == len(slots),
+            len(having) == 1 and len(order) == len(slots),
             rounds,
         )
-        return assignment, on_device[len(told) // 2], on_device[-1]
+        return assignment, of, gated
 
     def _owners(
         self, leading: tuple[int, ...], where: str, whole: bool

@@ -194,6 +194,19 @@ def capture(call: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, lis
     return graph, outputs
 
 
+def test_a_plan_that_the_gpu_does_not_have_is_refused_in_a_capture() -> None:
+    """Replays would copy its rows from memory of the host that is gone."""
+    layer = lora_ext.nn.Linear(64, 64, r=4, device="cuda")
+    x = torch.randn(6, 64, device="cuda")
+    plan = lora_ext.batch(["default", None] * 3)
+    with plan, torch.no_grad():
+        with pytest.raises(RuntimeError, match="run the model once within the plan"):
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                layer(x)
+        _, captured = capture(lambda: [layer(x)])
+        assert captured[0].shape == x.shape
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
 @pytest.mark.parametrize("n", [130, 136])
 def test_graphs_draw_as_eager_calls_do(n: int, dtype: torch.dtype) -> None:

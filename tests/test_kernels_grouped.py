@@ -40,10 +40,15 @@ def launched(kernels: GroupedKernels) -> list[str]:
     return [name[1] for name in names if name is not None]
 
 
-@pytest.mark.parametrize("seed", range(150))
-def test_values_and_gradients(kernels: GroupedKernels, seed: int) -> None:
+def vary(kernels: GroupedKernels, seed: int) -> None:
+    """The GPU, the order of its threads."""
     kernels.gpu((80, 86, 90)[seed % 3], (3, 132)[seed % 2])
     kernels.schedule(COMPLETIONS[seed // 3 % 3], seed % 4)
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_values_and_gradients(kernels: GroupedKernels, seed: int) -> None:
+    vary(kernels, seed)
     check(kernels, make_problem(seed))
     assert kernels.path == "cuda hybrid sm_80"
 
@@ -102,8 +107,7 @@ def test_other_rows_change_no_bit(kernels: GroupedKernels, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(90))
 def test_rows_with_several_slots(kernels: GroupedKernels, seed: int) -> None:
-    kernels.gpu((80, 86, 90)[seed % 3], (3, 132)[seed % 2])
-    kernels.schedule(COMPLETIONS[seed // 3 % 3], seed % 4)
+    vary(kernels, seed)
     check_gated(kernels, make_gated(seed))
     assert kernels.path == "cuda hybrid sm_80"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulated import TYPES, SmallKernels
+from emulated import TYPES
+from emulated_small import SmallKernels
 from problems import UNIT
 
 import lora_ext
