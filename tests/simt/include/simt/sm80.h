@@ -6,6 +6,7 @@
 
 #include "kernels/arch/fragments_sm80.h"
 #include "kernels/element.h"
+#include "simt/arithmetic.h"
 #include "simt/block.h"
 
 namespace lora_ext::arch {
@@ -115,14 +116,8 @@ inline void mma_m16n8k16(FragmentC& c, const FragmentA& a, const FragmentB& b) {
         full_b[row + 1][column] = second_of<T>(own->b[i]);
       }
     }
-    float product[16][8] = {};
-    for (int row = 0; row < 16; ++row) {
-      for (int k = 0; k < 16; ++k) {
-        for (int column = 0; column < 8; ++column) {
-          product[row][column] += full_a[row][k] * full_b[k][column];
-        }
-      }
-    }
+    float product[16][8];
+    simt::multiply_matrices(full_a, full_b, product);
     for (int lane = 0; lane < simt::kWarp; ++lane) {
       const auto* own = static_cast<const Slot*>(slots[static_cast<size_t>(lane)]);
       for (int i = 0; i < 4; ++i) {

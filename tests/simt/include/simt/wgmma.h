@@ -6,6 +6,7 @@
 #include "kernels/arch/descriptor_sm90.h"
 #include "kernels/arch/fragments_sm80.h"
 #include "kernels/element.h"
+#include "simt/arithmetic.h"
 #include "simt/block.h"
 
 namespace simt {
@@ -48,21 +49,34 @@ struct Operand {
     block.check(width == 16 || start % (width * 8) < 128,
                 "wgmma: an operand that begins within eight rows needs a base offset, which is not "
                 "emulated");
-    const bool k_major = major == lora_ext::arch::Major::kK;
-    for (uint32_t row = 0; row < rows; row += k_major ? 1 : 8) {
-      for (uint32_t k = 0; k < 16; k += k_major ? 8 : 1) {
-        const uint32_t chunk = address(row, k);
-        block.check(block.shared.contains(chunk, 16), "wgmma: an operand outside of shared memory");
-        block.check_fenced(chunk, 16, "wgmma reads");
-      }
-    }
+    for_chunks(rows, [&](uint32_t row, uint32_t k) {
+      const uint32_t chunk = address(row, k);
+      block.check(block.shared.contains(chunk, 16), "wgmma: an operand outside of shared memory");
+      block.check_fenced(chunk, 16, "wgmma reads");
+    });
   }
 
-  template <class T>
-  float value(const Block& block, uint32_t row, uint32_t k) const {
-    T element;
-    std::memcpy(&element, block.shared.at(address(row, k)), sizeof(element));
-    return to_float(element);
+  // store(row, k, value) of all elements.
+  template <class T, class Store>
+  void read(const Block& block, uint32_t rows, const Store& store) const {
+    const bool k_major = major == lora_ext::arch::Major::kK;
+    for_chunks(rows, [&](uint32_t row, uint32_t k) {
+      T elements[8];
+      std::memcpy(elements, block.shared.at(address(row, k)), sizeof(elements));
+      for (uint32_t i = 0; i < 8; ++i) {
+        store(k_major ? row : row + i, k_major ? k + i : k, to_float(elements[i]));
+      }
+    });
+  }
+
+ private:
+  // The first elements of all that lie 16 bytes together.
+  template <class Visit>
+  void for_chunks(uint32_t rows, const Visit& visit) const {
+    const bool k_major = major == lora_ext::arch::Major::kK;
+    for (uint32_t row = 0; row < rows; row += k_major ? 1 : 8) {
+      for (uint32_t k = 0; k < 16; k += k_major ? 8 : 1) visit(row, k);
+    }
   }
 };
 
@@ -78,11 +92,14 @@ struct WgmmaSlot {
   }
 };
 
-// d [64, N] of a warpgroup: what element i of thread t is.
-inline int wgmma_row(int thread, int i) {
-  return thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
+// Of the product of a warpgroup what a thread has.
+template <int kN>
+SIMT_ARITHMETIC void wgmma_values(const float (&product)[64][kN], int thread, float (&d)[kN / 2]) {
+  for (int i = 0; i < kN / 2; ++i) {
+    const int row = thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
+    d[i] = product[row][i / 4 * 8 + thread % 4 * 2 + i % 2];
+  }
 }
-inline int wgmma_column(int thread, int i) { return i / 4 * 8 + thread % 4 * 2 + i % 2; }
 
 template <class T, int kN, lora_ext::arch::Major kMajorA, lora_ext::arch::Major kMajorB>
 void run_wgmma(const Block& block, const Multiply& multiply) {
@@ -99,28 +116,17 @@ void run_wgmma(const Block& block, const Multiply& multiply) {
     }
   } else {
     const Operand operand(multiply.a, kMajorA);
-    for (uint32_t row = 0; row < 64; ++row) {
-      for (uint32_t k = 0; k < 16; ++k) a[row][k] = operand.value<T>(block, row, k);
-    }
+    operand.read<T>(block, 64, [](uint32_t row, uint32_t k, float value) { a[row][k] = value; });
   }
   const Operand operand(multiply.b, kMajorB);
-  for (uint32_t k = 0; k < 16; ++k) {
-    for (uint32_t column = 0; column < kN; ++column) {
-      b[k][column] = operand.value<T>(block, column, k);
-    }
-  }
-  for (int row = 0; row < 64; ++row) {
-    std::fill_n(product[row], kN, 0.0f);
-    for (int k = 0; k < 16; ++k) {
-      for (int column = 0; column < kN; ++column) product[row][column] += a[row][k] * b[k][column];
-    }
-  }
+  operand.read<T>(block, kN,
+                  [](uint32_t column, uint32_t k, float value) { b[k][column] = value; });
+  multiply_matrices(a, b, product);
   for (int thread = 0; thread < kWarpgroup; ++thread) {
     float* d = multiply.threads[static_cast<size_t>(thread)].d;
-    for (int i = 0; i < kN / 2; ++i) {
-      const float before = multiply.accumulate ? d[i] : 0.0f;
-      d[i] = before + product[wgmma_row(thread, i)][wgmma_column(thread, i)];
-    }
+    float own[kN / 2];
+    wgmma_values(product, thread, own);
+    for (int i = 0; i < kN / 2; ++i) d[i] = (multiply.accumulate ? d[i] : 0.0f) + own[i];
   }
 }
 
