@@ -307,3 +307,13 @@ def test_what_is_wrong_is_said_and_changes_nothing(
         get_lora_model(Experts(False), LoraConfig(target_parameters=["up"]))
     with pytest.raises(TypeError, match="target_parameters"):
         LoraConfig(target_parameters="up")
+
+
+def test_who_names_experts_as_modules_is_told_of_target_parameters() -> None:
+    base = experts_of("Mixtral")
+    for name, says in (
+        ("experts", r"target_parameters=\['experts.gate_up_proj', 'experts.down_proj'\]"),
+        ("gate_up_proj", "experts.gate_up_proj' is a parameter; name it in target_parameters"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            get_lora_model(base, LoraConfig(target_modules=[name]))
