@@ -221,6 +221,8 @@ def test_scales_have_gradients_and_need_names() -> None:
     assert scales.grad is not None and (scales.grad != 0).tolist() == [True, False, True, True]
     with pytest.raises(ValueError, match="adapter_scales: got a value without adapter_names"):
         model(input_ids=TOKENS, adapter_scales=[1.0] * 4)
+    with pytest.raises(TypeError, match=r"adapter_scales: got 0\.5, expected a list"):
+        model(input_ids=TOKENS, adapter_names=NAMES, adapter_scales=0.5)
     with pytest.raises(ValueError, match="adapter_scales: got 3 numbers for 4 names"):
         model(input_ids=TOKENS, adapter_names=NAMES, adapter_scales=[1.0] * 3)
 

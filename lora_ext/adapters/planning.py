@@ -96,6 +96,9 @@ def _scales(scales: Any, names: Sequence[Any] | None) -> Any:
             "LoraModel: adapter_scales: got a value without adapter_names, expected both, of each "
             "input; for the active adapters there is set_adapters(names, adapter_weights)"
         )
+    if not (isinstance(scales, list | tuple) or (isinstance(scales, Tensor) and scales.dim())):
+        expected = "a list of numbers or a floating-point tensor, one for each of adapter_names"
+        refuse("LoraModel", "adapter_scales", scales, expected)
     if len(scales) != len(names):
         raise ValueError(
             f"LoraModel: adapter_scales: got {len(scales)} numbers for {len(names)} names, "
