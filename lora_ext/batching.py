@@ -30,7 +30,7 @@ from lora_ext._batch_arguments import (
     slots_of_gates,
     slots_of_rows,
 )
-from lora_ext.arguments import listed, refuse
+from lora_ext.arguments import as_number, listed, refuse
 
 __all__ = ["BatchPlan", "Checkpointing", "batch"]
 
@@ -217,6 +217,11 @@ class BatchPlan:
         """Whether adapters begin inside of a request."""
         return self._after is not None
 
+    @property
+    def says_where(self) -> bool:
+        """Whether it says of rows, not of whole requests, which adapter they have."""
+        return self._per_row or self.has_after
+
     def note(self, names: Collection[str]) -> None:
         """A layer, or a module to save, has these adapters."""
         self._found.asked = True
@@ -347,6 +352,11 @@ class BatchPlan:
                     f" If these are the tokens of {count} requests, say so: with "
                     f"lora_ext.batch([...], rows=({count}, {sequences // count})): model(...)"
                 )
+            elif count and sequences % count == 0:  # as beams get them
+                cure = (
+                    f" If each comes {sequences // count} times in a row, as with beams, say so: "
+                    "lora_ext.batch([...], repeats=True)"
+                )
             raise ValueError(
                 f"{where}: batch: adapters: got {count} names for an input whose leading dimensions"
                 f" are {list(leading)}, expected one name for each of {sequences}. Length of "
@@ -393,7 +403,7 @@ def batch(
     lengths: Sequence[int] | Tensor | None = None,
     ids: Tensor | None = None,
     gates: Tensor | None = None,
-    scale: Tensor | None = None,
+    scale: Tensor | Sequence[float] | None = None,
     after: Sequence[int | None] | Tensor | None = None,
     repeats: bool = False,
     zero_grads: bool = False,
@@ -411,9 +421,10 @@ def batch(
         gates: floating, several adapters for each row, whose updates they multiply: in the shape of
             ids; or without ids [requests, adapters] or [requests, rows, adapters], of all
             `adapters` then. They may require grad (X-LoRA, mixtures of adapters).
-        scale: floating [requests], or [segments], or with ids [rows]: multiplies the update of each
-            one's rows. It may require grad. It and gates are best where the model is: others are
-            copied there, once, or once for each layer if they require grad.
+        scale: a list or a floating tensor, [requests], or [segments], or with ids [rows]:
+            multiplies the update of each one's rows. A tensor may require grad. It and gates are
+            best where the model is: others are copied there, once, or once for each layer if they
+            require grad.
         after: the position in its request, or segment, from which on each one's adapter takes
             effect; negative ones count from its end, None is never.
         repeats: of inputs that have each request several times in a row, as beam search does.
@@ -465,8 +476,11 @@ def batch(
             after = [_NEVER if position is None else position for position in after]
         after = integers(after, "after", requests)
     if scale is not None:
+        if isinstance(scale, list | tuple):
+            numbers = [as_number(one, "batch", "scale", "numbers") for one in scale]
+            scale = torch.tensor(numbers, dtype=torch.float32, device="cpu")
         if not isinstance(scale, Tensor) or not scale.is_floating_point():
-            refuse("batch", "scale", scale, "a floating-point tensor")
+            refuse("batch", "scale", scale, "a list of numbers or a floating-point tensor")
         if list(scale.shape) != [len(slots)]:
             raise ValueError(
                 f"batch: scale: got shape {list(scale.shape)}, expected [{len(slots)}], one number "

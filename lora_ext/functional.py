@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_ext._extension import _C
 from lora_ext._linear_multi import for_each, multi_in_graph, refuse_multi
 from lora_ext._scaling import for_any, is_for_any
-from lora_ext.arguments import check_kinds
+from lora_ext.arguments import check_kinds, refuse
 from lora_ext.batching import BatchPlan
 
 __all__ = [
@@ -194,9 +194,9 @@ class LowRank(NamedTuple):
 
     lora_A: Tensor
     lora_B: Tensor
-    lora_bias: Tensor | None
-    scaling: float
-    dropout_p: float
+    lora_bias: Tensor | None = None
+    scaling: float = 1.0
+    dropout_p: float = 0.0
 
 
 def lora_linear_grouped(
@@ -220,8 +220,8 @@ def lora_linear_grouped(
 
     Args:
         x, weight, bias: as for `lora_linear`.
-        adapters: by name; each has a rank, scaling, dropout and dtype of its own. Rows whose
-            adapter is not there are the base's.
+        adapters: a `LowRank` by name; each has a rank, scaling, dropout and dtype of its own.
+            Rows whose adapter is not there are the base's.
         plan: which row has which, from `lora_ext.batch`.
         rng_state: from `draw_rng_state`; drawn here if None and an adapter drops elements, whose
             masks are all of this state.
@@ -235,9 +235,19 @@ def lora_linear_grouped(
         Others as `lora_linear`.
     """
     check_kinds(where, x=x)
+    if not isinstance(plan, BatchPlan):
+        refuse(where, "plan", plan, "what lora_ext.batch([...]) returns")
+    if not isinstance(adapters, Mapping):
+        refuse(where, "adapters", adapters, "a dict of names to lora_ext.functional.LowRank")
     plan.note(adapters)
     rows = plan.assign(x.shape[:-1], x.device, adapters, where)
     used = [adapters[name] for name in rows.names]
+    for name, one in zip(rows.names, used, strict=True):
+        if not isinstance(one, LowRank):
+            raise TypeError(
+                f"{where}: adapters[{name!r}]: got a {type(one).__name__}, expected a LowRank, "
+                "such as lora_ext.functional.LowRank(lora_A, lora_B, scaling=2.0)"
+            )
     if not used:
         return torch.nn.functional.linear(x, weight, bias)
     if rows.alone:

@@ -163,7 +163,7 @@ def test_layers_that_get_all_tokens_in_one_dimension() -> None:
 
 def test_names_that_do_not_fit_are_refused() -> None:
     model = two_adapters("llama")
-    with pytest.raises(ValueError, match="got 3 names for an input"):
+    with pytest.raises(ValueError, match="got 3 names for 4 inputs"):
         model(input_ids=TOKENS, adapter_names=NAMES[:3])
     with pytest.raises(ValueError, match=r"adapter_names: got \['c'\], expected some of"):
         model(input_ids=TOKENS, adapter_names=["a", "c", "a", "a"])
@@ -177,6 +177,54 @@ def test_names_that_do_not_fit_are_refused() -> None:
         model(input_ids=TOKENS, adapter_names=NAMES)
     model.unmerge_adapter()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_too_few_names_are_no_beams(count: int) -> None:
+    """They would divide the inputs among themselves."""
+    model = two_adapters("llama")
+    for call in (model.generate, lambda x, **more: model.generate(input_ids=x, **more)):
+        with pytest.raises(ValueError, match=f"got {count} names for 4 inputs"):
+            call(TOKENS, adapter_names=NAMES[:count], max_new_tokens=1)
+    # As many as what is generated is PEFT's way with num_return_sequences.
+    options: dict[str, Any] = {"max_new_tokens": 2, "do_sample": True, "num_return_sequences": 2}
+    found = model.generate(input_ids=TOKENS[:2], adapter_names=NAMES, **options)
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_scales_are_strengths_of_each_input(beams: int) -> None:
+    """In float64, in which the same numbers come of another order."""
+    model = two_adapters("llama").double()
+    scales = [0.5, 1.0, -2.0, 0.0]
+    options: dict[str, Any] = {"max_new_tokens": 4, "num_beams": beams, "do_sample": False}
+    options |= {"output_scores": True, "return_dict_in_generate": True, "eos_token_id": None}
+    options["pad_token_id"] = 0
+    with torch.no_grad():
+        logits = model(input_ids=TOKENS, adapter_names=NAMES, adapter_scales=scales).logits
+    made = model.generate(input_ids=TOKENS, adapter_names=NAMES, adapter_scales=scales, **options)
+    plain = model.generate(input_ids=TOKENS, adapter_names=NAMES, **options)
+    assert not torch.equal(made.scores[0], plain.scores[0])
+    for i, (name, scale) in enumerate(zip(NAMES, scales, strict=True)):
+        one = TOKENS[i : i + 1]
+        model.set_adapters([] if name == "__base__" else [name], scale)
+        with torch.no_grad():
+            torch.testing.assert_close(logits[i : i + 1], model(input_ids=one).logits)
+        alone = model.generate(input_ids=one, **options)
+        assert torch.equal(made.sequences[i], alone.sequences[0])
+
+
+def test_scales_have_gradients_and_need_names() -> None:
+    model = two_adapters("llama")
+    scales = torch.ones(4, requires_grad=True)
+    model(input_ids=TOKENS, adapter_names=NAMES, adapter_scales=scales).logits.sum().backward()
+    assert scales.grad is not None and (scales.grad != 0).tolist() == [True, False, True, True]
+    with pytest.raises(ValueError, match="adapter_scales: got a value without adapter_names"):
+        model(input_ids=TOKENS, adapter_scales=[1.0] * 4)
+    with pytest.raises(TypeError, match=r"adapter_scales: got 0\.5, expected a list"):
+        model(input_ids=TOKENS, adapter_names=NAMES, adapter_scales=0.5)
+    with pytest.raises(ValueError, match="adapter_scales: got 3 numbers for 4 names"):
+        model(input_ids=TOKENS, adapter_names=NAMES, adapter_scales=[1.0] * 3)
 
 
 def test_disabled_adapters_stay_disabled() -> None:

@@ -162,6 +162,22 @@ def test_without_tokens_the_model_is_its_base() -> None:
     assert "activated by tokens" in str(lora_ext.explain(model))
 
 
+def test_a_plan_of_ones_own_says_where_they_begin() -> None:
+    model = activated()
+    names, scales = ["default"] * 4, [0.5, 1.0, 2.0, 1.0]
+    with torch.no_grad():
+        y = model(input_ids=TOKENS, adapter_names=names, adapter_scales=scales).logits
+        with lora_ext.batch(names, after=BEGINS, scale=scales):
+            assert torch.equal(y, model(input_ids=TOKENS).logits)
+    base = base_of(model, input_ids=TOKENS)
+    assert torch.equal(y[0, :4], base[0, :4]) and not torch.equal(y[0, 4:], base[0, 4:])
+    with (
+        lora_ext.batch(names),
+        pytest.raises(ValueError, match=r"which tokens activate .* give adapter_names="),
+    ):
+        model(input_ids=TOKENS)
+
+
 def test_what_cannot_be_is_refused() -> None:
     model = activated()
     with pytest.raises(ValueError, match="aLoRA does not support merging"):

@@ -97,6 +97,7 @@ REFUSED: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     (ValueError, "ids: got -2", lambda: lora_ext.batch(["a"], ids=torch.tensor([-2]))),
     (TypeError, "ids: got", lambda: lora_ext.batch(["a"], ids=torch.tensor([0.5]))),
     (ValueError, "ids: got rows", lambda: lora_ext.batch(["a"], ids=torch.tensor([0]), after=[0])),
+    (TypeError, "scale: got 'x'", lambda: lora_ext.batch(["a"], scale=["x"])),  # type: ignore[list-item]
     (TypeError, "scale: got 2.0", lambda: lora_ext.batch(["a"], scale=2.0)),  # type: ignore[arg-type]
     (ValueError, "scale: got shape", lambda: lora_ext.batch(["a"], scale=torch.ones(2))),
     (ValueError, "after: got", lambda: lora_ext.batch(["a"], after=[1, 2])),
@@ -123,7 +124,20 @@ def test_a_plan_that_does_not_fit_names_layer_and_rows() -> None:
         pytest.raises(ValueError, match="Linear: batch: lengths: got an input of 3 rows"),
     ):
         layer(torch.randn(3, 16))
+    with (
+        lora_ext.batch(["a"]),
+        pytest.raises(ValueError, match=r"comes 3 times in a row.*repeats=True"),
+    ):
+        layer(torch.randn(3, 2, 16))
     assert current_plan() is None
+
+
+def test_strengths_may_be_a_list() -> None:
+    layer, x = linear(), torch.randn(2, 3, 16)
+    with lora_ext.batch(["a", "b"], scale=[0.5, 2]):
+        y = layer(x)
+    with lora_ext.batch(["a", "b"], scale=torch.tensor([0.5, 2.0])):
+        assert torch.equal(y, layer(x))
 
 
 def test_an_adapter_that_no_layer_has_is_an_error() -> None:

@@ -30,6 +30,17 @@ def test_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "many adapters in one batch" in capsys.readouterr().out
 
 
+def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Small, and the table whole where there is no terminal."""
+    file = tmp_path / "rows.json"
+    assert main(["--adapters", "2", "--quick", "--threads", "1", "--json", str(file)]) == 0
+    assert {(row["shape"], row["tokens"]) for row in json.loads(file.read_text())} == {
+        ("256x256", 128)
+    }
+    out = capsys.readouterr().out
+    assert "adapters" in out and "lora_ext" in out and "…" not in out
+
+
 def test_nothing_to_measure(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--adapters", "7", *ARGUMENTS])

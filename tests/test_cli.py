@@ -19,7 +19,7 @@ from cli_places import (
     with_value,
 )
 from cli_runs import failed, run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("transformers")
 
@@ -213,6 +213,16 @@ def test_verify_refuses_configs(
     found = run("verify", tmp_path / "bad", "--json")
     assert found.code == 1
     assert any(says in one["says"] for one in found.json()["problems"])
+
+
+def test_verify_sends_a_mixture_to_its_adapters(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "plain", tmp_path / "mix")
+    file = tmp_path / "mix" / "adapter_config.json"
+    file.write_text(json.dumps({"peft_type": "XLORA"}))
+    tensors = {"base_model.internal_xlora_classifier.layers.0.weight": torch.ones(2, 4)}
+    save_file(tensors, tmp_path / "mix" / "adapter_model.safetensors")
+    problems = run("verify", tmp_path / "mix", "--json").json()["problems"]
+    assert len(problems) == 1 and "FOLDER/adapters/NAME" in problems[0]["says"]
 
 
 def test_verify_says_what_does_not_fit(place: Path, tmp_path: Path) -> None:

@@ -267,6 +267,20 @@ def test_sixteen_threads_see_one_or_the_other(folders: list[Path], kind: str) ->
         assert min(errors) < 1e-5, errors
 
 
+def test_loading_into_the_name_that_runs(tmp_path: Path) -> None:
+    sources = [saved(tmp_path / str(i), 4, 8, seed=i) for i in range(2)]
+    model = loaded(sources[0])
+    for name in ("1", "3"):
+        model.get_base_model()[int(name)].register_forward_hook(
+            lambda module, args, y: time.sleep(0.0005)
+        )
+    with torch.no_grad():
+        wanted = [loaded(source)(X) for source in sources]
+    for y in under_load(model, lambda i: model.load_adapter(sources[i % 2], "default"), 1.5):
+        errors = [float((y - one).abs().max()) for one in wanted]
+        assert min(errors) < 1e-5, errors
+
+
 def test_a_request_of_several_calls(folders: list[Path]) -> None:
     model = prepared(folders[0])
     order: list[str] = []

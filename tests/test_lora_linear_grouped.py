@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -236,3 +237,24 @@ def test_forward_mode_and_vmap() -> None:
     mapped = torch.func.vmap(lambda x: replace(problem, x=x).fused())(several)
     each = torch.stack([replace(problem, x=x).plain() for x in several])
     torch.testing.assert_close(mapped, each)
+
+
+def test_low_rank_has_the_defaults_of_lora_linear() -> None:
+    x, weight = torch.randn(2, 3, 8), torch.randn(5, 8)
+    A, B = torch.randn(2, 8), torch.randn(5, 2)
+    plan = lora_ext.batch(["a", "a"])
+    y = lora_ext.lora_linear_grouped(x, weight, None, {"a": LowRank(A, B)}, plan)
+    assert equal(y, lora_ext.lora_linear(x, weight, None, A, B))
+
+
+def test_what_is_no_plan_or_adapter_is_refused() -> None:
+    x, weight, plan = torch.randn(2, 8), torch.randn(5, 8), lora_ext.batch(["a", "a"])
+    A, B = torch.randn(2, 8), torch.randn(5, 2)
+    names: list[str] = ["a", "a"]
+    call: Any = lora_ext.lora_linear_grouped
+    with pytest.raises(TypeError, match=r"plan: got \['a', 'a'\], expected what lora_ext.batch"):
+        call(x, weight, None, {"a": LowRank(A, B)}, names)
+    with pytest.raises(TypeError, match=r"adapters: got .*, expected a dict of names"):
+        call(x, weight, None, [LowRank(A, B)], plan)
+    with pytest.raises(TypeError, match=r"adapters\['a'\]: got a tuple, expected a LowRank"):
+        call(x, weight, None, {"a": (A, B)}, plan)

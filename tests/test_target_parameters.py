@@ -307,3 +307,29 @@ def test_what_is_wrong_is_said_and_changes_nothing(
         get_lora_model(Experts(False), LoraConfig(target_parameters=["up"]))
     with pytest.raises(TypeError, match="target_parameters"):
         LoraConfig(target_parameters="up")
+
+
+def test_a_router_in_a_mixed_batch_says_how_to_train_without_it() -> None:
+    """And what the sentence and docs/many_adapters.md name runs."""
+    tokens = torch.randint(1, 50, (2, 7), generator=torch.Generator().manual_seed(2))
+    stacks = ["experts.gate_up_proj", "experts.down_proj"]
+    for fields in (
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj"], "target_parameters": stacks},
+    ):
+        model = get_lora_model(experts_of("Mixtral"), LoraConfig(**fields))
+        if fields["target_modules"] != "all-linear":
+            model(input_ids=tokens, adapter_names=["default", "__base__"])
+            continue
+        with pytest.raises(ValueError, match="or target_parameters that do not name it"):
+            model(input_ids=tokens, adapter_names=["default", "__base__"])
+
+
+def test_who_names_experts_as_modules_is_told_of_target_parameters() -> None:
+    base = experts_of("Mixtral")
+    for name, says in (
+        ("experts", r"target_parameters=\['experts.gate_up_proj', 'experts.down_proj'\]"),
+        ("gate_up_proj", "experts.gate_up_proj' is a parameter; name it in target_parameters"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            get_lora_model(base, LoraConfig(target_modules=[name]))

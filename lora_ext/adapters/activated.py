@@ -23,6 +23,7 @@ def plan_of_activated(
     args: Sequence[Any],
     kwargs: dict[str, Any],
     generates: bool,
+    scales: Any = None,
 ) -> BatchPlan | None:
     """The plan of a call whose adapters, or some of them, are activated; None where its tokens are
     not known: such adapters are the base then.
@@ -31,6 +32,7 @@ def plan_of_activated(
         names: of each input; None are the active one.
         offsets: PEFT's alora_offsets: of each input how many of its last tokens have its adapter,
             None for none; looked for in the tokens if there are none.
+        scales: strengths, one for each of names.
 
     Raises:
         NotBuiltError: several adapters are active; or the prompt is not read at once.
@@ -90,7 +92,7 @@ def plan_of_activated(
             for i, one in enumerate(invocations)
         ]
     rows = None if tokens is None else (len(tokens), tokens.shape[1])
-    plan = batch(given, rows=rows, after=after, repeats=generates, zero_grads=True)
+    plan = batch(given, rows=rows, after=after, scale=scales, repeats=generates, zero_grads=True)
     plan.tokens_follow = generates
     return plan
 

@@ -70,7 +70,10 @@ class AdaptedModel(nn.Module):
 
         Args:
             adapter_names: as in PEFT, of the adapter that each input has, "__base__" for none; in
-                training, too. See `lora_ext.batch`, within which a call may also be.
+                training, too. See `lora_ext.batch`, within which a call may also be; it is not
+                followed where names are given here.
+            adapter_scales: beside them, by how much the update of each is multiplied: a list of
+                numbers, or a floating tensor, which may require grad.
         """
         if torch.compiler.is_compiling():  # a lock is no part of a graph
             return self._planned(args, kwargs)
@@ -110,7 +113,7 @@ class AdaptedModel(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As of a model of transformers, with the `generation_config` that this one was given, and
-        `adapter_names` as in a forward."""
+        `adapter_names` and `adapter_scales` as in a forward."""
         base: Any = self.get_base_model()
         own = vars(self).get("generation_config")
         if own is not None:

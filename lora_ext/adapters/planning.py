@@ -1,4 +1,5 @@
-"""The plan of a call of a LoraModel: PEFT's `adapter_names` and `alora_offsets`."""
+"""The plan of a call of a LoraModel: PEFT's `adapter_names` and `alora_offsets`, and the strengths
+`adapter_scales`."""
 
 from __future__ import annotations
 
@@ -24,20 +25,28 @@ def plan_of_call(
     own are taken, ask for. The one around it, if there is one, is checked else.
 
     Raises:
-        ValueError: a name that is not of the model's adapters.
+        ValueError: a name that is not of the model's adapters; fewer names than inputs; numbers
+            that do not fit the names.
         TypeError: adapter_names is no list.
     """
     names, offsets = kwargs.pop("adapter_names", None), kwargs.pop("alora_offsets", None)
+    scales = kwargs.pop("adapter_scales", None)
     if names is not None:
         _check_names(model, names)
+        _check_count(names, args if generates else (), kwargs)
+    if scales is not None:
+        scales = _scales(scales, names)
     plan: BatchPlan | None = None
     if _activates(model, names, offsets):
-        plan = plan_of_activated(model, names, offsets, args, kwargs, generates)
+        plan = plan_of_activated(model, names, offsets, args, kwargs, generates, scales)
     elif names is not None:
-        plan = batch(names, rows=_rows_of(names, args, kwargs), repeats=generates)
+        rows = _rows_of(names, args, kwargs)
+        plan = batch(names, rows=rows, scale=scales, repeats=generates)
     around = current_plan() if plan is None else plan
     if around is None:
         return None
+    if plan is None:
+        _check_begins(model, around)
     check_known("LoraModel", "batch: adapters", around.names, model.peft_config)
     around.note(around.names)
     if is_checkpointing(model.get_base_model()):
@@ -65,6 +74,52 @@ def _check_names(model: Any, names: Any) -> None:
             f"LoraModel: adapter_names: got {unknown}, expected some of {list(model.peft_config)}, "
             f"or '{BASE}'. Trying to infer with non-existing adapter(s): {', '.join(unknown)}"
         )
+
+
+def _check_count(names: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """In `generate` layers cannot tell too few names from beams, which repeat each input. More are
+    of num_return_sequences, as PEFT wants them."""
+    given = [kwargs.get(n) for n in ("inputs", "input_ids", "inputs_embeds", "input_features")]
+    inputs = next((one for one in (*args[:1], *given) if isinstance(one, Tensor)), None)
+    if inputs is not None and inputs.dim() > 1 and len(names) < len(inputs):
+        raise ValueError(
+            f"LoraModel: adapter_names: got {len(names)} names for {len(inputs)} inputs, "
+            f"expected one for each, None or '{BASE}' for the base. Length of `adapter_names` "
+            f"should be the same as the number of inputs, but got {len(names)} and {len(inputs)} "
+            "respectively."
+        )
+
+
+def _scales(scales: Any, names: Sequence[Any] | None) -> Any:
+    if names is None:
+        raise ValueError(
+            "LoraModel: adapter_scales: got a value without adapter_names, expected both, of each "
+            "input; for the active adapters there is set_adapters(names, adapter_weights)"
+        )
+    if not (isinstance(scales, list | tuple) or (isinstance(scales, Tensor) and scales.dim())):
+        expected = "a list of numbers or a floating-point tensor, one for each of adapter_names"
+        refuse("LoraModel", "adapter_scales", scales, expected)
+    if len(scales) != len(names):
+        raise ValueError(
+            f"LoraModel: adapter_scales: got {len(scales)} numbers for {len(names)} names, "
+            "expected one for each of adapter_names"
+        )
+    return scales
+
+
+def _check_begins(model: Any, plan: BatchPlan) -> None:
+    """A plan of one's own does not look for tokens: where it does not say itself where an adapter
+    that they activate begins, it would run on all of them."""
+    if plan.says_where:
+        return
+    for name in plan.names:
+        if name in model.peft_config and model.peft_config[name].alora_invocation_tokens:
+            raise ValueError(
+                f"LoraModel: batch: adapters: got {name!r}, which tokens activate "
+                "(alora_invocation_tokens), in a plan that does not look for them; give "
+                "adapter_names= (and adapter_scales=) to the call instead, or say where it begins "
+                "by lora_ext.batch(..., after=[...])"
+            )
 
 
 def _activates(model: Any, names: Iterable[str | None] | None, offsets: Any) -> bool:

@@ -267,10 +267,13 @@ def _check_kinds(
         module = modules[name]
         if not adaptable(module):
             kind = type(module)
+            stacked = [n for n, p in module.named_parameters(recurse=False) if p.dim() == 3]
+            own = [f"{name.rpartition('.')[2]}.{one}" for one in stacked]
+            cure = f"; its stacked weights are adapted by target_parameters={own}" if own else ""
             raise ValueError(
                 f"LoraConfig: target_modules: {name!r} is a {kind.__module__}.{kind.__qualname__}, "
                 "which cannot be adapted; name other modules, or exclude this one with "
-                "exclude_modules"
+                f"exclude_modules{cure}"
             )
         targets.append(name)
     return targets
@@ -299,6 +302,12 @@ def _raise_no_match(
             f"layers_to_transform={short(config.layers_to_transform)} with layers_pattern="
             f"{short(config.layers_pattern)} leaves none of the modules of these names"
         )
+    elif parameters := [
+        name
+        for name, _ in model.named_parameters()
+        if matches(name, wanted if isinstance(wanted, str) else names)
+    ]:
+        hint = f"{parameters[0]!r} is a parameter; name it in target_parameters"
     else:
         first_names = {module: name for name, module in modules.items()}
         for name, module in named_modules(model, remove_duplicate=False):

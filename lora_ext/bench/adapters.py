@@ -27,6 +27,7 @@ from lora_ext.bench.rivals import FROZEN
 from lora_ext.functional import LowRank
 
 ONE, OURS, SEGMENTS, PEFT, STACK = "one adapter", "lora_ext", "calls", "peft", "stack + bmm"
+_MIN_WIDTH = 100  # of the table, where there is no terminal
 _RANKS = (4, 64, 16, 8, 32, 12, 48, 24)  # taken in turn
 
 Way = Callable[[Tensor], Tensor]
@@ -262,5 +263,6 @@ def report(rows: Iterator[Row], console: Console, file: Path | None) -> None:
         size = (row.shape, str(row.tokens), str(row.adapters), row.dtype, row.mode)
         ratios = (f"{row.ratio[name]:.2f}" for name in columns)
         table.add_row(*size, f"{row.us[ONE]:.0f}", *ratios)
+    console.width = max(console.width, _MIN_WIDTH)
     console.print(table)
     console.print(f"calls: one lora_linear for each adapter; modes {FWD}, {FWD_BWD}")

@@ -30,6 +30,7 @@ _EPILOG = (
     "in OLD; 2 the command line or a file cannot be used."
 )
 _BUDGET = Budget(seconds=2.0)
+_ADAPTERS_SHAPES = ((768, 768), (2048, 2048), (1024, 4096))
 _QUICK_BUDGET = Budget(seconds=0.1, min_rounds=3, max_rounds=20)
 _LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
 # torch.compile takes longer than all of a quick run.
@@ -185,13 +186,14 @@ def _run_adapters(options: argparse.Namespace, console: Console) -> None:
 
     if options.threads:
         torch.set_num_threads(options.threads)
+    quick = options.quick and not options.budget
     rows = adapters.measure(
-        options.shapes or ((768, 768), (2048, 2048), (1024, 4096)),
-        options.tokens or (2048,),
+        options.shapes or (((256, 256),) if options.quick else _ADAPTERS_SHAPES),
+        options.tokens or ((128,) if options.quick else (2048,)),
         options.adapters,
         options.dtypes or ("fp32", "bf16"),
         options.modes or grid.MODES,
-        Budget(options.budget or 4.0),
+        _QUICK_BUDGET if quick else Budget(options.budget or 4.0),
     )
     adapters.report(rows, console, options.json)
 

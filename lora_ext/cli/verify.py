@@ -57,8 +57,10 @@ def verify(folder: Path, model: Path | None) -> Answer:
     from lora_ext.io import open_adapter
 
     problems, notes, facts, config = [], list[str](), list["TensorFacts"](), None
+    mixture = False
     try:
         with open_adapter(folder) as files:
+            mixture = files.config.get("peft_type") == "XLORA"
             config, found = _config(files.config)
             problems += found
             file = files.open_tensors(max_header_bytes=HEADER)
@@ -68,7 +70,7 @@ def verify(folder: Path, model: Path | None) -> Answer:
     except AdapterFileError as error:
         problems.append(Problem("files", "", sentence(error)))
     problems += _values(facts)
-    if facts or not problems:
+    if (facts or not problems) and not mixture:
         problems += _contents(facts, config)
         notes += _notes(facts, config)
     by_names = False
@@ -102,6 +104,9 @@ def _config(values: dict[str, object]) -> tuple[LoraConfig | None, list[Problem]
 
     if "peft_type" not in values:
         return None, [Problem("config", "peft_type", "is missing, expected 'LORA'")]
+    if values["peft_type"] == "XLORA":
+        says = "is a classifier of X-LoRA; verify the adapters that it mixes, FOLDER/adapters/NAME"
+        return None, [Problem("config", "peft_type", says)]
     try:
         return LoraConfig.from_dict(values), []
     except (TypeError, ValueError, NotImplementedError) as error:

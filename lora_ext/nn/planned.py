@@ -79,7 +79,8 @@ def refuse_plan(layer: Layer, why: str) -> NoReturn:
     """A ValueError of a layer that cannot follow the plan."""
     raise ValueError(
         f"{type(layer).__name__}: batch: {list(layer.adapters)} cannot be adapters of single rows: "
-        f"{why}; leave the layer out with exclude_modules, or run batches of one adapter"
+        f"{why}; run batches of one adapter, or train others without this layer (exclude_modules, "
+        "or target_parameters that do not name it)"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -114,7 +114,9 @@ def load_adapter(
         _fill(model, adapter_name, tensors, file.path, own if known else None)
         for key, tensor in bases.targets.items():
             own.write(tensor, like(tensors[key], tensor))
-        own.commit()
+        # What calls of other threads read changes between them.
+        with model.changing() if known or bases.targets else nullcontext():
+            own.commit()
 
     with own, typed_content(path):
         in_time(FILE_SECONDS, names, load)

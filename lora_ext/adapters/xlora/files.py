@@ -94,7 +94,8 @@ class XLoraFiles:
                 values = self._of_the_package(values, path)
             elif values.get("peft_type") != "XLORA":
                 raise AdapterFileError(
-                    f"{path}: peft_type: got {short(values.get('peft_type'))}, expected 'XLORA'"
+                    f"{path}: peft_type: got {short(values.get('peft_type'))}, expected 'XLORA'; "
+                    "a LoraModel reads adapters"
                 )
             self.config = XLoraConfig.from_values(values, path)
             self._weights: io.FileIO = files[self._weights_name]

@@ -350,7 +350,7 @@ def _refuse(method: str, why: str) -> NoReturn:
 
 
 def _refuse_names(kwargs: Mapping[str, Any]) -> None:
-    for name in ("adapter_names", "alora_offsets"):
+    for name in ("adapter_names", "adapter_scales", "alora_offsets"):
         if kwargs.get(name) is not None:
             raise ValueError(
                 f"XLoraModel: {name}: got a value, expected None: X-LoRA chooses the adapters of "
