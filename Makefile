@@ -8,8 +8,8 @@ BIN := $(CURDIR)/$(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CXX_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: docs help setup demo demo-plan test bench cuda-check gpu gpu-build gpu-test gpu-sanitize gpu-bench \
-	gpu-prebuilt gpu-first lint format clean
+.PHONY: docs help setup demo demo-plan test bench cuda-env cuda-check gpu gpu-build gpu-test \
+	gpu-sanitize gpu-bench gpu-prebuilt gpu-first lint format clean
 
 .DEFAULT_GOAL := setup
 
@@ -54,10 +54,11 @@ test: setup ## run all tests
 # And the programs without torch, linked with the same kernels. What knows nothing of torch, the vector kernels
 # of the CPU, is make setup's.
 CUDA_TORCH ?= torch==2.11.0
-cuda-check: setup ## compile the CUDA extension, without a GPU, in an environment of its own
+cuda-env: ## install what cuda-check compiles against; nothing, where it is there
 	$(PYTHON) -m venv .venv-cuda
-	.venv-cuda/bin/pip install --quiet $(CUDA_TORCH)
-	.venv-cuda/bin/pip install --quiet safetensors rich numpy regex 'setuptools>=77' cmake ninja
+	.venv-cuda/bin/pip install --quiet $(CUDA_TORCH) safetensors rich numpy regex 'setuptools>=77' cmake ninja
+
+cuda-check: setup cuda-env ## compile the CUDA extension, without a GPU, in an environment of its own
 	rm -rf build/sdist build/cuda
 	.venv-cuda/bin/python setup.py -q sdist -d build/sdist
 	LORA_EXT_CUDA=1 NVCC_APPEND_FLAGS="-Xptxas -v" LORA_EXT_BUILD_DIR="$(CURDIR)/build/cuda" \
