@@ -110,7 +110,7 @@ def integers(values: Any, argument: str, count: int, none: int | None = None) ->
         found = torch.tensor(given, dtype=torch.int64, device="cpu")
     if not _holds_integers(found) or list(found.shape) != [count]:
         raise ValueError(f"batch: {argument}: got {describe(values)}, expected {expected}")
-    return found.to(torch.int64)
+    return found.to(torch.int64, copy=True)  # the caller's may change
 
 
 def _is_integer(value: Any) -> bool:

@@ -143,6 +143,32 @@ def test_a_plan_that_does_not_fit_names_layer_and_rows() -> None:
     assert current_plan() is None
 
 
+def test_a_plan_keeps_the_numbers_it_was_made_of() -> None:
+    """Whatever becomes of the tensors, such as a server's buffers."""
+    layer, x = linear(), torch.randn(2, 3, 16)
+    names = ["a", "b"]
+
+    def results(change: bool) -> list[Tensor]:
+        ids, after, lengths = torch.zeros(6).long(), torch.tensor([1, 2]), torch.tensor([2, 4])
+        plans = [
+            lora_ext.batch(names, ids=ids),
+            lora_ext.batch(names, after=after),
+            lora_ext.batch(names, lengths=lengths),
+        ]
+        if change:
+            ids.fill_(1)
+            after.zero_()
+            lengths.copy_(torch.tensor([4, 2]))
+        ys = []
+        for plan in plans:
+            with plan:
+                ys.append(layer(x))
+        return ys
+
+    for y, kept in zip(results(True), results(False), strict=True):
+        assert torch.equal(y, kept)
+
+
 def test_gates_that_do_not_fit_are_named() -> None:
     layer = linear()
     with (
