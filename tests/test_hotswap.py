@@ -406,3 +406,58 @@ def test_what_was_swapped_is_saved_and_loaded(folders: list[Path], tmp_path: Pat
     x = torch.randn(5, 12)
     assert torch.equal(loaded(tmp_path / "again")(x), loaded(other)(x))
     assert {layer.adapters["default"].lora_dropout for _, layer in model.lora_layers()} == {0.5}
+
+
+def test_adapters_that_threads_load_at_once_are_all_there(folders: list[Path]) -> None:
+    """In every layer: of two drafts of one layer the second would undo the first."""
+    model = loaded(folders[0])
+
+    def load(thread: int) -> None:
+        for i in range(4):
+            model.load_adapter(folders[i], f"{thread}_{i}")
+            model.add_adapter(f"{thread}_{i}_new", config(2, 2))
+
+    threads = [threading.Thread(target=load, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    names = {"default"}
+    names |= {f"{t}_{i}{end}" for t in range(4) for i in range(4) for end in ("", "_new")}
+    assert set(model.peft_config) == names
+    for name, layer in model.lora_layers():
+        assert set(layer.adapters) == names, name
+        for one in names:
+            assert layer.parts(one)["lora_A"] is not None, (name, one)
+
+
+def test_loading_undoes_no_change_of_another_thread(folders: list[Path]) -> None:
+    """A change comes when the drafts of a new adapter are there: it waits, calls do not."""
+    model = loaded(folders[0])
+    drafted, done = threading.Event(), threading.Event()
+    layer = model.get_base_model()[0]
+    original = type(layer).add_adapter
+
+    def slow(self: Any, *args: Any, **kwargs: Any) -> Any:
+        drafted.set()
+        model_called = threading.Thread(target=lambda: model(X))
+        model_called.start()
+        model_called.join(20)
+        assert not model_called.is_alive(), "calls wait for an adapter that is loaded"
+        done.wait(0.3)  # in vain: the change waits for the adapter
+        return original(self, *args, **kwargs)
+
+    def change() -> None:
+        drafted.wait()
+        model.set_scale("default", 3.0)
+        done.set()
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(layer), "add_adapter", slow)
+        model.load_adapter(folders[1], "other")
+    thread.join()
+    for name, one in model.lora_layers():
+        assert one.get_scale("default") == 3 * one.adapters["default"].scaling, name
+        assert "other" in one.adapters, name

@@ -61,12 +61,6 @@ def hotswap_adapter(
     where = "hotswap_adapter"
     found, _ = adapted(model, where)
     check_known(where, "adapter_name", [adapter_name], found.peft_config)
-    for name, layer in found.adapter_layers():
-        if adapter_name in layer.merged_adapters:
-            raise ValueError(
-                f"{where}: adapter_name: '{adapter_name}' is merged in '{name}'; call "
-                "unmerge_adapter() first"
-            )
     key_mapping = options.pop("key_mapping", None)
     folder = adapter_folder(where, model_name_or_path, options)
     names = sum(1 for _ in found.modules())
@@ -78,8 +72,15 @@ def hotswap_adapter(
             file = FileTensors(files, keys, key_mapping)
             _swap(found, adapter_name, config, file)
 
-    with typed_content(folder):
-        in_time(FILE_SECONDS, names, swap)
+    with found.editing():
+        for name, layer in found.adapter_layers():
+            if adapter_name in layer.merged_adapters:
+                raise ValueError(
+                    f"{where}: adapter_name: '{adapter_name}' is merged in '{name}'; call "
+                    "unmerge_adapter() first"
+                )
+        with typed_content(folder):
+            in_time(FILE_SECONDS, names, swap)
 
 
 def _swap(model: AdaptedModel, adapter_name: str, config: LoraConfig, file: FileTensors) -> None:
