@@ -140,6 +140,43 @@ def test_convolutions_and_biases(tmp_path: Path) -> None:
     torch.testing.assert_close(model(x), made[0])
 
 
+@pytest.mark.parametrize("groups", [2, 4])
+def test_convolutions_with_groups(tmp_path: Path, groups: int) -> None:
+    """Each group has ranks of its own, and room for more of them; files have all channels."""
+
+    def base() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv1d(8, 12, 3, groups=groups))
+
+    x, made = torch.randn(2, 8, 5), []
+    for i, r in enumerate((4, 8)):
+        settings = LoraConfig(r=r, lora_alpha=3, target_modules=["0"], init_lora_weights=False)
+        model = get_lora_model(base(), settings).eval()
+        model.save_pretrained(tmp_path / str(i))
+        made.append(model(x))
+    model = LoraModel.from_pretrained(base(), tmp_path / "0").eval()
+    model.load_adapter(tmp_path / "0", "default")  # into what is there
+    lora_ext.hotswap_adapter(model, tmp_path / "0", "default")
+    torch.testing.assert_close(model(x), made[0], atol=0, rtol=0)
+    lora_ext.prepare_model_for_compiled_hotswap(model, target_rank=8)
+    torch.testing.assert_close(model(x), made[0])
+    for i in (1, 0):
+        lora_ext.hotswap_adapter(model, tmp_path / str(i), "default")
+        torch.testing.assert_close(model(x), made[i])
+        model.save_pretrained(tmp_path / "again")
+        again = LoraModel.from_pretrained(base(), tmp_path / "again").eval()
+        torch.testing.assert_close(again(x), made[i])
+
+    linking = load_file(tmp_path / "1" / "adapter_model.safetensors")
+    for name, tensor in linking.items():
+        linking[name] = torch.ones_like(tensor)
+    save_file(linking, tmp_path / "1" / "adapter_model.safetensors")
+    for load in (lora_ext.hotswap_adapter, LoraModel.load_adapter):
+        with pytest.raises(AdapterFileError, match="links channels of different groups"):
+            load(model, tmp_path / "1", "default")  # type: ignore[operator]
+        torch.testing.assert_close(model(x), made[0])
+
+
 def test_it_goes_where_the_model_goes(folders: list[Path]) -> None:
     model = prepared(folders[2]).double()
     torch.testing.assert_close(model(X.double()), loaded(folders[2]).double()(X.double()))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_ext._not_built import INSTEAD
 from lora_ext.adapters.adapted_model import AdaptedModel
+from lora_ext.adapters.checkpoint.grouped_convolutions import grouped_as_there
 from lora_ext.adapters.checkpoint.keys import PREFIX, layers_in_file, own_tensors, possible_keys
 from lora_ext.adapters.checkpoint.load import plan_of, read_config, typed_content
 from lora_ext.adapters.checkpoint.reading import FileTensors
@@ -106,6 +107,9 @@ def _swap(model: AdaptedModel, adapter_name: str, config: LoraConfig, file: File
         shape = tuple(targets[key].shape)
         swapped = layers.get(_weight_of(key).removeprefix(PREFIX))
         prepared = swapped is not None and adapter_name in swapped._scaling_tensors
+        if isinstance(swapped, LoraConv) and key.endswith(".lora_A.weight"):
+            if spec.shape[1:2] != shape[1:2]:  # as files have it, of all groups' channels
+                shape = (shape[0], swapped.in_channels, *shape[2:])
         if not (_fits(key, spec.shape, shape) if prepared else spec.shape == shape):
             raise NotBuiltError(
                 f"hotswap_adapter: {file.path}: {key}: got shape {list(spec.shape)}, expected "
@@ -119,10 +123,12 @@ def _swap(model: AdaptedModel, adapter_name: str, config: LoraConfig, file: File
             )
         expected[key] = TensorSpec(spec.shape, held_in=targets[key].dtype)
     tensors = file.with_plain_keys(file.read(expected))
+    grouped_as_there(plan_of(model, adapter_name), tensors, file.path)
     transaction = Transaction()
     for key, target in targets.items():
         value = tensors.get(key)
-        value = torch.zeros_like(target) if value is None else _widened(value, target)
+        groups = _groups(layers.get(_weight_of(key).removeprefix(PREFIX)))
+        value = torch.zeros_like(target) if value is None else _widened(value, target, groups)
         transaction.write(target, like(value, target))
     for name in filled:
         _rescale(layers[name], name, adapter_name, config, transaction)
@@ -226,13 +232,18 @@ def _fits(key: str, shape: Sequence[int], room: Sequence[int]) -> bool:
     )
 
 
-def _widened(value: Tensor, target: Tensor) -> Tensor:
-    """value where target has its first ranks, and zeros for the others."""
+def _widened(value: Tensor, target: Tensor, groups: int = 1) -> Tensor:
+    """value where target has its first ranks, of each group of a convolution, zeros elsewhere."""
     if value.shape == target.shape:
         return value
-    wide = value.new_zeros(target.shape)
+    value = value.reshape(groups, -1, *value.shape[1:])
+    wide = value.new_zeros(groups, target.shape[0] // groups, *target.shape[1:])
     wide[tuple(slice(size) for size in value.shape)] = value
-    return wide
+    return wide.flatten(0, 1)
+
+
+def _groups(layer: LoraLayer | None) -> int:
+    return layer.groups if isinstance(layer, LoraConv) else 1
 
 
 def _as_padded(
@@ -344,7 +355,8 @@ def _make_room(
             key = part_name(part, adapter_name)
             old: Any = draft._parameters[key]
             new = nn.Parameter(
-                _widened(old.detach(), old.new_zeros(shape)), requires_grad=old.requires_grad
+                _widened(old.detach(), old.new_zeros(shape), _groups(draft)),
+                requires_grad=old.requires_grad,
             )
             draft._parameters[key] = new
         draft.adapters[adapter_name] = wide
