@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -236,3 +237,31 @@ def test_forward_mode_and_vmap() -> None:
     mapped = torch.func.vmap(lambda x: replace(problem, x=x).fused())(several)
     each = torch.stack([replace(problem, x=x).plain() for x in several])
     torch.testing.assert_close(mapped, each)
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"plan": ["a"]}, "plan: got .*, expected a plan of lora_ext.batch"),
+        ({"adapters": None}, "adapters: got None, expected a dict"),
+        ({"adapters": {"a": (1, 2)}}, r"adapters\['a'\]: got .*, expected a LowRank"),
+        ({"scaling": "2"}, r"adapters\['a'\]: scaling: got '2', expected"),
+        ({"lora_B": None}, r"adapters\['a'\]: lora_B: got None, expected a torch.Tensor"),
+        ({"lora_bias": 3}, r"adapters\['a'\]: lora_bias: got 3, expected a torch.Tensor"),
+        ({"weight": None}, "weight: got None, expected a torch.Tensor"),
+        ({"bias": 5}, "bias: got 5, expected a torch.Tensor"),
+        ({"rng_state": 3}, "rng_state: got 3, expected a torch.Tensor"),
+    ],
+)
+def test_arguments_of_other_kinds_are_named(given: dict[str, Any], match: str) -> None:
+    adapter = LowRank(torch.randn(2, 8), torch.randn(6, 2), None, 1.0, 0.0)
+    adapter = adapter._replace(**{n: v for n, v in given.items() if n in LowRank._fields})
+    arguments: dict[str, Any] = {
+        "weight": torch.randn(6, 8),
+        "bias": None,
+        "adapters": {"a": adapter},
+    }
+    arguments |= {"plan": lora_ext.batch(["a", None]), "rng_state": None}
+    arguments |= {n: v for n, v in given.items() if n in arguments}
+    with pytest.raises(TypeError, match=f"^lora_linear_grouped: {match}"):
+        lora_ext.lora_linear_grouped(torch.randn(2, 8), **arguments)
