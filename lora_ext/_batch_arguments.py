@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numbers
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,10 @@ BASE = "__base__"  # PEFT's name of the model without adapters
 def names_of(adapters: Any) -> list[str | None]:
     if adapters is None or isinstance(adapters, str | bytes | Tensor):
         refuse("batch", "adapters", adapters, "a list of names, None for the base")
-    given = list(adapters)
+    try:
+        given = list(adapters)
+    except TypeError:
+        refuse("batch", "adapters", adapters, "a list of names, None for the base")
     for name in given:
         if name is not None and not isinstance(name, str):
             refuse("batch", "adapters", name, "names, or None for the base")
@@ -49,7 +53,7 @@ def slots_of_rows(
     """[rows, adapters of a row]"""
     more = () if gates is None else (1,)
     dims = (1 + len(more), 2 + len(more))
-    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() not in dims:
+    if not _holds_integers(ids) or ids.dim() not in dims:
         shapes = "[rows] or [requests, rows]"
         if gates is not None:
             shapes = "[rows, k] or [requests, rows, k] with gates of k adapters for each row"
@@ -79,17 +83,44 @@ def slots_of_rows(
     return slots
 
 
-def integers(values: Any, argument: str, count: int) -> Tensor:
+def rows_of(rows: Any, requests: int, what: str) -> tuple[int, int]:
+    """(requests, rows of each)"""
+    sizes = list(rows) if isinstance(rows, list | tuple) else []  # also a torch.Size
+    if len(sizes) != 2 or not all(_is_integer(size) and size >= 0 for size in sizes):
+        refuse("batch", "rows", rows, "two integers, (requests, rows of each)")
+    if sizes[0] != requests:
+        raise ValueError(
+            f"batch: rows: got {tuple(sizes)} with {requests} {what}, expected ({requests}, rows "
+            "of each)"
+        )
+    return int(sizes[0]), int(sizes[1])
+
+
+def integers(values: Any, argument: str, count: int, none: int | None = None) -> Tensor:
+    """int64 [count]; `none` stands for None."""
+    expected = f"{count} integers, one for each of adapters"
     if isinstance(values, Tensor):
         found = values.detach().to("cpu")
     else:
-        try:
-            found = torch.tensor(list(values), dtype=torch.int64, device="cpu")
-        except (TypeError, ValueError, RuntimeError):
-            refuse("batch", argument, values, "integers")
-    if found.is_floating_point() or found.dtype == torch.bool or list(found.shape) != [count]:
-        raise ValueError(
-            f"batch: {argument}: got {describe(values)}, expected {count} integers, one for each "
-            "of adapters"
-        )
-    return found.to(torch.int64)
+        if not isinstance(values, Iterable):
+            refuse("batch", argument, values, expected)
+        given = [none if value is None else value for value in values]
+        if not all(_is_integer(value) for value in given):
+            refuse("batch", argument, values, expected)
+        found = torch.tensor(given, dtype=torch.int64, device="cpu")
+    if not _holds_integers(found) or list(found.shape) != [count]:
+        raise ValueError(f"batch: {argument}: got {describe(values)}, expected {expected}")
+    return found.to(torch.int64, copy=True)  # the caller's may change
+
+
+def _is_integer(value: Any) -> bool:
+    """Also a tensor of one."""
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and _holds_integers(value)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _holds_integers(tensor: Any) -> bool:
+    if not isinstance(tensor, Tensor) or tensor.dtype == torch.bool:
+        return False
+    return not (tensor.is_floating_point() or tensor.is_complex())

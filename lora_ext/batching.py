@@ -27,6 +27,7 @@ from lora_ext._batch_arguments import (
     integers,
     names_of,
     places_of,
+    rows_of,
     slots_of_gates,
     slots_of_rows,
 )
@@ -130,6 +131,7 @@ class BatchPlan:
         lengths: Tensor | None = None,
         rows: tuple[int, int] | None = None,
         per_row: bool = False,
+        shape: tuple[int, ...] = (),
         gates: Tensor | None = None,
         scale: Tensor | None = None,
         after: Tensor | None = None,
@@ -142,6 +144,7 @@ class BatchPlan:
         self._lengths = lengths
         self._rows = rows
         self._per_row = per_row
+        self._shape = shape  # of the rows of ids, or of gates, as they were given
         self._gates = gates  # in the shape of slots, or None
         self._scale = scale
         self._after = after
@@ -333,10 +336,17 @@ class BatchPlan:
             ones = torch.ones(count, dtype=torch.int64, device="cpu")
             lengths = ones if self._lengths is None else self._lengths
             if total != int(lengths.sum()):
-                what = "ids" if self._lengths is None else "lengths"
+                what = "lengths" if self._lengths is not None else "gates" if self.mixes else "ids"
                 raise ValueError(
                     f"{where}: batch: {what}: got an input of {total} rows, {list(leading)}, "
                     f"expected {int(lengths.sum())}, as many as the plan is for"
+                )
+            if leading != self._shape and leading == self._shape[::-1]:  # in any other, as packed
+                what = "gates" if self.mixes else "ids"
+                raise ValueError(
+                    f"{where}: batch: {what}: got those of rows {list(self._shape)} for an input "
+                    f"whose leading dimensions are {list(leading)}, expected the same order; "
+                    "transpose them (MultiheadAttention: requests first, also without batch_first)"
                 )
             begins = lengths.cumsum(0) - lengths
             owners = torch.arange(count, device="cpu").repeat_interleave(lengths)
@@ -356,6 +366,11 @@ class BatchPlan:
                 cure = (
                     f" If each comes {sequences // count} times in a row, as with beams, say so: "
                     "lora_ext.batch([...], repeats=True)"
+                )
+            if self.mixes:
+                raise ValueError(
+                    f"{where}: batch: gates: got those of {count} requests for an input whose "
+                    f"leading dimensions are {list(leading)}, expected those of {sequences}.{cure}"
                 )
             raise ValueError(
                 f"{where}: batch: adapters: got {count} names for an input whose leading dimensions"
@@ -417,7 +432,8 @@ def batch(
             where later inputs are the tokens that follow (a KV cache).
         lengths: of segments that are packed one behind the other; `adapters` has one name for each.
         ids: int [rows] or [requests, rows]: of each row the place of its adapter in `adapters`;
-            -1 is the base. With gates one dimension more, of the adapters that a row has.
+            -1 is the base. With gates one dimension more, of the adapters that a row has. In the
+            order of the input's rows; that of MultiheadAttention is requests first.
         gates: floating, several adapters for each row, whose updates they multiply: in the shape of
             ids; or without ids [requests, adapters] or [requests, rows, adapters], of all
             `adapters` then. They may require grad (X-LoRA, mixtures of adapters).
@@ -454,6 +470,11 @@ def batch(
     per_row = ids is not None or (gates is not None and gates.dim() == 3)
     if per_row and (rows is not None or after is not None):
         raise ValueError("batch: gates: got rows or after beside those of each row, expected none")
+    shape: tuple[int, ...] = ()
+    if per_row and gates is not None:
+        shape = tuple(gates.shape[:-1])
+    elif ids is not None:
+        shape = tuple(ids.shape)
     requests = len(slots) if ids is None else len(given)
     if gates is not None:
         gates = gates.reshape(slots.shape)
@@ -464,17 +485,9 @@ def batch(
         if (lengths < 0).any():
             raise ValueError(f"batch: lengths: got {int(lengths.min())}, expected at least 0")
     if rows is not None:
-        rows = (int(rows[0]), int(rows[1]))
-        if rows[0] != requests:
-            what = "adapters" if gates is None else "gates"
-            raise ValueError(
-                f"batch: rows: got {rows} with {requests} {what}, expected ({requests}, rows of "
-                "each)"
-            )
+        rows = rows_of(rows, requests, "adapters" if gates is None else "gates")
     if after is not None:
-        if not isinstance(after, Tensor):
-            after = [_NEVER if position is None else position for position in after]
-        after = integers(after, "after", requests)
+        after = integers(after, "after", requests, none=_NEVER)
     if scale is not None:
         if isinstance(scale, list | tuple):
             numbers = [as_number(one, "batch", "scale", "numbers") for one in scale]
@@ -484,7 +497,7 @@ def batch(
         if list(scale.shape) != [len(slots)]:
             raise ValueError(
                 f"batch: scale: got shape {list(scale.shape)}, expected [{len(slots)}], one number "
-                f"for each {'row' if ids is not None else 'adapter'}"
+                f"for each {'row' if per_row else 'request' if lengths is None else 'segment'}"
             )
     return BatchPlan(
         names,
@@ -492,6 +505,7 @@ def batch(
         lengths=lengths,
         rows=rows,
         per_row=per_row,
+        shape=shape,
         gates=gates,
         scale=scale,
         after=after,

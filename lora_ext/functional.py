@@ -235,47 +235,61 @@ def lora_linear_grouped(
         Others as `lora_linear`.
     """
     check_kinds(where, x=x)
+    try:
+        plan.note(adapters)
+        rows = plan.assign(x.shape[:-1], x.device, adapters, where)
+        used = [adapters[name] for name in rows.names]
+        if not used:
+            return torch.nn.functional.linear(x, weight, bias)
+        if rows.alone:
+            A, B, lora_bias, scaling, p = used[0]
+            return lora_linear(
+                x, weight, bias, A, B, lora_bias, scaling=scaling, dropout_p=p, rng_state=rng_state
+            )
+        if rng_state is None and any(one.dropout_p > 0.0 for one in used):
+            rng_state = draw_rng_state(x)
+        biases: list[Tensor] = []
+        if any(one.lora_bias is not None for one in used):
+            none = weight.new_empty(0)
+            biases = [none if one.lora_bias is None else one.lora_bias for one in used]
+        return torch.ops.lora_ext.lora_linear_grouped(  # type: ignore[no-any-return]
+            x,
+            weight,
+            bias,
+            [one.lora_A for one in used],
+            [one.lora_B for one in used],
+            biases,
+            rows.order,
+            rows.counts,
+            rows.factor,
+            [one.scaling for one in used],
+            [one.dropout_p for one in used],
+            rng_state,
+            rows.rounds,
+        )
+    except (TypeError, RuntimeError, AttributeError):
+        _check_grouped(where, weight, bias, adapters, plan, rng_state)
+        raise
+
+
+def _check_grouped(
+    where: str, weight: object, bias: object, adapters: object, plan: object, rng_state: object
+) -> None:
+    """A TypeError for the first of these arguments that is of another kind, after a call failed."""
     if not isinstance(plan, BatchPlan):
         refuse(where, "plan", plan, "what lora_ext.batch([...]) returns")
     if not isinstance(adapters, Mapping):
         refuse(where, "adapters", adapters, "a dict of names to lora_ext.functional.LowRank")
-    plan.note(adapters)
-    rows = plan.assign(x.shape[:-1], x.device, adapters, where)
-    used = [adapters[name] for name in rows.names]
-    for name, one in zip(rows.names, used, strict=True):
-        if not isinstance(one, LowRank):
-            raise TypeError(
-                f"{where}: adapters[{name!r}]: got a {type(one).__name__}, expected a LowRank, "
-                "such as lora_ext.functional.LowRank(lora_A, lora_B, scaling=2.0)"
-            )
-    if not used:
-        return torch.nn.functional.linear(x, weight, bias)
-    if rows.alone:
-        A, B, lora_bias, scaling, p = used[0]
-        return lora_linear(
-            x, weight, bias, A, B, lora_bias, scaling=scaling, dropout_p=p, rng_state=rng_state
-        )
-    if rng_state is None and any(one.dropout_p > 0.0 for one in used):
-        rng_state = draw_rng_state(x)
-    biases: list[Tensor] = []
-    if any(one.lora_bias is not None for one in used):
-        none = weight.new_empty(0)
-        biases = [none if one.lora_bias is None else one.lora_bias for one in used]
-    return torch.ops.lora_ext.lora_linear_grouped(  # type: ignore[no-any-return]
-        x,
-        weight,
-        bias,
-        [one.lora_A for one in used],
-        [one.lora_B for one in used],
-        biases,
-        rows.order,
-        rows.counts,
-        rows.factor,
-        [one.scaling for one in used],
-        [one.dropout_p for one in used],
-        rng_state,
-        rows.rounds,
-    )
+    optional = {"bias": bias, "rng_state": rng_state}
+    check_kinds(where, weight=weight, **{n: v for n, v in optional.items() if v is not None})
+    for name, adapter in adapters.items():
+        if not isinstance(adapter, LowRank):
+            refuse(where, f"adapters[{name!r}]", adapter, "a LowRank(lora_A, lora_B)")
+        parts = adapter._asdict()
+        for part in ("lora_bias", "scaling"):  # which may be none, or a tensor
+            if parts[part] is None or isinstance(parts[part], Tensor):
+                del parts[part]
+        check_kinds(f"{where}: adapters[{name!r}]", **parts)
 
 
 def _row(padding_idx: int, rows: int) -> int:

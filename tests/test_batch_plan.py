@@ -101,6 +101,23 @@ REFUSED: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     (TypeError, "scale: got 2.0", lambda: lora_ext.batch(["a"], scale=2.0)),  # type: ignore[arg-type]
     (ValueError, "scale: got shape", lambda: lora_ext.batch(["a"], scale=torch.ones(2))),
     (ValueError, "after: got", lambda: lora_ext.batch(["a"], after=[1, 2])),
+    # What would mean another number, or none
+    (TypeError, "adapters: got 1", lambda: lora_ext.batch(1)),  # type: ignore[arg-type]
+    (TypeError, "rows: got 5", lambda: lora_ext.batch(["a"], rows=5)),  # type: ignore[arg-type]
+    (TypeError, "rows: got .1, 2, 3", lambda: lora_ext.batch(["a"], rows=(1, 2, 3))),  # type: ignore[arg-type]
+    (TypeError, "rows: got .1, 2.5", lambda: lora_ext.batch(["a"], rows=(1, 2.5))),  # type: ignore[arg-type]
+    (TypeError, "rows: got .1, -2", lambda: lora_ext.batch(["a"], rows=(1, -2))),
+    (TypeError, "lengths: got .4.5", lambda: lora_ext.batch(["a"], lengths=[4.5])),  # type: ignore[list-item]
+    (TypeError, "lengths: got .True", lambda: lora_ext.batch(["a"], lengths=[True])),
+    (TypeError, "lengths: got .None", lambda: lora_ext.batch(["a"], lengths=[None])),  # type: ignore[list-item]
+    (TypeError, "after: got 2,", lambda: lora_ext.batch(["a"], after=2)),  # type: ignore[arg-type]
+    (TypeError, "after: got .1.5", lambda: lora_ext.batch(["a"], after=[1.5])),  # type: ignore[list-item]
+    (TypeError, "ids: got a bool", lambda: lora_ext.batch(["a"], ids=torch.ones(3).bool())),
+    (
+        ValueError,
+        r"scale: got shape \[2\], expected \[3\], one number for each request",
+        lambda: lora_ext.batch(["a", "b"], gates=torch.ones(3, 2), scale=torch.ones(2)),
+    ),
 ]
 
 
@@ -138,6 +155,65 @@ def test_strengths_may_be_a_list() -> None:
         y = layer(x)
     with lora_ext.batch(["a", "b"], scale=torch.tensor([0.5, 2.0])):
         assert torch.equal(y, layer(x))
+
+
+def test_a_plan_keeps_the_numbers_it_was_made_of() -> None:
+    """Whatever becomes of the tensors, such as a server's buffers."""
+    layer, x = linear(), torch.randn(2, 3, 16)
+    names = ["a", "b"]
+
+    def results(change: bool) -> list[Tensor]:
+        ids, after, lengths = torch.zeros(6).long(), torch.tensor([1, 2]), torch.tensor([2, 4])
+        plans = [
+            lora_ext.batch(names, ids=ids),
+            lora_ext.batch(names, after=after),
+            lora_ext.batch(names, lengths=lengths),
+        ]
+        if change:
+            ids.fill_(1)
+            after.zero_()
+            lengths.copy_(torch.tensor([4, 2]))
+        ys = []
+        for plan in plans:
+            with plan:
+                ys.append(layer(x))
+        return ys
+
+    for y, kept in zip(results(True), results(False), strict=True):
+        assert torch.equal(y, kept)
+
+
+def test_gates_that_do_not_fit_are_named() -> None:
+    layer = linear()
+    with (
+        lora_ext.batch(["a", "b"], gates=torch.ones(2, 2)),
+        pytest.raises(ValueError, match="Linear: batch: gates: got those of 2 requests"),
+    ):
+        layer(torch.randn(3, 16))
+    with (
+        lora_ext.batch(["a", "b"], gates=torch.ones(2, 3, 2)),
+        pytest.raises(ValueError, match="Linear: batch: gates: got an input of 8 rows"),
+    ):
+        layer(torch.randn(2, 4, 16))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_transposed_rows_are_refused(gated: bool) -> None:
+    """They would be other tokens' adapters; in any other form they are the rows in their order."""
+    layer, ids = linear(), torch.tensor([[0, 1, -1], [1, 1, 0]])
+    gates = None
+    if gated:
+        ids = ids.unsqueeze(2)
+        gates = torch.ones(2, 3, 1)
+    plan = lora_ext.batch(["a", "b"], ids=ids, gates=gates)
+    x = torch.randn(2, 3, 16)
+    with plan:
+        y = layer(x)
+        for shape in ((6, 16), (1, 6, 16), (6, 1, 16)):
+            assert torch.equal(layer(x.reshape(shape)), y.reshape(*shape[:-1], -1))
+        name = "gates" if gated else "ids"
+        with pytest.raises(ValueError, match=rf"Linear: batch: {name}: got .*\[2, 3\].*\[3, 2\]"):
+            layer(x.transpose(0, 1))
 
 
 def test_an_adapter_that_no_layer_has_is_an_error() -> None:

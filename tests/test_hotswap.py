@@ -4,7 +4,9 @@ other threads, which see one adapter or the other in all layers."""
 from __future__ import annotations
 
 import copy
+import json
 import pickle
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -135,6 +138,43 @@ def test_convolutions_and_biases(tmp_path: Path) -> None:
     torch.testing.assert_close(model(x), made[1])
     lora_ext.hotswap_adapter(model, tmp_path / "0", "default")
     torch.testing.assert_close(model(x), made[0])
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_convolutions_with_groups(tmp_path: Path, groups: int) -> None:
+    """Each group has ranks of its own, and room for more of them; files have all channels."""
+
+    def base() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv1d(8, 12, 3, groups=groups))
+
+    x, made = torch.randn(2, 8, 5), []
+    for i, r in enumerate((4, 8)):
+        settings = LoraConfig(r=r, lora_alpha=3, target_modules=["0"], init_lora_weights=False)
+        model = get_lora_model(base(), settings).eval()
+        model.save_pretrained(tmp_path / str(i))
+        made.append(model(x))
+    model = LoraModel.from_pretrained(base(), tmp_path / "0").eval()
+    model.load_adapter(tmp_path / "0", "default")  # into what is there
+    lora_ext.hotswap_adapter(model, tmp_path / "0", "default")
+    torch.testing.assert_close(model(x), made[0], atol=0, rtol=0)
+    lora_ext.prepare_model_for_compiled_hotswap(model, target_rank=8)
+    torch.testing.assert_close(model(x), made[0])
+    for i in (1, 0):
+        lora_ext.hotswap_adapter(model, tmp_path / str(i), "default")
+        torch.testing.assert_close(model(x), made[i])
+        model.save_pretrained(tmp_path / "again")
+        again = LoraModel.from_pretrained(base(), tmp_path / "again").eval()
+        torch.testing.assert_close(again(x), made[i])
+
+    linking = load_file(tmp_path / "1" / "adapter_model.safetensors")
+    for name, tensor in linking.items():
+        linking[name] = torch.ones_like(tensor)
+    save_file(linking, tmp_path / "1" / "adapter_model.safetensors")
+    for load in (lora_ext.hotswap_adapter, LoraModel.load_adapter):
+        with pytest.raises(AdapterFileError, match="links channels of different groups"):
+            load(model, tmp_path / "1", "default")  # type: ignore[operator]
+        torch.testing.assert_close(model(x), made[0])
 
 
 def test_it_goes_where_the_model_goes(folders: list[Path]) -> None:
@@ -324,3 +364,151 @@ def test_an_exception_in_a_call_ends_it(folders: list[Path]) -> None:
     done.start()
     done.join(timeout=10)
     assert not done.is_alive()
+
+
+def whole(model: LoraModel, folder: Path, match: str) -> None:
+    """The swap is refused, and the model is what it was."""
+    x = torch.randn(5, 12)
+    y, state, kept = model(x), copy.deepcopy(model.state_dict()), model.peft_config["default"]
+    with pytest.raises(AdapterFileError, match=match):
+        lora_ext.hotswap_adapter(model, folder, "default")
+    assert model.peft_config["default"] == kept and torch.equal(model(x), y)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_embeddings_get_the_scaling(tmp_path: Path, dora: bool) -> None:
+    def embedding(alpha: float) -> LoraModel:
+        torch.manual_seed(int(alpha))
+        base = nn.Sequential(nn.Embedding(9, 6))
+        nn.init.ones_(base[0].weight)
+        settings = LoraConfig(target_modules=["0"], lora_alpha=alpha, use_dora=dora)
+        model = get_lora_model(base, settings).eval()
+        for name, parameter in model.named_parameters():
+            if "lora_embedding" in name:
+                nn.init.normal_(parameter, std=0.3)
+        return model
+
+    model, other = embedding(8), embedding(32)
+    other.save_pretrained(tmp_path)
+    lora_ext.hotswap_adapter(model, tmp_path, "default")
+    tokens = torch.arange(9)
+    assert torch.equal(model(tokens), other(tokens))
+
+
+def test_other_features_are_no_ranks(folders: list[Path], tmp_path: Path) -> None:
+    """Room is for ranks: an adapter of a narrower base is not filled up."""
+    model = loaded(folders[0])
+    lora_ext.prepare_model_for_compiled_hotswap(model, target_rank=CAPACITY)
+    narrow = nn.Sequential(nn.Linear(11, 20), nn.Tanh(), nn.Linear(20, 16), nn.Tanh())
+    narrow.append(nn.Linear(16, 3))
+    get_lora_model(narrow, config(4, 8)).save_pretrained(tmp_path / "narrow")
+    whole(model, tmp_path / "narrow", "got shape")
+
+
+def test_a_variant_or_a_part_of_one_adapter(folders: list[Path], tmp_path: Path) -> None:
+    """Zeros would stand for a magnitude, or for half of a product."""
+    dora = loaded(saved(tmp_path / "dora", 4, 8, 5, use_dora=True))
+    whole(dora, folders[0], "no variant, but 'default' has use_dora")
+    model = loaded(folders[0])
+    whole(model, tmp_path / "dora", "unexpected keys")
+    fewer = get_lora_model(net(), LoraConfig(r=4, target_modules=["0"], use_dora=True))
+    fewer.save_pretrained(tmp_path / "fewer")
+    whole(dora, tmp_path / "fewer", r"got no .*2\.lora_A.weight")
+
+    half = tmp_path / "half"
+    shutil.copytree(folders[0], half)
+    tensors = load_file(half / "adapter_model.safetensors")
+    del tensors["base_model.model.2.lora_A.weight"]
+    save_file(tensors, half / "adapter_model.safetensors")
+    whole(model, half, r"got no .*2\.lora_A.weight")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "match"),
+    [
+        ("r", 7, "got rank 4, expected 7"),
+        ("rank_pattern", {"2": 3}, "got rank 4, expected 3"),
+        ("lora_bias", True, "no bias of lora_B"),
+        ("use_dora", True, "use_dora, but 'default' has none"),
+    ],
+)
+def test_a_config_that_is_not_of_its_tensors(
+    folders: list[Path], tmp_path: Path, field: str, value: object, match: str
+) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(folders[0], folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    for room in (None, CAPACITY):
+        model = loaded(folders[0])
+        if room:
+            lora_ext.prepare_model_for_compiled_hotswap(model, target_rank=room)
+        whole(model, folder, match)
+
+
+def test_what_was_swapped_is_saved_and_loaded(folders: list[Path], tmp_path: Path) -> None:
+    """With biases that the new adapter has not, and its dropout."""
+    model = loaded(saved(tmp_path / "biased", 4, 8, 5, lora_bias=True))
+    other = saved(tmp_path / "plain", 4, 3, 6, lora_dropout=0.5)
+    lora_ext.hotswap_adapter(model, other, "default")
+    model.save_pretrained(tmp_path / "again")
+    x = torch.randn(5, 12)
+    assert torch.equal(loaded(tmp_path / "again")(x), loaded(other)(x))
+    assert {layer.adapters["default"].lora_dropout for _, layer in model.lora_layers()} == {0.5}
+
+
+def test_adapters_that_threads_load_at_once_are_all_there(folders: list[Path]) -> None:
+    """In every layer: of two drafts of one layer the second would undo the first."""
+    model = loaded(folders[0])
+
+    def load(thread: int) -> None:
+        for i in range(4):
+            model.load_adapter(folders[i], f"{thread}_{i}")
+            model.add_adapter(f"{thread}_{i}_new", config(2, 2))
+
+    threads = [threading.Thread(target=load, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    names = {"default"}
+    names |= {f"{t}_{i}{end}" for t in range(4) for i in range(4) for end in ("", "_new")}
+    assert set(model.peft_config) == names
+    for name, layer in model.lora_layers():
+        assert set(layer.adapters) == names, name
+        for one in names:
+            assert layer.parts(one)["lora_A"] is not None, (name, one)
+
+
+def test_loading_undoes_no_change_of_another_thread(folders: list[Path]) -> None:
+    """A change comes when the drafts of a new adapter are there: it waits, calls do not."""
+    model = loaded(folders[0])
+    drafted, done = threading.Event(), threading.Event()
+    layer = model.get_base_model()[0]
+    original = type(layer).add_adapter
+
+    def slow(self: Any, *args: Any, **kwargs: Any) -> Any:
+        drafted.set()
+        model_called = threading.Thread(target=lambda: model(X))
+        model_called.start()
+        model_called.join(20)
+        assert not model_called.is_alive(), "calls wait for an adapter that is loaded"
+        done.wait(0.3)  # in vain: the change waits for the adapter
+        return original(self, *args, **kwargs)
+
+    def change() -> None:
+        drafted.wait()
+        model.set_scale("default", 3.0)
+        done.set()
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(layer), "add_adapter", slow)
+        model.load_adapter(folders[1], "other")
+    thread.join()
+    for name, one in model.lora_layers():
+        assert one.get_scale("default") == 3 * one.adapters["default"].scaling, name
+        assert "other" in one.adapters, name

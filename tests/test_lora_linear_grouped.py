@@ -247,14 +247,29 @@ def test_low_rank_has_the_defaults_of_lora_linear() -> None:
     assert equal(y, lora_ext.lora_linear(x, weight, None, A, B))
 
 
-def test_what_is_no_plan_or_adapter_is_refused() -> None:
-    x, weight, plan = torch.randn(2, 8), torch.randn(5, 8), lora_ext.batch(["a", "a"])
-    A, B = torch.randn(2, 8), torch.randn(5, 2)
-    names: list[str] = ["a", "a"]
-    call: Any = lora_ext.lora_linear_grouped
-    with pytest.raises(TypeError, match=r"plan: got \['a', 'a'\], expected what lora_ext.batch"):
-        call(x, weight, None, {"a": LowRank(A, B)}, names)
-    with pytest.raises(TypeError, match=r"adapters: got .*, expected a dict of names"):
-        call(x, weight, None, [LowRank(A, B)], plan)
-    with pytest.raises(TypeError, match=r"adapters\['a'\]: got a tuple, expected a LowRank"):
-        call(x, weight, None, {"a": (A, B)}, plan)
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"plan": ["a"]}, "plan: got .*, expected what lora_ext.batch"),
+        ({"adapters": None}, "adapters: got None, expected a dict"),
+        ({"adapters": {"a": (1, 2)}}, r"adapters\['a'\]: got .*, expected a LowRank"),
+        ({"scaling": "2"}, r"adapters\['a'\]: scaling: got '2', expected"),
+        ({"lora_B": None}, r"adapters\['a'\]: lora_B: got None, expected a torch.Tensor"),
+        ({"lora_bias": 3}, r"adapters\['a'\]: lora_bias: got 3, expected a torch.Tensor"),
+        ({"weight": None}, "weight: got None, expected a torch.Tensor"),
+        ({"bias": 5}, "bias: got 5, expected a torch.Tensor"),
+        ({"rng_state": 3}, "rng_state: got 3, expected a torch.Tensor"),
+    ],
+)
+def test_arguments_of_other_kinds_are_named(given: dict[str, Any], match: str) -> None:
+    adapter = LowRank(torch.randn(2, 8), torch.randn(6, 2), None, 1.0, 0.0)
+    adapter = adapter._replace(**{n: v for n, v in given.items() if n in LowRank._fields})
+    arguments: dict[str, Any] = {
+        "weight": torch.randn(6, 8),
+        "bias": None,
+        "adapters": {"a": adapter},
+    }
+    arguments |= {"plan": lora_ext.batch(["a", None]), "rng_state": None}
+    arguments |= {n: v for n, v in given.items() if n in arguments}
+    with pytest.raises(TypeError, match=f"^lora_linear_grouped: {match}"):
+        lora_ext.lora_linear_grouped(torch.randn(2, 8), **arguments)

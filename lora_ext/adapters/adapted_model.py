@@ -106,6 +106,11 @@ class AdaptedModel(nn.Module):
         once for all of them."""
         return self._requests.changing()
 
+    def editing(self) -> AbstractContextManager[None]:
+        """Within this context no other thread changes the model, which calls may run meanwhile:
+        what is prepared in it is of the model as it stays until then."""
+        return self._requests.editing()
+
     def _with_given(self, kwargs: dict[str, Any], **named: Any) -> Any:
         """A call with those of the named arguments that are not None."""
         given = {name: value for name, value in named.items() if value is not None}

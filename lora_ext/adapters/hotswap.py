@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_ext._not_built import INSTEAD
 from lora_ext.adapters.adapted_model import AdaptedModel
+from lora_ext.adapters.checkpoint.grouped_convolutions import grouped_as_there
 from lora_ext.adapters.checkpoint.keys import PREFIX, layers_in_file, own_tensors, possible_keys
 from lora_ext.adapters.checkpoint.load import plan_of, read_config, typed_content
 from lora_ext.adapters.checkpoint.reading import FileTensors
@@ -42,9 +43,9 @@ def hotswap_adapter(
     torch_device: Any = None,
     **options: Any,
 ) -> None:
-    """Gives an adapter the values and the scaling of another one's files. Where these have no
-    tensors for a layer, its own become zero. Calls of the model in other threads see the former
-    adapter or the new one; if anything fails, the former one stays whole.
+    """Gives an adapter the values, the scaling and the dropout of another one's files. Where these
+    have no tensors for a layer, its own become zero. Calls of the model in other threads see the
+    former adapter or the new one; if anything fails, the former one stays whole.
 
     Args:
         model_name_or_path: a folder, or an id on the hub.
@@ -54,19 +55,13 @@ def hotswap_adapter(
     Raises:
         AdapterFileError: a file is missing, damaged, or has tensors that the adapter has not.
         ValueError: no such adapter, it is merged, or one of the two trains other rows of embeddings
-            (trainable_token_indices).
+            (trainable_token_indices), or is of a variant (DoRA) and the other is not.
         NotBuiltError: the files' tensors have another rank, or a larger one than
             `prepare_model_for_compiled_hotswap` made room for.
     """
     where = "hotswap_adapter"
     found, _ = adapted(model, where)
     check_known(where, "adapter_name", [adapter_name], found.peft_config)
-    for name, layer in found.adapter_layers():
-        if adapter_name in layer.merged_adapters:
-            raise ValueError(
-                f"{where}: adapter_name: '{adapter_name}' is merged in '{name}'; call "
-                "unmerge_adapter() first"
-            )
     key_mapping = options.pop("key_mapping", None)
     folder = adapter_folder(where, model_name_or_path, options)
     names = sum(1 for _ in found.modules())
@@ -78,8 +73,15 @@ def hotswap_adapter(
             file = FileTensors(files, keys, key_mapping)
             _swap(found, adapter_name, config, file)
 
-    with typed_content(folder):
-        in_time(FILE_SECONDS, names, swap)
+    with found.editing():
+        for name, layer in found.adapter_layers():
+            if adapter_name in layer.merged_adapters:
+                raise ValueError(
+                    f"{where}: adapter_name: '{adapter_name}' is merged in '{name}'; call "
+                    "unmerge_adapter() first"
+                )
+        with typed_content(folder):
+            in_time(FILE_SECONDS, names, swap)
 
 
 def _swap(model: AdaptedModel, adapter_name: str, config: LoraConfig, file: FileTensors) -> None:
@@ -97,12 +99,18 @@ def _swap(model: AdaptedModel, adapter_name: str, config: LoraConfig, file: File
             f"'{adapter_name}', expected the same; use load_adapter() and set_adapter()"
         )
     layers = dict(layers_in_file(model, adapter_name))
+    filled = [name for name, layer in layers.items() if _fills(file, name, layer, adapter_name)]
+    for name, layer in layers.items():
+        _check_layer(file, name, layer, adapter_name, config)
     expected = {}
     for key, spec in file.specs.items():
         shape = tuple(targets[key].shape)
-        layer = layers.get(key.removeprefix(PREFIX).rpartition(".lora_")[0])
-        prepared = layer is not None and adapter_name in layer._scaling_tensors
-        if not (_fits(spec.shape, shape) if prepared else spec.shape == shape):
+        swapped = layers.get(_weight_of(key).removeprefix(PREFIX))
+        prepared = swapped is not None and adapter_name in swapped._scaling_tensors
+        if isinstance(swapped, LoraConv) and key.endswith(".lora_A.weight"):
+            if spec.shape[1:2] != shape[1:2]:  # as files have it, of all groups' channels
+                shape = (shape[0], swapped.in_channels, *shape[2:])
+        if not (_fits(key, spec.shape, shape) if prepared else spec.shape == shape):
             raise NotBuiltError(
                 f"hotswap_adapter: {file.path}: {key}: got shape {list(spec.shape)}, expected "
                 f"{list(shape)}"
@@ -115,17 +123,18 @@ def _swap(model: AdaptedModel, adapter_name: str, config: LoraConfig, file: File
             )
         expected[key] = TensorSpec(spec.shape, held_in=targets[key].dtype)
     tensors = file.with_plain_keys(file.read(expected))
+    grouped_as_there(plan_of(model, adapter_name), tensors, file.path)
     transaction = Transaction()
     for key, target in targets.items():
         value = tensors.get(key)
-        value = torch.zeros_like(target) if value is None else _widened(value, target)
+        groups = _groups(layers.get(_weight_of(key).removeprefix(PREFIX)))
+        value = torch.zeros_like(target) if value is None else _widened(value, target, groups)
         transaction.write(target, like(value, target))
-    for name, layer in layers.items():
-        if f"{PREFIX}{name}.lora_A.weight" in tensors or len(layer.PREFIXES) > 1:
-            _rescale(layer, name, adapter_name, config, transaction)
+    for name in filled:
+        _rescale(layers[name], name, adapter_name, config, transaction)
     kept = copy.deepcopy(config)
-    kept.inference_mode = model.peft_config[adapter_name].inference_mode
-    kept.target_modules = model.peft_config[adapter_name].target_modules
+    for field in ("inference_mode", "target_modules", "lora_bias"):  # the adapter's own
+        setattr(kept, field, getattr(model.peft_config[adapter_name], field))
     drafts = {name: transaction.draft(layer) for name, layer in layers.items()}
     if any(adapter_name in layer._scaling_tensors for layer in layers.values()):
         kept = _as_padded(kept, drafts, adapter_name)
@@ -137,7 +146,7 @@ def _swap(model: AdaptedModel, adapter_name: str, config: LoraConfig, file: File
 def _rescale(
     layer: LoraLayer, name: str, adapter_name: str, config: LoraConfig, transaction: Transaction
 ) -> None:
-    """Gives a layer the scaling that the files' config says."""
+    """Gives a layer the scaling, and the dropout, that the files' config says."""
     settings = layer.adapters[adapter_name]
     new = adapter_settings(config, name, settings.autocast_adapter_dtype)
     scaling = replace(new, init_lora_weights=True).scaling
@@ -150,23 +159,91 @@ def _rescale(
             f"'{name}' is no linear layer, and only these have activated adapters"
         )
     draft.adapters[adapter_name] = replace(
-        settings, lora_alpha=alpha, alora_invocation_tokens=tokens
+        settings,
+        lora_alpha=alpha,
+        lora_dropout=new.lora_dropout,
+        alora_invocation_tokens=tokens,
     )
     draft._set_scaling({adapter_name: scaling})
 
 
-def _fits(shape: Sequence[int], room: Sequence[int]) -> bool:
-    """Whether a part of an adapter has no more ranks than there is room for."""
-    return len(shape) == len(room) and all(a <= b for a, b in zip(shape, room, strict=True))
+def _keys(name: str, layer: LoraLayer, adapter_name: str) -> list[str]:
+    return [f"{PREFIX}{name}.{key}" for key in layer.peft_parameters(adapter_name)]
 
 
-def _widened(value: Tensor, target: Tensor) -> Tensor:
-    """value where target has its first ranks, and zeros for the others."""
+def _weight_of(key: str) -> str:
+    return key.rpartition(".lora_")[0]
+
+
+def _fills(file: FileTensors, name: str, layer: LoraLayer, adapter_name: str) -> bool:
+    """Whether the files have tensors for a layer."""
+    return not file.specs.keys().isdisjoint(_keys(name, layer, adapter_name))
+
+
+def _check_layer(
+    file: FileTensors,
+    name: str,
+    layer: LoraLayer,
+    adapter_name: str,
+    config: LoraConfig,
+) -> None:
+    """ValueError where a layer would not do what it does with the files' adapter loaded: parts of
+    it are missing, and are no zeros, or its tensors have another rank than the config says."""
+    settings = layer.adapters[adapter_name]
+    new = adapter_settings(config, name, settings.autocast_adapter_dtype)
+    if variant_of(new) != variant_of(settings):
+        got, kept = variant_of(new) or "no variant", variant_of(settings) or "none"
+        raise ValueError(
+            f"hotswap_adapter: {file.path}: got an adapter with {got}, but '{adapter_name}' has "
+            f"{kept}, expected the same; use load_adapter() and set_adapter()"
+        )
+    keys = _keys(name, layer, adapter_name)
+    # All parts of one weight's adapter, or none; a bias of lora_B may be zero.
+    filled = {_weight_of(key) for key in keys if key in file.specs}
+    missing = [
+        key
+        for key in keys
+        if key not in file.specs
+        and (variant_of(settings) or _weight_of(key) in filled)
+        and (new.lora_bias or not key.endswith(".lora_B.bias"))
+    ]
+    if missing or (filled and new.lora_bias > settings.lora_bias):
+        raise ValueError(
+            f"hotswap_adapter: {file.path}: got no {missing[0] if missing else 'bias of lora_B'}, "
+            f"expected all of the adapter of '{name}'"
+            + ("" if variant_of(settings) else ", or none, for which zeros stand")
+            + "; the file is damaged, or use load_adapter() and set_adapter()"
+        )
+    key = f"{PREFIX}{name}.lora_A.weight"
+    if key in file.specs and isinstance(layer, LinearBase | LoraConv):
+        rank = file.specs[key].shape[0]
+        if not isinstance(layer, MergedLinear) and rank != new.r:
+            raise ValueError(
+                f"hotswap_adapter: {file.path}: {key}: got rank {rank}, expected {new.r}, which "
+                "the config says; check its r and rank_pattern"
+            )
+
+
+def _fits(key: str, shape: Sequence[int], room: Sequence[int]) -> bool:
+    """Whether a part of an adapter has no more ranks than there is room for, and else its shape."""
+    ranks = {"lora_A.weight": 0, "lora_B.weight": 1}.get(".".join(key.split(".")[-2:]))
+    return len(shape) == len(room) and all(
+        a <= b if i == ranks else a == b for i, (a, b) in enumerate(zip(shape, room, strict=True))
+    )
+
+
+def _widened(value: Tensor, target: Tensor, groups: int = 1) -> Tensor:
+    """value where target has its first ranks, of each group of a convolution, zeros elsewhere."""
     if value.shape == target.shape:
         return value
-    wide = value.new_zeros(target.shape)
+    value = value.reshape(groups, -1, *value.shape[1:])
+    wide = value.new_zeros(groups, target.shape[0] // groups, *target.shape[1:])
     wide[tuple(slice(size) for size in value.shape)] = value
-    return wide
+    return wide.flatten(0, 1)
+
+
+def _groups(layer: LoraLayer | None) -> int:
+    return layer.groups if isinstance(layer, LoraConv) else 1
 
 
 def _as_padded(
@@ -278,7 +355,8 @@ def _make_room(
             key = part_name(part, adapter_name)
             old: Any = draft._parameters[key]
             new = nn.Parameter(
-                _widened(old.detach(), old.new_zeros(shape)), requires_grad=old.requires_grad
+                _widened(old.detach(), old.new_zeros(shape), _groups(draft)),
+                requires_grad=old.requires_grad,
             )
             draft._parameters[key] = new
         draft.adapters[adapter_name] = wide

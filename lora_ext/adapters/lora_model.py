@@ -18,7 +18,7 @@ from lora_ext.adapters.deleting import delete_adapter
 from lora_ext.adapters.inject import on_meta
 from lora_ext.adapters.mergeable_model import MergeableModel
 from lora_ext.adapters.names import unwrapped
-from lora_ext.adapters.requests import changes
+from lora_ext.adapters.requests import changes, edits
 from lora_ext.adapters.saving import SavableModel
 from lora_ext.adapters.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from lora_ext.adapters.switching import SwitchableModel
@@ -100,6 +100,7 @@ class LoraModel(SwitchableModel, MergeableModel, SavableModel):
 
     # Adapters
 
+    @edits
     @former_names("LoraModel.add_adapter", config="peft_config")
     def add_adapter(
         self,
@@ -159,6 +160,7 @@ class LoraModel(SwitchableModel, MergeableModel, SavableModel):
         )
         transaction.commit()
 
+    @edits
     def add_weighted_adapter(
         self,
         adapters: Sequence[str],

@@ -23,6 +23,7 @@ class Requests:
         self._changer: int | None = None  # the thread that changes something, or waits to
         self._changes = 0  # one in another
         self._waiting = 0  # calls, for a change to end: they come before the next change
+        self._edits = threading.RLock()  # one change is prepared, on drafts, at a time
         self._condition = threading.Condition()
 
     # list.append and list.remove are one step of the interpreter each, so that without a change
@@ -61,6 +62,16 @@ class Requests:
                 self._condition.notify_all()
 
     @contextmanager
+    def editing(self) -> Iterator[None]:
+        """Within this context no other thread prepares or makes a change: of two drafts of one
+        layer the second would undo the first. Calls go on. In a call it waits for nobody."""
+        if get_ident() in self._running:
+            yield
+            return
+        with self._edits:
+            yield
+
+    @contextmanager
     def changing(self) -> Iterator[None]:
         """Within this context no other thread calls or changes. In a call it waits for nobody:
         two calls that change something would wait for each other."""
@@ -68,22 +79,23 @@ class Requests:
         if me in self._running and self._changer != me:
             yield
             return
-        with self._condition:
-            while self._changer != me and (self._changer is not None or self._waiting):
-                self._condition.wait()
-            self._changer = me
-            self._changes += 1
-            try:
-                while any(thread != me for thread in self._running.copy()):
-                    self._condition.wait()
-            except BaseException:
-                self._changed()
-                raise
-        try:
-            yield
-        finally:
+        with self.editing():
             with self._condition:
-                self._changed()
+                while self._changer != me and (self._changer is not None or self._waiting):
+                    self._condition.wait()
+                self._changer = me
+                self._changes += 1
+                try:
+                    while any(thread != me for thread in self._running.copy()):
+                        self._condition.wait()
+                except BaseException:
+                    self._changed()
+                    raise
+            try:
+                yield
+            finally:
+                with self._condition:
+                    self._changed()
 
     def _changed(self) -> None:
         self._changes -= 1
@@ -98,8 +110,19 @@ class Requests:
         return Requests, ()
 
 
+def edits(method: Method) -> Method:
+    """Makes a method of a model run while no other thread changes it; calls go on."""
+
+    @functools.wraps(method)
+    def alone(model: Any, *args: Any, **kwargs: Any) -> Any:
+        with model.editing():
+            return method(model, *args, **kwargs)
+
+    return cast(Method, alone)
+
+
 def changes(method: Method) -> Method:
-    """Makes a method of a model run while no other thread calls it."""
+    """Makes a method of a model run while no other thread calls or changes it."""
 
     @functools.wraps(method)
     def alone(model: Any, *args: Any, **kwargs: Any) -> Any:

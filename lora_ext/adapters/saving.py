@@ -137,14 +137,15 @@ class SavableModel(AdaptedModel):
         options |= {"ephemeral_gpu_offload": ephemeral_gpu_offload}
         as_flag(low_cpu_mem_usage, "LoraModel.load_adapter", "low_cpu_mem_usage")
         folder = adapter_folder("LoraModel.load_adapter", model_id, options)
-        load_adapter(
-            self,
-            folder,
-            adapter_name,
-            is_trainable=is_trainable,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            key_mapping=key_mapping,
-        )
+        with self.editing():
+            load_adapter(
+                self,
+                folder,
+                adapter_name,
+                is_trainable=is_trainable,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                key_mapping=key_mapping,
+            )
         if not is_trainable:
             self.eval()
         return LoadResult([], [])

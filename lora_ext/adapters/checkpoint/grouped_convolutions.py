@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 from torch import Tensor
 
@@ -57,6 +58,26 @@ def grouped_where_possible(plan: Plan, tensors: dict[str, Tensor]) -> Plan:
             settings = replace(planned.settings, ungrouped_lora_A=False)
             layers[place] = planned._replace(settings=settings)
     return plan._replace(layers=layers)
+
+
+def grouped_as_there(plan: Plan, tensors: dict[str, Tensor], path: Path) -> None:
+    """Gives the file's lora_A the form that an adapter has which is there, as `plan` says.
+
+    Raises:
+        AdapterFileError: that form has no place for what the file has between the groups.
+    """
+    for _, planned, layer in _grouped(plan):
+        key = _key(plan, planned)
+        own = planned.layer.peft_shapes(planned.settings)["lora_A.weight"]
+        if key not in tensors or tensors[key].shape[1] == own[1]:
+            continue
+        grouped = layer.grouped(tensors[key])
+        if grouped is None:
+            raise AdapterFileError(
+                f"{path}: '{key}': links channels of different groups, expected zeros there, as "
+                f"the adapter of '{planned.name}' has; load it under a new name"
+            )
+        tensors[key] = grouped
 
 
 def _grouped(plan: Plan) -> Iterator[tuple[int, PlannedLayer, Conv]]:

@@ -11,7 +11,11 @@ from torch import Tensor
 
 from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.adding import add_planned, plan_for, replicate
-from lora_ext.adapters.checkpoint.grouped_convolutions import grouped_where_possible, planned_as_in
+from lora_ext.adapters.checkpoint.grouped_convolutions import (
+    grouped_as_there,
+    grouped_where_possible,
+    planned_as_in,
+)
 from lora_ext.adapters.checkpoint.keys import PREFIX, expected, own_tensors, possible_keys
 from lora_ext.adapters.checkpoint.reading import (
     BaseTensors,
@@ -94,8 +98,8 @@ def load_adapter(
                 plan = plan_for(model, chosen, autocast_adapter_dtype)
             check_loadable(model, plan)
             file = FileTensors(files, possible_keys(model, plan), key_mapping)
-            if not known:
-                plan = planned_as_in(file, _tied_as_in_the_file(plan, file))
+            there = plan
+            plan = planned_as_in(file, plan if known else _tied_as_in_the_file(plan, file))
             bases = BaseTensors(model, plan, file)
             own_keys = dict(expected(plan))
             again = repeated(file, plan, own_keys)
@@ -104,7 +108,9 @@ def load_adapter(
         tensors = file.with_plain_keys(found)
         check_repeated(file, again, tensors)
         bases.check(tensors)
-        if not known:
+        if known:
+            grouped_as_there(there, tensors, file.path)
+        else:
             plan = grouped_where_possible(plan, tensors)
             add_planned(model, adapter_name, plan, own, is_filled=True)
             if isinstance(config, LoraConfig):  # it is to be the model's, as in PEFT
