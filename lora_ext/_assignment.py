@@ -45,3 +45,16 @@ def copied(of_host: Tensor, device: torch.device) -> Tensor:
             "on an input of the same shape, and capture then"
         )
     return of_host.pin_memory().to(device, non_blocking=True)
+
+
+def counts_of(parts: Tensor, k: int, names: int) -> tuple[list[int], tuple[int, ...]]:
+    """How many rows each name has, and the rounds of an Assignment. `parts` are sorted: of an entry
+    k * its name's place + how many names its row has before it; below 0 are those of none."""
+    counts = [0] * names
+    rounds: list[int] = []
+    runs, lengths = parts.unique_consecutive(return_counts=True)  # type: ignore[no-untyped-call]
+    for part, rows in zip(runs.tolist(), lengths.tolist(), strict=True):
+        if part >= 0:
+            counts[part // k] += rows
+            rounds += [part % k, rows]
+    return counts, tuple(rounds) if any(rounds[::2]) else ()

@@ -124,3 +124,32 @@ def _holds_integers(tensor: Any) -> bool:
     if not isinstance(tensor, Tensor) or tensor.dtype == torch.bool:
         return False
     return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def not_as_many(where: str, leading: tuple[int, ...], requests: int, gates: bool) -> ValueError:
+    """Of an input that has another number of requests than the plan."""
+    got = leading[0] if leading else 1
+    cure = ""
+    if requests and got % requests == 0:
+        each = got // requests
+        if len(leading) == 1:  # as OPT's fc1 gets them
+            cure = (
+                f" If these are the tokens of {requests} requests, say so: with "
+                f"lora_ext.batch([...], rows=({requests}, {each})): model(...)"
+            )
+        else:  # as beams get them
+            cure = (
+                f" If each comes {each} times in a row, as with beams, say so: "
+                "lora_ext.batch([...], repeats=True)"
+            )
+    if gates:
+        return ValueError(
+            f"{where}: batch: gates: got those of {requests} requests for an input whose "
+            f"leading dimensions are {list(leading)}, expected those of {got}.{cure}"
+        )
+    return ValueError(
+        f"{where}: batch: adapters: got {requests} names for an input whose leading dimensions"
+        f" are {list(leading)}, expected one name for each of {got}. Length of "
+        "`adapter_names` should be the same as the number of inputs, but got "
+        f"{requests} and {got} respectively.{cure}"
+    )

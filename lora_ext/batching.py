@@ -22,10 +22,11 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from lora_ext._assignment import Assignment, copied
+from lora_ext._assignment import Assignment, copied, counts_of
 from lora_ext._batch_arguments import (
     integers,
     names_of,
+    not_as_many,
     places_of,
     rows_of,
     slots_of_gates,
@@ -36,6 +37,7 @@ from lora_ext.arguments import as_number, listed, refuse
 __all__ = ["BatchPlan", "Checkpointing", "batch"]
 
 _NEVER = torch.iinfo(torch.int64).max
+_MOST_SHAPES = 64  # of inputs, whose rows a plan remembers: a text that grows has ever others
 
 
 class Entered(NamedTuple):
@@ -92,8 +94,8 @@ def following(plan: BatchPlan) -> Iterator[None]:
 
 class Checkpointing:
     """`torch.utils.checkpoint.checkpoint`, or a function like it, so that what it runs again in
-    backward follows the plan that it was called under. The gates are an input of what it runs, of
-    which they get the gradient with `use_reentrant=True`, too."""
+    backward follows the plan that it was called under. Gates and scale are inputs of what it runs,
+    of which they get their gradients with `use_reentrant=True`, too."""
 
     def __init__(self, checkpoint: Any) -> None:
         self.checkpoint = checkpoint
@@ -104,12 +106,12 @@ class Checkpointing:
             return self.checkpoint(function, *args, **kwargs)
         followed = plan
 
-        def carried(gates: Tensor | None, *inputs: Any, **named: Any) -> Any:
-            # A plan of its own: what is made of the gates is made again.
-            with following(followed if gates is None else followed.with_gates(gates)):
+        def carried(gates: Tensor | None, scale: Tensor | None, *inputs: Any, **named: Any) -> Any:
+            own = followed if gates is None else followed.with_gates(gates)
+            with following(own if scale is None else own.with_scale(scale)):
                 return function(*inputs, **named)
 
-        return self.checkpoint(carried, plan.gates, *args, **kwargs)
+        return self.checkpoint(carried, plan.gates, plan.scale, *args, **kwargs)
 
 
 class _Found:
@@ -172,7 +174,10 @@ class BatchPlan:
         traceback: TracebackType | None,
     ) -> None:
         entered = _ENTERED.get()
-        assert entered is not None and entered.plan is self, "plans are left in another order"
+        if entered is None or entered.plan is not self:
+            raise RuntimeError(
+                "batch: got the end of a plan that is not the innermost, expected its: use `with`"
+            )
         _leave(entered.outer)
         unknown = [name for name in self.names if name not in self._found.names]
         if kind is None and self._found.asked and unknown:
@@ -201,13 +206,24 @@ class BatchPlan:
         """The gates, all of them in one tensor: what a checkpoint has to be given as an input."""
         return self._gates
 
+    @property
+    def scale(self) -> Tensor | None:
+        """The strengths of requests: an input of a checkpoint, too."""
+        return self._scale
+
     def with_gates(self, gates: Tensor) -> BatchPlan:
         """The same plan with other values for the gates, in the shape that they had. What is known
-        of rows is shared."""
+        of rows is shared; what is made of gates and scale is not."""
         assert self._gates is not None
         other = copy.copy(self)
         other._gates = gates.reshape(self._gates.shape)
         other._strengths = {}
+        return other
+
+    def with_scale(self, scale: Tensor) -> BatchPlan:
+        """The same plan with other strengths, as `with_gates`."""
+        other = copy.copy(self)
+        other._scale, other._strengths = scale, {}
         return other
 
     def of(self, layer: object) -> BatchPlan:
@@ -255,6 +271,8 @@ class BatchPlan:
         key = (tuple(leading), device, present, whole)
         made = self._made.get(key)
         if made is None:
+            if len(self._made) >= _MOST_SHAPES:
+                self._made.clear()
             with torch.inference_mode(False):  # it may be kept for backward later
                 made = self._made[key] = self._assign(tuple(leading), device, present, where, whole)
         assignment, owners, gated = made
@@ -305,7 +323,7 @@ class BatchPlan:
         k = slots.shape[1]
         before = torch.arange(k, device="cpu") - (slots < 0).sum(1, keepdim=True)
         parts, order = (slots * k + before).flatten().sort(stable=True)
-        counts, rounds = _counts(parts, k, len(names))
+        counts, rounds = counts_of(parts, k, len(names))
         order = order[len(parts) - sum(counts) :]
         rows = order // k
         having = [
@@ -356,28 +374,7 @@ class BatchPlan:
         if flat and self._rows is not None and total == math.prod(self._rows):
             sequences = count
         elif sequences != count and not (self._repeats and count and sequences % count == 0):
-            cure = ""
-            if count and flat and sequences % count == 0:  # as OPT's fc1 gets them
-                cure = (
-                    f" If these are the tokens of {count} requests, say so: with "
-                    f"lora_ext.batch([...], rows=({count}, {sequences // count})): model(...)"
-                )
-            elif count and sequences % count == 0:  # as beams get them
-                cure = (
-                    f" If each comes {sequences // count} times in a row, as with beams, say so: "
-                    "lora_ext.batch([...], repeats=True)"
-                )
-            if self.mixes:
-                raise ValueError(
-                    f"{where}: batch: gates: got those of {count} requests for an input whose "
-                    f"leading dimensions are {list(leading)}, expected those of {sequences}.{cure}"
-                )
-            raise ValueError(
-                f"{where}: batch: adapters: got {count} names for an input whose leading dimensions"
-                f" are {list(leading)}, expected one name for each of {sequences}. Length of "
-                "`adapter_names` should be the same as the number of inputs, but got "
-                f"{count} and {sequences} respectively.{cure}"
-            )
+            raise not_as_many(where, leading, count, self.mixes)
         each = total // sequences if sequences else 0
         in_one = flat and each == 1 and sequences != count
         if in_one and self._after is not None and self._rows is not None and not whole:
@@ -396,19 +393,6 @@ class BatchPlan:
             if each < length:
                 positions = positions + (length if self.tokens_follow else length - each)
         return owners.repeat_interleave(each), positions.repeat(sequences), length
-
-
-def _counts(parts: Tensor, k: int, names: int) -> tuple[list[int], tuple[int, ...]]:
-    """How many rows each name has, and the rounds of an Assignment. `parts` are sorted: of an entry
-    k * its name's place + how many names its row has before it; below 0 are those of none."""
-    counts = [0] * names
-    rounds: list[int] = []
-    runs, lengths = parts.unique_consecutive(return_counts=True)  # type: ignore[no-untyped-call]
-    for part, rows in zip(runs.tolist(), lengths.tolist(), strict=True):
-        if part >= 0:
-            counts[part // k] += rows
-            rounds += [part % k, rows]
-    return counts, tuple(rounds) if any(rounds[::2]) else ()
 
 
 def batch(

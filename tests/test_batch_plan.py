@@ -457,3 +457,26 @@ def test_requests_without_adapter_are_the_base(kind: str) -> None:
 def test_what_cannot_follow_a_plan_is_refused(layer: LoraLayer, x: Tensor, message: str) -> None:
     with lora_ext.batch(["a"]), pytest.raises(ValueError, match=f"batch: .*{message}"):
         layer(x) if message == "no batch" else layer(x, x)
+
+
+def test_plans_are_left_in_the_reverse_order() -> None:
+    outer, inner = lora_ext.batch(["a"]), lora_ext.batch(["b"])
+    with outer:
+        inner.__enter__()
+        with pytest.raises(RuntimeError, match="not the innermost"):
+            outer.__exit__(None, None, None)
+        inner.__exit__(None, None, None)
+
+
+def test_a_plan_remembers_the_rows_of_some_shapes() -> None:
+    """A text that grows without a cache has ever others."""
+    layer = linear()
+    with lora_ext.batch(["a", "b"]) as plan, torch.no_grad():
+        for length in range(1, 200):
+            layer(torch.randn(2, length, 16))
+        assert len(plan._made) <= 64
+        x = torch.randn(2, 1, 16)
+        y = layer(x)
+    for row, name in enumerate("ab"):
+        layer.set_adapter(name)
+        torch.testing.assert_close(y[row], layer(x[row : row + 1])[0])

@@ -47,6 +47,16 @@ def test_nothing_to_measure(capsys: pytest.CaptureFixture[str]) -> None:
     assert "the same number of rows" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--ranks=4", "--dropouts=0.1", "--rivals=naive", "--full"])
+def test_what_means_nothing_here_is_refused(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--adapters", "2", option])
+    name = option.partition("=")[0]
+    assert f"{name} has no meaning with --adapters" in capsys.readouterr().err
+
+
 def test_a_wrong_contender_is_found_out() -> None:
     mixed = adapters.make_mixed((16, 12), 8, 4, torch.float32)
     found = adapters.ways(mixed)

@@ -191,19 +191,27 @@ def test_composed_layers_mix_too(kind: str) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_a_checkpoint_runs_again_under_its_plan(reentrant: bool) -> None:
-    """In a backward outside of the `with`; the gates get their gradient."""
+@pytest.mark.parametrize("kind", ["gates", "scale", "both"])
+def test_a_checkpoint_runs_again_under_its_plan(kind: str, reentrant: bool) -> None:
+    """In a backward outside of the `with`; gates and strengths get their gradients."""
     net, x = two_layers(), torch.randn(2, 3, 6)
-    gates = torch.randn(2, 3, requires_grad=True)
+    strengths = {
+        name: torch.randn(shape, requires_grad=True)
+        for name, shape in {"gates": (2, 3), "scale": (2,)}.items()
+        if kind in (name, "both")
+    }
+    names = ["a", "c"] if kind == "scale" else ["a", "b", "c"]
     checkpoint = lora_ext.batching.Checkpointing(torch.utils.checkpoint.checkpoint)
     found = []
     for checkpointed in (False, True):
-        with lora_ext.batch(["a", "b", "c"], gates=2.0 * gates):
+        arguments = {name: 2.0 * one for name, one in strengths.items()}
+        with lora_ext.batch(names, **arguments):  # type: ignore[arg-type]
             y = checkpoint(net, x, use_reentrant=reentrant) if checkpointed else net(x)
-        gates.grad = None
         y.square().sum().backward()
-        found.append(gates.grad)
-    assert found[0].abs().max() > 0
+        found.append([one.grad for one in strengths.values()])
+        for one in strengths.values():
+            one.grad = None
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in found[0])
     torch.testing.assert_close(found[1], found[0])
 
 

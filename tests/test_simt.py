@@ -18,7 +18,7 @@ PROGRAMS = (
 )  # fmt: skip
 BUILDS = {
     "plain": ("-O2",),
-    "sanitized": ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "sanitized": ("-Og", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     # The way that fibers switch where no assembler is written for the CPU
     "ucontext": ("-O1", "-DSIMT_USE_UCONTEXT"),
 }

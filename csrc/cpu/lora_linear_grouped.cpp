@@ -12,9 +12,12 @@ namespace lora_ext {
 namespace {
 
 void pack_adapters(GroupedWork& work, bool lora_B) {
-  for_slots(work.slots.size(), [&](int64_t index) {
-    CpuSlot& slot = work.slots[index];
-    if (!slot.kernels || slot.rows == 0 || (lora_B && slot.rows <= kUnpackedRows)) return;
+  std::vector<CpuSlot*> slots;
+  for (CpuSlot& slot : work.slots) {
+    if (slot.kernels && slot.rows > (lora_B ? kUnpackedRows : 0)) slots.push_back(&slot);
+  }
+  for_slots(slots.size(), [&](int64_t i) {
+    CpuSlot& slot = *slots[i];
     slot.A_t = packed(*slot.kernels, slot.lora_A);
     if (lora_B) slot.B_t = packed(*slot.kernels, slot.lora_B);
   });

@@ -306,6 +306,15 @@ def prepare_model_for_compiled_hotswap(
     rank = target_rank
     if rank is not None and (not isinstance(rank, int) or rank < 1):
         refuse(where, "target_rank", rank, "a positive integer, or None")
+    with found.editing():
+        _make_rooms(found, rank, where)
+    for other in config.values() if isinstance(config, Mapping) else [config]:
+        if other is not None and rank is not None:
+            other.r = rank
+            other.rank_pattern = dict.fromkeys(other.rank_pattern or {}, rank)
+
+
+def _make_rooms(found: AdaptedModel, rank: int | None, where: str) -> None:
     transaction = Transaction()
     drafts: dict[str, LoraLayer] = {}
     for name, layer in found.lora_layers():
@@ -322,10 +331,6 @@ def prepare_model_for_compiled_hotswap(
         transaction.put(found.peft_config, adapter_name, _as_padded(own, layers, adapter_name))
     with found.changing():
         transaction.commit()
-    for other in config.values() if isinstance(config, Mapping) else [config]:
-        if other is not None and rank is not None:
-            other.r = rank
-            other.rank_pattern = dict.fromkeys(other.rank_pattern or {}, rank)
 
 
 def _make_room(

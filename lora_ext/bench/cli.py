@@ -222,6 +222,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     files: list[Path] = options.compare or []
     if len(files) > 2:
         parser.error("--compare takes one or two files")
+    if options.adapters:
+        for axis in ("full", "ranks", "dropouts", "rivals", "compare", "plots", "markdown"):
+            if getattr(options, axis):
+                parser.error(f"--{axis} has no meaning with --adapters: see --help")
     needs_cuda = options.device == "cuda" and len(files) < 2
     if needs_cuda and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch {torch.__version__} finds no CUDA device here; use cpu")
