@@ -23,7 +23,7 @@ from emulated_gates import check_gated, make_gated
 from emulated_grouped import GroupedKernels
 from emulated_grouped import check as check_grouped, make_problem as make_grouped
 from emulated_rows import Problem, RowKernels, check_column_scale, check_embedding, check_norms
-options = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+options = ["-Og", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 # fp16: the same templates as bf16, and scales by powers of two
 kernels = EmulatedKernels.build(Path(sys.argv[1]), *options, "-DFP16_ONLY")
 sizes = [(1, 64, 72, 1), (37, 72, 136, 16), (65, 131, 70, 17), (130, 136, 64, 64)]

@@ -6,7 +6,6 @@
 
 #include "../lora_linear_kernels.h"
 #include "gemm.h"
-#include "prefetch.h"
 #include "rows.h"
 #include "transpose.h"
 
@@ -38,8 +37,6 @@ void lora_linear_single_rows(const LoraLinearForwardArgs& args, int64_t begin, i
               K);
     const double scaling = args.scaling * (args.row_factors ? args.row_factors[m] : 1.0);
     for (int64_t j = 0; j < r; ++j) {
-      // B while A is read: neither is in the cache, and one stream does not fill the way to it.
-      for (int64_t i = j * N; i < (j + 1) * N; i += kCacheLine / sizeof(TA)) prefetch(B + i);
       const double hidden = dot_in<D>(K, x, A + j * K) * args.dropout.survivor;
       if (args.h) static_cast<S*>(args.h)[m * r + j] = static_cast<S>(hidden);
       h[j] = static_cast<S>(scaling * hidden);
