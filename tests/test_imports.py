@@ -32,7 +32,7 @@ PACKAGES = (
         "batching",
         "reference",
     ),
-    *("_scaling", "_linear_multi"),
+    *("_scaling", "_linear_multi", "quant"),
     *(
         "functional",
         "paths",

@@ -141,6 +141,8 @@ def _four_bit(
     codebook = four_bit(quant_type, weight.device)
     if not torch.allclose(code.to(codebook), codebook, atol=1e-4):
         fail(name, "quant_map", str(code.tolist()), f"the values of {quant_type}")
+    if isinstance(absmax, Tensor) and absmax.dim() != 1:
+        fail(name, "absmax", absmax, f"one dimension; two come of {REPACKED}")
     scales: Tensor | NestedScales
     if nested is None:
         scales = need_tensor(name, "absmax", absmax, FLOATS)

@@ -50,8 +50,8 @@ def read_nf4(weight: Any, name: str) -> QuantizedWeight:
         fail(name, "strides", strides, f"{[K, 1]}; give the tensor that was transposed")
     size = check_count(name, "block_size", weight.block_size)
     group = check_count(name, "scaler_block_size", weight.scaler_block_size)
-    if N * K % (2 * size // (2 if size % 2 == 0 else 1)):
-        fail(name, "block_size", size, f"a divisor of {N} * {K} values")
+    if size % 2 or N * K % size:
+        fail(name, "block_size", size, f"an even divisor of {N} * {K} values")
     blocks = N * K // size
     if blocks % group:
         fail(name, "scaler_block_size", group, f"a divisor of {blocks} blocks")
@@ -81,7 +81,7 @@ def read_nf4(weight: Any, name: str) -> QuantizedWeight:
 
 
 def read_affine(weight: Any, name: str) -> QuantizedWeight:
-    """An Int8Tensor or an Int4Tensor; of all others of torchao a ValueError that says what to do."""
+    """An Int8Tensor or an Int4Tensor; others of torchao are a ValueError that says what to do."""
     kind = type(weight).__name__
     qdata = getattr(weight, "qdata", None)
     # What IntxUnpackedToInt8Tensor has besides, whose codes are fewer bits than their bytes.
@@ -91,7 +91,10 @@ def read_affine(weight: Any, name: str) -> QuantizedWeight:
         fail(name, "class", f"torchao's {kind}", cure or "an NF4Tensor, Int8Tensor or Int4Tensor")
     if getattr(weight, "act_pre_scale", None) is not None:
         fail(
-            name, "act_pre_scale", weight.act_pre_scale, "None: it scales x, which LoRA's x is not"
+            name,
+            "act_pre_scale",
+            weight.act_pre_scale,
+            "None: it scales x, and is no part of the weight",
         )
     N, K = check_shape(name, tuple(weight.shape))
     shape = tuple(qdata.shape)

@@ -27,8 +27,9 @@ PANEL = 1 << 20
 
 @dataclass(frozen=True, eq=False)
 class NestedScales:
-    """Numbers of blocks that are quantized themselves: codebook[codes[i]] * absmax[i // block_size],
-    plus the offset.
+    """Numbers of blocks that are quantized themselves: number i is
+
+        codebook[codes[i]] * absmax[i // block_size] + offset.
 
     Attributes:
         codes: [blocks], uint8.
