@@ -298,7 +298,7 @@ def test_rows_cost_rows() -> None:
     )
 
     outcome = attempt(lambda: whole.dequantize_rows(5, 21))
-    assert outcome.error == "" and outcome.extra_bytes < 16 << 20
+    assert outcome.error == "" and outcome.extra_bytes < MAX_BYTES
 
 
 def test_it_cannot_be_changed() -> None:
