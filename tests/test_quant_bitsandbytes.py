@@ -15,6 +15,7 @@ from torch import Tensor
 import lora_ext.nn
 from lora_ext.quant import NestedScales, QuantizedWeight, quantize, read_state_dict, read_weight
 from lora_ext.quant.bitsandbytes import BLOCK_SIZES
+from lora_ext.quant.quantize import nested_scales
 
 bnb = pytest.importorskip("bitsandbytes", reason="values are compared with bitsandbytes'")
 F = bnb.functional
@@ -99,6 +100,55 @@ def test_four_bit(quant_type: str, dtype: torch.dtype, nested: bool) -> None:
     assert len(storages) > 2
 
 
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_values_between_two_codes(quant_type: str) -> None:
+    """The middles, and their neighbours, times numbers of all sizes: what a reciprocal, a quotient
+    or another rounding would tell apart. The last block is short."""
+    table = F.get_4bit_type(quant_type, device="cpu").sort().values
+    middles = (table[:-1] + table[1:]) / 2
+    near = torch.cat([middles, middles.nextafter(table[:-1]), middles.nextafter(table[1:])])
+    block = torch.cat([near, torch.tensor([1.0])])[:63]
+    generator = torch.Generator().manual_seed(0)
+    for i in range(100):
+        tops = (
+            10 ** (torch.rand(64, 1, generator=generator) * 8 - 4)
+            if i
+            else torch.full((64, 1), 1e-39)
+        )
+        rows = torch.cat([block.repeat(63, 1), block[-1:].repeat(63, 64 - len(block))], dim=1)
+        flat = torch.cat([(rows * tops[:63]).view(-1), block * tops[63]])
+        codes, state = F.quantize_4bit(flat.view(1, -1), quant_type=quant_type)
+        ours = quantize(flat.view(1, -1), quant_type)
+        assert torch.equal(ours.codes, codes.view(-1))
+        assert same_bits(ours.scales, state.absmax)
+
+
+def test_scales_between_two_codes() -> None:
+    """Points of bitsandbytes' grid at which the nearest entry changes, and their neighbours."""
+    points = (torch.arange(65535).double() + 0.5) * 2 / 65535 - 1
+    for ulps in range(-3, 4):
+        near = points.float().view(torch.int32).add(ulps).view(torch.float32)
+        # Mirrored: the mean, which is taken off, is next to nothing. With 1 and -1 in each block.
+        rows = torch.cat([near[:32512].view(256, 127), -near[:32512].view(256, 127)], dim=1)
+        ends = torch.tensor([[1.0, -1.0]]).expand(256, 2)
+        tops = torch.rand(256, 1, generator=torch.Generator().manual_seed(ulps)) + 0.5
+        absmax = (torch.cat([rows, ends], dim=1) * tops).view(-1)
+        offset = absmax.mean()
+        codes, state = F.quantize_blockwise(absmax - offset, blocksize=256)
+        ours = nested_scales(absmax)
+        assert torch.equal(ours.codes, codes) and same_bits(ours.absmax, state.absmax)
+        assert ours.offset == offset.item()
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_scales_that_are_all_the_same(value: float) -> None:
+    weight = torch.full((4, 64), value)
+    codes, state = F.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+    ours = quantize(weight, "nf4", nested=True)
+    assert torch.equal(ours.codes, codes.view(-1)) and torch.equal(ours.scales.codes, state.absmax)
+    assert ours.dequantize().tolist() == weight.tolist()
+
+
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_more_scales_than_one_nested_block(quant_type: str, nested: bool) -> None:
@@ -165,6 +215,17 @@ def test_int8(dtype: torch.dtype) -> None:
         assert same_bits(found.dequantize(torch.bfloat16), whole.bfloat16())
         for begin, end in row_ranges(draw, N):
             assert same_bits(found.dequantize_rows(begin, end), whole[begin:end])
+
+
+def test_int8_between_two_codes() -> None:
+    """k + 1/2 127ths of a row's maximum, and their neighbours."""
+    halves = ((torch.arange(127) + 0.5).double() / 127).float()
+    row = torch.cat([halves, halves.nextafter(halves - 1), halves.nextafter(halves + 1)])
+    row = torch.cat([row, torch.ones(1)])
+    weight = row * 10 ** (torch.rand(300, 1, generator=torch.Generator().manual_seed(0)) * 8 - 4)
+    codes, absmax, _ = F.int8_vectorwise_quant(weight)
+    ours = quantize(weight, "int8")
+    assert torch.equal(ours.codes, codes.view(-1)) and same_bits(ours.scales, absmax)
 
 
 def test_int8_layers() -> None:

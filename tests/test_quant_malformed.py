@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from measured import MAX_BYTES, MAX_SECONDS, attempt
 from quant_problems import same_bits
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
 
 from lora_ext.quant import (
     NestedScales,
@@ -252,6 +255,19 @@ def test_quantize(name: str) -> None:
 def test_what_is_not_quantized(source: Any) -> None:
     with pytest.raises(ValueError, match=r"^q: source: got .*, expected a weight of bitsandbytes"):
         read_weight(source, "q")
+
+
+def test_one_part_of_a_sharded_weight() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = DeviceMesh("cpu", [0])
+        state = saved(nested=False)
+        for key in (KEY, f"{KEY}.absmax"):
+            parts = state | {key: DTensor.from_local(state[key], mesh, [Replicate()])}
+            with pytest.raises(ValueError, match=r"got one process's part .* value\.full_tensor"):
+                read_state_dict(parts, KEY)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_keys() -> None:

@@ -179,6 +179,7 @@ MALFORMED = {
     "nf4 of one dimension": (lambda: nf4_tensor(128), {}, "shape"),
     "nf4 transposed": (lambda: nf4_tensor().t(), {}, "strides"),
     "nf4 block_size": (nf4_tensor, {"block_size": 17}, "block_size"),
+    "nf4 block_size 1": (nf4_tensor, {"block_size": 1}, "block_size"),
     "nf4 block_size 0": (nf4_tensor, {"block_size": 0}, "block_size"),
     "nf4 scaler_block_size": (nf4_tensor, {"scaler_block_size": 5}, "scaler_block_size"),
     "nf4 data": (nf4_tensor, {"quantized_data": torch.zeros(9).byte()}, "quantized_data"),

@@ -53,7 +53,7 @@ def quantize(
         shape=shape,
         codes=codes,
         packing="high_first",
-        scales=_nested(absmax) if nested else absmax,
+        scales=nested_scales(absmax) if nested else absmax,
         block_size=size,
         dtype=plain.dtype,
         codebook=codebook,
@@ -112,7 +112,7 @@ def _four_bit(flat: Tensor, codebook: Tensor, size: int) -> tuple[Tensor, Tensor
     return codes, absmax
 
 
-def _nested(absmax: Tensor) -> NestedScales:
+def nested_scales(absmax: Tensor) -> NestedScales:
     """Scales less their mean, as 8 bits. bitsandbytes looks up the nearest entry for each of 65536
     points of [-1, 1] and takes that of the point nearest to a number."""
     offset = absmax.mean()
@@ -122,8 +122,7 @@ def _nested(absmax: Tensor) -> NestedScales:
     nearest = torch.bucketize(points, (table[:-1] + table[1:]) * 0.5).to(torch.uint8)
     tops = torch.stack([block.abs().max() for block in torch.split(rest, NESTED_BLOCK)])
     scaled = rest * (1 / tops).repeat_interleave(NESTED_BLOCK)[: len(rest)]
-    # One rounding of product and sum, which its compiler fuses; zero where a block is all zeros.
-    index = ((scaled.clamp(-1, 1) + 1).double() * (0.5 * GRID) + 0.5).float()
+    # Code 0 where a block is all zeros, whose quotients are NaN.
+    index = (scaled.clamp(-1, 1) + 1) * (0.5 * GRID) + 0.5
     codes = nearest[index.nan_to_num(0).int()]
-    codes[(tops == 0).repeat_interleave(NESTED_BLOCK)[: len(rest)]] = 0
     return NestedScales(codes, table, tops, NESTED_BLOCK, offset.item())
