@@ -27,6 +27,7 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 # fp32(1 / 127), by which bitsandbytes multiplies after the row's absolute maximum.
 INT8_FACTOR = 7.874015718698502e-3
+_BYTES = (torch.uint8,)
 MAX_JSON_BYTES = 1 << 16
 STATE = "quant_state.bitsandbytes__"
 REPACKED = (
@@ -52,22 +53,16 @@ def read_4bit(weight: Any, quant_state: Any, name: str) -> QuantizedWeight:
         fail(name, "quant_state", None, "one: move the layer to its device, which quantizes it")
     if getattr(state, "packing_format_for_cpu", False):
         fail(name, "quant_state.packing_format_for_cpu", True, f"False, not {REPACKED}")
-    fields = {
-        "quant_type": state.quant_type,
-        "blocksize": state.blocksize,
-        "shape": state.shape,
-        "dtype": state.dtype,
-    }
+    fields = _attributes(state, "quant_type", "blocksize", "shape", "dtype", "absmax", "code")
     nested = None
-    if state.state2 is not None:
-        nested = {
-            "absmax": state.state2.absmax,
-            "code": state.state2.code,
-            "blocksize": state.state2.blocksize,
-            "dtype": state.state2.dtype,
-            "offset": state.offset,
-        }
-    return _four_bit(weight.detach(), state.absmax, state.code, fields, nested, name)
+    if getattr(state, "state2", None) is not None:
+        nested = _attributes(state.state2, "absmax", "code", "blocksize", "dtype")
+        nested["offset"] = getattr(state, "offset", None)
+    return _four_bit(weight, fields["absmax"], fields["code"], fields, nested, name)
+
+
+def _attributes(state: Any, *names: str) -> dict[str, Any]:
+    return {name: getattr(state, name, None) for name in names}
 
 
 def read_4bit_state(state: Mapping[str, Any], key: str, quant_type: str) -> QuantizedWeight:
@@ -88,9 +83,6 @@ def read_4bit_state(state: Mapping[str, Any], key: str, quant_type: str) -> Quan
         }
     fields["dtype"] = DTYPES.get(str(fields.get("dtype")), fields.get("dtype"))
     return _four_bit(state[key], absmax, code, fields, nested, key)
-
-
-_BYTES = (torch.uint8,)
 
 
 def _item(state: Mapping[str, Any], key: str, field: str) -> Any:

@@ -90,12 +90,8 @@ def read_affine(weight: Any, name: str) -> QuantizedWeight:
         cure = next((text for part, text in _CURES.items() if kind.startswith(part)), None)
         fail(name, "class", f"torchao's {kind}", cure or "an NF4Tensor, Int8Tensor or Int4Tensor")
     if getattr(weight, "act_pre_scale", None) is not None:
-        fail(
-            name,
-            "act_pre_scale",
-            weight.act_pre_scale,
-            "None: it scales x, and is no part of the weight",
-        )
+        cure = "None: it scales x, and is no part of the weight"
+        fail(name, "act_pre_scale", weight.act_pre_scale, cure)
     N, K = check_shape(name, tuple(weight.shape))
     shape = tuple(qdata.shape)
     if qdata.dtype is torch.int8 and shape == (N, K) and not hasattr(weight, "activation_dtype"):
