@@ -16,6 +16,7 @@ from lora_ext.quant import read_gguf, read_weight
 gguf = pytest.importorskip("gguf", reason="values are compared with gguf's")
 quants, Type = gguf.quants, gguf.GGMLQuantizationType
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 CASES = 60
 # Of each block, fp16 numbers that random bytes would make NaN.

@@ -18,6 +18,7 @@ ao = pytest.importorskip("torchao.quantization", reason="values are compared wit
 workflows = pytest.importorskip("torchao.quantization.quantize_.workflows")
 nf4 = pytest.importorskip("torchao.quantization.quantize_.workflows.nf4.nf4_tensor")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in FLOATS}
 CASES = 24
 
