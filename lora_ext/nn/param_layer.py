@@ -14,9 +14,9 @@ from lora_ext.nn.adapter import DEFAULT, AdapterOptions, AdapterSettings
 from lora_ext.nn.any_layer import AnyLayer
 from lora_ext.nn.experts import (
     Factors,
+    expert_linear,
     experts_forward,
     mix,
-    planned_expert_linear,
     route,
     slots_of,
     why_not_experts,
@@ -115,8 +115,7 @@ class ParamLayer(AnyLayer):
             adapters = []
             if name in self.WEIGHTS:
                 adapters = [self._factors([adapter], name) for adapter in rows.names]
-            own = slots if adapters else [one._replace(used=[]) for one in slots]
-            return planned_expert_linear(self, name, x, routed, own, adapters)
+            return expert_linear(self, name, x, routed.counts, slots, adapters)
 
         return mix(self, hidden_states, top_k_weights, routed, product)
 
