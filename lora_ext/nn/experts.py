@@ -21,7 +21,7 @@ _MARKS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "num_
 
 
 class Factors(NamedTuple):
-    """An adapter of a stack of matrices: A [E, r, in], B [E, out, r]."""
+    """An adapter of a stack of matrices: A [E, r, in], B [E, out, r], contiguous."""
 
     A: Tensor
     B: Tensor
@@ -183,7 +183,7 @@ def expert_linear(
         x = x.to(weight.dtype)  # as transformers' experts take it
     if not (adapters and slots.counts):
         return base_linear(x, weight, bias, counts)
-    each = [(one.A.unbind(0), one.B.contiguous().unbind(0)) for one in adapters]
+    each = [(one.A.unbind(0), one.B.unbind(0)) for one in adapters]
     used = list(zip(slots.adapters, slots.experts, strict=True))
     of_experts = [0] * len(counts)
     for expert in slots.experts:

@@ -151,7 +151,9 @@ class ParamLayer(AnyLayer):
         for name in names:
             stack = self._stack([name], prefix=f"{weight_name}_").for_any()
             A = torch.unflatten(stack.lora_A, 0, (E, -1))
-            B = torch.unflatten(stack.lora_B, 1, (-1, E)).permute(2, 0, 1)
+            # Copied matrix after matrix: in two dimensions PyTorch transposes in tiles.
+            B = stack.lora_B.reshape(-1, E).t().contiguous()
+            B = B.view(E, stack.lora_B.shape[0], A.shape[1])
             each.append(Factors(A, B, stack.scaling))
         if len(each) == 1:
             return each[0]
@@ -206,4 +208,4 @@ class ParamLayer(AnyLayer):
         for name in self.WEIGHTS:
             factors = self._factors(names, name)
             for matrix, A, B in zip(self._matrices(name), factors.A, factors.B, strict=True):
-                torch.ops.lora_ext.merge_(matrix, A, B.contiguous(), factors.scaling)
+                torch.ops.lora_ext.merge_(matrix, A, B, factors.scaling)
