@@ -238,8 +238,11 @@ def test_a_second_derivative_without_x_is_refused() -> None:
     leaves = [frozen.x, frozen.slots[0].B]
     grads = torch.autograd.grad(frozen.fused(), leaves, frozen.dy)
     assert all(grad.isfinite().all() for grad in grads)
-    with pytest.raises(RuntimeError, match="double backward: x was not kept"):
-        torch.autograd.grad(frozen.fused(), leaves, frozen.dy, create_graph=True)
+    one = frozen.arguments(frozen.slots[:1], None)
+    matrix = OPS.lora_linear_grouped(frozen.x, frozen.weight[0], None, *one)
+    for y in (frozen.fused(), matrix):
+        with pytest.raises(RuntimeError, match="double backward: x was not kept"):
+            torch.autograd.grad(y, leaves, frozen.dy, create_graph=True)
 
 
 COMPOSED = torch.DispatchKey.CompositeExplicitAutograd

@@ -33,7 +33,9 @@ class Routed(NamedTuple):
 
     order: Tensor  # [S]: which of the tokens' k choices, token after token
     tokens: Tensor  # [S]
-    counts: list[int]  # of each expert
+    experts: Tensor  # [S]
+    sizes: Tensor  # of each expert: how many entries are its own
+    counts: list[int]  # the same, on the host
 
 
 def why_not_experts(module: nn.Module, weights: Sequence[str]) -> str | None:
@@ -72,7 +74,7 @@ def experts_forward(
         [tokens, out], in the dtype of hidden_states.
     """
     routed = route(top_k_index, module.num_experts)
-    slots = slots_of_one(routed)
+    slots = slots_of_one(routed) if adapters else None
 
     def product(name: str, x: Tensor) -> Tensor:
         own = [adapters[name]] if adapters and name in adapters else []
@@ -85,10 +87,12 @@ def route(top_k_index: Tensor, experts: int) -> Routed:
     """Which tokens go to which expert."""
     flat = top_k_index.reshape(-1)
     flat = torch.where((flat >= 0) & (flat < experts), flat, experts)
-    order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=experts + 1)[:experts].tolist()
-    order = order[: sum(counts)]
-    return Routed(order, order // max(top_k_index.shape[-1], 1), counts)
+    chosen, order = flat.sort(stable=True)
+    sizes = torch.bincount(flat, minlength=experts + 1)[:experts]
+    counts = sizes.tolist()
+    S = sum(counts)
+    order = order[:S]
+    return Routed(order, order // max(top_k_index.shape[-1], 1), chosen[:S], sizes, counts)
 
 
 def mix(
@@ -123,8 +127,7 @@ def slots_of_one(routed: Routed) -> Slots:
     """All rows have the one adapter that there is."""
     used = [expert for expert, count in enumerate(routed.counts) if count]
     counts = [routed.counts[expert] for expert in used]
-    rows = torch.arange(len(routed.order), device=routed.order.device)
-    return Slots(used, [0] * len(used), counts, in_experts(rows, routed), None)
+    return Slots(used, [0] * len(used), counts, rows_of(routed).int(), None)
 
 
 def slots_of(routed: Routed, tokens: int, rows: Assignment) -> Slots:
@@ -136,7 +139,7 @@ def slots_of(routed: Routed, tokens: int, rows: Assignment) -> Slots:
     )
     place = torch.full((tokens,), -1, device=device).index_copy(0, entries, places)
     place = place.index_select(0, routed.tokens)
-    slot = experts_of(routed) * n + place
+    slot = routed.experts * n + place
     order = torch.where(place < 0, -1, slot).argsort(stable=True)
     order = order[int((place < 0).sum()) :]
     slots, counts = torch.unique_consecutive(slot.index_select(0, order), return_counts=True)
@@ -149,22 +152,16 @@ def slots_of(routed: Routed, tokens: int, rows: Assignment) -> Slots:
         [number // n for number in numbers],
         [number % n for number in numbers],
         counts.tolist(),
-        in_experts(order, routed),
+        rows_of(routed).index_select(0, order).int(),
         factor,
     )
 
 
-def experts_of(routed: Routed) -> Tensor:
-    """[S]"""
-    counts = torch.tensor(routed.counts, device=routed.order.device)
-    return torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-
-
-def in_experts(rows: Tensor, routed: Routed) -> Tensor:
-    """Rows counted from the first of their expert."""
-    counts = torch.tensor(routed.counts, device=rows.device)
-    begins = (counts.cumsum(0) - counts).index_select(0, experts_of(routed))
-    return (rows - begins.index_select(0, rows)).int()
+def rows_of(routed: Routed) -> Tensor:
+    """[S]: which row of its expert's an entry is."""
+    begins = routed.sizes.cumsum(0) - routed.sizes
+    rows = torch.arange(len(routed.order), device=routed.order.device)
+    return rows - begins.index_select(0, routed.experts)
 
 
 def expert_linear(
@@ -172,7 +169,7 @@ def expert_linear(
     name: str,
     x: Tensor,
     counts: list[int],
-    slots: Slots,
+    slots: Slots | None,
     adapters: Sequence[Factors],
 ) -> Tensor:
     """[S, in] → [S, out], each expert's rows one after another; the base alone without adapters."""
@@ -181,7 +178,7 @@ def expert_linear(
     bias = getattr(module, f"{name}_bias") if module.has_bias else None
     if not torch.is_autocast_enabled(x.device.type):
         x = x.to(weight.dtype)  # as transformers' experts take it
-    if not (adapters and slots.counts):
+    if not adapters or slots is None or not slots.counts:
         return base_linear(x, weight, bias, counts)
     each = [(one.A.unbind(0), one.B.unbind(0)) for one in adapters]
     used = list(zip(slots.adapters, slots.experts, strict=True))
