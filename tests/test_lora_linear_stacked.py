@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from grouped_problems import PAIRS
-from problems import UNIT, rms
+from problems import UNIT, kept_for_backward, rms
 from torch import Tensor
 
 import lora_ext
@@ -285,14 +285,7 @@ def test_leading_dimensions_and_rows_apart() -> None:
 def test_keeps_x_once_and_no_matrix() -> None:
     stack = make_stack(2, torch.float32, drops=False)
     stack.weight.requires_grad_(False)
-    kept: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        stack.fused()
+    kept = kept_for_backward(lambda: stack.fused())
     given = {leaf.data_ptr() for leaf in stack.leaves().values()}
     made = [t for t in kept if t.is_floating_point() and t.data_ptr() not in given]
     assert sum(t.numel() for t in made) == sum(len(s.rows) * len(s.A) for s in stack.slots)
