@@ -65,7 +65,7 @@ def _lora_linear_grouped(
     **options: object,
 ) -> int:
     own = (_low_rank(rows, A, B) for rows, A, B in zip(counts, lora_A, lora_B, strict=True))
-    return 2 * prod(x[:-1]) * prod(weight) + sum(own)
+    return 2 * prod(x[:-1]) * prod(weight[-2:]) + sum(own)  # one matrix of a stack for each row
 
 
 def _lora_linear_grouped_bwd(

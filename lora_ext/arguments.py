@@ -99,7 +99,7 @@ def names_of(names: Any, where: str, argument: str = "adapter_names") -> list[st
     """A list of names; one string is one name."""
     if isinstance(names, str):
         return [names]
-    if isinstance(names, Iterable) and not isinstance(names, Tensor | bytes | Mapping):
+    if isinstance(names, Iterable) and not isinstance(names, Tensor | bytes):
         found = list(names)
         if all(isinstance(name, str) for name in found):
             return found

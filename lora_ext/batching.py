@@ -37,7 +37,6 @@ from lora_ext.arguments import as_number, listed, refuse
 __all__ = ["BatchPlan", "Checkpointing", "batch"]
 
 _NEVER = torch.iinfo(torch.int64).max
-_MOST_SHAPES = 64  # of inputs, whose rows a plan remembers: a text that grows has ever others
 
 
 class Entered(NamedTuple):
@@ -155,6 +154,7 @@ class BatchPlan:
         # Whether an input of fewer rows is of tokens that follow those of the plan, as with a KV
         # cache, or of the last ones (transformers' logits_to_keep).
         self.tokens_follow = True
+        # As long as the plan lives: a CUDA graph that was captured reads the rows again.
         self._made: dict[Any, tuple[Assignment, Tensor, Tensor]] = {}
         self._strengths: dict[Any, Tensor] = {}  # of other devices, copied
         self._found = _Found()
@@ -271,8 +271,6 @@ class BatchPlan:
         key = (tuple(leading), device, present, whole)
         made = self._made.get(key)
         if made is None:
-            if len(self._made) >= _MOST_SHAPES:
-                self._made.clear()
             with torch.inference_mode(False):  # it may be kept for backward later
                 made = self._made[key] = self._assign(tuple(leading), device, present, where, whole)
         assignment, owners, gated = made

@@ -235,3 +235,19 @@ MISTAKES = {
         "if (thread >= kWarpgroup) arch::wait_for_previous_kernel();",
     ),
 }  # fmt: skip
+
+# What one case alone of the program notices, after all others have run.
+OF_CLUSTERS = (
+    "low rank: a barrier of one block after the barriers are made",
+    "low rank: one tile too many",
+    "low rank: stores right of the last column, one by one",
+    "low rank: blocks that write the same part",
+    "low rank: arrivals that no other block waits for",
+    "low rank: its own sums in the place of others",
+    "low rank: the other blocks' sums in the wrong order",
+    "low rank: shares of the sums that overlap",
+    "low rank: a box of R as if there were no cluster",
+    "low rank: the last block's sums at another slot",
+    "low rank: columns of the operand beyond the rank that are not zero",
+)
+CASES = dict.fromkeys(OF_CLUSTERS, "clusters_make_the_same_results")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -161,3 +162,16 @@ def kernel_bound(p: Problem, dtype: torch.dtype) -> float:
     few = 1 + 4 / (2 * max(M * p.lora_A.shape[0], 1)) ** 0.5
     compute = torch.float64 if base == torch.float64 else torch.float32
     return few * (roundings + UNIT[compute] * max(M, N, K) ** 0.5)
+
+
+def kept_for_backward(call: Callable[[], object]) -> list[Tensor]:
+    """What a call saves, each time that it does."""
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return kept

@@ -466,17 +466,3 @@ def test_plans_are_left_in_the_reverse_order() -> None:
         with pytest.raises(RuntimeError, match="not the innermost"):
             outer.__exit__(None, None, None)
         inner.__exit__(None, None, None)
-
-
-def test_a_plan_remembers_the_rows_of_some_shapes() -> None:
-    """A text that grows without a cache has ever others."""
-    layer = linear()
-    with lora_ext.batch(["a", "b"]) as plan, torch.no_grad():
-        for length in range(1, 200):
-            layer(torch.randn(2, length, 16))
-        assert len(plan._made) <= 64
-        x = torch.randn(2, 1, 16)
-        y = layer(x)
-    for row, name in enumerate("ab"):
-        layer.set_adapter(name)
-        torch.testing.assert_close(y[row], layer(x[row : row + 1])[0])

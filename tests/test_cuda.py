@@ -164,7 +164,7 @@ def test_nobody_waits_for_rows_with_adapters_of_their_own() -> None:
             x, weight, None, A, B, *rows, None, [], True
         )
         dx, _, _, _, dA, dB, _ = torch.ops.lora_ext.lora_linear_grouped_bwd(
-            dy, x, h, weight, A, B, *rows, None, [], [True, False, False, False], [3, 3, 3]
+            dy, x, h, weight, A, B, *rows, None, [], [], [], [True, False, False, False], [3, 3, 3]
         )
         return [y, dx, *dA, *dB]
 

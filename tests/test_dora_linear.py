@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from problems import UNIT, make_problem, rms
+from problems import UNIT, kept_for_backward, make_problem, rms
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -210,15 +210,8 @@ def test_only_what_backward_needs(
     trained: tuple[str, ...], kept: list[tuple[int, ...]], dropout_p: float
 ) -> None:
     p = problem(80, 30, 20, dropout_p)
-    saved: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
-
     operands = {n: t.detach().requires_grad_(n in trained) for n, t in p.operands.items()}
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        p.fused(operands)
+    saved = kept_for_backward(lambda: p.fused(operands))
     assert [tuple(t.shape) for t in saved if t.shape[0] == 80] == kept
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from problems import kept_for_backward
 from torch import Tensor, nn
 
 import lora_ext
@@ -154,14 +155,7 @@ def test_composition_for_other_devices_computes_the_same() -> None:
 
 def test_nothing_of_the_size_of_the_tokens_is_kept_for_backward() -> None:
     layer, index = layer_of(), tokens()
-    kept: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        layer(index)
+    kept = kept_for_backward(lambda: layer(index))
     expected = {t.data_ptr() for t in (index, layer.lora_A, layer.lora_B)}
     assert len(kept) == 3 and {t.data_ptr() for t in kept} == expected
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -21,7 +21,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import lora_ext
 import lora_ext.integrations.experts
-from lora_ext.nn import ParamLayer
+from lora_ext.nn import ParamLayer, experts
 
 HIDDEN, INNER, EXPERTS = 24, 20, 5
 
@@ -220,6 +220,91 @@ def test_each_token_its_own_adapter(family: str) -> None:
         layer.set_adapter([] if name is None else name)
         rows = ids == (place if name else -1)
         torch.testing.assert_close(y[rows], layer(x, chosen, weights)[rows])
+
+
+class Calls(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("planned", [False, True], ids=["one adapter", "planned"])
+def test_a_product_is_one_call_of_all_experts(planned: bool) -> None:
+    layer = adapted("mixtral", {"a": 3, "b": 5})
+    layer.set_adapter("a")
+    x = torch.randn(12, HIDDEN, requires_grad=True)
+    chosen, weights = routing(12, 2, seed=7)
+    ids = torch.arange(12) % 3 - 1 if planned else torch.zeros(12, dtype=torch.int64)
+    with lora_ext.batch(["a", "b"], ids=ids) if planned else nullcontext(), Calls() as calls:
+        y = layer(x, chosen, weights)
+        forward, calls.names = calls.names, []
+        y.sum().backward()
+    products = [name for name in forward if name.startswith("lora_ext::")]
+    assert products == ["lora_ext::lora_linear_grouped_fwd"] * 2
+    backward = [name for name in calls.names if name.startswith("lora_ext::")]
+    assert backward == ["lora_ext::lora_linear_grouped_bwd"] * 2
+    assert "aten::cat" not in forward
+
+
+@pytest.mark.parametrize("family", MODULES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_experts_rows_are_lora_linear(family: str, dtype: torch.dtype) -> None:
+    """Bit for bit, and so are its gradients."""
+    layer = adapted(family, {"a": 3}).to(dtype)
+    x = torch.randn(70, HIDDEN).to(dtype).requires_grad_()
+    chosen = torch.tensor([0] * 40 + [1] * 28 + [3] + [4])[torch.randperm(70)].unsqueeze(1)
+    routed = experts.route(chosen, EXPERTS)
+    name = layer.WEIGHTS[0]
+    factors = layer._factors(["a"], name)
+    weights = layer._matrices(name).unbind(0)
+    biases = getattr(layer, f"{name}_bias") if layer.has_bias else [None] * EXPERTS
+    rows = x.index_select(0, routed.tokens)
+    wanted = torch.cat(
+        [
+            lora_ext.lora_linear(
+                *(own, weights[e], biases[e], factors.A[e], factors.B[e]), scaling=factors.scaling
+            )
+            for e, own in enumerate(rows.split(routed.counts))
+            if len(own)
+        ]
+    )
+    slots = experts.slots_of_one(routed)
+    found = experts.expert_linear(layer, name, rows, routed.counts, slots, [factors])
+    assert torch.equal(found, wanted)
+    leaves = [x, *(p for n, p in layer.named_parameters() if n.startswith(f"{name}_lora"))]
+    dy = torch.randn_like(found)
+    grads = [torch.autograd.grad(y, leaves, dy, retain_graph=True) for y in (found, wanted)]
+    assert all(torch.equal(got, want) for got, want in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("family", MODULES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_other_tokens_adapters_change_no_bit(family: str, dtype: torch.dtype) -> None:
+    """And tokens without adapter are those of the frozen experts, run the same way."""
+    layer = adapted(family, {"a": 3, "b": 5, "c": 2}).to(dtype)
+    x = torch.randn(40, HIDDEN).to(dtype)
+    chosen, weights = routing(40, 2, seed=8)
+    weights = weights.to(dtype)
+    ids = torch.randint(-1, 3, (40,))
+    own = ids == 0
+    layer.set_adapter("a")
+    leaves = [p for p in layer.parameters() if p.requires_grad]
+    each = []
+    for others in (ids, torch.randint(-1, 3, (40,))):
+        others = torch.where(own, 0, torch.where(others == 0, -1, others))
+        with lora_ext.batch(["a", "b", "c"], ids=others):
+            y = layer(x, chosen, weights)
+        grads = torch.autograd.grad(y[own].square().sum(), leaves)
+        each.append([y[own], *grads])
+    assert all(torch.equal(got, want) for got, want in zip(*each, strict=True))
+    with lora_ext.batch(["a", "b", "c"], ids=ids):
+        y = layer(x, chosen, weights)
+    frozen = experts.experts_forward(layer, x, chosen, weights)
+    assert torch.equal(y[ids == -1], frozen[ids == -1])
 
 
 def test_several_adapters_of_a_token_are_refused() -> None:

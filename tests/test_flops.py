@@ -26,6 +26,7 @@ def plain_dora(x: Tensor, W: Tensor, bias: Tensor, A: Tensor, B: Tensor, g: Tens
     return nn.functional.linear(x, W, bias) + (g - 1) * (d @ W.t()) + d @ A.t() @ B.t()
 
 
+ROWS = X[..., 0].numel()
 CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...]]] = {
     "lora_linear": (lora_ext.lora_linear, reference.lora_linear, (X, W, BIAS, A, B)),
     "lora_linear, dropout": (
@@ -39,6 +40,21 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tenso
         ),
         lambda x, W, bias, A, B: torch.cat(
             [reference.lora_linear(x, W, bias, A, B), nn.functional.linear(x, W)], -1
+        ),
+        (X, W, BIAS, A, B),
+    ),
+    "lora_linear_grouped, a stack": (
+        lambda x, W, bias, A, B: torch.ops.lora_ext.lora_linear_grouped(
+            *(x, torch.stack([W, W, W]), torch.stack([bias, bias, bias]), [A], [B], []),
+            *(torch.arange(ROWS - 4).int(), [ROWS - 4], None, [1.0], [0.0]),
+            weight_rows=[3, 0, ROWS - 3],
+            weight_slots=[0, 0, 1],
+        ),
+        lambda x, W, bias, A, B: torch.cat(
+            [
+                nn.functional.linear(x.flatten(0, -2)[:4], W, bias),
+                reference.lora_linear(x.flatten(0, -2)[4:], W, bias, A, B),
+            ]
         ),
         (X, W, BIAS, A, B),
     ),

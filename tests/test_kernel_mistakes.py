@@ -101,8 +101,13 @@ def build(driver: str, folder: Path) -> Path:
 
 def run_program(driver: str, mistake: str, program: Future[Path]) -> Result:
     environment = os.environ | {"PLANTED_MISTAKE": str(list(MISTAKES[driver]).index(mistake))}
+    cases = [low_rank_mistakes.CASES[mistake]] if mistake in low_rank_mistakes.CASES else []
     return subprocess.run(
-        [str(program.result()), "-x"], env=environment, capture_output=True, text=True, timeout=300
+        [str(program.result()), "-x", *cases],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 

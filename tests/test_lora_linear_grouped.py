@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from grouped_problems import PAIRS, Grouped, bounds, make_adapter, make_grouped
-from problems import rms
+from problems import kept_for_backward, rms
 
 import lora_ext
 from lora_ext.functional import LowRank
@@ -139,14 +139,7 @@ def test_keeps_x_once_and_h_of_each_row() -> None:
         problem, adapters={n: a._replace(dropout_p=0.0) for n, a in problem.adapters.items()}
     )
     problem.weight.requires_grad_(False)
-    kept: list[torch.Tensor] = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        problem.fused()
+    kept = kept_for_backward(lambda: problem.fused())
     given = {leaf.data_ptr() for leaf in problem.leaves().values()}
     floating = [t for t in kept if t.is_floating_point() and t.data_ptr() not in given]
     ranks = [len(one.lora_A) for one in problem.adapters.values()]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from grouped_problems import PAIRS
 from multi_problems import Layer, Multi, bounds, make_multi
-from problems import rms
+from problems import kept_for_backward, rms
 from torch import Tensor
 
 import lora_ext
@@ -165,14 +165,7 @@ def test_keeps_x_once_and_h_without_dropout(dropout_p: float) -> None:
     problem = Multi(x, [layer(40, 24, 8, dropout_p), layer(40, 16, 4, dropout_p)])
     for one in problem.layers:
         one.weight.requires_grad_(False)
-    kept: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        problem.fused()
+    kept = kept_for_backward(lambda: problem.fused())
     operands = {t.data_ptr() for one in problem.layers
                 for t in (one.weight, one.lora_A, one.lora_B) if t is not None}  # fmt: skip
     floating = [t for t in kept if t.is_floating_point() and t.data_ptr() not in operands]

@@ -191,7 +191,16 @@ def grouped_operands() -> Iterator[tuple[Any, ...]]:
         yield (
             *(first.x, first.weight, first.bias, [first.lora_A, other.lora_A]),
             *([first.lora_B, other.lora_B], biases, order, [3, 1], factor, [2.0, 0.5]),
-            *([p, 0.0], torch.tensor([7, 0]) if p else None, rounds),
+            *([p, 0.0], torch.tensor([7, 0]) if p else None, rounds, [], []),
+        )
+        # A stack: the first matrix has an adapter on both its rows, the third on three of four.
+        weight = torch.stack([first.weight, first.weight, other.weight]).detach()
+        bias = torch.randn(3, 6).to(dtype).requires_grad_() if i % 2 == 0 else None
+        yield (
+            *(first.x, weight.requires_grad_(i % 3 == 0), bias, [first.lora_A, other.lora_A]),
+            *([first.lora_B, other.lora_B], biases, torch.tensor([0, 1, 0, 2, 3]).int(), [2, 3]),
+            *(torch.rand(5, requires_grad=True) if i % 4 == 0 else None, [2.0, 0.5], [p, 0.0]),
+            *(torch.tensor([7, 0]) if p else None, [], [2, 0, 4], [1, 0, 1]),
         )
 
 

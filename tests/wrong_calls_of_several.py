@@ -15,10 +15,13 @@ STATE = T(2, dtype=torch.int64)
 ROWS: Arguments = {"order": torch.tensor([0, 3, 1], dtype=torch.int32), "counts": [2, 1]}
 SLOTS: Arguments = {"lora_A": [T(2, 4), T(1, 4)], "lora_B": [T(3, 2), T(3, 1)], "lora_bias": []}
 SLOTS |= {**ROWS, "factor": None, "scaling": [1.0, 1.0], "dropout_p": [0.0, 0.0]}
+ONE_SLOT: Arguments = {"lora_A": [T(2, 4)], "lora_B": [T(3, 2)], "counts": [4]}
+ONE_SLOT |= {"scaling": [1.0], "dropout_p": [0.0]}
 GROUPED: Arguments = {"x": T(5, 4), "weight": T(3, 4), "bias": T(3), **SLOTS}
-GROUPED |= {"rng_state": None, "rounds": []}
+STACKED: Arguments = {"weight_rows": [], "weight_slots": []}
+GROUPED |= {"rng_state": None, "rounds": [], **STACKED}
 GROUPED_BWD: Arguments = {"dy": T(5, 3), "x": T(5, 4), "h": T(5), "weight": T(3, 4), **SLOTS}
-GROUPED_BWD |= {"rng_state": None, "rounds": [], "wanted": [3, 3]}
+GROUPED_BWD |= {"rng_state": None, "rounds": [], **STACKED, "wanted": [3, 3]}
 GROUPED_BWD |= {"mask": [True, True, True, False]}
 SLOT_CASES: list[Case] = [
     ({"lora_A": []}, ValueError, "lora_A: got no adapters, expected at least one"),
@@ -89,6 +92,75 @@ ORDER_CASES: list[Case] = [
         ([0, -1, 1], IndexError, "-1, expected 0 to 4, the rows of the input"),
         ([0, 3, 3], ValueError, "3 twice, expected one slot for each row"),
     )
+]
+# A stack of two matrices: four rows with both slots, and one with none.
+STACK: Arguments = {"weight": T(2, 3, 4), "weight_rows": [4, 1], "weight_slots": [2, 0]}
+STACK_ROWS_CASES: list[Case] = [
+    ({"weight_rows": [4]}, ValueError, "weight_rows: got 1 numbers, expected 2, one for each mat"),
+    ({"weight_slots": [2]}, ValueError, "weight_slots: got 1 numbers, expected 2, one for each"),
+    ({"weight_rows": [6, -1]}, ValueError, "weight_rows: got -1, expected numbers of rows"),
+    (
+        {"weight_rows": [4, 2]},
+        ValueError,
+        "weight_rows: got numbers that add up to 6, expected 5, the rows of the input",
+    ),
+    (
+        {"weight_rows": [2, 3]},
+        ValueError,
+        "counts: got 3 rows in the slots of matrix 0, expected no more than the 2 that",
+    ),
+    (
+        {"weight_slots": [1, 0]},
+        ValueError,
+        "weight_slots: got numbers that add up to 1, expected 2, the number of slots",
+    ),
+    (
+        {"weight_slots": [2, 1]},
+        ValueError,
+        "weight_slots: got 1 for matrix 1, expected numbers of slots that add up to 2",
+    ),
+    ({"weight_slots": [3, -1]}, ValueError, "weight_slots: got 3 for matrix 0, expected numbers"),
+    ({"rounds": [0, 2, 0, 1]}, ValueError, "rounds: got 4 numbers with a stack of weights, exp"),
+]
+STACKED_CALL: Arguments = {**GROUPED, **STACK, "bias": T(2, 3)}
+STACK_CASES: list[Case] = [
+    *SLOT_CASES[:4],
+    *STACK_ROWS_CASES,
+    ({"weight": T(3, 4)}, ValueError, "bias: got shape [2, 3], expected [3]"),
+    (
+        {"weight": T(3, 4), "bias": None},
+        ValueError,
+        "weight_rows: got 2 numbers, and weight_slots 2, expected none with a weight of two",
+    ),
+    ({"bias": T(3)}, ValueError, "bias: got shape [3], expected [2, 3], a row for each matrix"),
+    ({"bias": T(2, 4)}, ValueError, "bias: got shape [2, 4], expected [2, 3], a row for each"),
+    ({"bias": T(2, 3).half()}, TypeError, "bias: got dtype float16, expected float32"),
+    ({"x": T(5, 6)}, ValueError, "x: got shape [5, 6], expected [..., 4], in_features being the"),
+]
+STACKED_BWD: Arguments = {**GROUPED_BWD, **STACK}
+STACK_BWD_CASES: list[Case] = [
+    *STACK_ROWS_CASES,
+    ({"weight": T(3, 4)}, ValueError, "weight: got shape [3, 4], expected [matrices, 3, 4], [out"),
+    ({"weight": T(2, 5, 4)}, ValueError, "weight: got shape [2, 5, 4], expected [matrices, 3, 4]"),
+    ({"weight": T(3, 3, 4)}, ValueError, "weight_rows: got 2 numbers, expected 3, one for each"),
+]
+STACK_ORDER_CASES: list[Case] = [
+    (
+        {"order": torch.tensor([0, 4, 1], dtype=torch.int32)},
+        IndexError,
+        "order: got row 4, expected 0 to 3, the rows of the input",
+    ),
+    *(
+        (
+            {"order": torch.tensor(rows, dtype=torch.int32), **ONE_SLOT, "weight_slots": [1, 0]},
+            error,
+            f"order: got row {message}",
+        )
+        for rows, error, message in (
+            ([0, 1, 1, 2], ValueError, "1 twice in one slot, expected it once"),
+            ([0, 1, 4, 2], IndexError, "4, expected 0 to 3, the rows of the input"),
+        )
+    ),
 ]
 # Two layers of one x, the second without adapter.
 NONE = T(0)

@@ -68,11 +68,13 @@ void print_cpu_path(const LowRankBackward& problem) {
   print_path_of("backward", problem.dy, problem.lora_A, problem.lora_B, problem.dropout);
 }
 
-std::tuple<Tensor, Tensor> lora_linear_fwd_checked(const LoraLinearCall& call, bool return_h) {
-  auto [y, h, low_rank] = lora_linear_prepare_fwd(with_scaling_read(call), return_h);
+namespace {
+
+std::tuple<Tensor, Tensor> run_forward(PreparedForward prepared, const Tensor& weight) {
+  auto& [y, h, low_rank] = prepared;
   if (y.numel() == 0) return {y, h.zero_()};
   if (prints_paths()) print_cpu_path(low_rank);
-  const BaseProduct base(call.weight);
+  const BaseProduct base(weight);
   if (makes_base_apart(low_rank.y)) {
     const Tensor biases = std::exchange(low_rank.bias, low_rank.y);
     base.write(low_rank.y, low_rank.x);
@@ -85,8 +87,23 @@ std::tuple<Tensor, Tensor> lora_linear_fwd_checked(const LoraLinearCall& call, b
   return {y, h};
 }
 
+}  // namespace
+
+std::tuple<Tensor, Tensor> lora_linear_fwd_checked(const LoraLinearCall& call, bool return_h) {
+  return run_forward(lora_linear_prepare_fwd(with_scaling_read(call), return_h), call.weight);
+}
+
+void lora_linear_fwd_into(const LoraLinearCall& call, const Tensor& y, const Tensor& h) {
+  run_forward(lora_linear_prepare_fwd(with_scaling_read(call), h.defined(), y, h), call.weight);
+}
+
 Gradients lora_linear_bwd_checked(const LoraLinearBackwardCall& call, GradientMask mask) {
-  auto [gradients, low_rank, done] = lora_linear_prepare_bwd(with_scaling_read(call), mask);
+  return lora_linear_bwd_into(call, mask, {});
+}
+
+Gradients lora_linear_bwd_into(const LoraLinearBackwardCall& call, const GradientMask& mask,
+                               const Tensor& dx) {
+  auto [gradients, low_rank, done] = lora_linear_prepare_bwd(with_scaling_read(call), mask, dx);
   if (done) return gradients;
   if (prints_paths()) print_cpu_path(low_rank);
   low_rank_backward(low_rank);

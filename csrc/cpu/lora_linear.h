@@ -29,6 +29,10 @@ void low_rank_backward(const LowRankBackward& problem);
 // lora_linear_fwd and lora_linear_bwd of operands that were checked.
 std::tuple<Tensor, Tensor> lora_linear_fwd_checked(const LoraLinearCall& call, bool return_h);
 Gradients lora_linear_bwd_checked(const LoraLinearBackwardCall& call, GradientMask mask);
+// The same, written into y, into h [M, r] where it is defined, and into dx where it is.
+void lora_linear_fwd_into(const LoraLinearCall& call, const Tensor& y, const Tensor& h);
+Gradients lora_linear_bwd_into(const LoraLinearBackwardCall& call, const GradientMask& mask,
+                               const Tensor& dx);
 
 // (path, reason) of a layer for so many rows.
 std::pair<std::string, std::string> explain_lora_linear_cpu(int64_t tokens, int64_t out_features,

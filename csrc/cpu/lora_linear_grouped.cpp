@@ -4,8 +4,10 @@
 #include <ATen/OpMathType.h>
 #include <torch/library.h>
 
+#include "cpu/lora_linear.h"
 #include "cpu/lora_linear_grouped_work.h"
 #include "ops/lora_linear_grouped_composed.h"
+#include "ops/lora_linear_grouped_stack.h"
 #include "ops/operator.h"
 
 namespace lora_ext {
@@ -57,18 +59,13 @@ void fill_base_rows(const GroupedWork& work, const Tensor& out, const Tensor& bi
 // lora_linear.cpp): it is made apart.
 bool is_single_row(const GroupedWork& work) { return work.M == 1 && work.compute == work.base; }
 
-std::tuple<Tensor, Tensor> lora_linear_grouped_fwd_cpu(const LoraLinearGroupedCall& call,
-                                                       bool return_h) {
-  check_lora_linear_grouped(call);
+// Of one matrix, into y_rows [M, N] and, where it is defined, h.
+void forward_of_matrix(const LoraLinearGroupedCall& call, const Tensor& y_rows, const Tensor& h) {
   const Tensor x = as_rows(call.x), order = call.order.contiguous();
   const int64_t M = x.size(0), N = call.weight.size(0);
   const GroupedAdapters adapters = call.adapters_of(order);
   GroupedWork work(adapters, M, N, x.scalar_type());
-  const Tensor y = at::empty_symint(with_width(call.x, N), x.options());
-  const Tensor h =
-      at::empty({return_h ? grouped_hidden_size(adapters) : 0}, x.options().dtype(work.compute));
-  if (y.numel() == 0) return {y, h.zero_()};
-  const Tensor y_rows = y.view({M, N}), bias = as_vector(call.bias, work.compute);
+  const Tensor bias = as_vector(call.bias, work.compute);
 
   pack_adapters(work, /*lora_B=*/true);
   fill_base_rows(work, y_rows, bias);
@@ -98,7 +95,7 @@ std::tuple<Tensor, Tensor> lora_linear_grouped_fwd_cpu(const LoraLinearGroupedCa
       args.dropout = dropout_of(slot, rows);
       args.add_y = later;
       args.y = y_of.begin(gathered, rows[0], worker);
-      if (return_h) args.h = at_element(h, slot.h_begin + (begin - slot.begin) * slot.rank());
+      if (h.defined()) args.h = at_element(h, slot.h_begin + (begin - slot.begin) * slot.rank());
       const auto run =
           slot.rows <= kUnpackedRows ? slot.kernels->single_rows : slot.kernels->forward_rows;
       run(args, 0, end - begin, scratch.part(worker));
@@ -107,7 +104,7 @@ std::tuple<Tensor, Tensor> lora_linear_grouped_fwd_cpu(const LoraLinearGroupedCa
   });
   for (const CpuSlot& slot : work.slots) {
     if (!slot.kernels && slot.rows > 0) {
-      composed_slot_forward(slot, x, order, call.factor, y_rows, return_h ? h : Tensor());
+      composed_slot_forward(slot, x, order, call.factor, y_rows, h);
     }
   }
 
@@ -115,6 +112,70 @@ std::tuple<Tensor, Tensor> lora_linear_grouped_fwd_cpu(const LoraLinearGroupedCa
     y_rows.add_(at::mm(x, call.weight.t()));
   } else {
     add_base(y_rows, x, call.weight);
+  }
+}
+
+// That all rows are in its only slot says their number, if each is there once.
+void check_all_rows(const MatrixPart& part) {
+  const Tensor order = part.order.contiguous();
+  const int32_t* rows = order.const_data_ptr<int32_t>();
+  std::vector<bool> found(part.rows, false);
+  for (int64_t i = 0; i < part.rows; ++i) {
+    check_row(rows[i], part.rows);
+    TORCH_CHECK_VALUE(!found[rows[i]], "lora_linear_grouped: order: got row ", rows[i],
+                      " twice in one slot, expected it once");
+    found[rows[i]] = true;
+  }
+}
+
+// f(rows [rows, width]) writes those of a part. A single one is copied: BLAS sums it up in an order
+// that depends on where it lies, and a call of its own begins at a multiple of the vectors' size.
+template <class F>
+void write_part(const Tensor& all, const MatrixPart& part, const F& f) {
+  const Tensor place = all.defined() ? all.narrow(0, part.begin, part.rows) : all;
+  const bool apart = part.rows == 1 && all.defined();
+  const Tensor rows = apart ? at::empty_like(place) : place;
+  f(rows);
+  if (apart) place.copy_(rows);
+}
+
+// nn.functional.linear, into y.
+void write_base(const ForwardPart& part, Tensor y) {
+  if (part.bias.has_value()) {
+    at::addmm_out(y, *part.bias, part.x, part.weight.t());
+  } else {
+    at::mm_out(y, part.x, part.weight.t());
+  }
+}
+
+std::tuple<Tensor, Tensor> lora_linear_grouped_fwd_cpu(const LoraLinearGroupedCall& call,
+                                                       bool return_h) {
+  check_lora_linear_grouped(call);
+  const int64_t N = call.weight.size(-2);
+  const auto compute = call.x.options().dtype(at::toOpMathType(call.x.scalar_type()));
+  const Tensor y = at::empty_symint(with_width(call.x, N), call.x.options());
+  const Tensor h = at::empty({return_h ? grouped_hidden_size(call.adapters()) : 0}, compute);
+  const Tensor y_rows = y.view({count_rows(y).expect_int(), N});
+  if (y.numel() == 0) {
+    h.zero_();
+  } else if (!call.stacked()) {
+    forward_of_matrix(call, y_rows, return_h ? h : Tensor());
+  } else {
+    for (const ForwardPart& part : parts_of(call)) {
+      const Tensor own_h = return_h ? h.narrow(0, part.h_begin, part.h_size) : Tensor();
+      write_part(y_rows, part, [&](const Tensor& own_y) {
+        if (part.is_base()) {
+          write_base(part, own_y);
+        } else if (part.is_lora_linear()) {
+          check_all_rows(part);
+          const int64_t r = part.lora_A[0].size(0);
+          lora_linear_fwd_into(part.lora_linear(), own_y,
+                               return_h ? own_h.view({part.rows, r}) : Tensor());
+        } else {
+          forward_of_matrix(part.grouped(), own_y, own_h);
+        }
+      });
+    }
   }
   return {y, h};
 }
@@ -127,17 +188,16 @@ void add_bias_to_factors(const Slot& slot, const Tensor& dy, const Tensor& order
   dfactors.narrow(0, slot.begin, slot.rows).add_(gradient, slot.scaling);
 }
 
-GroupedResults lora_linear_grouped_bwd_cpu(const LoraLinearGroupedBackwardCall& call,
-                                           GroupedMask mask, at::IntArrayRef wanted) {
-  check_lora_linear_grouped_bwd(call, mask, wanted);
+// Of one matrix; the gradient of x into dx_rows [M, K] where it is wanted.
+GroupedResults backward_of_matrix(const LoraLinearGroupedBackwardCall& call,
+                                  const GroupedMask& mask, at::IntArrayRef wanted,
+                                  const Tensor& dx_rows) {
   const Tensor dy = as_rows(call.dy), x = call.x.has_value() ? as_rows(*call.x) : Tensor();
   const Tensor order = call.order.contiguous();
   const GroupedAdapters adapters = call.adapters_of(order);
   const int64_t M = dy.size(0), N = dy.size(1);
   GroupedWork work(adapters, M, N, dy.scalar_type());
   const auto n = static_cast<int64_t>(work.slots.size());
-  const Tensor dx = gradient_or_empty(mask[kGroupedX], call.dy, with_width(call.dy, work.K));
-  const Tensor dx_rows = mask[kGroupedX] ? dx.view({M, work.K}) : Tensor();
   const Tensor dfactors =
       mask[kGroupedFactor] ? at::zeros({order.numel()}, dy.options().dtype(at::kDouble)) : Tensor();
   const Tensor h = call.h.has_value() ? call.h->contiguous() : Tensor();
@@ -218,14 +278,45 @@ GroupedResults lora_linear_grouped_bwd_cpu(const LoraLinearGroupedBackwardCall& 
   const Tensor dfactor =
       dfactors.defined() ? dfactors.to(call.factor->scalar_type()) : at::empty({0}, dy.options());
   auto [dweight, dbias] = base_gradients(dy, x, mask);
-  if (mask[kGroupedX] && dx.numel() > 0) {
+  if (mask[kGroupedX] && dx_rows.numel() > 0) {
     if (is_single_row(work)) {
       dx_rows.add_(at::mm(dy, *call.weight));
     } else {
       add_base_gradient(dx_rows, dy, *call.weight);
     }
   }
-  return {dx, dweight, dbias, dfactor, dA, dB, dlora_bias};
+  return {dx_rows, dweight, dbias, dfactor, dA, dB, dlora_bias};
+}
+
+GroupedResults lora_linear_grouped_bwd_cpu(const LoraLinearGroupedBackwardCall& call,
+                                           GroupedMask mask, at::IntArrayRef wanted) {
+  check_lora_linear_grouped_bwd(call, mask, wanted);
+  const int64_t K = call.lora_A[0].size(1);
+  const Tensor dx = gradient_or_empty(mask[kGroupedX], call.dy, with_width(call.dy, K));
+  const int64_t M = count_rows(call.dy).expect_int();
+  const Tensor dx_rows = mask[kGroupedX] ? dx.view({M, K}) : Tensor();
+  if (!call.stacked()) {
+    GroupedResults results = backward_of_matrix(call, mask, wanted, dx_rows);
+    std::get<0>(results) = dx;
+    return results;
+  }
+  const auto of_part = [&](const BackwardPart& part, GroupedMask of, at::IntArrayRef own) {
+    GroupedResults results;
+    write_part(dx_rows, part, [&](Tensor own_dx) {
+      if (part.is_base()) {
+        if (of[kGroupedX]) at::mm_out(own_dx, part.dy, *part.weight);
+        of[kGroupedX] = false;
+        results = base_part_gradients(part, of);
+      } else if (part.is_lora_linear()) {
+        results = grouped_results(
+            lora_linear_bwd_into(part.lora_linear(), lora_linear_mask(of, own[0]), own_dx));
+      } else {
+        results = backward_of_matrix(part.grouped(), of, own, own_dx);
+      }
+    });
+    return results;
+  };
+  return collect_gradients(call, mask, wanted, of_part, dx);
 }
 
 }  // namespace

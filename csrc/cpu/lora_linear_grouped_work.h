@@ -40,6 +40,11 @@ void for_slots(int64_t slots, const F& f) {
   }
 }
 
+inline void check_row(int32_t row, int64_t M) {
+  TORCH_CHECK_INDEX(row >= 0 && row < M, "lora_linear_grouped: order: got row ", row,
+                    ", expected 0 to ", M - 1, ", the rows of the input");
+}
+
 struct CpuSlot : Slot {
   CpuPath::Kernels path;
   const LoraLinearKernels* kernels;  // null: by BLAS calls
@@ -133,8 +138,7 @@ struct GroupedWork {
     std::vector<int32_t> last(M, -1);  // of them, that has a row
     for (size_t p = 0; p < parts.size(); ++p) {
       for (int64_t i = parts[p].begin; i < parts[p].begin + parts[p].rows; ++i) {
-        TORCH_CHECK_INDEX(order[i] >= 0 && order[i] < M, "lora_linear_grouped: order: got row ",
-                          order[i], ", expected 0 to ", M - 1, ", the rows of the input");
+        check_row(order[i], M);
         int32_t& before = last[order[i]];
         if (before >= 0) check_again(order[i], parts[before], parts[p], adapters.rounds.empty());
         before = static_cast<int32_t>(p);

@@ -18,6 +18,7 @@
 #include "cuda/trust.h"
 #include "kernels/lora_linear_grouped.h"
 #include "ops/lora_linear_grouped_composed.h"
+#include "ops/lora_linear_grouped_stack.h"
 #include "ops/operator.h"
 
 namespace lora_ext {
@@ -99,6 +100,7 @@ void with_half_type(at::ScalarType base, const F& f) {
 std::tuple<Tensor, Tensor> lora_linear_grouped_fwd_cuda(const LoraLinearGroupedCall& call,
                                                         bool return_h) {
   check_lora_linear_grouped(call);
+  if (call.stacked()) return lora_linear_grouped_fwd_by_matrix(call, return_h);
   const c10::cuda::CUDAGuard guard(call.x.device());
   const GroupedAdapters given = call.adapters();
   const Tensor x = as_rows(call.x);
@@ -127,6 +129,7 @@ std::tuple<Tensor, Tensor> lora_linear_grouped_fwd_cuda(const LoraLinearGroupedC
 GroupedResults lora_linear_grouped_bwd_cuda(const LoraLinearGroupedBackwardCall& call,
                                             GroupedMask mask, at::IntArrayRef wanted) {
   check_lora_linear_grouped_bwd(call, mask, wanted);
+  if (call.stacked()) return lora_linear_grouped_bwd_by_matrix(call, mask, wanted);
   const c10::cuda::CUDAGuard guard(call.dy.device());
   const GroupedAdapters given = call.adapters();
   const Tensor dy = as_rows(call.dy), x = call.x.has_value() ? as_rows(*call.x) : Tensor();

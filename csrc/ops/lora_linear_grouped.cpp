@@ -10,6 +10,7 @@
 
 #include "ops/checks.h"
 #include "ops/lora_linear_grouped_composed.h"
+#include "ops/lora_linear_grouped_stack.h"
 #include "ops/operator.h"
 
 namespace lora_ext {
@@ -19,7 +20,7 @@ std::tuple<Tensor, Tensor> lora_linear_grouped_fwd_meta(const LoraLinearGroupedC
                                                         bool return_h) {
   check_lora_linear_grouped(call);
   const auto compute = call.x.options().dtype(at::toOpMathType(call.x.scalar_type()));
-  return {call.x.new_empty_symint(with_width(call.x, call.weight.sym_size(0))),
+  return {call.x.new_empty_symint(with_width(call.x, call.weight.sym_size(-2))),
           at::empty({return_h ? grouped_hidden_size(call.adapters()) : 0}, compute)};
 }
 
@@ -34,9 +35,14 @@ GroupedResults lora_linear_grouped_bwd_meta(const LoraLinearGroupedBackwardCall&
     dB.push_back(gradient_or_empty(wanted[j] & kSlotB, call.lora_B[j]));
     dlora_bias.push_back(gradient_or_empty(wanted[j] & kSlotBias, call.lora_B[j], N));
   }
+  std::vector<c10::SymInt> of_weight = {N, K}, of_bias = {N};
+  if (call.stacked()) {
+    const auto matrices = static_cast<int64_t>(call.weight_rows.size());
+    of_weight.insert(of_weight.begin(), matrices), of_bias.insert(of_bias.begin(), matrices);
+  }
   return {gradient_or_empty(mask[kGroupedX], dy, with_width(dy, K)),
-          gradient_or_empty(mask[kGroupedWeight], dy, {N, K}),
-          gradient_or_empty(mask[kGroupedBias], dy, N),
+          gradient_or_empty(mask[kGroupedWeight], dy, of_weight),
+          gradient_or_empty(mask[kGroupedBias], dy, of_bias),
           mask[kGroupedFactor] ? at::empty_like(*call.factor) : at::empty({0}, dy.options()),
           dA,
           dB,
@@ -128,6 +134,18 @@ void check_base_weight(const char* op, const Tensor& x, const Tensor& weight) {
                    "; convert one of them with .to(), or use torch.autocast");
 }
 
+void check_base_bias(const char* op, const LoraLinearGroupedCall& call, const c10::SymInt& N) {
+  if (!call.stacked() || !call.bias.has_value()) {
+    return check_vector(op, "bias", call.bias, call.x, N, call.x.scalar_type());
+  }
+  const Tensor& bias = *call.bias;
+  const c10::SymInt& matrices = call.weight.sym_size(0);
+  TORCH_CHECK_VALUE(bias.dim() == 2 && bias.sym_size(0) == matrices && bias.sym_size(1) == N, op,
+                    ": bias: got shape ", bias.sym_sizes(), ", expected [", matrices, ", ", N,
+                    "], a row for each matrix of weight");
+  if (matrices > 0) check_vector(op, "bias", bias.select(0, 0), call.x, N, call.x.scalar_type());
+}
+
 }  // namespace
 
 void check_lora_linear_grouped(const LoraLinearGroupedCall& call, const char* op) {
@@ -136,14 +154,16 @@ void check_lora_linear_grouped(const LoraLinearGroupedCall& call, const char* op
   TORCH_CHECK_VALUE(x.dim() >= 1, op, ": x: got a 0-d tensor, expected [..., in_features]");
   check_base_dtype(op, "x", x);
   check_base_weight(op, x, weight);
-  TORCH_CHECK_VALUE(weight.dim() == 2, op, ": weight: got shape ", weight.sym_sizes(),
-                    ", expected [out_features, in_features]");
-  TORCH_CHECK_VALUE(x.sym_size(-1) == weight.sym_size(1), op, ": x: got shape ", x.sym_sizes(),
-                    ", expected [..., ", weight.sym_size(1),
-                    "], in_features being the second dimension of weight");
-  const c10::SymInt N = weight.sym_size(0);
-  check_vector(op, "bias", call.bias, x, N, x.scalar_type());
-  check_grouped_adapters(op, "x", x, N, weight.sym_size(1), call.adapters());
+  TORCH_CHECK_VALUE(weight.dim() == 2 || weight.dim() == 3, op, ": weight: got shape ",
+                    weight.sym_sizes(),
+                    ", expected [out_features, in_features], or a stack of such matrices");
+  TORCH_CHECK_VALUE(x.sym_size(-1) == weight.sym_size(-1), op, ": x: got shape ", x.sym_sizes(),
+                    ", expected [..., ", weight.sym_size(-1),
+                    "], in_features being the last dimension of weight");
+  const c10::SymInt N = weight.sym_size(-2);
+  check_base_bias(op, call, N);
+  check_grouped_adapters(op, "x", x, N, weight.sym_size(-1), call.adapters());
+  check_weight_rows(op, call, x);
 }
 
 void check_lora_linear_grouped_bwd(const LoraLinearGroupedBackwardCall& call,
@@ -164,6 +184,7 @@ void check_lora_linear_grouped_bwd(const LoraLinearGroupedBackwardCall& call,
   TORCH_CHECK_VALUE(!mask[kGroupedX] || call.weight.has_value(), op,
                     ": weight: got None, expected [out_features, in_features] for the gradient "
                     "of x");
+  check_weight_rows(op, call, dy);
   TORCH_CHECK_VALUE(!(mask[kGroupedWeight] || wants_A) || call.x.has_value(), op,
                     ": x: got None, expected [..., in_features] for the gradient of weight or "
                     "lora_A");
@@ -174,10 +195,12 @@ void check_lora_linear_grouped_bwd(const LoraLinearGroupedBackwardCall& call,
                     ": h: got None, expected what _fwd returned for the gradient of factor");
   if (call.weight.has_value()) {
     check_base_weight(op, dy, *call.weight);
-    TORCH_CHECK_VALUE(call.weight->dim() == 2 && call.weight->sym_size(0) == dy.sym_size(-1) &&
-                          call.weight->sym_size(1) == K,
-                      op, ": weight: got shape ", call.weight->sym_sizes(), ", expected [",
-                      dy.sym_size(-1), ", ", K, "], [out_features, in_features]");
+    const Tensor& weight = *call.weight;
+    TORCH_CHECK_VALUE(weight.dim() == (call.stacked() ? 3 : 2) &&
+                          weight.sym_size(-2) == dy.sym_size(-1) && weight.sym_size(-1) == K,
+                      op, ": weight: got shape ", weight.sym_sizes(), ", expected ",
+                      call.stacked() ? "[matrices, " : "[", dy.sym_size(-1), ", ", K,
+                      "], [out_features, in_features]", call.stacked() ? " of each matrix" : "");
   }
   if (call.x.has_value()) {
     check_device(op, "x", *call.x, dy);
@@ -264,21 +287,23 @@ TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
   m.def(
       "lora_linear_grouped(Tensor x, Tensor weight, Tensor? bias, Tensor[] lora_A, "
       "Tensor[] lora_B, Tensor[] lora_bias, Tensor order, int[] counts, Tensor? factor, "
-      "float[] scaling, float[] dropout_p, Tensor? rng_state=None, int[] rounds=[]) -> Tensor",
+      "float[] scaling, float[] dropout_p, Tensor? rng_state=None, int[] rounds=[], "
+      "int[] weight_rows=[], int[] weight_slots=[]) -> Tensor",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "lora_linear_grouped_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor[] lora_A, "
       "Tensor[] lora_B, Tensor[] lora_bias, Tensor order, int[] counts, Tensor? factor, "
       "float[] scaling, float[] dropout_p, Tensor? rng_state=None, int[] rounds=[], "
-      "bool return_h=False) "
+      "int[] weight_rows=[], int[] weight_slots=[], bool return_h=False) "
       "-> (Tensor y, Tensor h)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "lora_linear_grouped_bwd(Tensor dy, Tensor? x, Tensor? h, Tensor? weight, "
       "Tensor[] lora_A, Tensor[] lora_B, Tensor[] lora_bias, Tensor order, int[] counts, "
       "Tensor? factor, float[] scaling, float[] dropout_p, Tensor? rng_state, int[] rounds, "
-      "bool[4] mask, int[] wanted) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dfactor, "
-      "Tensor[] dlora_A, Tensor[] dlora_B, Tensor[] dlora_bias)",
+      "int[] weight_rows, int[] weight_slots, bool[4] mask, int[] wanted) "
+      "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dfactor, Tensor[] dlora_A, "
+      "Tensor[] dlora_B, Tensor[] dlora_bias)",
       {at::Tag::pt2_compliant_tag});
 }
 

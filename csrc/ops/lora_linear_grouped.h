@@ -4,6 +4,9 @@
 // Three operators, as of lora_linear: `lora_linear_grouped` is the one to call, `_fwd` and `_bwd`
 // are what backends implement. Slots differ freely in rank, scaling, dropout and dtype: nothing is
 // stacked or padded.
+//
+// The weight may be a stack of matrices, as of experts, each with rows of x and slots of its own:
+// so many calls, whose results lie one after another (lora_linear_grouped_stack.h).
 #pragma once
 
 #include <vector>
@@ -30,8 +33,8 @@ struct GroupedAdapters {
 
 struct LoraLinearGroupedCall {
   const Tensor& x;             // [..., K]
-  const Tensor& weight;        // [N, K]
-  const OptionalTensor& bias;  // [N]
+  const Tensor& weight;        // [N, K]; or a stack [E, N, K]
+  const OptionalTensor& bias;  // [N]; or [E, N]
   at::TensorList lora_A, lora_B, lora_bias;
   const Tensor& order;
   at::IntArrayRef counts;
@@ -39,10 +42,14 @@ struct LoraLinearGroupedCall {
   at::ArrayRef<double> scaling, dropout_p;
   const OptionalTensor& rng_state;
   at::IntArrayRef rounds;
+  // Of a stack, whose order counts from each matrix's first row; without rounds. Else empty.
+  at::IntArrayRef weight_rows;   // of each matrix: how many of x's rows it multiplies, in order
+  at::IntArrayRef weight_slots;  // and how many of the slots are its own
 
+  bool stacked() const { return weight.dim() == 3; }
   auto fields() const {
     return std::tie(x, weight, bias, lora_A, lora_B, lora_bias, order, counts, factor, scaling,
-                    dropout_p, rng_state, rounds);
+                    dropout_p, rng_state, rounds, weight_rows, weight_slots);
   }
   GroupedAdapters adapters() const { return adapters_of(order); }
   // With `order` as another tensor holds it, which is to live as long.
@@ -56,7 +63,7 @@ struct LoraLinearGroupedBackwardCall {
   const Tensor& dy;              // [..., N]
   const OptionalTensor& x;       // [..., K]
   const OptionalTensor& h;       // as `_fwd` returns it
-  const OptionalTensor& weight;  // [N, K]
+  const OptionalTensor& weight;  // [N, K]; or a stack [E, N, K]
   at::TensorList lora_A, lora_B, lora_bias;
   const Tensor& order;
   at::IntArrayRef counts;
@@ -64,10 +71,14 @@ struct LoraLinearGroupedBackwardCall {
   at::ArrayRef<double> scaling, dropout_p;
   const OptionalTensor& rng_state;
   at::IntArrayRef rounds;
+  // Of a stack, whose order counts from each matrix's first row; without rounds. Else empty.
+  at::IntArrayRef weight_rows;   // of each matrix: how many of x's rows it multiplies, in order
+  at::IntArrayRef weight_slots;  // and how many of the slots are its own
 
+  bool stacked() const { return !weight_rows.empty(); }
   auto fields() const {
     return std::tie(dy, x, h, weight, lora_A, lora_B, lora_bias, order, counts, factor, scaling,
-                    dropout_p, rng_state, rounds);
+                    dropout_p, rng_state, rounds, weight_rows, weight_slots);
   }
   GroupedAdapters adapters() const { return adapters_of(order); }
   // With `order` as another tensor holds it, which is to live as long.
@@ -89,7 +100,8 @@ using GroupedResults =
 // The operators, through the dispatcher.
 Tensor lora_linear_grouped(const LoraLinearGroupedCall& call);
 // y [..., N]; if return_h, h = dropout(x) A^T of the rows of slot 0, [counts[0], r], of slot 1, ...
-// one after another in one vector of the compute type, without factor; else empty.
+// one after another in one vector of the compute type, without factor; else empty. Of a slot that
+// has all rows of a stack's matrix and no factor, the rows are in their own order.
 std::tuple<Tensor, Tensor> lora_linear_grouped_fwd(const LoraLinearGroupedCall& call,
                                                    bool return_h);
 // (dx, dweight, dbias, dfactor, dA, dB, dlora_bias); what is not wanted comes back empty. Needed:

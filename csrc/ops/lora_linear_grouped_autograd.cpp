@@ -9,6 +9,7 @@
 #include "ops/autocast.h"
 #include "ops/lora_linear_grouped.h"
 #include "ops/lora_linear_grouped_composed.h"
+#include "ops/lora_linear_grouped_stack.h"
 #include "ops/operator.h"
 #include "ops/transforms.h"
 
@@ -30,9 +31,25 @@ bool requires_grad(const OptionalTensor& tensor) {
   return tensor.has_value() && tensor->requires_grad();
 }
 
+GroupedResults lora_linear_grouped_bwd_decomposed(const LoraLinearGroupedBackwardCall& call,
+                                                  const GroupedMask& mask, at::IntArrayRef wanted);
+
+GroupedResults part_bwd_decomposed(const BackwardPart& part, const GroupedMask& mask,
+                                   at::IntArrayRef wanted) {
+  if (part.is_base()) return base_part_gradients(part, mask);
+  if (!part.is_lora_linear()) {
+    return lora_linear_grouped_bwd_decomposed(part.grouped(), mask, wanted);
+  }
+  const TensorVector of =
+      lora_linear_bwd_decomposed(part.lora_linear(), lora_linear_mask(mask, wanted[0]));
+  return grouped_results(
+      {of[kGradX], of[kGradWeight], of[kGradBias], of[kGradA], of[kGradB], of[kGradLoraBias]});
+}
+
 // The gradients out of differentiable operators, in the compute type.
 GroupedResults lora_linear_grouped_bwd_decomposed(const LoraLinearGroupedBackwardCall& call,
                                                   const GroupedMask& mask, at::IntArrayRef wanted) {
+  if (call.stacked()) return collect_gradients(call, mask, wanted, &part_bwd_decomposed);
   const auto compute = at::toOpMathType(call.dy.scalar_type());
   const Tensor dy = flattened(call.dy).to(compute);
   const Tensor x = call.x.has_value() ? flattened(*call.x).to(compute) : Tensor();
@@ -94,6 +111,8 @@ struct LoraLinearGrouped : torch::autograd::Function<LoraLinearGrouped> {
     ctx->saved_data["dropout_p"] = call.dropout_p.vec();
     ctx->saved_data["has_bias"] = call.bias.has_value();
     ctx->saved_data["rounds"] = call.rounds.vec();
+    ctx->saved_data["weight_rows"] = call.weight_rows.vec();
+    ctx->saved_data["weight_slots"] = call.weight_slots.vec();
     return y;
   }
 
@@ -106,6 +125,8 @@ struct LoraLinearGrouped : torch::autograd::Function<LoraLinearGrouped> {
     const auto scaling = ctx->saved_data["scaling"].toDoubleVector();
     const auto dropout_p = ctx->saved_data["dropout_p"].toDoubleVector();
     const auto rounds = ctx->saved_data["rounds"].toIntVector();
+    const auto weight_rows = ctx->saved_data["weight_rows"].toIntVector();
+    const auto weight_slots = ctx->saved_data["weight_slots"].toIntVector();
     const size_t slots = counts.size(), biases = saved.size() - 6 - 2 * slots;
     const at::TensorList lists = at::TensorList(saved).slice(6);
     const LoraLinearGroupedBackwardCall call{grad_outputs[0],
@@ -121,7 +142,9 @@ struct LoraLinearGrouped : torch::autograd::Function<LoraLinearGrouped> {
                                              scaling,
                                              dropout_p,
                                              rng_state,
-                                             rounds};
+                                             rounds,
+                                             weight_rows,
+                                             weight_slots};
     // needs_input_grad counts the tensors that were passed; None has no number.
     const bool has_bias = ctx->saved_data["has_bias"].toBool();
     size_t input = 0;
@@ -141,6 +164,12 @@ struct LoraLinearGrouped : torch::autograd::Function<LoraLinearGrouped> {
     mask[kGroupedFactor] = next(factor.has_value());
 
     const bool differentiable = needs_differentiable_backward(call.dy);
+    const bool reads_h = mask[kGroupedFactor] || std::any_of(wanted.begin(), wanted.end(),
+                                                             [](auto w) { return w & kSlotB; });
+    TORCH_CHECK(!(differentiable && at::GradMode::is_enabled() && reads_h && weight.has_value() &&
+                  !x.has_value()),
+                "lora_linear_grouped: double backward: x was not kept, since lora_A and weight are "
+                "frozen; let lora_A require grad to differentiate twice");
     auto [dx, dweight, dbias, dfactor, dA, dB, dlora_bias] =
         differentiable ? lora_linear_grouped_bwd_decomposed(call, mask, wanted)
                        : lora_linear_grouped_bwd(call, mask, wanted);
@@ -156,7 +185,8 @@ struct LoraLinearGrouped : torch::autograd::Function<LoraLinearGrouped> {
     }
     grads.insert(grads.end(), 2, Tensor());  // order, counts
     grads.push_back(kept(mask[kGroupedFactor], dfactor));
-    grads.insert(grads.end(), 4, Tensor());  // scaling, dropout_p, rng_state, rounds
+    // scaling, dropout_p, rng_state, rounds, weight_rows, weight_slots
+    grads.insert(grads.end(), 6, Tensor());
     return grads;
   }
 };
@@ -164,6 +194,7 @@ struct LoraLinearGrouped : torch::autograd::Function<LoraLinearGrouped> {
 // Out of ATen's operators, with their roundings (see transforms.h).
 Tensor lora_linear_grouped_decomposed(const LoraLinearGroupedCall& call) {
   check_lora_linear_grouped(call);
+  if (call.stacked()) return lora_linear_grouped_by_matrix(call);
   const Tensor x = flattened(call.x);
   const Tensor base = at::linear(call.x, call.weight, call.bias);
   Tensor y = flattened(base);
@@ -201,6 +232,7 @@ Tensor lora_linear_grouped_inference(const LoraLinearGroupedCall& call) {
 
 template <c10::DeviceType kDevice>
 Tensor lora_linear_grouped_autocast(const LoraLinearGroupedCall& call) {
+  if (call.stacked()) return lora_linear_grouped_by_matrix(call);  // casts no more than it uses
   const AutocastScope<kDevice> cast;
   const auto adapters = [&](at::TensorList list) {
     TensorVector result;
@@ -211,7 +243,8 @@ Tensor lora_linear_grouped_autocast(const LoraLinearGroupedCall& call) {
                      lora_bias = adapters(call.lora_bias);
   return lora_linear_grouped({cast.base(call.x), cast.base(call.weight), cast.base(call.bias),
                               lora_A, lora_B, lora_bias, call.order, call.counts, call.factor,
-                              call.scaling, call.dropout_p, call.rng_state, call.rounds});
+                              call.scaling, call.dropout_p, call.rng_state, call.rounds,
+                              call.weight_rows, call.weight_slots});
 }
 
 // torch.func's transforms come before autocast.

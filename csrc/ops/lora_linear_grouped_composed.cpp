@@ -4,6 +4,7 @@
 #include <ATen/OpMathType.h>
 
 #include "ops/dropout.h"
+#include "ops/lora_linear_grouped_stack.h"
 
 namespace lora_ext {
 namespace {
@@ -132,6 +133,7 @@ void composed_slot_backward(const Slot& slot, const Tensor& dy, const Tensor& x,
 std::tuple<Tensor, Tensor> lora_linear_grouped_fwd_composed(const LoraLinearGroupedCall& call,
                                                             bool return_h) {
   check_lora_linear_grouped(call);
+  if (call.stacked()) return lora_linear_grouped_fwd_by_matrix(call, return_h);
   const Tensor x = as_rows(call.x);
   const int64_t M = x.size(0), N = call.weight.size(0);
   Tensor y = at::empty_symint(with_width(call.x, N), x.options());
@@ -153,6 +155,7 @@ std::tuple<Tensor, Tensor> lora_linear_grouped_fwd_composed(const LoraLinearGrou
 GroupedResults lora_linear_grouped_bwd_composed(const LoraLinearGroupedBackwardCall& call,
                                                 GroupedMask mask, at::IntArrayRef wanted) {
   check_lora_linear_grouped_bwd(call, mask, wanted);
+  if (call.stacked()) return lora_linear_grouped_bwd_by_matrix(call, mask, wanted);
   const Tensor dy = as_rows(call.dy), x = call.x.has_value() ? as_rows(*call.x) : Tensor();
   const int64_t M = dy.size(0), K = call.lora_A[0].size(1);
   Tensor dx = gradient_or_empty(mask[kGroupedX], call.dy, with_width(call.dy, K));

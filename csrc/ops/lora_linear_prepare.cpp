@@ -22,25 +22,28 @@ Tensor total_bias(const LoraLinearCall& call, at::ScalarType dtype) {
 
 }  // namespace
 
-PreparedForward lora_linear_prepare_fwd(const LoraLinearCall& call, bool return_h) {
+PreparedForward lora_linear_prepare_fwd(const LoraLinearCall& call, bool return_h,
+                                        const Tensor& given_y, const Tensor& given_h) {
   const auto &lora_A = call.lora_A, &lora_B = call.lora_B;
   const Tensor rows = as_rows(call.x);
   const int64_t M = rows.size(0), N = lora_B.size(0), r = lora_A.size(0);
   const auto compute = at::toOpMathType(lora_A.scalar_type());
   const auto h_options = lora_A.options().dtype(compute);
-  Tensor y = at::empty_symint(with_width(call.x, N), call.x.options());
-  Tensor h = return_h ? at::empty({M, r}, h_options) : at::empty({0}, h_options);
+  Tensor y = given_y, h = given_h;
+  if (!y.defined()) y = at::empty_symint(with_width(call.x, N), call.x.options());
+  if (!h.defined()) h = return_h ? at::empty({M, r}, h_options) : at::empty({0}, h_options);
   return {y, h,
           LowRankForward{rows, lora_A.contiguous(), lora_B.contiguous(), total_bias(call, compute),
                          call.scaling, call.dropout, y.view({M, N}), return_h ? h : Tensor()}};
 }
 
 PreparedBackward lora_linear_prepare_bwd(const LoraLinearBackwardCall& call,
-                                         const GradientMask& mask) {
+                                         const GradientMask& mask, const Tensor& given_dx) {
   const auto &dy = call.dy, &lora_A = call.lora_A, &lora_B = call.lora_B;
   const Tensor dy_rows = as_rows(dy), x_rows = call.x.has_value() ? as_rows(*call.x) : Tensor();
   const int64_t M = dy_rows.size(0), K = lora_A.size(1);
-  Tensor dx = gradient_or_empty(mask[kGradX], dy, with_width(dy, K));
+  Tensor dx = given_dx;
+  if (!dx.defined()) dx = gradient_or_empty(mask[kGradX], dy, with_width(dy, K));
   Tensor dA = gradient_or_empty(mask[kGradA], lora_A);
   Tensor dB = gradient_or_empty(mask[kGradB], lora_B);
   Tensor dweight = mask[kGradWeight] ? product(dy_rows.t(), x_rows) : at::empty({0}, dy.options());

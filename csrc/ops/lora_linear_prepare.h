@@ -36,15 +36,18 @@ struct PreparedForward {
   Tensor h;                 // [M, r] compute type, to be written; [0] if it is not wanted
   LowRankForward low_rank;  // into y and h
 };
-PreparedForward lora_linear_prepare_fwd(const LoraLinearCall& call, bool return_h);
+// Into y and h [M, r] where they are given.
+PreparedForward lora_linear_prepare_fwd(const LoraLinearCall& call, bool return_h,
+                                        const Tensor& y = {}, const Tensor& h = {});
 
 struct PreparedBackward {
   Gradients gradients;       // dx, dA, dB to be written; dweight, dbias, dlora_bias are right
   LowRankBackward low_rank;  // into dx, dA and dB
   bool done;                 // nothing is left to write
 };
+// Into dx where it is given.
 PreparedBackward lora_linear_prepare_bwd(const LoraLinearBackwardCall& call,
-                                         const GradientMask& mask);
+                                         const GradientMask& mask, const Tensor& dx = {});
 
 // The same call with its scaling tensor read into the number.
 template <class Call>

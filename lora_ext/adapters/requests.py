@@ -112,21 +112,18 @@ class Requests:
 
 def edits(method: Method) -> Method:
     """Makes a method of a model run while no other thread changes it; calls go on."""
-
-    @functools.wraps(method)
-    def alone(model: Any, *args: Any, **kwargs: Any) -> Any:
-        with model.editing():
-            return method(model, *args, **kwargs)
-
-    return cast(Method, alone)
+    return _within("editing", method)
 
 
 def changes(method: Method) -> Method:
     """Makes a method of a model run while no other thread calls or changes it."""
+    return _within("changing", method)
 
+
+def _within(context: str, method: Method) -> Method:
     @functools.wraps(method)
     def alone(model: Any, *args: Any, **kwargs: Any) -> Any:
-        with model.changing():
+        with getattr(model, context)():
             return method(model, *args, **kwargs)
 
     return cast(Method, alone)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from lora_ext.adapters.activation import activate, check_held, switched_back
 from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.merging import of_layer
 from lora_ext.adapters.requests import changes
-from lora_ext.arguments import as_flag, as_number, former_names, names_of, warn
+from lora_ext.arguments import as_flag, as_number, former_names, names_of, refuse, warn
 from lora_ext.nn.transaction import AtTheEnd, Transaction
 
 
@@ -101,6 +101,9 @@ class SwitchableModel(AdaptedModel):
                 Nothing is changed then.
         """
         where = "LoraModel.set_adapters"
+        if isinstance(adapter_names, Mapping):  # whose numbers would not be followed
+            expected = "a name or a list of names, and their numbers as adapter_weights"
+            refuse(where, "adapter_names", adapter_names, expected)
         names = names_of(adapter_names, where, "adapter_names")
         self._check_names(names, "adapter_names")
         weights = [1.0 if adapter_weights is None else adapter_weights] * len(names)

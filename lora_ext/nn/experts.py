@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._assignment import Assignment
-from lora_ext.functional import lora_linear
 
 # Of transformers' own ways those that compute what the module's forward does, in its dtype.
 _SAME = (None, "eager", "grouped_mm", "batched_mm", "lora_ext")
@@ -22,7 +21,7 @@ _MARKS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "num_
 
 
 class Factors(NamedTuple):
-    """An adapter of a stack of matrices: A [E, r, in], B [E, out, r]."""
+    """An adapter of a stack of matrices: A [E, r, in], B [E, out, r], contiguous."""
 
     A: Tensor
     B: Tensor
@@ -34,7 +33,9 @@ class Routed(NamedTuple):
 
     order: Tensor  # [S]: which of the tokens' k choices, token after token
     tokens: Tensor  # [S]
-    counts: list[int]  # of each expert
+    experts: Tensor  # [S]
+    sizes: Tensor  # of each expert: how many entries are its own
+    counts: list[int]  # the same, on the host
 
 
 def why_not_experts(module: nn.Module, weights: Sequence[str]) -> str | None:
@@ -73,10 +74,11 @@ def experts_forward(
         [tokens, out], in the dtype of hidden_states.
     """
     routed = route(top_k_index, module.num_experts)
-    adapters = adapters or {}
+    slots = slots_of_one(routed) if adapters else None
 
     def product(name: str, x: Tensor) -> Tensor:
-        return expert_linear(module, name, x, routed.counts, adapters.get(name))
+        own = [adapters[name]] if adapters and name in adapters else []
+        return expert_linear(module, name, x, routed.counts, slots, own)
 
     return mix(module, hidden_states, top_k_weights, routed, product)
 
@@ -85,10 +87,12 @@ def route(top_k_index: Tensor, experts: int) -> Routed:
     """Which tokens go to which expert."""
     flat = top_k_index.reshape(-1)
     flat = torch.where((flat >= 0) & (flat < experts), flat, experts)
-    order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=experts + 1)[:experts].tolist()
-    order = order[: sum(counts)]
-    return Routed(order, order // max(top_k_index.shape[-1], 1), counts)
+    chosen, order = flat.sort(stable=True)
+    sizes = torch.bincount(flat, minlength=experts + 1)[:experts]
+    counts = sizes.tolist()
+    S = sum(counts)
+    order = order[:S]
+    return Routed(order, order // max(top_k_index.shape[-1], 1), chosen[:S], sizes, counts)
 
 
 def mix(
@@ -108,112 +112,101 @@ def mix(
     return total.to(hidden_states.dtype)
 
 
-def matrices(module: Any, name: str) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
-    """Every expert's weight [out, in] and bias."""
-    stack = getattr(module, name)
-    weights = (stack.mT if module.is_transposed else stack).unbind(0)
-    biases: Sequence[Tensor | None] = [None] * len(weights)
-    if module.has_bias:
-        biases = getattr(module, f"{name}_bias").unbind(0)
-    return weights, biases
-
-
-def expert_linear(
-    module: Any, name: str, x: Tensor, counts: list[int], adapter: Factors | None
-) -> Tensor:
-    """[S, in] → [S, out], each expert's rows one after another."""
-    weights, biases = matrices(module, name)
-    x = as_weight(x, weights[0])
-    parts = []
-    if adapter is not None:
-        As, Bs = adapter.A.unbind(0), adapter.B.contiguous().unbind(0)
-    for expert, rows in enumerate(torch.split(x, counts)):
-        if not len(rows):
-            continue
-        weight, bias = weights[expert], biases[expert]
-        if adapter is None:
-            parts.append(nn.functional.linear(rows, weight, bias))
-        else:
-            parts.append(
-                lora_linear(rows, weight, bias, As[expert], Bs[expert], scaling=adapter.scaling)
-            )
-    return torch.cat(parts) if parts else x.new_zeros(0, weights[0].shape[0])
-
-
 class Slots(NamedTuple):
-    """Which rows of one expert have which adapter, as `lora_linear_grouped` takes it."""
+    """Which rows of each expert have which adapter, expert after expert, as `lora_linear_grouped`
+    takes them: an expert and an adapter are a slot."""
 
-    used: list[int]  # the adapters, by their places
-    order: Tensor  # int32: rows of the first of these, of the second, ...
-    counts: list[int]
+    experts: list[int]  # of each slot
+    adapters: list[int]  # of each slot, by their places
+    counts: list[int]  # of each slot
+    order: Tensor  # int32: the rows of the first slot, of the second, ..., counted in their expert
     factor: Tensor | None  # of each entry of order
 
 
-def slots_of(routed: Routed, tokens: int, rows: Assignment) -> list[Slots]:
-    """Of every expert, where `rows` says which token has which adapter."""
+def slots_of_one(routed: Routed) -> Slots:
+    """All rows have the one adapter that there is."""
+    used = [expert for expert, count in enumerate(routed.counts) if count]
+    counts = [routed.counts[expert] for expert in used]
+    return Slots(used, [0] * len(used), counts, rows_of(routed).int(), None)
+
+
+def slots_of(routed: Routed, tokens: int, rows: Assignment) -> Slots:
+    """Where `rows` says which token has which adapter."""
     device, n = routed.tokens.device, len(rows.counts)
     entries = rows.order.long()
     places = torch.arange(n, device=device).repeat_interleave(
         torch.tensor(rows.counts, device=device)
     )
     place = torch.full((tokens,), -1, device=device).index_copy(0, entries, places)
-    factors = None
+    place = place.index_select(0, routed.tokens)
+    slot = routed.experts * n + place
+    order = torch.where(place < 0, -1, slot).argsort(stable=True)
+    order = order[int((place < 0).sum()) :]
+    slots, counts = torch.unique_consecutive(slot.index_select(0, order), return_counts=True)
+    factor = None
     if rows.factor is not None:
-        factors = rows.factor.new_zeros(tokens).index_copy(0, entries, rows.factor)
-        factors = factors.index_select(0, routed.tokens)
-    found = []
-    begin = 0
-    for own in torch.split(place.index_select(0, routed.tokens), routed.counts):
-        counts = torch.bincount(own + 1, minlength=n + 1).tolist()
-        order = own.argsort(stable=True)[counts[0] :]
-        used = [j for j in range(n) if counts[j + 1]]
-        factor = None if factors is None else factors.index_select(0, begin + order)
-        found.append(Slots(used, order.int(), [counts[j + 1] for j in used], factor))
-        begin += len(own)
-    return found
+        factor = rows.factor.new_zeros(tokens).index_copy(0, entries, rows.factor)
+        factor = factor.index_select(0, routed.tokens).index_select(0, order)
+    numbers = slots.tolist()
+    return Slots(
+        [number // n for number in numbers],
+        [number % n for number in numbers],
+        counts.tolist(),
+        rows_of(routed).index_select(0, order).int(),
+        factor,
+    )
 
 
-def planned_expert_linear(
+def rows_of(routed: Routed) -> Tensor:
+    """[S]: which row of its expert's an entry is."""
+    begins = routed.sizes.cumsum(0) - routed.sizes
+    rows = torch.arange(len(routed.order), device=routed.order.device)
+    return rows - begins.index_select(0, routed.experts)
+
+
+def expert_linear(
     module: Any,
     name: str,
     x: Tensor,
-    routed: Routed,
-    slots: Sequence[Slots],
+    counts: list[int],
+    slots: Slots | None,
     adapters: Sequence[Factors],
 ) -> Tensor:
-    """[S, in] → [S, out] as `expert_linear`, where tokens have adapters of their own: an expert and
-    an adapter are a slot."""
-    weights, biases = matrices(module, name)
-    x = as_weight(x, weights[0])
-    stacks = [(one.A.unbind(0), one.B.contiguous().unbind(0)) for one in adapters]
-    parts = []
-    for expert, rows in enumerate(torch.split(x, routed.counts)):
-        weight, bias, own = weights[expert], biases[expert], slots[expert]
-        if not len(rows):
-            continue
-        if not own.used:
-            parts.append(nn.functional.linear(rows, weight, bias))
-            continue
-        parts.append(
-            torch.ops.lora_ext.lora_linear_grouped(
-                rows,
-                weight,
-                bias,
-                [stacks[j][0][expert] for j in own.used],
-                [stacks[j][1][expert] for j in own.used],
-                [],
-                own.order,
-                own.counts,
-                own.factor,
-                [adapters[j].scaling for j in own.used],
-                [0.0] * len(own.used),
-            )
-        )
-    return torch.cat(parts) if parts else x.new_zeros(0, weights[0].shape[0])
+    """[S, in] → [S, out], each expert's rows one after another; the base alone without adapters."""
+    stack = getattr(module, name)
+    weight = stack.mT if module.is_transposed else stack
+    bias = getattr(module, f"{name}_bias") if module.has_bias else None
+    if not torch.is_autocast_enabled(x.device.type):
+        x = x.to(weight.dtype)  # as transformers' experts take it
+    if not adapters or slots is None or not slots.counts:
+        return base_linear(x, weight, bias, counts)
+    each = [(one.A.unbind(0), one.B.unbind(0)) for one in adapters]
+    used = list(zip(slots.adapters, slots.experts, strict=True))
+    of_experts = [0] * len(counts)
+    for expert in slots.experts:
+        of_experts[expert] += 1
+    return torch.ops.lora_ext.lora_linear_grouped(  # type: ignore[no-any-return]
+        x,
+        weight,
+        bias,
+        [each[place][0][expert] for place, expert in used],
+        [each[place][1][expert] for place, expert in used],
+        [],
+        slots.order,
+        slots.counts,
+        slots.factor,
+        [adapters[place].scaling for place, _ in used],
+        [0.0] * len(used),
+        weight_rows=counts,
+        weight_slots=of_experts,
+    )
 
 
-def as_weight(x: Tensor, weight: Tensor) -> Tensor:
-    """x in the dtype that its product has, as transformers' experts take it."""
-    if torch.is_autocast_enabled(x.device.type):
-        return x
-    return x.to(weight.dtype)
+def base_linear(x: Tensor, weight: Tensor, bias: Tensor | None, counts: list[int]) -> Tensor:
+    biases: Sequence[Tensor | None] = [None] * len(counts) if bias is None else bias.unbind(0)
+    parts = [
+        nn.functional.linear(rows, own, of_bias)
+        for rows, own, of_bias in zip(torch.split(x, counts), weight.unbind(0), biases, strict=True)
+        if len(rows)
+    ]
+    return torch.cat(parts) if parts else x.new_zeros(0, weight.shape[1])

@@ -14,9 +14,9 @@ from lora_ext.nn.adapter import DEFAULT, AdapterOptions, AdapterSettings
 from lora_ext.nn.any_layer import AnyLayer
 from lora_ext.nn.experts import (
     Factors,
+    expert_linear,
     experts_forward,
     mix,
-    planned_expert_linear,
     route,
     slots_of,
     why_not_experts,
@@ -115,8 +115,7 @@ class ParamLayer(AnyLayer):
             adapters = []
             if name in self.WEIGHTS:
                 adapters = [self._factors([adapter], name) for adapter in rows.names]
-            own = slots if adapters else [one._replace(used=[]) for one in slots]
-            return planned_expert_linear(self, name, x, routed, own, adapters)
+            return expert_linear(self, name, x, routed.counts, slots, adapters)
 
         return mix(self, hidden_states, top_k_weights, routed, product)
 
@@ -152,7 +151,9 @@ class ParamLayer(AnyLayer):
         for name in names:
             stack = self._stack([name], prefix=f"{weight_name}_").for_any()
             A = torch.unflatten(stack.lora_A, 0, (E, -1))
-            B = torch.unflatten(stack.lora_B, 1, (-1, E)).permute(2, 0, 1)
+            # Copied matrix after matrix: in two dimensions PyTorch transposes in tiles.
+            B = stack.lora_B.reshape(-1, E).t().contiguous()
+            B = B.view(E, stack.lora_B.shape[0], A.shape[1])
             each.append(Factors(A, B, stack.scaling))
         if len(each) == 1:
             return each[0]
@@ -207,4 +208,4 @@ class ParamLayer(AnyLayer):
         for name in self.WEIGHTS:
             factors = self._factors(names, name)
             for matrix, A, B in zip(self._matrices(name), factors.A, factors.B, strict=True):
-                torch.ops.lora_ext.merge_(matrix, A, B.contiguous(), factors.scaling)
+                torch.ops.lora_ext.merge_(matrix, A, B, factors.scaling)

@@ -41,45 +41,6 @@ void check_product(Sizes size, double unit) {
 constexpr Sizes kOneTile = {37, 72, 328, 16};
 constexpr Sizes kSeveralTiles = {200, 264, 128, 80};
 
-CASE(bf16_weight_as_in_forward) {
-  check_product<Bf16, Small, BLayout::kColumns>(kOneTile, kBf16Unit);
-  check_product<Bf16, Small, BLayout::kColumns>(kSeveralTiles, kBf16Unit);
-}
-
-CASE(bf16_weight_as_in_backward) {
-  check_product<Bf16, Small, BLayout::kRows>(kOneTile, kBf16Unit);
-  check_product<Bf16, Small, BLayout::kRows>(kSeveralTiles, kBf16Unit);
-  check_product<Bf16, sm90::ProductShape<64, 2>, BLayout::kRows>(kOneTile, kBf16Unit);
-}
-
-// Of several results each has columns of tiles of its own, the last of which are not whole.
-CASE(products_beside_each_other) {
-  using Check = ProductCheck<Bf16, BLayout::kColumns>;
-  Check problems[] = {Check({200, 72, 136, 16}), Check({200, 264, 72, 80}),
-                      Check({200, 128, 136, 8})};
-  for (const int cluster : {1, 2}) {
-    for_each_schedule([&] {
-      const Product<Bf16> products[] = {problems[0].product(), problems[1].product(),
-                                        problems[2].product()};
-      sm90::launch_product_tiles<Bf16, Small, sm90::Major::kK>({products, 3}, cluster, 2 * cluster,
-                                                               nullptr);
-      for (const Check& problem : problems) problem.check(kBf16Unit);
-      const int64_t steps = 1 * (3 + 1) + 3 * (2 + 2) + 1 * (3 + 1);  // of tiles of 128 columns
-      EXPECT(simt::statistics().tma_bytes == 2 * steps * (128 + 128) * 64 * 2);
-      EXPECT(simt::statistics().tma_stored_bytes == 200 * (72 + 264 + 128) * 2);
-    });
-  }
-}
-
-// Every lane fences what it stored itself.
-CASE(stores_are_seen_by_tma) {
-  simt::options().watch_stores = true;
-  ProductCheck<Bf16, BLayout::kColumns> problem(kOneTile);
-  const Product<Bf16> product = problem.product();
-  sm90::launch_product_tiles<Bf16, Small, sm90::Major::kK>({&product, 1}, 1, 2, nullptr);
-  problem.check(kBf16Unit);
-}
-
 // ---- The order of tiles ------------------------------------------------------------------------
 
 CASE(every_tile_once) {
@@ -146,6 +107,47 @@ CASE(clusters_can_be_switched_off) {
   setenv("LORA_EXT_CUDA_OFF", "", 1);
   EXPECT(sm90::most_cluster() == 2);
   unsetenv("LORA_EXT_CUDA_OFF");
+}
+
+// ---- Products, small ones first: a planted mistake ends the program (test_kernel_mistakes.py) --
+
+// Every lane fences what it stored itself.
+CASE(stores_are_seen_by_tma) {
+  simt::options().watch_stores = true;
+  ProductCheck<Bf16, BLayout::kColumns> problem(kOneTile);
+  const Product<Bf16> product = problem.product();
+  sm90::launch_product_tiles<Bf16, Small, sm90::Major::kK>({&product, 1}, 1, 2, nullptr);
+  problem.check(kBf16Unit);
+}
+
+// Of several results each has columns of tiles of its own, the last of which are not whole.
+CASE(products_beside_each_other) {
+  using Check = ProductCheck<Bf16, BLayout::kColumns>;
+  Check problems[] = {Check({200, 72, 136, 16}), Check({200, 264, 72, 80}),
+                      Check({200, 128, 136, 8})};
+  for (const int cluster : {1, 2}) {
+    for_each_schedule([&] {
+      const Product<Bf16> products[] = {problems[0].product(), problems[1].product(),
+                                        problems[2].product()};
+      sm90::launch_product_tiles<Bf16, Small, sm90::Major::kK>({products, 3}, cluster, 2 * cluster,
+                                                               nullptr);
+      for (const Check& problem : problems) problem.check(kBf16Unit);
+      const int64_t steps = 1 * (3 + 1) + 3 * (2 + 2) + 1 * (3 + 1);  // of tiles of 128 columns
+      EXPECT(simt::statistics().tma_bytes == 2 * steps * (128 + 128) * 64 * 2);
+      EXPECT(simt::statistics().tma_stored_bytes == 200 * (72 + 264 + 128) * 2);
+    });
+  }
+}
+
+CASE(bf16_weight_as_in_forward) {
+  check_product<Bf16, Small, BLayout::kColumns>(kOneTile, kBf16Unit);
+  check_product<Bf16, Small, BLayout::kColumns>(kSeveralTiles, kBf16Unit);
+}
+
+CASE(bf16_weight_as_in_backward) {
+  check_product<Bf16, Small, BLayout::kRows>(kOneTile, kBf16Unit);
+  check_product<Bf16, Small, BLayout::kRows>(kSeveralTiles, kBf16Unit);
+  check_product<Bf16, sm90::ProductShape<64, 2>, BLayout::kRows>(kOneTile, kBf16Unit);
 }
 
 #if !defined(BF16_ONLY)
