@@ -10,11 +10,13 @@
 #include "cpu/capability.h"
 #include "cpu/dora_linear.h"
 #include "cpu/lora_linear.h"
+#include "cpu/quantized_product.h"
 #include "cuda/environment.h"
 #include "cuda/lora_linear_path.h"
 #include "ops/dropout.h"
 #include "ops/lora_linear_blas.h"
 #include "ops/lora_linear_multi.h"
+#include "ops/lora_linear_quantized.h"
 #include "ops/operator.h"
 #if defined(LORA_EXT_CUDA_VERSION)
 #include "cuda/lora_linear.h"
@@ -41,6 +43,34 @@ Tensor bound_lora_linear(const Tensor& x, const Tensor& weight, const OptionalTe
   }
   if (dropout_p > 0.0 && !rng_state.has_value()) call.dropout.rng_state = draw_rng_state(x);
   return lora_linear(call);
+}
+
+Tensor bound_lora_linear_quantized(const Tensor& x, const TensorVector& weight,
+                                   const std::vector<int64_t>& layout,
+                                   const std::vector<double>& numbers, const OptionalTensor& bias,
+                                   const Tensor& lora_A, const Tensor& lora_B,
+                                   const OptionalTensor& lora_bias, const Scaling& scaling,
+                                   double dropout_p, const OptionalTensor& rng_state) {
+  const auto* tensor = std::get_if<Tensor>(&scaling);
+  LoraLinearQuantizedCall call{x,
+                               {weight, layout, numbers},
+                               bias,
+                               lora_A,
+                               lora_B,
+                               lora_bias,
+                               {1.0, tensor ? OptionalTensor(*tensor) : std::nullopt},
+                               {dropout_p, rng_state}};
+  if (!tensor) call.scaling.number = std::get<double>(scaling);
+  if (dropout_p > 0.0 && !rng_state.has_value()) call.dropout.rng_state = draw_rng_state(x);
+  return lora_linear_quantized(call);
+}
+
+std::pair<std::string, std::string> bound_explain_lora_linear_cpu(
+    int64_t tokens, int64_t out_features, const Tensor& lora_A, at::ScalarType dtype,
+    double dropout_p, bool quantized) {
+  std::optional<BasePath> base;
+  if (quantized) base = quantized_base_path(tokens, dtype, /*forward=*/true);
+  return explain_lora_linear_cpu(tokens, out_features, lora_A, dtype, dropout_p, base);
 }
 
 using Optionals = std::vector<OptionalTensor>;
@@ -128,6 +158,12 @@ PYBIND11_MODULE(_C, m) {
         py::arg("lora_bias") = py::none(), py::arg("scaling") = 1.0, py::arg("dropout_p") = 0.0,
         py::arg("rng_state") = py::none(),
         "lora_linear as a C++ autograd Function; see lora_ext.lora_linear.");
+  m.def("lora_linear_quantized",
+        torch::wrap_pybind_function_no_gil(&lora_ext::bound_lora_linear_quantized), py::arg("x"),
+        py::arg("weight"), py::arg("layout"), py::arg("numbers"), py::arg("bias"),
+        py::arg("lora_A"), py::arg("lora_B"), py::arg("lora_bias") = py::none(),
+        py::arg("scaling") = 1.0, py::arg("dropout_p") = 0.0, py::arg("rng_state") = py::none(),
+        "lora_linear_quantized as a C++ autograd Function; see lora_ext.quant.operator.");
   m.def("lora_linear_multi", torch::wrap_pybind_function_no_gil(&lora_ext::bound_lora_linear_multi),
         py::arg("x"), py::arg("weights"), py::arg("biases"), py::arg("lora_As"), py::arg("lora_Bs"),
         py::arg("lora_biases"), py::arg("scalings"), py::arg("dropout_p"), py::arg("rng_states"),
@@ -138,9 +174,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("composed_bwd",
         torch::wrap_pybind_function_no_gil(*lora_ext::flat<&lora_ext::lora_linear_bwd_composed>),
         "lora_linear_bwd as the GPU composes it of products; on any device, for tests.");
-  m.def("explain_lora_linear_cpu", torch::wrap_pybind_function(&lora_ext::explain_lora_linear_cpu),
-        py::arg("tokens"), py::arg("out_features"), py::arg("lora_A"), py::arg("dtype"),
-        py::arg("dropout_p"), "The path of a call on the CPU, and why.");
+  m.def("explain_lora_linear_cpu",
+        torch::wrap_pybind_function(&lora_ext::bound_explain_lora_linear_cpu), py::arg("tokens"),
+        py::arg("out_features"), py::arg("lora_A"), py::arg("dtype"), py::arg("dropout_p"),
+        py::arg("quantized") = false, "The path of a call on the CPU, and why.");
   m.def("explain_dora_linear_cpu", torch::wrap_pybind_function(&lora_ext::explain_dora_linear_cpu),
         py::arg("tokens"), py::arg("dtype"), py::arg("dropout_p"),
         "Whether DoRA with dropout skips the dense second product on the CPU, and why.");

@@ -17,6 +17,19 @@ def lora_linear(
     dropout_p: float = 0.0,
     rng_state: Tensor | None = None,
 ) -> Tensor: ...
+def lora_linear_quantized(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    layout: Sequence[int],
+    numbers: Sequence[float],
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    lora_bias: Tensor | None = None,
+    scaling: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
+) -> Tensor: ...
 def lora_linear_multi(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -36,7 +49,12 @@ def explain_dora_linear_cpu(
     tokens: int, dtype: torch.dtype, dropout_p: float
 ) -> tuple[bool, str]: ...
 def explain_lora_linear_cpu(
-    tokens: int, out_features: int, lora_A: Tensor, dtype: torch.dtype, dropout_p: float
+    tokens: int,
+    out_features: int,
+    lora_A: Tensor,
+    dtype: torch.dtype,
+    dropout_p: float,
+    quantized: bool = False,
 ) -> tuple[str, str]: ...
 
 # Only in a build with CUDA

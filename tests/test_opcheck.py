@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from problems import make_problem
+from quant_matrices import ANY_SIZE
 from torch import Tensor
 
 import lora_ext
+from lora_ext.quant.operator import operands_of
 
 Sample = tuple[tuple[Any, ...], dict[str, Any]]
 DTYPES = [
@@ -275,6 +277,38 @@ def lora_linear_multi_bwd_samples() -> Iterator[Sample]:
         yield (dy, x, h if i % 2 else [], weight, A, B, *others, i % 4 != 3, wanted), {}
 
 
+def quantized_problems() -> Iterator[tuple[Any, Any]]:
+    """A problem each, and the operands of a matrix that is as large as its weight."""
+    matrices = itertools.cycle(ANY_SIZE.values())
+    for p, make in zip(problems(), matrices, strict=False):
+        yield p, operands_of(make(6, 10))
+
+
+def lora_linear_quantized_samples() -> Iterator[Sample]:
+    for p, weight in quantized_problems():
+        x, _, *others = p.operands
+        options = {"scaling": p.scaling, "dropout_p": p.dropout_p, "rng_state": p.rng_state}
+        yield (x, *weight, *others), options
+    yield (x, *weight, *detached(*others)), {"scaling_tensor": torch.tensor(0.5)}
+
+
+def lora_linear_quantized_fwd_samples() -> Iterator[Sample]:
+    for i, (p, weight) in enumerate(quantized_problems()):
+        x, _, *others = detached(*p.operands)
+        options = {"dropout_p": p.dropout_p, "rng_state": p.rng_state, "return_h": i % 2 == 0}
+        yield (x, *weight, *others), options
+
+
+def lora_linear_quantized_bwd_samples() -> Iterator[Sample]:
+    for i, (p, (tensors, *layout)) in enumerate(quantized_problems()):
+        x, _, _, A, B, _ = detached(*p.operands)
+        h = saved_h(x, A) if i % 3 == 0 else None
+        mask = [True] * 5 if i % 2 == 0 else [False, False, True, True, False]
+        tensors = tensors if mask[0] else []
+        options = (p.scaling, None, p.dropout_p, p.rng_state, mask)
+        yield (p.dy, x, h, tensors, *layout, A, B, *options), {}
+
+
 SAMPLES = {
     "dora_linear": dora_linear_samples,
     "dora_linear_fwd": dora_linear_fwd_samples,
@@ -291,6 +325,9 @@ SAMPLES = {
     "lora_linear_multi": lora_linear_multi_samples,
     "lora_linear_multi_fwd": lora_linear_multi_fwd_samples,
     "lora_linear_multi_bwd": lora_linear_multi_bwd_samples,
+    "lora_linear_quantized": lora_linear_quantized_samples,
+    "lora_linear_quantized_fwd": lora_linear_quantized_fwd_samples,
+    "lora_linear_quantized_bwd": lora_linear_quantized_bwd_samples,
     "draw_rng_state": draw_rng_state_samples,
     "dropout_mask": dropout_mask_samples,
     "dropout": dropout_samples,

@@ -105,7 +105,7 @@ std::tuple<Tensor, Tensor> dora_linear_fwd_cpu(const DoraLinearCall& call) {
   if (y.numel() == 0) return {y, v};
   low_rank_forward(low_rank);
   Tensor z = v.view({M, N});
-  BaseProduct(weight).write(z, low_rank.x);
+  DenseProduct(weight).write(z, low_rank.x);
   const auto compute = at::toOpMathType(x.scalar_type());
   if (!drops) {
     const Tensor scale = as_vector(call.scale, compute);
@@ -151,7 +151,7 @@ DoraGradients dora_linear_bwd_cpu(const DoraLinearBackwardCall& call, DoraMask m
   if (!done && mask[kDoraX]) {
     const Tensor& weight = *call.weight;
     const Tensor u_rows = u.view({M, N});
-    BaseProduct(weight).add_gradient(low_rank.dx, u_rows);
+    DenseProduct(weight).add_gradient(low_rank.dx, u_rows);
     if (!drops) return {dx, dbias.to(dy.scalar_type()), dA, dB, dscale};
     const auto& kernels = dora_linear_kernels(dy);
     const Tensor W = adjacent(weight);

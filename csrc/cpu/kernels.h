@@ -9,6 +9,7 @@
 #include "lora_embedding_kernels.h"
 #include "lora_linear_kernels.h"
 #include "merge_kernels.h"
+#include "quantized_kernels.h"
 #include "weight_norm_kernels.h"
 
 namespace lora_ext {
@@ -25,6 +26,7 @@ struct CpuKernels {
   ColumnScaleKernels column_scale;
   DropoutKernels dropout;
   MergeKernels merge;
+  QuantizedKernels quantized;
   WeightNormKernels weight_norm;
 };
 

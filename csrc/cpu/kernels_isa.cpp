@@ -9,6 +9,7 @@
 #include "simd/lora_linear_rows.h"
 #include "simd/lora_linear_single_rows.h"
 #include "simd/merge_rows.h"
+#include "simd/quantized_rows.h"
 #include "simd/transpose.h"
 #include "simd/weight_norm_rows.h"
 
@@ -45,6 +46,9 @@ constexpr CpuKernels kernels_for() {
                        .backward_rows = column_scale_backward_rows<T>},
       .dropout = {.rows = dropout_rows<T>, .mask_rows = dropout_mask_rows},
       .merge = {.scratch_bytes = merge_bytes<S>, .rows = merge_rows<T, TA>},
+      .quantized = {.dequantize = dequantize<T, T>,
+                    .dequantize_wide = dequantize<T, S>,
+                    .few_rows = quantized_few_rows<T>},
       .weight_norm = {.scratch_bytes = weight_norm_bytes<S>, .rows = weight_norm_rows<T, TA>},
   };
 }

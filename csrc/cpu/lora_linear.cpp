@@ -37,15 +37,16 @@ void add_row(const Tensor& out, const Tensor& row) {
 }
 
 // Of a call that reads x or dy [M, ...].
-void print_path_of(const char* pass, const Tensor& rows, const Tensor& lora_A, const Tensor& lora_B,
-                   const LoraDropout& dropout) {
+void print_path_of(bool forward, const Tensor& rows, const Tensor& lora_A, const Tensor& lora_B,
+                   const LoraDropout& dropout, const BaseProduct* product) {
   const int64_t M = rows.size(0), N = lora_B.size(0);
   const auto base = rows.scalar_type();
   const auto [path, reason] =
-      explain_lora_linear_cpu(M, N, lora_A, base, dropout.enabled() ? dropout.p : 0.0);
-  print_path(
-      {pass, M, N, lora_A.size(1), lora_A.size(0), base, lora_A.scalar_type(), dropout.enabled()},
-      path, reason);
+      explain_lora_linear_cpu(M, N, lora_A, base, dropout.enabled() ? dropout.p : 0.0,
+                              product ? product->path(M, forward) : std::nullopt);
+  print_path({forward ? "forward" : "backward", M, N, lora_A.size(1), lora_A.size(0), base,
+              lora_A.scalar_type(), dropout.enabled()},
+             path, reason);
 }
 
 std::tuple<Tensor, Tensor> lora_linear_fwd_cpu(const LoraLinearCall& call, bool return_h) {
@@ -60,21 +61,19 @@ Gradients lora_linear_bwd_cpu(const LoraLinearBackwardCall& call, GradientMask m
 
 }  // namespace
 
-void print_cpu_path(const LowRankForward& problem) {
-  print_path_of("forward", problem.x, problem.lora_A, problem.lora_B, problem.dropout);
+void print_cpu_path(const LowRankForward& problem, const BaseProduct* base) {
+  print_path_of(true, problem.x, problem.lora_A, problem.lora_B, problem.dropout, base);
 }
 
-void print_cpu_path(const LowRankBackward& problem) {
-  print_path_of("backward", problem.dy, problem.lora_A, problem.lora_B, problem.dropout);
+void print_cpu_path(const LowRankBackward& problem, const BaseProduct* base) {
+  print_path_of(false, problem.dy, problem.lora_A, problem.lora_B, problem.dropout, base);
 }
 
-namespace {
-
-std::tuple<Tensor, Tensor> run_forward(PreparedForward prepared, const Tensor& weight) {
+std::tuple<Tensor, Tensor> lora_linear_fwd_prepared(PreparedForward prepared,
+                                                    const BaseProduct& base) {
   auto& [y, h, low_rank] = prepared;
   if (y.numel() == 0) return {y, h.zero_()};
-  if (prints_paths()) print_cpu_path(low_rank);
-  const BaseProduct base(weight);
+  if (prints_paths()) print_cpu_path(low_rank, &base);
   if (makes_base_apart(low_rank.y)) {
     const Tensor biases = std::exchange(low_rank.bias, low_rank.y);
     base.write(low_rank.y, low_rank.x);
@@ -87,14 +86,28 @@ std::tuple<Tensor, Tensor> run_forward(PreparedForward prepared, const Tensor& w
   return {y, h};
 }
 
-}  // namespace
+Gradients lora_linear_bwd_prepared(const PreparedBackward& prepared, const BaseProduct* base) {
+  const auto& [gradients, low_rank, done] = prepared;
+  if (done) return gradients;
+  if (prints_paths()) print_cpu_path(low_rank, base);
+  low_rank_backward(low_rank);
+  if (!low_rank.dx.defined()) return gradients;
+  if (makes_base_apart(low_rank.dx)) {
+    add_row(low_rank.dx, base->gradient(low_rank.dy));
+  } else {
+    base->add_gradient(low_rank.dx, low_rank.dy);
+  }
+  return gradients;
+}
 
 std::tuple<Tensor, Tensor> lora_linear_fwd_checked(const LoraLinearCall& call, bool return_h) {
-  return run_forward(lora_linear_prepare_fwd(with_scaling_read(call), return_h), call.weight);
+  return lora_linear_fwd_prepared(lora_linear_prepare_fwd(with_scaling_read(call), return_h),
+                                  DenseProduct(call.weight));
 }
 
 void lora_linear_fwd_into(const LoraLinearCall& call, const Tensor& y, const Tensor& h) {
-  run_forward(lora_linear_prepare_fwd(with_scaling_read(call), h.defined(), y, h), call.weight);
+  lora_linear_fwd_prepared(lora_linear_prepare_fwd(with_scaling_read(call), h.defined(), y, h),
+                           DenseProduct(call.weight));
 }
 
 Gradients lora_linear_bwd_checked(const LoraLinearBackwardCall& call, GradientMask mask) {
@@ -103,18 +116,10 @@ Gradients lora_linear_bwd_checked(const LoraLinearBackwardCall& call, GradientMa
 
 Gradients lora_linear_bwd_into(const LoraLinearBackwardCall& call, const GradientMask& mask,
                                const Tensor& dx) {
-  auto [gradients, low_rank, done] = lora_linear_prepare_bwd(with_scaling_read(call), mask, dx);
-  if (done) return gradients;
-  if (prints_paths()) print_cpu_path(low_rank);
-  low_rank_backward(low_rank);
-  if (!mask[kGradX]) return gradients;
-  const BaseProduct base(*call.weight);
-  if (makes_base_apart(low_rank.dx)) {
-    add_row(low_rank.dx, base.gradient(low_rank.dy));
-  } else {
-    base.add_gradient(low_rank.dx, low_rank.dy);
-  }
-  return gradients;
+  const PreparedBackward prepared = lora_linear_prepare_bwd(with_scaling_read(call), mask, dx);
+  if (!mask[kGradX]) return lora_linear_bwd_prepared(prepared, nullptr);
+  const DenseProduct base(*call.weight);
+  return lora_linear_bwd_prepared(prepared, &base);
 }
 
 CpuPath path_for(int64_t M, int64_t N, const Tensor& lora_A, at::ScalarType base, bool dropout) {
@@ -155,19 +160,22 @@ void low_rank_backward(const LowRankBackward& problem) {
   }
 }
 
-std::pair<std::string, std::string> explain_lora_linear_cpu(int64_t tokens, int64_t out_features,
-                                                            const Tensor& lora_A,
-                                                            at::ScalarType base, double dropout_p) {
+std::pair<std::string, std::string> explain_lora_linear_cpu(
+    int64_t tokens, int64_t out_features, const Tensor& lora_A, at::ScalarType base,
+    double dropout_p, const std::optional<BasePath>& product) {
   const CpuPath path = path_for(tokens, out_features, lora_A, base, dropout_p > 0.0);
-  std::string reason = path.reason;
-  if (widens_product(tokens, out_features, lora_A.size(1), base)) {
-    reason += "; the base product is float32's, of operands widened block by block";
+  BasePath added;
+  if (product.has_value()) {
+    added = *product;
+  } else if (widens_product(tokens, out_features, lora_A.size(1), base)) {
+    added.reason = "; the base product is float32's, of operands widened block by block";
   }
-  if (path.kernels == CpuPath::Kernels::Blas) return {"cpu blas", reason};
+  const std::string reason = path.reason + added.reason;
+  if (path.kernels == CpuPath::Kernels::Blas) return {"cpu blas" + added.path, reason};
   const CpuCapability capability = path.kernels == CpuPath::Kernels::Bf16Dot
                                        ? CpuCapability::Avx512Bf16
                                        : std::min(cpu_capability(), CpuCapability::Avx512);
-  return {std::string("cpu fused ") + cpu_capability_name(capability), reason};
+  return {std::string("cpu fused ") + cpu_capability_name(capability) + added.path, reason};
 }
 
 TORCH_LIBRARY_IMPL(lora_ext, CPU, m) {

@@ -195,7 +195,7 @@ std::tuple<TensorVector, TensorVector> lora_linear_multi_fwd_cpu(const LoraLinea
   if (!fuses) return {y, h};
   low_rank_forward_together(problems, together);
   for (size_t p = 0; p < problems.size(); ++p) {
-    BaseProduct(layers[together.layers[p]].weight).add(problems[p].y, problems[p].x);
+    DenseProduct(layers[together.layers[p]].weight).add(problems[p].y, problems[p].x);
   }
   return {y, h};
 }
@@ -246,7 +246,7 @@ MultiGradients lora_linear_multi_bwd_cpu(const LoraLinearMultiBackwardCall& call
   }
   if (products.size() == 1) dx_rows.zero_();
   if (!problems.empty()) low_rank_backward_together(problems, together);
-  if (wants_x) BaseProduct(products.back().second).add_gradient(dx_rows, products.back().first);
+  if (wants_x) DenseProduct(products.back().second).add_gradient(dx_rows, products.back().first);
   for (const size_t i : others) {
     const Gradients gradients = layer_bwd(layers[i], &lora_linear_bwd_checked);
     put_gradients(all, i, gradients);

@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor> lora_linear_fwd_cuda(const LoraLinearCall& call, bool
   const c10::cuda::CUDAGuard guard(call.x.device());
   const auto [y, h, low_rank] = lora_linear_prepare_fwd(call, return_h);
   if (y.numel() == 0) return {y, h.zero_()};
-  const BaseProduct base(call.weight);
+  const DenseProduct base(call.weight);
   const CudaPath path = trusted_path(cuda_call_of(false, low_rank.x, Tensor(), call.weight,
                                                   low_rank.lora_A, low_rank.lora_B, call.dropout));
   if (prints_paths()) {
@@ -78,7 +78,7 @@ Gradients lora_linear_bwd_cuda(const LoraLinearBackwardCall& call, GradientMask 
     run_kernels(low_rank, fused && mask[kGradX] ? readable(*call.weight) : Tensor(), path.family);
   }
   if (!fused && mask[kGradX]) {
-    BaseProduct(*call.weight).add_gradient(low_rank.dx, low_rank.dy);
+    DenseProduct(*call.weight).add_gradient(low_rank.dx, low_rank.dy);
   }
   return gradients;
 }

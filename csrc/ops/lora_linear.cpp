@@ -72,29 +72,33 @@ void check_weight(const char* op, const Tensor& x, const Tensor& weight, const c
                    "; convert one of them with .to(), or use torch.autocast");
 }
 
-// Where weight and lora_A agree, it is x that does not fit, and not the weight.
-void check_input(const char* op, const Tensor& x, const Tensor& weight, const Tensor& lora_A) {
+}  // namespace
+
+void check_lora_linear_input(const Tensor& x, c10::SymIntArrayRef weight, const Tensor& lora_A,
+                             const char* op) {
+  check_dense(op, "x", x);
   TORCH_CHECK_VALUE(x.dim() >= 1, op, ": x: got a 0-d tensor, expected [..., in_features]");
   check_base_dtype(op, "x", x);
   const bool others_agree =
-      weight.dim() == 2 && lora_A.dim() == 2 && weight.sym_size(1) == lora_A.sym_size(1);
-  TORCH_CHECK_VALUE(!others_agree || x.sym_size(-1) == weight.sym_size(1), op, ": x: got shape ",
-                    x.sym_sizes(), ", expected [..., ", weight.sym_size(1),
+      weight.size() == 2 && lora_A.dim() == 2 && weight[1] == lora_A.sym_size(1);
+  TORCH_CHECK_VALUE(!others_agree || x.sym_size(-1) == weight[1], op, ": x: got shape ",
+                    x.sym_sizes(), ", expected [..., ", weight[1],
                     "], in_features being the second dimension of weight and lora_A");
 }
 
-}  // namespace
-
-void check_lora_linear(const LoraLinearCall& call, const char* op) {
-  const auto &x = call.x, &weight = call.weight;
-  check_dense(op, "x", x);
-  check_input(op, x, weight, call.lora_A);
-  check_weight(op, x, weight, x.sym_size(-1));
-  const c10::SymInt N = weight.sym_size(0);
+void check_lora_linear_adapter(const LoraLinearCall& call, const c10::SymInt& N, const char* op) {
+  const auto& x = call.x;
   check_adapters(op, "x", x, N, x.sym_size(-1), call.lora_A, call.lora_B);
   check_vector(op, "bias", call.bias, x, N, x.scalar_type());
   check_vector(op, "lora_bias", call.lora_bias, x, N, call.lora_B.scalar_type());
   check_scaling_and_dropout(op, x, call.scaling, call.dropout);
+}
+
+void check_lora_linear(const LoraLinearCall& call, const char* op) {
+  const auto &x = call.x, &weight = call.weight;
+  check_lora_linear_input(x, weight.sym_sizes(), call.lora_A, op);
+  check_weight(op, x, weight, x.sym_size(-1));
+  check_lora_linear_adapter(call, weight.sym_size(0), op);
 }
 
 void check_lora_linear_bwd(const LoraLinearBackwardCall& call, const GradientMask& mask,

@@ -92,6 +92,10 @@ TensorVector lora_linear_bwd_decomposed(const LoraLinearBackwardCall& call,
                                         const GradientMask& mask);
 
 void check_lora_linear(const LoraLinearCall& call, const char* op = "lora_linear");
+// Its parts: x beside a weight of these sizes, without the weight; and all but both.
+void check_lora_linear_input(const Tensor& x, c10::SymIntArrayRef weight, const Tensor& lora_A,
+                             const char* op);
+void check_lora_linear_adapter(const LoraLinearCall& call, const c10::SymInt& N, const char* op);
 void check_lora_linear_bwd(const LoraLinearBackwardCall& call, const GradientMask& mask,
                            const char* op = "lora_linear_bwd");
 

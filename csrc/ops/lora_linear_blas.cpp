@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor> lora_linear_fwd_composed(const LoraLinearCall& call, 
   auto [y, h, low_rank] = lora_linear_prepare_fwd(call, return_h);
   if (y.numel() == 0) return {y, h.zero_()};
   low_rank_forward_blas(low_rank);
-  BaseProduct(call.weight).add(low_rank.y, low_rank.x);
+  DenseProduct(call.weight).add(low_rank.y, low_rank.x);
   return {y, h};
 }
 
@@ -125,7 +125,7 @@ Gradients lora_linear_bwd_composed(const LoraLinearBackwardCall& call, GradientM
   auto [gradients, low_rank, done] = lora_linear_prepare_bwd(call, mask);
   if (done) return gradients;
   low_rank_backward_blas(low_rank);
-  if (mask[kGradX]) BaseProduct(*call.weight).add_gradient(low_rank.dx, low_rank.dy);
+  if (mask[kGradX]) DenseProduct(*call.weight).add_gradient(low_rank.dx, low_rank.dy);
   return gradients;
 }
 

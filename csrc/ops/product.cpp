@@ -10,28 +10,43 @@ namespace {
 
 int64_t at_most(int64_t size, int64_t limit) { return std::min(size, limit); }
 
-// Room for a widened block, of adjacent elements where the matrix has them.
-Tensor block_of(const Tensor& matrix, int64_t rows, int64_t columns) {
-  rows = at_most(matrix.size(0), rows), columns = at_most(matrix.size(1), columns);
-  const auto options = matrix.options().dtype(at::kFloat);
-  return matrix.stride(0) == 1 ? at::empty({columns, rows}, options).t()
-                               : at::empty({rows, columns}, options);
+// Room for a widened block of a matrix [rows, columns], of adjacent elements where it has them.
+Tensor block_of(int64_t rows, int64_t columns, bool transposed) {
+  return transposed ? at::empty({columns, rows}, at::kFloat).t()
+                    : at::empty({rows, columns}, at::kFloat);
 }
 
 Tensor corner(const Tensor& matrix, int64_t rows, int64_t columns) {
   return matrix.narrow(0, 0, rows).narrow(1, 0, columns);
 }
 
-// out = a b, or += it. The cut is the same for any number of threads, so that results are.
+// out = a b, or += it
 void widened_product_out(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
+  product_of_widened_blocks(
+      out, a, /*transposed=*/b.stride(0) == 1, add, [&](int64_t k, int64_t n, const Tensor& block) {
+        block.copy_(b.narrow(0, k, block.size(0)).narrow(1, n, block.size(1)));
+      });
+}
+
+bool widens(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() && widens_product(a.size(0), b.size(1), a.size(1), a.scalar_type());
+}
+
+}  // namespace
+
+// The cut is the same for any number of threads, so that results are.
+void product_of_widened_blocks(const Tensor& out, const Tensor& a, bool transposed, bool add,
+                               const FillBlock& fill) {
   const int64_t M = out.size(0), N = out.size(1), K = a.size(1);
   // The blocks of a thread lie in its L2 cache; few rows leave several threads something to do.
   constexpr int64_t kRows = 256, kDepth = 512;
   const int64_t width = M < 128 ? 128 : 256, columns_of_blocks = at::divup(N, width);
+  const int64_t height = at_most(M, kRows), span = at_most(K, kDepth), breadth = at_most(N, width);
   at::parallel_for(0, at::divup(M, kRows) * columns_of_blocks, 1, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;  // threads have states of their own
-    const Tensor room_a = block_of(a, kRows, kDepth), room_b = block_of(b, kDepth, width),
-                 room = block_of(out, kRows, width);
+    const Tensor room_a = block_of(height, span, a.stride(0) == 1),
+                 room_b = block_of(span, breadth, transposed),
+                 room = block_of(height, breadth, out.stride(0) == 1);
     for (int64_t block = begin; block < end; ++block) {
       const int64_t m = block / columns_of_blocks * kRows, n = block % columns_of_blocks * width;
       const int64_t rows = at_most(M - m, kRows), columns = at_most(N - n, width);
@@ -42,19 +57,13 @@ void widened_product_out(const Tensor& out, const Tensor& a, const Tensor& b, bo
         const int64_t depth = at_most(K - k, kDepth);
         const Tensor wide_a = corner(room_a, rows, depth), wide_b = corner(room_b, depth, columns);
         wide_a.copy_(a.narrow(0, m, rows).narrow(1, k, depth));
-        wide_b.copy_(b.narrow(0, k, depth).narrow(1, n, columns));
+        fill(k, n, wide_b);
         sums.addmm_(wide_a, wide_b, /*beta=*/add || k > 0 ? 1 : 0);
       }
       place.copy_(sums);
     }
   });
 }
-
-bool widens(const Tensor& a, const Tensor& b) {
-  return a.is_cpu() && widens_product(a.size(0), b.size(1), a.size(1), a.scalar_type());
-}
-
-}  // namespace
 
 bool widens_product(int64_t M, int64_t N, int64_t K, at::ScalarType dtype) {
 #if defined(__x86_64__)  // not measured elsewhere

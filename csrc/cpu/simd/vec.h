@@ -7,6 +7,9 @@
 //     load_partial, store_partial     the first n lanes, nothing beyond them is touched
 //     keep(a, bits)                   lane i survives where bit i is set, else 0
 //     all_finite(a)                   no infinity, no NaN
+//     load, load_partial (int8_t*)    numbers, for float
+//   Table16  sixteen floats, kRegisters of Vec<float>
+//     lookup(const uint8_t* codes)    those of kWidth codes below 16
 //   U32      kWidth lanes of uint32_t, as Philox needs them
 #pragma once
 

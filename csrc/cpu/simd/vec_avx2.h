@@ -41,6 +41,9 @@ struct Vec<float> {
     return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
   }
   static Reg load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(as_vector(p))); }
+  static Reg load(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(as_vector(p))));
+  }
   static void store(float* p, Reg a) { _mm256_storeu_ps(p, a); }
   // Round to nearest even; NaN becomes the quiet NaN.
   static void store(BFloat16* p, Reg a) {
@@ -126,6 +129,19 @@ struct Vec<double> {
     double buffer[kWidth];
     store(buffer, a);
     memcpy(p, buffer, n * sizeof(double));
+  }
+};
+
+struct Table16 {
+  static constexpr int kRegisters = 2;
+  __m256 values[kRegisters];
+
+  __m256 lookup(const uint8_t* codes) const {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
+    const __m256i index = _mm256_cvtepu8_epi32(bytes);  // a permutation reads its low three bits
+    const __m256 lower = _mm256_permutevar8x32_ps(values[0], index),
+                 upper = _mm256_permutevar8x32_ps(values[1], index);
+    return _mm256_blendv_ps(lower, upper, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
   }
 };
 

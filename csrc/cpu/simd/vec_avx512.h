@@ -31,12 +31,18 @@ struct Vec<float> {
   static Reg load(const float* p) { return _mm512_loadu_ps(p); }
   static Reg load(const BFloat16* p) { return widen_bf16(_mm256_loadu_si256(as_vector(p))); }
   static Reg load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(as_vector(p))); }
+  static Reg load(const int8_t* p) {
+    return widen_int8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
   static Reg load_partial(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
   static Reg load_partial(const BFloat16* p, int n) {
     return widen_bf16(_mm256_maskz_loadu_epi16(first(n), p));
   }
   static Reg load_partial(const Half* p, int n) {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p));
+  }
+  static Reg load_partial(const int8_t* p, int n) {
+    return widen_int8(_mm_maskz_loadu_epi8(first(n), p));
   }
 
   static void store(float* p, Reg a) { _mm512_storeu_ps(p, a); }
@@ -59,6 +65,9 @@ struct Vec<float> {
   template <class T>
   static __m256i* as_vector(T* p) {
     return reinterpret_cast<__m256i*>(p);
+  }
+  static Reg widen_int8(__m128i numbers) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(numbers));
   }
   static Reg widen_bf16(__m256i bits) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
@@ -120,6 +129,16 @@ struct Vec<double> {
     return _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16)));
   }
   static Reg widen_half(__m128i bits) { return _mm512_cvtps_pd(_mm256_cvtph_ps(bits)); }
+};
+
+struct Table16 {
+  static constexpr int kRegisters = 1;
+  __m512 values[kRegisters];
+
+  __m512 lookup(const uint8_t* codes) const {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+    return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(bytes), values[0]);
+  }
 };
 
 struct U32 {

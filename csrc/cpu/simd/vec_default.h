@@ -64,6 +64,8 @@ inline void from_float(float value, Half& out) {
   out.bits = static_cast<uint16_t>(sign | half);
 }
 
+inline float to_float(int8_t value) { return value; }
+
 inline double to_float(double value) { return value; }
 inline void from_float(double value, double& out) { out = value; }
 
@@ -109,6 +111,17 @@ struct Vec {
   template <class T>
   static void store_partial(T* p, Reg a, int n) {
     for (int i = 0; i < n; ++i) from_float(a[i], p[i]);
+  }
+};
+
+struct Table16 {
+  static constexpr int kRegisters = 4;
+  Vec<float>::Reg values[kRegisters];
+
+  Vec<float>::Reg lookup(const uint8_t* codes) const {
+    Vec<float>::Reg found{};
+    for (int i = 0; i < 4; ++i) found[i] = values[codes[i] / 4][codes[i] % 4];
+    return found;
   }
 };
 
