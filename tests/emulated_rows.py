@@ -76,7 +76,7 @@ class RowKernels:
 
     def launch(self, function: str, types: str, **sizes: int) -> None:
         """Without operands: in a dry run (`limits_only`)."""
-        self._check(function, types, ARGUMENTS[function](**sizes))
+        self.check(function, types, ARGUMENTS[function](**sizes))
 
     def weight_norm(
         self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, by_column: bool
@@ -157,7 +157,7 @@ class RowKernels:
             setattr(arguments, name, tensor.data_ptr())
             if name in strides:
                 setattr(arguments, strides[name], tensor.stride(0))
-        self._check(function, types, arguments)
+        self.check(function, types, arguments)
         for name, guard in guards.items():
             if guard is None:
                 continue
@@ -165,7 +165,7 @@ class RowKernels:
             if name in results:
                 results[name].copy_(guard.tensor)
 
-    def _check(self, function: str, types: str, arguments: ctypes.Structure) -> None:
+    def check(self, function: str, types: str, arguments: ctypes.Structure) -> None:
         if getattr(self.library, function)(types.encode(), ctypes.byref(arguments)):
             raise RuntimeError(self.library.last_error().decode())
 

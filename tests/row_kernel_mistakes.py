@@ -1,4 +1,4 @@
-"""Mistakes for the CUDA kernels that walk rows, as test_kernel_mistakes.py has them, and the calls
+"""Mistakes for the CUDA kernels that walk rows or dequantize, as test_kernel_mistakes.py has them, and the calls
 that have to notice each."""
 
 from __future__ import annotations
@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 
 import torch
+from emulated_dequantize import check_dequantize
 from emulated_rows import Problem, RowKernels, check_column_scale, check_embedding, check_norms
 
 WAIT = ("arch::wait_for_previous_kernel();", "")
@@ -123,6 +124,34 @@ MISTAKES = {
         "lora_embedding.cu", "__syncthreads();", "",
     ),
     "embedding: no wait for the kernel before": ("lora_embedding.cu", *WAIT),
+    "dequantize: no barrier after the codebook is there": (
+        "dequantize.cu", "__syncthreads();", "",
+    ),
+    "dequantize: stores right of the last value": (
+        "dequantize.cu", "if (`left < kNeighbours`) {", "false",
+    ),
+    "dequantize: a block that ends within a thread's values": (
+        "dequantize.cu", "if (`left == 0` && first", "false",
+    ),
+    "dequantize: nibbles in the other order": (
+        "dequantize.cu", "data >> (`kFirstShift ^ e % 2 * 4`)", "kFirstShift ^ (e + 1) % 2 * 4",
+    ),
+    "dequantize: the low nibbles of a unit alone": (
+        "dequantize.cu", ">> (`of_part < kHalf` ? 0", "true",
+    ),
+    "dequantize: two bits of another quarter": (
+        "dequantize.cu", ">> `of_part / 32` * 2 & 3", "part",
+    ),
+    "dequantize: numbers that are not negative": (
+        "dequantize.cu", "static_cast<float>(`static_cast<int8_t>(codes[e])`)",
+        "static_cast<uint8_t>(codes[e])",
+    ),
+    "dequantize: one number for all nested blocks": (
+        "dequantize.cu", "`quotient(block, numbers.block_size)`);", "0",
+    ),
+    "dequantize: values that are rounded once": (
+        "dequantize.cu", "found[e] = `rounded_to(matrix.rounding, value)`;", "value",
+    ),
 }  # fmt: skip
 
 
@@ -130,6 +159,7 @@ def notice(kernels: RowKernels) -> None:
     """Fails of a mistake."""
     for seed in range(3):
         kernels.schedule("random", seed)
+        check_dequantize(kernels, sizes=2, dtypes=(torch.bfloat16,))
         for size in [(37, 264, 40, 0), (40, 264, 5, 1), (70, 257, 8, 0), (33, 528, 5, 8)]:
             p = Problem(*size, torch.bfloat16, torch.bfloat16)
             for capability, by_column in itertools.product((75, 90), (False, True)):

@@ -56,7 +56,7 @@ def switched(right: str, wrong: Mapping[int, str]) -> str:
 def plant(driver: str, folder: Path) -> Path:
     """A copy of csrc with a switch for each mistake of a program."""
     csrc = folder / "csrc"
-    for part in ("common", "cuda", "kernels"):
+    for part in ("common", "cuda", "kernels", "quant"):
         shutil.copytree(ROOT / "csrc" / part, csrc / part)
     (csrc / "kernels" / "planted.h").write_text(f"#pragma once\n{SWITCH}")
     places: dict[str, dict[tuple[int, int], dict[int, str]]] = {}  # by file and span of its text

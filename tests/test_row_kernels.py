@@ -1,5 +1,5 @@
 """The CUDA kernels of weight_norm, column_scale and lora_embedding, emulated on the host, against
-their formulas in float64."""
+their formulas in float64; and that of quantized matrices."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from emulated_dequantize import check_dequantize
 from emulated_rows import Problem, RowKernels, check_column_scale, check_embedding, check_norms
 from torch import Tensor
 
@@ -172,3 +173,9 @@ def test_more_blocks_than_the_other_dimensions_of_a_grid_have(
             kernels.launch(function, types, **too_many)
     finally:
         kernels.limits_only(False)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_dequantized_matrices_are_those_of_the_cpu(kernels: RowKernels, seed: int) -> None:
+    kernels.schedule("random", seed)
+    check_dequantize(kernels)

@@ -28,10 +28,11 @@ endfunction()
 add_cuda_kernels_by_base(cuda_kernels ${KERNELS}/lora_linear_multi_run.cu
                          ${KERNELS}/lora_linear_grouped_run.cu ${KERNELS}/lora_linear_run.cu
                          ${KERNELS}/low_rank_sm80.cu ${KERNELS}/product_sm80.cu)
-# Dropout's masks, merging, DoRA and embeddings, which a GPU without the others needs as well.
-add_cuda_kernels(cuda_kernels_any_gpu ${KERNELS}/column_scale.cu ${KERNELS}/dropout.cu
-                 ${KERNELS}/lora_embedding.cu ${KERNELS}/merge.cu ${KERNELS}/sum_parts.cu
-                 ${KERNELS}/weight_norm.cu ${KERNELS}/write_table.cu)
+# Dropout's masks, merging, DoRA, embeddings and quantized matrices, which a GPU without the others
+# needs as well.
+add_cuda_kernels(cuda_kernels_any_gpu ${KERNELS}/column_scale.cu ${KERNELS}/dequantize.cu
+                 ${KERNELS}/dropout.cu ${KERNELS}/lora_embedding.cu ${KERNELS}/merge.cu
+                 ${KERNELS}/sum_parts.cu ${KERNELS}/weight_norm.cu ${KERNELS}/write_table.cu)
 set_target_properties(cuda_kernels_any_gpu PROPERTIES
   CUDA_ARCHITECTURES "${LORA_EXT_ANY_GPU_ARCHITECTURES}")
 # TMA and wgmma are instructions of sm_90a alone, whatever else the build is for.

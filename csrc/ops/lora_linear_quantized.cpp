@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include "ops/checks.h"
+#include "ops/dequantize.h"
 #include "ops/operator.h"
 
 namespace lora_ext {
@@ -38,8 +39,8 @@ QuantizedGradients lora_linear_quantized_bwd_meta(const LoraLinearQuantizedBackw
 
 std::tuple<Tensor, Tensor> lora_linear_quantized_fwd_composed(const LoraLinearQuantizedCall& call,
                                                               bool return_h) {
-  const QuantizedFields fields = check_lora_linear_quantized(call);
-  const Tensor weight = dequantized(fields, call.x.scalar_type());
+  check_lora_linear_quantized(call);
+  const Tensor weight = dequantize(call.weight, call.x.scalar_type());
   return lora_linear_fwd(call.with(weight), return_h);
 }
 
@@ -47,7 +48,7 @@ QuantizedGradients lora_linear_quantized_bwd_composed(const LoraLinearQuantizedB
                                                       QuantizedMask mask) {
   const auto fields = check_lora_linear_quantized_bwd(call, mask);
   OptionalTensor weight;
-  if (fields.has_value()) weight = dequantized(*fields, call.dy.scalar_type());
+  if (fields.has_value()) weight = dequantize(call.weight, call.dy.scalar_type());
   return without_weight(lora_linear_bwd(call.with(weight), with_weight(mask)));
 }
 

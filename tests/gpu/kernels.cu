@@ -9,6 +9,7 @@
 #include "cuda/lora_linear_path.h"
 #include "multi.h"
 #include "problem.h"
+#include "quantized.h"
 #include "rows.h"
 
 using namespace lora_ext;
@@ -194,6 +195,9 @@ void run_all(int capability, bool small) {
   attempt("rows fp16", run_rows<Fp16, Fp16>);
   attempt("rows fp16, adapters fp32", run_rows<Fp16, float>);
   attempt("rows fp32", run_rows<float, float>);
+  attempt("dequantize bf16", run_dequantize<Bf16>);
+  attempt("dequantize fp16", run_dequantize<Fp16>);
+  attempt("dequantize fp32", run_dequantize<float>);
   attempt("dropout_mask", run_dropout);
   if (failures > 0) throw std::runtime_error(std::to_string(failures) + " checks failed");
 }

@@ -1,5 +1,5 @@
-// The CUDA kernels that walk rows, of DoRA and embeddings, run by the emulator, as plain C
-// functions: tests/emulated_rows.py loads them with ctypes.
+// The CUDA kernels that walk rows, of DoRA and embeddings, and that of quantized matrices, run by
+// the emulator, as plain C functions: tests/emulated_rows.py loads them with ctypes.
 #include <algorithm>
 #include <cmath>
 #include <string>
@@ -7,6 +7,7 @@
 
 #include "guarded.h"
 #include "kernels/column_scale.cu"
+#include "kernels/dequantize.cu"
 #include "kernels/lora_embedding.cu"
 #include "kernels/sum_parts.cu"
 #include "kernels/weight_norm.cu"
@@ -166,6 +167,50 @@ int lora_embedding(const char* types, const EmbeddingArguments* a) {
                                a->scaling,
                                static_cast<T*>(a->y)},
           nullptr);
+    });
+  });
+}
+
+struct BlockArguments {
+  const void* values;
+  const uint8_t* codes;
+  const float* codebook;
+  int64_t block_size;
+  int type, has_offset;
+  float offset;
+
+  BlockNumbers numbers() const {
+    return {values, static_cast<QuantFloat>(type), codes, codebook, block_size, has_offset != 0,
+            offset};
+  }
+};
+struct DequantizeArguments {
+  int64_t N, K, block_size;
+  int packing, rounding;
+  float factor;
+  const uint8_t* codes;
+  const float* codebook;
+  const int8_t* zero_point;
+  void* values;
+  BlockArguments scales, shift;
+};
+
+int dequantize(const char* type, const DequantizeArguments* a) {
+  return guarded([&] {
+    const QuantizedMatrix matrix{a->N,
+                                 a->K,
+                                 a->codes,
+                                 a->codebook,
+                                 static_cast<QuantPacking>(a->packing),
+                                 a->block_size,
+                                 a->scales.numbers(),
+                                 a->shift.numbers(),
+                                 a->zero_point,
+                                 a->factor,
+                                 static_cast<QuantFloat>(a->rounding)};
+    with_base(type, [&](auto base) {
+      using T = decltype(base);
+      lora_ext::dequantize(DequantizeCall<T>{matrix, static_cast<T*>(a->values)}, nullptr);
     });
   });
 }

@@ -54,6 +54,18 @@ LORA_EXT_DEVICE uint32_t add_once(uint32_t a, uint32_t b) {
   return sum;
 }
 
+// A product, and a sum, that are rounded: nvcc makes one instruction of both, which rounds once.
+LORA_EXT_DEVICE float multiply_apart(float a, float b) {
+  float product;
+  asm("mul.rn.f32 %0, %1, %2;\n" : "=f"(product) : "f"(a), "f"(b));
+  return product;
+}
+LORA_EXT_DEVICE float add_apart(float a, float b) {
+  float sum;
+  asm("add.rn.f32 %0, %1, %2;\n" : "=f"(sum) : "f"(a), "f"(b));
+  return sum;
+}
+
 // Whether this code is for GPUs that have the instructions of ptx_sm80.h.
 LORA_EXT_DEVICE constexpr bool has_mma() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800

@@ -44,6 +44,12 @@ inline uint32_t add_halves(uint32_t a, uint32_t b) {
 }
 inline uint32_t add_once(uint32_t a, uint32_t b) { return a + b; }
 
+inline float multiply_apart(float a, float b) {
+  const volatile float product = a * b;
+  return product;
+}
+inline float add_apart(float a, float b) { return a + b; }
+
 inline bool has_mma() { return simt::block().options.compute_capability >= 80; }
 
 inline void require(bool condition, const char* message) {
