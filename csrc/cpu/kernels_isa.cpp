@@ -9,6 +9,7 @@
 #include "simd/lora_linear_rows.h"
 #include "simd/lora_linear_single_rows.h"
 #include "simd/merge_rows.h"
+#include "simd/quantized_few_rows.h"
 #include "simd/quantized_rows.h"
 #include "simd/transpose.h"
 #include "simd/weight_norm_rows.h"
@@ -48,7 +49,9 @@ constexpr CpuKernels kernels_for() {
       .merge = {.scratch_bytes = merge_bytes<S>, .rows = merge_rows<T, TA>},
       .quantized = {.dequantize = dequantize<T, T>,
                     .dequantize_wide = dequantize<T, S>,
-                    .few_rows = quantized_few_rows<T>},
+                    .few_rows_bytes = few_rows_bytes<T>,
+                    .pack_few_rows = pack_few_rows<T>,
+                    .few_rows = few_rows<T>},
       .weight_norm = {.scratch_bytes = weight_norm_bytes<S>, .rows = weight_norm_rows<T, TA>},
   };
 }

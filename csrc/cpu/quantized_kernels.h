@@ -17,8 +17,10 @@ constexpr int64_t kFewRows = 16;
 
 struct FewRowsArgs {
   int64_t M;      // up to kFewRows
-  const void* x;  // [M, K] compute type
-  void* y;        // [M, N] base type, rows ldy apart
+  const void* x;  // [M, K] base type, rows ldx apart
+  int64_t ldx;
+  void* packed;  // x as the kernel reads it
+  void* y;       // [M, N] base type, rows ldy apart
   int64_t ldy;
   bool add;  // to what y holds
 };
@@ -28,7 +30,9 @@ struct QuantizedKernels {
   // widened to the compute type.
   void (*dequantize)(const QuantizedMatrix&, const QuantizedPart&, void* out, int64_t ld);
   void (*dequantize_wide)(const QuantizedMatrix&, const QuantizedPart&, void* out, int64_t ld);
-  // Columns [begin, end) of y = x W^T, or of y += that.
+  // Bytes of `packed`; writes it; columns [begin, end) of y = x W^T, or of y += that.
+  int64_t (*few_rows_bytes)(const QuantizedMatrix&, int64_t M);
+  void (*pack_few_rows)(const QuantizedMatrix&, const FewRowsArgs&);
   void (*few_rows)(const QuantizedMatrix&, const FewRowsArgs&, int64_t begin, int64_t end);
 };
 

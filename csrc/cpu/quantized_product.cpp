@@ -77,8 +77,10 @@ QuantizedProduct::QuantizedProduct(const QuantizedFields& fields, at::ScalarType
 
 void QuantizedProduct::few_rows(const Tensor& y, const Tensor& x, bool add) const {
   const int64_t M = x.size(0), N = matrix_.N, K = matrix_.K;
-  const Tensor wide = x.to(at::toOpMathType(dtype_)).contiguous();
-  const FewRowsArgs args{M, wide.const_data_ptr(), y.data_ptr(), y.stride(0), add};
+  const Tensor packed = at::empty({kernels_.few_rows_bytes(matrix_, M)}, at::kByte);
+  const FewRowsArgs args{
+      M, x.const_data_ptr(), x.stride(0), packed.data_ptr(), y.data_ptr(), y.stride(0), add};
+  kernels_.pack_few_rows(matrix_, args);
   constexpr int64_t kMinElements = 32768;  // fewer do not pay for waking a thread
   at::parallel_for(0, N, at::divup(kMinElements, K), [&](int64_t begin, int64_t end) {
     kernels_.few_rows(matrix_, args, begin, end);

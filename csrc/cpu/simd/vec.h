@@ -8,8 +8,10 @@
 //     keep(a, bits)                   lane i survives where bit i is set, else 0
 //     all_finite(a)                   no infinity, no NaN
 //     load, load_partial (int8_t*)    numbers, for float
+//     through(a, T{})                 a rounded to T and widened again, for float
 //   Table16  sixteen floats, kRegisters of Vec<float>
 //     lookup(const uint8_t* codes)    those of kWidth codes below 16
+//     lookup_both(bytes, low, high)   those of the nibbles of kWidth bytes
 //   U32      kWidth lanes of uint32_t, as Philox needs them
 #pragma once
 

@@ -44,15 +44,21 @@ struct Vec<float> {
   static Reg load(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(as_vector(p))));
   }
+  template <class T>
+  static Reg through(Reg a, T) {
+    return a;
+  }
+  static Reg through(Reg a, BFloat16) {
+    return _mm256_castsi256_ps(
+        _mm256_and_si256(round_bf16(a), _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))));
+  }
+  static Reg through(Reg a, Half) {
+    return _mm256_cvtph_ps(_mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+
   static void store(float* p, Reg a) { _mm256_storeu_ps(p, a); }
-  // Round to nearest even; NaN becomes the quiet NaN.
   static void store(BFloat16* p, Reg a) {
-    const __m256i bits = _mm256_castps_si256(a);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i bias = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF));
-    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, bias), 16);
-    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
-    const __m256i words = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC0), nan);
+    const __m256i words = _mm256_srli_epi32(round_bf16(a), 16);
     const __m128i packed =
         _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     _mm_storeu_si128(as_vector(p), packed);
@@ -75,6 +81,14 @@ struct Vec<float> {
   }
 
  private:
+  // In the high halves, to nearest even; NaN becomes the quiet NaN.
+  static __m256i round_bf16(Reg a) {
+    const __m256i bits = _mm256_castps_si256(a);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i bias = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(_mm256_add_epi32(bits, bias), _mm256_set1_epi32(0x7FC00000), nan);
+  }
   template <class T>
   static const __m128i* as_vector(const T* p) {
     return reinterpret_cast<const __m128i*>(p);
@@ -136,9 +150,19 @@ struct Table16 {
   static constexpr int kRegisters = 2;
   __m256 values[kRegisters];
 
-  __m256 lookup(const uint8_t* codes) const {
-    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
-    const __m256i index = _mm256_cvtepu8_epi32(bytes);  // a permutation reads its low three bits
+  __m256 lookup(const uint8_t* codes) const { return lookup(load(codes)); }
+  void lookup_both(const uint8_t* bytes, __m256& low, __m256& high) const {
+    const __m256i both = load(bytes);
+    low = lookup(both);
+    high = lookup(_mm256_srli_epi32(both, 4));
+  }
+
+ private:
+  static __m256i load(const uint8_t* bytes) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+  }
+  // Of the low four bits, of which a permutation reads three.
+  __m256 lookup(__m256i index) const {
     const __m256 lower = _mm256_permutevar8x32_ps(values[0], index),
                  upper = _mm256_permutevar8x32_ps(values[1], index);
     return _mm256_blendv_ps(lower, upper, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));

@@ -45,6 +45,16 @@ struct Vec<float> {
     return widen_int8(_mm_maskz_loadu_epi8(first(n), p));
   }
 
+  template <class T>
+  static Reg through(Reg a, T) {
+    return a;
+  }
+  static Reg through(Reg a, BFloat16) {
+    return _mm512_castsi512_ps(
+        _mm512_and_si512(round_bf16(a), _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
+  }
+  static Reg through(Reg a, Half) { return _mm512_cvtph_ps(narrow_half(a)); }
+
   static void store(float* p, Reg a) { _mm512_storeu_ps(p, a); }
   static void store(BFloat16* p, Reg a) { _mm256_storeu_si256(as_vector(p), narrow_bf16(a)); }
   static void store(Half* p, Reg a) { _mm256_storeu_si256(as_vector(p), narrow_half(a)); }
@@ -72,14 +82,17 @@ struct Vec<float> {
   static Reg widen_bf16(__m256i bits) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
-  // Round to nearest even by integer arithmetic: the AVX512_BF16 instruction flushes denormals.
   static __m256i narrow_bf16(Reg a) {
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bf16(a), 16));
+  }
+  // In the high halves, to nearest even by integer arithmetic: the AVX512_BF16 instruction flushes
+  // denormals.
+  static __m512i round_bf16(Reg a) {
     const __m512i bits = _mm512_castps_si512(a);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF));
-    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, bias), 16);
     const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC0)));
+    return _mm512_mask_mov_epi32(_mm512_add_epi32(bits, bias), nan, _mm512_set1_epi32(0x7FC00000));
   }
   static __m256i narrow_half(Reg a) {
     return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -138,6 +151,12 @@ struct Table16 {
   __m512 lookup(const uint8_t* codes) const {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
     return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(bytes), values[0]);
+  }
+  void lookup_both(const uint8_t* bytes, __m512& low, __m512& high) const {
+    const __m512i both =
+        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    low = _mm512_permutexvar_ps(both, values[0]);  // which reads the low four bits
+    high = _mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), values[0]);
   }
 };
 

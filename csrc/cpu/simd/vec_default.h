@@ -95,6 +95,13 @@ struct Vec {
   }
 
   template <class T>
+  static Reg through(Reg a, T) {
+    T room[kWidth];
+    store(room, a);
+    return load(room);
+  }
+
+  template <class T>
   static Reg load(const T* p) {
     return load_partial(p, kWidth);
   }
@@ -122,6 +129,12 @@ struct Table16 {
     Vec<float>::Reg found{};
     for (int i = 0; i < 4; ++i) found[i] = values[codes[i] / 4][codes[i] % 4];
     return found;
+  }
+  void lookup_both(const uint8_t* bytes, Vec<float>::Reg& low, Vec<float>::Reg& high) const {
+    for (int i = 0; i < 4; ++i) {
+      low[i] = values[bytes[i] % 16 / 4][bytes[i] % 4];
+      high[i] = values[bytes[i] / 64][bytes[i] / 16 % 4];
+    }
   }
 };
 
