@@ -15,9 +15,7 @@ namespace {
 
 Tensor dequantize_cuda(at::TensorList weight, at::IntArrayRef layout, at::ArrayRef<double> numbers,
                        at::ScalarType dtype) {
-  TORCH_CHECK_TYPE(at::isFloatingType(dtype), "dequantize: dtype: got ", dtype_name(dtype),
-                   ", expected a floating-point one");
-  const QuantizedFields fields = checked_fields("dequantize", {weight, layout, numbers}, weight[0]);
+  const QuantizedFields fields = check_dequantize({weight, layout, numbers}, dtype);
   const c10::cuda::CUDAGuard guard(fields.codes.device());
   // Values are float's at most.
   const at::ScalarType made = dtype == at::kDouble ? at::kFloat : dtype;

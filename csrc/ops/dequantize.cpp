@@ -13,13 +13,6 @@ namespace {
 
 using Dequantize = Tensor(at::TensorList, at::IntArrayRef, at::ArrayRef<double>, at::ScalarType);
 
-QuantizedFields check_dequantize(const QuantizedWeight& weight, at::ScalarType dtype) {
-  TORCH_CHECK_VALUE(!weight.tensors.empty(), "dequantize: weight: got no tensors");
-  TORCH_CHECK_TYPE(at::isFloatingType(dtype), "dequantize: dtype: got ", dtype_name(dtype),
-                   ", expected a floating-point one");
-  return checked_fields("dequantize", weight, weight.tensors[0]);
-}
-
 Tensor dequantize_meta(at::TensorList weight, at::IntArrayRef layout, at::ArrayRef<double> numbers,
                        at::ScalarType dtype) {
   const QuantizedFields fields = check_dequantize({weight, layout, numbers}, dtype);
@@ -32,6 +25,15 @@ Tensor dequantize_composed(at::TensorList weight, at::IntArrayRef layout,
 }
 
 }  // namespace
+
+QuantizedFields check_dequantize(const QuantizedWeight& weight, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(!weight.tensors.empty(),
+                    "dequantize: weight: got no tensors, expected those "
+                    "of a lora_ext.quant.QuantizedWeight");
+  TORCH_CHECK_TYPE(is_lora_base_dtype(dtype), "dequantize: dtype: got ", dtype_name(dtype),
+                   ", expected float64, float32, bfloat16 or float16");
+  return checked_fields("dequantize", weight, weight.tensors[0]);
+}
 
 Tensor dequantize(const QuantizedWeight& weight, at::ScalarType dtype) {
   static const auto op = c10::Dispatcher::singleton()

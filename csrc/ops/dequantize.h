@@ -9,4 +9,6 @@ namespace lora_ext {
 // The operator, through the dispatcher.
 Tensor dequantize(const QuantizedWeight& weight, at::ScalarType dtype);
 
+QuantizedFields check_dequantize(const QuantizedWeight& weight, at::ScalarType dtype);
+
 }  // namespace lora_ext
