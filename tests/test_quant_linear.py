@@ -96,7 +96,7 @@ def test_values_to_the_bit(capability: str) -> None:
     if CAPABILITIES.index(capability) > {"AVX2": 1, "AVX512": 3}.get(here, 0):
         pytest.skip(f"this CPU has {here}")
     program = "import test_quant_linear as t; t.check_values_of_all()"
-    environment = os.environ | {"LORA_EXT_CPU_CAPABILITY": capability}
+    environment = os.environ | {"LORA_EXT_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)
 
