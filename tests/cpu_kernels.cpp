@@ -40,6 +40,7 @@ static __m512 dot_of_bf16(__m512 sum, __m512bh a, __m512bh b) {
 #endif
 
 #include "cpu_grouped_rows.h"
+#include "cpu_quantized_rows.h"
 
 using isa_sanitized::kKernels;
 
@@ -415,6 +416,7 @@ void run_all(const Size& size) {
     run_merge(kPairs[i], kKernels[i], size);
     run_elementwise(kPairs[i], kKernels[i], size);
     run_embedding(kPairs[i], i, size);
+    run_quantized(kPairs[i], kKernels[i].quantized, size);
   }
   for (const int64_t columns : {int64_t{0}, size.N, size.K}) {
     const Buffer keep(1, size.M * columns);

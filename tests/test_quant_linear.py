@@ -75,16 +75,14 @@ def read_by_products(weight: QuantizedWeight, dtype: torch.dtype) -> list[Tensor
 
 def check_values_of_all() -> None:
     """Every matrix, in every dtype, value by value: sums of one value and zeros are exact."""
-    for name, make in MATRICES.items():
-        for dtype in FLOATS:
-            weight = make(N, K)
-            for i, found in enumerate(read_by_products(weight, dtype)):
-                assert torch.equal(found, values(weight, dtype)), (name, dtype, i)
-    for name, make in ANY_SIZE.items():
-        for shape in ((1, 1), (3, 5), (37, 51), (18, 1153)):
-            weight = make(*shape)
-            for i, found in enumerate(read_by_products(weight, torch.float32)):
-                assert torch.equal(found, values(weight, torch.float32)), (name, shape, i)
+    whole = [(N, K), (5, 256)]  # the second in whole blocks: its codes are read in whole vectors
+    cases = [(name, shape, dtype) for name in MATRICES for shape in whole for dtype in FLOATS]
+    odd = [(1, 1), (3, 5), (37, 51), (2, 1090)]
+    cases += [(name, shape, torch.float32) for name in ANY_SIZE for shape in odd]
+    for name, shape, dtype in cases:
+        weight = MATRICES[name](*shape)
+        for i, found in enumerate(read_by_products(weight, dtype)):
+            assert torch.equal(found, values(weight, dtype)), (name, shape, dtype, i)
 
 
 CAPABILITIES = ["default", "avx2", "avx512", "avx512_bf16"]
@@ -98,20 +96,21 @@ def test_values_to_the_bit(capability: str) -> None:
     if CAPABILITIES.index(capability) > {"AVX2": 1, "AVX512": 3}.get(here, 0):
         pytest.skip(f"this CPU has {here}")
     program = "import test_quant_linear as t; t.check_values_of_all()"
-    environment = os.environ | {"LORA_EXT_CPU_CAPABILITY": capability}
+    environment = os.environ | {"LORA_EXT_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)
 
 
+@pytest.mark.parametrize("block_size", [16, 32])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_scales_that_are_not_finite(dtype: torch.dtype) -> None:
+def test_scales_that_are_not_finite(dtype: torch.dtype, block_size: int) -> None:
     """Infinities and NaN stay in their block."""
-    weight = random_matrix(20, 64, "high_first", 16)
+    weight = random_matrix(20, 64, "high_first", block_size)
     scales = weight.scales
     assert isinstance(scales, Tensor)
     scales[3], scales[9], scales[21] = float("inf"), float("nan"), -float("inf")
     wanted = values(weight, dtype)
-    assert 0 < wanted.isfinite().logical_not().sum() <= 48
+    assert 0 < wanted.isfinite().logical_not().sum() <= 3 * block_size
     A, B = torch.zeros(1, 64, dtype=dtype), torch.zeros(20, 1, dtype=dtype)
     for M in (4, 40):
         x = torch.ones(M, 64, dtype=dtype)
@@ -124,8 +123,8 @@ def test_scales_that_are_not_finite(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("M", [0, 1, 3, 16, 17, 300])
 def test_rows(M: int, dtypes: tuple[torch.dtype, torch.dtype], dropout_p: float) -> None:
-    for name in ("nf4-nested", "int8"):
-        weight = MATRICES[name](77, 211)
+    for name, K in (("nf4-nested", 211), ("int8", 211), ("nf4-nested", 256), ("int8", 320)):
+        weight = MATRICES[name](77, K)
         options = {"dtype": dtypes[0], "adapter_dtype": dtypes[1], "dropout_p": dropout_p}
         assert_as_exact(problem_on(weight, (M,), **options, lora_bias=M != 3, bias=M != 16), weight)
 
@@ -139,12 +138,11 @@ def test_matrices(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("M", "shape", "r"), [(40, (1100, 2100), 16), (19, (2060, 1153), 64)])
-def test_wide(M: int, shape: tuple[int, int], r: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("name", "shape"), [("nf4", (1100, 2100)), ("int8", (2060, 1153))])
+def test_wide(name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     """Several parts in both directions, of several chunks."""
-    for name in ("nf4", "int8"):
-        weight = ANY_SIZE[name](*shape)
-        assert_as_exact(problem_on(weight, (M,), r, dtype=dtype), weight)
+    weight = ANY_SIZE[name](*shape)
+    assert_as_exact(problem_on(weight, (19,), 16, dtype=dtype), weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -42,7 +42,7 @@ def test_gradcheck(M: int, dropout_p: float) -> None:
     def function(x: Tensor, *others: Tensor) -> Tensor:
         return call(p, NF4, x, None, *others)
 
-    assert torch.autograd.gradcheck(function, (x, *others))
+    assert torch.autograd.gradcheck(function, (x, *others), fast_mode=M > 3)
     if M == 3:
         assert torch.autograd.gradgradcheck(function, (x, *others))
 

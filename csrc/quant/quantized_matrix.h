@@ -17,13 +17,14 @@ constexpr int kQuantPackings = 6;
 
 struct QuantUnit {
   int bits;        // of a code
-  int codes;       // of a unit
+  int codes;       // of a unit, a power of two
+  int log2_codes;  // which
   int bytes;       // of a unit
   bool may_split;  // the matrix may end within a unit
 };
-constexpr QuantUnit kQuantUnits[kQuantPackings] = {{8, 1, 1, false},   {4, 2, 1, true},
-                                                   {4, 2, 1, false},   {4, 32, 16, false},
-                                                   {4, 64, 32, false}, {6, 256, 192, false}};
+constexpr QuantUnit kQuantUnits[kQuantPackings] = {{8, 1, 0, 1, false},   {4, 2, 1, 1, true},
+                                                   {4, 2, 1, 1, false},   {4, 32, 5, 16, false},
+                                                   {4, 64, 6, 32, false}, {6, 256, 8, 192, false}};
 constexpr const QuantUnit& unit_of(QuantPacking packing) {
   return kQuantUnits[static_cast<int>(packing)];
 }

@@ -10,10 +10,13 @@ constexpr int64_t kCodeChunk = 1024;
 // Codes of a chunk, which may begin and end within units, and what a vector reads beyond them.
 constexpr int64_t kCodeRoom = kCodeChunk + 2 * 256 + 64;
 
-// Compilers make one instruction of a product and a sum, which rounds once instead of twice.
+// A value that is made here, in a register: compilers make one instruction of a product and a sum,
+// which rounds once instead of twice, and load twice what is used twice.
 template <class Reg>
 inline Reg apart(Reg value) {
-#if defined(__x86_64__)
+#if defined(__AVX512F__)
+  asm("" : "+v"(value));
+#elif defined(__x86_64__)
   asm("" : "+x"(value));
 #else
   asm("" : "+m"(value));
@@ -44,13 +47,14 @@ inline void unpack_pairs(const uint8_t* data, int64_t units, uint8_t* out) {
 // 256 codes: four low bits in 128 bytes, then two high bits in 64; each half of the codes takes the
 // low nibbles of 64 bytes, then the high ones, and the four pairs of bits of 32 bytes.
 inline void unpack_q6_k(const uint8_t* data, int64_t units, uint8_t* out) {
-  for (int64_t u = 0; u < units; ++u, data += 192, out += 256) {
-    for (int half = 0; half < 2; ++half) {
-      const uint8_t *low = data + 64 * half, *high = data + 128 + 32 * half;
-      for (int j = 0; j < 128; ++j) {
-        const int four = j < 64 ? low[j] & 15 : low[j - 64] >> 4;
-        out[128 * half + j] = static_cast<uint8_t>(four | (high[j % 32] >> j / 32 * 2 & 3) << 4);
-      }
+  for (int64_t half = 0; half < 2 * units; ++half, out += 128) {
+    const uint8_t* const unit = data + half / 2 * 192;
+    const uint8_t *low = unit + half % 2 * 64, *high = unit + 128 + half % 2 * 32;
+    for (int j = 0; j < 32; ++j) {
+      out[j] = (low[j] & 15) | (high[j] & 3) << 4;
+      out[32 + j] = (low[32 + j] & 15) | (high[j] & 12) << 2;
+      out[64 + j] = low[j] >> 4 | (high[j] & 48);
+      out[96 + j] = low[32 + j] >> 4 | (high[j] & 192) >> 2;
     }
   }
 }
@@ -59,7 +63,8 @@ inline void unpack_q6_k(const uint8_t* data, int64_t units, uint8_t* out) {
 inline const uint8_t* codes_at(const QuantizedMatrix& W, int64_t first, int64_t count,
                                uint8_t* room) {
   const QuantUnit& unit = unit_of(W.packing);
-  const int64_t begin = first / unit.codes, end = (first + count - 1) / unit.codes + 1;
+  const int64_t begin = first >> unit.log2_codes,
+                end = ((first + count - 1) >> unit.log2_codes) + 1;
   const uint8_t* data = W.codes + begin * unit.bytes;
   const int64_t units = end - begin;
   switch (W.packing) {

@@ -9,6 +9,8 @@
 //     all_finite(a)                   no infinity, no NaN
 //     load, load_partial (int8_t*)    numbers, for float
 //     through(a, T{})                 a rounded to T and widened again, for float
+//     through_number(a, T{})          the same, of no NaN but what operations make
+//     store_exact(T*, a)              of values that are T's
 //   Table16  sixteen floats, kRegisters of Vec<float>
 //     lookup(const uint8_t* codes)    those of kWidth codes below 16
 //     lookup_both(bytes, low, high)   those of the nibbles of kWidth bytes

@@ -57,12 +57,16 @@ struct Vec<float> {
   }
 
   static void store(float* p, Reg a) { _mm256_storeu_ps(p, a); }
-  static void store(BFloat16* p, Reg a) {
-    const __m256i words = _mm256_srli_epi32(round_bf16(a), 16);
-    const __m128i packed =
-        _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-    _mm_storeu_si128(as_vector(p), packed);
+  static void store(BFloat16* p, Reg a) { store_high(p, round_bf16(a)); }
+  template <class T>
+  static Reg through_number(Reg a, T type) {
+    return through(a, type);
   }
+  template <class T>
+  static void store_exact(T* p, Reg a) {
+    store(p, a);
+  }
+  static void store_exact(BFloat16* p, Reg a) { store_high(p, _mm256_castps_si256(a)); }
   static void store(Half* p, Reg a) {
     _mm_storeu_si128(as_vector(p),
                      _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -88,6 +92,12 @@ struct Vec<float> {
     const __m256i bias = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF));
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
     return _mm256_blendv_epi8(_mm256_add_epi32(bits, bias), _mm256_set1_epi32(0x7FC00000), nan);
+  }
+  static void store_high(BFloat16* p, __m256i bits) {
+    const __m256i words = _mm256_srli_epi32(bits, 16);
+    const __m128i packed =
+        _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128(as_vector(p), packed);
   }
   template <class T>
   static const __m128i* as_vector(const T* p) {

@@ -54,6 +54,26 @@ struct Vec<float> {
         _mm512_and_si512(round_bf16(a), _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
   }
   static Reg through(Reg a, Half) { return _mm512_cvtph_ps(narrow_half(a)); }
+  template <class T>
+  static Reg through_number(Reg a, T type) {
+    return through(a, type);
+  }
+  static Reg through_number(Reg a, BFloat16) {
+    const __m512i bits = _mm512_castps_si512(a);
+    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    const __m512i half = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF));
+    const __m512i sum = _mm512_mask_add_epi32(half, odd, half, _mm512_set1_epi32(1));
+    return _mm512_castsi512_ps(
+        _mm512_and_si512(sum, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
+  }
+  template <class T>
+  static void store_exact(T* p, Reg a) {
+    store(p, a);
+  }
+  static void store_exact(BFloat16* p, Reg a) {
+    const __m512i high = _mm512_srli_epi32(_mm512_castps_si512(a), 16);
+    _mm256_storeu_si256(as_vector(p), _mm512_cvtepi32_epi16(high));
+  }
 
   static void store(float* p, Reg a) { _mm512_storeu_ps(p, a); }
   static void store(BFloat16* p, Reg a) { _mm256_storeu_si256(as_vector(p), narrow_bf16(a)); }

@@ -100,6 +100,14 @@ struct Vec {
     store(room, a);
     return load(room);
   }
+  template <class T>
+  static Reg through_number(Reg a, T type) {
+    return through(a, type);
+  }
+  template <class T>
+  static void store_exact(T* p, Reg a) {
+    store(p, a);
+  }
 
   template <class T>
   static Reg load(const T* p) {
