@@ -52,16 +52,20 @@ test: setup ## run all tests
 # The CUDA extension compiled from the source distribution, linked and imported, without a GPU: in an
 # environment of its own, with gigabytes of torch's CUDA libraries. ptxas tells what registers each kernel spills.
 # And the programs without torch, linked with the same kernels. What knows nothing of torch, the vector kernels
-# of the CPU, is make setup's.
+# of the CPU, is make setup's. What calls them is not optimised: make test runs that as make setup compiled it.
 CUDA_TORCH ?= torch==2.11.0
-cuda-env: ## install what cuda-check compiles against; nothing, where it is there
+CUDA_INSTALLED := .venv-cuda/.installed-$(subst =,,$(CUDA_TORCH))
+cuda-env: $(CUDA_INSTALLED) ## install what cuda-check compiles against; nothing, where it is there
+
+$(CUDA_INSTALLED):
 	$(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/pip install --quiet $(CUDA_TORCH) safetensors rich numpy regex 'setuptools>=77' cmake ninja
+	@touch $@
 
 cuda-check: setup cuda-env ## compile the CUDA extension, without a GPU, in an environment of its own
 	rm -rf build/sdist build/cuda
 	.venv-cuda/bin/python setup.py -q sdist -d build/sdist
-	LORA_EXT_CUDA=1 NVCC_APPEND_FLAGS="-Xptxas -v" LORA_EXT_BUILD_DIR="$(CURDIR)/build/cuda" \
+	LORA_EXT_CUDA=1 CMAKE_BUILD_TYPE=None NVCC_APPEND_FLAGS="-Xptxas -v" LORA_EXT_BUILD_DIR="$(CURDIR)/build/cuda" \
 		LORA_EXT_CPU_KERNELS="$(CURDIR)/build/cmake" \
 		.venv-cuda/bin/pip install -v --force-reinstall --no-deps build/sdist/*.tar.gz >build/cuda-check.log 2>&1 \
 		|| { tail -n 50 build/cuda-check.log; exit 1; }
