@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from quant_problems import FLOATS, random_weight, row_ranges, same_bits
+from quantized_libraries import library
 from torch import Tensor
 
 import lora_ext.nn
 from lora_ext.quant import NestedScales, QuantizedWeight, quantize, read_state_dict, read_weight
 from lora_ext.quant.bitsandbytes import BLOCK_SIZES
 
-bnb = pytest.importorskip("bitsandbytes", reason="values are compared with bitsandbytes'")
+bnb = library("bitsandbytes")
 F = bnb.functional
 
 CASES = 12  # of each parametrisation
