@@ -77,6 +77,11 @@ class KeptBase(LoraLayer):
     def _over(cls, base: nn.Module, kind: type[nn.Module], *, any_forward: bool = False) -> Self:
         """A layer over `base`, which stays as it is; raises as `adoption.check_base`."""
         check_base(base, kind, cls.__name__, any_forward=any_forward)
+        return cls._around(base)
+
+    @classmethod
+    def _around(cls, base: nn.Module) -> Self:
+        """The same for a base that was checked."""
         self: Self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.__dict__["_parameters"] = OwnParameters()

@@ -372,7 +372,7 @@ class LoraLayer(DefaultAdapter, RunningLayer):
                 self._part(prefix + part, name) for part in ("lora_A", "lora_B", "lora_bias")
             )
             if A is not None:
-                weight = self._weight_matrix(prefix)
+                weight = self._weight_matrix(prefix) if reads_weight(kind) else None
                 scaling = self._settings(name, prefix).scaling
                 initialise(kind, A, B, weight, scaling, lora_bias=bias)
         self._initialise_variant(name)
