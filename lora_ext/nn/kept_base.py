@@ -126,7 +126,7 @@ class KeptBase(LoraLayer):
         """
         where = f"{type(self).__name__}.get_base_layer"
         refuse_fsdp(self, where, "take the adapters out, then call fully_shard")
-        if self.merged and not self._merged_parameters(self.merged_adapters):
+        if self._is_merged_beside():
             raise ValueError(
                 f"{where}: {self._base_class.__qualname__} computes "
                 f"something else than a product with its weight, so the weight cannot hold "
@@ -222,8 +222,12 @@ class KeptBase(LoraLayer):
 
     def _choose_running(self) -> None:
         super()._choose_running()
-        if self.merged and self._enabled and not self._merged_parameters(self.merged_adapters):
+        if self._enabled and self._is_merged_beside():
             self._running = tuple(n for n in self.merged_adapters if self._scaling[n] != 0.0)
+
+    def _is_merged_beside(self) -> bool:
+        """Whether what is merged runs beside the base, whose weight cannot hold it."""
+        return self.merged and not self._merged_parameters(self.merged_adapters)
 
     def _write_merged(self, names: Any) -> None:
         if self._is_product_of_weight():

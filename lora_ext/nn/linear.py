@@ -271,7 +271,7 @@ class Linear(LinearBase):
         return adapted_linear(x, self._weight_matrix(), self._bias_vector(), self.low_rank())
 
     def _planned_forward(self, x: Tensor) -> Tensor:
-        if is_sharded(self.weight):
+        if is_sharded(self._adapted_weight()):
             refuse_plan(self, "its weight is divided between processes")
         adapters = dict(stacks(self))
         return planned_linear(self, x, self._weight_matrix(), self._bias_vector(), adapters)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lora_ext import batching
+from lora_ext import batching, functional
 from lora_ext.arguments import former_names
 from lora_ext.nn.adapter import AdapterSettings, variant_of
 from lora_ext.nn.init import mutates_weight
@@ -37,6 +37,34 @@ from lora_ext.quant.merged import dense_layer, requantized_layer
 from lora_ext.quant.modules import quantized_kind, quantized_weight, resting_dtype
 
 HOW = "the weight is dequantised for each call, N x K once in forward and once in backward"
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Dequantizable,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    lora_bias: Tensor | None = None,
+    *,
+    scaling: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
+) -> Tensor:
+    """`lora_ext.lora_linear` on a quantized weight: dequantised for the call in the dtype of x, and
+    kept for backward as its codes. It is a constant: no gradient of it."""
+    with dequantized(weight, x.dtype) as values:
+        return functional.lora_linear(
+            x,
+            values,
+            bias,
+            lora_A,
+            lora_B,
+            lora_bias,
+            scaling=scaling,
+            dropout_p=dropout_p,
+            rng_state=rng_state,
+        )
 
 
 class QuantizedBase(KeptBase):
@@ -127,9 +155,14 @@ class QuantizedBase(KeptBase):
         if self._merged_base:
             return self._with_merged(x, self._merged_base[0])
         dtype = compute_dtype(_own_dtype(self._original[0]), x)
-        with dequantized(self._quantized, dtype):
-            y = super().forward(x.to(dtype))
-        return in_dtype_of(x, y)
+        return in_dtype_of(x, self._product(x.to(dtype)))
+
+    def _product(self, x: Tensor) -> Tensor:
+        """Of x in the dtype that is computed in: what the layer over a plain base computes, with
+        the weight dequantised for the call."""
+        with dequantized(self._quantized, x.dtype):
+            y: Tensor = super().forward(x)
+        return y
 
     def _with_merged(self, x: Tensor, merged: Any) -> Tensor:
         dtype = compute_dtype(_own_dtype(self._original[0]), x)
@@ -222,6 +255,9 @@ class QuantizedBase(KeptBase):
         self.merged_adapters = names
         self._choose_running()
 
+    def _is_merged_beside(self) -> bool:
+        return False
+
     def _put_back(self) -> None:
         """The base never changed."""
         super()._put_back()
@@ -295,6 +331,24 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 class QuantizedLinear(QuantizedBase, KeptLinear):
     """`Linear` over a base whose weight is quantized, which is its child `base_layer`."""
+
+    def _product(self, x: Tensor) -> Tensor:
+        planned = batching.in_use and follows_plan(self)
+        adapters = [] if planned or self._lora_variant is not None else self.low_rank()
+        if len(adapters) != 1:
+            return super()._product(x)
+        lora_A, lora_B, lora_bias, scaling, dropout_p = adapters[0]
+        bias = self.base_layer._parameters.get("bias")
+        return lora_linear(
+            x,
+            self._quantized,
+            bias if bias is None else bias.to(x.dtype),
+            lora_A,
+            lora_B,
+            lora_bias,
+            scaling=scaling,
+            dropout_p=dropout_p,
+        )
 
 
 class QuantizedMergedLinear(QuantizedBase, KeptMergedLinear):

@@ -61,7 +61,8 @@ def requantized_layer(
     if quant_type != "int8":
         nested = isinstance(matrix.scales, NestedScales)
         block = {"block_size": matrix.block_size, "nested": nested}
-    made = replace(quantize(weight, quant_type, **block), dtype=matrix.dtype)  # type: ignore[arg-type]
+    given = weight.half() if int8 else weight  # as a Linear8bitLt does
+    made = replace(quantize(given, quant_type, **block), dtype=matrix.dtype)  # type: ignore[arg-type]
     own = Linear.from_weight(made, quant_type, bias)
     if isinstance(base, Linear):
         own.compute_dtype = base.compute_dtype
