@@ -84,6 +84,7 @@ def adapter_settings(
         alora_invocation_tokens=tuple(config.alora_invocation_tokens or ()) or None,
         blocks_of_lora_A=of_A,
         blocks_of_lora_B=of_B,
+        **(config.loftq_config or {}),
     )
 
 
