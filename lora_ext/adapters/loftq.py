@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from lora_ext.adapters.inject import adapted
 from lora_ext.nn.adapter import DEFAULT
+from lora_ext.nn.dora import MAGNITUDE
 from lora_ext.nn.quantized import QuantizedBase
+from lora_ext.nn.transaction import Transaction
 from lora_ext.quant.call import values
 from lora_ext.quant.loftq import low_rank
 
@@ -61,44 +63,47 @@ def replace_lora_weights_loftq(
             raise ValueError(f"{where}: layer '{name}' is merged; call unmerge_adapter() first")
     base = found.get_base_model()
     weights = _Weights(_folder_of(base, model_path), getattr(base, "base_model_prefix", ""))
-    before: list[tuple[nn.Parameter, Tensor]] = []
-    try:
+    with Transaction() as transaction:
         for name, layer in chosen:
-            own = [(p, p.detach().clone()) for p in layer.parts(adapter_name).values()]
-            before += own
-            _replace(layer, adapter_name, weights.get(f"{name}.weight"), f"{where}: '{name}'")
+            parts = layer.parts(adapter_name)
+            old = {part: parameter.detach().clone() for part, parameter in parts.items()}
+            weight = weights.get(f"{name}.weight")
+            new = _nearest(layer, adapter_name, weight, f"{where}: '{name}'")
+            _write(transaction, parts, new)
+            if MAGNITUDE in parts:  # what makes it scale by 1
+                norm = layer._weight_norm(adapter_name)
+                _write(transaction, parts, {MAGNITUDE: norm})
             if callback is not None and not callback(peft_model, name):
-                _restore(own)
-    except BaseException:
-        _restore(before)
-        raise
+                _write(transaction, parts, old)
 
 
-def _restore(values: list[tuple[nn.Parameter, Tensor]]) -> None:
-    for parameter, old in values:
-        parameter.copy_(old)
+def _write(
+    transaction: Transaction, parts: Mapping[str, nn.Parameter], new: Mapping[str, Tensor]
+) -> None:
+    for part, tensor in new.items():
+        transaction.write(parts[part], tensor)
+    transaction.commit()
 
 
-def _replace(layer: QuantizedBase, adapter_name: str, weight: Tensor, where: str) -> None:
+def _nearest(
+    layer: QuantizedBase, adapter_name: str, weight: Tensor, where: str
+) -> dict[str, Tensor]:
+    """The parts of the adapter with which the layer is nearest to one with this weight."""
     matrix, parts = layer._quantized, layer.parts(adapter_name)
-    lora_A, lora_B = parts["lora_A"], parts["lora_B"]
     if tuple(weight.shape) != matrix.shape:
         raise ValueError(
             f"{where}: got {list(weight.shape)} in the file, expected {list(matrix.shape)}: it is "
             "not of this model, or is quantized itself"
         )
-    if lora_A.shape[1] != matrix.shape[1] or lora_B.shape[0] != matrix.shape[0]:
+    new = {part: torch.zeros_like(parts[part]) for part in parts if part != MAGNITUDE}
+    lora_A, lora_B = new["lora_A"], new["lora_B"]
+    if lora_A.shape[1] != matrix.shape[1] or lora_B.shape != (matrix.shape[0], len(lora_A)):
         raise ValueError(f"{where}: got an adapter of blocks or slices, expected one of matrices")
-    scaling = layer.adapters[adapter_name].scaling
     residual = weight.to(matrix.device, torch.float32) - values(matrix, torch.float32)
-    A, B = low_rank(residual, len(lora_A), scaling)
-    lora_A.zero_()  # singular triplets beyond min(N, K) are none
-    lora_B.zero_()
-    lora_A[: len(A)].copy_(A)
+    A, B = low_rank(residual, len(lora_A), layer.adapters[adapter_name].scaling)
+    lora_A[: len(A)].copy_(A)  # singular triplets beyond min(N, K) are none
     lora_B[:, : len(A)].copy_(B)
-    if "lora_bias" in parts:
-        parts["lora_bias"].zero_()
-    layer._initialise_variant(adapter_name)
+    return new
 
 
 class _Weights:

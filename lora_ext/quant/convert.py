@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Collection
+from itertools import starmap
+from operator import call
 from typing import Any
 
 import torch
@@ -79,22 +82,26 @@ def quantize_(
         except ValueError as error:
             error.args = (f"quantize_: '{name}': {error}; no layer of the model was changed",)
             raise
+    steps: list[tuple[Any, ...]] = []
     for name, module in chosen.items():
         parent, _, child = name.rpartition(".")
-        modules[parent]._modules[child] = made[module]
+        steps.append((dict.update, modules[parent]._modules, {child: made[module]}))
     for parent_module in modules.values():
-        _leave_fast_path(parent_module, set(made.values()))
+        if values := _off_the_fast_path(parent_module, made):
+            steps.append((dict.update, vars(parent_module), values))
+    deque(starmap(call, steps), maxlen=0)  # at once: no signal comes between
     return list(chosen)
 
 
-def _leave_fast_path(module: Any, made: Collection[nn.Module]) -> None:
-    """PyTorch's fused inference path of a transformer reads the weights of its layers itself."""
-    if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder):
-        if any(inner in made for inner in module.modules()):
-            if isinstance(module, nn.TransformerEncoder):
-                module.use_nested_tensor = False
-            else:
-                module.activation_relu_or_gelu = 0
+def _off_the_fast_path(module: nn.Module, made: Collection[nn.Module]) -> dict[str, object]:
+    """PyTorch's fused inference path of a transformer reads the weights of its layers itself: what
+    keeps a module off it."""
+    if not isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder):
+        return {}
+    if not any(inner in made for inner in module.modules()):
+        return {}
+    is_layer = isinstance(module, nn.TransformerEncoderLayer)
+    return {"activation_relu_or_gelu": 0} if is_layer else {"use_nested_tensor": False}
 
 
 def _means(names: str | Collection[str], name: str) -> bool:
