@@ -29,7 +29,6 @@ class Linear(nn.Linear):
 
     Attributes:
         quant_type: "nf4", "fp4" or "int8".
-        quantized_weight: the matrix.
         compute_dtype: that of the product; that of x if None.
     """
 
