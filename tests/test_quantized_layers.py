@@ -464,3 +464,17 @@ def test_states_that_are_not_whole_are_refused() -> None:
         with pytest.raises(RuntimeError, match=message):
             layer.load_state_dict(wrong)
         assert torch.equal(layer(x), y)
+
+
+@each_base
+def test_what_changed_in_place_is_noticed_in_backward(base: str) -> None:
+    module: Any = BASES[base]()
+    layer: Any = lora.Linear.from_linear(module, r=3)
+    codes = module.codes if base == "foreign" else module.weight
+    for changed in (None, codes, layer.lora_A):
+        x = inputs() * 1
+        y = layer(x)
+        with torch.no_grad():
+            (x if changed is None else changed).add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()

@@ -34,6 +34,9 @@ class Dequantizable(Protocol):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The matrix [N, K]."""
 
+    def versions(self) -> tuple[int, ...]:
+        """How often each of its tensors was changed in place."""
+
 
 def compute_dtype(own: torch.dtype | None, x: Tensor) -> torch.dtype:
     """The dtype of a product: autocast's, the layer's own (bitsandbytes' compute_dtype), or that of
@@ -57,11 +60,18 @@ class _Kept(NamedTuple):
 
     matrix: Dequantizable
     dtype: torch.dtype
+    versions: tuple[int, ...]
     size: torch.Size
     stride: tuple[int, ...]
     offset: int | torch.SymInt
 
     def values(self) -> Tensor:
+        if self.matrix.versions() != self.versions:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an "
+                f"inplace operation: codes or scales of {self.matrix!r} changed since the forward, "
+                "expected them as they were"
+            )
         whole = values(self.matrix, self.dtype)
         return whole.as_strided(self.size, self.stride, self.offset)
 
@@ -124,17 +134,18 @@ def _is_transformed() -> bool:
 def _keeping(matrix: Dequantizable, found: Tensor) -> saved_tensors_hooks:
     """Of hooks the innermost alone is asked: what is not the matrix goes to those around, such as
     those of torch.utils.checkpoint."""
-    place, dtype = found.untyped_storage().data_ptr(), found.dtype
+    place, dtype, device = found.untyped_storage().data_ptr(), found.dtype, found.device
+    versions = matrix.versions()
     outer: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    pack_outer, unpack_outer = outer or (_as_it_is, _as_it_is)
+    pack_outer, unpack_outer = outer or (_with_version, _of_version)
 
     def pack(tensor: Tensor) -> Any:
-        if type(tensor) is Tensor and tensor.dtype is dtype and tensor.device == found_device:
+        if type(tensor) is Tensor and tensor.dtype is dtype and tensor.device == device:
             if tensor.untyped_storage().data_ptr() == place:
-                return _Kept(matrix, dtype, tensor.size(), tensor.stride(), tensor.storage_offset())
+                view = tensor.size(), tensor.stride(), tensor.storage_offset()
+                return _Kept(matrix, dtype, versions, *view)
         return pack_outer(tensor)
 
-    found_device = found.device
     return saved_tensors_hooks(pack, _unpacking(unpack_outer))
 
 
@@ -145,5 +156,17 @@ def _unpacking(unpack_outer: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return unpack
 
 
-def _as_it_is(kept: Any) -> Any:
-    return kept
+def _with_version(tensor: Tensor) -> tuple[Tensor, int]:
+    return tensor, tensor._version
+
+
+def _of_version(kept: tuple[Tensor, int]) -> Tensor:
+    """What was kept; autograd itself does not look where there are hooks."""
+    tensor, version = kept
+    if tensor._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace "
+            f"operation: a {list(tensor.shape)} tensor that a layer over a quantized base keeps is "
+            f"at version {tensor._version}; expected version {version} instead"
+        )
+    return tensor

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_ext.quant import bitsandbytes, torchao
 from lora_ext.quant.call import Dequantizable
-from lora_ext.quant.checks import fail
+from lora_ext.quant.checks import fail, version
 from lora_ext.quant.linear import Linear
 from lora_ext.quant.read import read_weight
 
@@ -44,6 +44,12 @@ class CalledWeight:
             what = f"the function registered for {type(layer).__qualname__}"
             fail(what, "result", found, expected)
         return found.to(self.dtype if dtype is None else dtype)
+
+    def versions(self) -> tuple[int, ...]:
+        """How often each of the layer's tensors was changed in place."""
+        layer = self.layer()
+        assert layer is not None, "the layer is gone"
+        return tuple(version(t) for t in (*layer.parameters(), *layer.buffers()))
 
 
 def register_dequantizer(kind: type[nn.Module], function: Dequantize) -> None:
@@ -131,7 +137,7 @@ def _state(module: nn.Module) -> object:
     state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
     scales = [getattr(state, "absmax", None), getattr(weight, "SCB", None)]
     tensors += [tensor for tensor in scales if isinstance(tensor, Tensor)]
-    marks = [(t.data_ptr(), t._version, t.device, t.shape) for t in tensors]
+    marks = [(t.data_ptr(), version(t), t.device, t.shape) for t in tensors]
     return [id(weight), id(state), getattr(state, "packing_format_for_cpu", False), marks]
 
 

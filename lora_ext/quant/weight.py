@@ -18,6 +18,7 @@ from lora_ext.quant.checks import (
     check_tensor,
     fail,
     is_integer,
+    version,
 )
 from lora_ext.quant.packing import PACKINGS
 
@@ -167,6 +168,10 @@ class QuantizedWeight:
             f"QuantizedWeight({self.name}: [{N}, {K}], {self.packing}, {self.bits} bits, blocks of "
             f"{self.block_size}, {self.dtype}, {self.nbytes} bytes on {self.device})"
         )
+
+    def versions(self) -> tuple[int, ...]:
+        """How often each of its tensors was changed in place."""
+        return tuple(version(tensor) for _, tensor in self._tensors())
 
     @property
     def bits(self) -> int:
