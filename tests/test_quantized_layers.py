@@ -478,3 +478,34 @@ def test_what_changed_in_place_is_noticed_in_backward(base: str) -> None:
             (x if changed is None else changed).add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
+
+
+@pytest.mark.parametrize("requantize", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_merging_adapters_of_any_dtype(dtype: torch.dtype, requantize: bool) -> None:
+    base = quant.Linear.from_linear(plain_linear(), "nf4", compute_dtype=torch.bfloat16)
+    base.compute_dtype = torch.bfloat16 if dtype is torch.bfloat16 else None
+    layer: Any = lora.Linear.from_linear(base, r=3, autocast_adapter_dtype=False, lora_bias=True)
+    layer = randomise(layer.double() if dtype is torch.float64 else layer)
+    assert layer.lora_A.dtype is dtype
+    x = inputs(torch.float64 if dtype is torch.float64 else torch.float32)
+    y, parts = layer(x), {n: id(p) for n, p in layer.named_parameters()}
+    expected = matrix_of(base) + layer.get_delta_weight("default").float()
+    layer.merge(requantize=requantize)
+    if not requantize:
+        torch.testing.assert_close(layer.get_base_layer().weight.data, expected)
+        atol = 1e-6 if dtype is torch.float64 else 0.02
+        torch.testing.assert_close(layer(x), y, rtol=0, atol=atol)
+    assert parts == {n: id(p) for n, p in layer.named_parameters()}
+    layer.unmerge()
+    assert torch.equal(layer(x), y)
+
+
+def test_calls_that_a_merged_layer_cannot_make() -> None:
+    layer: Any = lora.Linear.from_linear(BASES["nf4"](), r=3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"QuantizedLinear: input: got .*expected a tensor"):
+        layer([1.0])
+    layer.merge()
+    layer.base_layer.register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match=r"the base has hooks; call unmerge\(\) first"):
+        layer(inputs())

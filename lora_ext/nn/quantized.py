@@ -8,6 +8,7 @@ never repacks its weight.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Self
 
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import batching, functional
-from lora_ext.arguments import former_names
-from lora_ext.nn.adapter import AdapterSettings, variant_of
+from lora_ext.arguments import former_names, refuse
+from lora_ext.nn.adapter import AdapterSettings, LowRank, variant_of
 from lora_ext.nn.init import mutates_weight
 from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.linear import KeptLinear, Linear
@@ -148,8 +149,17 @@ class QuantizedBase(KeptBase):
         if not args and len(kwargs) == 1 and named:
             args, kwargs = (kwargs[named[0]],), {}
         if len(args) != 1 or kwargs or self.reason_to_call:
+            if self._merged_base:
+                reason = self.reason_to_call or "the call has other arguments than x"
+                raise RuntimeError(
+                    f"{type(self).__name__}: adapters {list(self.merged_adapters)} are merged "
+                    f"beside the base, which would have to be called: {reason}; call unmerge() "
+                    "first"
+                )
             return super().forward(*args, **kwargs)
         x: Tensor = args[0]
+        if not isinstance(x, Tensor):
+            refuse(type(self).__name__, "input", x, "a tensor")
         if batching.in_use:
             follows_plan(self)  # refuses one while merged
         if self._merged_base:
@@ -235,16 +245,22 @@ class QuantizedBase(KeptBase):
             )
         self._put_back()
         base, matrix = self._original[0], self._quantized
-        merged_bias = f"{self.BASE_PATH}bias" in self._merged_parameters(names)
+        own = {k: p for name in names for k, p in self.adapter_parameters(name).items()}
+        exact = _exact(own.values())
+        for key, parameter in own.items():
+            self._parameters[key] = nn.Parameter(parameter.to(exact), requires_grad=False)
+        path = f"{self.BASE_PATH}bias"
         bias = base._parameters.get("bias")
-        with standing_for(matrix, values(matrix, _at_least_float32(matrix.dtype))) as weight:
-            if merged_bias:
-                own = {f"{self.BASE_PATH}bias": bias}
-                self._put_own(own)  # type: ignore[arg-type]
-            self._write_merged(names)
-            if merged_bias:
-                bias = self.base_layer._parameters["bias"]
-                put_parameter(self, f"{self.BASE_PATH}bias", base._parameters["bias"])  # type: ignore
+        with standing_for(matrix, values(matrix, exact)) as weight:
+            if bias is not None and path in self._merged_parameters(names):
+                self._put_own({path: bias})
+                self._write_merged(names)
+                merged = self.base_layer._parameters["bias"]
+                put_parameter(self, path, bias)
+                bias = merged
+            else:
+                self._write_merged(names)
+        self._parameters.update(own)
         if not torch.isfinite(weight).all():
             raise ValueError(f"{where}: the merged weight would hold NaN or Inf; nothing changed")
         if requantize:
@@ -272,25 +288,23 @@ class QuantizedBase(KeptBase):
     @former_names("get_delta_weight", adapter_name="adapter")
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What merging an adapter adds to the dequantised weight, in float32."""
+        """What merging an adapter adds to the dequantised weight, in float32 (float64 for
+        float64)."""
         where = f"{type(self).__name__}.get_delta_weight"
         self._check_names([adapter], "adapter")
         if variant_of(self.adapters[adapter]):
             raise ValueError(f"{where}: '{adapter}' scales the weight, expected plain LoRA")
         matrix = self._quantized
-        zeros = torch.zeros(matrix.shape, device=matrix.device)
         stack = self._stack([adapter])
-        with standing_for(matrix, zeros) as weight:
-            self._add_product(weight, stack)
-        return weight
+        exact = _exact([stack.lora_A])
+        delta = torch.zeros(matrix.shape, dtype=exact, device=matrix.device)
+        lora_A, lora_B = stack.lora_A.to(exact), self._full_lora_B(stack).to(exact)
+        torch.ops.lora_ext.merge_(delta, lora_A, lora_B, stack.scaling, None)
+        return delta
 
-    def _add_product(self, weight: Tensor, stack: Any) -> None:
-        lora_B = self._full_lora_B(stack)
-        torch.ops.lora_ext.merge_(weight, stack.lora_A, lora_B, stack.scaling, None)
-
-    def _full_lora_B(self, stack: Any) -> Tensor:
-        lora_B: Tensor = stack.lora_B
-        return lora_B
+    def _full_lora_B(self, stack: LowRank) -> Tensor:
+        """lora_B [N, r of lora_A]."""
+        return stack.lora_B
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """What moves or casts the layer also does so to what is merged."""
@@ -325,8 +339,10 @@ def _own_dtype(base: nn.Module) -> torch.dtype | None:
     return own if isinstance(own, torch.dtype) else None
 
 
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def _exact(parts: Iterable[Tensor]) -> torch.dtype:
+    """In what adapters are merged: float32, or float64 if they are in that."""
+    is_double = any(part.dtype is torch.float64 for part in parts)
+    return torch.float64 if is_double else torch.float32
 
 
 class QuantizedLinear(QuantizedBase, KeptLinear):
@@ -354,7 +370,7 @@ class QuantizedLinear(QuantizedBase, KeptLinear):
 class QuantizedMergedLinear(QuantizedBase, KeptMergedLinear):
     """`MergedLinear` over such a base."""
 
-    def _full_lora_B(self, stack: Any) -> Tensor:
+    def _full_lora_B(self, stack: LowRank) -> Tensor:
         return self._block_diagonal(stack)
 
 

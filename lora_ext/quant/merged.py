@@ -61,7 +61,7 @@ def requantized_layer(
     if quant_type != "int8":
         nested = isinstance(matrix.scales, NestedScales)
         block = {"block_size": matrix.block_size, "nested": nested}
-    given = weight.half() if int8 else weight  # as a Linear8bitLt does
+    given = weight.half() if int8 else weight.float()  # fp16: as a Linear8bitLt does
     made = replace(quantize(given, quant_type, **block), dtype=matrix.dtype)  # type: ignore[arg-type]
     own = Linear.from_weight(made, quant_type, bias)
     if isinstance(base, Linear):
