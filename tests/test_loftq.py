@@ -17,6 +17,7 @@ import lora_ext
 from lora_ext import LoftQConfig, LoraConfig, get_lora_model, quant
 
 N, K, R = 48, 80, 6
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Net(nn.Module):

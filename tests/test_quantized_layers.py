@@ -52,7 +52,7 @@ class Foreign(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
+def registered(one_thread: None) -> Iterator[None]:
     from lora_ext.quant.modules import _DEQUANTIZERS
 
     quant.register_dequantizer(Foreign, Foreign.dequantize)
@@ -509,3 +509,24 @@ def test_calls_that_a_merged_layer_cannot_make() -> None:
     layer.base_layer.register_forward_hook(lambda *_: None)
     with pytest.raises(RuntimeError, match=r"the base has hooks; call unmerge\(\) first"):
         layer(inputs())
+
+
+def test_a_layer_may_be_gone_before_backward() -> None:
+    layer: Any = lora.Linear.from_linear(BASES["foreign"](), r=3)  # type: ignore[arg-type]
+    x = inputs()
+    y = layer(x)
+    del layer
+    gc.collect()
+    y.sum().backward()
+    assert x.grad is not None
+
+
+def test_a_layer_of_a_matrix() -> None:
+    matrix = quant.quantize(plain_linear().weight, "fp4", nested=True)
+    made = quant.Linear.from_weight(matrix, "fp4")
+    assert made.bias is None and torch.equal(made(X := inputs()), X @ matrix.dequantize().t())
+    for wrong in ("nf4", "int8"):
+        with pytest.raises(ValueError, match=rf"matrix: got .*expected one that quantize.*{wrong}"):
+            quant.Linear.from_weight(matrix, wrong)
+    with pytest.raises(ValueError, match="quant_type: got q4_0"):
+        quant.Linear.from_weight(matrix, "q4_0")

@@ -18,6 +18,7 @@ from lora_ext import LoraConfig, quant
 from lora_ext.nn.quantized import QuantizedLinear
 
 TOKENS = llama()[1]["input_ids"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 FIELDS: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 

@@ -37,6 +37,9 @@ class Dequantizable(Protocol):
     def versions(self) -> tuple[int, ...]:
         """How often each of its tensors was changed in place."""
 
+    def owner(self) -> object:
+        """What has to live as long as it is used."""
+
 
 def compute_dtype(own: torch.dtype | None, x: Tensor) -> torch.dtype:
     """The dtype of a product: autocast's, the layer's own (bitsandbytes' compute_dtype), or that of
@@ -61,6 +64,7 @@ class _Kept(NamedTuple):
     matrix: Dequantizable
     dtype: torch.dtype
     versions: tuple[int, ...]
+    owner: object
     size: torch.Size
     stride: tuple[int, ...]
     offset: int | torch.SymInt
@@ -135,7 +139,7 @@ def _keeping(matrix: Dequantizable, found: Tensor) -> saved_tensors_hooks:
     """Of hooks the innermost alone is asked: what is not the matrix goes to those around, such as
     those of torch.utils.checkpoint."""
     place, dtype, device = found.untyped_storage().data_ptr(), found.dtype, found.device
-    versions = matrix.versions()
+    versions, owner = matrix.versions(), matrix.owner()
     outer: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
     pack_outer, unpack_outer = outer or (_with_version, _of_version)
 
@@ -143,7 +147,7 @@ def _keeping(matrix: Dequantizable, found: Tensor) -> saved_tensors_hooks:
         if type(tensor) is Tensor and tensor.dtype is dtype and tensor.device == device:
             if tensor.untyped_storage().data_ptr() == place:
                 view = tensor.size(), tensor.stride(), tensor.storage_offset()
-                return _Kept(matrix, dtype, versions, *view)
+                return _Kept(matrix, dtype, versions, owner, *view)
         return pack_outer(tensor)
 
     return saved_tensors_hooks(pack, _unpacking(unpack_outer))

@@ -9,15 +9,30 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from lora_ext.quant.bitsandbytes import DTYPES, STATE
+from lora_ext.quant.bitsandbytes import DTYPES, INT8_FACTOR, STATE
 from lora_ext.quant.call import compute_dtype, dequantized, in_dtype_of
 from lora_ext.quant.checks import fail
+from lora_ext.quant.codebooks import four_bit
 from lora_ext.quant.quantize import quantize
 from lora_ext.quant.read import read_state_dict
 from lora_ext.quant.weight import NestedScales, QuantizedWeight
 
 QUANT_TYPES = ("nf4", "fp4", "int8")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def _is_of(matrix: QuantizedWeight, quant_type: str) -> bool:
+    """Whether `quantize` could have made it, as this type: state dicts can say no more."""
+    if matrix.rounding is not torch.float32 or matrix.zero_point is not None:
+        return False
+    if quant_type == "int8":
+        scales = isinstance(matrix.scales, Tensor) and matrix.scales.dtype is torch.float32
+        by_rows = matrix.packing == "int8" and matrix.block_size == matrix.shape[1]
+        return by_rows and scales and matrix.factor == INT8_FACTOR and matrix.shift is None
+    if matrix.packing != "high_first" or matrix.factor is not None or matrix.shift is not None:
+        return False
+    expected = four_bit(quant_type, matrix.device)
+    return matrix.codebook is not None and torch.equal(matrix.codebook, expected)
 
 
 class Linear(nn.Linear):
@@ -76,9 +91,17 @@ class Linear(nn.Linear):
         bias: nn.Parameter | None = None,
         compute_dtype: torch.dtype | None = None,
     ) -> Self:
-        """A layer on a matrix that is quantized already, as `quantize` does it."""
+        """A layer on a matrix that is quantized already, as `quantize` does it.
+
+        Raises:
+            ValueError: it is quantized in another way.
+        """
         if quant_type not in QUANT_TYPES:
             fail(matrix.name, "quant_type", quant_type, f"one of {list(QUANT_TYPES)}")
+        if not _is_of(matrix, quant_type):
+            fail(
+                matrix.name, "matrix", repr(matrix), f"one that quantize(..., {quant_type!r}) made"
+            )
         self: Self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.out_features, self.in_features = matrix.shape

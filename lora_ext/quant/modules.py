@@ -36,8 +36,7 @@ class CalledWeight:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The matrix [N, K], as the function gives it."""
-        layer = self.layer()
-        assert layer is not None, "the layer is gone"
+        layer = self.owner()
         found = self.function(layer).detach()
         if tuple(found.shape) != self.shape:
             expected = f"shape {list(self.shape)}, as before"
@@ -45,10 +44,16 @@ class CalledWeight:
             fail(what, "result", found, expected)
         return found.to(self.dtype if dtype is None else dtype)
 
-    def versions(self) -> tuple[int, ...]:
-        """How often each of the layer's tensors was changed in place."""
+    def owner(self) -> nn.Module:
+        """The layer, of which it holds a weak reference: what was read of a layer does not keep
+        that alive."""
         layer = self.layer()
         assert layer is not None, "the layer is gone"
+        return layer
+
+    def versions(self) -> tuple[int, ...]:
+        """How often each of the layer's tensors was changed in place."""
+        layer = self.owner()
         return tuple(version(t) for t in (*layer.parameters(), *layer.buffers()))
 
 

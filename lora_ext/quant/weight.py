@@ -173,6 +173,9 @@ class QuantizedWeight:
         """How often each of its tensors was changed in place."""
         return tuple(version(tensor) for _, tensor in self._tensors())
 
+    def owner(self) -> None:
+        """What has to live as long as it is used: it holds its tensors itself."""
+
     @property
     def bits(self) -> int:
         """Bits of a code."""
