@@ -5,6 +5,7 @@ from lora_ext import _startup
 # Not `nn`: after `from lora_ext import *` that name would not be torch's any more.
 __all__ = [
     "BdLoraConfig",
+    "LoftQConfig",
     "LoraConfig",
     "LoraModel",
     "PeftConfig",
@@ -67,6 +68,7 @@ else:
     from lora_ext._not_built import answer_for as _answer_for
     from lora_ext.adapters import (
         BdLoraConfig,
+        LoftQConfig,
         LoraConfig,
         LoraModel,
         PeftConfig,

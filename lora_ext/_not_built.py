@@ -25,7 +25,6 @@ INSTEAD = {
     "the initialisation CorDA": "init_lora_weights='pissa' and 'olora' start from the weight, too",
     "the initialisation EVA": "init_lora_weights='pissa' and 'olora' start from the weight",
     "the initialisation LoRA-GA": "init_lora_weights='pissa' and 'olora' start from the weight",
-    "the initialisation LoftQ": "init_lora_weights=True is there, also over rounded weights",
 }
 _OTHERWISE = "; or use PEFT's own model with lora_ext.integrations.peft.patch()"
 
@@ -36,7 +35,6 @@ FIELDS = {
     "enable_lora": "PEFT 0.2's merged linear layers",
     "eva_config": "the initialisation EVA",
     "kasa_config": "KaSA",
-    "loftq_config": "the initialisation LoftQ",
     "lora_ga_config": "the initialisation LoRA-GA",
     "megatron_config": "Megatron's parallel layers",
     "monteclora_config": "MonteCLoRA",
@@ -50,7 +48,6 @@ _NAMES = {
     "CordaConfig|preprocess_corda": "the initialisation CorDA",
     "EvaConfig|get_eva_state_dict|initialize_lora_eva_weights": "the initialisation EVA",
     "KasaConfig": "KaSA",
-    "LoftQConfig": "the initialisation LoftQ",
     "LoraGAConfig|preprocess_loraga": "the initialisation LoRA-GA",
     "LoraRuntimeConfig": "moving offloaded weights to the GPU",
     "Monteclora(Config|TrainerMixin)": "MonteCLoRA",

@@ -135,11 +135,12 @@ def calls_of(model: nn.Module, tokens: Iterable[int]) -> list[tuple[torch.device
     for layer in model.modules():
         if not isinstance(layer, Linear) or not layer.running_adapters:
             continue
+        weight = layer._adapted_weight()
         for adapter in layer.low_rank():
-            base, other = (str(t.dtype).removeprefix("torch.") for t in (layer.weight, adapter[0]))
+            base, other = (str(t.dtype).removeprefix("torch.") for t in (weight, adapter[0]))
             sizes = (layer.out_features, layer.in_features, len(adapter.lora_A), base, other)
             calls += [
-                (layer.weight.device, Call(backward, count, *sizes, adapter.dropout_p > 0.0))
+                (weight.device, Call(backward, count, *sizes, adapter.dropout_p > 0.0))
                 for count in tokens
                 for backward in (False, True)
             ]

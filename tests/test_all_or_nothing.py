@@ -26,9 +26,11 @@ from interruptions import (
     handler,
     interrupted_after,
 )
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora_ext import LoraConfig, LoraModel, get_lora_model, loralib
+from lora_ext import LoraConfig, LoraModel, get_lora_model, loralib, quant
+from lora_ext.adapters import replace_lora_weights_loftq
 from lora_ext.io import save_files
 from lora_ext.nn import AnyLayer, Linear, LoraLayer, MergedLinear
 from lora_ext.nn.modules_to_save import ModulesToSave
@@ -87,6 +89,12 @@ KINDS = {
     "Conv1d": Kind(lambda: nn.Conv1d(4, 4, 2), TARGETS, floats(1, 4, 3), WEIGHTED),
     "Conv2d": Kind(lambda: nn.Conv2d(4, 4, 2, groups=2), TARGETS, floats(1, 4, 3, 3), WEIGHTED),
     "Conv3d": Kind(lambda: nn.Conv3d(4, 4, 1), TARGETS, floats(1, 4, 2, 2, 2), WEIGHTED),
+    "quantized": Kind(
+        lambda: quant.Linear.from_linear(nn.Linear(4, 4), "nf4"),
+        TARGETS,
+        floats(2, 4),
+        WEIGHTED | {"quantized"},
+    ),
     "MergedLinear": Kind(
         lambda: MergedLinear(4, 6, enable_lora=[True, False, True]),
         TARGETS,
@@ -188,6 +196,8 @@ CALLS = {
     "set": Call(lambda m, _, __: m.set_adapter("two"), merged),
     "train": Call(lambda m, _, __: m.set_requires_grad(["default", "two"], False)),
     "scale": Call(lambda m, _, __: m.set_scale("default", 0)),
+    "LoftQ": Call(lambda m, _, folder: replace_lora_weights_loftq(m, folder), needs="quantized"),
+    "merge into codes": Call(lambda m, _, __: m.merge_adapter(requantize=True), needs="quantized"),
     "disable": Call(lambda m, _, __: m.disable_adapters(), merged),
 }
 COMBINATIONS = [
@@ -243,6 +253,9 @@ class Trial:
         if call in (CALLS["load"], CALLS["load into a plain model"]):
             model_of(name).save_pretrained(folder, ["two"])
             self.folder = folder / "two"
+        if call is CALLS["LoftQ"]:
+            weights = {f"{name}.weight": floats(4, 4) for name in ("a", "b")}
+            save_file(weights, folder / "model.safetensors")
         self.model = self.fresh()
         self.before = state_of(self.model, self.kind)
         self.operators = AtOperator()

@@ -313,7 +313,6 @@ NOT_BUILT: dict[str, Any] = {
     "monteclora_config": {"a": 1},
     "use_qalora": True,
     "megatron_config": {"a": 1},
-    "loftq_config": {"loftq_bits": 4},
     "eva_config": {"rho": 2.0},
     "corda_config": {"corda_method": "ipm"},
     "lora_ga_config": {"direction": "ArB2r"},
@@ -329,7 +328,7 @@ def test_what_is_not_built_is_refused_by_name(field: str, value: Any) -> None:
         LoraConfig.from_dict({field: value})
 
 
-@pytest.mark.parametrize("init", ["eva", "corda", "loftq", "lora_ga"])
+@pytest.mark.parametrize("init", ["eva", "corda", "lora_ga"])
 def test_inits_that_are_not_built_are_refused_by_name(init: str) -> None:
     with pytest.raises(NotBuiltError, match=rf"init_lora_weights: got '{init}'.* not built"):
         LoraConfig(init_lora_weights=init)

@@ -237,3 +237,14 @@ def test_data_set_does_not_name_the_modules(docstring_data: ModuleType) -> None:
 def test_data_set_depends_on_the_seed_only(docstring_data: ModuleType) -> None:
     assert docstring_data.build_dataset(seed=1) == docstring_data.build_dataset(seed=1)
     assert docstring_data.build_dataset(seed=1) != docstring_data.build_dataset(seed=2)
+
+
+def test_the_encoder_over_codes(tiny_bert: Path) -> None:
+    sizes = {"steps": 24, "batch-size": 8, "max-length": 24, "per-class": 8, "rank": 4}
+    command = [sys.executable, str(EXAMPLES / "finetune_quantized.py"), f"--model={tiny_bert}"]
+    command += [f"--{name}={size}" for name, size in sizes.items()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    bits = re.findall(r" MiB +(\d+\.\d+) bits", done.stdout)
+    assert bits[0] == "32.00" and 4 < float(bits[1]) < 16  # with tables, for layers so small
+    assert done.stdout.count("bit for bit: True") == 2

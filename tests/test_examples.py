@@ -1,5 +1,5 @@
-"""Every example runs as its first lines say, and prints what it is about. finetune_encoder.py and
-train_distributed.py have tests of their own."""
+"""Every example runs as its first lines say, and prints what it is about. finetune_encoder.py,
+finetune_quantized.py and train_distributed.py have tests of their own."""
 
 from __future__ import annotations
 

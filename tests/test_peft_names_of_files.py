@@ -263,7 +263,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception]]] = {
     "mixed": (lambda: get_lora_model(Net(), config_of(lora_ext), mixed=True), NotBuiltError),
     "replace_lora_weights_loftq": (
         lambda: lora_ext.replace_lora_weights_loftq(Net()),
-        NotBuiltError,
+        TypeError,
     ),
     "state_dict": (
         lambda: lora_ext.inject_adapter_in_model(config_of(lora_ext), Net(), state_dict={}),

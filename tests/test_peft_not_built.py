@@ -88,7 +88,6 @@ CONFIGS = {
     "arrow_config": peft.ArrowConfig(),
     "eva_config": peft.EvaConfig(),
     "kasa_config": peft.KasaConfig(),
-    "loftq_config": peft.LoftQConfig(),
     "lora_ga_config": peft.LoraGAConfig(),
     "monteclora_config": peft.MontecloraConfig(),
     "velora_config": peft.VeloraConfig(),
@@ -105,9 +104,3 @@ def test_every_field_of_pefts_is_one_here() -> None:
     theirs = set(inspect.signature(peft.LoraConfig).parameters)
     assert theirs <= set(inspect.signature(LoraConfig).parameters)
     assert FIELDS.keys() - theirs == {"enable_lora"}  # of PEFT 0.2
-
-
-@pytest.mark.parametrize("name", ["replace_lora_weights_loftq"])
-def test_functions_that_are_there_to_refuse_say_what_to_do(name: str) -> None:
-    with pytest.raises(NotBuiltError, match=f"^{name}: .* is not built; "):
-        getattr(lora_ext, name)(None)

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from quant_problems import FLOATS, random_weight, row_ranges, same_bits
+from quantized_libraries import library
 from torch import Tensor
 
-import lora_ext.nn
 from lora_ext.quant import NestedScales, QuantizedWeight, quantize, read_state_dict, read_weight
 from lora_ext.quant.bitsandbytes import BLOCK_SIZES
 
-bnb = pytest.importorskip("bitsandbytes", reason="values are compared with bitsandbytes'")
+bnb = library("bitsandbytes")
 F = bnb.functional
 
 CASES = 12  # of each parametrisation
@@ -198,12 +198,6 @@ def test_the_state_of_the_module() -> None:
     expected = read_weight(layer).dequantize()
     layer.weight.quant_state = None
     assert same_bits(read_weight(layer).dequantize(), expected)
-
-
-def test_layers_do_not_take_them_yet() -> None:
-    for layer in (linear_4bit(True), bnb.nn.Linear8bitLt(8, 8, has_fp16_weights=False).to("cpu")):
-        with pytest.raises(TypeError, match="quantized layers are not supported"):
-            lora_ext.nn.Linear.from_linear(layer)
 
 
 def test_not_quantized_yet() -> None:

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 from quant_problems import random_weight, same_bits
+from quantized_libraries import library
 
 from lora_ext.quant import quantize
 from lora_ext.quant.quantize import nested_scales
 
-bnb = pytest.importorskip("bitsandbytes", reason="codes are compared with bitsandbytes'")
+bnb = library("bitsandbytes")
 F = bnb.functional
 
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from quant_problems import random_weight, row_ranges, same_bits
+from quantized_libraries import library
 
 from lora_ext.quant import read_gguf, read_weight
 
-gguf = pytest.importorskip("gguf", reason="values are compared with gguf's")
+gguf = library("gguf")
 quants, Type = gguf.quants, gguf.GGMLQuantizationType
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -21,9 +21,10 @@ from lora_ext.adapters.helpers import (
 from lora_ext.adapters.hotswap import (
     hotswap_adapter,
     prepare_model_for_compiled_hotswap,
-    replace_lora_weights_loftq,
 )
 from lora_ext.adapters.inject import inject_adapter_in_model
+from lora_ext.adapters.loftq import replace_lora_weights_loftq
+from lora_ext.adapters.loftq_config import LoftQConfig
 from lora_ext.adapters.lora_model import LoraModel, PeftModel
 from lora_ext.adapters.replace_linear import replace_linear
 from lora_ext.adapters.status import get_layer_status, get_model_status
@@ -51,6 +52,7 @@ from lora_ext.nn.trainable import (
 
 __all__ = [
     "BdLoraConfig",
+    "LoftQConfig",
     "LoraConfig",
     "LoraModel",
     "PeftConfig",

@@ -44,6 +44,8 @@ class AdaptedModel(nn.Module):
     active_adapters: list[str] = []  # noqa: RUF012
     prefix = "lora_"  # of the names of adapters' parameters
     peft_type = "LORA"
+    # What transformers' Trainer asks for before it trains over a quantized base.
+    _hf_peft_config_loaded = True
     training: bool
 
     def __init__(self, model: nn.Module) -> None:

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple, Self, TypeVar
 from lora_ext.adapters.bdlora import BdLoraConfig
 from lora_ext.adapters.config_checks import check_fields, plain_value
 from lora_ext.adapters.config_files import PEFT_VERSION, UNSAVED, ConfigFiles, copied
+from lora_ext.adapters.loftq_config import LoftQConfig
 from lora_ext.adapters.patterns import matching
 from lora_ext.adapters.types import PeftType
-from lora_ext.arguments import refuse, suggests_names
+from lora_ext.arguments import refuse, suggests_names, warn
+from lora_ext.nn.init import is_loftq
 
 Number = TypeVar("Number", int, float)
 Names = str | list[str] | set[str] | None
@@ -51,8 +53,9 @@ class LoraConfig(ConfigFiles):
         bias: which biases of the base train too: "none", "all" or "lora_only".
         use_rslora: the scale is lora_alpha / sqrt(r) (arXiv:2312.03732).
         modules_to_save: modules that are trained and saved whole; never adapted.
-        init_lora_weights: True, False, "gaussian", "orthogonal", "olora", "mica", "pissa" or
-            "pissa_niter_N" (N subspace iterations of a fast SVD).
+        init_lora_weights: True, False, "gaussian", "orthogonal", "olora", "mica", "pissa",
+            "pissa_niter_N" (N subspace iterations of a fast SVD) or "loftq".
+        loftq_config: of "loftq", which needs it: a LoftQConfig, or a dict of its fields.
         layers_to_transform: numbers of the layers to adapt, with a list of target_modules.
         layers_pattern: what comes before the number in a name; any name when empty.
         rank_pattern, alpha_pattern: r and lora_alpha of layers that need others, by name, last
@@ -161,6 +164,13 @@ class LoraConfig(ConfigFiles):
             if one.name not in UNSAVED:
                 setattr(self, one.name, plain_value(getattr(self, one.name)))
         self.use_bdlora = BdLoraConfig.of(self.use_bdlora)
+        self.loftq_config = LoftQConfig.checked(self.loftq_config)
+        if self.loftq_config and not is_loftq(self.init_lora_weights):
+            self.loftq_config = {}
+            warn(
+                "LoraConfig: loftq_config: `loftq_config` specified but will be ignored when "
+                "`init_lora_weights` is not 'loftq'."
+            )
         if not isinstance(self.unknown_fields, Mapping):
             refuse("LoraConfig", "unknown_fields", self.unknown_fields, "a dict")
         own = {one.name: getattr(self, one.name) for one in fields(self)}

@@ -14,7 +14,7 @@ from lora_ext.adapters.patterns import SlowPatternError, compiled, is_plain, siz
 from lora_ext.arguments import short
 from lora_ext.errors import NotBuiltError
 from lora_ext.nn.adapter import EXCLUDED, VARIANTS
-from lora_ext.nn.init import check_init, is_mica
+from lora_ext.nn.init import check_init, is_loftq, is_mica
 
 ATOMS = frozenset({str, int, float, bool, NoneType})
 ALL_LINEAR = "all-linear"
@@ -312,6 +312,15 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
     if values["lora_bias"] and not isinstance(values["init_lora_weights"], bool):
         init = values["init_lora_weights"]
         raise ValueError(_message("lora_bias", True, f"False with init_lora_weights={init!r}"))
+    if is_loftq(values["init_lora_weights"]) and not values["loftq_config"]:
+        raise ValueError(
+            _message(
+                "loftq_config",
+                values["loftq_config"],
+                "a LoftQConfig: `loftq_config` must be specified when `init_lora_weights` is "
+                "'loftq'",
+            )
+        )
     for flag in VARIANTS:
         if values[flag] and is_mica(values["init_lora_weights"]):
             raise ValueError(_message(flag, True, "False with init_lora_weights='mica'"))

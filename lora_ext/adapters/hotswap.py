@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_ext._not_built import INSTEAD
 from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.checkpoint.grouped_convolutions import grouped_as_there
 from lora_ext.adapters.checkpoint.keys import PREFIX, layers_in_file, own_tensors, possible_keys
@@ -28,7 +27,7 @@ from lora_ext.io.adapter_file import TensorSpec
 from lora_ext.io.adapter_folder import open_adapter
 from lora_ext.io.hub import adapter_folder
 from lora_ext.nn import LoraLayer, MergedLinear
-from lora_ext.nn.adapter import DEFAULT, part_name, variant_of
+from lora_ext.nn.adapter import part_name, variant_of
 from lora_ext.nn.conv import LoraConv
 from lora_ext.nn.linear import LinearBase
 from lora_ext.nn.sharded import like
@@ -369,18 +368,3 @@ def _make_room(
     exact = torch.float64 if base.dtype == torch.float64 else torch.float32
     draft._scaling_tensors[adapter_name] = torch.tensor(scaling, dtype=exact, device=base.device)
     draft._choose_running()
-
-
-def replace_lora_weights_loftq(
-    peft_model: nn.Module,
-    model_path: str | None = None,
-    adapter_name: str = DEFAULT,
-    callback: Callable[[nn.Module, str], bool] | None = None,
-) -> NoReturn:
-    """Is not built.
-
-    Raises:
-        NotBuiltError: always.
-    """
-    what = "the initialisation LoftQ"
-    raise NotBuiltError(f"replace_lora_weights_loftq: {what} is not built; {INSTEAD[what]}")

@@ -20,7 +20,11 @@ class MergeableModel(AdaptedModel):
 
     @changes
     def merge_adapter(
-        self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = False
+        self,
+        adapter_names: str | Sequence[str] | None = None,
+        safe_merge: bool = False,
+        *,
+        requantize: bool = False,
     ) -> None:
         """Adds adapters (the active ones, if None) to the weights, in all layers or in none; see
         `lora_ext.nn.Linear`. `unmerge_adapter` gives back the base bit for bit. What is merged
@@ -31,14 +35,19 @@ class MergeableModel(AdaptedModel):
 
         Args:
             safe_merge: kept for PEFT's sake; NaN and Inf are always refused.
+            requantize: quantize again what is merged into quantized weights, as they are, rounding
+                it; else they are dequantised meanwhile.
         """
         as_flag(safe_merge, "LoraModel.merge_adapter", "safe_merge")
+        requantize = as_flag(requantize, "LoraModel.merge_adapter", "requantize")
         if adapter_names is not None:
             adapter_names = names_of(adapter_names, "LoraModel.merge_adapter")
             self._check_names(adapter_names)
         transaction = Transaction()
         layers = list(self.adapter_layers())
-        untied = merge_layers(self.get_base_model(), layers, transaction, adapter_names)
+        untied = merge_layers(
+            self.get_base_model(), layers, transaction, adapter_names, requantize=requantize
+        )
         transaction.commit()
         if untied:
             warn(untied_text(untied, "until unmerge_adapter()"))
@@ -57,6 +66,8 @@ class MergeableModel(AdaptedModel):
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: str | Sequence[str] | None = None,
+        *,
+        requantize: bool = False,
     ) -> nn.Module:
         """The base model with the adapters in its weights and plain layers.
 
@@ -70,8 +81,11 @@ class MergeableModel(AdaptedModel):
             safe_merge: kept for PEFT's sake; NaN and Inf are always refused, and on any error the
                 model is as it was.
             adapter_names: the active ones, if None.
+            requantize: layers over quantized bases become such ones again, of the base's class,
+                which rounds what is merged; else nn.Linear, dequantised.
         """
         as_flag(safe_merge, "LoraModel.merge_and_unload", "safe_merge")
+        requantize = as_flag(requantize, "LoraModel.merge_and_unload", "requantize")
         if adapter_names is not None:
             adapter_names = names_of(adapter_names, "LoraModel.merge_and_unload")
             self._check_names(adapter_names)
@@ -82,6 +96,7 @@ class MergeableModel(AdaptedModel):
                 transaction,
                 adapter_names,
                 alone=True,
+                requantize=requantize,
                 progressbar=progressbar,
             )
             transaction.commit()

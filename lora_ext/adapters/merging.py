@@ -24,11 +24,12 @@ def merge_layers(
     adapter_names: Sequence[str] | None = None,
     *,
     alone: bool = False,
+    requantize: bool = False,
     progressbar: bool = False,
 ) -> list[str]:
     """Merges adapters (the active ones, if None) in every one of these layers of `model` that has
     them, beside what is merged already, or instead of them (`alone`; disabled ones are merged then,
-    too). The layers change when `transaction` is committed.
+    too). The layers change when `transaction` is committed. `requantize`: see their `merge`.
 
     Returns:
         The names of the layers whose weight other modules share: theirs is their own then.
@@ -67,9 +68,9 @@ def merge_layers(
         try:
             draft: AdapterLayer = transaction.draft(layer)
             if alone:
-                draft._merge(names)
+                draft._merge(names, requantize)
             else:
-                draft.merge(adapter_names=names)
+                draft.merge(adapter_names=names, requantize=requantize)
         except (ValueError, RuntimeError) as error:
             if "NaN" in str(error):  # and in PEFT's words
                 error.args = (

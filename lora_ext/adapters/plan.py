@@ -41,6 +41,7 @@ from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.kinds import can_be_adapted, layer_for
 from lora_ext.nn.modules_to_save import ModulesToSave
 from lora_ext.nn.token_wrappers import TrainableTokensWrapper
+from lora_ext.quant.modules import quantized_kind
 
 # From so many on the ends of names are written instead of names, as in PEFT's files.
 _MANY_NAMES = 400
@@ -84,6 +85,7 @@ def adapter_settings(
         alora_invocation_tokens=tuple(config.alora_invocation_tokens or ()) or None,
         blocks_of_lora_A=of_A,
         blocks_of_lora_B=of_B,
+        **(config.loftq_config or {}),
     )
 
 
@@ -208,6 +210,12 @@ def _make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: boo
             raise TypeError(
                 f"LoraConfig: modules_to_save: '{name}' has adapters, or trained rows, expected a "
                 "module without: its copy would be trained beside them"
+            )
+        if any(quantized_kind(part) is not None for part in module.modules()):
+            raise TypeError(
+                f"LoraConfig: modules_to_save: '{name}' has a quantized weight, which cannot be "
+                "trained, expected a module without: name it in target_modules, or leave it out "
+                "when the model is quantized"
             )
     tied = _tied(model, config, names, saved)
     for name in (*tied.values(), *tied):

@@ -13,9 +13,10 @@ from lora_ext.adapters.patterns import compiled
 from lora_ext.adapters.swap import swap_modules
 from lora_ext.adapters.targets import matches, near_misses, warn_of_unused_names
 from lora_ext.arguments import check_module, names_of, refuse
-from lora_ext.nn import Linear
 from lora_ext.nn.adapter import DEFAULT
+from lora_ext.nn.kinds import layer_for
 from lora_ext.nn.transaction import Transaction
+from lora_ext.quant.modules import quantized_kind
 
 
 def replace_linear(
@@ -28,7 +29,8 @@ def replace_linear(
     exclude_modules: str | Iterable[str] | None = None,
     **options: Any,
 ) -> list[str]:
-    """Swaps `nn.Linear` modules of `model` for `lora_ext.nn.Linear` with the same parameters.
+    """Swaps `nn.Linear` modules of `model`, quantized ones too, for `lora_ext.nn.Linear` with the
+    same parameters.
 
     Nothing is copied or frozen: weights tied to other modules stay tied, and a module registered
     under several names is swapped once, under all of them. Hooks, training mode, device and dtype
@@ -47,7 +49,8 @@ def replace_linear(
         The names that were swapped, in the order of `model.named_modules()`.
 
     Raises:
-        ValueError: nothing matched, or a match is not exactly an nn.Linear; r is below 1.
+        ValueError: nothing matched, or a match is not exactly an nn.Linear, nor a layer whose
+            weight is quantized in a layout that is read; r is below 1.
         TypeError: model is not a module.
     """
     check_module("replace_linear", "model", model)
@@ -63,9 +66,9 @@ def replace_linear(
     options |= {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
     transaction = Transaction()
     replacements: dict[int, nn.Module] = {}
-    for module in chosen.values():
+    for module_name, module in chosen.items():
         if id(module) not in replacements:
-            layer = Linear.from_linear(module, r=0)
+            layer = layer_for(module_name, module)
             transaction.draft(layer).add_adapter(name, **options)
             replacements[id(module)] = layer
     names = swap_modules(model, replacements, transaction)
@@ -95,31 +98,33 @@ def _choose(
     modules: dict[str, nn.Module],
     target_modules: str | list[str],
     exclude_modules: str | list[str] | None,
-) -> dict[str, nn.Linear]:
+) -> dict[str, nn.Module]:
     if target_modules == ALL_LINEAR:
         head = getattr(model, "get_output_embeddings", lambda: None)()
         head = unwrapped(head) if isinstance(head, nn.Module) else head
         named: dict[str, nn.Module] = {
-            n: m for n, m in modules.items() if type(m) is nn.Linear and m is not head
+            n: m for n, m in modules.items() if _is_linear(m) and m is not head
         }
     else:
         named = {n: m for n, m in modules.items() if matches(n, target_modules)}
     named = {n: m for n, m in named.items() if not matches(n, exclude_modules, "exclude_modules")}
-    chosen: dict[str, nn.Linear] = {}
+    chosen: dict[str, nn.Module] = {}
     for name, module in named.items():
         if name == "":
             raise ValueError(
                 "replace_linear: target_modules: names the model itself, which cannot be swapped "
                 "in place; use lora_ext.nn.Linear.from_linear"
             )
-        if type(module) is not nn.Linear:
+        if not _is_linear(module):
             kind = type(module)
             raise ValueError(
                 f"replace_linear: target_modules: '{name}' is a "
-                f"{kind.__module__}.{kind.__qualname__}, expected exactly torch.nn.Linear; name "
-                "other modules, or exclude this one with exclude_modules"
+                f"{kind.__module__}.{kind.__qualname__}, expected exactly torch.nn.Linear, "
+                "or one with a quantized weight; name other modules, or exclude this one with "
+                "exclude_modules"
             )
-        computed = [part for part in ("weight", "bias") if part not in module._parameters]
+        parts = ("weight", "bias") if quantized_kind(module) is None else ()
+        computed = [part for part in parts if part not in module._parameters]
         if computed:
             raise ValueError(
                 f"replace_linear: target_modules: '{name}' computes its {computed[0]} (pruning, "
@@ -129,8 +134,12 @@ def _choose(
     return chosen
 
 
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or quantized_kind(module) is not None
+
+
 def _no_match(modules: dict[str, nn.Module], target_modules: str | list[str]) -> str:
-    linears = [name for name, module in modules.items() if type(module) is nn.Linear]
+    linears = [name for name, module in modules.items() if _is_linear(module)]
     wanted = [target_modules] if isinstance(target_modules, str) else target_modules
     hint = near_misses(wanted, linears)
     return f"replace_linear: target_modules: {target_modules!r} matches no module; {hint}"

@@ -89,7 +89,7 @@ def _of_layer(name: str, layer: LoraLayer) -> LayerStatus:
     parameters = {n: list(layer.adapter_parameters(n).values()) for n in layer.adapters}
     return LayerStatus(
         name=name,
-        module_type=f"lora.{type(layer).__name__.removeprefix('Kept')}",
+        module_type=f"lora.{type(layer).__name__.removeprefix('Kept').removeprefix('Quantized')}",
         enabled=not layer.disable_adapters,
         active_adapters=list(layer.active_adapters),
         merged_adapters=list(layer.merged_adapters),

@@ -23,6 +23,7 @@ from lora_ext.arguments import listed, short, warn
 from lora_ext.nn.any_layer import AnyLayer
 from lora_ext.nn.kinds import can_be_adapted
 from lora_ext.nn.linear import transformers_conv1d
+from lora_ext.quant.modules import quantized_kind
 
 # The number of the layer: the first one in the name that does not end it.
 _LAYER = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
@@ -218,6 +219,7 @@ def all_linear(
         and (
             isinstance(module, nn.Linear)
             or transformers_conv1d(module) is not None
+            or quantized_kind(module) is not None
             or (
                 isinstance(module, adapted)
                 and "Linear" in type(module).__name__

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.arguments import as_flag, check_module
+from lora_ext.quant.linear import Linear
+from lora_ext.quant.modules import quantized_kind
 
 # Methods of quantization whose 16-bit parameters stay as they are.
 _KEEPS_16_BITS = frozenset({"gptq", "aqlm", "eetq", "hqq", "torchao"})
@@ -48,8 +50,8 @@ def prepare_model_for_kbit_training(
     auto_clear_cache: bool = True,
 ) -> nn.Module:
     """Freezes a base model before it gets adapters, makes its float16 and bfloat16 parameters
-    float32 (but for gptq, aqlm, eetq, hqq and torchao), and switches gradient checkpointing on
-    where the model is quantized.
+    float32 (but for gptq, aqlm, eetq, hqq and torchao, and never a quantized weight), and switches
+    gradient checkpointing on where the model is quantized, by transformers or `quantize_`.
 
     Args:
         gradient_checkpointing_kwargs: of `gradient_checkpointing_enable` of transformers.
@@ -65,10 +67,14 @@ def prepare_model_for_kbit_training(
         parameter.requires_grad_(False)
     method = str(getattr(found, "quantization_method", None) or "").rpartition(".")[2].lower()
     few_bits = any(getattr(found, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
+    quantized = [module for module in model.modules() if quantized_kind(module) is not None]
+    codes = {id(module._parameters.get("weight")) for module in quantized}
+    few_bits |= any(isinstance(module, Linear) for module in quantized)
     if method not in _KEEPS_16_BITS:
         for parameter in model.parameters():
             if parameter.dtype in (torch.float16, torch.bfloat16):
-                if type(parameter).__name__ != "Params4bit":  # which hold packed values
+                # Others that hold packed values are of an embedding.
+                if id(parameter) not in codes and type(parameter).__name__ != "Params4bit":
                     parameter.data = parameter.data.to(torch.float32)
         if as_flag(auto_clear_cache, where, "auto_clear_cache") and torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -77,5 +83,6 @@ def prepare_model_for_kbit_training(
         options = dict(gradient_checkpointing_kwargs or {})
         if options.get("use_reentrant", True):
             prepare_model_for_gradient_checkpointing(model)
-        found.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        if hasattr(found, "gradient_checkpointing_enable"):
+            found.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     return model

@@ -15,6 +15,7 @@ from lora_ext import functional
 from lora_ext._scaling import is_for_any
 from lora_ext.arguments import as_flag, as_number, check_names, describe, suggests_names
 from lora_ext.nn.init import check_init, is_mica
+from lora_ext.quant.loftq import BITS
 
 DEFAULT = "default"  # the adapter that a constructor makes
 # What an adapter may be beyond a low-rank product: the flag that asks for it, and its name.
@@ -44,8 +45,9 @@ class AdapterSettings:
         use_rslora: `scaling` is `lora_alpha / sqrt(r)` (arXiv:2312.03732).
         lora_bias: whether lora_B has a bias, scaled like the product.
         init_lora_weights: True, False (for tests), "gaussian", "orthogonal", "pissa",
-            "pissa_niter_N", "olora" or "mica"; see `lora_ext.nn.init`. PiSSA and OLoRA take the
-            initial product out of the base's weight; MiCA trains lora_A alone.
+            "pissa_niter_N", "olora", "mica" or "loftq"; see `lora_ext.nn.init`. PiSSA and OLoRA
+            take the initial product out of the base's weight, LoftQ quantizes that; MiCA trains
+            lora_A alone.
         alora_invocation_tokens: of an activated LoRA: it runs under a plan alone (`lora_ext.batch`
             with `after`), which a LoraModel makes of these tokens; elsewhere it is the base.
         use_dora: DoRA: a trained magnitude for each output feature (see `lora_ext.nn.dora`).
@@ -55,6 +57,8 @@ class AdapterSettings:
         blocks_of_lora_A, blocks_of_lora_B: of a linear layer: how many blocks lie on the diagonal
             of the matrix, which is zero elsewhere; the parameter has the blocks alone (BD-LoRA). Of
             one of the two; init_lora_weights is then True, False or "gaussian".
+        loftq_bits, loftq_iter: of init_lora_weights="loftq": bits of the weight's values (4 or 8),
+            and how often weight and adapter are found in turn.
         weights: (r, lora_alpha) of single weights of an `AnyLayer` that need others, by name.
 
     Raises:
@@ -74,6 +78,8 @@ class AdapterSettings:
     alora_invocation_tokens: tuple[int, ...] | None = None
     blocks_of_lora_A: int = 1
     blocks_of_lora_B: int = 1
+    loftq_bits: int = 4
+    loftq_iter: int = 1
     weights: Mapping[str, tuple[int, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -118,6 +124,15 @@ class AdapterSettings:
                 "another kind: Invalid or unsupported variant combination"
             )
         self._check_blocks()
+        count = self.loftq_iter
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(
+                f"adapter: loftq_iter: got {describe(count)}, expected an integer of at least 1"
+            )
+        if self.loftq_bits not in BITS or isinstance(self.loftq_bits, bool):
+            raise ValueError(
+                f"adapter: loftq_bits: got {describe(self.loftq_bits)}, expected one of {BITS}"
+            )
         for name in self.weights:
             self.of(name)
 
@@ -174,6 +189,8 @@ class AdapterOptions(TypedDict, total=False):
     alora_invocation_tokens: tuple[int, ...] | None
     blocks_of_lora_A: int
     blocks_of_lora_B: int
+    loftq_bits: int
+    loftq_iter: int
 
 
 def variant_of(settings: object) -> str:

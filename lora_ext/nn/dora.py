@@ -177,18 +177,18 @@ class LinearDora(Dora[Linear]):
     """DoRA on a linear layer."""
 
     def forward(self, layer: Linear, x: Tensor, names: Sequence[str]) -> Tensor:
-        adapters = []
+        adapters, weight = [], layer._weight_matrix()
         for name, p in _dropout_p(layer, names).items():
             g = magnitude_scale(layer, name) if layer.adapters[name].use_dora else None
             adapters.append((layer._stack([name], p), g))
-        return dora(x, layer._weight_matrix(), layer.bias, adapters)
+        return dora(x, weight, layer._bias_vector(), adapters)
 
     def explain(self, layer: Linear, tokens: int) -> str:
         drops, dense = _with_dropout(layer), super().explain(layer, tokens)
         if not drops:
             return dense
         dropout_p = layer.adapters[drops[0]].lora_dropout
-        path, reason = dora_linear_path(layer.weight, dropout_p, tokens)
+        path, reason = dora_linear_path(layer._adapted_weight(), dropout_p, tokens)
         if path and drops != [layer._running[0]]:
             path, reason = "", "another adapter runs before it"
         return f"DoRA with dropout: {reason}" if path else f"{dense}: {reason}".rstrip(": ")

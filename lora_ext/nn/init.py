@@ -17,13 +17,16 @@ from torch import Tensor, nn
 
 from lora_ext.arguments import describe
 from lora_ext.errors import NotBuiltError
+from lora_ext.quant.loftq import quantized_and_adapter
 
-KINDS = ("gaussian", "orthogonal", "pissa", "pissa_niter_<iterations>", "olora", "mica")
-NOT_BUILT = ("eva", "corda", "loftq", "lora_ga")
+KINDS = (
+    *("gaussian", "orthogonal", "pissa", "pissa_niter_<iterations>", "olora", "mica", "loftq"),
+)
+NOT_BUILT = ("eva", "corda", "lora_ga")
 
-# Kinds that start from the weight itself and leave `weight - scaling * B A` in its place;
-# "pissa_niter_<iterations>" is one of them too (see `mutates_weight`).
-MUTATING = frozenset({"pissa", "olora"})
+# Kinds that start from the weight itself and leave `weight - scaling * B A` in its place, or, of
+# "loftq", quantized values; "pissa_niter_<iterations>" is one of them too (see `mutates_weight`).
+MUTATING = frozenset({"pissa", "olora", "loftq"})
 
 _PISSA_NITER = re.compile(r"pissa_niter_([0-9]+)")
 # A count beyond this is a mistake, or a trap in a file: 16 is what the paper calls enough.
@@ -75,6 +78,11 @@ def is_mica(kind: bool | str) -> bool:
     return isinstance(kind, str) and kind.lower() == "mica"
 
 
+def is_loftq(kind: object) -> bool:
+    """Whether this initialisation is LoftQ, which leaves quantized values in the weight."""
+    return isinstance(kind, str) and kind.lower() == "loftq"
+
+
 def reads_weight(kind: bool | str) -> bool:
     """Whether this initialisation depends on the base weight."""
     return mutates_weight(kind) or is_mica(kind)
@@ -89,6 +97,8 @@ def initialise(
     scaling: float = 1.0,
     *,
     lora_bias: Tensor | None = None,
+    loftq_bits: int = 4,
+    loftq_iter: int = 1,
 ) -> None:
     """Writes the initial values of the adapter of a linear or convolutional layer, in place.
 
@@ -100,6 +110,9 @@ def initialise(
     iterations. "olora": the first r columns and rows of its QR factors (arXiv:2406.01775). "mica":
     lora_A zero, lora_B the r left singular vectors of the weight with the smallest singular values,
     which is to stay as it is (arXiv:2604.01694).
+
+    "loftq" leaves values of `loftq_bits` in the weight, and what quantizing lost of it, as far as
+    the rank goes, in the adapter, in `loftq_iter` turns (see `lora_ext.quant.loftq`).
 
     "pissa" and "olora" leave `weight - scaling * lora_B @ lora_A` in the weight, computed from the
     stored lora_A and lora_B in float32 (float64 for float64) and rounded once: the layer's output
@@ -114,6 +127,7 @@ def initialise(
             [K, N]. Needed only where `reads_weight(kind)`.
         scaling: of the adapter.
         lora_bias: [N], set to zero (except by False).
+        loftq_bits, loftq_iter: of "loftq".
 
     Raises:
         ValueError: kind is unknown; an odd r for "orthogonal"; where the weight is read: r
@@ -140,6 +154,11 @@ def initialise(
         _orthogonal(lora_A, lora_B)
     elif kind == "mica" and weight is not None:
         _minor(lora_A, lora_B, weight)
+    elif kind == "loftq" and weight is not None:
+        Q, A, B = quantized_and_adapter(weight, len(lora_A), scaling, loftq_bits, loftq_iter)
+        weight.copy_(Q)
+        lora_A.copy_(A)
+        lora_B.copy_(B)
     elif isinstance(kind, str) and weight is not None and mutates_weight(kind):
         _take_from_weight(kind, lora_A, lora_B, weight, scaling)
     else:
@@ -174,6 +193,11 @@ def initialise_embedding(
         NotBuiltError: kind is not built.
     """
     kind = check_init(kind)
+    if kind == "loftq":
+        raise ValueError(
+            "init_lora_weights: got 'loftq' for an embedding, expected another kind; leave it out "
+            "with exclude_modules"
+        )
     if lora_A.is_meta:
         return
     if kind == "mica":

@@ -77,6 +77,11 @@ class KeptBase(LoraLayer):
     def _over(cls, base: nn.Module, kind: type[nn.Module], *, any_forward: bool = False) -> Self:
         """A layer over `base`, which stays as it is; raises as `adoption.check_base`."""
         check_base(base, kind, cls.__name__, any_forward=any_forward)
+        return cls._around(base)
+
+    @classmethod
+    def _around(cls, base: nn.Module) -> Self:
+        """The same for a base that was checked."""
         self: Self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.__dict__["_parameters"] = OwnParameters()
@@ -121,7 +126,7 @@ class KeptBase(LoraLayer):
         """
         where = f"{type(self).__name__}.get_base_layer"
         refuse_fsdp(self, where, "take the adapters out, then call fully_shard")
-        if self.merged and not self._merged_parameters(self.merged_adapters):
+        if self._is_merged_beside():
             raise ValueError(
                 f"{where}: {self._base_class.__qualname__} computes "
                 f"something else than a product with its weight, so the weight cannot hold "
@@ -217,8 +222,12 @@ class KeptBase(LoraLayer):
 
     def _choose_running(self) -> None:
         super()._choose_running()
-        if self.merged and self._enabled and not self._merged_parameters(self.merged_adapters):
+        if self._enabled and self._is_merged_beside():
             self._running = tuple(n for n in self.merged_adapters if self._scaling[n] != 0.0)
+
+    def _is_merged_beside(self) -> bool:
+        """Whether what is merged runs beside the base, whose weight cannot hold it."""
+        return self.merged and not self._merged_parameters(self.merged_adapters)
 
     def _write_merged(self, names: Any) -> None:
         if self._is_product_of_weight():

@@ -11,6 +11,7 @@ from lora_ext.nn.conv import Conv1d, Conv2d, Conv3d
 from lora_ext.nn.embedding import Embedding, is_scaled_word_embedding
 from lora_ext.nn.linear import Linear, transformers_conv1d
 from lora_ext.nn.lora_layer import LoraLayer
+from lora_ext.quant.modules import quantized_kind
 
 # A layer takes the place of a module of this class, and of a subclass that keeps its forward (of
 # nn.Linear's, any).
@@ -28,6 +29,8 @@ BASE_CLASSES = tuple(_FACTORIES)
 def _factory(module: nn.Module) -> Callable[..., LoraLayer] | None:
     if transformers_conv1d(module):
         return Linear.from_conv1d
+    if quantized_kind(module) is not None:
+        return Linear.from_linear
     if is_scaled_word_embedding(module):
         return Embedding.from_embedding
     for kind, factory in _FACTORIES.items():
@@ -55,7 +58,7 @@ def layer_for(name: str, module: nn.Module) -> LoraLayer:
 
     Raises:
         TypeError: no layer extends this class.
-        ValueError: see the layers.
+        ValueError: see the layers; of a quantized one it names the module.
     """
     if isinstance(module, LoraLayer):
         return module
@@ -68,4 +71,9 @@ def layer_for(name: str, module: nn.Module) -> LoraLayer:
             f"{kinds} or transformers' Conv1D; name other modules, or exclude this one with "
             "exclude_modules"
         )
-    return factory(module, r=0)
+    try:
+        return factory(module, r=0)
+    except ValueError as error:
+        if quantized_kind(module) is not None:
+            error.args = (f"target_modules: '{name}': {error}",)
+        raise

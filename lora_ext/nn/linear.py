@@ -29,6 +29,7 @@ from lora_ext.nn.planned import (
 )
 from lora_ext.nn.sharded import is_sharded
 from lora_ext.paths import lora_linear_path
+from lora_ext.quant.modules import quantized_kind
 
 
 class LinearBase(LoraLayer, nn.Linear):
@@ -38,6 +39,7 @@ class LinearBase(LoraLayer, nn.Linear):
     fan_in_fan_out: bool
     _STATE: ClassVar[frozenset[str]] = LoraLayer._STATE | {"fan_in_fan_out"}
     _KEPT: ClassVar[Any]  # this class over a base that is called
+    _QUANTIZED: ClassVar[Any]  # this class over a base whose weight is quantized
 
     def _init_base(
         self,
@@ -61,6 +63,8 @@ class LinearBase(LoraLayer, nn.Linear):
     @classmethod
     def _from_linear(cls, linear: nn.Linear) -> Self:
         """A layer, without adapters, in the place of a linear one or over it."""
+        if quantized_kind(linear) is not None:
+            return cls._QUANTIZED._over_quantized(linear)  # type: ignore[no-any-return]
         twin = _full_name(type(linear)) in _TWINS
         if type(linear) is nn.Linear and installed_style(linear) is not None:
             self: Self = cls._adopt(without_forward(linear), nn.Linear)
@@ -108,6 +112,11 @@ class LinearBase(LoraLayer, nn.Linear):
 
     def _weight_matrix(self, prefix: str = "") -> Tensor:
         return self.weight.t() if self.fan_in_fan_out else self.weight
+
+    def _bias_vector(self) -> Tensor | None:
+        """The base's bias, as the product takes it."""
+        bias: Tensor | None = self.bias
+        return bias
 
     def extra_repr(self) -> str:
         return super().extra_repr() + self.adapters_repr()
@@ -259,12 +268,13 @@ class Linear(LinearBase):
                     scaling=self._scaling[name],
                     dropout_p=self.adapters[name].lora_dropout if self.training else 0.0,
                 )
-        return adapted_linear(x, self._weight_matrix(), self.bias, self.low_rank())
+        return adapted_linear(x, self._weight_matrix(), self._bias_vector(), self.low_rank())
 
     def _planned_forward(self, x: Tensor) -> Tensor:
-        if is_sharded(self.weight):
+        if is_sharded(self._adapted_weight()):
             refuse_plan(self, "its weight is divided between processes")
-        return planned_linear(self, x, self._weight_matrix(), self.bias, dict(stacks(self)))
+        adapters = dict(stacks(self))
+        return planned_linear(self, x, self._weight_matrix(), self._bias_vector(), adapters)
 
     def _update_of(self, x: Tensor, name: str) -> Tensor:
         dropout_p = self.adapters[name].lora_dropout if self.training else 0.0

@@ -372,9 +372,19 @@ class LoraLayer(DefaultAdapter, RunningLayer):
                 self._part(prefix + part, name) for part in ("lora_A", "lora_B", "lora_bias")
             )
             if A is not None:
-                weight = self._weight_matrix(prefix)
+                weight = self._weight_matrix(prefix) if reads_weight(kind) else None
                 scaling = self._settings(name, prefix).scaling
-                initialise(kind, A, B, weight, scaling, lora_bias=bias)
+                settings = self.adapters[name]
+                initialise(
+                    kind,
+                    A,
+                    B,
+                    weight,
+                    scaling,
+                    lora_bias=bias,
+                    loftq_bits=settings.loftq_bits,
+                    loftq_iter=settings.loftq_iter,
+                )
         self._initialise_variant(name)
 
     # Scales

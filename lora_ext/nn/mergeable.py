@@ -76,7 +76,11 @@ class MergeableLayer(HoldsAdapters):
 
     @all_or_nothing
     def merge(
-        self, safe_merge: bool = False, adapter_names: str | Iterable[str] | None = None
+        self,
+        safe_merge: bool = False,
+        adapter_names: str | Iterable[str] | None = None,
+        *,
+        requantize: bool = False,
     ) -> None:
         """Adds adapters (the active ones, if None) to the base's parameters: in float32 with one
         rounding, in float64 for float64. Nothing is written into those: until `unmerge()` the
@@ -86,6 +90,8 @@ class MergeableLayer(HoldsAdapters):
 
         Args:
             safe_merge: kept for PEFT's sake; NaN and Inf are always refused.
+            requantize: over a base whose weight is quantized: quantize what is merged as that is,
+                rounding it; else it stays dequantised. No other layer has anything to quantize.
 
         Raises:
             AlreadyMergedError: all of them are merged.
@@ -97,6 +103,7 @@ class MergeableLayer(HoldsAdapters):
             warn(f"{where}: adapters are adapter_names=... now", DeprecationWarning)
             safe_merge, adapter_names = False, safe_merge
         as_flag(safe_merge, where, "safe_merge")
+        requantize = as_flag(requantize, where, "requantize")
         names = self.active_adapters
         if adapter_names is not None:
             names = tuple(names_of(adapter_names, where))
@@ -110,14 +117,14 @@ class MergeableLayer(HoldsAdapters):
                 f"{where}: the adapters are disabled, expected enabled ones, or the layer would do "
                 "what they do; call enable_adapters first"
             )
-        self._merge(tuple(dict.fromkeys((*self.merged_adapters, *names))))
+        self._merge(tuple(dict.fromkeys((*self.merged_adapters, *names))), requantize)
 
     def _check_mergeable(self, where: str, names: Sequence[str]) -> None:
         """ValueError for an adapter that no weight can hold."""
 
     @all_or_nothing
     @torch.no_grad()
-    def _merge(self, names: tuple[str, ...]) -> None:
+    def _merge(self, names: tuple[str, ...], requantize: bool = False) -> None:
         """Makes exactly these adapters the merged ones."""
         where = f"{type(self).__name__}.merge"
         self._check_mergeable(where, names)

@@ -181,18 +181,18 @@ class MergedLinear(LinearBase):
                 name: stack._replace(lora_B=self._block_diagonal(stack))
                 for name, stack in stacks(self)
             }
-            return planned_linear(self, x, self._weight_matrix(), self.bias, wide)
-        adapters, weight = self.low_rank(), self._weight_matrix()
+            return planned_linear(self, x, self._weight_matrix(), self._bias_vector(), wide)
+        adapters, weight, whole_bias = self.low_rank(), self._weight_matrix(), self._bias_vector()
         sizes = self._enabled_sizes()
         zeros = len(sizes) - sum(sizes) / max(self.out_features, 1)
         if sum(adapter.lora_B.shape[1] for adapter in adapters) * zeros <= _FEW_ZEROS:
             blocks = [one._replace(lora_B=self._block_diagonal(one)) for one in adapters]
-            return adapted_linear(x, weight, self.bias, blocks)
+            return adapted_linear(x, weight, whole_bias, blocks)
         # Each slice then has its own dropout mask, as layers of their own would.
         slices = [list(self._slices(adapter)) for adapter in adapters]
         parts = []
         for j, rows in enumerate(self._row_slices()):
-            bias = None if self.bias is None else self.bias[rows]
+            bias = None if whole_bias is None else whole_bias[rows]
             own = [adapter[j] for adapter in slices]
             present = [adapter for adapter in own if adapter is not None]
             parts.append(adapted_linear(x, weight[rows], bias, present))

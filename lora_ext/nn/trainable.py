@@ -9,6 +9,7 @@ from lora_ext.loralib.merging import MergingLayer
 from lora_ext.nn.lora_layer import LoraLayer
 from lora_ext.nn.modules_to_save import ModulesToSave
 from lora_ext.nn.trainable_tokens import TokenTables
+from lora_ext.quant.modules import quantized_kind
 
 _BIAS = ("none", "all", "lora_only")
 
@@ -84,10 +85,16 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters of a model, each counted once."""
+    """(trainable, all) parameters of a model, each counted once; a quantized weight as the values
+    that it stands for."""
     check_module("print_trainable_parameters", "model", model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trainable, sum(p.numel() for p in model.parameters())
+    sizes = {id(p): p.numel() for p in model.parameters()}
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and quantized_kind(module) is not None:
+            sizes[id(weight)] = int(module.out_features) * int(module.in_features)  # type: ignore
+    return trainable, sum(sizes.values())
 
 
 def print_trainable_parameters(model: nn.Module) -> None:

@@ -336,7 +336,7 @@ class TrainableTokensLayer(MergeableLayer):
             self.weight.detach().index_copy_(0, rows, table)
 
     @all_or_nothing
-    def _merge(self, names: tuple[str, ...]) -> None:
+    def _merge(self, names: tuple[str, ...], requantize: bool = False) -> None:
         self._check_disjoint(names, "merge")
         super()._merge(names)
         self._hand_on()

@@ -62,6 +62,11 @@ def check_tensor(
     return value
 
 
+def version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; 0 of inference tensors, which do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def check_dtype(name: str, field: str, value: Any) -> None:
     """One of those that values are computed in."""
     if value not in FLOATS:

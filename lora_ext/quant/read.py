@@ -34,6 +34,9 @@ def read_weight(source: Any, name: str = "weight") -> QuantizedWeight:
     """
     module = source if isinstance(source, nn.Module) else None
     weight: Any = source if module is None else getattr(module, "weight", None)
+    own = getattr(module, "quantized_weight", None)  # of a lora_ext.quant.Linear
+    if isinstance(own, QuantizedWeight):
+        return own
     if bitsandbytes.has_quant_state(weight):
         return bitsandbytes.read_4bit(weight, getattr(module, "quant_state", None), name)
     if bitsandbytes.has_scb(weight):

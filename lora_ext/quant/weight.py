@@ -18,6 +18,7 @@ from lora_ext.quant.checks import (
     check_tensor,
     fail,
     is_integer,
+    version,
 )
 from lora_ext.quant.packing import PACKINGS
 
@@ -65,7 +66,11 @@ class NestedScales:
     def values(self, begin: int, end: int) -> Tensor:
         """fp32 numbers of blocks begin <= i < end, with a rounding after each operation."""
         found = self.codebook.index_select(0, self.codes[begin:end].int())
-        found *= _repeated(self.absmax, begin, end, self.block_size)
+        size = self.block_size
+        if begin % size == end % size == 0:
+            found = found.view(-1, size)
+        found *= _per_block(self.absmax, begin, end, size)
+        found = found.view(-1)
         return found if self.offset is None else found + self.offset
 
 
@@ -164,6 +169,13 @@ class QuantizedWeight:
             f"{self.block_size}, {self.dtype}, {self.nbytes} bytes on {self.device})"
         )
 
+    def versions(self) -> tuple[int, ...]:
+        """How often each of its tensors was changed in place."""
+        return tuple(version(tensor) for _, tensor in self._tensors())
+
+    def owner(self) -> None:
+        """What has to live as long as it is used: it holds its tensors itself."""
+
     @property
     def bits(self) -> int:
         """Bits of a code."""
@@ -208,18 +220,20 @@ class QuantizedWeight:
         if begin == end:
             return torch.empty(0, K, dtype=dtype, device=self.device)
         first, last = begin * K, end * K
-        codes = PACKINGS[self.packing].codes(self.codes, first, last)
+        packing, size = PACKINGS[self.packing], self.block_size
         if self.codebook is None:
-            values = codes.float()
+            values = packing.codes(self.codes, first, last).float()
         else:
-            values = self.codebook.index_select(0, codes.int())
+            values = packing.looked_up(self.codes, self.codebook, first, last)
+        if first % size == last % size == 0:  # whole blocks: their numbers need not be repeated
+            values = values.view(-1, size)
         if self.zero_point is not None:
-            values -= _repeated(self.zero_point, first, last, self.block_size)
-        values *= _repeated(self.scales, first, last, self.block_size)
+            values -= _per_block(self.zero_point, first, last, size)
+        values *= _per_block(self.scales, first, last, size)
         if self.factor is not None:
             values *= self.factor
         if self.shift is not None:
-            values += _repeated(self.shift, first, last, self.block_size)
+            values += _per_block(self.shift, first, last, size)
         return values.to(self.rounding).to(dtype).view(end - begin, K)
 
     def _result_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
@@ -228,13 +242,16 @@ class QuantizedWeight:
         return self.dtype if dtype is None else dtype
 
 
-def _repeated(per_block: Tensor | NestedScales, first: int, last: int, size: int) -> Tensor:
-    """fp32 numbers of values first <= i < last, whose blocks may begin before and end after."""
+def _per_block(per_block: Tensor | NestedScales, first: int, last: int, size: int) -> Tensor:
+    """fp32 numbers of values first <= i < last, whose blocks may begin before and end after; of
+    whole blocks [blocks, 1]."""
     begin, end = first // size, -(-last // size)
     if isinstance(per_block, NestedScales):
         numbers = per_block.values(begin, end)
     else:
         numbers = per_block[begin:end].float()
+    if first % size == last % size == 0:
+        return numbers.unsqueeze(1)
     counts = torch.full((end - begin,), size, device=numbers.device)
     counts[0] -= first - begin * size
     counts[-1] -= end * size - last

@@ -18,7 +18,7 @@ from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_file import TensorSpec
 from lora_ext.io.adapter_folder import open_adapter
 from lora_ext.io.files import short
-from lora_ext.nn.init import mutates_weight
+from lora_ext.nn.init import is_loftq, mutates_weight
 
 _EXPECTED = (
     "expected as path_initial_model_for_weight_conversion (--initial) the adapter that this one "
@@ -47,6 +47,12 @@ def without_initial(
         AdapterFileError: its files are damaged or do not fit.
         ValueError: it cannot be what the adapter was trained from.
     """
+    if is_loftq(_kind(model, adapter_name, config)):
+        raise ValueError(
+            f"save_pretrained: path_initial_model_for_weight_conversion: '{adapter_name}' was "
+            "initialised by LoftQ, which quantized the base: no adapter makes that up exactly; "
+            "expected another kind; save it without, for the quantized base"
+        )
     with open_adapter(folder) as files:
         kind = _kind(model, adapter_name, config)
         where = f"save_pretrained: {folder}"

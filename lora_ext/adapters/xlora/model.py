@@ -316,7 +316,11 @@ class XLoraModel(ScaledModel):
         _refuse("rename_adapter", "names are those of the config")
 
     def merge_adapter(
-        self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = False
+        self,
+        adapter_names: str | Sequence[str] | None = None,
+        safe_merge: bool = False,
+        *,
+        requantize: bool = False,
     ) -> NoReturn:
         """Refused: each token has another mixture."""
         _refuse("merge_adapter", "each token has another mixture, and there is one weight")

@@ -1,0 +1,218 @@
+"""A linear layer on a quantized matrix, without any library."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext.quant.bitsandbytes import DTYPES, INT8_FACTOR, STATE
+from lora_ext.quant.call import compute_dtype, dequantized, in_dtype_of
+from lora_ext.quant.checks import fail
+from lora_ext.quant.codebooks import four_bit
+from lora_ext.quant.quantize import quantize
+from lora_ext.quant.read import read_state_dict
+from lora_ext.quant.weight import NestedScales, QuantizedWeight
+
+QUANT_TYPES = ("nf4", "fp4", "int8")
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def _is_of(matrix: QuantizedWeight, quant_type: str) -> bool:
+    """Whether `quantize` could have made it, as this type: state dicts can say no more."""
+    if matrix.rounding is not torch.float32 or matrix.zero_point is not None:
+        return False
+    if quant_type == "int8":
+        scales = isinstance(matrix.scales, Tensor) and matrix.scales.dtype is torch.float32
+        by_rows = matrix.packing == "int8" and matrix.block_size == matrix.shape[1]
+        return by_rows and scales and matrix.factor == INT8_FACTOR and matrix.shift is None
+    if matrix.packing != "high_first" or matrix.factor is not None or matrix.shift is not None:
+        return False
+    expected = four_bit(quant_type, matrix.device)
+    return matrix.codebook is not None and torch.equal(matrix.codebook, expected)
+
+
+class Linear(nn.Linear):
+    """`y = x W^T + b` with W in the codes of bitsandbytes' NF4, FP4 or LLM.int8().
+
+    `weight` is a frozen parameter: the packed codes [ceil(N K / 2), 1] in uint8, or the rows [N, K]
+    in int8. State dicts have the keys and tensors of bitsandbytes' Linear4bit and Linear8bitLt. A
+    forward dequantises W for the call; backward keeps the codes, and dequantises again.
+
+    Attributes:
+        quant_type: "nf4", "fp4" or "int8".
+        compute_dtype: that of the product; that of x if None.
+    """
+
+    quant_type: str
+    compute_dtype: torch.dtype | None
+    _matrix: QuantizedWeight
+
+    def __init__(self) -> None:
+        raise TypeError("lora_ext.quant.Linear: is made by from_linear, from_weight or quantize_")
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        quant_type: str = "nf4",
+        *,
+        block_size: int | None = None,
+        nested: bool = False,
+        compute_dtype: torch.dtype | None = None,
+    ) -> Self:
+        """The layer with its weight quantized; shares the bias, and the mode.
+
+        Args:
+            quant_type, block_size, nested: see `quantize`.
+
+        Raises:
+            TypeError: linear is not exactly an nn.Linear.
+            ValueError: see `quantize`.
+        """
+        if type(linear) is not nn.Linear:
+            raise TypeError(
+                f"lora_ext.quant.Linear.from_linear: linear: got {type(linear).__qualname__}, "
+                "expected exactly an nn.Linear"
+            )
+        matrix = quantize(linear.weight, quant_type, block_size, nested)
+        matrix = replace(matrix, dtype=linear.weight.dtype)  # int8 does not tell
+        self = cls.from_weight(matrix, quant_type, linear.bias, compute_dtype)
+        return self.train(linear.training)
+
+    @classmethod
+    def from_weight(
+        cls,
+        matrix: QuantizedWeight,
+        quant_type: str,
+        bias: nn.Parameter | None = None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> Self:
+        """A layer on a matrix that is quantized already, as `quantize` does it.
+
+        Raises:
+            ValueError: it is quantized in another way.
+        """
+        if quant_type not in QUANT_TYPES:
+            fail(matrix.name, "quant_type", quant_type, f"one of {list(QUANT_TYPES)}")
+        if not _is_of(matrix, quant_type):
+            fail(
+                matrix.name, "matrix", repr(matrix), f"one that quantize(..., {quant_type!r}) made"
+            )
+        self: Self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = matrix.shape
+        self.quant_type, self.compute_dtype = quant_type, compute_dtype
+        shape = matrix.shape if quant_type == "int8" else (-1, 1)
+        self.weight = nn.Parameter(matrix.codes.view(shape), requires_grad=False)
+        self.register_parameter("bias", bias)
+        self._matrix = matrix
+        return self
+
+    @property
+    def quantized_weight(self) -> QuantizedWeight:
+        """The matrix, on the bytes of `weight`."""
+        if self._matrix.codes.data_ptr() != self.weight.data_ptr():
+            self._rebind()
+        return self._matrix
+
+    def _rebind(self, copy: bool = False) -> None:
+        """Makes the matrix one of the parameter's bytes, which may be others, elsewhere."""
+        weight, old = self.weight.detach(), self._matrix
+        device = weight.device
+
+        def moved(tensor: Any) -> Any:
+            if isinstance(tensor, NestedScales):
+                codes, codebook, absmax = map(moved, tensor.tensors())
+                return replace(tensor, codes=codes, codebook=codebook, absmax=absmax)
+            return tensor.to(device, copy=copy) if isinstance(tensor, Tensor) else tensor
+
+        fields = {name: moved(getattr(old, name)) for name in ("codebook", "scales")}
+        self._matrix = replace(old, codes=weight.view(-1), **fields)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x [..., in_features] → [..., out_features]."""
+        dtype = compute_dtype(self.compute_dtype, input)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        with dequantized(self.quantized_weight, dtype) as weight:
+            y = nn.functional.linear(input.to(dtype), weight, bias)
+        return in_dtype_of(input, y)
+
+    def extra_repr(self) -> str:
+        nested = ", nested" if isinstance(self._matrix.scales, NestedScales) else ""
+        size = "" if self.quant_type == "int8" else f", block_size={self._matrix.block_size}"
+        return f"{super().extra_repr()}, quant_type={self.quant_type}{size}{nested}"
+
+    # State dicts, as bitsandbytes'
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        matrix = self.quantized_weight
+        if self.quant_type == "int8":
+            destination[f"{prefix}SCB"] = matrix.scales
+            destination[f"{prefix}weight_format"] = torch.tensor(0, dtype=torch.uint8)
+            return
+        fields: dict[str, Any] = {
+            "quant_type": self.quant_type,
+            "blocksize": matrix.block_size,
+            "dtype": _NAMES[matrix.dtype],
+            "shape": matrix.shape,
+        }
+        key, scales = f"{prefix}weight", matrix.scales
+        if isinstance(scales, NestedScales):
+            destination[f"{key}.absmax"] = scales.codes
+            destination[f"{key}.nested_absmax"] = scales.absmax
+            destination[f"{key}.nested_quant_map"] = scales.codebook
+            fields["nested_blocksize"] = scales.block_size
+            fields["nested_dtype"] = _NAMES[scales.absmax.dtype]
+            fields["nested_offset"] = scales.offset
+        else:
+            destination[f"{key}.absmax"] = scales
+        destination[f"{key}.quant_map"] = matrix.codebook
+        packed = torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8)
+        destination[f"{key}.{STATE}{self.quant_type}"] = packed
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """The whole of a quantized weight, or nothing: codes without their scales are refused."""
+        key = f"{prefix}weight"
+        own = {name for name in state_dict if name.startswith(f"{key}.")}
+        own |= {f"{prefix}SCB", f"{prefix}weight_format"} & state_dict.keys()
+        if key in state_dict:
+            try:
+                matrix = read_state_dict(state_dict, key)
+                self._check_loaded(matrix, state_dict, key)
+            except ValueError as error:
+                error_msgs.append(str(error))
+                return
+            codes = matrix.codes.to(self.weight.device, copy=True)
+            self.weight.data = codes.view(self.weight.shape)
+            dtype = self._matrix.dtype if self.quant_type == "int8" else matrix.dtype
+            self._matrix = replace(matrix, dtype=dtype, name="weight")
+            self._rebind(copy=True)
+        hidden = {name: value for name, value in state_dict.items() if name not in own}
+        if key in hidden:
+            hidden[key] = self.weight.detach()
+        super()._load_from_state_dict(
+            hidden, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _check_loaded(self, matrix: QuantizedWeight, state: dict[str, Any], key: str) -> None:
+        if matrix.shape != self._matrix.shape:
+            fail(key, "shape", list(matrix.shape), str(list(self._matrix.shape)))
+        int8 = matrix.packing == "int8"
+        if int8 != (self.quant_type == "int8") or (
+            not int8 and f"{key}.{STATE}{self.quant_type}" not in state
+        ):
+            fail(key, "quant_type", "another", f"{self.quant_type!r}, which the layer is")

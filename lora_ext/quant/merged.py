@@ -1,0 +1,101 @@
+"""Layers in the place of one with a quantized weight, with another weight: dense, or quantized anew
+as it was."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext.quant import bitsandbytes
+from lora_ext.quant.call import Dequantizable
+from lora_ext.quant.linear import Linear
+from lora_ext.quant.quantize import quantize
+from lora_ext.quant.weight import NestedScales, QuantizedWeight
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def dense_layer(
+    base: nn.Module, matrix: Dequantizable, weight: Tensor, bias: nn.Parameter | None
+) -> nn.Linear:
+    """A plain nn.Linear, frozen as its base was, in the dtype that was quantized: what is around it
+    has that, where bitsandbytes' compute_dtype may be another. Its int8 tells of none: that of the
+    bias, then, or float32."""
+    dtype = matrix.dtype
+    if bias is not None and bitsandbytes.has_scb(base._parameters.get("weight")):
+        dtype = bias.dtype
+    if bias is not None and bias.dtype is not dtype:
+        bias = nn.Parameter(bias.detach().to(dtype), requires_grad=bias.requires_grad)
+    layer = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(layer)
+    layer.out_features, layer.in_features = weight.shape
+    layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    layer.register_parameter("bias", bias)
+    return layer.train(base.training)
+
+
+def requantized_layer(
+    base: nn.Module, matrix: Any, weight: Tensor, bias: nn.Parameter | None
+) -> nn.Module:
+    """A layer of the base's class, whose weight [N, K] is quantized as the base's is.
+
+    Raises:
+        ValueError: not for weights of this library.
+    """
+    old = base._parameters.get("weight")
+    four_bit, int8 = bitsandbytes.has_quant_state(old), bitsandbytes.has_scb(old)
+    if not isinstance(matrix, QuantizedWeight) or not (
+        isinstance(base, Linear) or four_bit or int8
+    ):
+        raise ValueError(
+            f"requantize: got True for the weight of a {type(base).__qualname__} "
+            f"({type(old).__qualname__}), expected False, or a layer of bitsandbytes or "
+            "lora_ext.quant: merge into the dequantised weight, and quantize that by its library"
+        )
+    quant_type = "int8" if matrix.packing == "int8" else _quant_type(base, old)
+    block = {}
+    if quant_type != "int8":
+        nested = isinstance(matrix.scales, NestedScales)
+        block = {"block_size": matrix.block_size, "nested": nested}
+    given = weight.half() if int8 else weight.float()  # fp16: as a Linear8bitLt does
+    made = replace(quantize(given, quant_type, **block), dtype=matrix.dtype)  # type: ignore[arg-type]
+    own = Linear.from_weight(made, quant_type, bias)
+    if isinstance(base, Linear):
+        own.compute_dtype = base.compute_dtype
+        return own.train(base.training)
+    layer: Any = _copied(base)
+    layer._parameters["bias"] = bias
+    kind: Any = type(old)
+    if int8:
+        layer.weight = kind(own.weight.data, requires_grad=False, has_fp16_weights=False)
+        layer.weight.CB, layer.weight.SCB = layer.weight.data, made.scales
+        layer.state = copy.copy(layer.state)
+        layer.state.CB = layer.state.SCB = None
+        return layer  # type: ignore[no-any-return]
+    stats = {
+        key.removeprefix("weight."): value
+        for key, value in own.state_dict().items()
+        if key.startswith("weight.")
+    }
+    codes, storage = own.weight.data, getattr(base, "quant_storage", torch.uint8)
+    if codes.numel() % storage.itemsize == 0:
+        codes = codes.view(-1).view(storage).view(-1, 1)
+    layer.weight = kind.from_prequantized(codes, stats, False, codes.device, module=layer)
+    return layer  # type: ignore[no-any-return]
+
+
+def _quant_type(base: Any, weight: Any) -> str:
+    found: str = base.quant_type if isinstance(base, Linear) else weight.quant_type
+    return found
+
+
+def _copied(module: Module) -> Module:
+    """A module with the same tensors, in registries of its own."""
+    copied = copy.copy(module)
+    for registry in ("_parameters", "_buffers", "_modules"):
+        copied.__dict__[registry] = dict(module.__dict__[registry])
+    return copied

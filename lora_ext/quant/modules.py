@@ -1,0 +1,152 @@
+"""Modules that hold a quantized matrix as their weight, whichever library made them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext.quant import bitsandbytes, torchao
+from lora_ext.quant.call import Dequantizable
+from lora_ext.quant.checks import fail, version
+from lora_ext.quant.linear import Linear
+from lora_ext.quant.read import read_weight
+
+Dequantize = Callable[[Any], Tensor]
+
+# What the layers of other classes are dequantised by.
+_DEQUANTIZERS: dict[type[nn.Module], Dequantize] = {}
+# What was read of a module, and of which tensors.
+_READ: WeakKeyDictionary[nn.Module, tuple[object, Dequantizable]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class CalledWeight:
+    """The matrix of a layer that a function dequantises, in every call anew."""
+
+    layer: ref[nn.Module]
+    function: Dequantize
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The matrix [N, K], as the function gives it."""
+        layer = self.owner()
+        found = self.function(layer).detach()
+        if tuple(found.shape) != self.shape:
+            expected = f"shape {list(self.shape)}, as before"
+            what = f"the function registered for {type(layer).__qualname__}"
+            fail(what, "result", found, expected)
+        return found.to(self.dtype if dtype is None else dtype)
+
+    def owner(self) -> nn.Module:
+        """The layer, of which it holds a weak reference: what was read of a layer does not keep
+        that alive."""
+        layer = self.layer()
+        assert layer is not None, "the layer is gone"
+        return layer
+
+    def versions(self) -> tuple[int, ...]:
+        """How often each of the layer's tensors was changed in place."""
+        layer = self.owner()
+        return tuple(version(t) for t in (*layer.parameters(), *layer.buffers()))
+
+
+def register_dequantizer(kind: type[nn.Module], function: Dequantize) -> None:
+    """Has linear layers of a class that is not known here (GPTQ's, AWQ's, HQQ's) take adapters.
+
+    Args:
+        kind: the class; of subclasses only those that keep its forward run as this one.
+        function: of a layer, gives its weight [out_features, in_features], in floating point. It
+            is called in every forward, and in backward again: nothing of it is kept.
+
+    Raises:
+        TypeError: kind is no class of modules, or function cannot be called.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise TypeError(f"register_dequantizer: kind: got {kind!r}, expected a class of modules")
+    if not callable(function):
+        raise TypeError(f"register_dequantizer: function: got {function!r}, expected a function")
+    _DEQUANTIZERS[kind] = function
+
+
+def quantized_kind(module: object) -> type[nn.Module] | None:
+    """The class whose forward is the product of a quantized weight, if module is of such a one."""
+    if not isinstance(module, nn.Module):
+        return None
+    for kind in type(module).__mro__:
+        if kind in _DEQUANTIZERS:
+            return kind
+    if not isinstance(module, nn.Linear):
+        return None
+    if isinstance(module, Linear):
+        return Linear
+    weight = module.__dict__["_parameters"].get("weight")
+    if weight is None or type(weight) is nn.Parameter:
+        return None
+    if bitsandbytes.has_quant_state(weight) or bitsandbytes.has_scb(weight):
+        owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+        return owner if owner.__module__.startswith("bitsandbytes.") else _library_kind(module)
+    if torchao.is_nf4(weight) or torchao.is_torchao(weight):
+        return nn.Linear
+    return None
+
+
+def _library_kind(module: nn.Module) -> type[nn.Module]:
+    for kind in type(module).__mro__:
+        if kind.__module__.startswith("bitsandbytes.") and "forward" in vars(kind):
+            return kind
+    return nn.Linear
+
+
+def quantized_weight(module: nn.Module, name: str = "weight") -> Dequantizable:
+    """The matrix of a module of a `quantized_kind`; read anew when its tensors are others.
+
+    Raises:
+        ValueError: it is not quantized yet, or in a layout that is not read; says what to do.
+    """
+    state = _state(module)
+    known = _READ.get(module)
+    if known is not None and known[0] == state:
+        return known[1]
+    function = next((_DEQUANTIZERS[k] for k in type(module).__mro__ if k in _DEQUANTIZERS), None)
+    found: Dequantizable
+    if function is None:
+        found = read_weight(module, name)
+    else:
+        values = function(module)
+        if not isinstance(values, Tensor) or values.dim() != 2 or not values.is_floating_point():
+            expected = "a matrix [out_features, in_features] in floating point"
+            kind = type(module).__qualname__
+            fail(name, f"result of the function registered for {kind}", values, expected)
+        shape = (values.shape[0], values.shape[1])
+        found = CalledWeight(ref(module), function, shape, values.dtype, values.device)
+    _READ[module] = state, found
+    return found
+
+
+def _state(module: nn.Module) -> object:
+    """What tells whether a module's tensors are those that were read."""
+    weight: Any = module._parameters.get("weight")
+    if weight is None:
+        return [t.device for t in (*module.parameters(), *module.buffers())][:1]
+    if isinstance(module, Linear):
+        return id(module.quantized_weight)
+    inner = getattr(weight, "__tensor_flatten__", None)
+    tensors = [weight] if inner is None else [getattr(weight, name) for name in inner()[0]]
+    state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
+    scales = [getattr(state, "absmax", None), getattr(weight, "SCB", None)]
+    tensors += [tensor for tensor in scales if isinstance(tensor, Tensor)]
+    marks = [(t.data_ptr(), version(t), t.device, t.shape) for t in tensors]
+    return [id(weight), id(state), getattr(state, "packing_format_for_cpu", False), marks]
+
+
+def resting_dtype(module: nn.Module, matrix: Dequantizable) -> torch.dtype:
+    """That of the weight where there is no x: of adapters, and of a merged weight."""
+    own = getattr(module, "compute_dtype", None)
+    return own if isinstance(own, torch.dtype) else matrix.dtype

@@ -1,0 +1,237 @@
+"""Layers over the linear layers of bitsandbytes and torchao."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+import torchao.quantization as ao
+from bitsandbytes.nn.modules import Params4bit
+from quant_problems import same_bits
+from quantized_problems import (
+    OPTIONS,
+    dequantised,
+    inputs,
+    matrix_of,
+    plain_linear,
+    randomise,
+    results,
+)
+from torch import Tensor, nn
+from torchao.quantization.quantize_ import workflows
+from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
+
+import lora_ext
+import lora_ext.nn as lora
+from lora_ext import quant
+
+N, K = 64, 128  # which bitsandbytes' kernels for CPUs take
+X = inputs(width=K)
+
+
+def linear_4bit(quant_type: str = "nf4", **options: Any) -> nn.Module:
+    layer = bnb.nn.Linear4bit(K, N, quant_type=quant_type, **options)
+    layer.weight = Params4bit(
+        plain_linear(0, (N, K)).weight.detach(),
+        compress_statistics=options.get("compress_statistics", True),
+        quant_type=quant_type,
+        quant_storage=options.get("quant_storage", torch.uint8),
+        module=layer,
+    )
+    return layer.to("cpu")
+
+
+def linear_8bit() -> nn.Module:
+    layer = bnb.nn.Linear8bitLt(K, N, has_fp16_weights=False)
+    weight = plain_linear(0, (N, K)).weight.detach()
+    layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    return layer.to("cpu")
+
+
+def torchao_linear(convert: Callable[[nn.Linear], None]) -> nn.Module:
+    layer = plain_linear(0, (N, K))
+    convert(layer)
+    return layer
+
+
+def nf4_tensor(layer: nn.Linear) -> None:
+    layer.weight = nn.Parameter(to_nf4(layer.weight.detach(), 64, 64), requires_grad=False)
+
+
+def int4_tensor(layer: nn.Linear) -> None:
+    """By hand: torchao makes them on a GPU."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-128, 127, (N, K // 2), generator=generator, dtype=torch.int8)
+    scale, zero = torch.rand(2, K // 32, N, generator=generator) * 0.1
+    weight = workflows.Int4Tensor(codes, scale, zero, [1, 32], torch.Size((N, K)))
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+
+
+BITSANDBYTES: dict[str, Callable[[], nn.Module]] = {
+    "nf4": linear_4bit,
+    "fp4, plain scales": lambda: linear_4bit("fp4", compress_statistics=False),
+    "nf4 in bf16": lambda: linear_4bit(quant_storage=torch.bfloat16),
+    "int8": linear_8bit,
+}
+BASES = BITSANDBYTES | {
+    "torchao nf4": lambda: torchao_linear(nf4_tensor),
+    "torchao int4": lambda: torchao_linear(int4_tensor),
+    "torchao int8": lambda: torchao_linear(lambda m: ao.quantize_(m, ao.Int8WeightOnlyConfig())),
+}
+each_base = pytest.mark.parametrize("base", BASES)
+
+
+def tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of what it saves, as bytes where they are packed."""
+    found = {}
+    for name, tensor in module.state_dict().items():
+        inner = getattr(tensor, "__tensor_flatten__", lambda: ((), None))()[0]
+        for part in inner:
+            found[f"{name}.{part}"] = getattr(tensor, part).clone()
+        if not inner:
+            found[name] = tensor.clone()
+    return found
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    def as_bytes(tensor: Tensor) -> Tensor:
+        return tensor.contiguous().view(-1).view(torch.uint8)
+
+    return one.keys() == other.keys() and all(
+        torch.equal(as_bytes(one[name]), as_bytes(other[name])) for name in one
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@each_base
+def test_it_is_the_layer_over_the_dequantised_base(base: str, options: dict[str, Any]) -> None:
+    module = BASES[base]()
+    before = tensors(module)
+    layer = randomise(lora.Linear.from_linear(module, r=3, **options))  # type: ignore[arg-type]
+    pairs = zip(results(layer, X), results(dequantised(layer), X), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+    layer.eval()(X.detach())
+    assert same(before, tensors(module))
+
+
+@each_base
+def test_the_base_computes_the_same(base: str) -> None:
+    """As far as its own kernels go: bitsandbytes' int8 rounds x."""
+    if base == "torchao int4":
+        pytest.skip("torchao multiplies with it on a GPU only")
+    module = BASES[base]()
+    layer = lora.Linear.from_linear(module, r=3)  # type: ignore[arg-type]
+    atol = 0.05 if base == "int8" else 1e-5
+    torch.testing.assert_close(layer(X), module.train()(X), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("requantize", [False, True])
+@each_base
+def test_merging(base: str, requantize: bool) -> None:
+    module = BASES[base]()
+    before = tensors(module)
+    layer: Any = randomise(lora.Linear.from_linear(module, r=3, lora_bias=True))  # type: ignore
+    y = layer(X)
+    if requantize and base not in BITSANDBYTES:
+        with pytest.raises(ValueError, match="requantize: got True"):
+            layer.merge(requantize=True)
+        return
+    layer.merge(requantize=requantize)
+    merged = layer.get_base_layer()
+    found = layer(X)
+    if requantize:
+        assert type(merged) is type(module) and merged is not module
+        atol = 0.05 if base == "int8" else 1e-5
+        torch.testing.assert_close(merged.train()(X), found, rtol=0, atol=atol)
+        expected = matrix_of(module) + layer.get_delta_weight("default")
+        step = 0.02 if base == "int8" else 0.2  # of codes, beside a block's largest value
+        assert (matrix_of(merged) - expected).abs().max() < step * expected.abs().max()
+    else:
+        assert type(merged) is nn.Linear and torch.equal(merged(X), found)
+        torch.testing.assert_close(found, y, rtol=0, atol=1e-5)
+    layer.unmerge()
+    assert torch.equal(layer(X), y) and layer.get_base_layer() is module
+    assert same(before, tensors(module))
+
+
+def test_a_layer_that_was_called_before() -> None:
+    """LLM.int8()'s first forward moves its scales; a second read finds them."""
+    module: Any = linear_8bit()
+    first = matrix_of(module)
+    layer = lora.Linear.from_linear(module, r=3)
+    y = layer(X)
+    module(X.detach())
+    assert module.weight.SCB is None
+    assert same_bits(matrix_of(module), first) and torch.equal(layer(X), y)
+    assert torch.equal(lora.Linear.from_linear(module, r=3)(X), y)
+
+
+def test_a_repacked_weight_is_refused() -> None:
+    module: Any = linear_4bit()
+    layer: Any = lora.Linear.from_linear(module, r=3)
+    layer(X)
+    if not module.support_avx512bf16_for_cpu:
+        pytest.skip("bitsandbytes repacks on a CPU with AVX512_BF16 only")
+    module.eval()(X.detach().bfloat16())
+    with pytest.raises(ValueError, match=r"packing_format_for_cpu.*load the model again"):
+        layer(X)
+    model = nn.Sequential(nn.Linear(4, 4), module)
+    with pytest.raises(ValueError, match=r"'1': .*packing_format_for_cpu"):
+        lora_ext.replace_linear(model, ["0", "1"], r=2)
+    assert type(model[0]) is nn.Linear and model[1] is module
+
+
+def opaque() -> nn.Module:
+    from torchao.prototype.quantization.int4.int4_opaque_tensor import Int4OpaqueTensor
+
+    words = torch.zeros(8, 2, dtype=torch.int32)
+    layer = nn.Linear(16, 8)
+    weight = Int4OpaqueTensor(words, torch.ones(1, 8, 2).bfloat16(), [1, 16], torch.Size((8, 16)))
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+UNREAD: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "not quantized yet": (lambda: bnb.nn.Linear4bit(16, 8), "move the layer to its device"),
+    "fp16 weights": (lambda: bnb.nn.Linear8bitLt(16, 8), "has_fp16_weights=False"),
+    "opaque": (opaque, "Int4WeightOnlyConfig"),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_what_cannot_be_read_is_refused(name: str) -> None:
+    make, cure = UNREAD[name]
+    model = nn.Sequential(nn.Linear(16, 16), make())
+    before = list(model)
+    for adapt in (
+        lambda: lora_ext.get_lora_model(model, lora_ext.LoraConfig(target_modules=["0", "1"])),
+        lambda: lora_ext.replace_linear(model, ["0", "1"]),
+    ):
+        with pytest.raises(ValueError, match=f"target_modules: '1': .*{cure}"):
+            adapt()
+        assert all(now is then for now, then in zip(model, before, strict=True))
+
+
+def test_state_dicts_are_bitsandbytes() -> None:
+    """Of `lora_ext.quant.Linear`: what either saves the other reads."""
+    plain = plain_linear(0, (N, K))
+    for nested in (False, True):
+        theirs: Any = linear_4bit(compress_statistics=nested)
+        theirs.bias.data.copy_(plain.bias.data)
+        mine = quant.Linear.from_linear(plain, "nf4", nested=nested)
+        saved, other = mine.state_dict(), theirs.state_dict()
+        assert saved.keys() == other.keys()
+        for name in saved.keys() - {"weight.quant_state.bitsandbytes__nf4"}:
+            assert same_bits(saved[name], other[name]), name
+        mine.load_state_dict(other)
+        assert same_bits(matrix_of(mine), matrix_of(theirs))
+        stats = {k.removeprefix("weight."): v for k, v in saved.items() if k.startswith("weight.")}
+        read = Params4bit.from_prequantized(saved["weight"], stats, device="cpu")
+        assert same_bits(quant.read_weight(read).dequantize(), matrix_of(theirs))
+    eight, theirs = quant.Linear.from_linear(plain, "int8"), linear_8bit()
+    assert eight.state_dict().keys() == theirs.state_dict().keys()
+    eight.load_state_dict(theirs.state_dict())
+    assert same_bits(matrix_of(eight), matrix_of(theirs))

@@ -1,0 +1,532 @@
+"""Linear layers over quantized bases: values, gradients, what backward keeps, what stays as it is.
+The bases are made without any library; tests/quantized has those of bitsandbytes and torchao."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from problems import kept_for_backward
+from quantized_problems import (
+    OPTIONS,
+    K,
+    N,
+    dequantised,
+    inputs,
+    matrix_of,
+    plain_linear,
+    randomise,
+    results,
+)
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import lora_ext
+import lora_ext.nn as lora
+from lora_ext import quant
+from lora_ext.nn.quantized import QuantizedLinear, lora_linear
+from lora_ext.quant import call
+
+
+class Foreign(nn.Module):
+    """A layer of a library that is not known: halves in int8."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.codes = nn.Parameter((weight * 64).round().to(torch.int8), requires_grad=False)
+        self.bias = nn.Parameter(bias)
+        self.calls = 0
+
+    def dequantize(self) -> Tensor:
+        self.calls += 1
+        return self.codes.float() / 64
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.dequantize().to(x.dtype), self.bias.to(x.dtype))
+
+
+@pytest.fixture(autouse=True)
+def registered(one_thread: None) -> Iterator[None]:
+    from lora_ext.quant.modules import _DEQUANTIZERS
+
+    quant.register_dequantizer(Foreign, Foreign.dequantize)
+    yield
+    del _DEQUANTIZERS[Foreign]
+
+
+BASES: dict[str, Callable[[], nn.Module]] = {
+    "nf4": lambda: quant.Linear.from_linear(plain_linear(), "nf4"),
+    "nf4 nested": lambda: quant.Linear.from_linear(
+        plain_linear(), "nf4", block_size=32, nested=True
+    ),
+    "fp4": lambda: quant.Linear.from_linear(plain_linear(), "fp4", block_size=128),
+    "int8": lambda: quant.Linear.from_linear(plain_linear(), "int8"),
+    "foreign": lambda: Foreign(plain_linear().weight.detach(), plain_linear().bias.detach()),
+}
+each_base = pytest.mark.parametrize("base", BASES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@each_base
+def test_it_is_the_layer_over_the_dequantised_base(
+    base: str, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    layer = randomise(lora.Linear.from_linear(BASES[base](), r=3, **options))  # type: ignore
+    for mine, theirs in zip(
+        results(layer, inputs(dtype)),
+        results(dequantised(layer, dtype), inputs(dtype)),
+        strict=True,
+    ):
+        assert torch.equal(mine, theirs) and mine.dtype is theirs.dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@each_base
+def test_values_beside_float64(base: str, dtype: torch.dtype) -> None:
+    """Off by no more than twice what plain PyTorch is in this dtype, and some roundings."""
+    layer = randomise(lora.Linear.from_linear(BASES[base](), r=3))  # type: ignore[arg-type]
+    x = inputs(dtype)
+    W, b = matrix_of(layer.base_layer, dtype), layer.base_layer.bias.detach()
+    A, B = layer.lora_A.detach(), layer.lora_B.detach()
+    exact = x.double() @ W.double().t() + b.to(dtype).double()
+    exact = exact + layer.scaling * x.double() @ A.double().t() @ B.double().t()
+    plain = lora_ext.reference.lora_linear(
+        x, W, b.to(dtype), A.to(dtype), B.to(dtype), scaling=layer.scaling
+    )
+    error, bound = ((y.double() - exact).abs().max().item() for y in (layer(x), plain))
+    assert error <= 2 * bound + torch.finfo(dtype).eps * exact.abs().max().item()
+
+
+@each_base
+def test_several_adapters_and_plans(base: str) -> None:
+    layer: Any = lora.Linear.from_linear(BASES[base](), r=3)  # type: ignore[arg-type]
+    layer.add_adapter("other", r=2, lora_dropout=0.0, use_rslora=True)
+    layer.add_adapter("dora", r=2, use_dora=True)
+    randomise(layer).eval()
+    x = torch.randn(5, K)
+    rows = ["default", "other", "__base__", "dora", "other"]
+    for active in (["default", "other"], ["default", "dora"], ["other"]):
+        layer.set_adapter(active)
+        twin = dequantised(layer)
+        assert torch.equal(layer(x), twin(x))
+        with lora_ext.batch(rows):
+            assert torch.equal(layer(x), twin(x))
+    layer.enable_adapters(False)
+    twin.enable_adapters(False)
+    assert torch.equal(layer(x), twin(x))
+
+
+def test_backward_keeps_the_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And neither the matrix nor a view of it, whatever the adapter is."""
+    made: list[weakref.ref[Tensor]] = []
+
+    def values(*arguments: Any) -> Tensor:
+        found = original(*arguments)
+        made.append(weakref.ref(found))
+        return found
+
+    original = call.values
+    monkeypatch.setattr(call, "values", values)
+    for options in OPTIONS.values():
+        layer = lora.Linear.from_linear(BASES["nf4"](), r=3, **options)  # type: ignore[arg-type]
+        x = inputs()
+        kept = kept_for_backward(lambda: layer(x))  # noqa: B023
+        assert all(tensor.numel() < N * K for tensor in kept)
+        del made[:], kept
+        y = layer(x)
+        assert made and not any(one() is not None for one in made)
+        y.sum().backward()
+        assert x.grad is not None and len(made) > 1
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_within_checkpoints(use_reentrant: bool) -> None:
+    layer = randomise(lora.Linear.from_linear(BASES["nf4"](), r=3, lora_dropout=0.2))  # type: ignore
+    x = inputs()
+
+    def run() -> Tensor:
+        return checkpoint(layer, x, use_reentrant=use_reentrant)  # type: ignore[no-any-return]
+
+    torch.manual_seed(1)
+    layer(x).sum().backward()
+    expected = x.grad, layer.lora_A.grad
+    x.grad = layer.lora_A.grad = None
+    torch.manual_seed(1)
+    y = run()
+    y.sum().backward()
+    assert expected[0] is not None and torch.equal(expected[0], x.grad)
+    assert torch.equal(expected[1], layer.lora_A.grad)
+    if not use_reentrant:  # x is kept, by the checkpoint alone
+        assert [t.data_ptr() for t in kept_for_backward(run) if t.numel() >= x.numel()] in (
+            [],
+            [x.data_ptr()],
+        )
+
+
+def test_gradients_of_gradients_and_transforms() -> None:
+    base = quant.Linear.from_linear(plain_linear(0, (4, 6)), "nf4")
+    layer = randomise(lora.Linear.from_linear(base, r=2)).double()
+    x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, x) and torch.autograd.gradgradcheck(layer, x)
+    y = layer(x)
+    (expected,) = torch.autograd.grad(y.square().sum(), x)
+    found = torch.func.grad(lambda x: layer(x).square().sum())(x.detach())
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["plain", "dora"])
+def test_autocast(options: dict[str, Any]) -> None:
+    layer = randomise(lora.Linear.from_linear(BASES["nf4"](), r=3, **options))  # type: ignore
+    twin, x = dequantised(layer, torch.bfloat16), inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        mine, theirs = results(layer, x), results(lambda x: twin(x.bfloat16()), x)
+    assert mine[0].dtype is torch.bfloat16
+    assert all(torch.equal(*pair) for pair in zip(mine, theirs, strict=False))
+
+
+def test_the_compute_dtype_of_the_base() -> None:
+    base = quant.Linear.from_linear(plain_linear(), "nf4", compute_dtype=torch.bfloat16)
+    layer = randomise(lora.Linear.from_linear(base, r=3))
+    x = inputs()
+    expected = dequantised(layer, torch.bfloat16)(x.bfloat16())
+    assert torch.equal(layer(x), expected.float()) and layer(x).dtype is torch.float32
+    assert layer.lora_A.dtype is torch.float32
+    narrow = lora.Linear.from_linear(base, r=3, autocast_adapter_dtype=False)
+    assert narrow.lora_A is not None and narrow.lora_A.dtype is torch.bfloat16
+    assert narrow(x).dtype is torch.float32
+
+
+@each_base
+def test_training_leaves_the_base_as_it_is(base: str) -> None:
+    module = BASES[base]()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    model = nn.Sequential(module)
+    assert lora_ext.replace_linear(model, ["0"], r=3, lora_dropout=0.1) == ["0"]
+    lora_ext.mark_only_lora_as_trainable(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    loss = []
+    for _ in range(5):
+        y = model(inputs())
+        loss.append(y.square().mean())
+        loss[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss[-1] < loss[0]
+    after = module.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    layer: Any = model[0]
+    assert layer.get_base_layer() is module and layer.base_layer is module
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@each_base
+def test_merging_dequantised(base: str, options: dict[str, Any]) -> None:
+    module = BASES[base]()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    layer: Any = randomise(lora.Linear.from_linear(module, r=3, **options)).eval()  # type: ignore
+    x = inputs()
+    y, state = layer(x), {name: t.clone() for name, t in layer.state_dict().items()}
+    layer.merge()
+    torch.testing.assert_close(layer(x), y, rtol=0, atol=2e-6)
+    merged = layer.get_base_layer()
+    assert type(merged) is nn.Linear and torch.equal(merged(x), layer(x))
+    twin = dequantised(layer).eval()
+    twin.merge()
+    assert torch.equal(merged.weight, twin.weight)
+    saved = layer.state_dict()
+    assert saved.keys() == state.keys() and all(torch.equal(saved[n], state[n]) for n in saved)
+    layer.unmerge()
+    assert torch.equal(layer(x), y) and layer.get_base_layer() is module
+    assert all(torch.equal(before[name], t) for name, t in module.state_dict().items())
+
+
+@pytest.mark.parametrize("base", ["nf4", "nf4 nested", "fp4", "int8"])
+def test_merging_into_codes(base: str) -> None:
+    module: Any = BASES[base]()
+    layer: Any = randomise(lora.Linear.from_linear(module, r=3, lora_bias=True)).eval()
+    x = inputs()
+    y = layer(x)
+    layer.merge()
+    dense = layer.get_base_layer()
+    layer.unmerge()
+    layer.merge(requantize=True)
+    merged = layer.get_base_layer()
+    assert type(merged) is quant.Linear and torch.equal(merged(x), layer(x))
+    old, new = quant.read_weight(module), quant.read_weight(merged)
+    expected = quant.Linear.from_linear(
+        dense,
+        module.quant_type,
+        **({} if base == "int8" else {"block_size": old.block_size, "nested": "nested" in base}),
+    )
+    assert torch.equal(new.dequantize(), expected.quantized_weight.dequantize())
+    assert torch.equal(merged.bias, dense.bias) and not torch.equal(merged.bias, module.bias)
+    layer.unmerge()
+    assert torch.equal(layer(x), y)
+
+
+def test_merging_is_refused() -> None:
+    foreign: Any = lora.Linear.from_linear(BASES["foreign"](), r=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"requantize: got True .* Foreign .*expected False"):
+        foreign.merge(requantize=True)
+    assert not foreign.merged
+    layer: Any = lora.Linear.from_linear(BASES["nf4"](), r=3)  # type: ignore[arg-type]
+    layer.lora_B.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        layer.merge()
+    assert not layer.merged
+    layer.lora_B.data.zero_()
+    layer.merge()
+    with pytest.raises(RuntimeError, match=r"are merged .*call unmerge\(\)"):
+        layer.load_state_dict(layer.state_dict())
+
+
+def test_deltas() -> None:
+    layer: Any = randomise(lora.Linear.from_linear(BASES["nf4"](), r=3))  # type: ignore[arg-type]
+    expected = layer.scaling * layer.lora_B @ layer.lora_A
+    torch.testing.assert_close(layer.get_delta_weight("default"), expected)
+    sliced: Any = lora.MergedLinear.from_linear(BASES["int8"](), [True, False, True], r=2)  # type: ignore
+    randomise(sliced).eval()
+    x = inputs()
+    torch.testing.assert_close(
+        sliced(x) - sliced.base_layer(x), x @ sliced.get_delta_weight("default").t()
+    )
+    y = sliced(x)
+    sliced.merge()
+    torch.testing.assert_close(sliced(x), y, rtol=0, atol=2e-6)
+    sliced.unmerge()
+
+
+@each_base
+def test_copies_pickles_and_state_dicts(base: str) -> None:
+    layer: Any = randomise(lora.Linear.from_linear(BASES[base](), r=3))  # type: ignore[arg-type]
+    x = inputs()
+    y = layer(x)
+    copied, pickled = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
+    other: Any = lora.Linear.from_linear(
+        quant.Linear.from_linear(plain_linear(1), "nf4", block_size=32, nested=True)
+        if base == "nf4 nested"
+        else type(layer.base_layer).from_linear(plain_linear(1), **_kind(layer.base_layer))
+        if base != "foreign"
+        else Foreign(torch.zeros(N, K), torch.zeros(N)),
+        r=3,
+    )
+    other.load_state_dict(layer.state_dict())
+    layer.base_layer.bias.data += 1
+    layer.lora_B.data += 1
+    for twin in (copied, pickled, other):
+        assert torch.equal(twin(x), y) and type(twin) is QuantizedLinear
+
+
+def _kind(base: Any) -> dict[str, Any]:
+    size = {} if base.quant_type == "int8" else {"block_size": base.quantized_weight.block_size}
+    return {"quant_type": base.quant_type, **size}
+
+
+def test_nothing_is_kept_alive() -> None:
+    layer = lora.Linear.from_linear(BASES["nf4"](), r=3)  # type: ignore[arg-type]
+    layer(inputs()).sum().backward()
+    gone = weakref.ref(layer), weakref.ref(layer.base_layer)
+    del layer
+    gc.collect()
+    assert gone[0]() is None and gone[1]() is None
+
+
+def test_compiled() -> None:
+    layer = randomise(lora.Linear.from_linear(BASES["nf4"](), r=3))  # type: ignore[arg-type]
+    compiled: Any = torch.compile(nn.Sequential(layer, nn.ReLU()), backend="eager")
+    x = inputs()
+    assert torch.equal(compiled(x), layer(x).relu())
+
+
+def test_hooks_on_the_base_are_called() -> None:
+    layer: Any = randomise(lora.Linear.from_linear(BASES["nf4"](), r=3))  # type: ignore[arg-type]
+    x, calls = inputs(), []
+    y = layer(x)
+    handle = layer.base_layer.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(layer(x), y)
+    assert calls == [1] and "the base has hooks" in lora_ext.explain(layer)[0].reason
+    with pytest.raises(ValueError, match="the base has hooks, so it is called"):
+        layer.merge()
+    handle.remove()
+    assert torch.equal(layer(x), y)
+
+
+def test_explain_says_how() -> None:
+    layer: Any = lora.Linear.from_linear(BASES["nf4"](), r=3)  # type: ignore[arg-type]
+    for what in ("nothing", "dora", "plan", "off"):
+        if what == "dora":
+            layer.add_adapter("dora", r=2, use_dora=True)
+            layer.set_adapter("dora")
+        layer.enable_adapters(what != "off")
+        with lora_ext.batch([layer.active_adapters[0]] * 3 if what == "plan" else []):
+            assert "dequantised for each call" in lora_ext.explain(layer)[0].reason
+    layer.enable_adapters(True)
+    layer.merge()
+    assert lora_ext.explain(layer)[0].reason == (
+        "merged: the adapter is in the weight, dequantised"
+    )
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"init_lora_weights: got 'pissa'.*loftq"):
+        lora.Linear.from_linear(BASES["nf4"](), r=3, init_lora_weights="pissa")  # type: ignore
+    layer = lora.Linear.from_linear(BASES["nf4"](), r=3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="keeps its forward"):
+        lora.Linear.from_linear(layer, r=3)
+    with pytest.raises(TypeError, match="register_dequantizer: kind: got 3"):
+        quant.register_dequantizer(3, Foreign.dequantize)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="register_dequantizer: function: got 3"):
+        quant.register_dequantizer(Foreign, 3)  # type: ignore[arg-type]
+    quant.register_dequantizer(Foreign, lambda layer: layer.codes)
+    with pytest.raises(ValueError, match=r"'0': .*registered for Foreign.*floating point"):
+        lora_ext.get_lora_model(
+            nn.Sequential(BASES["foreign"]()), lora_ext.LoraConfig(target_modules=["0"])
+        )
+
+
+def test_mica_and_dora_read_the_dequantised_weight() -> None:
+    layer: Any = lora.Linear.from_linear(BASES["nf4"](), r=3, init_lora_weights="mica")  # type: ignore
+    U = torch.linalg.svd(matrix_of(layer.base_layer))[0]
+    torch.testing.assert_close(layer.lora_B.data.abs(), U[:, -3:].abs(), rtol=0, atol=1e-4)
+    layer.add_adapter("dora", r=3, use_dora=True)
+    norms = matrix_of(layer.base_layer).norm(dim=1)
+    torch.testing.assert_close(layer.parts("dora")["lora_magnitude_vector"].data, norms)
+
+
+def test_the_function() -> None:
+    matrix = quant.quantize(plain_linear().weight, "nf4")
+    x, A, B = inputs(), torch.randn(2, K, requires_grad=True), torch.randn(N, 2)
+    y = lora_linear(x, matrix, None, A, B, scaling=0.5)
+    expected = lora_ext.lora_linear(x, matrix.dequantize(), None, A, B, scaling=0.5)
+    assert torch.equal(y, expected)
+    found = [torch.autograd.grad(result.sum(), [x, A]) for result in (y, expected)]
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_quantizing_a_model() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, batch_first=True), 2)
+    x = torch.randn(2, 5, 32)
+    plain = copy.deepcopy(model).eval()
+    names = quant.quantize_(model, "int8", exclude_modules=["1.linear2"])
+    assert names == ["layers.0.linear1", "layers.0.linear2", "layers.1.linear1"]
+    assert [type(model.get_submodule(name)) for name in names] == [quant.Linear] * 3
+    with torch.no_grad():  # in which torch would run its own kernel on the weights
+        y = model.eval()(x)
+    torch.testing.assert_close(y, plain(x), rtol=0.1, atol=0.1)
+    for name in names:
+        weight = plain.get_submodule(name).weight
+        plain.get_submodule(name).weight.data = quant.quantize(weight, "int8").dequantize()
+    torch.testing.assert_close(y, plain(x))
+    adapted = lora_ext.get_lora_model(model, lora_ext.LoraConfig(target_modules="all-linear"))
+    total = sum(p.numel() for p in plain.parameters())
+    trainable, every = adapted.get_nb_trainable_parameters()
+    assert every == total + trainable
+
+
+def test_quantizing_is_all_or_nothing() -> None:
+    model = nn.Sequential(plain_linear(), nn.ReLU(), plain_linear(1, (8, N)))
+    before = list(model)
+    for arguments, message in (
+        ({"quant_type": "nf5"}, "quant_type: got 'nf5'"),
+        ({"target_modules": ["3"]}, "matches no nn.Linear"),
+        ({"block_size": 48}, r"'0': .*block_size: got 48.*no layer of the model was changed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            quant.quantize_(model, **arguments)  # type: ignore[arg-type]
+        assert all(now is then for now, then in zip(model, before, strict=True))
+    with pytest.raises(TypeError, match="from_linear makes a single one"):
+        quant.quantize_(plain_linear())
+    with pytest.raises(TypeError, match="is made by from_linear"):
+        quant.Linear()
+    shared = nn.Sequential(model[0], nn.Linear(N, K), model[0])
+    assert quant.quantize_(shared, target_modules=r"0|2") == ["0", "2"]
+    assert shared[0] is shared[2] and type(shared[1]) is nn.Linear
+
+
+def test_states_that_are_not_whole_are_refused() -> None:
+    layer = quant.Linear.from_linear(plain_linear(), "nf4")
+    x = inputs()
+    y, state = layer(x), layer.state_dict()
+    int8 = quant.Linear.from_linear(plain_linear(), "int8").state_dict()
+    other = quant.Linear.from_linear(plain_linear(0, (N, K + 2)), "nf4").state_dict()
+    cut = {name: tensor for name, tensor in state.items() if name != "weight.absmax"}
+    for wrong, message in ((cut, "weight.absmax"), (int8, "quant_type"), (other, "shape")):
+        with pytest.raises(RuntimeError, match=message):
+            layer.load_state_dict(wrong)
+        assert torch.equal(layer(x), y)
+
+
+@each_base
+def test_what_changed_in_place_is_noticed_in_backward(base: str) -> None:
+    module: Any = BASES[base]()
+    layer: Any = lora.Linear.from_linear(module, r=3)
+    codes = module.codes if base == "foreign" else module.weight
+    for changed in (None, codes, layer.lora_A):
+        x = inputs() * 1
+        y = layer(x)
+        with torch.no_grad():
+            (x if changed is None else changed).add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+@pytest.mark.parametrize("requantize", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_merging_adapters_of_any_dtype(dtype: torch.dtype, requantize: bool) -> None:
+    base = quant.Linear.from_linear(plain_linear(), "nf4", compute_dtype=torch.bfloat16)
+    base.compute_dtype = torch.bfloat16 if dtype is torch.bfloat16 else None
+    layer: Any = lora.Linear.from_linear(base, r=3, autocast_adapter_dtype=False, lora_bias=True)
+    layer = randomise(layer.double() if dtype is torch.float64 else layer)
+    assert layer.lora_A.dtype is dtype
+    x = inputs(torch.float64 if dtype is torch.float64 else torch.float32)
+    y, parts = layer(x), {n: id(p) for n, p in layer.named_parameters()}
+    expected = matrix_of(base) + layer.get_delta_weight("default").float()
+    layer.merge(requantize=requantize)
+    if not requantize:
+        torch.testing.assert_close(layer.get_base_layer().weight.data, expected)
+        atol = 1e-6 if dtype is torch.float64 else 0.02
+        torch.testing.assert_close(layer(x), y, rtol=0, atol=atol)
+    assert parts == {n: id(p) for n, p in layer.named_parameters()}
+    layer.unmerge()
+    assert torch.equal(layer(x), y)
+
+
+def test_calls_that_a_merged_layer_cannot_make() -> None:
+    layer: Any = lora.Linear.from_linear(BASES["nf4"](), r=3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"QuantizedLinear: input: got .*expected a tensor"):
+        layer([1.0])
+    layer.merge()
+    layer.base_layer.register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match=r"the base has hooks; call unmerge\(\) first"):
+        layer(inputs())
+
+
+def test_a_layer_may_be_gone_before_backward() -> None:
+    layer: Any = lora.Linear.from_linear(BASES["foreign"](), r=3)  # type: ignore[arg-type]
+    x = inputs()
+    y = layer(x)
+    del layer
+    gc.collect()
+    y.sum().backward()
+    assert x.grad is not None
+
+
+def test_a_layer_of_a_matrix() -> None:
+    matrix = quant.quantize(plain_linear().weight, "fp4", nested=True)
+    made = quant.Linear.from_weight(matrix, "fp4")
+    assert made.bias is None and torch.equal(made(X := inputs()), X @ matrix.dequantize().t())
+    for wrong in ("nf4", "int8"):
+        with pytest.raises(ValueError, match=rf"matrix: got .*expected one that quantize.*{wrong}"):
+            quant.Linear.from_weight(matrix, wrong)
+    with pytest.raises(ValueError, match="quant_type: got q4_0"):
+        quant.Linear.from_weight(matrix, "q4_0")
