@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import lora_ext.nn as lora
+from lora_ext import quant
 from lora_ext.quant.call import values
 from lora_ext.quant.modules import quantized_weight
 
@@ -72,3 +75,34 @@ def results(layer: Any, x: Tensor) -> list[Tensor]:
     own = getattr(layer, "adapters", ())
     parts = [p for name in own for p in layer.adapter_parameters(name).values()]
     return [y, *torch.autograd.grad(y, [x, *parts], dy)]
+
+
+class Foreign(nn.Module):
+    """A layer of a library that is not known: halves in int8."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.codes = nn.Parameter((weight * 64).round().to(torch.int8), requires_grad=False)
+        self.bias = nn.Parameter(bias)
+        self.calls = 0
+
+    def dequantize(self) -> Tensor:
+        self.calls += 1
+        return self.codes.float() / 64
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.dequantize().to(x.dtype), self.bias.to(x.dtype))
+
+
+quant.register_dequantizer(Foreign, Foreign.dequantize)
+
+BASES: dict[str, Callable[[], nn.Module]] = {
+    "nf4": lambda: quant.Linear.from_linear(plain_linear(), "nf4"),
+    "nf4 nested": lambda: quant.Linear.from_linear(
+        plain_linear(), "nf4", block_size=32, nested=True
+    ),
+    "fp4": lambda: quant.Linear.from_linear(plain_linear(), "fp4", block_size=128),
+    "int8": lambda: quant.Linear.from_linear(plain_linear(), "int8"),
+    "foreign": lambda: Foreign(plain_linear().weight.detach(), plain_linear().bias.detach()),
+}
+each_base = pytest.mark.parametrize("base", BASES)

@@ -7,17 +7,19 @@ import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from problems import kept_for_backward
 from quantized_problems import (
+    BASES,
     OPTIONS,
+    Foreign,
     K,
     N,
     dequantised,
+    each_base,
     inputs,
     matrix_of,
     plain_linear,
@@ -32,44 +34,9 @@ import lora_ext.nn as lora
 from lora_ext import quant
 from lora_ext.nn.quantized import QuantizedLinear, lora_linear
 from lora_ext.quant import call
+from lora_ext.quant.modules import _DEQUANTIZERS
 
-
-class Foreign(nn.Module):
-    """A layer of a library that is not known: halves in int8."""
-
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        super().__init__()
-        self.codes = nn.Parameter((weight * 64).round().to(torch.int8), requires_grad=False)
-        self.bias = nn.Parameter(bias)
-        self.calls = 0
-
-    def dequantize(self) -> Tensor:
-        self.calls += 1
-        return self.codes.float() / 64
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.dequantize().to(x.dtype), self.bias.to(x.dtype))
-
-
-@pytest.fixture(autouse=True)
-def registered(one_thread: None) -> Iterator[None]:
-    from lora_ext.quant.modules import _DEQUANTIZERS
-
-    quant.register_dequantizer(Foreign, Foreign.dequantize)
-    yield
-    del _DEQUANTIZERS[Foreign]
-
-
-BASES: dict[str, Callable[[], nn.Module]] = {
-    "nf4": lambda: quant.Linear.from_linear(plain_linear(), "nf4"),
-    "nf4 nested": lambda: quant.Linear.from_linear(
-        plain_linear(), "nf4", block_size=32, nested=True
-    ),
-    "fp4": lambda: quant.Linear.from_linear(plain_linear(), "fp4", block_size=128),
-    "int8": lambda: quant.Linear.from_linear(plain_linear(), "int8"),
-    "foreign": lambda: Foreign(plain_linear().weight.detach(), plain_linear().bias.detach()),
-}
-each_base = pytest.mark.parametrize("base", BASES)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -226,84 +193,6 @@ def test_training_leaves_the_base_as_it_is(base: str) -> None:
     assert layer.get_base_layer() is module and layer.base_layer is module
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@each_base
-def test_merging_dequantised(base: str, options: dict[str, Any]) -> None:
-    module = BASES[base]()
-    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    layer: Any = randomise(lora.Linear.from_linear(module, r=3, **options)).eval()  # type: ignore
-    x = inputs()
-    y, state = layer(x), {name: t.clone() for name, t in layer.state_dict().items()}
-    layer.merge()
-    torch.testing.assert_close(layer(x), y, rtol=0, atol=2e-6)
-    merged = layer.get_base_layer()
-    assert type(merged) is nn.Linear and torch.equal(merged(x), layer(x))
-    twin = dequantised(layer).eval()
-    twin.merge()
-    assert torch.equal(merged.weight, twin.weight)
-    saved = layer.state_dict()
-    assert saved.keys() == state.keys() and all(torch.equal(saved[n], state[n]) for n in saved)
-    layer.unmerge()
-    assert torch.equal(layer(x), y) and layer.get_base_layer() is module
-    assert all(torch.equal(before[name], t) for name, t in module.state_dict().items())
-
-
-@pytest.mark.parametrize("base", ["nf4", "nf4 nested", "fp4", "int8"])
-def test_merging_into_codes(base: str) -> None:
-    module: Any = BASES[base]()
-    layer: Any = randomise(lora.Linear.from_linear(module, r=3, lora_bias=True)).eval()
-    x = inputs()
-    y = layer(x)
-    layer.merge()
-    dense = layer.get_base_layer()
-    layer.unmerge()
-    layer.merge(requantize=True)
-    merged = layer.get_base_layer()
-    assert type(merged) is quant.Linear and torch.equal(merged(x), layer(x))
-    old, new = quant.read_weight(module), quant.read_weight(merged)
-    expected = quant.Linear.from_linear(
-        dense,
-        module.quant_type,
-        **({} if base == "int8" else {"block_size": old.block_size, "nested": "nested" in base}),
-    )
-    assert torch.equal(new.dequantize(), expected.quantized_weight.dequantize())
-    assert torch.equal(merged.bias, dense.bias) and not torch.equal(merged.bias, module.bias)
-    layer.unmerge()
-    assert torch.equal(layer(x), y)
-
-
-def test_merging_is_refused() -> None:
-    foreign: Any = lora.Linear.from_linear(BASES["foreign"](), r=3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"requantize: got True .* Foreign .*expected False"):
-        foreign.merge(requantize=True)
-    assert not foreign.merged
-    layer: Any = lora.Linear.from_linear(BASES["nf4"](), r=3)  # type: ignore[arg-type]
-    layer.lora_B.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="NaN"):
-        layer.merge()
-    assert not layer.merged
-    layer.lora_B.data.zero_()
-    layer.merge()
-    with pytest.raises(RuntimeError, match=r"are merged .*call unmerge\(\)"):
-        layer.load_state_dict(layer.state_dict())
-
-
-def test_deltas() -> None:
-    layer: Any = randomise(lora.Linear.from_linear(BASES["nf4"](), r=3))  # type: ignore[arg-type]
-    expected = layer.scaling * layer.lora_B @ layer.lora_A
-    torch.testing.assert_close(layer.get_delta_weight("default"), expected)
-    sliced: Any = lora.MergedLinear.from_linear(BASES["int8"](), [True, False, True], r=2)  # type: ignore
-    randomise(sliced).eval()
-    x = inputs()
-    torch.testing.assert_close(
-        sliced(x) - sliced.base_layer(x), x @ sliced.get_delta_weight("default").t()
-    )
-    y = sliced(x)
-    sliced.merge()
-    torch.testing.assert_close(sliced(x), y, rtol=0, atol=2e-6)
-    sliced.unmerge()
-
-
 @each_base
 def test_copies_pickles_and_state_dicts(base: str) -> None:
     layer: Any = randomise(lora.Linear.from_linear(BASES[base](), r=3))  # type: ignore[arg-type]
@@ -375,7 +264,7 @@ def test_explain_says_how() -> None:
     )
 
 
-def test_what_is_refused() -> None:
+def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"init_lora_weights: got 'pissa'.*loftq"):
         lora.Linear.from_linear(BASES["nf4"](), r=3, init_lora_weights="pissa")  # type: ignore
     layer = lora.Linear.from_linear(BASES["nf4"](), r=3)  # type: ignore[arg-type]
@@ -385,7 +274,7 @@ def test_what_is_refused() -> None:
         quant.register_dequantizer(3, Foreign.dequantize)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="register_dequantizer: function: got 3"):
         quant.register_dequantizer(Foreign, 3)  # type: ignore[arg-type]
-    quant.register_dequantizer(Foreign, lambda layer: layer.codes)
+    monkeypatch.setitem(_DEQUANTIZERS, Foreign, lambda layer: layer.codes)
     with pytest.raises(ValueError, match=r"'0': .*registered for Foreign.*floating point"):
         lora_ext.get_lora_model(
             nn.Sequential(BASES["foreign"]()), lora_ext.LoraConfig(target_modules=["0"])
@@ -411,61 +300,6 @@ def test_the_function() -> None:
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
-def test_quantizing_a_model() -> None:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, batch_first=True), 2)
-    x = torch.randn(2, 5, 32)
-    plain = copy.deepcopy(model).eval()
-    names = quant.quantize_(model, "int8", exclude_modules=["1.linear2"])
-    assert names == ["layers.0.linear1", "layers.0.linear2", "layers.1.linear1"]
-    assert [type(model.get_submodule(name)) for name in names] == [quant.Linear] * 3
-    with torch.no_grad():  # in which torch would run its own kernel on the weights
-        y = model.eval()(x)
-    torch.testing.assert_close(y, plain(x), rtol=0.1, atol=0.1)
-    for name in names:
-        weight = plain.get_submodule(name).weight
-        plain.get_submodule(name).weight.data = quant.quantize(weight, "int8").dequantize()
-    torch.testing.assert_close(y, plain(x))
-    adapted = lora_ext.get_lora_model(model, lora_ext.LoraConfig(target_modules="all-linear"))
-    total = sum(p.numel() for p in plain.parameters())
-    trainable, every = adapted.get_nb_trainable_parameters()
-    assert every == total + trainable
-
-
-def test_quantizing_is_all_or_nothing() -> None:
-    model = nn.Sequential(plain_linear(), nn.ReLU(), plain_linear(1, (8, N)))
-    before = list(model)
-    for arguments, message in (
-        ({"quant_type": "nf5"}, "quant_type: got 'nf5'"),
-        ({"target_modules": ["3"]}, "matches no nn.Linear"),
-        ({"block_size": 48}, r"'0': .*block_size: got 48.*no layer of the model was changed"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            quant.quantize_(model, **arguments)  # type: ignore[arg-type]
-        assert all(now is then for now, then in zip(model, before, strict=True))
-    with pytest.raises(TypeError, match="from_linear makes a single one"):
-        quant.quantize_(plain_linear())
-    with pytest.raises(TypeError, match="is made by from_linear"):
-        quant.Linear()
-    shared = nn.Sequential(model[0], nn.Linear(N, K), model[0])
-    assert quant.quantize_(shared, target_modules=r"0|2") == ["0", "2"]
-    assert shared[0] is shared[2] and type(shared[1]) is nn.Linear
-
-
-def test_states_that_are_not_whole_are_refused() -> None:
-    layer = quant.Linear.from_linear(plain_linear(), "nf4")
-    x = inputs()
-    y, state = layer(x), layer.state_dict()
-    int8 = quant.Linear.from_linear(plain_linear(), "int8").state_dict()
-    other = quant.Linear.from_linear(plain_linear(0, (N, K + 2)), "nf4").state_dict()
-    cut = {name: tensor for name, tensor in state.items() if name != "weight.absmax"}
-    for wrong, message in ((cut, "weight.absmax"), (int8, "quant_type"), (other, "shape")):
-        with pytest.raises(RuntimeError, match=message):
-            layer.load_state_dict(wrong)
-        assert torch.equal(layer(x), y)
-
-
 @each_base
 def test_what_changed_in_place_is_noticed_in_backward(base: str) -> None:
     module: Any = BASES[base]()
@@ -480,37 +314,6 @@ def test_what_changed_in_place_is_noticed_in_backward(base: str) -> None:
             y.sum().backward()
 
 
-@pytest.mark.parametrize("requantize", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_merging_adapters_of_any_dtype(dtype: torch.dtype, requantize: bool) -> None:
-    base = quant.Linear.from_linear(plain_linear(), "nf4", compute_dtype=torch.bfloat16)
-    base.compute_dtype = torch.bfloat16 if dtype is torch.bfloat16 else None
-    layer: Any = lora.Linear.from_linear(base, r=3, autocast_adapter_dtype=False, lora_bias=True)
-    layer = randomise(layer.double() if dtype is torch.float64 else layer)
-    assert layer.lora_A.dtype is dtype
-    x = inputs(torch.float64 if dtype is torch.float64 else torch.float32)
-    y, parts = layer(x), {n: id(p) for n, p in layer.named_parameters()}
-    expected = matrix_of(base) + layer.get_delta_weight("default").float()
-    layer.merge(requantize=requantize)
-    if not requantize:
-        torch.testing.assert_close(layer.get_base_layer().weight.data, expected)
-        atol = 1e-6 if dtype is torch.float64 else 0.02
-        torch.testing.assert_close(layer(x), y, rtol=0, atol=atol)
-    assert parts == {n: id(p) for n, p in layer.named_parameters()}
-    layer.unmerge()
-    assert torch.equal(layer(x), y)
-
-
-def test_calls_that_a_merged_layer_cannot_make() -> None:
-    layer: Any = lora.Linear.from_linear(BASES["nf4"](), r=3)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"QuantizedLinear: input: got .*expected a tensor"):
-        layer([1.0])
-    layer.merge()
-    layer.base_layer.register_forward_hook(lambda *_: None)
-    with pytest.raises(RuntimeError, match=r"the base has hooks; call unmerge\(\) first"):
-        layer(inputs())
-
-
 def test_a_layer_may_be_gone_before_backward() -> None:
     layer: Any = lora.Linear.from_linear(BASES["foreign"](), r=3)  # type: ignore[arg-type]
     x = inputs()
@@ -519,14 +322,3 @@ def test_a_layer_may_be_gone_before_backward() -> None:
     gc.collect()
     y.sum().backward()
     assert x.grad is not None
-
-
-def test_a_layer_of_a_matrix() -> None:
-    matrix = quant.quantize(plain_linear().weight, "fp4", nested=True)
-    made = quant.Linear.from_weight(matrix, "fp4")
-    assert made.bias is None and torch.equal(made(X := inputs()), X @ matrix.dequantize().t())
-    for wrong in ("nf4", "int8"):
-        with pytest.raises(ValueError, match=rf"matrix: got .*expected one that quantize.*{wrong}"):
-            quant.Linear.from_weight(matrix, wrong)
-    with pytest.raises(ValueError, match="quant_type: got q4_0"):
-        quant.Linear.from_weight(matrix, "q4_0")

@@ -44,7 +44,8 @@ class LoraModel(SwitchableModel, MergeableModel, SavableModel):
 
     Raises:
         ValueError: nothing matches the config's target_modules, a module that it names is of a kind
-            without adapters, or a setting or the name is out of range. The model is as it was then.
+            without adapters or has a quantized weight in a layout that is not read, or a setting
+            or the name is out of range. The model is as it was then.
         TypeError: an argument is of another kind, `model` has adapters already, or a target's
             weight is no plain floating-point parameter.
     """

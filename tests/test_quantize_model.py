@@ -1,0 +1,86 @@
+"""`lora_ext.quant.quantize_`, and what its layers save and load."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from quantized_problems import (
+    K,
+    N,
+    inputs,
+    plain_linear,
+)
+from torch import nn
+
+import lora_ext
+from lora_ext import quant
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_quantizing_a_model() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, batch_first=True), 2)
+    x = torch.randn(2, 5, 32)
+    plain = copy.deepcopy(model).eval()
+    names = quant.quantize_(model, "int8", exclude_modules=["1.linear2"])
+    assert names == ["layers.0.linear1", "layers.0.linear2", "layers.1.linear1"]
+    assert [type(model.get_submodule(name)) for name in names] == [quant.Linear] * 3
+    with torch.no_grad():  # in which torch would run its own kernel on the weights
+        y = model.eval()(x)
+    torch.testing.assert_close(y, plain(x), rtol=0.1, atol=0.1)
+    for name in names:
+        weight = plain.get_submodule(name).weight
+        plain.get_submodule(name).weight.data = quant.quantize(weight, "int8").dequantize()
+    torch.testing.assert_close(y, plain(x))
+    adapted = lora_ext.get_lora_model(model, lora_ext.LoraConfig(target_modules="all-linear"))
+    total = sum(p.numel() for p in plain.parameters())
+    trainable, every = adapted.get_nb_trainable_parameters()
+    assert every == total + trainable
+
+
+def test_quantizing_is_all_or_nothing() -> None:
+    model = nn.Sequential(plain_linear(), nn.ReLU(), plain_linear(1, (8, N)))
+    before = list(model)
+    for arguments, message in (
+        ({"quant_type": "nf5"}, "quant_type: got 'nf5'"),
+        ({"target_modules": ["3"]}, "matches no nn.Linear"),
+        ({"block_size": 48}, r"'0': .*block_size: got 48.*no layer of the model was changed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            quant.quantize_(model, **arguments)  # type: ignore[arg-type]
+        assert all(now is then for now, then in zip(model, before, strict=True))
+    with pytest.raises(TypeError, match="from_linear makes a single one"):
+        quant.quantize_(plain_linear())
+    with pytest.raises(TypeError, match="is made by from_linear"):
+        quant.Linear()
+    shared = nn.Sequential(model[0], nn.Linear(N, K), model[0])
+    assert quant.quantize_(shared, target_modules=r"0|2") == ["0", "2"]
+    assert shared[0] is shared[2] and type(shared[1]) is nn.Linear
+
+
+def test_states_that_are_not_whole_are_refused() -> None:
+    layer = quant.Linear.from_linear(plain_linear(), "nf4")
+    x = inputs()
+    y, state = layer(x), layer.state_dict()
+    int8 = quant.Linear.from_linear(plain_linear(), "int8").state_dict()
+    other = quant.Linear.from_linear(plain_linear(0, (N, K + 2)), "nf4").state_dict()
+    cut = {name: tensor for name, tensor in state.items() if name != "weight.absmax"}
+    for wrong, message in ((cut, "weight.absmax"), (int8, "quant_type"), (other, "shape")):
+        with pytest.raises(RuntimeError, match=message):
+            layer.load_state_dict(wrong)
+        assert torch.equal(layer(x), y)
+
+
+def test_a_layer_of_a_matrix() -> None:
+    matrix = quant.quantize(plain_linear().weight, "fp4", nested=True)
+    made = quant.Linear.from_weight(matrix, "fp4")
+    assert made.bias is None and torch.equal(made(X := inputs()), X @ matrix.dequantize().t())
+    for wrong in ("nf4", "int8"):
+        with pytest.raises(ValueError, match=rf"matrix: got .*expected one that quantize.*{wrong}"):
+            quant.Linear.from_weight(matrix, wrong)
+    with pytest.raises(ValueError, match="quant_type: got q4_0"):
+        quant.Linear.from_weight(matrix, "q4_0")
