@@ -40,6 +40,20 @@ def lora_linear_path(weight: Tensor, lora_A: Tensor, dropout_p: float, tokens: i
     return _C.explain_lora_linear_cuda(call, 10 * major + minor)
 
 
+def lora_linear_quantized_path(
+    weight: Tensor, lora_A: Tensor, dropout_p: float, tokens: int
+) -> Path:
+    """The same with a quantized weight, of which this one has shape and device, and the dtype of
+    x."""
+    if weight.device.type == "cpu":
+        return _C.explain_lora_linear_cpu(
+            tokens, len(weight), lora_A, weight.dtype, dropout_p, quantized=True
+        )
+    path, reason = lora_linear_path(weight, lora_A, dropout_p, tokens)
+    who = "one kernel" if weight.device.type == "cuda" else "ATen"
+    return path, f"{reason}; the base is dequantized whole by {who}, in forward and in backward"
+
+
 def lora_linear_grouped_path(weight: Tensor, ranks: Iterable[int]) -> Path:
     """That of `lora_linear_grouped` with a weight [N, K] and such ranks, as far as sizes tell."""
     name = "lora_linear_grouped"

@@ -77,6 +77,14 @@ def results(layer: Any, x: Tensor) -> list[Tensor]:
     return [y, *torch.autograd.grad(y, [x, *parts], dy)]
 
 
+def assert_as_exact(mine: Tensor, theirs: Tensor, exact: Tensor) -> None:
+    """Off by no more than twice what the layer over the dequantised base is, whose sums are the
+    same in another order, and one rounding."""
+    assert mine.dtype is theirs.dtype and mine.shape == theirs.shape
+    error, bound = ((y.double() - exact).abs().max().item() for y in (mine, theirs))
+    assert error <= 2 * bound + torch.finfo(mine.dtype).eps * exact.abs().max().item()
+
+
 class Foreign(nn.Module):
     """A layer of a library that is not known: halves in int8."""
 

@@ -1,5 +1,5 @@
-"""Mistakes for the CUDA kernels that walk rows or dequantize, as test_kernel_mistakes.py has them, and the calls
-that have to notice each."""
+"""Mistakes for the CUDA kernels that walk rows or dequantize, as test_kernel_mistakes.py has them,
+and the calls that have to notice each."""
 
 from __future__ import annotations
 

@@ -309,7 +309,13 @@ def lora_linear_quantized_bwd_samples() -> Iterator[Sample]:
         yield (p.dy, x, h, tensors, *layout, A, B, *options), {}
 
 
+def dequantize_samples() -> Iterator[Sample]:
+    for i, (_, operands) in enumerate(quantized_problems()):
+        yield (*operands, (torch.float32, torch.bfloat16, torch.float64)[i % 3]), {}
+
+
 SAMPLES = {
+    "dequantize": dequantize_samples,
     "dora_linear": dora_linear_samples,
     "dora_linear_fwd": dora_linear_fwd_samples,
     "dora_linear_bwd": dora_linear_bwd_samples,

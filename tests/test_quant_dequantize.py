@@ -35,11 +35,6 @@ def same_bits_or_double(one: torch.Tensor, other: torch.Tensor) -> bool:
     return same_bits(one, other)
 
 
-@pytest.mark.parametrize("name", MATRICES)
-def test_operator_is_registered_as_pytorch_wants(name: str) -> None:
-    torch.library.opcheck(dequantize, (*operands_of(MATRICES[name](32, 24)), torch.bfloat16))
-
-
 def test_what_does_not_fit_is_refused() -> None:
     tensors, layout, numbers = operands_of(MATRICES["nf4"](8, 8))
     with pytest.raises(TypeError, match="dequantize: dtype: got int64, expected float64"):

@@ -19,9 +19,9 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora_ext
+from lora_ext.paths import lora_linear_quantized_path
 from lora_ext.quant import QuantizedWeight
 from lora_ext.quant.operator import (
-    explain_lora_linear_quantized,
     lora_linear_quantized,
     operands_of,
 )
@@ -326,7 +326,7 @@ def test_composed_as_other_devices_do(name: str) -> None:
 def test_explained() -> None:
     A = torch.zeros(8, 10)
     for tokens, how in ((16, "by its codes"), (17, "by parts")):
-        path, reason = explain_lora_linear_quantized(NF4, A, torch.float32, tokens)
+        path, reason = lora_linear_quantized_path(torch.empty(NF4.shape), A, 0.0, tokens)
         assert path.startswith("cpu ") and path.endswith(f", quantized base {how}")
         assert "quantized" in reason or "codes" in reason
 

@@ -1,8 +1,9 @@
 """Linear layers over a base whose weight is quantized.
 
 The base stays as it is, as the child `base_layer`: its tensors, their names below it and their
-bytes. It is not called: each call dequantises its weight once, computes with it what the layer over
-a plain base computes, and keeps the codes for backward. A bitsandbytes layer on a CPU therefore
+bytes. It is not called. One adapter of a `Linear` runs by the operator on codes; else a call
+dequantises the weight, computes with it what the layer over a plain base computes, and keeps the
+codes for backward. A bitsandbytes layer on a CPU therefore
 never repacks its weight.
 """
 
@@ -24,6 +25,7 @@ from lora_ext.nn.linear import KeptLinear, Linear
 from lora_ext.nn.merged_linear import KeptMergedLinear, MergedLinear
 from lora_ext.nn.planned import follows_plan
 from lora_ext.nn.transaction import all_or_nothing, put_parameter
+from lora_ext.paths import lora_linear_quantized_path
 from lora_ext.quant.call import (
     Dequantizable,
     compute_dtype,
@@ -36,35 +38,25 @@ from lora_ext.quant.call import (
 )
 from lora_ext.quant.merged import dense_layer, requantized_layer
 from lora_ext.quant.modules import quantized_kind, quantized_weight, resting_dtype
+from lora_ext.quant.operator import lora_linear_quantized
+from lora_ext.quant.weight import QuantizedWeight
 
 HOW = "the weight is dequantised for each call, N x K once in forward and once in backward"
 
 
 def lora_linear(
-    x: Tensor,
-    weight: Dequantizable,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    lora_bias: Tensor | None = None,
-    *,
-    scaling: float | Tensor = 1.0,
-    dropout_p: float = 0.0,
-    rng_state: Tensor | None = None,
+    x: Tensor, weight: Dequantizable, bias: Tensor | None, adapter: functional.LowRank
 ) -> Tensor:
-    """`lora_ext.lora_linear` on a quantized weight: dequantised for the call in the dtype of x, and
-    kept for backward as its codes. It is a constant: no gradient of it."""
-    with dequantized(weight, x.dtype) as values:
+    """`lora_ext.lora_linear` on a quantized weight, by the operator on its codes; of a matrix that
+    a function dequantises, on what that gives, which backward asks for again."""
+    lora_A, lora_B, lora_bias, scaling, dropout_p = adapter
+    if isinstance(weight, QuantizedWeight):
+        return lora_linear_quantized(
+            x, weight, bias, lora_A, lora_B, lora_bias, scaling=scaling, dropout_p=dropout_p
+        )
+    with dequantized(weight, x.dtype) as found:
         return functional.lora_linear(
-            x,
-            values,
-            bias,
-            lora_A,
-            lora_B,
-            lora_bias,
-            scaling=scaling,
-            dropout_p=dropout_p,
-            rng_state=rng_state,
+            x, found, bias, lora_A, lora_B, lora_bias, scaling=scaling, dropout_p=dropout_p
         )
 
 
@@ -348,22 +340,26 @@ def _exact(parts: Iterable[Tensor]) -> torch.dtype:
 class QuantizedLinear(QuantizedBase, KeptLinear):
     """`Linear` over a base whose weight is quantized, which is its child `base_layer`."""
 
-    def _product(self, x: Tensor) -> Tensor:
+    def _only_adapter(self) -> functional.LowRank | None:
+        """That of a call of `lora_linear`; None where something else runs."""
         planned = batching.in_use and follows_plan(self)
         adapters = [] if planned or self._lora_variant is not None else self.low_rank()
-        if len(adapters) != 1:
+        return adapters[0] if len(adapters) == 1 else None
+
+    def _product(self, x: Tensor) -> Tensor:
+        adapter = self._only_adapter()
+        if adapter is None:
             return super()._product(x)
-        lora_A, lora_B, lora_bias, scaling, dropout_p = adapters[0]
         bias = self.base_layer._parameters.get("bias")
-        return lora_linear(
-            x,
-            self._quantized,
-            bias if bias is None else bias.to(x.dtype),
-            lora_A,
-            lora_B,
-            lora_bias,
-            scaling=scaling,
-            dropout_p=dropout_p,
+        return lora_linear(x, self._quantized, bias if bias is None else bias.to(x.dtype), adapter)
+
+    def _lora_explain(self, tokens: int) -> tuple[str, str]:
+        adapter = self._only_adapter()
+        codes = isinstance(self._quantized, QuantizedWeight) and not self._merged_base
+        if adapter is None or self.reason_to_call or not codes:
+            return super()._lora_explain(tokens)
+        return lora_linear_quantized_path(
+            self._adapted_weight(), adapter.lora_A, adapter.dropout_p, tokens
         )
 
 

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from lora_ext.quant.operator import dequantize
+from lora_ext.quant.weight import QuantizedWeight
+
 
 class Dequantizable(Protocol):
     """What a call needs of a matrix: `QuantizedWeight` is one."""
@@ -90,6 +93,8 @@ _call: ContextVar[_Call | None] = ContextVar("lora_ext quantized call", default=
 
 def values(matrix: Dequantizable, dtype: torch.dtype) -> Tensor:
     """The matrix in any floating-point dtype: float64 values are those of float32."""
+    if isinstance(matrix, QuantizedWeight):
+        return dequantize(matrix, dtype)
     if dtype is torch.float64:
         return matrix.dequantize(torch.float32).double()
     return matrix.dequantize(dtype)

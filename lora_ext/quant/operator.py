@@ -59,6 +59,11 @@ def operands_of(weight: QuantizedWeight) -> Operands:
     return tensors, layout, numbers
 
 
+def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """`weight.dequantize(dtype)` by a kernel, in float64 too: values of float32 then."""
+    return torch.ops.lora_ext.dequantize(*operands_of(weight), dtype)  # type: ignore[no-any-return]
+
+
 def lora_linear_quantized(
     x: Tensor,
     weight: QuantizedWeight,
@@ -122,23 +127,6 @@ def lora_linear_quantized(
     return torch.ops.lora_ext.lora_linear_quantized(  # type: ignore[no-any-return]
         *(x, *operands, bias, lora_A, lora_B, lora_bias, factor, factor_tensor),
         *(dropout_p, rng_state),
-    )
-
-
-def explain_lora_linear_quantized(
-    weight: QuantizedWeight,
-    lora_A: Tensor,
-    dtype: torch.dtype,
-    tokens: int,
-    dropout_p: float = 0.0,
-) -> tuple[str, str]:
-    """The path of a call with so many rows of x of this dtype, and why: for `explain`."""
-    if weight.device.type == "cpu":
-        N = weight.shape[0]
-        return _C.explain_lora_linear_cpu(tokens, N, lora_A, dtype, dropout_p, quantized=True)
-    return "lora_linear of the dequantized base", (
-        f"there are no kernels for quantized matrices on {weight.device.type}: ATen's operators "
-        "dequantize the whole for each call"
     )
 
 
