@@ -85,6 +85,16 @@ def check_values_of_all() -> None:
             assert torch.equal(found, values(weight, dtype)), (name, shape, dtype, i)
 
 
+def check_bits_of_widened_products() -> None:
+    """Without instructions for 16 bits: blocks and their order are those of the dense matrix."""
+    for name, dtype in (("nf4", torch.bfloat16), ("int8", torch.float16)):
+        weight = MATRICES[name](300, 530)
+        p = problem_on(weight, (270,), dtype=dtype, dropout_p=0.1)
+        dense = results(p.fused(), list(p.operands), p.dy)
+        for result, found in results_of(p, weight).items():
+            assert torch.equal(found, dense[result]), (name, result)
+
+
 CAPABILITIES = ["default", "avx2", "avx512", "avx512_bf16"]
 
 
@@ -96,6 +106,8 @@ def test_values_to_the_bit(capability: str) -> None:
     if CAPABILITIES.index(capability) > {"AVX2": 1, "AVX512": 3}.get(here, 0):
         pytest.skip(f"this CPU has {here}")
     program = "import test_quant_linear as t; t.check_values_of_all()"
+    if capability in ("default", "avx2"):
+        program += "; t.check_bits_of_widened_products()"
     environment = os.environ | {"LORA_EXT_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)
@@ -153,6 +165,21 @@ def test_strides(layout: str, dtype: torch.dtype) -> None:
         p = problem_on(weight, (M,), dtype=dtype, dropout_p=0.1)
         p.x, p.dy = leaf(LAYOUTS[layout](p.x.detach())), LAYOUTS[layout](p.dy)
         assert_as_exact(p, weight)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
+def test_the_adapter_is_as_beside_a_dense_matrix(
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> None:
+    """The same code: the adapter's and the biases' gradients are the same to the bit."""
+    weight = MATRICES["nf4"](40, 72)
+    for M in (5, 40):
+        options = {"dtype": dtypes[0], "adapter_dtype": dtypes[1], "dropout_p": 0.1}
+        p = problem_on(weight, (M,), lora_bias=True, **options)
+        dense = results(p.fused(), list(p.operands), p.dy)
+        for result, found in results_of(p, weight).items():
+            if result not in ("y", "x"):
+                assert torch.equal(found, dense[result]), (M, result)
 
 
 @pytest.mark.parametrize("rows", [(), (2, 3), (2, 1, 30)], ids=str)
