@@ -19,6 +19,7 @@ from torch import Tensor
 from lora_ext.quant import QuantizedWeight
 from lora_ext.quant.operator import lora_linear_quantized
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 N, K = 24, 160  # blocks of 64 cross rows; 15 units of 256
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -220,16 +221,17 @@ def test_through_several_layers(M: int, dtype: torch.dtype) -> None:
 def test_runs_and_threads(dtype: torch.dtype) -> None:
     """The same bits in every run; with another number of threads within the bound."""
     weight = MATRICES["nf4"](520, 640)
-    for M in (5, 40):
+    for M in (5, 40, 600):
         p = problem_on(weight, (M,), dtype=dtype, dropout_p=0.1)
         first = results_of(p, weight)
         for _ in range(5):
             again = results_of(p, weight)
             assert all(torch.equal(again[name], first[name]) for name in first)
         before = torch.get_num_threads()
-        torch.set_num_threads(3)
         try:
-            assert_as_exact(p, weight)
+            for threads in (2, 3, 16):
+                torch.set_num_threads(threads)
+                assert_as_exact(p, weight)
         finally:
             torch.set_num_threads(before)
 
