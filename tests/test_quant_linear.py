@@ -19,6 +19,7 @@ from torch import Tensor
 from lora_ext.quant import QuantizedWeight
 from lora_ext.quant.operator import lora_linear_quantized
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 N, K = 24, 160  # blocks of 64 cross rows; 15 units of 256
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -85,6 +86,16 @@ def check_values_of_all() -> None:
             assert torch.equal(found, values(weight, dtype)), (name, shape, dtype, i)
 
 
+def check_bits_of_widened_products() -> None:
+    """Without instructions for 16 bits: blocks and their order are those of the dense matrix."""
+    for name, dtype in (("nf4", torch.bfloat16), ("int8", torch.float16)):
+        weight = MATRICES[name](300, 530)
+        p = problem_on(weight, (270,), dtype=dtype, dropout_p=0.1)
+        dense = results(p.fused(), list(p.operands), p.dy)
+        for result, found in results_of(p, weight).items():
+            assert torch.equal(found, dense[result]), (name, result)
+
+
 CAPABILITIES = ["default", "avx2", "avx512", "avx512_bf16"]
 
 
@@ -96,6 +107,8 @@ def test_values_to_the_bit(capability: str) -> None:
     if CAPABILITIES.index(capability) > {"AVX2": 1, "AVX512": 3}.get(here, 0):
         pytest.skip(f"this CPU has {here}")
     program = "import test_quant_linear as t; t.check_values_of_all()"
+    if capability in ("default", "avx2"):
+        program += "; t.check_bits_of_widened_products()"
     environment = os.environ | {"LORA_EXT_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)
@@ -155,6 +168,21 @@ def test_strides(layout: str, dtype: torch.dtype) -> None:
         assert_as_exact(p, weight)
 
 
+@pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
+def test_the_adapter_is_as_beside_a_dense_matrix(
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> None:
+    """The same code: the adapter's and the biases' gradients are the same to the bit."""
+    weight = MATRICES["nf4"](40, 72)
+    for M in (5, 40):
+        options = {"dtype": dtypes[0], "adapter_dtype": dtypes[1], "dropout_p": 0.1}
+        p = problem_on(weight, (M,), lora_bias=True, **options)
+        dense = results(p.fused(), list(p.operands), p.dy)
+        for result, found in results_of(p, weight).items():
+            if result not in ("y", "x"):
+                assert torch.equal(found, dense[result]), (M, result)
+
+
 @pytest.mark.parametrize("rows", [(), (2, 3), (2, 1, 30)], ids=str)
 def test_leading_dimensions(rows: tuple[int, ...]) -> None:
     weight = MATRICES["int8"](40, 72)
@@ -193,16 +221,17 @@ def test_through_several_layers(M: int, dtype: torch.dtype) -> None:
 def test_runs_and_threads(dtype: torch.dtype) -> None:
     """The same bits in every run; with another number of threads within the bound."""
     weight = MATRICES["nf4"](520, 640)
-    for M in (5, 40):
+    for M in (5, 40, 600):
         p = problem_on(weight, (M,), dtype=dtype, dropout_p=0.1)
         first = results_of(p, weight)
         for _ in range(5):
             again = results_of(p, weight)
             assert all(torch.equal(again[name], first[name]) for name in first)
         before = torch.get_num_threads()
-        torch.set_num_threads(3)
         try:
-            assert_as_exact(p, weight)
+            for threads in (2, 3, 16):
+                torch.set_num_threads(threads)
+                assert_as_exact(p, weight)
         finally:
             torch.set_num_threads(before)
 

@@ -26,6 +26,7 @@ from lora_ext.quant.operator import (
     operands_of,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NF4 = quantized("nf4")(6, 10)
 
 

@@ -20,25 +20,27 @@ struct TileCut {
 int64_t rounded_up(int64_t size, int64_t unit) { return at::divup(size, unit) * unit; }
 
 TileCut cut_for(int64_t M, int64_t columns, int64_t depth, at::ScalarType dtype) {
-  // Blocks of scales that are cut in two cost twice: cuts are multiples of the usual size.
-  constexpr int64_t kUnit = 64;
   // BLAS packs all of x for each tile: fewer columns do not pay for that.
   constexpr int64_t kMinColumns = 256;
+  // Blocks of scales that are cut in two cost twice: cuts are multiples of the usual sizes.
+  constexpr int64_t kUnit = 32;
   const int64_t threads = at::get_num_threads();
-  const int64_t across = std::clamp<int64_t>(columns / kMinColumns, 1, threads);
-  const int64_t down = std::clamp<int64_t>(M / kMinColumns, 1, threads / across);
-  TileCut cut{at::divup(M, down), rounded_up(at::divup(columns, across), kUnit), depth};
+  int64_t most = 2048;
   if (at::isReducedFloatingType(dtype)) {
-    // Sums are rounded where they are added to: all terms at once.
-    constexpr int64_t kElements = int64_t{1} << 20;
-    const int64_t fit = std::clamp<int64_t>(kElements / depth / kUnit * kUnit, kUnit, 256);
-    cut.columns = std::min(cut.columns, fit);
+    // Sums are rounded where they are added to: all terms at once, in 8 MiB for all threads or what
+    // that is too little for.
+    const int64_t elements = std::min(int64_t{1} << 20, (int64_t{1} << 22) / threads);
+    most = std::clamp<int64_t>(elements / depth / kUnit * kUnit, kUnit, kMinColumns);
   } else {
-    // Wide tiles, of as many terms as MKL's own blocks have.
-    cut.columns = std::min<int64_t>(cut.columns, 2048);
-    cut.depth = std::min<int64_t>(depth, 384);
+    // As many terms as MKL's own blocks have.
+    depth = std::min<int64_t>(depth, 384);
   }
-  return cut;
+  const int64_t parts = std::clamp<int64_t>(columns / kMinColumns, 1, threads);
+  const int64_t width = std::min(most, rounded_up(at::divup(columns, parts), 2 * kUnit));
+  const int64_t across = at::divup(columns, width);
+  const int64_t down =
+      std::clamp<int64_t>(M / kMinColumns, 1, std::max<int64_t>(1, threads / across));
+  return {at::divup(M, down), width, depth};
 }
 
 // out = a b, or += it, out of parts of b: dequantize(k, n, depth, columns, room) makes a tensor
