@@ -16,28 +16,28 @@ CXX_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -
 help: ## list what make can do
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(VENV)/.built $(VENV)/quantized/.installed ## make the environment .venv and compile lora_ext into it
+setup: $(VENV)/.built ## make the environment .venv and compile lora_ext into it
 
 # Each long command says what it does, for how long, and that it goes on; its output is in build/*.log.
 STEP := $(PYTHON) tools/step.py
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'lora_ext needs Python 3.11 or newer; set PYTHON')"
-	@$(STEP) "1/4 an environment in $(VENV): some seconds" build/venv.log $(PYTHON) -m venv $(VENV)
-	@$(STEP) "2/4 $(TORCH) and build tools from the package index: minutes, as the network is" build/torch.log \
+	@$(STEP) "1/3 an environment in $(VENV): some seconds" build/venv.log $(PYTHON) -m venv $(VENV)
+	@$(STEP) "2/3 $(TORCH) and build tools from the package index: minutes, as the network is" build/torch.log \
 		$(BIN)/pip install $(TORCH) setuptools cmake ninja pybind11
 	@touch $@
 
 # The kept build folder makes the second build incremental; it needs the same ninja, so no isolation.
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
-	@$(STEP) "3/4 compiling the C++ extension, and packages for tests: three to ten minutes the first time" \
+	@$(STEP) "3/3 compiling the C++ extension, and packages for tests: three to ten minutes the first time" \
 		build/setup.log env PATH="$(BIN):$$PATH" LORA_EXT_BUILD_DIR="$(CURDIR)/build/cmake" \
 		$(BIN)/pip install -v --no-build-isolation --editable '.[test,lint]'
 	@touch $@
 
-# The libraries of the extra "quantized", without what they need: the environment has that, of the extra "test".
-$(VENV)/quantized/.installed: pyproject.toml | $(VENV)/.built
-	@$(STEP) "4/4 libraries of quantized weights, which tests compare with: a minute" build/quantized.log \
+# The libraries of the extra "quantized", for tests alone, without what they need: the extra "test" brings that.
+$(VENV)/quantized/.installed: pyproject.toml | $(VENV)/.installed
+	@$(STEP) "libraries of quantized weights, which tests compare with: a minute" build/quantized.log \
 		$(BIN)/pip install --no-deps --upgrade --target $(VENV)/quantized $$($(BIN)/python tools/extra.py quantized)
 	@touch $@
 
@@ -52,7 +52,7 @@ demo-plan:
 
 # Two processes: most tests use one thread. A file stays in one of them, with what it compiled; in the order
 # of their names the long ones are not the last. Threads of the one that wait leave the cores to the other.
-test: setup ## run all tests
+test: setup $(VENV)/quantized/.installed ## run all tests
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 # The CUDA extension compiled from the source distribution, linked and imported, without a GPU: in an
