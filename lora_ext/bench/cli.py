@@ -19,6 +19,7 @@ from lora_ext.bench.compare import match, print_changes
 from lora_ext.bench.environment import describe, gpu_state
 from lora_ext.bench.load import OtherLoad, is_busy
 from lora_ext.bench.measure import Budget
+from lora_ext.bench.quantized import QUANT_TYPES, QUANTIZED_RIVALS
 from lora_ext.bench.report import MarkdownFile, print_report
 from lora_ext.bench.results import BAD, Report, Row
 from lora_ext.bench.rivals import RIVALS
@@ -103,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     axes.add_argument(
         "--adapters", type=sizes, metavar="N", help="instead: so many adapters in one batch"
     )
+    axes.add_argument("--quantized", choices=QUANT_TYPES, help="instead: over a quantized base")
 
     how = parser.add_argument_group("how to measure")
     how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
@@ -143,13 +145,14 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
     if options.threads:
         torch.set_num_threads(options.threads)
     names = options.rivals or (_QUICK_RIVALS if options.quick else tuple(RIVALS))
-    rivals = [RIVALS[name] for name in names]
+    rivals = QUANTIZED_RIVALS if options.quantized else [RIVALS[name] for name in names]
     modes = options.modes or grid.MODES
     budget = _QUICK_BUDGET if options.quick else _BUDGET
     if options.budget:
         budget = replace(budget, seconds=options.budget)
 
     environment = describe(device, arguments)  # before the run, which is a load of its own
+    environment["quantized"] = options.quantized
     others = OtherLoad()
     cases = _grid(options, device).cases()
     rows: list[Row] = []
@@ -167,7 +170,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
             if time.monotonic() > deadline:
                 left_out.append(str(case))
                 continue
-            for mode_rows in run_case(case, rivals, modes, budget, device):
+            for mode_rows in run_case(case, rivals, modes, budget, device, options.quantized):
                 rows += mode_rows
                 progress.advance(task)
             environment["other_load"] = others.cpus()
@@ -222,10 +225,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     files: list[Path] = options.compare or []
     if len(files) > 2:
         parser.error("--compare takes one or two files")
-    if options.adapters:
-        for axis in ("full", "ranks", "dropouts", "rivals", "compare", "plots", "markdown"):
+    without = {
+        "adapters": ("full", "ranks", "dropouts", "rivals", "compare", "plots", "markdown"),
+        "quantized": ("adapters", "rivals", "plots", "markdown"),
+    }
+    for mode, axes in without.items():
+        for axis in axes if getattr(options, mode) else ():
             if getattr(options, axis):
-                parser.error(f"--{axis} has no meaning with --adapters: see --help")
+                parser.error(f"--{axis} has no meaning with --{mode}: see --help")
     needs_cuda = options.device == "cuda" and len(files) < 2
     if needs_cuda and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch {torch.__version__} finds no CUDA device here; use cpu")

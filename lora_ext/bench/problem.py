@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lora_ext import reference
 from lora_ext.bench.grid import Case
+from lora_ext.quant import QuantizedWeight, quantize
 
 SCALING = 2.0  # not 1, so that a contender that forgets it is found out
 
@@ -36,16 +37,18 @@ class Problem:
     lora_A: Tensor  # [r, K], the initial value
     lora_B: Tensor  # [N, r], the initial value, not zero
     batches: tuple[Batch, ...]
+    quantized: QuantizedWeight | None = None  # whose values the weight has
 
     @property
     def lora_alpha(self) -> float:
         return SCALING * self.case.rank
 
 
-def make_problem(case: Case, device: torch.device) -> Problem:
+def make_problem(case: Case, device: torch.device, quant_type: str | None = None) -> Problem:
     """Draws random-normal tensors, with x·Wᵀ and h·Bᵀ of about unit size.
 
     Both terms then weigh the same, so that an error in either shows. Zeros would also run faster.
+    With a quant_type ("nf4", "int8") the weight has the values of its codes.
     """
     generator = torch.Generator(device).manual_seed(_SEED)
 
@@ -56,12 +59,15 @@ def make_problem(case: Case, device: torch.device) -> Problem:
     M, K, N, r = case.tokens, case.in_features, case.out_features, case.rank
     batch_bytes = M * (K + N) * case.torch_dtype.itemsize
     count = min(max(math.ceil(_CACHE_BYTES / batch_bytes), _MIN_BATCHES), _MAX_BATCHES)
+    weight = normal(N, K, K**-0.5)
+    matrix = None if quant_type is None else quantize(weight, quant_type)
     return Problem(
         case,
-        weight=normal(N, K, K**-0.5),
+        weight=weight if matrix is None else matrix.dequantize(case.torch_dtype),
         lora_A=normal(r, K, K**-0.5),
         lora_B=normal(N, r, r**-0.5),
         batches=tuple(Batch(normal(M, K).requires_grad_(), normal(M, N)) for _ in range(count)),
+        quantized=matrix,
     )
 
 

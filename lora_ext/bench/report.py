@@ -14,7 +14,7 @@ from lora_ext.bench.environment import summary
 from lora_ext.bench.grid import Case
 from lora_ext.bench.load import busy_warning
 from lora_ext.bench.results import BAD, OK, SKIPPED, Report, Row, geomean_ratio, unique
-from lora_ext.bench.rivals import FROZEN, OURS
+from lora_ext.bench.rivals import FROZEN, OURS, OURS_QUANTIZED
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
@@ -69,8 +69,9 @@ def standing(rows: Sequence[Row]) -> str | None:
     for _, _, by_name in _groups(rows):
         ratios = {name: row.ratio for name, row in by_name.items() if row.ratio is not None}
         best = [r for name, r in ratios.items() if name != FROZEN and not name.startswith(OURS)]
-        if best and OURS in ratios:
-            behind.append(ratios[OURS] / min(best) - 1)
+        ours = ratios.get(OURS_QUANTIZED, ratios.get(OURS))
+        if best and ours is not None:
+            behind.append(ours / min(best) - 1)
     if not behind:
         return None
     fastest, near = (sum(one <= limit for one in behind) for limit in (0.0, _NEAR))

@@ -17,6 +17,7 @@ from lora_ext.bench.problem import SCALING, Batch, Problem
 
 FROZEN = "frozen"  # the denominator of every ratio
 OURS = "lora_ext"
+OURS_QUANTIZED = f"{OURS}_quantized"  # see bench/quantized.py
 
 # (ones [M, K] in the adapters' dtype, p) → the keep mask [M, K] that the layer would draw from the
 # current state of torch's generator.
@@ -74,7 +75,7 @@ def _base_layer(problem: Problem) -> nn.Linear:
     return layer
 
 
-def _load(target: Tensor, value: Tensor) -> None:
+def load(target: Tensor, value: Tensor) -> None:
     with torch.no_grad():
         target.copy_(value)
 
@@ -95,8 +96,8 @@ class NaiveLora(nn.Module):
         self.dropout = nn.Dropout(problem.case.dropout_p)
         self.lora_A = nn.Linear(K, r, bias=False, **place)
         self.lora_B = nn.Linear(r, N, bias=False, **place)
-        _load(self.lora_A.weight, problem.lora_A)
-        _load(self.lora_B.weight, problem.lora_B)
+        load(self.lora_A.weight, problem.lora_A)
+        load(self.lora_B.weight, problem.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
@@ -125,21 +126,28 @@ def _peft_builder(fp32_adapters: bool) -> Callable[[Problem], Contender]:
             peft = importlib.import_module("peft")
         except ModuleNotFoundError as error:
             raise Unavailable(f"{error.name} is not installed") from error
-        config = peft.LoraConfig(
-            r=problem.case.rank,
-            lora_alpha=problem.lora_alpha,
-            lora_dropout=problem.case.dropout_p,
-            target_modules=["0"],
-        )
-        model = nn.Sequential(_base_layer(problem))
-        peft.get_peft_model(model, config, autocast_adapter_dtype=fp32_adapters)
-        layer: Any = model[0]  # called without PeftModel's wrapper, which would only add cost
-        trained = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        _load(trained[0], problem.lora_A)
-        _load(trained[1], problem.lora_B)
-        return Contender(layer, trained)
+        return peft_layer(peft, _base_layer(problem), problem, fp32_adapters)
 
     return build
+
+
+def peft_layer(
+    peft: Any, base: nn.Module, problem: Problem, fp32_adapters: bool = False
+) -> Contender:
+    """PEFT's layer over this base."""
+    config = peft.LoraConfig(
+        r=problem.case.rank,
+        lora_alpha=problem.lora_alpha,
+        lora_dropout=problem.case.dropout_p,
+        target_modules=["0"],
+    )
+    model = nn.Sequential(base)
+    peft.get_peft_model(model, config, autocast_adapter_dtype=fp32_adapters)
+    layer: Any = model[0]  # called without PeftModel's wrapper, which would only add cost
+    trained = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    load(trained[0], problem.lora_A)
+    load(trained[1], problem.lora_B)
+    return Contender(layer, trained)
 
 
 class _AddmmFunction(torch.autograd.Function):
@@ -202,8 +210,8 @@ def _lora_ext_builder(fp32_adapters: bool) -> Callable[[Problem], Contender]:
         )
         lora_A, lora_B = layer.lora_A, layer.lora_B
         assert lora_A is not None and lora_B is not None  # as they are where r > 0
-        _load(lora_A, problem.lora_A)
-        _load(lora_B, problem.lora_B)
+        load(lora_A, problem.lora_A)
+        load(lora_B, problem.lora_B)
         return Contender(layer, (lora_A, lora_B))
 
     return build
@@ -213,7 +221,7 @@ def torch_keep_mask(ones: Tensor, p: float) -> Tensor:
     return F.dropout(ones, p) != 0
 
 
-def _lora_ext_keep_mask(ones: Tensor, p: float) -> Tensor:
+def lora_ext_keep_mask(ones: Tensor, p: float) -> Tensor:
     M, K = ones.shape
     return lora_ext.dropout_mask(lora_ext.draw_rng_state(ones), M, K, p)
 
@@ -225,12 +233,12 @@ _ALL = (
     Rival("peft_fp32", _peft_builder(True), fp32_adapters=True, keep_mask=torch_keep_mask),
     Rival("compile", _build_compile),  # compiled dropout has random numbers of its own
     Rival("addmm", _build_addmm, keep_mask=torch_keep_mask),
-    Rival("lora_ext", _lora_ext_builder(False), keep_mask=_lora_ext_keep_mask),
+    Rival("lora_ext", _lora_ext_builder(False), keep_mask=lora_ext_keep_mask),
     Rival(
         "lora_ext_fp32",
         _lora_ext_builder(True),
         fp32_adapters=True,
-        keep_mask=_lora_ext_keep_mask,
+        keep_mask=lora_ext_keep_mask,
     ),
 )
 RIVALS = {rival.name: rival for rival in _ALL}

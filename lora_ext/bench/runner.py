@@ -32,9 +32,10 @@ def run_case(
     modes: Sequence[str],
     budget: Budget,
     device: torch.device,
+    quant_type: str | None = None,
 ) -> Iterator[list[Row]]:
     """Yield the rows of each mode. The frozen layer, the unit of the ratios, always takes part."""
-    problem = make_problem(case, device)
+    problem = make_problem(case, device, quant_type)
     checker = Checker(problem)
     others = [rival for rival in rivals if rival.name != FROZEN]
     entrants = [_admit(rival, problem, checker) for rival in (RIVALS[FROZEN], *others)]
