@@ -11,7 +11,7 @@
 namespace lora_ext {
 namespace {
 
-// How a result is cut: a thread makes tiles of it, and for each dequantises the part of the matrix
+// How a result is cut: a thread makes tiles of it, and for each dequantizes the part of the matrix
 // that it needs, `depth` terms of the sums at a time.
 struct TileCut {
   int64_t rows, columns, depth;

@@ -1,4 +1,4 @@
-// The base product of a quantized matrix on the CPU: parts of it are dequantised into scratch that
+// The base product of a quantized matrix on the CPU: parts of it are dequantized into scratch that
 // lies in cache, and multiplied by BLAS there; few rows are multiplied by the codes. The matrix is
 // never written down.
 #pragma once

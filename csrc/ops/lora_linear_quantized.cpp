@@ -1,5 +1,5 @@
 // Schemas, dispatcher handles, checks and Meta kernels of lora_linear_quantized, and its form out
-// of a dequantised matrix, for devices without kernels of their own.
+// of a dequantized matrix, for devices without kernels of their own.
 #include "ops/lora_linear_quantized.h"
 
 #include <ATen/ATen.h>

@@ -138,7 +138,7 @@ Tensor lora_linear_quantized_autocast(const LoraLinearQuantizedCall& call) {
                                 cast.adapter(call.lora_bias), call.scaling, call.dropout});
 }
 
-// torch.func's transforms come before autocast. They are lora_linear's, of the dequantised matrix,
+// torch.func's transforms come before autocast. They are lora_linear's, of the dequantized matrix,
 // whose values are those that autocast would multiply.
 Tensor lora_linear_quantized_functorch(const LoraLinearQuantizedCall& call) {
   const QuantizedFields fields = check_lora_linear_quantized(call);
