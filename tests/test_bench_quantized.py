@@ -1,0 +1,52 @@
+"""`python -m lora_ext.bench --quantized`: every contender is right and in the results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_ext.bench.cli import main
+from lora_ext.bench.grid import Case
+from lora_ext.bench.problem import make_problem
+from lora_ext.bench.quantized import QUANTIZED_RIVALS
+from lora_ext.quant import quantize
+
+ARGUMENTS = ["--shapes", "96x64", "--tokens", "3,40", "--ranks", "4", "--budget", "0.05"]
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "int8"])
+def test_results(quant_type: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    given = ["--quantized", quant_type, *ARGUMENTS, "--threads", "1", "--json", str(file)]
+    assert main([*given, "--dropouts", "0,0.1"]) == 0
+    found = json.loads(file.read_text())
+    assert found["environment"]["quantized"] == quant_type
+    names = [rival.name for rival in QUANTIZED_RIVALS]
+    assert names[1:3] == ["lora_ext", "lora_ext_quantized"]
+    rows = found["rows"]
+    assert len(rows) == 2 * 2 * 2 * 2 * len(names)  # tokens, dtypes, dropouts, modes
+    status = {(row["rival"], row["status"]) for row in rows if row["rival"] != "peft_bnb"}
+    assert status == {(name, "ok") for name in names if name != "peft_bnb"}
+
+
+def test_the_weight_has_the_values_of_its_codes() -> None:
+    case = Case(96, 64, 3, 4, "bf16", 0.0)
+    problem = make_problem(case, torch.device("cpu"), "nf4")
+    assert problem.quantized is not None
+    assert torch.equal(problem.weight, problem.quantized.dequantize(torch.bfloat16))
+    again = quantize(problem.weight, "nf4")  # as PEFT's contender does
+    assert torch.equal(again.codes, problem.quantized.codes)
+    assert make_problem(case, torch.device("cpu")).quantized is None
+
+
+@pytest.mark.parametrize("option", ["--adapters=4", "--rivals=naive", "--markdown=x.md"])
+def test_what_means_nothing_here_is_refused(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--quantized", "nf4", option])
+    name = option.partition("=")[0]
+    assert f"{name} has no meaning with --quantized" in capsys.readouterr().err
