@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
@@ -28,6 +30,7 @@ from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
 import lora_ext
 import lora_ext.nn as lora
 from lora_ext import quant
+from lora_ext.bench.cli import main as bench
 
 N, K = 64, 128  # which bitsandbytes' kernels for CPUs take
 X = inputs(width=K)
@@ -238,3 +241,12 @@ def test_state_dicts_are_bitsandbytes() -> None:
     assert eight.state_dict().keys() == theirs.state_dict().keys()
     eight.load_state_dict(theirs.state_dict())
     assert same_bits(matrix_of(eight), matrix_of(theirs))
+
+
+def test_peft_takes_part_in_the_benchmark(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    given = ["--shapes=128x64", "--tokens=40", "--ranks=4", "--dtypes=fp32", "--dropouts=0"]
+    given += ["--budget=0.05", f"--json={file}"]
+    assert bench(["--quantized=nf4", *given]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["status"] for row in rows if row["rival"] == "peft_bnb"] == ["ok", "ok"]
