@@ -117,6 +117,7 @@ def test_logits_and_gradients_are_pefts(folder: Path, kind: str, fields: dict[st
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_training_saving_merging(folder: Path, kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
     base = lora_ext.prepare_model_for_kbit_training(load(folder, kind))
     assert base.is_gradient_checkpointing
     before = base_bytes(base)
@@ -126,7 +127,7 @@ def test_training_saving_merging(folder: Path, kind: str, tmp_path: Path) -> Non
     assert len(quantized) == 14
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
     loss = []
-    for _ in range(6):
+    for _ in range(10):
         loss.append(model(input_ids=TOKENS, labels=TOKENS).loss)
         loss[-1].backward()
         optimizer.step()
