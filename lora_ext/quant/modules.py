@@ -87,7 +87,7 @@ def quantized_kind(module: object) -> type[nn.Module] | None:
     if isinstance(module, Linear):
         return Linear
     weight = module.__dict__["_parameters"].get("weight")
-    if weight is None or type(weight) is nn.Parameter:
+    if weight is None or (type(weight) is nn.Parameter and not weight.__dict__):
         return None
     if bitsandbytes.has_quant_state(weight) or bitsandbytes.has_scb(weight):
         owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
