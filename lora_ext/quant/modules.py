@@ -143,7 +143,9 @@ def _state(module: nn.Module) -> object:
     scales = [getattr(state, "absmax", None), getattr(weight, "SCB", None)]
     tensors += [tensor for tensor in scales if isinstance(tensor, Tensor)]
     marks = [(t.data_ptr(), version(t), t.device, t.shape) for t in tensors]
-    return [id(weight), id(state), getattr(state, "packing_format_for_cpu", False), marks]
+    # A subclass's copy_ runs below autograd, which counts it for the whole, not for what is inside.
+    whole = None if inner is None else version(weight)
+    return [id(weight), id(state), getattr(state, "packing_format_for_cpu", False), whole, marks]
 
 
 def resting_dtype(module: nn.Module, matrix: Dequantizable) -> torch.dtype:

@@ -184,6 +184,18 @@ def test_pickles(base: str, requantize: bool) -> None:
     assert torch.equal(again(X), y)
 
 
+@pytest.mark.parametrize("convert", [nf4_tensor, int4_tensor])
+def test_what_was_loaded_is_read(convert: Callable[[nn.Linear], None]) -> None:
+    """torchao's copy_ is not counted for the tensors inside, and scales are formed of them."""
+    layer: Any = lora.Linear.from_linear(torchao_linear(convert), r=3)  # type: ignore[type-var]
+    other = plain_linear(7, (N, K))
+    convert(other)
+    layer(X)
+    layer.base_layer.load_state_dict(other.state_dict())
+    expected = nn.functional.linear(X, matrix_of(other), other.bias)
+    torch.testing.assert_close(layer(X), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_codes_that_were_cast_are_refused() -> None:
     layer: Any = lora.Linear.from_linear(linear_4bit(quant_storage=torch.bfloat16), r=3)  # type: ignore
     layer.half()
