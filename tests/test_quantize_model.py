@@ -49,6 +49,7 @@ def test_quantizing_is_all_or_nothing() -> None:
     for arguments, message in (
         ({"quant_type": "nf5"}, "quant_type: got 'nf5'"),
         ({"target_modules": ["3"]}, "matches no nn.Linear"),
+        ({"compute_dtype": "bfloat16"}, r"'0': .*compute_dtype: got 'bfloat16', expected None or"),
         ({"block_size": 48}, r"'0': .*block_size: got 48.*no layer of the model was changed"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -58,9 +59,14 @@ def test_quantizing_is_all_or_nothing() -> None:
         quant.quantize_(plain_linear())
     with pytest.raises(TypeError, match="is made by from_linear"):
         quant.Linear()
+    with pytest.raises(ValueError, match=r"'0': .*not on the meta device; load the model first"):
+        quant.quantize_(nn.Sequential(nn.Linear(8, 8, device="meta")))
     shared = nn.Sequential(model[0], nn.Linear(N, K), model[0])
     assert quant.quantize_(shared, target_modules=r"0|2") == ["0", "2"]
     assert shared[0] is shared[2] and type(shared[1]) is nn.Linear
+    quant.quantize_(shared)
+    with pytest.raises(ValueError, match=r"model: has no nn\.Linear.*quantized already"):
+        quant.quantize_(shared)
 
 
 def test_states_that_are_not_whole_are_refused() -> None:

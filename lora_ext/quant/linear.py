@@ -98,6 +98,9 @@ class Linear(nn.Linear):
         """
         if quant_type not in QUANT_TYPES:
             fail(matrix.name, "quant_type", quant_type, f"one of {list(QUANT_TYPES)}")
+        if compute_dtype is not None and compute_dtype not in FLOATS:
+            expected = f"None or one of {list(FLOATS)}"
+            fail("lora_ext.quant.Linear", "compute_dtype", repr(compute_dtype), expected)
         if not _is_of(matrix, quant_type):
             fail(
                 matrix.name, "matrix", repr(matrix), f"one that quantize(..., {quant_type!r}) made"
