@@ -115,6 +115,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         ),
         "loftq_bits: got 3",
     ),
+    "scaling": (lambda: get_lora_model(Net(), loftq(lora_alpha=-4)), "loftq: scaling: got -0.6"),
 }
 
 
@@ -229,6 +230,8 @@ def test_replacing_is_refused(tmp_path: Path) -> None:
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
     with pytest.raises(ValueError, match="other"):
         replace(model, tmp_path, "other")
+    with pytest.raises(ValueError, match=r"loftq: scaling: got 0\.0, expected .*above 0"):
+        replace(adapted(lora_alpha=0), saved(tmp_path))
     model.merge_adapter()
     with pytest.raises(ValueError, match=r"layer 'first' is merged; call unmerge_adapter"):
         replace(model, tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +49,7 @@ def test_quantizing_is_all_or_nothing() -> None:
     for arguments, message in (
         ({"quant_type": "nf5"}, "quant_type: got 'nf5'"),
         ({"target_modules": ["3"]}, "matches no nn.Linear"),
+        ({"compute_dtype": "bfloat16"}, r"'0': .*compute_dtype: got 'bfloat16', expected None or"),
         ({"block_size": 48}, r"'0': .*block_size: got 48.*no layer of the model was changed"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -57,9 +59,14 @@ def test_quantizing_is_all_or_nothing() -> None:
         quant.quantize_(plain_linear())
     with pytest.raises(TypeError, match="is made by from_linear"):
         quant.Linear()
+    with pytest.raises(ValueError, match=r"'0': .*not on the meta device; load the model first"):
+        quant.quantize_(nn.Sequential(nn.Linear(8, 8, device="meta")))
     shared = nn.Sequential(model[0], nn.Linear(N, K), model[0])
     assert quant.quantize_(shared, target_modules=r"0|2") == ["0", "2"]
     assert shared[0] is shared[2] and type(shared[1]) is nn.Linear
+    quant.quantize_(shared)
+    with pytest.raises(ValueError, match=r"model: has no nn\.Linear.*quantized already"):
+        quant.quantize_(shared)
 
 
 def test_states_that_are_not_whole_are_refused() -> None:
@@ -75,6 +82,21 @@ def test_states_that_are_not_whole_are_refused() -> None:
         assert torch.equal(layer(x), y)
 
 
+@pytest.mark.parametrize("quant_type", ["nf4", "int8"])
+def test_a_layer_on_the_meta_device(quant_type: str) -> None:
+    linear = quant.Linear.from_linear(plain_linear(), quant_type)
+    layer: Any = lora_ext.nn.Linear.from_linear(linear, r=3)  # type: ignore[type-var]
+    x, state = inputs(), copy.deepcopy(layer.state_dict())
+    y = layer(x)
+    layer.to("meta")
+    assert layer(x.to("meta")).shape == y.shape
+    layer.load_state_dict(state, assign=True)
+    assert torch.equal(layer(x), y)
+    codes = layer.base_layer.weight.data_ptr()
+    assert codes == state["base_layer.weight"].data_ptr()
+    assert codes == layer.base_layer.quantized_weight.codes.data_ptr()
+
+
 def test_a_layer_of_a_matrix() -> None:
     matrix = quant.quantize(plain_linear().weight, "fp4", nested=True)
     made = quant.Linear.from_weight(matrix, "fp4")
@@ -84,3 +106,22 @@ def test_a_layer_of_a_matrix() -> None:
             quant.Linear.from_weight(matrix, wrong)
     with pytest.raises(ValueError, match="quant_type: got q4_0"):
         quant.Linear.from_weight(matrix, "q4_0")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("quant_type", ["nf4", "int8"])
+def test_a_model_that_was_cast(quant_type: str, dtype: torch.dtype) -> None:
+    """The dtype of its layers is that of what is around them, which is what is merged."""
+    model = nn.Sequential(nn.Linear(K, N, bias=False), nn.Linear(N, 8, bias=False))
+    quant.quantize_(model, quant_type, target_modules=["0"])
+    config = lora_ext.LoraConfig(r=3, target_modules=["0"], init_lora_weights=False)
+    adapted: Any = lora_ext.get_lora_model(model, config).eval()
+    codes = model[0].base_layer.weight.clone()  # type: ignore[union-attr]
+    adapted.to(dtype)
+    x = inputs(dtype)
+    y = adapted(x)
+    dense = adapted.merge_and_unload()
+    assert dense[0].weight.dtype is dtype
+    torch.testing.assert_close(dense(x), y, rtol=0.05, atol=0.05)
+    layer = quant.Linear.from_linear(plain_linear(), quant_type).to(dtype)
+    assert layer.quantized_weight.dtype is dtype and layer.weight.dtype is codes.dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -84,6 +85,22 @@ def test_merging_is_refused() -> None:
     layer.merge()
     with pytest.raises(RuntimeError, match=r"are merged .*call unmerge\(\)"):
         layer.load_state_dict(layer.state_dict())
+
+
+@pytest.mark.parametrize("requantize", [False, True])
+def test_merging_what_overflows(requantize: bool) -> None:
+    """fp16 base: what fp32 holds and it does not is refused, as the plain layer does."""
+    module = quant.Linear.from_linear(plain_linear().half(), "nf4")
+    layer: Any = randomise(lora.Linear.from_linear(module, r=3))  # type: ignore[type-var]
+    x = inputs(torch.float16)
+    y, state = layer(x), copy.deepcopy(layer.state_dict())
+    layer.lora_B.data.fill_(3e38 if requantize else 1e6)
+    layer.lora_A.data.fill_(1)
+    with pytest.raises(ValueError, match=r"NaN or Inf .*overflow of float.*nothing "):
+        layer.merge(requantize=requantize)
+    assert not layer.merged and layer.get_base_layer() is module
+    layer.load_state_dict(state)
+    assert torch.equal(layer(x), y)
 
 
 def test_deltas() -> None:

@@ -62,7 +62,7 @@ def check_base(
             todo = (
                 "call the model once first"
                 if is_lazy(parameter)
-                else "quantized layers are not supported"
+                else "quantized weights that are not known here need quant.register_dequantizer"
             )
             raise TypeError(
                 f"{where}: its {name} is a {type(parameter).__qualname__} of "

@@ -253,8 +253,6 @@ class QuantizedBase(KeptBase):
             else:
                 self._write_merged(names)
         self._parameters.update(own)
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"{where}: the merged weight would hold NaN or Inf; nothing changed")
         if requantize:
             layer = requantized_layer(base, matrix, weight, bias)
         else:

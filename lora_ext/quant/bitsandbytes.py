@@ -53,6 +53,12 @@ def read_4bit(weight: Any, quant_state: Any, name: str) -> QuantizedWeight:
         fail(name, "quant_state", None, "one: move the layer to its device, which quantizes it")
     if getattr(state, "packing_format_for_cpu", False):
         fail(name, "quant_state.packing_format_for_cpu", True, f"False, not {REPACKED}")
+    storage = getattr(weight, "quant_storage", None)
+    if isinstance(storage, torch.dtype) and weight.dtype is not storage:
+        cure = (
+            "codes as they were: .to(dtype), .half() and the like cast them; load the model again"
+        )
+        fail(name, f"weight of quant_storage {storage}", weight, cure)
     fields = _attributes(state, "quant_type", "blocksize", "shape", "dtype", "absmax", "code")
     nested = None
     if getattr(state, "state2", None) is not None:

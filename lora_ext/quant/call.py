@@ -58,7 +58,12 @@ def in_dtype_of(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _is_autocast(x: Tensor) -> bool:
-    return x.dtype is not torch.float64 and torch.is_autocast_enabled(x.device.type)
+    device = x.device.type
+    if (
+        x.dtype is torch.float64 or device == "meta"
+    ):  # of which torch does not know whether it is on
+        return False
+    return torch.is_autocast_enabled(device)
 
 
 class _Kept(NamedTuple):

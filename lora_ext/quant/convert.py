@@ -61,6 +61,11 @@ def quantize_(
         if (target_modules is None or _means(target_modules, name))
         and not (exclude_modules is not None and _means(exclude_modules, name))
     }
+    if not linears:
+        raise ValueError(
+            "quantize_: model: has no nn.Linear, expected some; layers of subclasses, and those "
+            "that are quantized already, are left alone"
+        )
     if not chosen:
         raise ValueError(
             f"quantize_: target_modules: {target_modules!r} matches no nn.Linear that "

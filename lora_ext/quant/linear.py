@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_ext.quant.bitsandbytes import DTYPES, INT8_FACTOR, STATE
 from lora_ext.quant.call import compute_dtype, dequantized, in_dtype_of
-from lora_ext.quant.checks import fail
+from lora_ext.quant.checks import FLOATS, fail
 from lora_ext.quant.codebooks import four_bit
 from lora_ext.quant.quantize import quantize
 from lora_ext.quant.read import read_state_dict
@@ -98,6 +98,9 @@ class Linear(nn.Linear):
         """
         if quant_type not in QUANT_TYPES:
             fail(matrix.name, "quant_type", quant_type, f"one of {list(QUANT_TYPES)}")
+        if compute_dtype is not None and compute_dtype not in FLOATS:
+            expected = f"None or one of {list(FLOATS)}"
+            fail("lora_ext.quant.Linear", "compute_dtype", repr(compute_dtype), expected)
         if not _is_of(matrix, quant_type):
             fail(
                 matrix.name, "matrix", repr(matrix), f"one that quantize(..., {quant_type!r}) made"
@@ -118,6 +121,14 @@ class Linear(nn.Linear):
         if self._matrix.codes.data_ptr() != self.weight.data_ptr():
             self._rebind()
         return self._matrix
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """A cast is one of the matrix's dtype: codes and scales stay."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        like = torch.empty(0, dtype=self._matrix.dtype, device=self._matrix.device)
+        if (dtype := fn(like).dtype) is not self._matrix.dtype and dtype in FLOATS:
+            self._matrix = replace(self._matrix, dtype=dtype)
+        return self
 
     def _rebind(self, copy: bool = False) -> None:
         """Makes the matrix one of the parameter's bytes, which may be others, elsewhere."""
@@ -196,11 +207,16 @@ class Linear(nn.Linear):
             except ValueError as error:
                 error_msgs.append(str(error))
                 return
-            codes = matrix.codes.to(self.weight.device, copy=True)
-            self.weight.data = codes.view(self.weight.shape)
+            assign = local_metadata.get("assign_to_params_buffers", False)
+            if assign:  # the weight may be on the meta device
+                codes = matrix.codes.view(self.weight.shape)
+                self.weight = nn.Parameter(codes, requires_grad=False)
+            else:
+                codes = matrix.codes.to(self.weight.device, copy=True)
+                self.weight.data = codes.view(self.weight.shape)
             dtype = self._matrix.dtype if self.quant_type == "int8" else matrix.dtype
             self._matrix = replace(matrix, dtype=dtype, name="weight")
-            self._rebind(copy=True)
+            self._rebind(copy=not assign)
         hidden = {name: value for name, value in state_dict.items() if name not in own}
         if key in hidden:
             hidden[key] = self.weight.detach()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,13 @@ BITS = (4, 8)
 
 def low_rank(residual: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
     """lora_A [r, K] and lora_B [N, r] for which `scaling * lora_B @ lora_A` is nearest to a matrix
-    [N, K]."""
+    [N, K].
+
+    Raises:
+        ValueError: scaling is not a finite number above 0.
+    """
+    if not (math.isfinite(scaling) and scaling > 0):
+        raise ValueError(f"loftq: scaling: got {scaling}, expected a finite number above 0")
     U, S, Vh = torch.linalg.svd(residual, full_matrices=False)
     root = (S[:r] / scaling).sqrt()
     return root[:, None] * Vh[:r], U[:, :r] * root

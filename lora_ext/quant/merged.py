@@ -4,6 +4,7 @@ as it was."""
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -33,7 +34,7 @@ def dense_layer(
     layer = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(layer)
     layer.out_features, layer.in_features = weight.shape
-    layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    layer.weight = nn.Parameter(_finite(weight.to(dtype)), requires_grad=False)
     layer.register_parameter("bias", bias)
     return layer.train(base.training)
 
@@ -44,7 +45,7 @@ def requantized_layer(
     """A layer of the base's class, whose weight [N, K] is quantized as the base's is.
 
     Raises:
-        ValueError: not for weights of this library.
+        ValueError: not for weights of this library; or values are not finite.
     """
     old = base._parameters.get("weight")
     four_bit, int8 = bitsandbytes.has_quant_state(old), bitsandbytes.has_scb(old)
@@ -61,7 +62,7 @@ def requantized_layer(
     if quant_type != "int8":
         nested = isinstance(matrix.scales, NestedScales)
         block = {"block_size": matrix.block_size, "nested": nested}
-    given = weight.half() if int8 else weight.float()  # fp16: as a Linear8bitLt does
+    given = _finite(weight.half() if int8 else weight.float())  # fp16: as a Linear8bitLt does
     made = replace(quantize(given, quant_type, **block), dtype=matrix.dtype)  # type: ignore[arg-type]
     own = Linear.from_weight(made, quant_type, bias)
     if isinstance(base, Linear):
@@ -70,6 +71,9 @@ def requantized_layer(
     layer: Any = _copied(base)
     layer._parameters["bias"] = bias
     kind: Any = type(old)
+    if kind is nn.Parameter:  # what pickle makes of a parameter, with its attributes
+        library: Any = sys.modules["bitsandbytes"]
+        kind = library.nn.Int8Params if int8 else library.nn.Params4bit
     if int8:
         layer.weight = kind(own.weight.data, requires_grad=False, has_fp16_weights=False)
         layer.weight.CB, layer.weight.SCB = layer.weight.data, made.scales
@@ -86,6 +90,17 @@ def requantized_layer(
         codes = codes.view(-1).view(storage).view(-1, 1)
     layer.weight = kind.from_prequantized(codes, stats, False, codes.device, module=layer)
     return layer  # type: ignore[no-any-return]
+
+
+def _finite(weight: Tensor) -> Tensor:
+    """What is merged, in the dtype that it is to be in."""
+    if not torch.isfinite(weight).all():
+        dtype = str(weight.dtype).removeprefix("torch.")
+        raise ValueError(
+            "merge: the merged weight would hold NaN or Inf (in the weight, lora_A, lora_B or by "
+            f"overflow of {dtype}), expected finite values; nothing changed"
+        )
+    return weight
 
 
 def _quant_type(base: Any, weight: Any) -> str:

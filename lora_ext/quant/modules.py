@@ -87,7 +87,7 @@ def quantized_kind(module: object) -> type[nn.Module] | None:
     if isinstance(module, Linear):
         return Linear
     weight = module.__dict__["_parameters"].get("weight")
-    if weight is None or type(weight) is nn.Parameter:
+    if weight is None or (type(weight) is nn.Parameter and not weight.__dict__):
         return None
     if bitsandbytes.has_quant_state(weight) or bitsandbytes.has_scb(weight):
         owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
@@ -143,7 +143,9 @@ def _state(module: nn.Module) -> object:
     scales = [getattr(state, "absmax", None), getattr(weight, "SCB", None)]
     tensors += [tensor for tensor in scales if isinstance(tensor, Tensor)]
     marks = [(t.data_ptr(), version(t), t.device, t.shape) for t in tensors]
-    return [id(weight), id(state), getattr(state, "packing_format_for_cpu", False), marks]
+    # A subclass's copy_ runs below autograd, which counts it for the whole, not for what is inside.
+    whole = None if inner is None else version(weight)
+    return [id(weight), id(state), getattr(state, "packing_format_for_cpu", False), whole, marks]
 
 
 def resting_dtype(module: nn.Module, matrix: Dequantizable) -> torch.dtype:

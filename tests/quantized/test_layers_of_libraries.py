@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,48 @@ def test_merging(base: str, requantize: bool) -> None:
     layer.unmerge()
     assert torch.equal(layer(X), y) and layer.get_base_layer() is module
     assert same(before, tensors(module))
+
+
+@pytest.mark.parametrize("requantize", [False, True])
+@pytest.mark.parametrize("base", BITSANDBYTES)
+def test_pickles(base: str, requantize: bool) -> None:
+    """pickle makes bitsandbytes' parameters plain ones, with their attributes."""
+    module = BASES[base]()
+    loaded = pickle.loads(pickle.dumps(module))
+    assert type(loaded.weight) is nn.Parameter
+    layer: Any = randomise(lora.Linear.from_linear(module, r=3))  # type: ignore[type-var]
+    twin: Any = lora.Linear.from_linear(loaded, r=3)
+    for name, part in layer.parts("default").items():
+        twin.parts("default")[name].data.copy_(part)
+    y = layer(X)
+    assert torch.equal(twin(X), y)
+    for one in (layer, twin):
+        one.merge(requantize=requantize)
+    merged = layer(X)
+    again = pickle.loads(pickle.dumps(layer))
+    assert torch.equal(twin(X), merged) and torch.equal(again(X), merged)
+    assert type(twin.get_base_layer()) is type(layer.get_base_layer())
+    again.unmerge()
+    assert torch.equal(again(X), y)
+
+
+@pytest.mark.parametrize("convert", [nf4_tensor, int4_tensor])
+def test_what_was_loaded_is_read(convert: Callable[[nn.Linear], None]) -> None:
+    """torchao's copy_ is not counted for the tensors inside, and scales are formed of them."""
+    layer: Any = lora.Linear.from_linear(torchao_linear(convert), r=3)  # type: ignore[type-var]
+    other = plain_linear(7, (N, K))
+    convert(other)
+    layer(X)
+    layer.base_layer.load_state_dict(other.state_dict())
+    expected = nn.functional.linear(X, matrix_of(other), other.bias)
+    torch.testing.assert_close(layer(X), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_codes_that_were_cast_are_refused() -> None:
+    layer: Any = lora.Linear.from_linear(linear_4bit(quant_storage=torch.bfloat16), r=3)  # type: ignore
+    layer.half()
+    with pytest.raises(ValueError, match=r"quant_storage torch.bfloat16: got .*cast them"):
+        layer(X.half())
 
 
 def test_a_layer_that_was_called_before() -> None:
