@@ -122,6 +122,11 @@ class Linear(nn.Linear):
             self._rebind()
         return self._matrix
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy's parameter has bytes of its own, which are its matrix's: not the codes twice."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._rebind()
+
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """A cast is one of the matrix's dtype: codes and scales stay."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
