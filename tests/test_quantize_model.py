@@ -81,6 +81,8 @@ def test_states_that_are_not_whole_are_refused() -> None:
         with pytest.raises(RuntimeError, match=message):
             layer.load_state_dict(wrong)
         assert torch.equal(layer(x), y)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*weight\.zeros"):
+        layer.load_state_dict(state | {"weight.zeros": torch.zeros(1)})
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "int8"])
