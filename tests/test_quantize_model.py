@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -80,6 +81,8 @@ def test_states_that_are_not_whole_are_refused() -> None:
         with pytest.raises(RuntimeError, match=message):
             layer.load_state_dict(wrong)
         assert torch.equal(layer(x), y)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*weight\.zeros"):
+        layer.load_state_dict(state | {"weight.zeros": torch.zeros(1)})
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "int8"])
@@ -95,6 +98,15 @@ def test_a_layer_on_the_meta_device(quant_type: str) -> None:
     codes = layer.base_layer.weight.data_ptr()
     assert codes == state["base_layer.weight"].data_ptr()
     assert codes == layer.base_layer.quantized_weight.codes.data_ptr()
+
+
+def test_copies_hold_their_codes_once() -> None:
+    layer = quant.Linear.from_linear(plain_linear(), "nf4", nested=True)
+    y = layer(inputs())
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert copied._matrix.codes.data_ptr() == copied.weight.data_ptr()
+        assert copied.weight.data_ptr() != layer.weight.data_ptr()
+        assert torch.equal(copied(inputs()), y)
 
 
 def test_a_layer_of_a_matrix() -> None:

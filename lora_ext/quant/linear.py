@@ -18,6 +18,8 @@ from lora_ext.quant.read import read_state_dict
 from lora_ext.quant.weight import NestedScales, QuantizedWeight
 
 QUANT_TYPES = ("nf4", "fp4", "int8")
+# What bitsandbytes saves beside 4-bit codes.
+_BESIDE = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", f"{STATE}nf4", f"{STATE}fp4")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -122,6 +124,11 @@ class Linear(nn.Linear):
             self._rebind()
         return self._matrix
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy's parameter has bytes of its own, which are its matrix's: not the codes twice."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._rebind()
+
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """A cast is one of the matrix's dtype: codes and scales stay."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -198,8 +205,7 @@ class Linear(nn.Linear):
     ) -> None:
         """The whole of a quantized weight, or nothing: codes without their scales are refused."""
         key = f"{prefix}weight"
-        own = {name for name in state_dict if name.startswith(f"{key}.")}
-        own |= {f"{prefix}SCB", f"{prefix}weight_format"} & state_dict.keys()
+        own = {f"{key}.{name}" for name in _BESIDE} | {f"{prefix}SCB", f"{prefix}weight_format"}
         if key in state_dict:
             try:
                 matrix = read_state_dict(state_dict, key)
