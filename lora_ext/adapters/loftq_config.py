@@ -50,8 +50,8 @@ class LoftQConfig:
         """
         if is_dataclass(value) and not isinstance(value, type):
             value = asdict(value)
-        if value is None or not value:
-            return None if value is None else {}
+        if value is None or value == {}:
+            return value
         known = [one.name for one in fields(cls)]
         if not isinstance(value, Mapping) or not set(value) <= set(known):
             raise TypeError(
