@@ -50,8 +50,10 @@ class LoftQConfig:
         """
         if is_dataclass(value) and not isinstance(value, type):
             value = asdict(value)
-        if value is None or value == {}:
-            return value
+        if value is None:
+            return None
+        if isinstance(value, Mapping) and not value:
+            return {}
         known = [one.name for one in fields(cls)]
         if not isinstance(value, Mapping) or not set(value) <= set(known):
             raise TypeError(

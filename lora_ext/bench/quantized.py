@@ -8,7 +8,6 @@ import importlib
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import lora_ext
 from lora_ext import quant
 from lora_ext.bench.problem import SCALING, Problem
 from lora_ext.bench.rivals import (
@@ -19,8 +18,8 @@ from lora_ext.bench.rivals import (
     Contender,
     Rival,
     Unavailable,
-    load,
     lora_ext_keep_mask,
+    lora_ext_layer,
     peft_layer,
     torch_keep_mask,
 )
@@ -36,21 +35,8 @@ def _matrix(problem: Problem) -> QuantizedWeight:
 
 
 def _build_ours(problem: Problem) -> Contender:
-    base = quant.Linear.from_weight(
-        _matrix(problem), "int8" if _matrix(problem).bits == 8 else "nf4"
-    )
-    layer = lora_ext.nn.Linear.from_linear(
-        base,
-        r=problem.case.rank,
-        lora_alpha=problem.lora_alpha,
-        lora_dropout=problem.case.dropout_p,
-        autocast_adapter_dtype=False,
-    )
-    lora_A, lora_B = layer.lora_A, layer.lora_B
-    assert lora_A is not None and lora_B is not None  # as they are where r > 0
-    load(lora_A, problem.lora_A)
-    load(lora_B, problem.lora_B)
-    return Contender(layer, (lora_A, lora_B))
+    quant_type = "nf4" if _matrix(problem).bits == 4 else "int8"
+    return lora_ext_layer(quant.Linear.from_weight(_matrix(problem), quant_type), problem)
 
 
 class DequantizedLora(nn.Module):

@@ -75,7 +75,7 @@ def _base_layer(problem: Problem) -> nn.Linear:
     return layer
 
 
-def load(target: Tensor, value: Tensor) -> None:
+def _load(target: Tensor, value: Tensor) -> None:
     with torch.no_grad():
         target.copy_(value)
 
@@ -96,8 +96,8 @@ class NaiveLora(nn.Module):
         self.dropout = nn.Dropout(problem.case.dropout_p)
         self.lora_A = nn.Linear(K, r, bias=False, **place)
         self.lora_B = nn.Linear(r, N, bias=False, **place)
-        load(self.lora_A.weight, problem.lora_A)
-        load(self.lora_B.weight, problem.lora_B)
+        _load(self.lora_A.weight, problem.lora_A)
+        _load(self.lora_B.weight, problem.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
@@ -145,8 +145,8 @@ def peft_layer(
     peft.get_peft_model(model, config, autocast_adapter_dtype=fp32_adapters)
     layer: Any = model[0]  # called without PeftModel's wrapper, which would only add cost
     trained = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    load(trained[0], problem.lora_A)
-    load(trained[1], problem.lora_B)
+    _load(trained[0], problem.lora_A)
+    _load(trained[1], problem.lora_B)
     return Contender(layer, trained)
 
 
@@ -200,21 +200,23 @@ def _build_addmm(problem: Problem) -> Contender:
 
 
 def _lora_ext_builder(fp32_adapters: bool) -> Callable[[Problem], Contender]:
-    def build(problem: Problem) -> Contender:
-        layer = lora_ext.nn.Linear.from_linear(
-            _base_layer(problem),
-            r=problem.case.rank,
-            lora_alpha=problem.lora_alpha,
-            lora_dropout=problem.case.dropout_p,
-            autocast_adapter_dtype=fp32_adapters,
-        )
-        lora_A, lora_B = layer.lora_A, layer.lora_B
-        assert lora_A is not None and lora_B is not None  # as they are where r > 0
-        load(lora_A, problem.lora_A)
-        load(lora_B, problem.lora_B)
-        return Contender(layer, (lora_A, lora_B))
+    return lambda problem: lora_ext_layer(_base_layer(problem), problem, fp32_adapters)
 
-    return build
+
+def lora_ext_layer(base: nn.Linear, problem: Problem, fp32_adapters: bool = False) -> Contender:
+    """Ours over this base."""
+    layer = lora_ext.nn.Linear.from_linear(
+        base,
+        r=problem.case.rank,
+        lora_alpha=problem.lora_alpha,
+        lora_dropout=problem.case.dropout_p,
+        autocast_adapter_dtype=fp32_adapters,
+    )
+    lora_A, lora_B = layer.lora_A, layer.lora_B
+    assert lora_A is not None and lora_B is not None  # as they are where r > 0
+    _load(lora_A, problem.lora_A)
+    _load(lora_B, problem.lora_B)
+    return Contender(layer, (lora_A, lora_B))
 
 
 def torch_keep_mask(ones: Tensor, p: float) -> Tensor:
