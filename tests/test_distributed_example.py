@@ -4,12 +4,11 @@ docs/scale.md says."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import torchrun
 
 pytest.importorskip("transformers")
 
@@ -28,12 +27,9 @@ def trained(plan: str, folder: Path, *more: str) -> dict[str, Any]:
     """What a run reports."""
     sizes = {"steps": STEPS, "batch-size": BATCH, "length": LENGTH, "hidden": HIDDEN}
     sizes |= {"layers": LAYERS, "rank": RANK}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(EXAMPLE), f"--plan={plan}", f"--out={folder}", *more]
-    command += [f"--{name}={size}" for name, size in sizes.items()]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=180)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    lines = [line for line in result.stdout.splitlines() if line.startswith("{")]
+    options = [f"--{name}={size}" for name, size in sizes.items()]
+    printed = torchrun(str(EXAMPLE), f"--plan={plan}", f"--out={folder}", *more, *options)
+    lines = [line for line in printed.splitlines() if line.startswith("{")]
     report: dict[str, Any] = json.loads(lines[-1])
     assert sorted(path.name for path in folder.iterdir()) == [
         "README.md",

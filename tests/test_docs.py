@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import torchrun
 from tiny_models import llama
 from torch import nn
 
@@ -102,10 +103,7 @@ def test_a_quick_start_runs_alone_and_prints_what_the_page_says(
     monkeypatch.chdir(tmp_path)
     if block.startswith("# fsdp2.py"):
         (tmp_path / "fsdp2.py").write_text(block)
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-        done = subprocess.run([*torchrun, "fsdp2.py"], capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        printed = done.stdout
+        printed = torchrun("fsdp2.py", cwd=tmp_path)
     else:
         try:
             exec(compile(block, BLOCK, "exec"), {"__name__": "__main__"})
