@@ -8,7 +8,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <map>
+#include <mutex>
 #include <new>
+#include <utility>
+#include <vector>
 
 #if !defined(__x86_64__) || defined(SIMT_USE_UCONTEXT)
 #define SIMT_UCONTEXT 1
@@ -57,11 +61,21 @@ simt_switch_stack:
 namespace simt {
 
 // Stacks for a block of threads, each above a page that may not be touched, so that an overflow is
-// a fault at once.
+// a fault at once. The next block of the process that is as large takes them over: their pages are
+// there, and the kernel of the operating system keeps a mapping for each page between them.
 class Stacks {
  public:
-  Stacks(int count, size_t bytes) : bytes_(round_up(bytes)), total_(count * (bytes_ + kPage)) {
-    void* memory = mmap(nullptr, total_, PROT_READ | PROT_WRITE,
+  Stacks(int count, size_t bytes) : count_(count), bytes_(round_up(bytes)) {
+    {
+      const std::lock_guard lock(pool().mutex);
+      std::vector<uint8_t*>& free = pool().free[{count_, bytes_}];
+      if (!free.empty()) {
+        memory_ = free.back();
+        free.pop_back();
+        return;
+      }
+    }
+    void* memory = mmap(nullptr, total(), PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     memory_ = static_cast<uint8_t*>(memory);
@@ -73,19 +87,31 @@ class Stacks {
   Stacks& operator=(const Stacks&) = delete;
   ~Stacks() {
 #if SIMT_ASAN
-    __asan_unpoison_memory_region(memory_, total_);
+    __asan_unpoison_memory_region(memory_, total());
 #endif
-    munmap(memory_, total_);
+    const std::lock_guard lock(pool().mutex);
+    pool().free[{count_, bytes_}].push_back(memory_);
   }
 
   uint8_t* operator[](int i) const { return memory_ + i * (bytes_ + kPage) + kPage; }
   size_t bytes() const { return bytes_; }
 
  private:
+  struct Pool {
+    std::mutex mutex;
+    std::map<std::pair<int, size_t>, std::vector<uint8_t*>> free;  // by count and bytes
+  };
+  static Pool& pool() {
+    static Pool pool;
+    return pool;
+  }
+
   static constexpr size_t kPage = 4096;
   static size_t round_up(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
+  size_t total() const { return static_cast<size_t>(count_) * (bytes_ + kPage); }
 
-  size_t bytes_, total_;
+  int count_;
+  size_t bytes_;
   uint8_t* memory_;
 };
 
