@@ -18,3 +18,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+# They fork often, and a fork copies the page tables of whatever tests before it left in memory.
+FIRST = ("test_io_atomic.py", "test_io_hostile.py", "test_load_refuses.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in FIRST)
