@@ -35,7 +35,7 @@ import lora_ext.nn as lora
 from lora_ext import functional, quant
 from lora_ext.nn.quantized import QuantizedLinear, lora_linear
 from lora_ext.quant import call
-from lora_ext.quant.modules import _DEQUANTIZERS
+from lora_ext.quant.kinds import DEQUANTIZERS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -278,7 +278,7 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         quant.register_dequantizer(3, Foreign.dequantize)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="register_dequantizer: function: got 3"):
         quant.register_dequantizer(Foreign, 3)  # type: ignore[arg-type]
-    monkeypatch.setitem(_DEQUANTIZERS, Foreign, lambda layer: layer.codes)
+    monkeypatch.setitem(DEQUANTIZERS, Foreign, lambda layer: layer.codes)
     with pytest.raises(ValueError, match=r"'0': .*registered for Foreign.*floating point"):
         lora_ext.get_lora_model(
             nn.Sequential(BASES["foreign"]()), lora_ext.LoraConfig(target_modules=["0"])

@@ -36,8 +36,9 @@ from lora_ext.quant.call import (
     values,
     values_now,
 )
+from lora_ext.quant.kinds import quantized_kind
 from lora_ext.quant.merged import dense_layer, requantized_layer
-from lora_ext.quant.modules import quantized_kind, quantized_weight, resting_dtype
+from lora_ext.quant.modules import quantized_weight, resting_dtype
 from lora_ext.quant.operator import lora_linear_quantized
 from lora_ext.quant.weight import QuantizedWeight
 
@@ -368,6 +369,5 @@ class QuantizedMergedLinear(QuantizedBase, KeptMergedLinear):
         return self._block_diagonal(stack)
 
 
-def give_quantized() -> None:
-    """Tells the layers, which do not know those over them."""
-    Linear._QUANTIZED, MergedLinear._QUANTIZED = QuantizedLinear, QuantizedMergedLinear
+# The layers do not know those over them: who makes one imports this module first.
+Linear._QUANTIZED, MergedLinear._QUANTIZED = QuantizedLinear, QuantizedMergedLinear

@@ -13,7 +13,8 @@ from lora_ext.quant.bitsandbytes import DTYPES, INT8_FACTOR, STATE
 from lora_ext.quant.call import compute_dtype, dequantized, in_dtype_of
 from lora_ext.quant.checks import FLOATS, fail
 from lora_ext.quant.codebooks import four_bit
-from lora_ext.quant.quantize import quantize
+from lora_ext.quant.encode import quantize
+from lora_ext.quant.kinds import OWN
 from lora_ext.quant.read import read_state_dict
 from lora_ext.quant.weight import NestedScales, QuantizedWeight
 
@@ -238,3 +239,6 @@ class Linear(nn.Linear):
             not int8 and f"{key}.{STATE}{self.quant_type}" not in state
         ):
             fail(key, "quant_type", "another", f"{self.quant_type!r}, which the layer is")
+
+
+OWN.add(Linear)

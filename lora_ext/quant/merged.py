@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_ext.quant import bitsandbytes
 from lora_ext.quant.call import Dequantizable
+from lora_ext.quant.encode import quantize
+from lora_ext.quant.kinds import has_quant_state, has_scb
 from lora_ext.quant.linear import Linear
-from lora_ext.quant.quantize import quantize
 from lora_ext.quant.weight import NestedScales, QuantizedWeight
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -27,7 +27,7 @@ def dense_layer(
     has that, where bitsandbytes' compute_dtype may be another. Its int8 tells of none: that of the
     bias, then, or float32."""
     dtype = matrix.dtype
-    if bias is not None and bitsandbytes.has_scb(base._parameters.get("weight")):
+    if bias is not None and has_scb(base._parameters.get("weight")):
         dtype = bias.dtype
     if bias is not None and bias.dtype is not dtype:
         bias = nn.Parameter(bias.detach().to(dtype), requires_grad=bias.requires_grad)
@@ -48,7 +48,7 @@ def requantized_layer(
         ValueError: not for weights of this library; or values are not finite.
     """
     old = base._parameters.get("weight")
-    four_bit, int8 = bitsandbytes.has_quant_state(old), bitsandbytes.has_scb(old)
+    four_bit, int8 = has_quant_state(old), has_scb(old)
     if not isinstance(matrix, QuantizedWeight) or not (
         isinstance(base, Linear) or four_bit or int8
     ):

@@ -20,22 +20,11 @@ from lora_ext.quant.checks import (
 from lora_ext.quant.codebooks import twos_complement
 from lora_ext.quant.weight import QuantizedWeight
 
-_NF4 = ("quantized_data", "quantized_scalers", "quantization_factor", "scaler_mean", "nf4")
 _AFFINE = ("qdata", "scale", "zero_point", "block_size")
 _CURES = {
     "Int4": "an Int4Tensor: Int4WeightOnlyConfig(int4_packing_format='plain')",
     "Int": "an Int8Tensor: Int8WeightOnlyConfig()",
 }
-
-
-def is_nf4(weight: Any) -> bool:
-    """Whether it is an NF4Tensor."""
-    return all(hasattr(weight, field) for field in _NF4)
-
-
-def is_torchao(weight: Any) -> bool:
-    """Whether torchao defines its class."""
-    return any(kind.__module__.split(".")[0] == "torchao" for kind in type(weight).__mro__)
 
 
 def read_nf4(weight: Any, name: str) -> QuantizedWeight:
