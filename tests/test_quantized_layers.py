@@ -330,3 +330,44 @@ def test_a_layer_may_be_gone_before_backward() -> None:
     gc.collect()
     y.sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_adapters_that_are_narrower_than_what_is_computed_in(
+    options: dict[str, Any], compute_dtype: torch.dtype
+) -> None:
+    """As model.half() leaves them where the base has its own dtype to compute in."""
+    base = quant.Linear.from_linear(plain_linear(), "nf4", compute_dtype=compute_dtype)
+    half: Any = randomise(lora.Linear.from_linear(base, r=3, **options)).half()
+    wide = copy.deepcopy(half)
+    for parameter in wide.adapter_parameters("default").values():
+        parameter.data = parameter.data.float()
+    x = inputs(torch.float16)
+    mine, theirs = results(half, x), results(wide, x)
+    assert mine[0].dtype is torch.float16 and mine[2].dtype is torch.float16
+    assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(mine, theirs, strict=True))
+    for layer in (half, wide):
+        layer.add_adapter("other", r=2, lora_alpha=4)
+        layer.lora_A_other.data = half.lora_A_other.data.half().to(layer.lora_A.dtype)
+        layer.lora_B_other.data = torch.ones_like(layer.lora_B_other, dtype=layer.lora_B.dtype)
+        layer.set_adapter(["default", "other"])
+    assert half.lora_A_other.dtype is torch.float16
+    mine, theirs = results(half, x), results(wide, x)
+    assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_narrower_adapters_of_slices_and_plans() -> None:
+    base = quant.Linear.from_linear(plain_linear(), "int8", compute_dtype=torch.bfloat16)
+    sliced = lora.MergedLinear.from_linear(base, r=3, enable_lora=[True, False])
+    layers: list[Any] = [sliced, lora.Linear.from_linear(base, r=3)]
+    for layer in map(randomise, layers):
+        x = inputs(torch.float16)
+        found = []
+        for dtype in (torch.float16, torch.float32):
+            for parameter in layer.adapter_parameters("default").values():
+                parameter.data = parameter.data.half().to(dtype)
+            with lora_ext.batch(adapters=["default", None]):
+                found.append([layer(x), *torch.autograd.grad(layer(x).sum(), x)])
+            found[-1] += results(layer, x)[:2]
+        assert all(torch.equal(*pair) for pair in zip(*found, strict=True))

@@ -50,7 +50,10 @@ def lora_linear(
 ) -> Tensor:
     """`lora_ext.lora_linear` on a quantized weight, by the operator on its codes; of a matrix that
     a function dequantises, on what that gives, which backward asks for again."""
-    lora_A, lora_B, lora_bias, scaling, dropout_p = adapter
+    lora_A, lora_B, lora_bias = (
+        part if part is None else _widened(part, x.dtype) for part in adapter[:3]
+    )
+    scaling, dropout_p = adapter[3:]
     if isinstance(weight, QuantizedWeight):
         return lora_linear_quantized(
             x, weight, bias, lora_A, lora_B, lora_bias, scaling=scaling, dropout_p=dropout_p
@@ -59,6 +62,12 @@ def lora_linear(
         return functional.lora_linear(
             x, found, bias, lora_A, lora_B, lora_bias, scaling=scaling, dropout_p=dropout_p
         )
+
+
+def _widened(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """A part of an adapter, as operators take it beside a weight of this dtype: a cast of a model
+    may leave it narrower than its base computes. Exact."""
+    return part.to(torch.promote_types(part.dtype, dtype))
 
 
 class QuantizedBase(KeptBase):
@@ -126,6 +135,11 @@ class QuantizedBase(KeptBase):
     def _bias_vector(self) -> Tensor | None:
         dtype, bias = dtype_now(self._quantized), self.base_layer._parameters.get("bias")
         return bias if bias is None or dtype is None else bias.to(dtype)
+
+    def _part(self, part: str, name: str) -> Any:
+        found = super()._part(part, name)
+        dtype = None if found is None else dtype_now(self._quantized)
+        return found if dtype is None else _widened(found, dtype)
 
     # Running
 
