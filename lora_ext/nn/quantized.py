@@ -28,6 +28,7 @@ from lora_ext.nn.transaction import all_or_nothing, put_parameter
 from lora_ext.paths import lora_linear_quantized_path
 from lora_ext.quant.call import (
     Dequantizable,
+    cast_by,
     compute_dtype,
     dequantized,
     dtype_now,
@@ -50,10 +51,9 @@ def lora_linear(
 ) -> Tensor:
     """`lora_ext.lora_linear` on a quantized weight, by the operator on its codes; of a matrix that
     a function dequantises, on what that gives, which backward asks for again."""
-    lora_A, lora_B, lora_bias = (
-        part if part is None else _widened(part, x.dtype) for part in adapter[:3]
-    )
-    scaling, dropout_p = adapter[3:]
+    lora_A, lora_B, lora_bias, scaling, dropout_p = adapter
+    lora_A, lora_B = _widened(lora_A, x.dtype), _widened(lora_B, x.dtype)
+    lora_bias = lora_bias if lora_bias is None else _widened(lora_bias, x.dtype)
     if isinstance(weight, QuantizedWeight):
         return lora_linear_quantized(
             x, weight, bias, lora_A, lora_B, lora_bias, scaling=scaling, dropout_p=dropout_p
@@ -73,11 +73,13 @@ def _widened(part: Tensor, dtype: torch.dtype) -> Tensor:
 class QuantizedBase(KeptBase):
     """What makes a linear layer one over a base whose weight is quantized."""
 
-    _STATE: ClassVar[frozenset[str]] = KeptBase._STATE | {"_merged_base"}
+    _STATE: ClassVar[frozenset[str]] = KeptBase._STATE | {"_merged_base", "_cast_to"}
     DRAFTED: ClassVar[tuple[str, ...]] = (*KeptBase.DRAFTED, "_merged_base")
     # While merged: a layer with what is merged in its weight, dense or quantized. In a tuple: it is
     # no child.
     _merged_base: tuple[nn.Module, ...]
+    # What the layer was cast to, if it was: codes tell of none, or of the dtype before.
+    _cast_to: torch.dtype | None = None
     fan_in_fan_out: bool
     in_features: int
     out_features: int
@@ -99,6 +101,7 @@ class QuantizedBase(KeptBase):
         self: Self = cls._around(base)
         self.fan_in_fan_out = False
         self.out_features, self.in_features = matrix.shape
+        self._cast_to = getattr(base, "_cast_to", None)  # of one of ours
         return self
 
     def _init_adapters(self, base_class: type[nn.Module], merge_weights: bool = False) -> None:
@@ -116,7 +119,7 @@ class QuantizedBase(KeptBase):
         return quantized_weight(self._original[0])
 
     def _rests_in(self) -> torch.dtype:
-        return resting_dtype(self._original[0], self._quantized)
+        return resting_dtype(self._original[0], self._quantized, self._cast_to)
 
     def _weight_matrix(self, prefix: str = "") -> Tensor:
         """Of the call that runs; else dequantised here."""
@@ -271,7 +274,7 @@ class QuantizedBase(KeptBase):
         if requantize:
             layer = requantized_layer(base, matrix, weight, bias)
         else:
-            layer = dense_layer(base, matrix, weight, bias)
+            layer = dense_layer(base, matrix, weight, bias, self._cast_to)
         self._merged_base = (layer,)
         self.merged_adapters = names
         self._choose_running()
@@ -314,6 +317,7 @@ class QuantizedBase(KeptBase):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """What moves or casts the layer also does so to what is merged."""
         super()._apply(fn, recurse)
+        self._cast_to = cast_by(fn) or self._cast_to
         for layer in self._merged_base:
             layer._apply(fn)  # type: ignore[no-untyped-call]
         return self

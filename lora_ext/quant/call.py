@@ -52,6 +52,12 @@ def compute_dtype(own: torch.dtype | None, x: Tensor) -> torch.dtype:
     return own or x.dtype
 
 
+def cast_by(fn: Callable[[Tensor], Tensor]) -> torch.dtype | None:
+    """The dtype to which that which a module's `_apply` is called with casts; None if to none."""
+    found = {fn(torch.empty(0, dtype=dtype)).dtype for dtype in (torch.float32, torch.float16)}
+    return found.pop() if len(found) == 1 else None
+
+
 def in_dtype_of(x: Tensor, y: Tensor) -> Tensor:
     """The product in the dtype of x, or of autocast, where it is on."""
     return y if _is_autocast(x) else y.to(x.dtype)

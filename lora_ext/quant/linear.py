@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.quant.bitsandbytes import DTYPES, INT8_FACTOR, STATE
-from lora_ext.quant.call import compute_dtype, dequantized, in_dtype_of
+from lora_ext.quant.call import cast_by, compute_dtype, dequantized, in_dtype_of
 from lora_ext.quant.checks import FLOATS, fail
 from lora_ext.quant.codebooks import four_bit
 from lora_ext.quant.encode import quantize
@@ -53,6 +53,7 @@ class Linear(nn.Linear):
     quant_type: str
     compute_dtype: torch.dtype | None
     _matrix: QuantizedWeight
+    _cast_to: torch.dtype | None = None
 
     def __init__(self) -> None:
         raise TypeError("lora_ext.quant.Linear: is made by from_linear, from_weight or quantize_")
@@ -133,9 +134,10 @@ class Linear(nn.Linear):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """A cast is one of the matrix's dtype: codes and scales stay."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        like = torch.empty(0, dtype=self._matrix.dtype, device=self._matrix.device)
-        if (dtype := fn(like).dtype) is not self._matrix.dtype and dtype in FLOATS:
+        dtype = cast_by(fn)
+        if dtype in FLOATS:
             self._matrix = replace(self._matrix, dtype=dtype)
+        self._cast_to = dtype or self._cast_to
         return self
 
     def _rebind(self, copy: bool = False) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_ext.quant.call import Dequantizable
 from lora_ext.quant.encode import quantize
-from lora_ext.quant.kinds import has_quant_state, has_scb
+from lora_ext.quant.kinds import has_quant_state, has_scb, is_torchao
 from lora_ext.quant.linear import Linear
 from lora_ext.quant.weight import NestedScales, QuantizedWeight
 
@@ -21,13 +21,17 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def dense_layer(
-    base: nn.Module, matrix: Dequantizable, weight: Tensor, bias: nn.Parameter | None
+    base: nn.Module,
+    matrix: Dequantizable,
+    weight: Tensor,
+    bias: nn.Parameter | None,
+    cast_to: torch.dtype | None = None,
 ) -> nn.Linear:
-    """A plain nn.Linear, frozen as its base was, in the dtype that was quantized: what is around it
-    has that, where bitsandbytes' compute_dtype may be another. Its int8 tells of none: that of the
-    bias, then, or float32."""
-    dtype = matrix.dtype
-    if bias is not None and has_scb(base._parameters.get("weight")):
+    """A plain nn.Linear, frozen as its base was, in the dtype that the base was cast to, or that
+    was quantized: what is around it has that, where bitsandbytes' compute_dtype may be another. Its
+    int8 tells of none, and torchao's of none that it was cast to: that of the bias, then."""
+    dtype, old = cast_to or matrix.dtype, base._parameters.get("weight")
+    if bias is not None and not cast_to and (has_scb(old) or is_torchao(old)):
         dtype = bias.dtype
     if bias is not None and bias.dtype is not dtype:
         bias = nn.Parameter(bias.detach().to(dtype), requires_grad=bias.requires_grad)

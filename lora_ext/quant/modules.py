@@ -93,10 +93,13 @@ def _state(module: nn.Module) -> object:
     marks = [(t.data_ptr(), version(t), t.device, t.shape) for t in tensors]
     # A subclass's copy_ runs below autograd, which counts it for the whole, not for what is inside.
     whole = None if inner is None else version(weight)
-    return [id(weight), id(state), getattr(state, "packing_format_for_cpu", False), whole, marks]
+    repacked = getattr(state, "packing_format_for_cpu", False)
+    return [id(weight), weight.dtype, id(state), repacked, whole, marks]
 
 
-def resting_dtype(module: nn.Module, matrix: Dequantizable) -> torch.dtype:
-    """That of the weight where there is no x: of adapters, and of a merged weight."""
+def resting_dtype(
+    module: nn.Module, matrix: Dequantizable, cast_to: torch.dtype | None = None
+) -> torch.dtype:
+    """That of the weight where there is no x, and of adapters."""
     own = getattr(module, "compute_dtype", None)
-    return own if isinstance(own, torch.dtype) else matrix.dtype
+    return own if isinstance(own, torch.dtype) else cast_to or matrix.dtype

@@ -28,12 +28,12 @@ _CURES = {
 
 
 def read_nf4(weight: Any, name: str) -> QuantizedWeight:
-    """An NF4Tensor: its scales are formed here, in its dtype with the roundings of torchao, since
-    they are quotients: 16 bits for each block, where torchao keeps 8."""
+    """An NF4Tensor: its scales are formed here, in the dtype that was quantized, with the roundings
+    of torchao, since they are quotients: 16 bits for each block, where torchao keeps 8."""
     N, K = check_shape(name, tuple(weight.shape))
-    dtype = weight.dtype
+    dtype = getattr(weight.nf4, "dtype", None)  # a cast changes the whole's alone
     if dtype not in FLOATS:
-        fail(name, "dtype", dtype, "float32, float16 or bfloat16")
+        fail(name, "nf4", weight.nf4, "a float32, float16 or bfloat16 tensor")
     if tuple(weight.stride()) != (K, 1):
         strides = f"strides {list(weight.stride())}"
         fail(name, "strides", strides, f"{[K, 1]}; give the tensor that was transposed")
@@ -62,7 +62,7 @@ def read_nf4(weight: Any, name: str) -> QuantizedWeight:
         packing="high_first",
         scales=quotients.flatten().to(dtype) + mean,
         block_size=size,
-        dtype=dtype,
+        dtype=weight.dtype if weight.dtype in FLOATS else dtype,
         codebook=table.float(),
         rounding=dtype,
         name=name,
