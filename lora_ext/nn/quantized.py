@@ -29,6 +29,7 @@ from lora_ext.paths import lora_linear_quantized_path
 from lora_ext.quant.call import (
     Dequantizable,
     cast_by,
+    check_in_backward,
     compute_dtype,
     dequantized,
     dtype_now,
@@ -55,9 +56,11 @@ def lora_linear(
     lora_A, lora_B = _widened(lora_A, x.dtype), _widened(lora_B, x.dtype)
     lora_bias = lora_bias if lora_bias is None else _widened(lora_bias, x.dtype)
     if isinstance(weight, QuantizedWeight):
-        return lora_linear_quantized(
+        y = lora_linear_quantized(
             x, weight, bias, lora_A, lora_B, lora_bias, scaling=scaling, dropout_p=dropout_p
         )
+        check_in_backward(y, weight)
+        return y
     with dequantized(weight, x.dtype) as found:
         return functional.lora_linear(
             x, found, bias, lora_A, lora_B, lora_bias, scaling=scaling, dropout_p=dropout_p

@@ -84,14 +84,27 @@ class _Kept(NamedTuple):
     offset: int | torch.SymInt
 
     def values(self) -> Tensor:
-        if self.matrix.versions() != self.versions:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an "
-                f"inplace operation: codes or scales of {self.matrix!r} changed since the forward, "
-                "expected them as they were"
-            )
+        _check_versions(self.matrix, self.versions)
         whole = values(self.matrix, self.dtype)
         return whole.as_strided(self.size, self.stride, self.offset)
+
+
+def _check_versions(matrix: Dequantizable, versions: tuple[int, ...]) -> None:
+    if matrix.versions() != versions:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an "
+            f"inplace operation: codes or scales of {matrix!r} changed since the forward, "
+            "expected them as they were"
+        )
+
+
+def check_in_backward(y: Tensor, matrix: QuantizedWeight) -> None:
+    """Has backward of an operator's result look whether the tensor subclass whose codes it keeps
+    was changed in place: autograd looks at the codes, which do not count that."""
+    if matrix.whole is None or not y.requires_grad or _is_transformed():
+        return
+    versions = matrix.versions()
+    y.register_hook(lambda dy: _check_versions(matrix, versions))  # type: ignore[no-untyped-call]
 
 
 class _Call(NamedTuple):

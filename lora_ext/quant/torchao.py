@@ -66,6 +66,7 @@ def read_nf4(weight: Any, name: str) -> QuantizedWeight:
         codebook=table.float(),
         rounding=dtype,
         name=name,
+        whole=weight,
     )
 
 
@@ -122,6 +123,7 @@ def _int8(weight: Any, N: int, K: int, name: str) -> QuantizedWeight:
         dtype=weight.dtype,
         zero_point=zero_point,
         name=name,
+        whole=weight,
     )
 
 
@@ -147,4 +149,5 @@ def _int4(weight: Any, N: int, K: int, name: str) -> QuantizedWeight:
         codebook=twos_complement(4).to(codes.device),
         shift=per_block["zero_point"],
         name=name,
+        whole=weight,
     )

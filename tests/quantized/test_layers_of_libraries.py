@@ -326,3 +326,22 @@ def test_a_base_that_was_cast_before_tells_what_to(base: str) -> None:
     layer.merge()
     dense = layer.get_base_layer()
     assert dense.weight.dtype is torch.bfloat16 and dense(X.bfloat16()).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["operator", "dequantised"])
+@pytest.mark.parametrize("base", BASES)
+def test_what_is_copied_into_a_weight_is_noticed_in_backward(base: str, dora: bool) -> None:
+    """torchao's tensors count that for themselves, not for what is in them."""
+    module: Any = BASES[base]()
+    layer = lora.Linear.from_linear(module, r=3, use_dora=dora)
+    other = pickle.loads(pickle.dumps(module.weight))
+    for changed in (False, True):
+        y = layer(X)
+        if changed:
+            with torch.no_grad():
+                module.weight.copy_(other)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.sum().backward()
+        y = layer(X)
+        y.sum().backward(retain_graph=True)
+        y.sum().backward()
