@@ -126,10 +126,14 @@ class Linear(nn.Linear):
             self._rebind()
         return self._matrix
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The matrix without its codes: they are the parameter's, and would be pickled twice."""
+        fields = {name: value for name, value in vars(self._matrix).items() if name != "codes"}
+        return self.__dict__ | {"_matrix": fields}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy's parameter has bytes of its own, which are its matrix's: not the codes twice."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._rebind()
+        self._rebind(state["_matrix"])
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """A cast is one of the matrix's dtype: codes and scales stay."""
@@ -140,9 +144,11 @@ class Linear(nn.Linear):
         self._cast_to = dtype or self._cast_to
         return self
 
-    def _rebind(self, copy: bool = False) -> None:
-        """Makes the matrix one of the parameter's bytes, which may be others, elsewhere."""
-        weight, old = self.weight.detach(), self._matrix
+    def _rebind(self, fields: dict[str, Any] | None = None, copy: bool = False) -> None:
+        """Makes the matrix, or one of these fields, one of the parameter's bytes, which may be
+        others, elsewhere."""
+        fields = vars(self._matrix) if fields is None else fields
+        weight = self.weight.detach()
         device = weight.device
 
         def moved(tensor: Any) -> Any:
@@ -151,8 +157,8 @@ class Linear(nn.Linear):
                 return replace(tensor, codes=codes, codebook=codebook, absmax=absmax)
             return tensor.to(device, copy=copy) if isinstance(tensor, Tensor) else tensor
 
-        fields = {name: moved(getattr(old, name)) for name in ("codebook", "scales")}
-        self._matrix = replace(old, codes=weight.view(-1), **fields)
+        parts = {name: moved(fields[name]) for name in ("codebook", "scales")}
+        self._matrix = QuantizedWeight(**(fields | parts | {"codes": weight.view(-1)}))
 
     def forward(self, input: Tensor) -> Tensor:
         """x [..., in_features] → [..., out_features]."""
