@@ -232,13 +232,6 @@ def test_nothing_is_kept_alive() -> None:
     assert gone[0]() is None and gone[1]() is None
 
 
-def test_compiled() -> None:
-    layer = randomise(lora.Linear.from_linear(BASES["nf4"](), r=3))  # type: ignore[arg-type]
-    compiled: Any = torch.compile(nn.Sequential(layer, nn.ReLU()), backend="eager")
-    x = inputs()
-    assert torch.equal(compiled(x), layer(x).relu())
-
-
 def test_hooks_on_the_base_are_called() -> None:
     layer: Any = randomise(lora.Linear.from_linear(BASES["nf4"](), r=3))  # type: ignore[arg-type]
     x, calls = inputs(), []

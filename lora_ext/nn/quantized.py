@@ -26,6 +26,7 @@ from lora_ext.nn.merged_linear import KeptMergedLinear, MergedLinear
 from lora_ext.nn.planned import follows_plan
 from lora_ext.nn.transaction import all_or_nothing, put_parameter
 from lora_ext.paths import lora_linear_quantized_path
+from lora_ext.quant import linear as quant_linear
 from lora_ext.quant.call import (
     Dequantizable,
     cast_by,
@@ -34,6 +35,7 @@ from lora_ext.quant.call import (
     dequantized,
     dtype_now,
     in_dtype_of,
+    is_called,
     standing_for,
     values,
     values_now,
@@ -41,10 +43,14 @@ from lora_ext.quant.call import (
 from lora_ext.quant.kinds import quantized_kind
 from lora_ext.quant.merged import dense_layer, requantized_layer
 from lora_ext.quant.modules import quantized_weight, resting_dtype
-from lora_ext.quant.operator import lora_linear_quantized
+from lora_ext.quant.operator import lora_linear_quantized, traced
 from lora_ext.quant.weight import QuantizedWeight
 
-HOW = "the weight is dequantised for each call, N x K once in forward and once in backward"
+UNCOMPILED = "compiled code calls the layer uncompiled"
+HOW = (
+    "the weight is dequantised for each call, N x K once in forward and once in backward; "
+    + UNCOMPILED
+)
 
 
 def lora_linear(
@@ -52,9 +58,7 @@ def lora_linear(
 ) -> Tensor:
     """`lora_ext.lora_linear` on a quantized weight, by the operator on its codes; of a matrix that
     a function dequantises, on what that gives, which backward asks for again."""
-    lora_A, lora_B, lora_bias, scaling, dropout_p = adapter
-    lora_A, lora_B = _widened(lora_A, x.dtype), _widened(lora_B, x.dtype)
-    lora_bias = lora_bias if lora_bias is None else _widened(lora_bias, x.dtype)
+    lora_A, lora_B, lora_bias, scaling, dropout_p = _widened_adapter(adapter, x.dtype)
     if isinstance(weight, QuantizedWeight):
         y = lora_linear_quantized(
             x, weight, bias, lora_A, lora_B, lora_bias, scaling=scaling, dropout_p=dropout_p
@@ -71,6 +75,13 @@ def _widened(part: Tensor, dtype: torch.dtype) -> Tensor:
     """A part of an adapter, as operators take it beside a weight of this dtype: a cast of a model
     may leave it narrower than its base computes. Exact."""
     return part.to(torch.promote_types(part.dtype, dtype))
+
+
+def _widened_adapter(adapter: functional.LowRank, dtype: torch.dtype) -> functional.LowRank:
+    lora_A, lora_B, lora_bias, scaling, dropout_p = adapter
+    lora_bias = lora_bias if lora_bias is None else _widened(lora_bias, dtype)
+    parts = _widened(lora_A, dtype), _widened(lora_B, dtype), lora_bias
+    return functional.LowRank(*parts, scaling, dropout_p)
 
 
 class QuantizedBase(KeptBase):
@@ -144,7 +155,9 @@ class QuantizedBase(KeptBase):
 
     def _part(self, part: str, name: str) -> Any:
         found = super()._part(part, name)
-        dtype = None if found is None else dtype_now(self._quantized)
+        if found is None or torch.compiler.is_compiling() or not is_called():
+            return found
+        dtype = dtype_now(self._quantized)
         return found if dtype is None else _widened(found, dtype)
 
     # Running
@@ -366,6 +379,33 @@ class QuantizedLinear(QuantizedBase, KeptLinear):
         adapters = [] if planned or self._lora_variant is not None else self.low_rank()
         return adapters[0] if len(adapters) == 1 else None
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """x [..., in_features] → [..., out_features], in the dtype of x (of autocast, where it is
+        on), computed in that of autocast, of the base (`compute_dtype`), or of x. Compiled code
+        calls the operator, of one adapter over a `lora_ext.quant.Linear`; else this, uncompiled."""
+        if torch.compiler.is_compiling() and self._is_compiled():
+            if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+                return self._compiled(args[0])
+        return super().forward(*args, **kwargs)
+
+    def _is_compiled(self) -> bool:
+        """Whether compiled code runs the operator; asked while it is compiled."""
+        return (
+            type(self._original[0]) is quant_linear.Linear
+            and self._lora_variant is None
+            and len(self._running) == 1
+            and not self._merged_base
+            and not batching.in_use
+            and not self.reason_to_call
+        )
+
+    def _compiled(self, x: Tensor) -> Tensor:
+        base: Any = self._original[0]
+        dtype = compute_dtype(base.compute_dtype, x)
+        bias = base.bias if base.bias is None else base.bias.to(dtype)
+        adapter = _widened_adapter(self.low_rank()[0], dtype)
+        return in_dtype_of(x, traced(x.to(dtype), base.traced_operands(), bias, *adapter))
+
     def _product(self, x: Tensor) -> Tensor:
         adapter = self._only_adapter()
         if adapter is None:
@@ -378,9 +418,10 @@ class QuantizedLinear(QuantizedBase, KeptLinear):
         codes = isinstance(self._quantized, QuantizedWeight) and not self._merged_base
         if adapter is None or self.reason_to_call or not codes:
             return super()._lora_explain(tokens)
-        return lora_linear_quantized_path(
+        path, reason = lora_linear_quantized_path(
             self._adapted_weight(), adapter.lora_A, adapter.dropout_p, tokens
         )
+        return path, reason if self._is_compiled() else f"{reason}; {UNCOMPILED}"
 
 
 class QuantizedMergedLinear(QuantizedBase, KeptMergedLinear):

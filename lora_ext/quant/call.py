@@ -130,6 +130,11 @@ def values_now(matrix: Dequantizable, dtype: torch.dtype) -> Tensor:
     return call.values if call is not None and call.matrix is matrix else values(matrix, dtype)
 
 
+def is_called() -> bool:
+    """Whether a call runs, with whichever matrix."""
+    return _call.get() is not None
+
+
 def dtype_now(matrix: Dequantizable) -> torch.dtype | None:
     """That of the call that runs, if it is one with this matrix."""
     call = _call.get()

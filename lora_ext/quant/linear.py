@@ -15,6 +15,7 @@ from lora_ext.quant.checks import FLOATS, fail
 from lora_ext.quant.codebooks import four_bit
 from lora_ext.quant.encode import quantize
 from lora_ext.quant.kinds import OWN
+from lora_ext.quant.operator import Operands, operands_of
 from lora_ext.quant.read import read_state_dict
 from lora_ext.quant.weight import NestedScales, QuantizedWeight
 
@@ -126,6 +127,12 @@ class Linear(nn.Linear):
             self._rebind()
         return self._matrix
 
+    def traced_operands(self) -> Operands:
+        """What operators take for the matrix, for compiled code: it cannot look whether the
+        parameter's bytes are others, so they are taken from there."""
+        tensors, layout, numbers = operands_of(self._matrix)
+        return [self.weight.view(-1), *tensors[1:]], layout, numbers
+
     def __getstate__(self) -> dict[str, Any]:
         """The matrix without its codes: they are the parameter's, and would be pickled twice."""
         fields = {name: value for name, value in vars(self._matrix).items() if name != "codes"}
@@ -142,6 +149,8 @@ class Linear(nn.Linear):
         if dtype in FLOATS:
             self._matrix = replace(self._matrix, dtype=dtype)
         self._cast_to = dtype or self._cast_to
+        if self._matrix.device != self.weight.device:
+            self._rebind()
         return self
 
     def _rebind(self, fields: dict[str, Any] | None = None, copy: bool = False) -> None:
