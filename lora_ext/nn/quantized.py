@@ -79,6 +79,8 @@ def _widened(part: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _widened_adapter(adapter: functional.LowRank, dtype: torch.dtype) -> functional.LowRank:
     lora_A, lora_B, lora_bias, scaling, dropout_p = adapter
+    if lora_bias is None and lora_A.dtype is lora_B.dtype is dtype:  # nearly always
+        return adapter
     lora_bias = lora_bias if lora_bias is None else _widened(lora_bias, dtype)
     parts = _widened(lora_A, dtype), _widened(lora_B, dtype), lora_bias
     return functional.LowRank(*parts, scaling, dropout_p)
