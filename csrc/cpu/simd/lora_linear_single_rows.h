@@ -16,6 +16,55 @@ int64_t single_rows_bytes(int64_t K, int64_t r) {
   return (K + r) * static_cast<int64_t>(sizeof(S)) + 2 * keep_words(K);
 }
 
+// sums[i] = sum_k a[k] b[i * K + k] in D: rows of b together, which share what is read of a.
+template <int kRows, class D, class S, class T>
+void dots_in(int64_t K, const S* a, const T* b, double* sums) {
+  using V = Vec<D>;
+  typename V::Reg even[kRows], odd[kRows];
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) even[i] = odd[i] = V::zero();
+  int64_t k = 0;
+  for (; k + 2 * V::kWidth <= K; k += 2 * V::kWidth) {
+    const auto first = V::load(a + k), second = V::load(a + k + V::kWidth);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+      even[i] = V::fma(first, V::load(b + i * K + k), even[i]);
+      odd[i] = V::fma(second, V::load(b + i * K + k + V::kWidth), odd[i]);
+    }
+  }
+  for (; k < K; k += V::kWidth) {
+    const int lanes = static_cast<int>(at_most(K - k, V::kWidth));
+    const auto rest = V::load_partial(a + k, lanes);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+      even[i] = V::fma(rest, V::load_partial(b + i * K + k, lanes), even[i]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) sums[i] = V::sum(V::add(even[i], odd[i]));
+}
+
+// sum + B[.., 0 to width) h, for `height` rows of B [.., r]; kWhole: of a vector's width both.
+template <bool kWhole, class S, class T>
+auto add_block(const T* B, int64_t r, int height, int width, const S* h, typename Vec<S>::Reg sum) {
+  using V = Vec<S>;
+  typename V::Reg block[V::kWidth];
+#pragma GCC unroll 16
+  for (int l = 0; l < V::kWidth; ++l) {
+    if constexpr (kWhole) {
+      block[l] = V::load(B + l * r);
+    } else {
+      block[l] = l < height ? load_lanes<S>(B + l * r, width) : V::zero();
+    }
+  }
+  transpose_block<S>(block);
+#pragma GCC unroll 16
+  for (int l = 0; l < V::kWidth; ++l) {
+    if (kWhole || l < width) sum = V::fma(block[l], V::set1(h[l]), sum);
+  }
+  return sum;
+}
+
 // As lora_linear_forward_rows, but for lora_A and lora_B, which are not packed.
 template <class T, class TA>
 void lora_linear_single_rows(const LoraLinearForwardArgs& args, int64_t begin, int64_t end,
@@ -36,27 +85,34 @@ void lora_linear_single_rows(const LoraLinearForwardArgs& args, int64_t begin, i
     copy_kept(static_cast<const T*>(args.x) + m * args.ldx, args.ldx, 1, K, kept, keep_words(K), x,
               K);
     const double scaling = args.scaling * (args.row_factors ? args.row_factors[m] : 1.0);
-    for (int64_t j = 0; j < r; ++j) {
-      const double hidden = dot_in<D>(K, x, A + j * K) * args.dropout.survivor;
-      if (args.h) static_cast<S*>(args.h)[m * r + j] = static_cast<S>(hidden);
-      h[j] = static_cast<S>(scaling * hidden);
+    const auto keep_dots = [&](int64_t j, int count, const double* dots) {
+      for (int i = 0; i < count; ++i) {
+        const double hidden = dots[i] * args.dropout.survivor;
+        if (args.h) static_cast<S*>(args.h)[m * r + j + i] = static_cast<S>(hidden);
+        h[j + i] = static_cast<S>(scaling * hidden);
+      }
+    };
+    constexpr int kDots = 4;
+    double dots[kDots];
+    int64_t j = 0;
+    for (; j + kDots <= r; j += kDots) {
+      dots_in<kDots, D>(K, x, A + j * K, dots);
+      keep_dots(j, kDots, dots);
+    }
+    for (; j < r; ++j) {
+      dots_in<1, D>(K, x, A + j * K, dots);
+      keep_dots(j, 1, dots);
     }
     T* const y = static_cast<T*>(args.y) + m * N;
     for (int64_t n = 0; n < N; n += V::kWidth) {  // a vector of outputs: rows of B, transposed
       const int height = static_cast<int>(at_most(N - n, V::kWidth));
       auto sum = V::zero();
-      for (int64_t j = 0; j < r; j += V::kWidth) {
-        const int width = static_cast<int>(at_most(r - j, V::kWidth));
-        typename V::Reg block[V::kWidth];
-#pragma GCC unroll 16
-        for (int l = 0; l < V::kWidth; ++l) {
-          block[l] = l < height ? load_lanes<S>(B + (n + l) * r + j, width) : V::zero();
-        }
-        transpose_block<S>(block);
-#pragma GCC unroll 16
-        for (int l = 0; l < V::kWidth; ++l) {
-          if (l < width) sum = V::fma(block[l], V::set1(h[j + l]), sum);
-        }
+      for (int64_t k = 0; k < r; k += V::kWidth) {
+        const int width = static_cast<int>(at_most(r - k, V::kWidth));
+        const TA* const part = B + n * r + k;
+        sum = height == V::kWidth && width == V::kWidth
+                  ? add_block<true, S>(part, r, height, width, h + k, sum)
+                  : add_block<false, S>(part, r, height, width, h + k, sum);
       }
       if (bias) sum = V::add(sum, load_lanes<S>(bias + n, height));
       if (args.add_y) sum = V::add(sum, load_lanes<S>(y + n, height));
