@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lora_ext import batching, functional
 from lora_ext.arguments import former_names, refuse
 from lora_ext.nn.adapter import AdapterSettings, LowRank, variant_of
-from lora_ext.nn.init import mutates_weight
+from lora_ext.nn.init import is_loftq, mutates_weight
 from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.linear import KeptLinear, Linear
 from lora_ext.nn.merged_linear import KeptMergedLinear, MergedLinear
@@ -198,10 +198,14 @@ class QuantizedBase(KeptBase):
     def part_shapes(self, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
         kind = settings.init_lora_weights
         if mutates_weight(kind):
+            does, cure = "changes the base's weight", "expected another kind"
+            if is_loftq(kind):
+                does = "quantizes the base's weight itself"
+                cure = "expected a base in floating point, to be quantized after that"
             raise ValueError(
-                f"{type(self).__name__}: init_lora_weights: got {kind!r}, which changes the "
-                f"base's weight, expected another kind: that of a {self._base_class.__qualname__} "
-                "is quantized; replace_lora_weights_loftq makes up for the error of quantization"
+                f"{type(self).__name__}: init_lora_weights: got {kind!r}, which {does}, {cure}: "
+                f"that of a {self._base_class.__qualname__} is quantized already; "
+                "replace_lora_weights_loftq makes up for the error of that"
             )
         return super().part_shapes(settings)
 
