@@ -1,6 +1,6 @@
 """Quantized matrices of several libraries in one form, read and written without those libraries."""
 
-from lora_ext.quant.convert import quantize_
+from lora_ext.quant.convert import dequantize_, quantize_
 from lora_ext.quant.gguf import read_gguf
 from lora_ext.quant.linear import Linear
 from lora_ext.quant.modules import register_dequantizer
@@ -12,6 +12,7 @@ __all__ = [
     "Linear",
     "NestedScales",
     "QuantizedWeight",
+    "dequantize_",
     "quantize",
     "quantize_",
     "read_gguf",

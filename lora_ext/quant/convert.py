@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_ext.quant.bitsandbytes import has_scb
+from lora_ext.quant.call import values
+from lora_ext.quant.checks import FLOATS
+from lora_ext.quant.in_transformers import forget_quantization, is_of_transformers, tell_quantized
 from lora_ext.quant.linear import QUANT_TYPES, Linear
+from lora_ext.quant.merged import dense_layer
+from lora_ext.quant.modules import quantized_kind, quantized_weight
 
 
 def quantize_(
@@ -26,7 +32,9 @@ def quantize_(
     exclude_modules: str | Collection[str] | None = None,
 ) -> list[str]:
     """Puts a `lora_ext.quant.Linear` in the place of each nn.Linear of `model`, in place: codes are
-    those of bitsandbytes. All are quantized before the first is replaced.
+    those of bitsandbytes. All are quantized before the first is replaced. The config of a model of
+    transformers says so then (`quantization_config`), so that what `save_pretrained` writes is
+    loaded as bitsandbytes' layers.
 
     Args:
         model: searched through; instances of subclasses of nn.Linear are left alone.
@@ -95,6 +103,64 @@ def quantize_(
         if values := _off_the_fast_path(parent_module, made):
             steps.append((dict.update, vars(parent_module), values))
     deque(starmap(call, steps), maxlen=0)  # at once: no signal comes between
+    tell_quantized(model, quant_type, nested, compute_dtype)
+    return list(chosen)
+
+
+@torch.no_grad()
+def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
+    """Puts a plain, frozen nn.Linear in the place of each layer with a quantized weight, of
+    `quantize_` or of any library that is read, in place. A model of transformers is none that is
+    quantized then: it can be cast and saved. All are dequantised before the first is replaced.
+
+    Args:
+        model: without adapters: merge_and_unload() or unload() takes them out.
+        dtype: of the weights; that which was quantized if None. (LLM.int8() of bitsandbytes does
+            not say which: that of the bias, or of a transformers config, or float32.)
+
+    Returns:
+        The names that were replaced, in the order of `model.named_modules()`; none are fine.
+
+    Raises:
+        TypeError: model is no module, or itself such a layer.
+        ValueError: a layer has adapters or a hook of accelerate, or cannot be read.
+    """
+    if not isinstance(model, nn.Module) or quantized_kind(model) is not None:
+        raise TypeError(
+            f"dequantize_: model: got {type(model).__qualname__}, expected a module with quantized "
+            "layers in it; lora_ext.quant.read_weight(layer).dequantize() gives a single weight"
+        )
+    if dtype is not None and dtype not in FLOATS:
+        raise ValueError(f"dequantize_: dtype: got {dtype!r}, expected None or one of {FLOATS}")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    chosen = {name: m for name, m in modules.items() if quantized_kind(m) is not None}
+    of_config = getattr(model.config, "dtype", None) if is_of_transformers(model) else None
+    made: dict[nn.Module, nn.Module] = {}
+    for name, module in chosen.items():
+        parent, reason = modules[name.rpartition(".")[0]], None
+        if hasattr(parent, "merged_adapters"):
+            reason = "has adapters; call merge_and_unload() or unload() of the model that has them"
+        elif hasattr(module, "_hf_hook"):
+            reason = (
+                "has a hook of accelerate; take the hooks off first "
+                "(accelerate.hooks.remove_hook_from_module(model, recurse=True))"
+            )
+        if reason:
+            raise ValueError(f"dequantize_: '{name}' {reason}; no layer of the model was changed")
+        if module in made:
+            continue
+        matrix, bias = quantized_weight(module, f"{name}.weight"), module._parameters.get("bias")
+        layer = dense_layer(module, matrix, values(matrix, matrix.dtype), bias)
+        unknown = bias is None and has_scb(module._parameters.get("weight"))
+        wanted = dtype or (of_config if unknown else None)
+        made[module] = layer if wanted is None else layer.to(wanted)
+    steps = [
+        (dict.update, modules[parent]._modules, {child: made[module]})
+        for name, module in chosen.items()
+        for parent, _, child in [name.rpartition(".")]
+    ]
+    deque(starmap(call, steps), maxlen=0)
+    forget_quantization(model)
     return list(chosen)
 
 

@@ -151,6 +151,45 @@ def test_training_saving_merging(folder: Path, kind: str, tmp_path: Path) -> Non
     merged = model.merge_and_unload()
     torch.testing.assert_close(logits(merged), y, rtol=0, atol=5 * atol)
     assert type(merged.model.layers[0].mlp.up_proj) is nn.Linear
+    if kind != "torchao int8":  # nothing says any more that it is quantized
+        merged.half().save_pretrained(tmp_path / "merged")
+        loaded = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
+        assert base_bytes(loaded) == base_bytes(merged)
+
+
+@pytest.mark.parametrize("kind", [*BITSANDBYTES, "fp4"])
+@pytest.mark.parametrize("part", ["all", "partly merged", "dense"])
+def test_a_model_of_quantize_is_loaded_as_bitsandbytes(
+    folder: Path, kind: str, part: str, tmp_path: Path
+) -> None:
+    model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    lora_ext.quant.quantize_(model, kind, exclude_modules=["k_proj"], nested=kind == "nf4")
+    if part != "all":
+        fields = FIELDS | {"target_modules": ["q_proj"], "init_lora_weights": False}
+        model = lora_ext.get_peft_model(model, lora_ext.LoraConfig(**fields)).merge_and_unload()
+    y = logits(model)
+    model.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    layer = loaded.model.layers[0].self_attn
+    assert type(layer.v_proj).__module__.startswith("bitsandbytes")
+    assert type(layer.k_proj) is nn.Linear
+    assert (type(layer.q_proj) is nn.Linear) is (part != "all")
+    if part == "dense":
+        assert len(lora_ext.quant.dequantize_(loaded)) == 10
+        assert loaded.float().dtype is torch.float32
+    # In training bitsandbytes multiplies with the values of the codes.
+    torch.testing.assert_close(logits(loaded.train()), y, rtol=0, atol=1e-5)
+
+
+def test_a_part_of_a_model_of_bitsandbytes_is_merged(folder: Path, tmp_path: Path) -> None:
+    fields = FIELDS | {"target_modules": ["q_proj"], "init_lora_weights": False}
+    model = lora_ext.get_peft_model(load(folder, "nf4"), lora_ext.LoraConfig(**fields)).train()
+    y = logits(model)
+    merged: Any = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path).train()
+    assert type(loaded.model.layers[0].self_attn.q_proj) is nn.Linear
+    torch.testing.assert_close(logits(loaded), y, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", BITSANDBYTES)
