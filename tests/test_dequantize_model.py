@@ -17,6 +17,7 @@ from lora_ext import LoraConfig, quant
 
 pytest.importorskip("transformers")
 
+import tiny_models
 import transformers
 from tiny_models import llama
 
@@ -92,6 +93,26 @@ def test_what_a_config_cannot_say() -> None:
     with pytest.warns(UserWarning, match="some layers are of 4 bits and others of 8"):
         quant.quantize_(model, "int8", target_modules=["k_proj"])
     assert model.config.quantization_config == before
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_what_transformers_leaves_alone(kind: str) -> None:
+    """T5 casts to the dtype of its wo, and ties the head."""
+    model = tiny_models.t5()[0]
+    inputs = {"input_ids": TOKENS, "labels": TOKENS}
+    with torch.no_grad():
+        names = quant.quantize_(model, kind)
+        assert not [name for name in names if name.endswith(("wo", "lm_head"))]
+        assert {"q", "k", "v", "o", "wi"} <= {name.rpartition(".")[2] for name in names}
+        found = model(**inputs).logits
+        assert quant.dequantize_(model) == names
+        torch.testing.assert_close(found, model(**inputs).logits, rtol=0, atol=1e-5)
+    part = tiny_models.t5()[0].encoder
+    wrapped = nn.ModuleList([part])  # which has no such attribute itself
+    assert not [name for name in quant.quantize_(wrapped, kind) if name.endswith("wo")]
+    tied = nn.Sequential(nn.Embedding(N, K), nn.Linear(K, K), nn.Linear(K, N, bias=False))
+    tied[2].weight = tied[0].weight
+    assert quant.quantize_(tied, kind) == ["1"] and tied[2].weight is tied[0].weight
 
 
 def test_dequantizing() -> None:

@@ -15,7 +15,12 @@ from torch import nn
 from lora_ext.quant.bitsandbytes import has_scb
 from lora_ext.quant.call import values
 from lora_ext.quant.checks import FLOATS
-from lora_ext.quant.in_transformers import forget_quantization, is_of_transformers, tell_quantized
+from lora_ext.quant.in_transformers import (
+    forget_quantization,
+    is_of_transformers,
+    left_alone,
+    tell_quantized,
+)
 from lora_ext.quant.linear import QUANT_TYPES, Linear
 from lora_ext.quant.merged import dense_layer
 from lora_ext.quant.modules import quantized_kind, quantized_weight
@@ -41,7 +46,9 @@ def quantize_(
         quant_type, block_size, nested: see `quantize`.
         compute_dtype: of the products; that of the inputs if None.
         target_modules: which: names or last parts of names, or a regular expression for whole
-            names; all if None but the output head, which `model.get_output_embeddings()` names.
+            names; if None all but what transformers' quantizers leave alone: the output head
+            (`model.get_output_embeddings()`), what shares an embedding's weight, and
+            `_keep_in_fp32_modules` (T5's "wo", whose dtype its code asks for).
         exclude_modules: the same, of those to leave alone.
 
     Returns:
@@ -60,9 +67,11 @@ def quantize_(
         raise ValueError(
             f"quantize_: quant_type: got {quant_type!r}, expected one of {QUANT_TYPES}"
         )
-    head = getattr(model, "get_output_embeddings", lambda: None)() if not target_modules else None
     modules = dict(model.named_modules(remove_duplicate=False))
-    linears = {name: m for name, m in modules.items() if type(m) is nn.Linear and m is not head}
+    linears = {name: m for name, m in modules.items() if type(m) is nn.Linear}
+    if target_modules is None:
+        kept = left_alone(model)
+        linears = {name: m for name, m in linears.items() if not kept(name, m)}
     chosen = {
         name: module
         for name, module in linears.items()

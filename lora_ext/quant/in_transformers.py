@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -23,6 +23,22 @@ def is_of_transformers(model: object) -> bool:
     """Whether it is a PreTrainedModel."""
     library: Any = sys.modules.get("transformers")
     return library is not None and isinstance(model, library.PreTrainedModel)
+
+
+def left_alone(model: nn.Module) -> Callable[[str, nn.Module], bool]:
+    """Whether transformers' quantizers would leave a linear layer of the model alone, by its name
+    and itself."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    fixed: set[str] = set()
+    for module in model.modules():  # a part's may not be the whole's
+        fixed.update(getattr(module, "_keep_in_fp32_modules", None) or ())
+
+    def is_left_alone(name: str, module: nn.Module) -> bool:
+        shared = id(module._parameters.get("weight")) in embeddings
+        return module is head or shared or _skips(fixed, name)
+
+    return is_left_alone
 
 
 def tell_quantized(
