@@ -239,6 +239,7 @@ class QuantizedBase(KeptBase):
                 f"{where}: {self.reason_to_call}, so it is called, and what is merged could not be "
                 "in its weight, expected a base without; take them off first"
             )
+        parameters = self._merged_parameters(names)  # refuses a lora_bias without a bias
         self._put_back()
         base, matrix = self._original[0], self._quantized
         own = {k: p for name in names for k, p in self.adapter_parameters(name).items()}
@@ -248,7 +249,7 @@ class QuantizedBase(KeptBase):
         path = f"{self.BASE_PATH}bias"
         bias = base._parameters.get("bias")
         with standing_for(matrix, values(matrix, exact)) as weight:
-            if bias is not None and path in self._merged_parameters(names):
+            if bias is not None and path in parameters:
                 self._put_own({path: bias})
                 self._write_merged(names)
                 merged = self.base_layer._parameters["bias"]
