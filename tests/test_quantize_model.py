@@ -70,6 +70,19 @@ def test_quantizing_is_all_or_nothing() -> None:
         quant.quantize_(shared)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_weights_that_are_not_finite_are_named(kind: str, value: float) -> None:
+    """Also in the last block, which is shorter."""
+    for place in ((0, 3), (-1, -1)):
+        model = nn.Sequential(plain_linear(), plain_linear())
+        model[1].weight.data[place] = value  # type: ignore[operator, index]
+        before = list(model)
+        with pytest.raises(ValueError, match=r"'1': .*got NaN or Inf, expected finite"):
+            quant.quantize_(model, kind)
+        assert list(model) == before
+
+
 def test_states_that_are_not_whole_are_refused() -> None:
     layer = quant.Linear.from_linear(plain_linear(), "nf4")
     x = inputs()
