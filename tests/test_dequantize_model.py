@@ -107,6 +107,11 @@ def test_what_transformers_leaves_alone(kind: str) -> None:
         found = model(**inputs).logits
         assert quant.dequantize_(model) == names
         torch.testing.assert_close(found, model(**inputs).logits, rtol=0, atol=1e-5)
+    if kind != "int8":
+        with pytest.warns(UserWarning, match=r"would not take '.*wo' for quantized"):
+            quant.quantize_(model, kind, target_modules=["wo"])
+        with pytest.raises(TypeError, match=r"wo\.weight\): input: got .*uint8.*exclude_modules"):
+            model(**inputs)
     part = tiny_models.t5()[0].encoder
     wrapped = nn.ModuleList([part])  # which has no such attribute itself
     assert not [name for name in quant.quantize_(wrapped, kind) if name.endswith("wo")]

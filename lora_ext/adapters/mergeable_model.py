@@ -13,7 +13,6 @@ from lora_ext.adapters.swap import swap_modules
 from lora_ext.adapters.ties import untie_embeddings
 from lora_ext.arguments import as_flag, names_of, warn
 from lora_ext.nn.transaction import Transaction
-from lora_ext.quant.in_transformers import tell_dense
 
 
 class MergeableModel(AdaptedModel):
@@ -128,7 +127,10 @@ class MergeableModel(AdaptedModel):
             plain[id(wrapper)] = wrapper.original_module
         swap_modules(self.get_base_model(), plain, transaction)
         transaction.commit()
-        tell_dense(self.get_base_model())
+        if hasattr(getattr(self.get_base_model(), "config", None), "quantization_config"):
+            from lora_ext.quant.in_transformers import tell_dense  # only now: few need it
+
+            tell_dense(self.get_base_model())
         if untie_embeddings(self.get_base_model(), transaction):
             return ["the config's tie_word_embeddings is False now, as the weights differ"]
         return []

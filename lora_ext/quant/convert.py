@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from itertools import starmap
 from operator import call
 from typing import Any
@@ -78,15 +78,9 @@ def quantize_(
         if (target_modules is None or _means(target_modules, name))
         and not (exclude_modules is not None and _means(exclude_modules, name))
     }
-    if not linears:
-        raise ValueError(
-            "quantize_: model: has no nn.Linear, expected some; layers of subclasses, and those "
-            "that are quantized already, are left alone"
-        )
     if not chosen:
         raise ValueError(
-            f"quantize_: target_modules: {target_modules!r} matches no nn.Linear that "
-            f"exclude_modules ({exclude_modules!r}) leaves, expected some of {list(linears)[:10]}"
+            f"quantize_: {_nothing(modules, linears, target_modules, exclude_modules)}"
         )
     made: dict[nn.Module, Linear] = {}
     for name, module in chosen.items():
@@ -99,6 +93,7 @@ def quantize_(
                     block_size=block_size,
                     nested=nested,
                     compute_dtype=compute_dtype,
+                    name=f"{name}.weight",
                 ),
             )
         except ValueError as error:
@@ -171,6 +166,35 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]
     deque(starmap(call, steps), maxlen=0)
     forget_quantization(model)
     return list(chosen)
+
+
+def _nothing(
+    modules: Mapping[str, nn.Module],
+    linears: Collection[str],
+    targets: object,
+    excluded: object,
+) -> str:
+    """Why there is nothing to quantize, and what to do."""
+    if linears:
+        return (
+            f"target_modules: {targets!r} matches no nn.Linear that exclude_modules "
+            f"({excluded!r}) leaves, expected some of {list(linears)[:10]}"
+        )
+    adapted = next((n for n, m in modules.items() if hasattr(m, "merged_adapters")), None)
+    if adapted is not None:
+        return (
+            f"model: '{adapted}' has adapters, and nothing else can be quantized; quantize the "
+            "base before it gets adapters (unload() takes them out)"
+        )
+    count = sum(quantized_kind(module) is not None for module in {*modules.values()})
+    if count:
+        return f"model: is quantized already ({count} layers), and nothing else can be"
+    if any(type(module) is nn.Linear for module in modules.values()):
+        return (
+            "model: all its nn.Linear are left alone unless target_modules names them: output "
+            "heads, what shares an embedding's weight, and _keep_in_fp32_modules"
+        )
+    return "model: has no nn.Linear, expected some; layers of subclasses are left alone"
 
 
 def _off_the_fast_path(module: nn.Module, made: Collection[nn.Module]) -> dict[str, object]:

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from lora_ext.arguments import describe
 from lora_ext.quant.bitsandbytes import DTYPES, INT8_FACTOR, STATE
 from lora_ext.quant.call import compute_dtype, dequantized, in_dtype_of
 from lora_ext.quant.checks import FLOATS, fail
@@ -65,11 +66,12 @@ class Linear(nn.Linear):
         block_size: int | None = None,
         nested: bool = False,
         compute_dtype: torch.dtype | None = None,
+        name: str = "weight",
     ) -> Self:
         """The layer with its weight quantized; shares the bias, and the mode.
 
         Args:
-            quant_type, block_size, nested: see `quantize`.
+            quant_type, block_size, nested, name: see `quantize`.
 
         Raises:
             TypeError: linear is not exactly an nn.Linear.
@@ -80,7 +82,7 @@ class Linear(nn.Linear):
                 f"lora_ext.quant.Linear.from_linear: linear: got {type(linear).__qualname__}, "
                 "expected exactly an nn.Linear"
             )
-        matrix = quantize(linear.weight, quant_type, block_size, nested)
+        matrix = quantize(linear.weight, quant_type, block_size, nested, name)
         matrix = replace(matrix, dtype=linear.weight.dtype)  # int8 does not tell
         self = cls.from_weight(matrix, quant_type, linear.bias, compute_dtype)
         return self.train(linear.training)
@@ -153,6 +155,12 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """x [..., in_features] → [..., out_features]."""
+        if not input.is_floating_point():
+            raise TypeError(
+                f"lora_ext.quant.Linear ({self._matrix.name}): input: got {describe(input)}, "
+                "expected floating point: code that casts x to the dtype of this layer's weight, "
+                "which is codes? leave the layer out (exclude_modules of quantize_)"
+            )
         dtype = compute_dtype(self.compute_dtype, input)
         bias = None if self.bias is None else self.bias.to(dtype)
         with dequantized(self.quantized_weight, dtype) as weight:
@@ -221,7 +229,7 @@ class Linear(nn.Linear):
                 codes = matrix.codes.to(self.weight.device, copy=True)
                 self.weight.data = codes.view(self.weight.shape)
             dtype = self._matrix.dtype if self.quant_type == "int8" else matrix.dtype
-            self._matrix = replace(matrix, dtype=dtype, name="weight")
+            self._matrix = replace(matrix, dtype=dtype, name=self._matrix.name)
             self._rebind(copy=not assign)
         hidden = {name: value for name, value in state_dict.items() if name not in own}
         if key in hidden:
@@ -237,4 +245,6 @@ class Linear(nn.Linear):
         if int8 != (self.quant_type == "int8") or (
             not int8 and f"{key}.{STATE}{self.quant_type}" not in state
         ):
-            fail(key, "quant_type", "another", f"{self.quant_type!r}, which the layer is")
+            four = next((one for one in QUANT_TYPES if f"{key}.{STATE}{one}" in state), None)
+            got = "'int8'" if int8 else repr(four)
+            fail(key, "quant_type", got, f"{self.quant_type!r}, which the layer is")

@@ -36,7 +36,6 @@ from lora_ext.io.adapter_folder import CONFIG_NAME, AdapterFolder, open_adapter
 from lora_ext.io.files import short
 from lora_ext.nn.adapter import check_adapter_name
 from lora_ext.nn.init import is_loftq
-from lora_ext.nn.quantized import QuantizedBase
 from lora_ext.nn.sharded import is_sharded, like, to_rest
 from lora_ext.nn.transaction import Transaction
 
@@ -134,9 +133,13 @@ def load_adapter(
 def _plain_over_codes(plan: Plan) -> Plan:
     """The plan without LoftQ's initialisation of layers over a quantized base: that is what LoftQ
     made of it, so that a file's adapter has nothing left to change there."""
+    if not is_loftq(plan.config.init_lora_weights):
+        return plan
+    from lora_ext.nn.quantized import QuantizedBase  # only now: few need it
+
     layers = {
         place: one._replace(settings=replace(one.settings, init_lora_weights=True))
-        if isinstance(one.layer, QuantizedBase) and is_loftq(one.settings.init_lora_weights)
+        if isinstance(one.layer, QuantizedBase)
         else one
         for place, one in plan.layers.items()
     }
