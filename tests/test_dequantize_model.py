@@ -120,6 +120,36 @@ def test_what_transformers_leaves_alone(kind: str) -> None:
     assert quant.quantize_(tied, kind) == ["1"] and tied[2].weight is tied[0].weight
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_gpt2_gets_its_own_layers_back(kind: str, tmp_path: Path) -> None:
+    """Conv1D has the transposed weight, which would load silently where it is square."""
+    model: Any = tiny_models.gpt2()[0].eval()
+    model.save_pretrained(tmp_path / "original")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    names = quant.quantize_(model, kind)
+    assert {name.rpartition(".")[2] for name in names} == {"c_attn", "c_proj", "c_fc"}
+    assert model.config.quantization_config["llm_int8_skip_modules"] == ["lm_head"]
+    config = LoraConfig(r=4, target_modules=["c_attn", "attn.c_proj"], fan_in_fan_out=True)
+    adapted: Any = lora_ext.get_lora_model(model, config).eval()
+    lora_ext.replace_lora_weights_loftq(adapted, tmp_path / "original")
+    y = logits(adapted)
+    again = copy.deepcopy(adapted).merge_and_unload(requantize=True)
+    assert quant.dequantize_(again) == names and type(again) is type(model)
+    merged = adapted.merge_and_unload()
+    rest = quant.dequantize_(merged)
+    assert len(rest) == len(names) // 2
+    for one in (again, merged):
+        state = one.state_dict()
+        assert state.keys() == before.keys()
+        for name in names:  # near to what they were, and so not transposed
+            now, then = state[f"{name}.weight"], before[f"{name}.weight"]
+            assert now.shape == then.shape and (now - then).norm() < 0.15 * then.norm()
+    torch.testing.assert_close(logits(merged), y, rtol=0, atol=1e-5)
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(loaded), logits(merged))
+
+
 def test_dequantizing() -> None:
     shared = plain_linear()
     model = nn.Sequential(shared, nn.Sequential(shared), nn.Linear(N, K, bias=False).bfloat16())

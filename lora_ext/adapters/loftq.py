@@ -90,6 +90,9 @@ def _nearest(
 ) -> dict[str, Tensor]:
     """The parts of the adapter with which the layer is nearest to one with this weight."""
     matrix, parts = layer._quantized, layer.parts(adapter_name)
+    source = getattr(layer.base_layer, "source_cls", None)
+    if source is not None and source.__name__ == "Conv1D":  # whose files have [K, N]
+        weight = weight.t()
     if tuple(weight.shape) != matrix.shape:
         raise ValueError(
             f"{where}: got {list(weight.shape)} in the file, expected {list(matrix.shape)}: it is "

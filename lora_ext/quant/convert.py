@@ -17,12 +17,13 @@ from lora_ext.quant.call import values
 from lora_ext.quant.checks import FLOATS
 from lora_ext.quant.in_transformers import (
     forget_quantization,
+    is_conv1d,
     is_of_transformers,
     left_alone,
     tell_quantized,
 )
 from lora_ext.quant.linear import QUANT_TYPES, Linear
-from lora_ext.quant.merged import dense_layer
+from lora_ext.quant.merged import as_it_was, dense_layer, turned
 from lora_ext.quant.modules import quantized_kind, quantized_weight
 
 
@@ -36,10 +37,11 @@ def quantize_(
     target_modules: str | Collection[str] | None = None,
     exclude_modules: str | Collection[str] | None = None,
 ) -> list[str]:
-    """Puts a `lora_ext.quant.Linear` in the place of each nn.Linear of `model`, in place: codes are
-    those of bitsandbytes. All are quantized before the first is replaced. The config of a model of
-    transformers says so then (`quantization_config`), so that what `save_pretrained` writes is
-    loaded as bitsandbytes' layers.
+    """Puts a `lora_ext.quant.Linear` in the place of each nn.Linear, and of each Conv1D of
+    transformers (GPT-2), of `model`, in place: codes are those of bitsandbytes. All are quantized
+    before the first is replaced. The config of a model of transformers says so then
+    (`quantization_config`), so that what `save_pretrained` writes is loaded as bitsandbytes'
+    layers.
 
     Args:
         model: searched through; instances of subclasses of nn.Linear are left alone.
@@ -68,7 +70,7 @@ def quantize_(
             f"quantize_: quant_type: got {quant_type!r}, expected one of {QUANT_TYPES}"
         )
     modules = dict(model.named_modules(remove_duplicate=False))
-    linears = {name: m for name, m in modules.items() if type(m) is nn.Linear}
+    linears = {n: m for n, m in modules.items() if type(m) is nn.Linear or is_conv1d(m)}
     if target_modules is None:
         kept = left_alone(model)
         linears = {name: m for name, m in linears.items() if not kept(name, m)}
@@ -84,18 +86,19 @@ def quantize_(
         )
     made: dict[nn.Module, Linear] = {}
     for name, module in chosen.items():
+        if module in made:
+            continue
         try:
-            made.setdefault(
-                module,
-                Linear.from_linear(
-                    module,
-                    quant_type,
-                    block_size=block_size,
-                    nested=nested,
-                    compute_dtype=compute_dtype,
-                    name=f"{name}.weight",
-                ),
+            made[module] = Linear.from_linear(
+                turned(module) if is_conv1d(module) else module,
+                quant_type,
+                block_size=block_size,
+                nested=nested,
+                compute_dtype=compute_dtype,
+                name=f"{name}.weight",
             )
+            if is_conv1d(module):
+                made[module].source_cls = type(module)
         except ValueError as error:
             error.args = (f"quantize_: '{name}': {error}; no layer of the model was changed",)
             raise
@@ -113,9 +116,10 @@ def quantize_(
 
 @torch.no_grad()
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
-    """Puts a plain, frozen nn.Linear in the place of each layer with a quantized weight, of
-    `quantize_` or of any library that is read, in place. A model of transformers is none that is
-    quantized then: it can be cast and saved. All are dequantised before the first is replaced.
+    """Puts a plain, frozen nn.Linear (the Conv1D of transformers, where it was one) in the place of
+    each layer with a quantized weight, of `quantize_` or of any library that is read, in place. A
+    model of transformers is none that is quantized then: it can be cast and saved. All are
+    dequantised before the first is replaced.
 
     Args:
         model: without adapters: merge_and_unload() or unload() takes them out.
@@ -157,7 +161,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]
         layer = dense_layer(module, matrix, values(matrix, matrix.dtype), bias)
         unknown = bias is None and has_scb(module._parameters.get("weight"))
         wanted = dtype or (of_config if unknown else None)
-        made[module] = layer if wanted is None else layer.to(wanted)
+        made[module] = as_it_was(layer if wanted is None else layer.to(wanted))
     steps = [
         (dict.update, modules[parent]._modules, {child: made[module]})
         for name, module in chosen.items()

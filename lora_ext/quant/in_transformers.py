@@ -25,6 +25,13 @@ def is_of_transformers(model: object) -> bool:
     return library is not None and isinstance(model, library.PreTrainedModel)
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is exactly transformers' Conv1D, GPT-2's linear layer with a weight [K, N]. Does
+    not import transformers."""
+    library: Any = sys.modules.get("transformers.pytorch_utils")
+    return library is not None and type(module) is library.Conv1D
+
+
 def left_alone(model: nn.Module) -> Callable[[str, nn.Module], bool]:
     """Whether transformers' quantizers would leave a linear layer of the model alone, by its name
     and itself."""
@@ -123,8 +130,7 @@ def _dense(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if (type(module) is nn.Linear or type(module).__name__ == "Conv1D")
-        and quantized_kind(module) is None
+        if (type(module) is nn.Linear or is_conv1d(module)) and quantized_kind(module) is None
     ]
 
 

@@ -48,8 +48,10 @@ class Linear(nn.Linear):
     Attributes:
         quant_type: "nf4", "fp4" or "int8".
         compute_dtype: that of the product; that of x if None.
+        source_cls: transformers' Conv1D where the layer is in the place of one, as that calls it.
     """
 
+    source_cls: type[nn.Module] | None = None
     quant_type: str
     compute_dtype: torch.dtype | None
     _matrix: QuantizedWeight

@@ -270,3 +270,26 @@ def test_fifty_steps_of_the_trainer(folder: Path, tmp_path: Path) -> None:
     theirs, ours = found
     assert len(theirs) == len(ours) == 50 and theirs[0] - theirs[-1] > 0.5
     assert max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True)) < 1e-3
+
+
+@pytest.mark.parametrize("kind", BITSANDBYTES)
+def test_gpt2_gets_its_own_layers_back(kind: str, tmp_path: Path) -> None:
+    """Of its Conv1D transformers makes layers with the transposed weight."""
+    config = transformers.GPT2Config(
+        n_embd=64, n_layer=1, n_head=4, n_positions=32, vocab_size=97, bos_token_id=1,
+        eos_token_id=2,
+    )  # fmt: skip
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    base: Any = transformers.GPT2LMHeadModel.from_pretrained(
+        tmp_path / "base", quantization_config=CONFIGS[kind](), dtype=torch.float32
+    )
+    fields: dict[str, Any] = {"target_modules": ["c_attn", "c_proj"], "init_lora_weights": False}
+    adapted = lora_ext.get_peft_model(base, lora_ext.LoraConfig(r=4, **fields)).eval()
+    y = logits(adapted)
+    merged: Any = adapted.merge_and_unload()
+    assert lora_ext.quant.dequantize_(merged) == ["transformer.h.0.mlp.c_fc"]
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(loaded), logits(merged))
+    # The layer without an adapter was bitsandbytes' own, which rounds x to 8 bits.
+    torch.testing.assert_close(logits(loaded), y, rtol=0, atol=0.02 if kind == "int8" else 1e-4)
