@@ -53,3 +53,22 @@ def test_what_means_nothing_here_is_refused(
         main(["--quantized", "nf4", option])
     name = option.partition("=")[0]
     assert f"{name} has no meaning with --quantized" in capsys.readouterr().err
+
+
+def test_reports_over_other_bases_are_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = [*ARGUMENTS, "--tokens=3", "--dropouts=0", "--dtypes=fp32", "--modes=fwd"]
+    files = {kind: str(tmp_path / f"{kind}.json") for kind in ("nf4", "int8", "plain")}
+    options = {kind: ["--quantized", kind] if kind != "plain" else [] for kind in files}
+    for kind, file in files.items():
+        assert main([*options[kind], *grid, "--json", file]) == 0
+    said = {"plain": "over plain weights", "nf4": "of --quantized nf4"}
+    for old, new in (("nf4", "int8"), ("nf4", "plain"), ("plain", "nf4")):
+        for given in ([files[old], files[new]], [files[old], *options[new], *grid]):
+            with pytest.raises(SystemExit):
+                main(["--compare", *given])
+            error = " ".join(capsys.readouterr().err.split())
+            assert f"{old}.json is {said[old]}, expected one " in error
+    main(["--compare", files["nf4"], files["nf4"]])
+    assert "Ratios to the frozen layer" in capsys.readouterr().out

@@ -46,7 +46,23 @@ def test_import_brings_nothing_slow() -> None:
     )
     *packages, count = python(script).split()
     assert set(packages) - set(sys.stdlib_module_names) == {"lora_ext", *WITH_LORA_EXT}
-    assert not SLOW & set(packages) and int(count) <= 156
+    assert not SLOW & set(packages) and int(count) <= 140
+
+
+def test_what_is_of_quantized_bases_is_imported_when_one_is_met() -> None:
+    script = """
+import sys, torch, lora_ext
+names = ("lora_ext.quant.", "lora_ext.nn.quant")
+imported = lambda: [name for name in sys.modules if name.startswith(names)]
+model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+lora_ext.get_lora_model(model, lora_ext.LoraConfig(target_modules=["0"])).merge_and_unload()
+lora_ext.prepare_model_for_kbit_training(model)
+print(*imported(), end=" | ")
+lora_ext.quant.quantize_(model)
+adapted = lora_ext.get_lora_model(model, lora_ext.LoraConfig(target_modules=["0"]))
+print(callable(lora_ext.quant.quantize), type(adapted.base_model[0]).__name__, len(imported()) > 10)
+"""
+    assert python(script).strip() == "lora_ext.quant.kinds | True QuantizedLinear True"
 
 
 def test_help_imports_no_torch(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from quant_problems import random_weight, same_bits
 from quantized_libraries import library
 
 from lora_ext.quant import quantize
-from lora_ext.quant.quantize import nested_scales
+from lora_ext.quant.encode import nested_scales
 
 bnb = library("bitsandbytes")
 F = bnb.functional

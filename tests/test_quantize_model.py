@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from typing import Any
 
@@ -167,3 +168,23 @@ def test_a_model_that_was_cast(quant_type: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(dense(x), y, rtol=0.05, atol=0.05)
     layer = quant.Linear.from_linear(plain_linear(), quant_type).to(dtype)
     assert layer.quantized_weight.dtype is dtype and layer.weight.dtype is codes.dtype
+
+
+@pytest.mark.parametrize("options", [{}, {"nested": True}, {"quant_type": "int8"}])
+def test_a_pickle_has_the_codes_once(options: dict[str, Any]) -> None:
+    model = nn.Sequential(plain_linear(0, (256, 256)))
+    quant.quantize_(model, **options)
+    layer: Any = model[0]
+    x = torch.randn(3, 256)
+    for module in (layer, lora_ext.nn.Linear.from_linear(layer, r=1)):
+        written = pickle.dumps(module)
+        file = io.BytesIO()
+        torch.save(module, file)
+        limit = layer.weight.untyped_storage().nbytes() * 1.5 + 16384
+        assert len(written) < limit and len(file.getvalue()) < limit
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)
+        for twin in (pickle.loads(written), loaded, copy.deepcopy(module)):
+            base = getattr(twin, "base_layer", twin)
+            assert base.quantized_weight.codes.data_ptr() == base.weight.data_ptr()
+            assert torch.equal(twin(x), module(x)) and len(pickle.dumps(twin)) < limit

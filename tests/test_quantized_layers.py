@@ -35,7 +35,7 @@ import lora_ext.nn as lora
 from lora_ext import functional, quant
 from lora_ext.nn.quantized import QuantizedLinear, lora_linear
 from lora_ext.quant import call
-from lora_ext.quant.modules import _DEQUANTIZERS
+from lora_ext.quant.kinds import DEQUANTIZERS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -232,13 +232,6 @@ def test_nothing_is_kept_alive() -> None:
     assert gone[0]() is None and gone[1]() is None
 
 
-def test_compiled() -> None:
-    layer = randomise(lora.Linear.from_linear(BASES["nf4"](), r=3))  # type: ignore[arg-type]
-    compiled: Any = torch.compile(nn.Sequential(layer, nn.ReLU()), backend="eager")
-    x = inputs()
-    assert torch.equal(compiled(x), layer(x).relu())
-
-
 def test_hooks_on_the_base_are_called() -> None:
     layer: Any = randomise(lora.Linear.from_linear(BASES["nf4"](), r=3))  # type: ignore[arg-type]
     x, calls = inputs(), []
@@ -278,7 +271,7 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         quant.register_dequantizer(3, Foreign.dequantize)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="register_dequantizer: function: got 3"):
         quant.register_dequantizer(Foreign, 3)  # type: ignore[arg-type]
-    monkeypatch.setitem(_DEQUANTIZERS, Foreign, lambda layer: layer.codes)
+    monkeypatch.setitem(DEQUANTIZERS, Foreign, lambda layer: layer.codes)
     with pytest.raises(ValueError, match=r"'0': .*registered for Foreign.*floating point"):
         lora_ext.get_lora_model(
             nn.Sequential(BASES["foreign"]()), lora_ext.LoraConfig(target_modules=["0"])
@@ -330,3 +323,44 @@ def test_a_layer_may_be_gone_before_backward() -> None:
     gc.collect()
     y.sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_adapters_that_are_narrower_than_what_is_computed_in(
+    options: dict[str, Any], compute_dtype: torch.dtype
+) -> None:
+    """As model.half() leaves them where the base has its own dtype to compute in."""
+    base = quant.Linear.from_linear(plain_linear(), "nf4", compute_dtype=compute_dtype)
+    half: Any = randomise(lora.Linear.from_linear(base, r=3, **options)).half()
+    wide = copy.deepcopy(half)
+    for parameter in wide.adapter_parameters("default").values():
+        parameter.data = parameter.data.float()
+    x = inputs(torch.float16)
+    mine, theirs = results(half, x), results(wide, x)
+    assert mine[0].dtype is torch.float16 and mine[2].dtype is torch.float16
+    assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(mine, theirs, strict=True))
+    for layer in (half, wide):
+        layer.add_adapter("other", r=2, lora_alpha=4)
+        layer.lora_A_other.data = half.lora_A_other.data.half().to(layer.lora_A.dtype)
+        layer.lora_B_other.data = torch.ones_like(layer.lora_B_other, dtype=layer.lora_B.dtype)
+        layer.set_adapter(["default", "other"])
+    assert half.lora_A_other.dtype is torch.float16
+    mine, theirs = results(half, x), results(wide, x)
+    assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_narrower_adapters_of_slices_and_plans() -> None:
+    base = quant.Linear.from_linear(plain_linear(), "int8", compute_dtype=torch.bfloat16)
+    sliced = lora.MergedLinear.from_linear(base, r=3, enable_lora=[True, False])
+    layers: list[Any] = [sliced, lora.Linear.from_linear(base, r=3)]
+    for layer in map(randomise, layers):
+        x = inputs(torch.float16)
+        found = []
+        for dtype in (torch.float16, torch.float32):
+            for parameter in layer.adapter_parameters("default").values():
+                parameter.data = parameter.data.half().to(dtype)
+            with lora_ext.batch(adapters=["default", None]):
+                found.append([layer(x), *torch.autograd.grad(layer(x).sum(), x)])
+            found[-1] += results(layer, x)[:2]
+        assert all(torch.equal(*pair) for pair in zip(*found, strict=True))

@@ -142,7 +142,8 @@ def test_merging_adapters_of_any_dtype(dtype: torch.dtype, requantize: bool) -> 
     assert layer.lora_A.dtype is dtype
     x = inputs(torch.float64 if dtype is torch.float64 else torch.float32)
     y, parts = layer(x), {n: id(p) for n, p in layer.named_parameters()}
-    expected = matrix_of(base) + layer.get_delta_weight("default").float()
+    dense = torch.float64 if dtype is torch.float64 else torch.float32  # what it was cast to
+    expected = matrix_of(base, dense) + layer.get_delta_weight("default").to(dense)
     layer.merge(requantize=requantize)
     if not requantize:
         torch.testing.assert_close(layer.get_base_layer().weight.data, expected)
@@ -161,3 +162,34 @@ def test_calls_that_a_merged_layer_cannot_make() -> None:
     layer.base_layer.register_forward_hook(lambda *_: None)
     with pytest.raises(RuntimeError, match=r"the base has hooks; call unmerge\(\) first"):
         layer(inputs())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("when", ["before", "wrapped", "merged", "there and back"])
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+def test_merging_what_was_cast(base: str, when: str, dtype: torch.dtype) -> None:
+    module: Any = BASES[base]()
+    if when == "before":
+        module.to(dtype)
+    layer: Any = randomise(lora.Linear.from_linear(module, r=3, lora_bias=True))
+    if when == "merged":
+        layer.merge()
+    elif when == "there and back":
+        layer.to(dtype)
+        dtype = torch.float32
+    layer.to(dtype)
+    x = inputs(dtype)
+    if when == "merged":
+        assert layer.get_base_layer()(x).dtype is dtype
+        layer.unmerge()
+    y = layer(x)
+    layer.merge()
+    dense = layer.get_base_layer()
+    assert all(parameter.dtype is dtype for parameter in dense.parameters())
+    # Values of some units, in sums of 90 products: what the merged weight's rounding makes of them.
+    atol = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 0.06, torch.float16: 0.01}
+    torch.testing.assert_close(dense(x), y, rtol=0, atol=atol[dtype])
+    assert dense(x).dtype is dtype
+    layer.unmerge()
+    layer.add_adapter("other", r=2, autocast_adapter_dtype=False)
+    assert layer.lora_A_other.dtype is dtype

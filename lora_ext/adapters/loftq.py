@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from lora_ext.adapters.inject import adapted
 from lora_ext.nn.adapter import DEFAULT
 from lora_ext.nn.dora import MAGNITUDE
-from lora_ext.nn.quantized import QuantizedBase
 from lora_ext.nn.transaction import Transaction
-from lora_ext.quant.call import values
-from lora_ext.quant.loftq import low_rank
+
+if TYPE_CHECKING:
+    from lora_ext.nn.quantized import QuantizedBase
 
 _WEIGHTS = "model.safetensors"
 
@@ -48,6 +48,8 @@ def replace_lora_weights_loftq(
             is as before.
         FileNotFoundError: there is no such file.
     """
+    from lora_ext.nn.quantized import QuantizedBase  # only now: few need it
+
     where = "replace_lora_weights_loftq"
     found, _ = adapted(peft_model, where)
     found._check_names([adapter_name])
@@ -89,6 +91,9 @@ def _nearest(
     layer: QuantizedBase, adapter_name: str, weight: Tensor, where: str
 ) -> dict[str, Tensor]:
     """The parts of the adapter with which the layer is nearest to one with this weight."""
+    from lora_ext.quant.call import values
+    from lora_ext.quant.loftq import low_rank
+
     matrix, parts = layer._quantized, layer.parts(adapter_name)
     source = getattr(layer.base_layer, "source_cls", None)
     if source is not None and source.__name__ == "Conv1D":  # whose files have [K, N]

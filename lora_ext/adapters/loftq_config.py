@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any
 
 from lora_ext.arguments import short, suggests_names
-from lora_ext.quant.loftq import BITS
+from lora_ext.nn.adapter import LOFTQ_BITS
 
 _FIELD = "LoraConfig: loftq_config"
 
@@ -29,10 +29,10 @@ class LoftQConfig:
     loftq_iter: int = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.loftq_bits, bool) or self.loftq_bits not in BITS:
+        if isinstance(self.loftq_bits, bool) or self.loftq_bits not in LOFTQ_BITS:
             raise ValueError(
-                f"{_FIELD}: loftq_bits: got {short(self.loftq_bits)}, expected one of {BITS}: Only "
-                "nf4 and int8 quantization is supported"
+                f"{_FIELD}: loftq_bits: got {short(self.loftq_bits)}, expected one of {LOFTQ_BITS}"
+                ": Only nf4 and int8 quantization is supported"
             )
         count = self.loftq_iter
         if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= 1000:

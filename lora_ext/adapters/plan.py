@@ -41,7 +41,7 @@ from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.kinds import can_be_adapted, layer_for
 from lora_ext.nn.modules_to_save import ModulesToSave
 from lora_ext.nn.token_wrappers import TrainableTokensWrapper
-from lora_ext.quant.modules import quantized_kind
+from lora_ext.quant.kinds import quantized_kind
 
 # From so many on the ends of names are written instead of names, as in PEFT's files.
 _MANY_NAMES = 400

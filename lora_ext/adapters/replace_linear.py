@@ -16,7 +16,7 @@ from lora_ext.arguments import check_module, names_of, refuse
 from lora_ext.nn.adapter import DEFAULT
 from lora_ext.nn.kinds import layer_for
 from lora_ext.nn.transaction import Transaction
-from lora_ext.quant.modules import quantized_kind
+from lora_ext.quant.kinds import quantized_kind
 
 
 def replace_linear(

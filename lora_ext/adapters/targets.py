@@ -23,7 +23,7 @@ from lora_ext.arguments import listed, short, warn
 from lora_ext.nn.any_layer import AnyLayer
 from lora_ext.nn.kinds import can_be_adapted
 from lora_ext.nn.linear import transformers_conv1d
-from lora_ext.quant.modules import quantized_kind
+from lora_ext.quant.kinds import quantized_kind
 
 # The number of the layer: the first one in the name that does not end it.
 _LAYER = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.arguments import as_flag, check_module
-from lora_ext.quant.linear import Linear
-from lora_ext.quant.modules import quantized_kind
+from lora_ext.quant.kinds import is_own, quantized_kind
 
 # Methods of quantization whose 16-bit parameters stay as they are.
 _KEEPS_16_BITS = frozenset({"gptq", "aqlm", "eetq", "hqq", "torchao"})
@@ -69,7 +68,7 @@ def prepare_model_for_kbit_training(
     few_bits = any(getattr(found, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
     quantized = [module for module in model.modules() if quantized_kind(module) is not None]
     codes = {id(module._parameters.get("weight")) for module in quantized}
-    few_bits |= any(isinstance(module, Linear) for module in quantized)
+    few_bits |= any(map(is_own, quantized))
     if method not in _KEEPS_16_BITS:
         for parameter in model.parameters():
             if parameter.dtype in (torch.float16, torch.bfloat16):

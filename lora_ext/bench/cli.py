@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lora_ext.bench import grid
-from lora_ext.bench.compare import match, print_changes
+from lora_ext.bench.compare import check_kinds, match, print_changes
 from lora_ext.bench.environment import describe, gpu_state
 from lora_ext.bench.load import OtherLoad, is_busy
 from lora_ext.bench.measure import Budget
@@ -238,6 +238,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--device cuda: torch {torch.__version__} finds no CUDA device here; use cpu")
     try:
         old, new = [Report.load(path) for path in files] + [None] * (2 - len(files))
+        if old:
+            kind = new.environment.get("quantized") if new else options.quantized
+            check_kinds(old, str(files[0]), kind)
         writers = _writers(options)
     except (OSError, ValueError) as error:
         parser.error(str(error))

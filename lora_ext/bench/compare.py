@@ -71,6 +71,20 @@ class Change:
         return "same" if self.is_certain else UNCLEAR
 
 
+def check_kinds(old: Report, name: str, quantized: str | None) -> None:
+    """Raise ValueError where the old report, of this name, is over another base than the new."""
+    before = old.environment.get("quantized")
+    if before != quantized:
+        raise ValueError(
+            f"--compare: {name} is {_over(before)}, expected one {_over(quantized)}, as the new "
+            "results: their ratios are to frozen layers of other weights"
+        )
+
+
+def _over(quantized: str | None) -> str:
+    return f"of --quantized {quantized}" if quantized else "over plain weights"
+
+
 def match(old: Report, new: Report) -> list[Change]:
     """Pairs the rows of lora_ext that both reports have; ratios carry over, times do not."""
     known = {row.key: row for row in old.rows}

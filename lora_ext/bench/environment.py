@@ -31,7 +31,12 @@ REQUIRED = {
     "command": str,
 }  # fmt: skip
 # Of some reports.
-OPTIONAL = {"other_load": float | None, "gpu": dict[str, str] | None, "left_out": list[str] | None}
+OPTIONAL = {
+    "other_load": float | None,
+    "gpu": dict[str, str] | None,
+    "left_out": list[str] | None,
+    "quantized": str | None,
+}
 
 
 def describe(

@@ -10,7 +10,6 @@ from lora_ext.nn.linear import Linear
 from lora_ext.nn.lora_layer import LoraLayer
 from lora_ext.nn.merged_linear import MergedLinear
 from lora_ext.nn.param_layer import ParamLayer
-from lora_ext.nn.quantized import give_quantized as _give_quantized
 from lora_ext.nn.registrations import watch_registrations as _watch_registrations
 from lora_ext.nn.trainable import (
     lora_state_dict,
@@ -37,5 +36,4 @@ __all__ = [
 ]
 
 _give_variants()
-_give_quantized()
 _watch_registrations()

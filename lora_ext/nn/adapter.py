@@ -15,9 +15,9 @@ from lora_ext import functional
 from lora_ext._scaling import is_for_any
 from lora_ext.arguments import as_flag, as_number, check_names, describe, suggests_names
 from lora_ext.nn.init import check_init, is_mica
-from lora_ext.quant.loftq import BITS
 
 DEFAULT = "default"  # the adapter that a constructor makes
+LOFTQ_BITS = (4, 8)
 # What an adapter may be beyond a low-rank product: the flag that asks for it, and its name.
 VARIANTS = {"use_dora": "DoRA"}
 # What does not go together with them, and why.
@@ -129,9 +129,10 @@ class AdapterSettings:
             raise ValueError(
                 f"adapter: loftq_iter: got {describe(count)}, expected an integer of at least 1"
             )
-        if self.loftq_bits not in BITS or isinstance(self.loftq_bits, bool):
+        if self.loftq_bits not in LOFTQ_BITS or isinstance(self.loftq_bits, bool):
             raise ValueError(
-                f"adapter: loftq_bits: got {describe(self.loftq_bits)}, expected one of {BITS}"
+                f"adapter: loftq_bits: got {describe(self.loftq_bits)}, expected one of "
+                f"{LOFTQ_BITS}"
             )
         for name in self.weights:
             self.of(name)

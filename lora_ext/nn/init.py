@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from lora_ext.arguments import describe
 from lora_ext.errors import NotBuiltError
-from lora_ext.quant.loftq import quantized_and_adapter
 
 KINDS = (
     *("gaussian", "orthogonal", "pissa", "pissa_niter_<iterations>", "olora", "mica", "loftq"),
@@ -155,6 +154,8 @@ def initialise(
     elif kind == "mica" and weight is not None:
         _minor(lora_A, lora_B, weight)
     elif kind == "loftq" and weight is not None:
+        from lora_ext.quant.loftq import quantized_and_adapter  # only now: few need it
+
         Q, A, B = quantized_and_adapter(weight, len(lora_A), scaling, loftq_bits, loftq_iter)
         weight.copy_(Q)
         lora_A.copy_(A)

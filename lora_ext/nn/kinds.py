@@ -11,7 +11,7 @@ from lora_ext.nn.conv import Conv1d, Conv2d, Conv3d
 from lora_ext.nn.embedding import Embedding, is_scaled_word_embedding
 from lora_ext.nn.linear import Linear, transformers_conv1d
 from lora_ext.nn.lora_layer import LoraLayer
-from lora_ext.quant.modules import quantized_kind
+from lora_ext.quant.kinds import quantized_kind
 
 # A layer takes the place of a module of this class, and of a subclass that keeps its forward (of
 # nn.Linear's, any).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from typing import Any, ClassVar, Self, Unpack
 
 import torch
@@ -29,7 +30,7 @@ from lora_ext.nn.planned import (
 )
 from lora_ext.nn.sharded import is_sharded
 from lora_ext.paths import lora_linear_path
-from lora_ext.quant.modules import quantized_kind
+from lora_ext.quant.kinds import quantized_kind
 
 
 class LinearBase(LoraLayer, nn.Linear):
@@ -64,6 +65,7 @@ class LinearBase(LoraLayer, nn.Linear):
     def _from_linear(cls, linear: nn.Linear) -> Self:
         """A layer, without adapters, in the place of a linear one or over it."""
         if quantized_kind(linear) is not None:
+            import_module("lora_ext.nn.quantized")  # which sets _QUANTIZED; most models have none
             return cls._QUANTIZED._over_quantized(linear)  # type: ignore[no-any-return]
         twin = _full_name(type(linear)) in _TWINS
         if type(linear) is nn.Linear and installed_style(linear) is not None:

@@ -26,22 +26,31 @@ from lora_ext.nn.merged_linear import KeptMergedLinear, MergedLinear
 from lora_ext.nn.planned import follows_plan
 from lora_ext.nn.transaction import all_or_nothing, put_parameter
 from lora_ext.paths import lora_linear_quantized_path
+from lora_ext.quant import linear as quant_linear
 from lora_ext.quant.call import (
     Dequantizable,
+    cast_by,
+    check_in_backward,
     compute_dtype,
     dequantized,
     dtype_now,
     in_dtype_of,
+    is_called,
     standing_for,
     values,
     values_now,
 )
+from lora_ext.quant.kinds import quantized_kind
 from lora_ext.quant.merged import dense_layer, requantized_layer
-from lora_ext.quant.modules import quantized_kind, quantized_weight, resting_dtype
-from lora_ext.quant.operator import lora_linear_quantized
+from lora_ext.quant.modules import quantized_weight, resting_dtype
+from lora_ext.quant.operator import lora_linear_quantized, traced
 from lora_ext.quant.weight import QuantizedWeight
 
-HOW = "the weight is dequantised for each call, N x K once in forward and once in backward"
+UNCOMPILED = "compiled code calls the layer uncompiled"
+HOW = (
+    "the weight is dequantised for each call, N x K once in forward and once in backward; "
+    + UNCOMPILED
+)
 
 
 def lora_linear(
@@ -49,25 +58,44 @@ def lora_linear(
 ) -> Tensor:
     """`lora_ext.lora_linear` on a quantized weight, by the operator on its codes; of a matrix that
     a function dequantises, on what that gives, which backward asks for again."""
-    lora_A, lora_B, lora_bias, scaling, dropout_p = adapter
+    lora_A, lora_B, lora_bias, scaling, dropout_p = _widened_adapter(adapter, x.dtype)
     if isinstance(weight, QuantizedWeight):
-        return lora_linear_quantized(
+        y = lora_linear_quantized(
             x, weight, bias, lora_A, lora_B, lora_bias, scaling=scaling, dropout_p=dropout_p
         )
+        check_in_backward(y, weight)
+        return y
     with dequantized(weight, x.dtype) as found:
         return functional.lora_linear(
             x, found, bias, lora_A, lora_B, lora_bias, scaling=scaling, dropout_p=dropout_p
         )
 
 
+def _widened(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """A part of an adapter, as operators take it beside a weight of this dtype: a cast of a model
+    may leave it narrower than its base computes. Exact."""
+    return part.to(torch.promote_types(part.dtype, dtype))
+
+
+def _widened_adapter(adapter: functional.LowRank, dtype: torch.dtype) -> functional.LowRank:
+    lora_A, lora_B, lora_bias, scaling, dropout_p = adapter
+    if lora_bias is None and lora_A.dtype is lora_B.dtype is dtype:  # nearly always
+        return adapter
+    lora_bias = lora_bias if lora_bias is None else _widened(lora_bias, dtype)
+    parts = _widened(lora_A, dtype), _widened(lora_B, dtype), lora_bias
+    return functional.LowRank(*parts, scaling, dropout_p)
+
+
 class QuantizedBase(KeptBase):
     """What makes a linear layer one over a base whose weight is quantized."""
 
-    _STATE: ClassVar[frozenset[str]] = KeptBase._STATE | {"_merged_base"}
+    _STATE: ClassVar[frozenset[str]] = KeptBase._STATE | {"_merged_base", "_cast_to"}
     DRAFTED: ClassVar[tuple[str, ...]] = (*KeptBase.DRAFTED, "_merged_base")
     # While merged: a layer with what is merged in its weight, dense or quantized. In a tuple: it is
     # no child.
     _merged_base: tuple[nn.Module, ...]
+    # What the layer was cast to, if it was: codes tell of none, or of the dtype before.
+    _cast_to: torch.dtype | None = None
     fan_in_fan_out: bool
     in_features: int
     out_features: int
@@ -89,6 +117,7 @@ class QuantizedBase(KeptBase):
         self: Self = cls._around(base)
         self.fan_in_fan_out = False
         self.out_features, self.in_features = matrix.shape
+        self._cast_to = getattr(base, "_cast_to", None)  # of one of ours
         return self
 
     def _init_adapters(self, base_class: type[nn.Module], merge_weights: bool = False) -> None:
@@ -106,7 +135,7 @@ class QuantizedBase(KeptBase):
         return quantized_weight(self._original[0])
 
     def _rests_in(self) -> torch.dtype:
-        return resting_dtype(self._original[0], self._quantized)
+        return resting_dtype(self._original[0], self._quantized, self._cast_to)
 
     def _weight_matrix(self, prefix: str = "") -> Tensor:
         """Of the call that runs; else dequantised here."""
@@ -125,6 +154,13 @@ class QuantizedBase(KeptBase):
     def _bias_vector(self) -> Tensor | None:
         dtype, bias = dtype_now(self._quantized), self.base_layer._parameters.get("bias")
         return bias if bias is None or dtype is None else bias.to(dtype)
+
+    def _part(self, part: str, name: str) -> Any:
+        found = super()._part(part, name)
+        if found is None or torch.compiler.is_compiling() or not is_called():
+            return found
+        dtype = dtype_now(self._quantized)
+        return found if dtype is None else _widened(found, dtype)
 
     # Running
 
@@ -261,7 +297,7 @@ class QuantizedBase(KeptBase):
         if requantize:
             layer = requantized_layer(base, matrix, weight, bias)
         else:
-            layer = dense_layer(base, matrix, weight, bias)
+            layer = dense_layer(base, matrix, weight, bias, self._cast_to)
         self._merged_base = (layer,)
         self.merged_adapters = names
         self._choose_running()
@@ -304,6 +340,7 @@ class QuantizedBase(KeptBase):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """What moves or casts the layer also does so to what is merged."""
         super()._apply(fn, recurse)
+        self._cast_to = cast_by(fn) or self._cast_to
         for layer in self._merged_base:
             layer._apply(fn)  # type: ignore[no-untyped-call]
         return self
@@ -349,6 +386,33 @@ class QuantizedLinear(QuantizedBase, KeptLinear):
         adapters = [] if planned or self._lora_variant is not None else self.low_rank()
         return adapters[0] if len(adapters) == 1 else None
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """x [..., in_features] → [..., out_features], in the dtype of x (of autocast, where it is
+        on), computed in that of autocast, of the base (`compute_dtype`), or of x. Compiled code
+        calls the operator, of one adapter over a `lora_ext.quant.Linear`; else this, uncompiled."""
+        if torch.compiler.is_compiling() and self._is_compiled():
+            if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+                return self._compiled(args[0])
+        return super().forward(*args, **kwargs)
+
+    def _is_compiled(self) -> bool:
+        """Whether compiled code runs the operator; asked while it is compiled."""
+        return (
+            type(self._original[0]) is quant_linear.Linear
+            and self._lora_variant is None
+            and len(self._running) == 1
+            and not self._merged_base
+            and not batching.in_use
+            and not self.reason_to_call
+        )
+
+    def _compiled(self, x: Tensor) -> Tensor:
+        base: Any = self._original[0]
+        dtype = compute_dtype(base.compute_dtype, x)
+        bias = base.bias if base.bias is None else base.bias.to(dtype)
+        adapter = _widened_adapter(self.low_rank()[0], dtype)
+        return in_dtype_of(x, traced(x.to(dtype), base.traced_operands(), bias, *adapter))
+
     def _product(self, x: Tensor) -> Tensor:
         adapter = self._only_adapter()
         if adapter is None:
@@ -361,9 +425,10 @@ class QuantizedLinear(QuantizedBase, KeptLinear):
         codes = isinstance(self._quantized, QuantizedWeight) and not self._merged_base
         if adapter is None or self.reason_to_call or not codes:
             return super()._lora_explain(tokens)
-        return lora_linear_quantized_path(
+        path, reason = lora_linear_quantized_path(
             self._adapted_weight(), adapter.lora_A, adapter.dropout_p, tokens
         )
+        return path, reason if self._is_compiled() else f"{reason}; {UNCOMPILED}"
 
 
 class QuantizedMergedLinear(QuantizedBase, KeptMergedLinear):
@@ -373,6 +438,5 @@ class QuantizedMergedLinear(QuantizedBase, KeptMergedLinear):
         return self._block_diagonal(stack)
 
 
-def give_quantized() -> None:
-    """Tells the layers, which do not know those over them."""
-    Linear._QUANTIZED, MergedLinear._QUANTIZED = QuantizedLinear, QuantizedMergedLinear
+# The layers do not know those over them: who makes one imports this module first.
+Linear._QUANTIZED, MergedLinear._QUANTIZED = QuantizedLinear, QuantizedMergedLinear

@@ -9,7 +9,7 @@ from lora_ext.loralib.merging import MergingLayer
 from lora_ext.nn.lora_layer import LoraLayer
 from lora_ext.nn.modules_to_save import ModulesToSave
 from lora_ext.nn.trainable_tokens import TokenTables
-from lora_ext.quant.modules import quantized_kind
+from lora_ext.quant.kinds import quantized_kind
 
 _BIAS = ("none", "all", "lora_only")
 

@@ -36,16 +36,6 @@ REPACKED = (
 )
 
 
-def has_quant_state(weight: Any) -> bool:
-    """Whether it is a Params4bit."""
-    return hasattr(weight, "quant_state") and hasattr(weight, "quant_type")
-
-
-def has_scb(weight: Any) -> bool:
-    """Whether it is an Int8Params."""
-    return hasattr(weight, "CB") and hasattr(weight, "SCB")
-
-
 def read_4bit(weight: Any, quant_state: Any, name: str) -> QuantizedWeight:
     """A Params4bit, with its quant_state or that of its module."""
     state = weight.quant_state if weight.quant_state is not None else quant_state

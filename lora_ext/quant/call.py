@@ -52,6 +52,12 @@ def compute_dtype(own: torch.dtype | None, x: Tensor) -> torch.dtype:
     return own or x.dtype
 
 
+def cast_by(fn: Callable[[Tensor], Tensor]) -> torch.dtype | None:
+    """The dtype to which that which a module's `_apply` is called with casts; None if to none."""
+    found = {fn(torch.empty(0, dtype=dtype)).dtype for dtype in (torch.float32, torch.float16)}
+    return found.pop() if len(found) == 1 else None
+
+
 def in_dtype_of(x: Tensor, y: Tensor) -> Tensor:
     """The product in the dtype of x, or of autocast, where it is on."""
     return y if _is_autocast(x) else y.to(x.dtype)
@@ -78,14 +84,27 @@ class _Kept(NamedTuple):
     offset: int | torch.SymInt
 
     def values(self) -> Tensor:
-        if self.matrix.versions() != self.versions:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an "
-                f"inplace operation: codes or scales of {self.matrix!r} changed since the forward, "
-                "expected them as they were"
-            )
+        _check_versions(self.matrix, self.versions)
         whole = values(self.matrix, self.dtype)
         return whole.as_strided(self.size, self.stride, self.offset)
+
+
+def _check_versions(matrix: Dequantizable, versions: tuple[int, ...]) -> None:
+    if matrix.versions() != versions:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an "
+            f"inplace operation: codes or scales of {matrix!r} changed since the forward, "
+            "expected them as they were"
+        )
+
+
+def check_in_backward(y: Tensor, matrix: QuantizedWeight) -> None:
+    """Has backward of an operator's result look whether the tensor subclass whose codes it keeps
+    was changed in place: autograd looks at the codes, which do not count that."""
+    if matrix.whole is None or not y.requires_grad or _is_transformed():
+        return
+    versions = matrix.versions()
+    y.register_hook(lambda dy: _check_versions(matrix, versions))  # type: ignore[no-untyped-call]
 
 
 class _Call(NamedTuple):
@@ -109,6 +128,11 @@ def values_now(matrix: Dequantizable, dtype: torch.dtype) -> Tensor:
     """Those of the call that runs, if it is one with this matrix; else in this dtype, anew."""
     call = _call.get()
     return call.values if call is not None and call.matrix is matrix else values(matrix, dtype)
+
+
+def is_called() -> bool:
+    """Whether a call runs, with whichever matrix."""
+    return _call.get() is not None
 
 
 def dtype_now(matrix: Dequantizable) -> torch.dtype | None:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_ext.quant.bitsandbytes import has_scb
 from lora_ext.quant.call import values
 from lora_ext.quant.checks import FLOATS
 from lora_ext.quant.in_transformers import (
@@ -22,9 +21,10 @@ from lora_ext.quant.in_transformers import (
     left_alone,
     tell_quantized,
 )
+from lora_ext.quant.kinds import has_scb, quantized_kind
 from lora_ext.quant.linear import QUANT_TYPES, Linear
 from lora_ext.quant.merged import as_it_was, dense_layer, turned
-from lora_ext.quant.modules import quantized_kind, quantized_weight
+from lora_ext.quant.modules import quantized_weight
 
 
 def quantize_(
@@ -158,7 +158,8 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]
         if module in made:
             continue
         matrix, bias = quantized_weight(module, f"{name}.weight"), module._parameters.get("bias")
-        layer = dense_layer(module, matrix, values(matrix, matrix.dtype), bias)
+        cast_to = getattr(module, "_cast_to", None)
+        layer = dense_layer(module, matrix, values(matrix, matrix.dtype), bias, cast_to)
         unknown = bias is None and has_scb(module._parameters.get("weight"))
         wanted = dtype or (of_config if unknown else None)
         made[module] = as_it_was(layer if wanted is None else layer.to(wanted))

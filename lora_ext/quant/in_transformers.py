@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from lora_ext.arguments import warn
-from lora_ext.quant import bitsandbytes
+from lora_ext.quant.kinds import has_scb, quantized_kind
 from lora_ext.quant.linear import Linear
-from lora_ext.quant.modules import quantized_kind
 
 _MARKS = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
 
@@ -122,7 +121,7 @@ def _quantized(model: nn.Module) -> dict[str, Any]:
 
 def _bits(layer: Any) -> int:
     int8 = isinstance(layer, Linear) and layer.quant_type == "int8"
-    return 8 if int8 or bitsandbytes.has_scb(layer._parameters.get("weight")) else 4
+    return 8 if int8 or has_scb(layer._parameters.get("weight")) else 4
 
 
 def _dense(model: nn.Module) -> list[str]:

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from lora_ext.arguments import describe
 from lora_ext.quant.bitsandbytes import DTYPES, INT8_FACTOR, STATE
-from lora_ext.quant.call import compute_dtype, dequantized, in_dtype_of
+from lora_ext.quant.call import cast_by, compute_dtype, dequantized, in_dtype_of
 from lora_ext.quant.checks import FLOATS, fail
 from lora_ext.quant.codebooks import four_bit
-from lora_ext.quant.quantize import quantize
+from lora_ext.quant.encode import quantize
+from lora_ext.quant.kinds import OWN
+from lora_ext.quant.operator import Operands, operands_of
 from lora_ext.quant.read import read_state_dict
 from lora_ext.quant.weight import NestedScales, QuantizedWeight
 
@@ -55,6 +57,7 @@ class Linear(nn.Linear):
     quant_type: str
     compute_dtype: torch.dtype | None
     _matrix: QuantizedWeight
+    _cast_to: torch.dtype | None = None
 
     def __init__(self) -> None:
         raise TypeError("lora_ext.quant.Linear: is made by from_linear, from_weight or quantize_")
@@ -128,22 +131,37 @@ class Linear(nn.Linear):
             self._rebind()
         return self._matrix
 
+    def traced_operands(self) -> Operands:
+        """What operators take for the matrix, for compiled code: it cannot look whether the
+        parameter's bytes are others, so they are taken from there."""
+        tensors, layout, numbers = operands_of(self._matrix)
+        return [self.weight.view(-1), *tensors[1:]], layout, numbers
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The matrix without its codes: they are the parameter's, and would be pickled twice."""
+        fields = {name: value for name, value in vars(self._matrix).items() if name != "codes"}
+        return self.__dict__ | {"_matrix": fields}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy's parameter has bytes of its own, which are its matrix's: not the codes twice."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._rebind()
+        self._rebind(state["_matrix"])
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """A cast is one of the matrix's dtype: codes and scales stay."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        like = torch.empty(0, dtype=self._matrix.dtype, device=self._matrix.device)
-        if (dtype := fn(like).dtype) is not self._matrix.dtype and dtype in FLOATS:
+        dtype = cast_by(fn)
+        if dtype in FLOATS:
             self._matrix = replace(self._matrix, dtype=dtype)
+        self._cast_to = dtype or self._cast_to
+        if self._matrix.device != self.weight.device:
+            self._rebind()
         return self
 
-    def _rebind(self, copy: bool = False) -> None:
-        """Makes the matrix one of the parameter's bytes, which may be others, elsewhere."""
-        weight, old = self.weight.detach(), self._matrix
+    def _rebind(self, fields: dict[str, Any] | None = None, copy: bool = False) -> None:
+        """Makes the matrix, or one of these fields, one of the parameter's bytes, which may be
+        others, elsewhere."""
+        fields = vars(self._matrix) if fields is None else fields
+        weight = self.weight.detach()
         device = weight.device
 
         def moved(tensor: Any) -> Any:
@@ -152,8 +170,8 @@ class Linear(nn.Linear):
                 return replace(tensor, codes=codes, codebook=codebook, absmax=absmax)
             return tensor.to(device, copy=copy) if isinstance(tensor, Tensor) else tensor
 
-        fields = {name: moved(getattr(old, name)) for name in ("codebook", "scales")}
-        self._matrix = replace(old, codes=weight.view(-1), **fields)
+        parts = {name: moved(fields[name]) for name in ("codebook", "scales")}
+        self._matrix = QuantizedWeight(**(fields | parts | {"codes": weight.view(-1)}))
 
     def forward(self, input: Tensor) -> Tensor:
         """x [..., in_features] → [..., out_features]."""
@@ -250,3 +268,6 @@ class Linear(nn.Linear):
             four = next((one for one in QUANT_TYPES if f"{key}.{STATE}{one}" in state), None)
             got = "'int8'" if int8 else repr(four)
             fail(key, "quant_type", got, f"{self.quant_type!r}, which the layer is")
+
+
+OWN.add(Linear)

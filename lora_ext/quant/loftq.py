@@ -7,9 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lora_ext.quant.quantize import quantize
-
-BITS = (4, 8)
+from lora_ext.quant.encode import quantize
 
 
 def low_rank(residual: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:

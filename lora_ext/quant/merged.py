@@ -11,23 +11,27 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_ext.quant import bitsandbytes
 from lora_ext.quant.call import Dequantizable
+from lora_ext.quant.encode import quantize
+from lora_ext.quant.kinds import has_quant_state, has_scb, is_torchao
 from lora_ext.quant.linear import Linear
-from lora_ext.quant.quantize import quantize
 from lora_ext.quant.weight import NestedScales, QuantizedWeight
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def dense_layer(
-    base: nn.Module, matrix: Dequantizable, weight: Tensor, bias: nn.Parameter | None
+    base: nn.Module,
+    matrix: Dequantizable,
+    weight: Tensor,
+    bias: nn.Parameter | None,
+    cast_to: torch.dtype | None = None,
 ) -> nn.Linear:
-    """A plain nn.Linear, frozen as its base was, in the dtype that was quantized: what is around it
-    has that, where bitsandbytes' compute_dtype may be another. Its int8 tells of none: that of the
-    bias, then, or float32."""
-    dtype = matrix.dtype
-    if bias is not None and bitsandbytes.has_scb(base._parameters.get("weight")):
+    """A plain nn.Linear, frozen as its base was, in the dtype that the base was cast to, or that
+    was quantized: what is around it has that, where bitsandbytes' compute_dtype may be another. Its
+    int8 tells of none, and torchao's of none that it was cast to: that of the bias, then."""
+    dtype, old = cast_to or matrix.dtype, base._parameters.get("weight")
+    if bias is not None and not cast_to and (has_scb(old) or is_torchao(old)):
         dtype = bias.dtype
     if bias is not None and bias.dtype is not dtype:
         bias = nn.Parameter(bias.detach().to(dtype), requires_grad=bias.requires_grad)
@@ -73,7 +77,7 @@ def requantized_layer(
         ValueError: not for weights of this library; or values are not finite.
     """
     old = base._parameters.get("weight")
-    four_bit, int8 = bitsandbytes.has_quant_state(old), bitsandbytes.has_scb(old)
+    four_bit, int8 = has_quant_state(old), has_scb(old)
     if not isinstance(matrix, QuantizedWeight) or not (
         isinstance(base, Linear) or four_bit or int8
     ):

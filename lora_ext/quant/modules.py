@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -10,16 +9,12 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from lora_ext.quant import bitsandbytes, torchao
 from lora_ext.quant.call import Dequantizable
 from lora_ext.quant.checks import fail, version
+from lora_ext.quant.kinds import DEQUANTIZERS, Dequantize
 from lora_ext.quant.linear import Linear
 from lora_ext.quant.read import read_weight
 
-Dequantize = Callable[[Any], Tensor]
-
-# What the layers of other classes are dequantised by.
-_DEQUANTIZERS: dict[type[nn.Module], Dequantize] = {}
 # What was read of a module, and of which tensors.
 _READ: WeakKeyDictionary[nn.Module, tuple[object, Dequantizable]] = WeakKeyDictionary()
 
@@ -57,53 +52,6 @@ class CalledWeight:
         return tuple(version(t) for t in (*layer.parameters(), *layer.buffers()))
 
 
-def register_dequantizer(kind: type[nn.Module], function: Dequantize) -> None:
-    """Has linear layers of a class that is not known here (GPTQ's, AWQ's, HQQ's) take adapters.
-
-    Args:
-        kind: the class; of subclasses only those that keep its forward run as this one.
-        function: of a layer, gives its weight [out_features, in_features], in floating point. It
-            is called in every forward, and in backward again: nothing of it is kept.
-
-    Raises:
-        TypeError: kind is no class of modules, or function cannot be called.
-    """
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise TypeError(f"register_dequantizer: kind: got {kind!r}, expected a class of modules")
-    if not callable(function):
-        raise TypeError(f"register_dequantizer: function: got {function!r}, expected a function")
-    _DEQUANTIZERS[kind] = function
-
-
-def quantized_kind(module: object) -> type[nn.Module] | None:
-    """The class whose forward is the product of a quantized weight, if module is of such a one."""
-    if not isinstance(module, nn.Module):
-        return None
-    for kind in type(module).__mro__:
-        if kind in _DEQUANTIZERS:
-            return kind
-    if not isinstance(module, nn.Linear):
-        return None
-    if isinstance(module, Linear):
-        return Linear
-    weight = module.__dict__["_parameters"].get("weight")
-    if weight is None or (type(weight) is nn.Parameter and not weight.__dict__):
-        return None
-    if bitsandbytes.has_quant_state(weight) or bitsandbytes.has_scb(weight):
-        owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
-        return owner if owner.__module__.startswith("bitsandbytes.") else _library_kind(module)
-    if torchao.is_nf4(weight) or torchao.is_torchao(weight):
-        return nn.Linear
-    return None
-
-
-def _library_kind(module: nn.Module) -> type[nn.Module]:
-    for kind in type(module).__mro__:
-        if kind.__module__.startswith("bitsandbytes.") and "forward" in vars(kind):
-            return kind
-    return nn.Linear
-
-
 def quantized_weight(module: nn.Module, name: str = "weight") -> Dequantizable:
     """The matrix of a module of a `quantized_kind`; read anew when its tensors are others.
 
@@ -114,7 +62,7 @@ def quantized_weight(module: nn.Module, name: str = "weight") -> Dequantizable:
     known = _READ.get(module)
     if known is not None and known[0] == state:
         return known[1]
-    function = next((_DEQUANTIZERS[k] for k in type(module).__mro__ if k in _DEQUANTIZERS), None)
+    function = next((DEQUANTIZERS[k] for k in type(module).__mro__ if k in DEQUANTIZERS), None)
     found: Dequantizable
     if function is None:
         found = read_weight(module, name)
@@ -145,10 +93,13 @@ def _state(module: nn.Module) -> object:
     marks = [(t.data_ptr(), version(t), t.device, t.shape) for t in tensors]
     # A subclass's copy_ runs below autograd, which counts it for the whole, not for what is inside.
     whole = None if inner is None else version(weight)
-    return [id(weight), id(state), getattr(state, "packing_format_for_cpu", False), whole, marks]
+    repacked = getattr(state, "packing_format_for_cpu", False)
+    return [id(weight), weight.dtype, id(state), repacked, whole, marks]
 
 
-def resting_dtype(module: nn.Module, matrix: Dequantizable) -> torch.dtype:
-    """That of the weight where there is no x: of adapters, and of a merged weight."""
+def resting_dtype(
+    module: nn.Module, matrix: Dequantizable, cast_to: torch.dtype | None = None
+) -> torch.dtype:
+    """That of the weight where there is no x, and of adapters."""
     own = getattr(module, "compute_dtype", None)
-    return own if isinstance(own, torch.dtype) else matrix.dtype
+    return own if isinstance(own, torch.dtype) else cast_to or matrix.dtype

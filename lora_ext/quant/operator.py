@@ -116,6 +116,21 @@ def lora_linear_quantized(
             required = {"x": x, "lora_A": lora_A, "lora_B": lora_B}
             check_kinds("lora_linear_quantized", **required, **given, dropout_p=dropout_p)
             raise
+    return traced(x, operands, bias, lora_A, lora_B, lora_bias, scaling, dropout_p, rng_state)
+
+
+def traced(
+    x: Tensor,
+    operands: Operands,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    lora_bias: Tensor | None,
+    scaling: float | Tensor,
+    dropout_p: float,
+    rng_state: Tensor | None = None,
+) -> Tensor:
+    """`lora_linear_quantized` as compiled code calls it, of the operands of a weight."""
     if dropout_p > 0.0 and rng_state is None:
         # Of an empty tensor: see lora_ext.functional.draw_rng_state.
         empty = torch.empty(0, device=x.device)

@@ -10,6 +10,7 @@ from torch import nn
 
 from lora_ext.quant import bitsandbytes, gguf, torchao
 from lora_ext.quant.checks import fail
+from lora_ext.quant.kinds import has_quant_state, has_scb, is_nf4, is_torchao
 from lora_ext.quant.weight import QuantizedWeight
 
 KNOWN = (
@@ -37,16 +38,16 @@ def read_weight(source: Any, name: str = "weight") -> QuantizedWeight:
     own = getattr(module, "quantized_weight", None)  # of a lora_ext.quant.Linear
     if isinstance(own, QuantizedWeight):
         return own
-    if bitsandbytes.has_quant_state(weight):
+    if has_quant_state(weight):
         return bitsandbytes.read_4bit(weight, getattr(module, "quant_state", None), name)
-    if bitsandbytes.has_scb(weight):
+    if has_scb(weight):
         scb = weight.SCB  # which the module's first forward moves into its state
         if scb is None:
             scb = getattr(getattr(module, "state", None), "SCB", None)
         return bitsandbytes.read_int8(weight, scb, name)
-    if torchao.is_nf4(weight):
+    if is_nf4(weight):
         return torchao.read_nf4(weight, name)
-    if torchao.is_torchao(weight):
+    if is_torchao(weight):
         return torchao.read_affine(weight, name)
     if module is None and isinstance(getattr(source, "data", None), np.ndarray):
         if hasattr(source, "tensor_type") and hasattr(source, "shape"):

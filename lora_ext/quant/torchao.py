@@ -20,7 +20,6 @@ from lora_ext.quant.checks import (
 from lora_ext.quant.codebooks import twos_complement
 from lora_ext.quant.weight import QuantizedWeight
 
-_NF4 = ("quantized_data", "quantized_scalers", "quantization_factor", "scaler_mean", "nf4")
 _AFFINE = ("qdata", "scale", "zero_point", "block_size")
 _CURES = {
     "Int4": "an Int4Tensor: Int4WeightOnlyConfig(int4_packing_format='plain')",
@@ -28,23 +27,13 @@ _CURES = {
 }
 
 
-def is_nf4(weight: Any) -> bool:
-    """Whether it is an NF4Tensor."""
-    return all(hasattr(weight, field) for field in _NF4)
-
-
-def is_torchao(weight: Any) -> bool:
-    """Whether torchao defines its class."""
-    return any(kind.__module__.split(".")[0] == "torchao" for kind in type(weight).__mro__)
-
-
 def read_nf4(weight: Any, name: str) -> QuantizedWeight:
-    """An NF4Tensor: its scales are formed here, in its dtype with the roundings of torchao, since
-    they are quotients: 16 bits for each block, where torchao keeps 8."""
+    """An NF4Tensor: its scales are formed here, in the dtype that was quantized, with the roundings
+    of torchao, since they are quotients: 16 bits for each block, where torchao keeps 8."""
     N, K = check_shape(name, tuple(weight.shape))
-    dtype = weight.dtype
+    dtype = getattr(weight.nf4, "dtype", None)  # a cast changes the whole's alone
     if dtype not in FLOATS:
-        fail(name, "dtype", dtype, "float32, float16 or bfloat16")
+        fail(name, "nf4", weight.nf4, "a float32, float16 or bfloat16 tensor")
     if tuple(weight.stride()) != (K, 1):
         strides = f"strides {list(weight.stride())}"
         fail(name, "strides", strides, f"{[K, 1]}; give the tensor that was transposed")
@@ -73,10 +62,11 @@ def read_nf4(weight: Any, name: str) -> QuantizedWeight:
         packing="high_first",
         scales=quotients.flatten().to(dtype) + mean,
         block_size=size,
-        dtype=dtype,
+        dtype=weight.dtype if weight.dtype in FLOATS else dtype,
         codebook=table.float(),
         rounding=dtype,
         name=name,
+        whole=weight,
     )
 
 
@@ -133,6 +123,7 @@ def _int8(weight: Any, N: int, K: int, name: str) -> QuantizedWeight:
         dtype=weight.dtype,
         zero_point=zero_point,
         name=name,
+        whole=weight,
     )
 
 
@@ -158,4 +149,5 @@ def _int4(weight: Any, N: int, K: int, name: str) -> QuantizedWeight:
         codebook=twos_complement(4).to(codes.device),
         shift=per_block["zero_point"],
         name=name,
+        whole=weight,
     )

@@ -97,6 +97,8 @@ class QuantizedWeight:
         factor: or None for 1.
         rounding: the dtype that the source library computes values in.
         name: of the tensor, in messages.
+        whole: the tensor subclass that these are parts of: what is copied into it counts for it
+            alone.
 
     Raises:
         ValueError: a field does not fit the others. Names the tensor and the field.
@@ -114,6 +116,7 @@ class QuantizedWeight:
     factor: float | None = None
     rounding: torch.dtype = torch.float32
     name: str = "weight"
+    whole: Tensor | None = None
 
     def __post_init__(self) -> None:
         name = self.name
@@ -171,7 +174,8 @@ class QuantizedWeight:
 
     def versions(self) -> tuple[int, ...]:
         """How often each of its tensors was changed in place."""
-        return tuple(version(tensor) for _, tensor in self._tensors())
+        tensors = [tensor for _, tensor in self._tensors()]
+        return tuple(map(version, tensors if self.whole is None else [*tensors, self.whole]))
 
     def owner(self) -> None:
         """What has to live as long as it is used: it holds its tensors itself."""

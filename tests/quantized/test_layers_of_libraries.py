@@ -293,3 +293,55 @@ def test_peft_takes_part_in_the_benchmark(tmp_path: Path) -> None:
     assert bench(["--quantized=nf4", *given]) == 0
     rows = json.loads(file.read_text())["rows"]
     assert [row["status"] for row in rows if row["rival"] == "peft_bnb"] == ["ok", "ok"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("first", [False, True], ids=["layer", "base"])
+@pytest.mark.parametrize("base", [name for name in BASES if name != "nf4 in bf16"])
+def test_merging_what_was_cast(base: str, first: bool, dtype: torch.dtype) -> None:
+    if first and dtype is torch.float64:
+        pytest.skip("libraries' weights are in no float64")
+    module = BASES[base]()
+    if first and "torchao" in base:
+        module = module.to(dtype)
+    before = matrix_of(module)
+    layer: Any = randomise(lora.Linear.from_linear(module, r=3)).to(dtype)
+    assert torch.equal(matrix_of(layer.base_layer), before)
+    x = inputs(dtype, K)
+    y = layer(x)
+    layer.merge()
+    dense = layer.get_base_layer()
+    assert [parameter.dtype for parameter in dense.parameters()] == [dtype] * 2
+    expected = before.double() + layer.get_delta_weight("default").double()
+    assert torch.equal(dense.weight, expected.float().to(dtype)) or torch.allclose(
+        dense.weight.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-7
+    )
+    assert dense(x).dtype is dtype and y.dtype is dtype
+
+
+@pytest.mark.parametrize("base", ["torchao nf4", "torchao int8"])
+def test_a_base_that_was_cast_before_tells_what_to(base: str) -> None:
+    module = BASES[base]().to(torch.bfloat16)
+    layer: Any = randomise(lora.Linear.from_linear(module, r=3))
+    layer.merge()
+    dense = layer.get_base_layer()
+    assert dense.weight.dtype is torch.bfloat16 and dense(X.bfloat16()).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["operator", "dequantised"])
+@pytest.mark.parametrize("base", BASES)
+def test_what_is_copied_into_a_weight_is_noticed_in_backward(base: str, dora: bool) -> None:
+    """torchao's tensors count that for themselves, not for what is in them."""
+    module: Any = BASES[base]()
+    layer = lora.Linear.from_linear(module, r=3, use_dora=dora)
+    other = pickle.loads(pickle.dumps(module.weight))
+    for changed in (False, True):
+        y = layer(X)
+        if changed:
+            with torch.no_grad():
+                module.weight.copy_(other)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.sum().backward()
+        y = layer(X)
+        y.sum().backward(retain_graph=True)
+        y.sum().backward()
