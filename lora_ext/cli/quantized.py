@@ -21,7 +21,8 @@ _ENDS = (
 _CODES = ("I8", "U8", "F8_E4M3", "F8_E5M2")  # safetensors' dtypes
 CURE = (
     "give the base in floating point: that which was quantized, or this one made dense: load it "
-    "with transformers (by the quantization_config of its config.json), lora_ext.quant.dequantize_(model), model.save_pretrained(FOLDER)"
+    "with transformers (by the quantization_config of its config.json), "
+    "lora_ext.quant.dequantize_(model), model.save_pretrained(FOLDER)"
 )
 
 
