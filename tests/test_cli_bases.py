@@ -12,7 +12,7 @@ import torch
 from cli_runs import failed, run
 from safetensors.torch import load_file, save_file
 
-from lora_ext import LoraConfig, LoraModel
+from lora_ext import LoraConfig, LoraModel, quant
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -99,6 +99,68 @@ def of_another_size(folder: Path) -> str:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 20}))
     return "has shape [24] in its files and [20] by its config.json"
+
+
+def quantized(kind: str) -> Callable[[Path], str]:
+    """As `quantize_` and bitsandbytes save the layers."""
+
+    def change(folder: Path) -> str:
+        tensors = load_file(folder / "model.safetensors")
+        name = "encoder.layer.0.attention.self.query"
+        linear = torch.nn.Linear(16, 16)
+        linear.weight.data = tensors.pop(f"{name}.weight")
+        state = quant.Linear.from_linear(linear, kind).state_dict()
+        tensors |= {f"{name}.{key}": value for key, value in state.items()}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return f"'{name}.SCB' is of LLM.int8()" if kind == "int8" else f"'{name}.weight."
+
+    return change
+
+
+def renamed(end: str, dtype: torch.dtype = torch.int32) -> Callable[[Path], str]:
+    """A tensor in the format of another library."""
+
+    def change(folder: Path) -> str:
+        tensors = load_file(folder / "model.safetensors")
+        name = "encoder.layer.0.attention.self.query"
+        tensors[f"{name}.{end}"] = tensors.pop(f"{name}.weight").to(dtype)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return f"'{name}.{end}' is "
+
+    return change
+
+
+def config_alone(folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return "its config.json has a quantization_config of mxfp4"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        quantized("int8"), quantized("nf4"), renamed("qweight"), renamed("weight_packed"),
+        renamed("weight", torch.int8), renamed("weight", torch.float8_e4m3fn), config_alone,
+    ],
+    ids=["int8", "nf4", "GPTQ", "compressed-tensors", "integers", "float8", "config"],
+)  # fmt: skip
+def test_a_quantized_base_is_not_read_as_numbers(
+    change: Callable[[Path], str], place: Path, tmp_path: Path
+) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(place / "body", base)
+    why = change(base)
+    bases = [base] if change is config_alone else [base, base / "model.safetensors"]
+    for one in bases:
+        said = failed("merge", one, place / "with", out, code=2)
+        assert f"{one}: is quantized" in said and why in said and "which was quantized" in said
+        assert not out.exists()
+    said = failed("explain", base, "--adapter", place / "with", code=2)
+    assert why in said and "print(lora_ext.explain(model))" in said
+    found = run("verify", place / "with", "--model", base, "--json")
+    (note,) = (one for one in found.json()["notes"] if "is quantized" in one)
+    assert found.code == 0 and why in note and "only shapes were compared" in note
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ PEFT's: tests/quantized."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lora_ext
-from lora_ext import LoftQConfig, LoraConfig, get_lora_model, quant
+from lora_ext import LoftQConfig, LoraConfig, LoraModel, get_lora_model, quant
 
 N, K, R = 48, 80, 6
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -225,7 +226,7 @@ def test_replacing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'first': got \[2, 2\] in the file, expected \[48, 80\]"):
         replace(model, tmp_path / "model.safetensors")
     save_file({"first.weight": Net().first.weight.detach()}, tmp_path / "model.safetensors")
-    with pytest.raises(KeyError, match=r"has no second\.weight"):
+    with pytest.raises(ValueError, match=r"has no second\.weight, .* of another model\?"):
         replace(model, tmp_path)
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
     with pytest.raises(ValueError, match="other"):
@@ -239,3 +240,32 @@ def test_replacing_is_refused(tmp_path: Path) -> None:
         replace(get_lora_model(Net(), config()), tmp_path)
     with pytest.raises(TypeError):
         replace(Net(), tmp_path)
+
+
+def test_from_the_start_to_a_quantized_base(tmp_path: Path) -> None:
+    """Saved, the base quantized, loaded; saved from there and loaded again; and onto bases in
+    floating point, the original one and the one that LoftQ left."""
+    x = torch.randn(3, K)
+    start: Any = get_lora_model(Net(), loftq())
+    expected = start(x)
+    start.save_pretrained(tmp_path / "a")
+    dense = start.unload()
+    base = copy.deepcopy(dense)
+    quant.quantize_(base, "nf4")
+    codes = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model: Any = LoraModel.from_pretrained(base, tmp_path / "a", is_trainable=True)
+    torch.testing.assert_close(model(x), expected)
+    assert model.peft_config["default"].init_lora_weights == "loftq"
+    model.add_weighted_adapter(["default"], [1.0], "same")
+    model.save_pretrained(tmp_path / "b")
+    model.load_adapter(tmp_path / "a", "default")  # into the one that is there
+    left = model.unload().state_dict()
+    assert all(torch.equal(left[name], codes[name]) for name in codes)
+    for one in (base, Net(), dense):
+        again: Any = LoraModel.from_pretrained(one, tmp_path / "b").eval()
+        torch.testing.assert_close(again(x), expected)
+    quantized = Net()
+    quant.quantize_(quantized)
+    with pytest.raises(ValueError, match=r"got 'loftq', which quantizes the .*quantized already"):
+        get_lora_model(quantized, loftq())
+    assert type(quantized.first) is quant.Linear

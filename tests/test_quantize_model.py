@@ -67,8 +67,32 @@ def test_quantizing_is_all_or_nothing() -> None:
     assert quant.quantize_(shared, target_modules=r"0|2") == ["0", "2"]
     assert shared[0] is shared[2] and type(shared[1]) is nn.Linear
     quant.quantize_(shared)
-    with pytest.raises(ValueError, match=r"model: has no nn\.Linear.*quantized already"):
+    with pytest.raises(ValueError, match=r"model: is quantized already \(2 layers\)"):
         quant.quantize_(shared)
+    with pytest.raises(ValueError, match=r"model: has no nn\.Linear, expected some"):
+        quant.quantize_(nn.Sequential(nn.ReLU()))
+    tied = nn.Sequential(nn.Embedding(N, K), nn.Linear(K, N, bias=False))
+    tied[1].weight = tied[0].weight
+    with pytest.raises(ValueError, match=r"all its nn\.Linear are left alone .*embedding"):
+        quant.quantize_(tied)
+    over = lora_ext.get_lora_model(
+        nn.Sequential(plain_linear()), lora_ext.LoraConfig(target_modules=["0"])
+    )
+    with pytest.raises(ValueError, match=r"model: '.*0' has adapters, .*before it gets adapters"):
+        quant.quantize_(over)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_weights_that_are_not_finite_are_named(kind: str, value: float) -> None:
+    """Also in the last block, which is shorter."""
+    for place in ((0, 3), (-1, -1)):
+        model = nn.Sequential(plain_linear(), plain_linear())
+        model[1].weight.data[place] = value  # type: ignore[operator, index]
+        before = list(model)
+        with pytest.raises(ValueError, match=r"'1': .*got NaN or Inf, expected finite"):
+            quant.quantize_(model, kind)
+        assert list(model) == before
 
 
 def test_states_that_are_not_whole_are_refused() -> None:
@@ -76,9 +100,15 @@ def test_states_that_are_not_whole_are_refused() -> None:
     x = inputs()
     y, state = layer(x), layer.state_dict()
     int8 = quant.Linear.from_linear(plain_linear(), "int8").state_dict()
+    fp4 = quant.Linear.from_linear(plain_linear(), "fp4").state_dict()
     other = quant.Linear.from_linear(plain_linear(0, (N, K + 2)), "nf4").state_dict()
     cut = {name: tensor for name, tensor in state.items() if name != "weight.absmax"}
-    for wrong, message in ((cut, "weight.absmax"), (int8, "quant_type"), (other, "shape")):
+    for wrong, message in (
+        (cut, "weight.absmax"),
+        (int8, "quant_type: got 'int8', expected 'nf4'"),
+        (fp4, "quant_type: got 'fp4', expected 'nf4'"),
+        (other, "shape"),
+    ):
         with pytest.raises(RuntimeError, match=message):
             layer.load_state_dict(wrong)
         assert torch.equal(layer(x), y)

@@ -47,6 +47,19 @@ def test_merging_dequantised(base: str, options: dict[str, Any]) -> None:
     assert all(torch.equal(before[name], t) for name, t in module.state_dict().items())
 
 
+@pytest.mark.parametrize("requantize", [False, True])
+def test_a_lora_bias_needs_one_of_the_base(requantize: bool) -> None:
+    linear = plain_linear()
+    linear.bias = None
+    base = quant.Linear.from_linear(linear)
+    layer: Any = lora.Linear.from_linear(base, r=3, lora_bias=True)  # type: ignore[type-var]
+    y = layer(inputs())
+    expected = r"merge: lora_bias cannot be merged into a base without bias; construct the base"
+    with pytest.raises(ValueError, match=expected):
+        layer.merge(requantize=requantize)
+    assert not layer.merged and torch.equal(layer(inputs()), y)
+
+
 @pytest.mark.parametrize("base", ["nf4", "nf4 nested", "fp4", "int8"])
 def test_merging_into_codes(base: str) -> None:
     module: Any = BASES[base]()

@@ -44,9 +44,9 @@ def replace_lora_weights_loftq(
     Raises:
         TypeError: the model has no adapters.
         ValueError: it has none over quantized bases, or none of this name; it is merged; or the
-            file has another shape. Whatever is raised, by the callback too: all is as before.
+            file lacks a weight, or has another shape. Whatever is raised, by the callback too: all
+            is as before.
         FileNotFoundError: there is no such file.
-        KeyError: it lacks a weight.
     """
     from lora_ext.nn.quantized import QuantizedBase  # only now: few need it
 
@@ -95,6 +95,9 @@ def _nearest(
     from lora_ext.quant.loftq import low_rank
 
     matrix, parts = layer._quantized, layer.parts(adapter_name)
+    source = getattr(layer.base_layer, "source_cls", None)
+    if source is not None and source.__name__ == "Conv1D":  # whose files have [K, N]
+        weight = weight.t()
     if tuple(weight.shape) != matrix.shape:
         raise ValueError(
             f"{where}: got {list(weight.shape)} in the file, expected {list(matrix.shape)}: it is "
@@ -140,7 +143,10 @@ class _Weights:
             if found is not None:
                 with safe_open(self._path.parent / self._parts[found], "pt") as file:
                     return file.get_tensor(found)  # type: ignore[no-any-return]
-        raise KeyError(f"replace_lora_weights_loftq: {self._path}: has no {key}, expected all")
+        raise ValueError(
+            f"replace_lora_weights_loftq: model_path: {self._path} has no {key}, expected the "
+            "weights of the model before it was quantized; is it of another model?"
+        )
 
 
 def _folder_of(base: Any, model_path: str | Path | None) -> Path:

@@ -120,13 +120,21 @@ class MergeableModel(AdaptedModel):
         """Makes layers and config plain; what to warn of, if anything."""
         plain: dict[int, nn.Module] = {}
         for _, layer in self.lora_layers():
-            plain[id(layer)] = layer.get_base_layer()
+            plain[id(layer)] = base = layer.get_base_layer()
+            if type(base) is nn.Linear and hasattr(base, "source_cls"):
+                from lora_ext.quant.merged import as_it_was  # only now: few need it
+
+                plain[id(layer)] = as_it_was(base)
         for _, module in self.saved_modules():
             plain[id(module)] = module.active_module
         for _, wrapper in self.token_modules():
             plain[id(wrapper)] = wrapper.original_module
         swap_modules(self.get_base_model(), plain, transaction)
         transaction.commit()
+        if hasattr(getattr(self.get_base_model(), "config", None), "quantization_config"):
+            from lora_ext.quant.in_transformers import tell_dense  # only now: few need it
+
+            tell_dense(self.get_base_model())
         if untie_embeddings(self.get_base_model(), transaction):
             return ["the config's tie_word_embeddings is False now, as the weights differ"]
         return []

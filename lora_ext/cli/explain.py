@@ -50,7 +50,8 @@ def explain(
     train: bool,
 ) -> Answer:
     """Tell which code every layer of MODEL, a folder of transformers, runs with an adapter, and
-    why. The model's weights are not read; on a GPU their memory is needed.
+    why. The model's weights are not read; on a GPU their memory is needed. A quantized MODEL is
+    refused: what its layers run depends on what loads it.
 
     JSON: model, tokens, device, dtype, layers (a list of name, path, reason), paths (how many
     layers run each).
@@ -63,7 +64,13 @@ def explain(
     from lora_ext.adapters import explain as explain_model
     from lora_ext.cli.adapters import task_of, without_initialisation
     from lora_ext.cli.models import outline
+    from lora_ext.cli.quantized import quantized_in
 
+    if quantized := quantized_in(model):
+        raise WrongUse(
+            f"{model}: is quantized, and its layers run other code than those of its outline: "
+            f"{quantized}; load it, with its adapter, and print(lora_ext.explain(model))"
+        )
     if device == "cuda" and not torch.cuda.is_available():
         raise WrongUse("--device cuda: torch finds no CUDA device here")
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")

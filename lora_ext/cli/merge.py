@@ -38,9 +38,10 @@ def merge(base: Path, adapter: Path, out: Path) -> Answer:
 
     BASE is the folder of a model of transformers (its class is made, so transformers has to be
     installed), or safetensors without a config.json: one file, or a folder of them, whose tensors
-    are taken by their names. Every weight is computed in float32 and rounded once, to the dtype of
-    the base. BASE and ADAPTER are not changed. OUT must be free; it appears when all of it is
-    written, or not at all. Tokenizer and other files beside the weights are copied.
+    are taken by their names. A quantized BASE is refused. Every weight is computed in float32 and
+    rounded once, to the dtype of the base. BASE and ADAPTER are not changed. OUT must be free; it
+    appears when all of it is written, or not at all. Tokenizer and other files beside the weights
+    are copied.
 
     \b
     Examples:
@@ -50,12 +51,15 @@ def merge(base: Path, adapter: Path, out: Path) -> Answer:
     JSON: base, adapter, out, layers (names of what was merged), files, bytes.
     """
     from lora_ext.cli.models import is_model
+    from lora_ext.cli.quantized import CURE, quantized_in
     from lora_ext.io.whole_folder import check_free
 
     try:
         check_free(out)
     except (FileExistsError, NotADirectoryError) as error:
         raise WrongUse(f"{error.filename}: {error.strerror}") from None
+    if quantized := quantized_in(base):
+        raise WrongUse(f"{base}: is quantized, which merging does not read: {quantized}; {CURE}")
     run = _merge_model if base.is_dir() and is_model(base) else _merge_tensors
     layers = run(base, adapter, out)
     files = sorted(path.name for path in out.iterdir())

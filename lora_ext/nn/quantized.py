@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lora_ext import batching, functional
 from lora_ext.arguments import former_names, refuse
 from lora_ext.nn.adapter import AdapterSettings, LowRank, variant_of
-from lora_ext.nn.init import mutates_weight
+from lora_ext.nn.init import is_loftq, mutates_weight
 from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.linear import KeptLinear, Linear
 from lora_ext.nn.merged_linear import KeptMergedLinear, MergedLinear
@@ -234,10 +234,14 @@ class QuantizedBase(KeptBase):
     def part_shapes(self, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
         kind = settings.init_lora_weights
         if mutates_weight(kind):
+            does, cure = "changes the base's weight", "expected another kind"
+            if is_loftq(kind):
+                does = "quantizes the base's weight itself"
+                cure = "expected a base in floating point, to be quantized after that"
             raise ValueError(
-                f"{type(self).__name__}: init_lora_weights: got {kind!r}, which changes the "
-                f"base's weight, expected another kind: that of a {self._base_class.__qualname__} "
-                "is quantized; replace_lora_weights_loftq makes up for the error of quantization"
+                f"{type(self).__name__}: init_lora_weights: got {kind!r}, which {does}, {cure}: "
+                f"that of a {self._base_class.__qualname__} is quantized already; "
+                "replace_lora_weights_loftq makes up for the error of that"
             )
         return super().part_shapes(settings)
 
@@ -271,6 +275,7 @@ class QuantizedBase(KeptBase):
                 f"{where}: {self.reason_to_call}, so it is called, and what is merged could not be "
                 "in its weight, expected a base without; take them off first"
             )
+        parameters = self._merged_parameters(names)  # refuses a lora_bias without a bias
         self._put_back()
         base, matrix = self._original[0], self._quantized
         own = {k: p for name in names for k, p in self.adapter_parameters(name).items()}
@@ -280,7 +285,7 @@ class QuantizedBase(KeptBase):
         path = f"{self.BASE_PATH}bias"
         bias = base._parameters.get("bias")
         with standing_for(matrix, values(matrix, exact)) as weight:
-            if bias is not None and path in self._merged_parameters(names):
+            if bias is not None and path in parameters:
                 self._put_own({path: bias})
                 self._write_merged(names)
                 merged = self.base_layer._parameters["bias"]

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_ext.quant.convert import quantize_
+    from lora_ext.quant.convert import dequantize_, quantize_
     from lora_ext.quant.encode import quantize
     from lora_ext.quant.gguf import read_gguf
     from lora_ext.quant.kinds import register_dequantizer
@@ -18,6 +18,7 @@ __all__ = [
     "Linear",
     "NestedScales",
     "QuantizedWeight",
+    "dequantize_",
     "quantize",
     "quantize_",
     "read_gguf",
@@ -28,7 +29,7 @@ __all__ = [
 
 # No module has the name of what is in one: importing it would put it in that one's place.
 _PLACES = {
-    "convert": ["quantize_"],
+    "convert": ["dequantize_", "quantize_"],
     "encode": ["quantize"],
     "gguf": ["read_gguf"],
     "kinds": ["register_dequantizer"],

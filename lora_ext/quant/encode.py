@@ -33,7 +33,7 @@ def quantize(
         name: of the tensor, for messages.
 
     Raises:
-        ValueError: an argument that is none of these.
+        ValueError: an argument that is none of these, or NaN or Inf in the weight.
     """
     if quant_type not in ("nf4", "fp4", "int8"):
         fail(name, "quant_type", quant_type, "'nf4', 'fp4' or 'int8'")
@@ -53,6 +53,7 @@ def quantize(
         fail(name, "block_size", size, f"one of {list(BLOCK_SIZES)}")
     codebook = four_bit(quant_type, plain.device)
     codes, absmax = _four_bit(plain.reshape(-1), codebook, size)
+    _check_finite(absmax, name)
     return QuantizedWeight(
         shape=shape,
         codes=codes,
@@ -63,6 +64,12 @@ def quantize(
         codebook=codebook,
         name=name,
     )
+
+
+def _check_finite(absmax: Tensor, name: str) -> None:
+    """By the blocks' maxima, which NaN and Inf reach; a block with one would be all NaN."""
+    if not torch.isfinite(absmax).all():
+        fail(name, "values", "NaN or Inf", "finite ones")
 
 
 def _int8(weight: Tensor, shape: tuple[int, int], name: str) -> QuantizedWeight:
@@ -76,6 +83,7 @@ def _int8(weight: Tensor, shape: tuple[int, int], name: str) -> QuantizedWeight:
         # A row of zeros is 0 / 0, of which bitsandbytes takes the integer part.
         rows = (rows * (127.0 / top.unsqueeze(1))).round_().masked_fill_((top == 0)[:, None], 0)
         codes[i : i + step] = rows.to(torch.int8)
+    _check_finite(absmax, name)
     return QuantizedWeight(
         shape=shape,
         codes=codes.view(-1),

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from lora_ext.arguments import describe
 from lora_ext.quant.bitsandbytes import DTYPES, INT8_FACTOR, STATE
 from lora_ext.quant.call import cast_by, compute_dtype, dequantized, in_dtype_of
 from lora_ext.quant.checks import FLOATS, fail
@@ -49,8 +50,10 @@ class Linear(nn.Linear):
     Attributes:
         quant_type: "nf4", "fp4" or "int8".
         compute_dtype: that of the product; that of x if None.
+        source_cls: transformers' Conv1D where the layer is in the place of one, as that calls it.
     """
 
+    source_cls: type[nn.Module] | None = None
     quant_type: str
     compute_dtype: torch.dtype | None
     _matrix: QuantizedWeight
@@ -68,11 +71,12 @@ class Linear(nn.Linear):
         block_size: int | None = None,
         nested: bool = False,
         compute_dtype: torch.dtype | None = None,
+        name: str = "weight",
     ) -> Self:
         """The layer with its weight quantized; shares the bias, and the mode.
 
         Args:
-            quant_type, block_size, nested: see `quantize`.
+            quant_type, block_size, nested, name: see `quantize`.
 
         Raises:
             TypeError: linear is not exactly an nn.Linear.
@@ -83,7 +87,7 @@ class Linear(nn.Linear):
                 f"lora_ext.quant.Linear.from_linear: linear: got {type(linear).__qualname__}, "
                 "expected exactly an nn.Linear"
             )
-        matrix = quantize(linear.weight, quant_type, block_size, nested)
+        matrix = quantize(linear.weight, quant_type, block_size, nested, name)
         matrix = replace(matrix, dtype=linear.weight.dtype)  # int8 does not tell
         self = cls.from_weight(matrix, quant_type, linear.bias, compute_dtype)
         return self.train(linear.training)
@@ -171,6 +175,12 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """x [..., in_features] → [..., out_features]."""
+        if not input.is_floating_point():
+            raise TypeError(
+                f"lora_ext.quant.Linear ({self._matrix.name}): input: got {describe(input)}, "
+                "expected floating point: code that casts x to the dtype of this layer's weight, "
+                "which is codes? leave the layer out (exclude_modules of quantize_)"
+            )
         dtype = compute_dtype(self.compute_dtype, input)
         bias = None if self.bias is None else self.bias.to(dtype)
         with dequantized(self.quantized_weight, dtype) as weight:
@@ -239,7 +249,7 @@ class Linear(nn.Linear):
                 codes = matrix.codes.to(self.weight.device, copy=True)
                 self.weight.data = codes.view(self.weight.shape)
             dtype = self._matrix.dtype if self.quant_type == "int8" else matrix.dtype
-            self._matrix = replace(matrix, dtype=dtype, name="weight")
+            self._matrix = replace(matrix, dtype=dtype, name=self._matrix.name)
             self._rebind(copy=not assign)
         hidden = {name: value for name, value in state_dict.items() if name not in own}
         if key in hidden:
@@ -255,7 +265,9 @@ class Linear(nn.Linear):
         if int8 != (self.quant_type == "int8") or (
             not int8 and f"{key}.{STATE}{self.quant_type}" not in state
         ):
-            fail(key, "quant_type", "another", f"{self.quant_type!r}, which the layer is")
+            four = next((one for one in QUANT_TYPES if f"{key}.{STATE}{one}" in state), None)
+            got = "'int8'" if int8 else repr(four)
+            fail(key, "quant_type", got, f"{self.quant_type!r}, which the layer is")
 
 
 OWN.add(Linear)

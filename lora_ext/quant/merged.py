@@ -40,7 +40,32 @@ def dense_layer(
     layer.out_features, layer.in_features = weight.shape
     layer.weight = nn.Parameter(_finite(weight.to(dtype)), requires_grad=False)
     layer.register_parameter("bias", bias)
+    source = getattr(base, "source_cls", None)
+    if source is not None and source.__name__ == "Conv1D":
+        layer.source_cls = source
     return layer.train(base.training)
+
+
+def as_it_was(layer: nn.Module) -> nn.Module:
+    """The Conv1D of transformers that a dense layer stands for (`source_cls`, also in
+    bitsandbytes' models), which its model saves and loads; any other layer itself."""
+    source: Any = vars(layer).get("source_cls")
+    if type(layer) is not nn.Linear or source is None:
+        return layer
+    made: Any = source.__new__(source)
+    nn.Module.__init__(made)
+    made.nf, made.nx = layer.out_features, layer.in_features
+    made.weight = nn.Parameter(layer.weight.detach().t().contiguous(), requires_grad=False)
+    made.bias = layer.bias
+    return made.train(layer.training)  # type: ignore[no-any-return]
+
+
+def turned(conv1d: Any) -> nn.Linear:
+    """The nn.Linear that computes what a Conv1D of transformers does."""
+    layer = nn.Linear(conv1d.nx, conv1d.nf, bias=False, device="meta")
+    layer.weight = nn.Parameter(conv1d.weight.detach().t().contiguous(), requires_grad=False)
+    layer.bias = conv1d.bias
+    return layer.train(conv1d.training)
 
 
 def requantized_layer(
@@ -70,7 +95,7 @@ def requantized_layer(
     made = replace(quantize(given, quant_type, **block), dtype=matrix.dtype)  # type: ignore[arg-type]
     own = Linear.from_weight(made, quant_type, bias)
     if isinstance(base, Linear):
-        own.compute_dtype = base.compute_dtype
+        own.compute_dtype, own.source_cls = base.compute_dtype, base.source_cls
         return own.train(base.training)
     layer: Any = _copied(base)
     layer._parameters["bias"] = bias

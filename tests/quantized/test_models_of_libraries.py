@@ -151,6 +151,45 @@ def test_training_saving_merging(folder: Path, kind: str, tmp_path: Path) -> Non
     merged = model.merge_and_unload()
     torch.testing.assert_close(logits(merged), y, rtol=0, atol=5 * atol)
     assert type(merged.model.layers[0].mlp.up_proj) is nn.Linear
+    if kind != "torchao int8":  # nothing says any more that it is quantized
+        merged.half().save_pretrained(tmp_path / "merged")
+        loaded = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
+        assert base_bytes(loaded) == base_bytes(merged)
+
+
+@pytest.mark.parametrize("kind", [*BITSANDBYTES, "fp4"])
+@pytest.mark.parametrize("part", ["all", "partly merged", "dense"])
+def test_a_model_of_quantize_is_loaded_as_bitsandbytes(
+    folder: Path, kind: str, part: str, tmp_path: Path
+) -> None:
+    model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    lora_ext.quant.quantize_(model, kind, exclude_modules=["k_proj"], nested=kind == "nf4")
+    if part != "all":
+        fields = FIELDS | {"target_modules": ["q_proj"], "init_lora_weights": False}
+        model = lora_ext.get_peft_model(model, lora_ext.LoraConfig(**fields)).merge_and_unload()
+    y = logits(model)
+    model.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    layer = loaded.model.layers[0].self_attn
+    assert type(layer.v_proj).__module__.startswith("bitsandbytes")
+    assert type(layer.k_proj) is nn.Linear
+    assert (type(layer.q_proj) is nn.Linear) is (part != "all")
+    if part == "dense":
+        assert len(lora_ext.quant.dequantize_(loaded)) == 10
+        assert loaded.float().dtype is torch.float32
+    # In training bitsandbytes multiplies with the values of the codes.
+    torch.testing.assert_close(logits(loaded.train()), y, rtol=0, atol=1e-5)
+
+
+def test_a_part_of_a_model_of_bitsandbytes_is_merged(folder: Path, tmp_path: Path) -> None:
+    fields = FIELDS | {"target_modules": ["q_proj"], "init_lora_weights": False}
+    model = lora_ext.get_peft_model(load(folder, "nf4"), lora_ext.LoraConfig(**fields)).train()
+    y = logits(model)
+    merged: Any = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path).train()
+    assert type(loaded.model.layers[0].self_attn.q_proj) is nn.Linear
+    torch.testing.assert_close(logits(loaded), y, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", BITSANDBYTES)
@@ -231,3 +270,26 @@ def test_fifty_steps_of_the_trainer(folder: Path, tmp_path: Path) -> None:
     theirs, ours = found
     assert len(theirs) == len(ours) == 50 and theirs[0] - theirs[-1] > 0.5
     assert max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True)) < 1e-3
+
+
+@pytest.mark.parametrize("kind", BITSANDBYTES)
+def test_gpt2_gets_its_own_layers_back(kind: str, tmp_path: Path) -> None:
+    """Of its Conv1D transformers makes layers with the transposed weight."""
+    config = transformers.GPT2Config(
+        n_embd=64, n_layer=1, n_head=4, n_positions=32, vocab_size=97, bos_token_id=1,
+        eos_token_id=2,
+    )  # fmt: skip
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    base: Any = transformers.GPT2LMHeadModel.from_pretrained(
+        tmp_path / "base", quantization_config=CONFIGS[kind](), dtype=torch.float32
+    )
+    fields: dict[str, Any] = {"target_modules": ["c_attn", "c_proj"], "init_lora_weights": False}
+    adapted = lora_ext.get_peft_model(base, lora_ext.LoraConfig(r=4, **fields)).eval()
+    y = logits(adapted)
+    merged: Any = adapted.merge_and_unload()
+    assert lora_ext.quant.dequantize_(merged) == ["transformer.h.0.mlp.c_fc"]
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(loaded), logits(merged))
+    # The layer without an adapter was bitsandbytes' own, which rounds x to 8 bits.
+    torch.testing.assert_close(logits(loaded), y, rtol=0, atol=0.02 if kind == "int8" else 1e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_folder import CONFIG_NAME, AdapterFolder, open_adapter
 from lora_ext.io.files import short
 from lora_ext.nn.adapter import check_adapter_name
+from lora_ext.nn.init import is_loftq
 from lora_ext.nn.sharded import is_sharded, like, to_rest
 from lora_ext.nn.transaction import Transaction
 
@@ -95,7 +97,7 @@ def load_adapter(
                 chosen = read_config(files) if config is None else LoraConfig.of(config, "config")
                 chosen.inference_mode = not is_trainable
                 replicate(model, chosen, own)
-                plan = plan_for(model, chosen, autocast_adapter_dtype)
+                plan = _plain_over_codes(plan_for(model, chosen, autocast_adapter_dtype))
             check_loadable(model, plan)
             file = FileTensors(files, possible_keys(model, plan), key_mapping)
             there = plan
@@ -126,6 +128,22 @@ def load_adapter(
 
     with own, typed_content(path):
         in_time(FILE_SECONDS, names, load)
+
+
+def _plain_over_codes(plan: Plan) -> Plan:
+    """The plan without LoftQ's initialisation of layers over a quantized base: that is what LoftQ
+    made of it, so that a file's adapter has nothing left to change there."""
+    if not is_loftq(plan.config.init_lora_weights):
+        return plan
+    from lora_ext.nn.quantized import QuantizedBase  # only now: few need it
+
+    layers = {
+        place: one._replace(settings=replace(one.settings, init_lora_weights=True))
+        if isinstance(one.layer, QuantizedBase)
+        else one
+        for place, one in plan.layers.items()
+    }
+    return plan._replace(layers=layers)
 
 
 def plan_of(model: AdaptedModel, adapter_name: str) -> Plan:
