@@ -15,7 +15,7 @@ from lora_ext.bench.problem import make_problem
 from lora_ext.bench.quantized import QUANTIZED_RIVALS
 from lora_ext.quant import quantize
 
-ARGUMENTS = ["--shapes", "96x64", "--ranks", "4", "--budget", "0.05", "--threads", "1"]
+ARGUMENTS = ["--shapes", "64x96", "--ranks", "4", "--budget", "0.05", "--threads", "1"]
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "int8"])
