@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import re
 import sys
@@ -10,9 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import regex
 from torch import nn
 
 from lora_ext import LoraConfig, get_lora_model
+from lora_ext.adapters import patterns
 from lora_ext.adapters.patterns import (
     FILE_SECONDS,
     SlowPatternError,
@@ -131,3 +134,20 @@ def test_a_profiler_does_not_make_patterns_slow() -> None:
 
 def test_no_patterns_take_no_time() -> None:
     assert in_time(1e-9, 0, lambda: list(matching("alpha_pattern", [], "a"))) == []
+
+
+def test_collections_are_not_charged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are of all the memory of a program, and come when they like: here while it compiles."""
+    memory = [[] for _ in range(1_000_000)]  # type: ignore[var-annotated]
+    start = time.thread_time()
+    gc.collect()
+    monkeypatch.setattr(patterns, "CODE_SECONDS", (time.thread_time() - start) / 2)
+    compile_expression = regex.compile
+
+    def compile_and_collect(text: str) -> Any:
+        gc.collect()
+        return compile_expression(text)
+
+    monkeypatch.setattr(regex, "compile", compile_and_collect)
+    assert patterns.Expression("rank_pattern", "a|b").match("a")
+    assert len(memory) == 1_000_000

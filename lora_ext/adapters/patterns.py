@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar, copy_context
 from functools import cached_property, lru_cache
 from typing import Any, NoReturn, TypeVar
@@ -64,8 +65,9 @@ class _Limit:
         self.tables: dict[tuple[str, int], tuple[object, NameTable]] = {}
         self._thread, self._since = threading.get_ident(), 0.0
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Limit:
         gc.callbacks.append(self._note_collection)
+        return self
 
     def __exit__(self, *_: object) -> None:
         gc.callbacks.remove(self._note_collection)
@@ -125,12 +127,13 @@ class Expression:
         import regex  # as late as possible: most configs have names only
 
         self._field, self._what = field, _quoted(pattern)
-        start = time.thread_time()
         text = _AROUND.get(field, "%s") % pattern
-        if _FLAGS.search(text, 1):  # `regex` takes them anywhere, `re` and so PEFT do not
-            raise ValueError("global flags not at the start of the expression")
-        self._compiled = regex.compile(text)
-        _present_limit().spend(start, field, self._what)
+        with _present_limit() as limit:
+            start = time.thread_time()
+            if _FLAGS.search(text, 1):  # `regex` takes them anywhere, `re` and so PEFT do not
+                raise ValueError("global flags not at the start of the expression")
+            self._compiled = regex.compile(text)
+            limit.spend(start, field, self._what)
 
     def match(self, name: str) -> Any:
         """The match from the start of the name, or None."""
@@ -141,17 +144,20 @@ class Expression:
         return self._run(self._compiled.fullmatch, name)
 
     def _run(self, method: Any, name: str) -> Any:
-        limit, start = _present_limit(), time.thread_time()
-        try:
-            return method(name, timeout=limit.left, concurrent=False)
-        except TimeoutError:
-            _refuse(self._field, self._what)
-        finally:
-            limit.spend(start, self._field, self._what)
+        with _present_limit() as limit:
+            start = time.thread_time()
+            try:
+                return method(name, timeout=limit.left, concurrent=False)
+            except TimeoutError:
+                _refuse(self._field, self._what)
+            finally:
+                limit.spend(start, self._field, self._what)
 
 
-def _present_limit() -> _Limit:
-    return _limit.get() or _Limit(CODE_SECONDS)
+def _present_limit() -> AbstractContextManager[_Limit]:
+    """That of the call within which this is, or one of its own."""
+    limit = _limit.get()
+    return _Limit(CODE_SECONDS) if limit is None else nullcontext(limit)
 
 
 @lru_cache(maxsize=4096)
@@ -216,26 +222,27 @@ class NameTable:
         plain: dict[str, list[int]] = {}
         wild: dict[int, list[str]] = {}
         expressions = []
-        limit, start, characters = _present_limit(), time.thread_time(), 0
-        for place, pattern in enumerate(self._patterns):
-            characters += len(pattern)
-            if characters >= 1 << 14:
-                now = time.thread_time()
-                limit.spend(start, self._field, self._what)
-                start, characters = now, 0
-            if pattern in self._alnum:
-                continue
-            found = _PLAIN.fullmatch(pattern)
-            if found is None:
-                expressions.append(place)
-                continue
-            text = found[2]
-            if "\\" in text or "." in text:
-                escaped = text.replace("\\-", "-").replace("\\.", _DOT)
-                text = escaped.replace(".", _ANY).replace(_DOT, ".")
-            if _ANY in text:
-                wild.setdefault(len(text), []).append(text)
-            plain.setdefault(text, []).append(place)
+        with _present_limit() as limit:
+            start, characters = time.thread_time(), 0
+            for place, pattern in enumerate(self._patterns):
+                characters += len(pattern)
+                if characters >= 1 << 14:
+                    now = time.thread_time()
+                    limit.spend(start, self._field, self._what)
+                    start, characters = now, 0
+                if pattern in self._alnum:
+                    continue
+                found = _PLAIN.fullmatch(pattern)
+                if found is None:
+                    expressions.append(place)
+                    continue
+                text = found[2]
+                if "\\" in text or "." in text:
+                    escaped = text.replace("\\-", "-").replace("\\.", _DOT)
+                    text = escaped.replace(".", _ANY).replace(_DOT, ".")
+                if _ANY in text:
+                    wild.setdefault(len(text), []).append(text)
+                plain.setdefault(text, []).append(place)
         return plain, wild, expressions
 
     def _shapes(self, length: int) -> Collection[tuple[int, ...]]:
@@ -264,30 +271,31 @@ class NameTable:
 
     def _look_up(self, name: str) -> Iterator[int]:
         """The places of the plain patterns that match."""
-        limit, start_time = _present_limit(), time.thread_time()
-        plain, wild, _ = self._sorted
-        starts = [0, *(at + 1 for at, character in enumerate(name) if character == ".")]
-        ends = [len(name)]
-        if self._field == "modules_to_save":  # or what is inside
-            ends += [at for at, character in enumerate(name) if character == "."]
-        for start, end in itertools.product(starts, ends):
-            if start > end:
-                continue
-            part = name[start:end]
-            if part in self._alnum:
-                yield self._alnum[part]
-            for count, text in enumerate(_masked(part, self._shapes(len(part)))):
-                for place in plain.get(text, ()):
-                    pattern = self._patterns[place]
-                    whole = end == len(name) or pattern[-1:] != "$"
-                    if whole and (start == 0 or pattern[:1] != "^"):
-                        yield place
-                if count % 256 == 255:
-                    now = time.thread_time()
-                    limit.spend(start_time, self._field, self._what)
-                    start_time = now
-        if wild:  # else it is a few look-ups, as many as the model's own name has dots
-            limit.spend(start_time, self._field, self._what)
+        with _present_limit() as limit:
+            start_time = time.thread_time()
+            plain, wild, _ = self._sorted
+            starts = [0, *(at + 1 for at, character in enumerate(name) if character == ".")]
+            ends = [len(name)]
+            if self._field == "modules_to_save":  # or what is inside
+                ends += [at for at, character in enumerate(name) if character == "."]
+            for start, end in itertools.product(starts, ends):
+                if start > end:
+                    continue
+                part = name[start:end]
+                if part in self._alnum:
+                    yield self._alnum[part]
+                for count, text in enumerate(_masked(part, self._shapes(len(part)))):
+                    for place in plain.get(text, ()):
+                        pattern = self._patterns[place]
+                        whole = end == len(name) or pattern[-1:] != "$"
+                        if whole and (start == 0 or pattern[:1] != "^"):
+                            yield place
+                    if count % 256 == 255:
+                        now = time.thread_time()
+                        limit.spend(start_time, self._field, self._what)
+                        start_time = now
+            if wild:  # else it is a few look-ups, as many as the model's own name has dots
+                limit.spend(start_time, self._field, self._what)
 
 
 def _masked(part: str, shapes: Iterable[tuple[int, ...]]) -> Iterator[str]:
