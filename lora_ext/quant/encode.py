@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_ext.quant.bitsandbytes import BLOCK_SIZES, INT8_FACTOR
+from lora_ext.quant.bitsandbytes import BLOCK_SIZES, read_int8
 from lora_ext.quant.checks import FLOATS, check_shape, fail, need_tensor
 from lora_ext.quant.codebooks import dynamic, four_bit
 from lora_ext.quant.weight import PANEL, NestedScales, QuantizedWeight
@@ -84,16 +84,7 @@ def _int8(weight: Tensor, shape: tuple[int, int], name: str) -> QuantizedWeight:
         rows = (rows * (127.0 / top.unsqueeze(1))).round_().masked_fill_((top == 0)[:, None], 0)
         codes[i : i + step] = rows.to(torch.int8)
     _check_finite(absmax, name)
-    return QuantizedWeight(
-        shape=shape,
-        codes=codes.view(-1),
-        packing="int8",
-        scales=absmax,
-        block_size=K,
-        dtype=torch.float32,
-        factor=INT8_FACTOR,
-        name=name,
-    )
+    return read_int8(codes, absmax, name)
 
 
 def _four_bit(flat: Tensor, codebook: Tensor, size: int) -> tuple[Tensor, Tensor]:
