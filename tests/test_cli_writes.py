@@ -390,3 +390,10 @@ def test_only_what_needs_transformers_asks_for_it(
     assert run("inspect", plain).code == run("verify", plain).code == 0
     assert run("convert", plain, tmp_path / "converted").code == run("info").code == 0
     assert run("diff", plain, tmp_path / "converted").code == 0
+
+
+def test_formats_of_the_command_are_those_of_the_library() -> None:
+    from lora_ext.cli.convert import FORMATS
+    from lora_ext.io import convert
+
+    assert tuple(convert.FORMATS) == FORMATS

@@ -10,12 +10,14 @@ import click
 
 from lora_ext.cli.answers import Answer, counted, size, telling
 from lora_ext.cli.errors import WrongUse
-from lora_ext.cli.formats import FORMATS, LoadedAdapter, recognised
 from lora_ext.cli.verify import PAIRS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lora_ext.io.convert import LoadedAdapter
+
+FORMATS = ("peft",)  # those of lora_ext.io.convert, whose import takes torch
 _DTYPES = ("float32", "bfloat16", "float16")
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
@@ -35,8 +37,8 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
     is_flag=True,
     help="Leave out the embeddings of the base that PEFT saves beside an adapter.",
 )
-@click.option("--from", "source", type=click.Choice(list(FORMATS)), help="Default: recognised.")
-@click.option("--to", "target", type=click.Choice(list(FORMATS)), default="peft", show_default=True)
+@click.option("--from", "source", type=click.Choice(FORMATS), help="Default: recognised.")
+@click.option("--to", "target", type=click.Choice(FORMATS), default="peft", show_default=True)
 @click.option("--overwrite", is_flag=True, help="Replace the adapter that is in OUT.")
 @telling
 def convert(
@@ -62,7 +64,8 @@ def convert(
 
     JSON: adapter, out, from, to, changes (a list of texts), tensors and bytes (counts).
     """
-    from lora_ext.cli.adapters import adapters_in
+    from lora_ext.cli.adapters import adapters_in, check_memory
+    from lora_ext.io.convert import FORMATS, LoadedAdapter, recognised
 
     name = source or recognised(adapter)
     if name is None:
@@ -71,6 +74,8 @@ def convert(
         raise WrongUse(f"{adapter}: is no adapter in a known format ({known}){inner}")
     if recognised(out) is not None and not overwrite:
         raise WrongUse(f"{out}: has an adapter already; --overwrite replaces it")
+    # The tensors, those in the new dtype, and the bytes of the file.
+    check_memory(3 * FORMATS[name].bytes_of(adapter), f"converting {adapter}")
     loaded, changes = FORMATS[name].read(adapter), list[str]()
     if no_embeddings:
         loaded = _without_embeddings(loaded, changes)
@@ -112,6 +117,7 @@ def _without_embeddings(loaded: LoadedAdapter, changes: list[str]) -> LoadedAdap
     """Without the weights of embeddings that the config does not ask to save."""
     from lora_ext.adapters.checkpoint.base_tensors import EMBEDDINGS
     from lora_ext.cli.by_name import split_key
+    from lora_ext.io.convert import LoadedAdapter
 
     asked = loaded.config.get("modules_to_save") or ()
     dropped = [
@@ -137,6 +143,7 @@ def _plain(loaded: LoadedAdapter, initial: Path, changes: list[str]) -> LoadedAd
     from lora_ext.adapters.checkpoint.keys import PREFIX
     from lora_ext.cli.by_name import adapted_modules, model_of
     from lora_ext.io import save_adapter
+    from lora_ext.io.convert import FORMATS
     from lora_ext.nn.init import mutates_weight
 
     kind = loaded.config.get("init_lora_weights")

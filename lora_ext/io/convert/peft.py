@@ -1,0 +1,38 @@
+"""PEFT's adapters: adapter_config.json and adapter_model.safetensors in a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lora_ext.io.adapter_folder import open_adapter, save_adapter
+from lora_ext.io.convert.formats import Format, LoadedAdapter
+
+HEADER = 8 << 20  # bytes, tens of thousands of tensors; there is no model to compare with
+# Of an adapter of PEFT's, also those that are not read.
+_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+
+
+def _read(folder: Path) -> LoadedAdapter:
+    with open_adapter(folder) as files:
+        return LoadedAdapter(files.config, files.tensors(files.header(max_header_bytes=HEADER)))
+
+
+def _bytes_of(folder: Path) -> int:
+    with open_adapter(folder) as files:
+        file = files.open_tensors(max_header_bytes=HEADER)
+        return sum(map(file.bytes_of, file.specs))
+
+
+def _write(folder: Path, adapter: LoadedAdapter) -> None:
+    save_adapter(folder, adapter.config, adapter.tensors)
+
+
+PEFT = Format(
+    about="adapter_config.json and adapter_model.safetensors",
+    # Also one of the two, or with pickled weights: reading says what is wrong then, and nothing of
+    # it is replaced unasked.
+    recognises=lambda path: any((path / name).exists() for name in _FILES),
+    bytes_of=_bytes_of,
+    read=_read,
+    write=_write,
+)
