@@ -69,7 +69,9 @@ std::pair<std::string, std::string> bound_explain_lora_linear_cpu(
     int64_t tokens, int64_t out_features, const Tensor& lora_A, at::ScalarType dtype,
     double dropout_p, bool quantized) {
   std::optional<BasePath> base;
-  if (quantized) base = quantized_base_path(tokens, dtype, /*forward=*/true);
+  if (quantized) {
+    base = quantized_base_path(tokens, out_features, lora_A.size(1), dtype, /*forward=*/true);
+  }
   return explain_lora_linear_cpu(tokens, out_features, lora_A, dtype, dropout_p, base);
 }
 

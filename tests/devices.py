@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import lora_ext
+
+_FACTS = Path("/proc/cpuinfo")
+_CPU = frozenset(_FACTS.read_text().split() if _FACTS.exists() else ())
+
+
+def multiplies_fp16() -> bool:
+    """Whether this CPU has instructions for it, which ATen's BLAS then uses."""
+    return "avx512_fp16" in _CPU and _may_use_all()
+
+
+def dots_slowly() -> bool:
+    """Whether this CPU's instructions for bf16 are slower than those for float32: Intel's
+    AVX512_BF16, where there is no AMX."""
+    return "GenuineIntel" in _CPU and "amx_bf16" not in _CPU and _may_use_all()
+
+
+def _may_use_all() -> bool:
+    return lora_ext.build_info()["cpu_capability"] == "avx512_bf16"
 
 
 def _why_no_cuda() -> str | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from platform import machine
 from typing import Any
 
 import pytest
 import torch
+from devices import dots_slowly, multiplies_fp16
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -187,13 +187,6 @@ FUSED = f"cpu fused {'avx512' if CAPABILITY == 'avx512_bf16' else CAPABILITY}"
 LINEAR = "torch.nn.functional.linear"
 
 
-def multiplies_fp16() -> bool:
-    """Whether this CPU has instructions for it, which ATen's BLAS then uses."""
-    cpuinfo = Path("/proc/cpuinfo")
-    has = cpuinfo.exists() and "avx512_fp16" in cpuinfo.read_text().split()
-    return has and CAPABILITY == "avx512_bf16"
-
-
 # (dtype, adapters stay fp32, dropout, tokens, in = out, r) → (path, part of the reason)
 PATHS = {
     "fp32": (torch.float32, True, 0.0, 2048, 32, 4, FUSED, "one pass over x"),
@@ -249,6 +242,10 @@ def test_explain_bf16_depends_on_the_cpu() -> None:
     one_row = explained(layer, tokens=1)
     assert one_row[0] == ("cpu blas" if CAPABILITY.startswith("avx512") else FUSED)
     assert "base product is float32's" not in one_row[1]
+    wide = Linear(128, 96, 4, dtype=torch.bfloat16, autocast_adapter_dtype=False)
+    for tokens, enough in ((63, False), (64, True)):
+        widens = machine() in ("x86_64", "AMD64") and (not dot or (enough and dots_slowly()))
+        assert ("base product is float32's" in explained(wide, tokens)[1]) == widens
 
 
 def test_explain_follows_the_training_mode() -> None:

@@ -7,6 +7,10 @@
 #include <cstdlib>
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace lora_ext {
 namespace {
 
@@ -25,6 +29,14 @@ CpuCapability supported() {
 #endif
   return CpuCapability::Default;
 }
+
+#if defined(__x86_64__)
+// The name "amx-bf16" of __builtin_cpu_supports is not known to all compilers that do for the rest.
+bool has_amx_bf16() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+}
+#endif
 
 CpuCapability choose() {
   const char* limit = std::getenv("LORA_EXT_CPU_CAPABILITY");
@@ -55,6 +67,15 @@ bool cpu_multiplies(at::ScalarType dtype) {
   if (cpu_capability() < CpuCapability::Avx512Bf16) return false;
 #if defined(__x86_64__)
   if (dtype == at::kHalf) return __builtin_cpu_supports("avx512fp16");
+#endif
+  return true;
+}
+
+bool cpu_multiplies_faster(at::ScalarType dtype) {
+  if (!at::isReducedFloatingType(dtype) || !cpu_multiplies(dtype)) return false;
+#if defined(__x86_64__)
+  static const bool only_dot = __builtin_cpu_is("intel") && !has_amx_bf16();
+  if (dtype == at::kBFloat16) return !only_dot;
 #endif
   return true;
 }

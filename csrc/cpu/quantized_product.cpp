@@ -70,7 +70,10 @@ Tensor part_of(const Tensor& room, int64_t rows, int64_t columns) {
   return room.narrow(0, 0, rows * columns).view({rows, columns});
 }
 
-bool widens_quantized(at::ScalarType dtype) { return !cpu_multiplies(dtype); }
+// Where the dense matrix is widened, and for all rows where ATen has nothing good instead.
+bool widens_quantized(int64_t M, int64_t N, int64_t K, at::ScalarType dtype) {
+  return !cpu_multiplies(dtype) || widens_product(M, N, K, dtype);
+}
 
 }  // namespace
 
@@ -92,7 +95,7 @@ void QuantizedProduct::few_rows(const Tensor& y, const Tensor& x, bool add) cons
 void QuantizedProduct::forward(const Tensor& y, const Tensor& x, bool add) const {
   if (x.size(0) <= kFewRows) return few_rows(y, x, add);
   // Columns of y are rows of W.
-  if (widens_quantized(dtype_)) {
+  if (widens_quantized(x.size(0), matrix_.N, matrix_.K, dtype_)) {
     return product_of_widened_blocks(
         y, x, /*transposed=*/true, add, [&](int64_t k, int64_t n, const Tensor& block) {
           kernels_.dequantize_wide(matrix_, {n, block.size(1), k, block.size(0)}, block.data_ptr(),
@@ -108,7 +111,7 @@ void QuantizedProduct::forward(const Tensor& y, const Tensor& x, bool add) const
 }
 
 void QuantizedProduct::add_gradient(const Tensor& dx, const Tensor& dy) const {
-  if (widens_quantized(dtype_)) {
+  if (widens_quantized(dy.size(0), matrix_.K, matrix_.N, dtype_)) {
     return product_of_widened_blocks(
         dx, dy, /*transposed=*/false, /*add=*/true, [&](int64_t n, int64_t k, const Tensor& block) {
           kernels_.dequantize_wide(matrix_, {n, block.size(0), k, block.size(1)}, block.data_ptr(),
@@ -130,16 +133,17 @@ Tensor QuantizedProduct::gradient(const Tensor& dy) const {
 }
 
 std::optional<BasePath> QuantizedProduct::path(int64_t M, bool forward) const {
-  return quantized_base_path(M, dtype_, forward);
+  return quantized_base_path(M, matrix_.N, matrix_.K, dtype_, forward);
 }
 
-BasePath quantized_base_path(int64_t M, at::ScalarType dtype, bool forward) {
+BasePath quantized_base_path(int64_t M, int64_t N, int64_t K, at::ScalarType dtype, bool forward) {
   if (forward && M <= kFewRows) {
     return {", quantized base by its codes",
             "; the codes of the base are read once, for all of these few rows"};
   }
   std::string reason = "; parts of the quantized base are dequantized in cache, for BLAS";
-  if (widens_quantized(dtype)) reason += "'s float32 product";
+  if (forward ? widens_quantized(M, N, K, dtype) : widens_quantized(M, K, N, dtype))
+    reason += "'s float32 product";
   return {", quantized base by parts", reason};
 }
 

@@ -29,6 +29,6 @@ class QuantizedProduct final : public BaseProduct {
   const QuantizedKernels& kernels_;
 };
 
-BasePath quantized_base_path(int64_t M, at::ScalarType dtype, bool forward);
+BasePath quantized_base_path(int64_t M, int64_t N, int64_t K, at::ScalarType dtype, bool forward);
 
 }  // namespace lora_ext

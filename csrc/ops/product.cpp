@@ -38,9 +38,12 @@ bool widens(const Tensor& a, const Tensor& b) {
 void product_of_widened_blocks(const Tensor& out, const Tensor& a, bool transposed, bool add,
                                const FillBlock& fill) {
   const int64_t M = out.size(0), N = out.size(1), K = a.size(1);
-  // The blocks of a thread lie in its L2 cache; few rows leave several threads something to do.
-  constexpr int64_t kRows = 256, kDepth = 512;
-  const int64_t width = M < 128 ? 128 : 256, columns_of_blocks = at::divup(N, width);
+  // The blocks of a thread lie in its L2 cache; a small result leaves several threads something to
+  // do, too.
+  constexpr int64_t kRows = 256, kDepth = 512, kUnit = 16;
+  const int64_t most = M < 128 || (M <= kRows && N <= 512) ? 128 : 256;
+  const int64_t columns_of_blocks = at::divup(N, most);
+  const int64_t width = at::divup(at::divup(N, columns_of_blocks), kUnit) * kUnit;
   const int64_t height = at_most(M, kRows), span = at_most(K, kDepth), breadth = at_most(N, width);
   at::parallel_for(0, at::divup(M, kRows) * columns_of_blocks, 1, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;  // threads have states of their own
@@ -67,11 +70,12 @@ void product_of_widened_blocks(const Tensor& out, const Tensor& a, bool transpos
 
 bool widens_product(int64_t M, int64_t N, int64_t K, at::ScalarType dtype) {
 #if defined(__x86_64__)  // not measured elsewhere
-  if (cpu_multiplies(dtype) || K == 0) return false;
+  if (!at::isReducedFloatingType(dtype) || cpu_multiplies_faster(dtype) || K == 0) return false;
   // Fewer rows or columns do not pay for widening the other operand: oneDNN has kernels of bf16 for
   // AVX-512; what ATen has otherwise is scalar code, but for a vector.
   const bool has_kernels = dtype == at::kBFloat16 && cpu_capability() >= CpuCapability::Avx512;
-  return std::min(M, N) >= (has_kernels ? 8 : 2);
+  const int64_t least = cpu_multiplies(dtype) ? 64 : has_kernels ? 8 : 2;
+  return std::min(M, N) >= least;
 #else
   return false;
 #endif
