@@ -15,6 +15,7 @@
 #include "cuda/lora_linear_path.h"
 #include "ops/dropout.h"
 #include "ops/lora_linear_blas.h"
+#include "ops/lora_linear_grouped.h"
 #include "ops/lora_linear_multi.h"
 #include "ops/lora_linear_quantized.h"
 #include "ops/operator.h"
@@ -129,6 +130,31 @@ TensorVector bound_lora_linear_multi(const Tensor& x, const TensorVector& weight
       {x, weights, bias, A, B, lora_bias, numbers, scaling_tensor, dropout_p, rng_state});
 }
 
+Tensor bound_lora_linear_grouped(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                 const TensorVector& lora_As, const TensorVector& lora_Bs,
+                                 const TensorVector& lora_biases, const Tensor& order,
+                                 const std::vector<int64_t>& counts, const OptionalTensor& factor,
+                                 const std::vector<double>& scalings,
+                                 const std::vector<double>& dropout_p,
+                                 const OptionalTensor& rng_state,
+                                 const std::vector<int64_t>& rounds) {
+  return lora_linear_grouped({x,
+                              weight,
+                              bias,
+                              lora_As,
+                              lora_Bs,
+                              lora_biases,
+                              order,
+                              counts,
+                              factor,
+                              scalings,
+                              dropout_p,
+                              rng_state,
+                              rounds,
+                              {},
+                              {}});
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = LORA_EXT_VERSION;
@@ -170,6 +196,12 @@ PYBIND11_MODULE(_C, m) {
         py::arg("x"), py::arg("weights"), py::arg("biases"), py::arg("lora_As"), py::arg("lora_Bs"),
         py::arg("lora_biases"), py::arg("scalings"), py::arg("dropout_p"), py::arg("rng_states"),
         "lora_linear_multi as a C++ autograd Function; see lora_ext.lora_linear_multi.");
+  m.def("lora_linear_grouped",
+        torch::wrap_pybind_function_no_gil(&lora_ext::bound_lora_linear_grouped), py::arg("x"),
+        py::arg("weight"), py::arg("bias"), py::arg("lora_As"), py::arg("lora_Bs"),
+        py::arg("lora_biases"), py::arg("order"), py::arg("counts"), py::arg("factor"),
+        py::arg("scalings"), py::arg("dropout_p"), py::arg("rng_state"), py::arg("rounds"),
+        "lora_linear_grouped as a C++ autograd Function; see lora_ext.functional.");
   m.def("composed_fwd",
         torch::wrap_pybind_function_no_gil(*lora_ext::flat<&lora_ext::lora_linear_fwd_composed>),
         "lora_linear_fwd as the GPU composes it of products; on any device, for tests.");

@@ -41,6 +41,21 @@ def lora_linear_multi(
     dropout_p: Sequence[float],
     rng_states: Sequence[Tensor | None] | None,
 ) -> list[Tensor]: ...
+def lora_linear_grouped(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    lora_biases: Sequence[Tensor],
+    order: Tensor,
+    counts: Sequence[int],
+    factor: Tensor | None,
+    scalings: Sequence[float],
+    dropout_p: Sequence[float],
+    rng_state: Tensor | None,
+    rounds: Sequence[int],
+) -> Tensor: ...
 
 # lora_linear_fwd and lora_linear_bwd out of ATen's products, for tests
 def composed_fwd(*arguments: Any) -> tuple[Tensor, Tensor]: ...

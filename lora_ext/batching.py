@@ -267,7 +267,7 @@ class BatchPlan:
                 f"what is trained here, and copies are not mixed; leave {listed(self.names)} "
                 "without modules_to_save and trainable_token_indices"
             )
-        present = tuple(name for name in self.names if name in names)
+        present = tuple([name for name in self.names if name in names])
         key = (tuple(leading), device, present, whole)
         made = self._made.get(key)
         if made is None:

@@ -234,7 +234,6 @@ def lora_linear_grouped(
         ValueError: x does not have the rows that the plan is for.
         Others as `lora_linear`.
     """
-    check_kinds(where, x=x)
     try:
         plan.note(adapters)
         rows = plan.assign(x.shape[:-1], x.device, adapters, where)
@@ -246,34 +245,33 @@ def lora_linear_grouped(
             return lora_linear(
                 x, weight, bias, A, B, lora_bias, scaling=scaling, dropout_p=p, rng_state=rng_state
             )
-        if rng_state is None and any(one.dropout_p > 0.0 for one in used):
+        As, Bs, biases, scalings, drops = zip(*used, strict=True)
+        if rng_state is None and any(drops):
             rng_state = draw_rng_state(x)
-        biases: list[Tensor] = []
-        if any(one.lora_bias is not None for one in used):
+        if set(biases) == {None}:
+            biases = ()
+        else:
             none = weight.new_empty(0)
-            biases = [none if one.lora_bias is None else one.lora_bias for one in used]
-        return torch.ops.lora_ext.lora_linear_grouped(  # type: ignore[no-any-return]
-            x,
-            weight,
-            bias,
-            [one.lora_A for one in used],
-            [one.lora_B for one in used],
-            biases,
-            rows.order,
-            rows.counts,
-            rows.factor,
-            [one.scaling for one in used],
-            [one.dropout_p for one in used],
-            rng_state,
-            rows.rounds,
-        )
-    except (TypeError, RuntimeError, AttributeError):
-        _check_grouped(where, weight, bias, adapters, plan, rng_state)
+            biases = tuple(none if one is None else one for one in biases)
+        compiling = torch.compiler.is_compiling()
+        run = torch.ops.lora_ext.lora_linear_grouped if compiling else _C.lora_linear_grouped
+        return run(
+            x, weight, bias, As, Bs, biases, rows.order, rows.counts, rows.factor, scalings, drops,
+            rng_state, rows.rounds,
+        )  # fmt: skip
+    except (TypeError, ValueError, RuntimeError, AttributeError):
+        _check_grouped(where, x, weight, bias, adapters, plan, rng_state)
         raise
 
 
 def _check_grouped(
-    where: str, weight: object, bias: object, adapters: object, plan: object, rng_state: object
+    where: str,
+    x: object,
+    weight: object,
+    bias: object,
+    adapters: object,
+    plan: object,
+    rng_state: object,
 ) -> None:
     """A TypeError for the first of these arguments that is of another kind, after a call failed."""
     if not isinstance(plan, BatchPlan):
@@ -281,7 +279,7 @@ def _check_grouped(
     if not isinstance(adapters, Mapping):
         refuse(where, "adapters", adapters, "a dict of names to lora_ext.functional.LowRank")
     optional = {"bias": bias, "rng_state": rng_state}
-    check_kinds(where, weight=weight, **{n: v for n, v in optional.items() if v is not None})
+    check_kinds(where, x=x, weight=weight, **{n: v for n, v in optional.items() if v is not None})
     for name, adapter in adapters.items():
         if not isinstance(adapter, LowRank):
             refuse(where, f"adapters[{name!r}]", adapter, "a LowRank(lora_A, lora_B)")

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -82,16 +83,12 @@ struct GroupedWork {
     if (adapters.factor.has_value()) factors = adapters.factor->to(at::kDouble).contiguous();
     check_rows(adapters);
     const Tensor like = at::empty({0}, at::TensorOptions().dtype(base));
+    slots.reserve(adapters.slots());
     for (Slot& slot : slots_of(adapters)) {
-      CpuPath path = path_for(M, N, slot.lora_A, base, slot.dropout.enabled());
-      if (slot.rows <= kUnpackedRows && path.kernels == CpuPath::Kernels::Blas) {
-        path.kernels = CpuPath::Kernels::Vector;  // calls of BLAS cost more than such rows
-      }
       if (slot.lora_bias.defined()) slot.lora_bias = slot.lora_bias.to(compute);
-      const bool blas = path.kernels == CpuPath::Kernels::Blas;
-      const auto* kernels = blas ? nullptr : &kernels_of(path, like, slot.lora_A);
-      slots.push_back({std::move(slot), path.kernels, kernels, {}, {}});
-      tasks_of.push_back(blas ? 0 : cut(slots.size() - 1));
+      slots.push_back({std::move(slot), {}, {}, {}, {}});
+      choose_kernels(slots.back(), like);
+      tasks_of.push_back(slots.back().kernels ? cut(slots.size() - 1) : 0);
     }
     std::stable_sort(tasks.begin(), tasks.end(),
                      [](const Task& a, const Task& b) { return a.round < b.round; });
@@ -133,6 +130,23 @@ struct GroupedWork {
   }
 
  private:
+  void choose_kernels(CpuSlot& slot, const Tensor& like) const {
+    const CpuSlot* before = slots.size() > 1 ? &slot - 1 : nullptr;
+    const auto facts = [](const CpuSlot& one) {
+      return std::tuple(one.rank(), one.dtype(), one.dropout.enabled(), one.rows <= kUnpackedRows);
+    };
+    if (before && facts(*before) == facts(slot)) {  // mostly: then the same
+      slot.path = before->path, slot.kernels = before->kernels;
+      return;
+    }
+    CpuPath path = path_for(M, N, slot.lora_A, base, slot.dropout.enabled());
+    if (slot.rows <= kUnpackedRows && path.kernels == CpuPath::Kernels::Blas) {
+      path.kernels = CpuPath::Kernels::Vector;  // calls of BLAS cost more than such rows
+    }
+    const bool blas = path.kernels == CpuPath::Kernels::Blas;
+    slot.path = path.kernels;
+    slot.kernels = blas ? nullptr : &kernels_of(path, like, slot.lora_A);
+  }
   void check_rows(const GroupedAdapters& adapters) const {
     const std::vector<SlotRound> parts = rounds_of(adapters);
     std::vector<int32_t> last(M, -1);  // of them, that has a row

@@ -232,6 +232,7 @@ int64_t grouped_hidden_size(const GroupedAdapters& adapters) {
 
 std::vector<Slot> slots_of(const GroupedAdapters& adapters) {
   std::vector<Slot> slots;
+  slots.reserve(adapters.slots());
   int64_t begin = 0, h_begin = 0;
   for (size_t j = 0; j < adapters.slots(); ++j) {
     const int64_t rows = adapters.counts[j];
@@ -252,6 +253,7 @@ std::vector<Slot> slots_of(const GroupedAdapters& adapters) {
 
 std::vector<SlotRound> rounds_of(const GroupedAdapters& adapters) {
   std::vector<SlotRound> rounds;
+  rounds.reserve(adapters.slots());
   int64_t begin = 0;
   size_t at = 0;
   for (size_t j = 0; j < adapters.slots(); ++j) {

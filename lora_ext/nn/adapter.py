@@ -165,6 +165,11 @@ class AdapterSettings:
         """Whether lora_A or lora_B is block-diagonal (BD-LoRA)."""
         return self.blocks_of_lora_A > 1 or self.blocks_of_lora_B > 1
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether its update is lora_B lora_A as they lie: no blocks, and no variant of LoRA."""
+        return self.blocks_of_lora_A == 1 == self.blocks_of_lora_B and not variant_of(self)
+
     def of(self, weight: str) -> Self:
         """Those of one weight of the layer."""
         if weight not in self.weights:
@@ -197,7 +202,10 @@ class AdapterOptions(TypedDict, total=False):
 def variant_of(settings: object) -> str:
     """The flag of AdapterSettings, or of a LoraConfig, that asks for a variant of LoRA (see
     VARIANTS); "" without one."""
-    return next((flag for flag in VARIANTS if getattr(settings, flag)), "")
+    for flag in VARIANTS:  # no generator: plans ask for each adapter in each call
+        if getattr(settings, flag):
+            return flag
+    return ""
 
 
 def check_setting_names(where: str, names: Iterable[str]) -> None:

@@ -44,25 +44,28 @@ void dots_in(int64_t K, const S* a, const T* b, double* sums) {
   for (int i = 0; i < kRows; ++i) sums[i] = V::sum(V::add(even[i], odd[i]));
 }
 
-// sum + B[.., 0 to width) h, for `height` rows of B [.., r]; kWhole: of a vector's width both.
-template <bool kWhole, class S, class T>
-auto add_block(const T* B, int64_t r, int height, int width, const S* h, typename Vec<S>::Reg sum) {
+// B h, for `height` rows of B [.., r].
+template <class S, class T>
+typename Vec<S>::Reg block_times(const T* B, int64_t r, int height, const S* h) {
   using V = Vec<S>;
-  typename V::Reg block[V::kWidth];
+  typename V::Reg sums[V::kWidth];
 #pragma GCC unroll 16
-  for (int l = 0; l < V::kWidth; ++l) {
-    if constexpr (kWhole) {
-      block[l] = V::load(B + l * r);
-    } else {
-      block[l] = l < height ? load_lanes<S>(B + l * r, width) : V::zero();
+  for (int l = 0; l < V::kWidth; ++l) sums[l] = V::zero();
+  int64_t k = 0;
+  for (; height == V::kWidth && k + V::kWidth <= r; k += V::kWidth) {
+    const auto part = V::load(h + k);
+#pragma GCC unroll 16
+    for (int l = 0; l < V::kWidth; ++l) sums[l] = V::fma(V::load(B + l * r + k), part, sums[l]);
+  }
+  for (; k < r; k += V::kWidth) {
+    const int lanes = static_cast<int>(at_most(r - k, V::kWidth));
+    const auto part = V::load_partial(h + k, lanes);
+#pragma GCC unroll 16
+    for (int l = 0; l < V::kWidth; ++l) {
+      if (l < height) sums[l] = V::fma(V::load_partial(B + l * r + k, lanes), part, sums[l]);
     }
   }
-  transpose_block<S>(block);
-#pragma GCC unroll 16
-  for (int l = 0; l < V::kWidth; ++l) {
-    if (kWhole || l < width) sum = V::fma(block[l], V::set1(h[l]), sum);
-  }
-  return sum;
+  return sums_of_block<S>(sums);
 }
 
 // As lora_linear_forward_rows, but for lora_A and lora_B, which are not packed.
@@ -104,16 +107,9 @@ void lora_linear_single_rows(const LoraLinearForwardArgs& args, int64_t begin, i
       keep_dots(j, 1, dots);
     }
     T* const y = static_cast<T*>(args.y) + m * N;
-    for (int64_t n = 0; n < N; n += V::kWidth) {  // a vector of outputs: rows of B, transposed
+    for (int64_t n = 0; n < N; n += V::kWidth) {  // a vector of outputs
       const int height = static_cast<int>(at_most(N - n, V::kWidth));
-      auto sum = V::zero();
-      for (int64_t k = 0; k < r; k += V::kWidth) {
-        const int width = static_cast<int>(at_most(r - k, V::kWidth));
-        const TA* const part = B + n * r + k;
-        sum = height == V::kWidth && width == V::kWidth
-                  ? add_block<true, S>(part, r, height, width, h + k, sum)
-                  : add_block<false, S>(part, r, height, width, h + k, sum);
-      }
+      auto sum = block_times<S>(B + n * r, r, height, h);
       if (bias) sum = V::add(sum, load_lanes<S>(bias + n, height));
       if (args.add_y) sum = V::add(sum, load_lanes<S>(y + n, height));
       store_lanes<S>(y + n, sum, height);

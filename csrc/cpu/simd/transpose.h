@@ -56,6 +56,45 @@ inline void transpose_block<float>(__m512* a) {
 }
 #endif
 
+// In lane i the sum of block[i]'s lanes, which are added up in pairs. The block is overwritten.
+template <class S>
+inline typename Vec<S>::Reg sums_of_block(typename Vec<S>::Reg* block) {
+  transpose_block<S>(block);
+  for (int count = Vec<S>::kWidth / 2; count > 0; count /= 2) {
+    for (int i = 0; i < count; ++i) block[i] = Vec<S>::add(block[i], block[i + count]);
+  }
+  return block[0];
+}
+
+#if defined(__AVX512F__)
+// Half as many vectors each time: in each the sums of halves of two, of quarters of four, ...
+template <>
+inline __m512 sums_of_block<float>(__m512* a) {
+  const __m512i quarters =
+      _mm512_setr_epi32(4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27);
+  const __m512i lanes =
+      _mm512_setr_epi32(1, 16, 3, 18, 5, 20, 7, 22, 9, 24, 11, 26, 13, 28, 15, 30);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const __m512 x = a[i], y = a[i + 8];
+    a[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xFF00, x, y), _mm512_shuffle_f32x4(x, y, 0x4E));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512 x = a[i], y = a[i + 4];
+    a[i] =
+        _mm512_add_ps(_mm512_mask_blend_ps(0xF0F0, x, y), _mm512_permutex2var_ps(x, quarters, y));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m512 x = a[i], y = a[i + 2];
+    a[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xCCCC, x, y), _mm512_shuffle_ps(x, y, 0x4E));
+  }
+  return _mm512_add_ps(_mm512_mask_blend_ps(0xAAAA, a[0], a[1]),
+                       _mm512_permutex2var_ps(a[0], lanes, a[1]));
+}
+#endif
+
 // Rows [begin, end) of a matrix of `columns` columns become columns [begin, end): blocks of
 // load(row, column, height, width), transposed, go to store(row, column, lanes, register).
 template <class S, class Load, class Store>
