@@ -65,7 +65,7 @@ def convert(
     JSON: adapter, out, from, to, changes (a list of texts), tensors and bytes (counts).
     """
     from lora_ext.cli.adapters import adapters_in, check_memory
-    from lora_ext.io.convert import FORMATS, LoadedAdapter, recognised
+    from lora_ext.io.convert import FORMATS, LoadedAdapter, Options, recognised
 
     name = source or recognised(adapter)
     if name is None:
@@ -76,14 +76,15 @@ def convert(
         raise WrongUse(f"{out}: has an adapter already; --overwrite replaces it")
     # The tensors, those in the new dtype, and the bytes of the file.
     check_memory(3 * FORMATS[name].bytes_of(adapter), f"converting {adapter}")
-    loaded, changes = FORMATS[name].read(adapter), list[str]()
+    options = Options()
+    loaded, changes = FORMATS[name].read(adapter, options), list[str]()
     if no_embeddings:
         loaded = _without_embeddings(loaded, changes)
     if initial is not None:
         loaded = _plain(loaded, initial, changes)
     if dtype is not None:
         loaded = LoadedAdapter(loaded.config, _cast(loaded.tensors, dtype, changes))
-    FORMATS[target].write(out, loaded)
+    FORMATS[target].write(out, loaded, options)
     count = sum(tensor.nbytes for tensor in loaded.tensors.values())
     data = {
         "adapter": str(adapter), "out": str(out), "from": name, "to": target,
@@ -143,7 +144,7 @@ def _plain(loaded: LoadedAdapter, initial: Path, changes: list[str]) -> LoadedAd
     from lora_ext.adapters.checkpoint.keys import PREFIX
     from lora_ext.cli.by_name import adapted_modules, model_of
     from lora_ext.io import save_adapter
-    from lora_ext.io.convert import FORMATS
+    from lora_ext.io.convert import FORMATS, Options
     from lora_ext.nn.init import mutates_weight
 
     kind = loaded.config.get("init_lora_weights")
@@ -181,4 +182,4 @@ def _plain(loaded: LoadedAdapter, initial: Path, changes: list[str]) -> LoadedAd
             Path(place, "out"), path_initial_model_for_weight_conversion=str(initial)
         )
         changes.append(f"{kind} to plain LoRA of twice the rank")
-        return FORMATS["peft"].read(Path(place, "out"))
+        return FORMATS["peft"].read(Path(place, "out"), Options())
