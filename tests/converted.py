@@ -61,8 +61,9 @@ def loaded(model: torch.nn.Module, folder: Path) -> LoraModel:
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
     """Within the tolerance of the largest value."""
+    expected = expected.detach()
     scale = max(1.0, float(expected.abs().max()))
-    error = float((found.double() - expected).abs().max())
+    error = float((found.detach().double() - expected).abs().max())
     assert expected.dtype == torch.float64 and error <= TOLERANCE * scale, error / scale
 
 

@@ -69,7 +69,7 @@ def alpha_of(options: Options, metadata: Mapping[str, str], where: str) -> float
         return float(options.alpha)
     if "lora_alpha" in metadata:
         try:
-            alpha = float(metadata["lora_alpha"][:40])
+            alpha = float(metadata["lora_alpha"])
         except ValueError:
             alpha = math.nan
         if math.isfinite(alpha) and alpha > 0:

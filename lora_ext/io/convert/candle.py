@@ -157,7 +157,8 @@ def _by_shape(
             found.refuse(
                 place.key("a"),
                 f"does not say which field of {short(above)} it is{could}: give ids={{'{said}': "
-                f"'q_proj'}}, say (--id), for each of the ids {ids}; candle-lora numbers fields anew in each run",
+                f"'q_proj'}}, say (--id), for each of the ids {ids}; candle-lora "
+                "numbers fields anew in each run",
             )
         names[place] = fitting[0]
     return names
