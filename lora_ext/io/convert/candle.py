@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.convert.alphas import alpha_of
+from lora_ext.io.convert.convolutions import full, grouped
 from lora_ext.io.convert.formats import Format, LoadedAdapter, Options
 from lora_ext.io.convert.pairs import (
     Pair,
@@ -31,10 +32,8 @@ from lora_ext.io.convert.tensor_file import Contents, contents, recogniser, size
 from lora_ext.io.files import short
 
 KEY = re.compile(r"(?:(?P<prefix>.+)\.)?(?P<what>[ab])(?P<id>0|[1-9][0-9]{0,8})\.weight")
-# Names of conversions: of the module that they are below,
-_OF_MODULE = frozenset(
-    {"lora_linear", "lora_embed", "lora_conv2d", "traced_lora_linear", "traced_lora_embed"}
-)
+# Names of conversions: of the module that they are below, as lora_linear and traced_lora_embed,
+_CONVERSION = re.compile(r"(traced_)?lora_\w+")
 # of one of its fields,
 _OF_FIELD = {
     f"lora_{field}": field
@@ -55,8 +54,7 @@ class _Place:
     def path(self) -> tuple[str, str]:
         """The prefix without the name of the conversion, and that name."""
         above, _, last = self.prefix.rpartition(".")
-        known = last in _OF_MODULE or last in _OF_FIELD or last in _OF_ALL
-        return (above, last) if known else (self.prefix, "")
+        return (above, last) if _CONVERSION.fullmatch(last) else (self.prefix, "")
 
     def field_by(self, ids: dict[str, str]) -> str | None:
         """What a caller says of it: by its whole prefix, by the end of that, or by the id."""
@@ -148,7 +146,7 @@ def _by_shape(
             name
             for name, layer in options.modules.items()
             if name.startswith(start) and "." not in name[len(start) :] and name not in taken
-            if layer.shape in ((B[0], *A[1:]), (A[1], B[0]))
+            if layer.shape == ((A[1], B[0]) if layer.kind == "embedding" else (B[0], *A[1:]))
         ]
         if len(fitting) != 1 or fitting[0] in names.values():
             ids = ", ".join(one.id for one in places[:8])
@@ -190,9 +188,11 @@ def _pair(name: str, place: _Place, A: Tensor, B: Tensor, alpha: float, options:
     layer = options.modules.get(name)
     if layer is not None and layer.shape is not None and len(layer.shape) == 3 and A.dim() == 2:
         return Pair(name, A[..., None], B[..., None], alpha)
+    if A.dim() == 4:
+        return Pair(name, full(A, A.shape[0] // B.shape[1]), B, alpha)
     known = layer is not None and layer.kind is not None
     embedding = is_embedding(name, options) or (not known and "embed" in place.path[1])
-    return Pair(name, A, B, alpha, embedding and A.dim() == 2)
+    return Pair(name, A, B, alpha, embedding)
 
 
 def _write(path: Path, adapter: LoadedAdapter, options: Options) -> None:
@@ -208,13 +208,21 @@ def _write(path: Path, adapter: LoadedAdapter, options: Options) -> None:
                 f"{path}: {short(pair.name)}: candle-lora has no {kind or 'attention'} that works; "
                 "merge the adapter instead (lora-ext merge)"
             )
-        place = _placed(pair, options)
+        place, A = _placed(pair, options), pair.A
+        if A.dim() == 4:
+            own = grouped(A, pair.rank // pair.B.shape[1])
+            if own is None:
+                raise AdapterFileError(
+                    f"{path}: {short(pair.name)}: its lora_A links channels of different groups, "
+                    "which candle-lora's does not"
+                )
+            A = own
         if place.key("a") in tensors:
             raise AdapterFileError(
                 f"{path}: {short(pair.name)}: ids give it the name of another, "
                 f"{short(place.key('a'))}"
             )
-        tensors[place.key("a")], tensors[place.key("b")] = pair.A, pair.B
+        tensors[place.key("a")], tensors[place.key("b")] = A, pair.B
     write_file(path, tensors, {"lora_alpha": repr(alpha)})
 
 
@@ -234,11 +242,9 @@ def _said(name: str, kind: str, options: Options) -> Iterator[_Place]:
         if field and name != field and not name.endswith(f".{field}"):
             continue
         above = name[: len(name) - len(field)].rstrip(".") if field else name
-        whole = _Place(prefix, number)
-        if whole.path[0] and whole.path[0] == above:  # a whole prefix
-            yield whole
-        elif not whole.path[0]:
-            yield _Place(_joined(above, prefix), number)
+        inner, last = _Place(prefix, number).path
+        if f".{above}".endswith(f".{inner}" if inner else ""):
+            yield _Place(_joined(above, last), number)
 
 
 CANDLE = Format(

@@ -3,8 +3,8 @@
 loralib multiplies two matrices, lora_B [rows, r k] and lora_A [r k, columns], and takes the
 product's elements, in the order in which they lie, for those of the weight. So an output channel is
 one or several rows of the product, or parts of rows where the convolution has groups. PEFT's
-lora_A is [rank, in / groups, k, ...], of which each output channel takes a combination. Both are
-exact: elements are placed, none is computed.
+lora_A is [rank, in, k, ...], of which each output channel takes a combination. Both are exact:
+elements are placed, none is computed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def from_product(
     shape: tuple[int, ...],  # [out, in / groups, k, ...]
     groups: int,
 ) -> tuple[Tensor, Tensor]:
-    """lora_A [groups * kinds * r k, in / groups, k, ...] and lora_B [out, kinds * r k, 1, ...]."""
+    """lora_A [groups * kinds * r k, in, k, ...] and lora_B [out, kinds * r k, 1, ...]."""
     out, size, columns = shape[0], math.prod(shape[1:]), A.shape[1]
     ones = [1] * (len(shape) - 2)
     pieces = [_pieces(channel * size, size, columns) for channel in range(out)]
@@ -42,7 +42,29 @@ def from_product(
         for row, *kind in own:
             wide_B[channel, place[kind[0], kind[1], kind[2]]] = B[row]
     one_group = wide_A.reshape(-1, *shape[1:])
-    return one_group.repeat(groups, *[1] * (len(shape) - 1)), wide_B.reshape(out, -1, *ones)
+    every = one_group.repeat(groups, *[1] * (len(shape) - 1))
+    return full(every, groups), wide_B.reshape(out, -1, *ones)
+
+
+def full(A: Tensor, groups: int) -> Tensor:
+    """PEFT's lora_A [r, in, k, ...] of one with groups, [r, in / groups, k, ...]: zeros between."""
+    if groups == 1:
+        return A
+    wide = A.new_zeros(groups, A.shape[0] // groups, groups, *A.shape[1:])
+    for group, part in enumerate(A.chunk(groups)):
+        wide[group, :, group] = part
+    return wide.reshape(A.shape[0], -1, *A.shape[2:])
+
+
+def grouped(A: Tensor, groups: int) -> Tensor | None:
+    """The inverse; None where lora_A is not zero between the groups."""
+    if groups == 1:
+        return A
+    if A.shape[0] % groups or A.shape[1] % groups:
+        return None
+    blocks = A.reshape(groups, A.shape[0] // groups, groups, -1, *A.shape[2:])
+    own = torch.cat([blocks[group, :, group] for group in range(groups)])
+    return own if torch.equal(full(own, groups), A) else None
 
 
 def _pieces(begin: int, size: int, columns: int) -> list[tuple[int, int, int, int]]:
@@ -63,8 +85,10 @@ def as_product(A: Tensor, B: Tensor, groups: int) -> tuple[Tensor, Tensor, int] 
     the same r: each output channel takes its k rows of the product from the k parts of lora_A.
     """
     k, out = A.shape[-1], B.shape[0]
-    if any(size != k for size in A.shape[2:]):
+    own = grouped(A, groups)
+    if own is None or any(size != k for size in A.shape[2:]):
         return None
+    A = own
     if (narrow := _narrow(A, B, groups)) is not None:
         return *narrow, narrow[0].shape[0] // k
     if groups != 1:
@@ -104,5 +128,5 @@ def _narrow(A: Tensor, B: Tensor, groups: int) -> tuple[Tensor, Tensor] | None:
         for row, *kind in own:
             narrow_B[row] = wide_B[channel, kinds.index((kind[0], kind[1], kind[2]))]
     again = from_product(narrow_A, narrow_B, shape, groups)
-    same = torch.equal(again[0], A) and torch.equal(again[1].reshape_as(B), B)
+    same = torch.equal(again[0], full(A, groups)) and torch.equal(again[1].reshape_as(B), B)
     return (narrow_A, narrow_B) if same else None
