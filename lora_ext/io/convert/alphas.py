@@ -30,6 +30,11 @@ class Alphas:
         self._patterns = []
         self._deadline = time.monotonic() + _PATTERN_SECONDS
         for pattern, value in patterns.items():
+            if "{" in pattern or len(pattern) > 1000:  # what costs time when it is compiled
+                raise AdapterFileError(
+                    f"{where}: alpha_pattern: {short(pattern)}: expected the name of a module, or "
+                    "a short expression without counts"
+                )
             try:
                 compiled = regex.compile(rf"(.*\.)?({pattern})$")
             except regex.error as error:
