@@ -34,7 +34,9 @@ def same(found: Tensors, expected: Mapping[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
         assert found[key].dtype == tensor.dtype and found[key].shape == tensor.shape, key
-        mine, theirs = (one.contiguous().reshape(-1).view(torch.uint8) for one in (found[key], tensor))
+        mine, theirs = (
+            one.contiguous().reshape(-1).view(torch.uint8) for one in (found[key], tensor)
+        )
         assert torch.equal(mine, theirs), key
 
 

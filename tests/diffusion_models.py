@@ -1,4 +1,4 @@
-"""A small pipeline with the names of Stable Diffusion's, and updates of its weights by the formula."""
+"""A small pipeline with Stable Diffusion's names, and updates of its weights by the formula."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.attn1, self.attn2 = Attention(width, width), Attention(width, inputs)
         first = nn.ModuleDict({"proj": nn.Linear(width, 2 * width)})
-        self.ff = nn.ModuleDict({"net": nn.ModuleList([first, nn.Identity(), nn.Linear(2 * width, width)])})
+        self.ff = nn.ModuleDict(
+            {"net": nn.ModuleList([first, nn.Identity(), nn.Linear(2 * width, width)])}
+        )
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         x = x + self.attn1(x, x)

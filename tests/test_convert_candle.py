@@ -1,5 +1,5 @@
-"""candle-lora's files, made by a script that follows its naming: read onto the models it has, beside
-`W x + scaling B (A x)`, and written byte for byte."""
+"""candle-lora's files, made by a script that follows its naming: read onto the models it has,
+beside `W x + scaling B (A x)`, and written byte for byte."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from lora_ext.io.convert import Layer, convert, layers_of, recognised
 
 pytest.importorskip("transformers")
 
-import tiny_models  # noqa: E402
-from transformers import BertConfig, BertModel  # noqa: E402
+import tiny_models
+from transformers import BertConfig, BertModel
 
 ALPHA, R = 6, 2
 S = ALPHA / R
@@ -85,14 +85,18 @@ def per_group(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.einsum("or,rixy->oixy", b[..., 0, 0], a) for a, b in parts])
 
 
-# ---- the models -----------------------------------------------------------------------------------
+# ---- the models ----------------------------------------------------------------------------------
 
 
 class DinoBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
+        self.attn = nn.ModuleDict(
+            {"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)}
+        )
+        self.mlp = nn.ModuleDict(
+            {"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)}
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.attn["qkv"](x).chunk(3, -1)
@@ -124,7 +128,9 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(inputs, out, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(out)
         self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
-        self.downsample = nn.Sequential(nn.Conv2d(inputs, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+        self.downsample = nn.Sequential(
+            nn.Conv2d(inputs, out, 1, stride, bias=False), nn.BatchNorm2d(out)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = F.relu(
@@ -173,7 +179,10 @@ def bert() -> tuple[nn.Module, dict[str, Any], Conversions, dict[str, str]]:
     )  # fmt: skip
     model = BertModel(config).eval()
     conversions = [
-        (f"{name}.lora_embed" if isinstance(module, nn.Embedding) else f"{name}.lora_linear", [name])
+        (
+            f"{name}.lora_embed" if isinstance(module, nn.Embedding) else f"{name}.lora_linear",
+            [name],
+        )
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding | nn.Linear) and name != "pooler.dense"
     ]
@@ -198,7 +207,10 @@ def dinov2() -> tuple[nn.Module, dict[str, Any], Conversions, dict[str, str]]:
     conversions = [
         (f"{name}.lora_{field}", [f"{name}.{field}"])
         for at in range(2)
-        for name, fields in ((f"blocks.{at}.attn", ("qkv", "proj")), (f"blocks.{at}.mlp", ("fc1", "fc2")))
+        for name, fields in (
+            (f"blocks.{at}.attn", ("qkv", "proj")),
+            (f"blocks.{at}.mlp", ("fc1", "fc2")),
+        )
         for field in fields
     ] + [("patch_embed.lora_proj", ["patch_embed.proj"]), ("lora_head", ["head"])]
     ids = {f"lora_{one}.0": one for one in ("qkv", "proj", "fc1", "fc2", "head")}
@@ -282,8 +294,7 @@ def test_conv1d_of_one(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(4, 6, 1))
     file = {"0.lora_conv1d.a0.weight": values(1, R, 4), "0.lora_conv1d.b0.weight": values(2, 6, R)}
-    path = write(tmp_path / "file.safetensors", file)
-    convert(path, tmp_path / "peft", alpha=ALPHA, modules=model)
+    round_trip(tmp_path, "candle", file, alpha=ALPHA, modules=model)
     exact, x = copy.deepcopy(model).double(), values(3, 2, 4, 5)
     with torch.no_grad():
         update = file["0.lora_conv1d.b0.weight"].double() @ file["0.lora_conv1d.a0.weight"].double()
@@ -304,7 +315,7 @@ def test_fields_by_their_shapes(tmp_path: Path) -> None:
     assert torch.equal(down, file["mlp.lora_mlp.a0.weight"])
 
 
-# ---- what is asked, and what is refused -----------------------------------------------------------
+# ---- what is asked, and what is refused ----------------------------------------------------------
 
 A, B = "m.q.lora_linear.a0.weight", "m.q.lora_linear.b0.weight"
 C, D = "m.c.lora_conv2d.a0.weight", "m.c.lora_conv2d.b0.weight"
@@ -316,10 +327,11 @@ CSA = {
     for what, shape in (("a", (2, 6)), ("b", (6, 2)))
 }
 BASE = {f"l.0.{name}": Layer("linear", (6, 6)) for name in ("q_proj", "o_proj")}
-CONTAINERS = {
-    key: one for key, one in containers(GOOD, A).items() if key != "three dimensions"
-} | {f"convolution, {k}": one for k, one in containers(GOOD, D).items()
-     if one[1] == D and k != "a row less"}
+CONTAINERS = {key: one for key, one in containers(GOOD, A).items() if key != "three dimensions"} | {
+    f"convolution, {k}": one
+    for k, one in containers(GOOD, D).items()
+    if one[1] == D and k != "a row less"
+}
 MALFORMED: dict[str, tuple[Tensors, str, dict[str, Any]]] = {
     "no b": (without(GOOD, B), B, {}),
     "no a": (without(GOOD, A), A, {}),
@@ -342,7 +354,8 @@ MALFORMED: dict[str, tuple[Tensors, str, dict[str, Any]]] = {
         "lora_falcon.a0", {},
     ),
     "no module at all": (
-        {"a0.weight": values(1, 4, 6), "b0.weight": values(2, 7, 4)}, "a0.weight", {"ids": {"0": ""}},
+        {"a0.weight": values(1, 4, 6), "b0.weight": values(2, 7, 4)}, "a0.weight",
+        {"ids": {"0": ""}},
     ),
     "base of other sizes": (GOOD, B, {"modules": {"m.q": Layer("linear", (7, 5))}}),
     "base of another kernel": (GOOD, D, {"modules": {"m.c": Layer("conv", (6, 3, 1, 1))}}),
@@ -380,8 +393,8 @@ REFUSED: dict[str, tuple[nn.Module, dict[str, Any], str]] = {
     "dora": (nn.Linear(6, 4), {"use_dora": True}, "DoRA"),
     "lora_bias": (nn.Linear(6, 4), {"lora_bias": True}, "lora_bias"),
     "bias": (nn.Linear(6, 4), {"bias": "all"}, "bias"),
-    "conv1d": (nn.Conv1d(4, 6, 3), {}, "1 dimensions"),
-    "conv3d": (nn.Conv3d(4, 6, 3), {}, "3 dimensions"),
+    "conv1d": (nn.Conv1d(4, 6, 3), {}, "in 1 dimensions"),
+    "conv3d": (nn.Conv3d(4, 6, 3), {}, "in 3 dimensions"),
     "attention": (nn.MultiheadAttention(8, 2), {}, "attention"),
 }
 

@@ -33,6 +33,10 @@ from lora_ext.io.convert import convert, recognised
 
 FILE, METADATA = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
 UNET = [f"{BLOCK}.attn1.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
+CROSS = [f"{BLOCK}.attn2.to_k", f"{BLOCK}.attn2.to_v"]
+FEED = [f"{BLOCK}.ff.net.0.proj", f"{BLOCK}.ff.net.2"]
+CONVOLUTIONS = ["conv_in", "down_blocks.0.attentions.0.proj_in"]
+MLP = [f"{TEXT}.1.mlp.fc1", f"{TEXT}.1.mlp.fc2"]
 CLIP = [f"{TEXT}.0.self_attn.{name}_proj" for name in ("q", "k", "v", "out")]
 
 
@@ -57,7 +61,9 @@ def tensors_of(updates: dict[str, Update], component: str = "") -> Tensors:
 
 def metadata_of(config: dict[str, Any], component: str = "") -> dict[str, str]:
     start = f"{component}." if component else ""
-    return {METADATA: json.dumps({start + k: v for k, v in config.items()}, indent=2, sort_keys=True)}
+    return {
+        METADATA: json.dumps({start + k: v for k, v in config.items()}, indent=2, sort_keys=True)
+    }
 
 
 def said_in(path: Path) -> dict[str, Any]:
@@ -73,9 +79,9 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, float]], dict[str, Any]]] = {
     "unet, ranks": ("unet", {UNET[0]: (2, 2), UNET[1]: (3, 2), UNET[2]: (4, 2)}, {}),
     "unet, alphas": ("unet", {UNET[0]: (2, 2), UNET[1]: (2, 7), UNET[2]: (2, 0.25)}, {}),
     "unet, ranks and alphas": ("unet", {UNET[0]: (2, 2), UNET[1]: (3, 1), UNET[3]: (4, 8)}, {}),
-    "unet, cross attention": ("unet", {f"{BLOCK}.attn2.to_k": (3, 2), f"{BLOCK}.attn2.to_v": (3, 2)}, {}),
-    "unet, feed forward": ("unet", {f"{BLOCK}.ff.net.0.proj": (2, 2), f"{BLOCK}.ff.net.2": (2, 2)}, {}),
-    "unet, convolutions": ("unet", {"conv_in": (2, 3), "down_blocks.0.attentions.0.proj_in": (2, 3)}, {}),
+    "unet, cross attention": ("unet", dict.fromkeys(CROSS, (3, 2)), {}),
+    "unet, feed forward": ("unet", dict.fromkeys(FEED, (2, 2)), {}),
+    "unet, convolutions": ("unet", dict.fromkeys(CONVOLUTIONS, (2, 3)), {}),
     "unet, dora": ("unet", dict.fromkeys(UNET, (2, 3)), {"use_dora": True}),
     "unet, dora of a convolution": ("unet", {"conv_in": (2, 3)}, {"use_dora": True}),
     "unet, rslora": ("unet", dict.fromkeys(UNET, (4, 3)), {"use_rslora": True}),
@@ -86,7 +92,7 @@ CASES: dict[str, tuple[str, dict[str, tuple[int, float]], dict[str, Any]]] = {
     "no component, dora": ("", {UNET[0]: (2, 3)}, {"use_dora": True}),
     "no component, convolution": ("", {"conv_in": (3, 2)}, {}),
     "text encoder": ("text_encoder", dict.fromkeys(CLIP, (2, 3)), {}),
-    "text encoder, mlp": ("text_encoder", {f"{TEXT}.1.mlp.fc1": (2, 3), f"{TEXT}.1.mlp.fc2": (2, 3)}, {}),
+    "text encoder, mlp": ("text_encoder", dict.fromkeys(MLP, (2, 3)), {}),
     "text encoder, ranks": ("text_encoder", {CLIP[0]: (1, 3), CLIP[3]: (3, 2)}, {}),
 }  # fmt: skip
 
@@ -172,8 +178,8 @@ SPELLINGS = {
         "lora_B.weight": "lora_linear_layer.up.weight",
     },
     "processor": {
-        **{f"attn1.{n}.lora_A.weight": f"attn1.processor.{n}_lora.down.weight" for n in ("to_q", "to_k", "to_v")},
-        **{f"attn1.{n}.lora_B.weight": f"attn1.processor.{n}_lora.up.weight" for n in ("to_q", "to_k", "to_v")},
+        **{f"to_{n}.lora_A.weight": f"processor.to_{n}_lora.down.weight" for n in "qkv"},
+        **{f"to_{n}.lora_B.weight": f"processor.to_{n}_lora.up.weight" for n in "qkv"},
         "to_out.0.lora_A.weight": "processor.to_out_lora.down.weight",
         "to_out.0.lora_B.weight": "processor.to_out_lora.up.weight",
         **{f"{n}_proj.lora_A.weight": f"to_{n}_lora.down.weight" for n in ("q", "k", "v", "out")},
@@ -187,7 +193,9 @@ SPELLINGS = {
 def test_older_names(spelling: str, component: str, pipeline: Pipeline, tmp_path: Path) -> None:
     case = f"{'unet, scaling 1' if component == 'unet' else 'text encoder'}"
     model, inputs = model_of(case, pipeline)
-    updates = {k: Update(one.A, one.B, 1.0) for k, one in updates_of(case, model, torch.float32).items()}
+    updates = {
+        k: Update(one.A, one.B, 1.0) for k, one in updates_of(case, model, torch.float32).items()
+    }
     file, old = tensors_of(updates, component), Tensors()
     for key, tensor in file.items():
         for new, name in SPELLINGS[spelling].items():
@@ -242,7 +250,10 @@ def test_a_whole_pipeline(said: str, pipeline: Pipeline, tmp_path: Path) -> None
 def test_an_embedding(pipeline: Pipeline, tmp_path: Path) -> None:
     name, model = "text_model.embeddings.token_embedding", pipeline.text_encoder
     one = update(model, name, 3, 2, 1.5)
-    file = {f"text_encoder.{name}.lora_embedding_A": one.A, f"text_encoder.{name}.lora_embedding_B": one.B}
+    file = {
+        f"text_encoder.{name}.lora_embedding_A": one.A,
+        f"text_encoder.{name}.lora_embedding_B": one.B,
+    }
     more = {f"text_encoder.{name}.alpha": torch.tensor(3.0)}
     path = write(tmp_path / FILE, {**file, **more})
     convert(path, tmp_path / "peft", source="diffusers", component="text_encoder")
@@ -264,7 +275,7 @@ def test_all_of_pefts_config_is_kept(tmp_path: Path) -> None:
     assert said_in(tmp_path / "b" / FILE) == config_file
 
 
-# ---- diffusers itself -----------------------------------------------------------------------------
+# ---- diffusers itself ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
@@ -295,18 +306,18 @@ def test_diffusers_loads_what_is_written(dora: bool, tmp_path: Path) -> None:
     with torch.no_grad():
         found, expected = theirs(x, 5, y).sample, ours(x, 5, y).sample
         assert float((found - expected).abs().max()) < 1e-5
-        theirs.save_lora_adapter(tmp_path / "c", adapter_name="default_0")  # and what it writes is read
-        convert(tmp_path / "c", tmp_path / "d", source="diffusers")
+        theirs.save_lora_adapter(tmp_path / "c", adapter_name="default_0")
+        convert(tmp_path / "c", tmp_path / "d", source="diffusers")  # what it writes is read
     same(load_file(tmp_path / "d" / "adapter_model.safetensors"),
          load_file(tmp_path / "a" / "adapter_model.safetensors"))  # fmt: skip
 
 
-# ---- what is refused ------------------------------------------------------------------------------
+# ---- what is refused -----------------------------------------------------------------------------
 
 A, B = "unet.a.lora_A.weight", "unet.a.lora_B.weight"
-GOOD: Tensors = {A: values(1, 4, 6), B: values(2, 7, 4), "unet.c.lora_A.weight": values(3, 4, 3, 3, 3),
-                 "unet.c.lora_B.weight": values(4, 6, 4, 1, 1)}  # fmt: skip
 C, D = "unet.c.lora_A.weight", "unet.c.lora_B.weight"
+GOOD: Tensors = {A: values(1, 4, 6), B: values(2, 7, 4), C: values(3, 4, 3, 3, 3),
+                 D: values(4, 6, 4, 1, 1)}  # fmt: skip
 BESIDE = ("three dimensions", "a row less")  # found where the other is compared with it
 CONTAINERS = {
     key: (content, B if key in BESIDE else names)
@@ -321,7 +332,7 @@ MALFORMED: dict[str, tuple[Tensors, str, str | None]] = {
     "a kernel that is not 1 x 1": ({**GOOD, D: values(2, 6, 4, 3, 3)}, D, None),
     "a matrix and a kernel": ({**GOOD, D: values(2, 6, 4)}, D, None),
     "two spellings": ({**GOOD, "unet.a.lora.down.weight": values(1, 4, 6)}, "unet.a.lora", None),
-    "bias of other rows": ({**GOOD, "unet.a.lora_B.bias": values(1, 6)}, "unet.a.lora_B.bias", None),
+    "bias of other rows": ({**GOOD, "unet.a.lora_B.bias": values(1, 6)}, "lora_B.bias", None),
     "magnitudes of other rows": (
         {**GOOD, "unet.a.lora_magnitude_vector": values(1, 6)}, "lora_magnitude_vector", None,
     ),
@@ -356,7 +367,8 @@ MALFORMED: dict[str, tuple[Tensors, str, str | None]] = {
         GOOD, "alpha_pattern", json.dumps({**GOOD_CONFIG, "unet.alpha_pattern": {"(": 1}}),
     ),
     "metadata: an expression with counts": (
-        GOOD, "alpha_pattern", json.dumps({**GOOD_CONFIG, "unet.alpha_pattern": {"(a{999}){999}": 1}}),
+        GOOD, "alpha_pattern",
+        json.dumps({**GOOD_CONFIG, "unet.alpha_pattern": {"(a{999}){999}": 1}}),
     ),
     "metadata and alpha": (
         {**GOOD, "unet.a.alpha": torch.tensor(1.0)}, "unet.a.alpha", json.dumps(GOOD_CONFIG),
@@ -382,6 +394,13 @@ def test_fields_that_pairs_have_not(tmp_path: Path) -> None:
     """Of a whole pipeline: each component's config would be lost in one."""
     said = json.dumps({**GOOD_CONFIG, "unet.layer_replication": [[0, 2]]})
     refuses(tmp_path, "diffusers", save(GOOD, metadata={METADATA: said}), "layer_replication")
+
+
+def test_pickles_are_refused_with_the_cure(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    torch.save(GOOD, tmp_path / "old" / "pytorch_lora_weights.bin")
+    for path in (tmp_path / "old", tmp_path / "old" / "pytorch_lora_weights.bin"):
+        refuses_to_write(lambda path=path: convert(path, tmp_path / "out"), ".bin", "weights_only")
 
 
 def test_a_slow_expression_is_stopped(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_rslora_is_folded_into_alpha(pipeline: Pipeline, tmp_path: Path) -> None
     assert len(alphas) == 2 and all(float(alpha) == 6 for alpha in alphas)
 
 
-# ---- what is asked, and what is refused -----------------------------------------------------------
+# ---- what is asked, and what is refused ----------------------------------------------------------
 
 A, B = "lora_unet_a_to_q.lora_down.weight", "lora_unet_a_to_q.lora_up.weight"
 ALPHA, C = "lora_unet_a_to_q.alpha", "lora_unet_conv_in.lora_down.weight"
@@ -201,8 +201,9 @@ MALFORMED: dict[str, tuple[Tensors, str, dict[str, Any]]] = {
     "no such component": (GOOD, "'vae'", {"component": "vae"}),
     "one text encoder by two names": (
         {
-            "lora_te_a.lora_down.weight": values(1, 4, 6), "lora_te_a.lora_up.weight": values(2, 7, 4),
-            "lora_te1_a.lora_down.weight": values(1, 4, 6), "lora_te1_a.lora_up.weight": values(2, 7, 4),
+            f"{start}_a.lora_{part}.weight": values(1, *shape)
+            for start in ("lora_te", "lora_te1")
+            for part, shape in (("down", (4, 6)), ("up", (7, 4)))
         }, "text_encoder.a", {"modules": ["text_encoder.a"]},
     ),
     "dora over columns": (also(SCALE, 1, 6), SCALE, {}),
@@ -261,4 +262,6 @@ def test_what_kohya_cannot_hold(case: str, tmp_path: Path) -> None:
     config = lora_ext.LoraConfig(**{"r": 2, "target_modules": ["a_b"], **fields})
     lora_ext.get_lora_model(model, config).save_pretrained(tmp_path / "a")
     out = tmp_path / "out.safetensors"
-    refuses_to_write(lambda: convert(tmp_path / "a", out, target="kohya", **options), str(out), says)
+    refuses_to_write(
+        lambda: convert(tmp_path / "a", out, target="kohya", **options), str(out), says
+    )

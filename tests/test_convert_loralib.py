@@ -79,7 +79,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], torch.T
     ),
     "qkv": (merged([True, False, True]), lambda: nn.Linear(6, 12), X,
             {"slices": {"layer": (True, False, True)}}),
-    "qkv, all": (merged([True] * 3), lambda: nn.Linear(6, 12), X, {"slices": {"layer": [True] * 3}}),
+    "qkv, all": (merged([True] * 3), lambda: nn.Linear(6, 12), X,
+                 {"slices": {"layer": [True] * 3}}),
     "qkv, the last": (merged([False, False, True]), lambda: nn.Linear(6, 12), X,
                       {"slices": {"block.layer": [False, False, True]}}),
     "qkv, two slices": (merged([False, True]), lambda: nn.Linear(6, 12), X,
@@ -122,9 +123,7 @@ def trained(case: str) -> tuple[nn.Module, nn.Module, Tensors]:
     for at, (key, tensor) in enumerate(sorted(file.items())):
         file[key] = values(at + 10, *tensor.shape)
     layer.load_state_dict(file, strict=False)
-    base = {
-        k.replace(".conv.", "."): t for k, t in layer.state_dict().items() if "lora_" not in k
-    }
+    base = {k.replace(".conv.", "."): t for k, t in layer.state_dict().items() if "lora_" not in k}
     plain.load_state_dict(base)
     return layer, plain, file
 
@@ -140,6 +139,18 @@ def test_is_what_loralib_computes_and_comes_back(case: str, tmp_path: Path) -> N
     model, x = loaded(plain, folder), CASES[case][2]
     exact = copy.deepcopy(layer).double().train()  # not merged; no dropout
     close(model(x), exact(x.double() if x.is_floating_point() else x))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("conv2d, dilated",)])
+def test_peft_loads_it(case: str, tmp_path: Path) -> None:
+    """But for convolutions with a dilation, which PEFT cannot run."""
+    peft = pytest.importorskip("peft")
+    layer, plain, file = trained(case)
+    path, x = write(tmp_path / "file.safetensors", file), CASES[case][2]
+    convert(path, tmp_path / "peft", **options_of(case, plain))
+    exact = copy.deepcopy(layer).double().train()
+    found = peft.PeftModel.from_pretrained(plain, tmp_path / "peft").eval()(x)
+    close(found, exact(x.double() if x.is_floating_point() else x))
 
 
 @each_case
@@ -166,7 +177,9 @@ def test_slices_of_several_sizes(tmp_path: Path) -> None:
 
 def test_lora_exts_layers_write_the_same(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    layer = Small(lora_ext.loralib.MergedLinear(6, 12, r=R, lora_alpha=ALPHA, enable_lora=[True] * 2))
+    layer = Small(
+        lora_ext.loralib.MergedLinear(6, 12, r=R, lora_alpha=ALPHA, enable_lora=[True] * 2)
+    )
     file = lora_ext.loralib.lora_state_dict(layer)
     assert file.keys() == {"block.layer.lora_A", "block.layer.lora_B"}
     # The base's shape says that all slices are enabled; back, the caller does.
@@ -222,7 +235,7 @@ def test_gpt2(tmp_path: Path) -> None:
     close(loaded(model, folder)(**inputs).logits, exact(**inputs).logits)
 
 
-# ---- what is asked, and what is refused -----------------------------------------------------------
+# ---- what is asked, and what is refused ----------------------------------------------------------
 
 
 def test_alpha_is_asked_and_kept(tmp_path: Path) -> None:
@@ -254,7 +267,9 @@ def test_pickles_are_refused_with_the_cure(suffix: str, tmp_path: Path) -> None:
 
 def adapter(tmp_path: Path, **options: Any) -> Path:
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
-    config = lora_ext.LoraConfig(**{"r": R, "lora_alpha": 4, "target_modules": ["0", "1"], **options})
+    config = lora_ext.LoraConfig(
+        **{"r": R, "lora_alpha": 4, "target_modules": ["0", "1"], **options}
+    )
     lora_ext.get_lora_model(model, config).save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -280,7 +295,8 @@ def test_what_loralib_cannot_hold(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fields", [
-    {"alpha_pattern": {"1": 3}}, {"use_rslora": True, "rank_pattern": {"1": 3}}, {"use_rslora": True},
+    {"alpha_pattern": {"1": 3}}, {"use_rslora": True, "rank_pattern": {"1": 3}},
+    {"use_rslora": True},
 ], ids=["alphas", "rslora and ranks", "rslora"])  # fmt: skip
 def test_alphas_are_folded_into_one_that_is_given(fields: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)

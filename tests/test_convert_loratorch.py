@@ -38,10 +38,11 @@ def product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     return S * (B.double() @ A.double())
 
 
-# ---- layers of one weight -------------------------------------------------------------------------
+# ---- layers of one weight ------------------------------------------------------------------------
 
 # Of each: the plain layer, its input, and the shapes of A and B.
-LAYERS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor, tuple[int, ...], tuple[int, ...]]] = {
+Sizes = tuple[int, ...]
+LAYERS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor, Sizes, Sizes]] = {
     "linear": (lambda: nn.Linear(6, 7), X, (R, 6), (7, R)),
     "linear, no bias": (lambda: nn.Linear(6, 7, bias=False), X, (R, 6), (7, R)),
     "linear, rank 5": (lambda: nn.Linear(6, 3), X, (5, 6), (3, 5)),
@@ -94,7 +95,7 @@ def test_merged_linear(enabled: tuple[int, ...], tmp_path: Path) -> None:
     close(loaded(plain, folder)(X), exact(X.double()))
 
 
-# ---- attention ------------------------------------------------------------------------------------
+# ---- attention -----------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
@@ -156,9 +157,7 @@ def test_attention_of_several_widths(enabled: str, tmp_path: Path) -> None:
     layer.load_state_dict(plain.attn.state_dict())
     q, k, v = values(7, 2, 3, E), values(8, 2, 3, 6), values(9, 2, 3, 4)
     exact = exact_attention(plain, file)
-    close(
-        loaded(Attention(layer), folder)(q, k, v), exact(q.double(), k.double(), v.double())
-    )
+    close(loaded(Attention(layer), folder)(q, k, v), exact(q.double(), k.double(), v.double()))
 
 
 def test_a_model_of_all_of_them(tmp_path: Path) -> None:
@@ -182,7 +181,7 @@ def test_a_model_of_all_of_them(tmp_path: Path) -> None:
     assert config.config["bias"] == "lora_only" and (adapter / "adapter_config.json").exists()
 
 
-# ---- what is refused ------------------------------------------------------------------------------
+# ---- what is refused -----------------------------------------------------------------------------
 
 
 def test_is_recognised_and_alpha_is_asked(tmp_path: Path) -> None:
@@ -191,8 +190,10 @@ def test_is_recognised_and_alpha_is_asked(tmp_path: Path) -> None:
     assert "--alpha" in refuses(tmp_path, "loratorch", save(file), "alpha=")
 
 
-@pytest.mark.parametrize("fields, says", [({"use_dora": True}, "DoRA"), ({"lora_bias": True}, "bias"),
-                                          ({"alpha_pattern": {"1": 3}}, "alpha=")])  # fmt: skip
+@pytest.mark.parametrize("fields, says", [
+    ({"use_dora": True}, "DoRA"), ({"lora_bias": True}, "bias"),
+    ({"alpha_pattern": {"1": 3}}, "alpha="),
+])  # fmt: skip
 def test_what_loratorch_cannot_hold(fields: dict[str, Any], says: str, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
     config = lora_ext.LoraConfig(r=R, lora_alpha=4, target_modules=["0", "1"], **fields)

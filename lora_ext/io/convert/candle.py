@@ -41,6 +41,8 @@ _OF_FIELD = {
 }
 # and of all fields of it.
 _OF_ALL = frozenset({"lora_llama", "lora_llama_block", "lora_llama_csa", "lora_falcon"})
+_KINDS = {3: "conv1d", 4: "conv2d"}  # by the dimensions of lora_A
+Shapes = tuple[tuple[int, ...], tuple[int, ...]]  # of a and b
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def _read(path: Path, options: Options) -> LoadedAdapter:
     return as_adapter(pairs, options, where=str(path))
 
 
-def _shapes(found: Contents, place: _Place) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _shapes(found: Contents, place: _Place) -> Shapes:
     a, b = place.key("a"), place.key("b")
     A, B = found.shape(a, b), found.shape(b, a)
     fits = len(A) == len(B) == 2 and A[0] == B[1]
@@ -102,9 +104,7 @@ def _shapes(found: Contents, place: _Place) -> tuple[tuple[int, ...], tuple[int,
     return A, B
 
 
-def _names(
-    found: Contents, shapes: dict[_Place, tuple[tuple[int, ...], tuple[int, ...]]], options: Options
-) -> dict[_Place, str]:
+def _names(found: Contents, shapes: dict[_Place, Shapes], options: Options) -> dict[_Place, str]:
     """The module of each pair."""
     groups: dict[str, list[_Place]] = {}
     for place in shapes:
@@ -120,8 +120,8 @@ def _names(
                 names[place] = _joined(above, _OF_FIELD.get(last, ""))
             else:
                 unknown.append(place)
-        taken = {name for name in names.values()}
-        names |= _by_shape(found, above, unknown, taken, shapes, options)
+        if unknown:
+            names |= _by_shape(found, above, unknown, set(names.values()), shapes, options)
     seen: dict[str, _Place] = {}
     for place, name in names.items():
         if not name or seen.setdefault(name, place) != place:
@@ -134,7 +134,7 @@ def _by_shape(
     above: str,
     places: list[_Place],
     taken: set[str],
-    shapes: dict[_Place, tuple[tuple[int, ...], tuple[int, ...]]],
+    shapes: dict[_Place, Shapes],
     options: Options,
 ) -> dict[_Place, str]:
     """Fields of a module of the base, where sizes leave no choice."""
@@ -166,7 +166,7 @@ def _check(
     found: Contents,
     place: _Place,
     name: str,
-    shapes: tuple[tuple[int, ...], tuple[int, ...]],
+    shapes: Shapes,
     options: Options,
 ) -> None:
     """Whether the base's module takes it."""
@@ -202,33 +202,35 @@ def _write(path: Path, adapter: LoadedAdapter, options: Options) -> None:
     pairs, alpha = with_one_alpha(wide, options, path)
     tensors: dict[str, Tensor] = {}
     for pair in pairs:
-        if pair.part or ".base_layer" in pair.name or pair.A.dim() in (3, 5):
-            kind = f"a convolution of {pair.A.dim() - 2} dimensions" * (pair.A.dim() != 2)
-            raise AdapterFileError(
-                f"{path}: {short(pair.name)}: candle-lora has no {kind or 'attention'} that works; "
-                "merge the adapter instead (lora-ext merge)"
-            )
-        place, A = _placed(pair, options), pair.A
-        if A.dim() == 4:
-            own = grouped(A, pair.rank // pair.B.shape[1])
+        place, A, B = _placed(pair, options), pair.A, pair.B
+        if A.dim() == 3 and A.shape[2] == 1:
+            A, B = A[..., 0], B[..., 0]
+        elif A.dim() == 4:
+            own = grouped(A, pair.rank // B.shape[1])
             if own is None:
                 raise AdapterFileError(
                     f"{path}: {short(pair.name)}: its lora_A links channels of different groups, "
                     "which candle-lora's does not"
                 )
             A = own
+        if pair.part or ".base_layer" in pair.name or A.dim() not in (2, 4):
+            kind = "attention" if A.dim() == 2 else f"convolution in {A.dim() - 2} dimensions"
+            raise AdapterFileError(
+                f"{path}: {short(pair.name)}: candle-lora has no {kind} that works; "
+                "merge the adapter instead (lora-ext merge)"
+            )
         if place.key("a") in tensors:
             raise AdapterFileError(
                 f"{path}: {short(pair.name)}: ids give it the name of another, "
                 f"{short(place.key('a'))}"
             )
-        tensors[place.key("a")], tensors[place.key("b")] = A, pair.B
+        tensors[place.key("a")], tensors[place.key("b")] = A, B
     write_file(path, tensors, {"lora_alpha": repr(alpha)})
 
 
 def _placed(pair: Pair, options: Options) -> _Place:
     """Under which prefix and id a module is written: as ids say, else alone and by its kind."""
-    kind = "embed" if pair.embedding else "conv2d" if pair.A.dim() == 4 else "linear"
+    kind = "embed" if pair.embedding else _KINDS.get(pair.A.dim(), "linear")
     return next(_said(pair.name, kind, options), _Place(f"{pair.name}.lora_{kind}", "0"))
 
 
@@ -236,7 +238,7 @@ def _said(name: str, kind: str, options: Options) -> Iterator[_Place]:
     for said, field in options.ids.items():
         prefix, _, number = said.rpartition(".")
         conversion = prefix.rpartition(".")[2]
-        other = any(word in conversion for word in {"linear", "embed", "conv2d"} - {kind})
+        other = any(word in conversion for word in {"linear", "embed", *_KINDS.values()} - {kind})
         if not number.isdecimal() or (not field and (other or not prefix)):
             continue
         if field and name != field and not name.endswith(f".{field}"):

@@ -72,9 +72,9 @@ def _read(path: Path, options: Options) -> LoadedAdapter:
     for module in modules.values():
         _check(found, module)
         module.name = _name(found, module, known, options)
-    names = [module.name for module in modules.values()]
+    names: dict[str, _Module] = {}
     for module in modules.values():
-        if names.count(module.name) > 1:
+        if names.setdefault(module.name, module) is not module:
             found.refuse(module.parts["A"], f"is of {short(module.name)}, as is another")
     tensors = found.tensors()
     pairs = [_pair(found, module, tensors) for module in modules.values()]

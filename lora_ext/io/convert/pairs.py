@@ -101,6 +101,7 @@ def as_adapter(
         inner = ".base_layer" if module in ranks else ""
         tensors[f"{PREFIX}{module}{inner}.bias"] = tensor
         kind = "all" if kind == "all" or not inner else "lora_only"
+    ends = _ends(ranks)
     r, lora_alpha = _usual(ranks.values()), _usual(alphas.values())
     config = {
         "peft_type": "LORA",
@@ -108,9 +109,10 @@ def as_adapter(
         "base_model_name_or_path": None,
         "r": r,
         "lora_alpha": _plain(lora_alpha),
-        "rank_pattern": {_pattern(n, ranks): one for n, one in ranks.items() if one != r},
+        # PEFT takes keys as the ends of names; ^ means the whole name.
+        "rank_pattern": {"^" * (n in ends) + n: one for n, one in ranks.items() if one != r},
         "alpha_pattern": {
-            _pattern(n, ranks): _plain(one) for n, one in alphas.items() if one != lora_alpha
+            "^" * (n in ends) + n: _plain(one) for n, one in alphas.items() if one != lora_alpha
         },
         "target_modules": _targets(ranks, options),
         "bias": kind,
@@ -149,19 +151,21 @@ def _plain(value: float) -> float | int:
     return int(value) if float(value).is_integer() else value
 
 
-def _pattern(name: str, names: Iterable[str]) -> str:
-    """A key of rank_pattern that means this module alone: PEFT takes keys as the ends of names."""
-    longer = any(other.endswith(f".{name}") for other in names)
-    return f"^{name}" if longer else name
+def _ends(names: Iterable[str]) -> set[str]:
+    """All that names end in after a dot."""
+    found = set()
+    for name in names:
+        while "." in name:
+            name = name.partition(".")[2]
+            found.add(name)
+    return found
 
 
 def _targets(names: Iterable[str], options: Options) -> list[str] | str:
     """All modules by name; an expression where a name is also the end of another module's."""
     own = sorted(names)
-    known = set(options.modules).difference(own)
-    if any(other.endswith(f".{name}") for other in known for name in own):
-        return "|".join(regex.escape(name) for name in own)
-    return own
+    ends = _ends(set(options.modules).difference(own))
+    return "|".join(regex.escape(name) for name in own) if ends & set(own) else own
 
 
 def as_pairs(adapter: LoadedAdapter, where: str) -> tuple[list[Pair], dict[str, Tensor]]:
