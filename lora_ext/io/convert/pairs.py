@@ -194,7 +194,8 @@ def as_pairs(adapter: LoadedAdapter, where: str) -> tuple[list[Pair], dict[str, 
         A, B = own.get(f"{kind}A"), own.get(f"{kind}B")
         if A is None or B is None or not _fit(A, B):
             raise AdapterFileError(
-                f"{where}: {short(name)}: has no lora_A and lora_B of one rank, whose shapes fit"
+                f"{where}: {short(name)}: has no lora_A and lora_B of one rank, whose shapes fit; "
+                "of lora_ext.nn.MergedLinear save a plain one, save_pretrained(as_plain_lora=True)"
             )
         alpha = alphas.of(name.removesuffix(OUT_PROJ), A.shape[0])
         bias, magnitude = own.get("bias"), own.get("magnitude")
