@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora_ext.io.adapter_folder import open_adapter, save_adapter
-from lora_ext.io.convert.formats import Format, LoadedAdapter
+from lora_ext.io.convert.formats import Format, LoadedAdapter, Options
 
 HEADER = 8 << 20  # bytes, tens of thousands of tensors; there is no model to compare with
 # Of an adapter of PEFT's, also those that are not read.
 _FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
-def _read(folder: Path) -> LoadedAdapter:
+def _read(folder: Path, options: Options) -> LoadedAdapter:
     with open_adapter(folder) as files:
         return LoadedAdapter(files.config, files.tensors(files.header(max_header_bytes=HEADER)))
 
@@ -23,7 +23,7 @@ def _bytes_of(folder: Path) -> int:
         return sum(map(file.bytes_of, file.specs))
 
 
-def _write(folder: Path, adapter: LoadedAdapter) -> None:
+def _write(folder: Path, adapter: LoadedAdapter, options: Options) -> None:
     save_adapter(folder, adapter.config, adapter.tensors)
 
 
