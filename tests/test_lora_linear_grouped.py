@@ -114,23 +114,29 @@ def test_one_adapter_on_all_rows_is_lora_linear(dropout_p: float) -> None:
     assert equal(everywhere.fused(), y)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rows", ["neighbours", "scattered"])
-def test_rows_of_a_chunk_are_those_of_lora_linear(rows: str) -> None:
+def test_rows_are_those_of_lora_linear_and_of_the_base(rows: str, dtype: torch.dtype) -> None:
     """Vector kernels make the same of a row in any range, so that all but one row of an adapter
-    have the bits that they have where it is alone; dropout counts the call's rows."""
-    M, K, N = 200, 72, 48
-    x, weight = torch.randn(M, K), torch.randn(N, K)
-    A, B = torch.randn(8, K), torch.randn(N, 8)
+    have the bits that they have where it is alone; dropout counts the call's rows. Also in dtypes
+    whose products lora_linear makes faster than PyTorch, whose are the rows without adapter."""
+    M, K, N = 200, 72, 80
+    x, weight = torch.randn(M, K).to(dtype).requires_grad_(), torch.randn(N, K).to(dtype)
+    A, B, dy = torch.randn(8, K).to(dtype), torch.randn(N, 8).to(dtype), torch.randn(M, N).to(dtype)
+    bias = torch.randn(N).to(dtype)
     state = lora_ext.draw_rng_state(x)
     ids = torch.zeros(M, dtype=torch.int64)
     ids[M - 1 if rows == "neighbours" else slice(5, None, 7)] = -1
     plan = lora_ext.batch(["a"], ids=ids)
     adapter = LowRank(A, B, None, 2.0, 0.25)
-    y = lora_ext.lora_linear_grouped(x, weight, None, {"a": adapter}, plan, rng_state=state)
+    y = lora_ext.lora_linear_grouped(x, weight, bias, {"a": adapter}, plan, rng_state=state)
     alone = lora_ext.lora_linear(
-        x, weight, None, A, B, scaling=2.0, dropout_p=0.25, rng_state=state
+        x, weight, bias, A, B, scaling=2.0, dropout_p=0.25, rng_state=state
     )
-    assert equal(y[ids == 0], alone[ids == 0])
+    base = F.linear(x, weight, bias)
+    dx, dx_alone, dx_base = (torch.autograd.grad(out, x, dy)[0] for out in (y, alone, base))
+    assert equal(y[ids == 0], alone[ids == 0]) and equal(y[ids < 0], base[ids < 0])
+    assert equal(dx[ids == 0], dx_alone[ids == 0]) and equal(dx[ids < 0], dx_base[ids < 0])
 
 
 def test_keeps_x_once_and_h_of_each_row() -> None:

@@ -9,6 +9,7 @@
 #include "ops/lora_linear_grouped_composed.h"
 #include "ops/lora_linear_grouped_stack.h"
 #include "ops/operator.h"
+#include "ops/product.h"
 
 namespace lora_ext {
 namespace {
@@ -53,6 +54,30 @@ void fill_base_rows(const GroupedWork& work, const Tensor& out, const Tensor& bi
       }
     }
   });
+}
+
+// The rows that no slot has.
+Tensor rows_of_base(const GroupedWork& work, int64_t entries) {
+  std::vector<bool> found(work.M, false);
+  for (int64_t i = 0; i < entries; ++i) found[work.order[i]] = true;
+  std::vector<int64_t> rows;
+  for (int64_t m = 0; m < work.M; ++m) {
+    if (!found[m]) rows.push_back(m);
+  }
+  return at::tensor(rows, at::kLong);
+}
+
+// out += a b, as lora_linear makes it. Where that is not what nn.functional.linear makes, the rows
+// of no slot are made as that: of_base(a's rows). A single one beside itself, as one of several.
+template <class F>
+void add_base_product(const GroupedWork& work, int64_t entries, const Tensor& out, const Tensor& a,
+                      const Tensor& b, const F& of_base) {
+  add_product_(out, a, b);
+  if (!widens_product(out.size(0), out.size(1), a.size(1), a.scalar_type())) return;
+  const Tensor rows = rows_of_base(work, entries);
+  if (rows.numel() == 0) return;
+  const Tensor gathered = a.index_select(0, rows.numel() == 1 ? rows.expand(2) : rows);
+  out.index_copy_(0, rows, of_base(gathered).narrow(0, 0, rows.numel()));
 }
 
 // BLAS adds the product of a single row to what is there term by term, in memory (see
@@ -111,7 +136,8 @@ void forward_of_matrix(const LoraLinearGroupedCall& call, const Tensor& y_rows, 
   if (is_single_row(work)) {
     y_rows.add_(at::mm(x, call.weight.t()));
   } else {
-    add_base(y_rows, x, call.weight);
+    add_base_product(work, order.numel(), y_rows, x, call.weight.t(),
+                     [&](const Tensor& rows) { return at::linear(rows, call.weight, call.bias); });
   }
 }
 
@@ -282,7 +308,8 @@ GroupedResults backward_of_matrix(const LoraLinearGroupedBackwardCall& call,
     if (is_single_row(work)) {
       dx_rows.add_(at::mm(dy, *call.weight));
     } else {
-      add_base_gradient(dx_rows, dy, *call.weight);
+      add_base_product(work, order.numel(), dx_rows, dy, *call.weight,
+                       [&](const Tensor& rows) { return at::mm(rows, *call.weight); });
     }
   }
   return {dx_rows, dweight, dbias, dfactor, dA, dB, dlora_bias};

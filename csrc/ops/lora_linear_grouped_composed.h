@@ -42,8 +42,8 @@ void composed_slot_backward(const Slot& slot, const Tensor& dy, const Tensor& x,
                             const Tensor& dA, const Tensor& dB, const Tensor& dlora_bias,
                             const Tensor& dfactor);
 
-// y [M, N] += x [M, K] W^T, and dx += dy W: ATen's products, whatever BaseProduct's are, so that
-// rows without adapter are those of torch.nn.functional.linear, bit for bit.
+// y [M, N] += x [M, K] W^T, and dx += dy W: ATen's products, so that rows without adapter are those
+// of torch.nn.functional.linear, bit for bit.
 inline void add_base(const Tensor& y, const Tensor& x, const Tensor& weight) {
   y.addmm_(x, weight.t());
 }
