@@ -8,12 +8,13 @@ from typing import Any
 from lora_ext.arguments import as_path, check_known
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.convert.formats import Format, Layer, LoadedAdapter, Options
+from lora_ext.io.convert.gguf import GGUF
 from lora_ext.io.convert.peft import PEFT
 from lora_ext.io.files import StrPath
 
 __all__ = ["FORMATS", "Format", "Layer", "LoadedAdapter", "Options", "convert", "recognised"]
 
-FORMATS = {"peft": PEFT}
+FORMATS = {"peft": PEFT, "gguf": GGUF}
 
 
 def recognised(path: Path) -> str | None:
