@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,9 @@ def read_adapter(path: Path, base: Base) -> LoadedAdapter:
             if name in base.experts.values():
                 _check_stack(file, name, A, B, base)
             else:
-                modules[name] = base.module_of(name)
-                _check_pair(file, name, modules[name], A, B, base)
+                with _names(file, name + WEIGHT):
+                    modules[name] = base.module_of(name)
+                    _check_pair(file, name, modules[name], A, B, base)
         alpha = float(file.values.get(ALPHA, 0.0))
         pairs: dict[str, Pair] = {}
         for name, (_, B) in shapes.items():
@@ -47,7 +49,19 @@ def read_adapter(path: Path, base: Base) -> LoadedAdapter:
                 pairs[modules[name]] = _as_module(pair, name, modules[name], base)
             else:
                 stacks[name] = pair
-        return _adapter(file.values, alpha, pairs, join_experts(stacks, base), base)
+        with _names(file, "experts"):
+            experts = join_experts(stacks, base)
+        return _adapter(file.values, alpha, pairs, experts, base)
+
+
+@contextmanager
+def _names(file: GgufFile, what: str) -> Iterator[None]:
+    """Puts the file, and what of it, before what does not fit the base."""
+    try:
+        yield
+    except AdapterFileError as error:
+        before = "" if str(error).startswith(file.path) else f"{file.path}: {short(what)}: "
+        raise AdapterFileError(f"{before}{error}") from None
 
 
 def _check_values(file: GgufFile, base: Base) -> None:
