@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import lora_ext
+from lora_ext._extension import build_info
 from lora_ext.adapters.checkpoint.keys import own_tensors
 from lora_ext.adapters.lora_model import LoraModel
 from lora_ext.adapters.names import named_modules
@@ -31,7 +31,7 @@ from lora_ext.io.whole_folder import finished_file, resumed_folder
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.init import mutates_weight
 
-BLOCK = 1 << 20  # elements that are copied at a time
+BLOCK = 1 << 18  # elements that are copied at a time
 MAX_HEADER_BYTES = 8 << 20  # of the adapter: tens of thousands of tensors
 SMALL = 1 << 16  # elements; what is no larger is kept until its turn comes, as biases are
 
@@ -151,6 +151,7 @@ class _Merge:
     def _merged(self, key: str) -> Tensor:
         name, layer, _ = self._changed[key]
         own = layer.merged_parameters()
+        outline = {part: parameter.data for part, parameter in own.items()}
         for part, parameter in own.items():
             parameter.data = self._files[f"{name}.{part}"].tensor(f"{name}.{part}")
         try:
@@ -160,8 +161,8 @@ class _Merge:
             raise
         result = {f"{name}.{part}": one.detach() for part, one in layer.merged_parameters().items()}
         layer.unmerge()
-        for parameter in own.values():
-            parameter.data = torch.empty_like(parameter)  # which takes no memory: never written
+        for part, parameter in own.items():
+            parameter.data = outline[part]  # which takes no memory: never written
         small = {one: t for one, t in result.items() if one != key and t.numel() <= SMALL}
         self._small.update(small)
         return result[key]
@@ -182,9 +183,9 @@ def _plain_state(lora: LoraModel) -> dict[str, Tensor]:
 
 
 def _digest(files: Mapping[str, TensorFile], adapter: Path) -> str:
-    """Of what is merged: the adapter's bytes, and of the base's files, which are large, what tells
-    that they have not been written since."""
-    digest = hashlib.sha256(f"{lora_ext.__version__} {torch.__version__}".encode())
+    """Of what is merged, and by which code: the adapter's bytes, and of the base's files, which are
+    large, what tells that they have not been written since."""
+    digest = hashlib.sha256(json.dumps(build_info(), sort_keys=True, default=str).encode())
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         with (adapter / name).open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())

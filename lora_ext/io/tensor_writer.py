@@ -55,6 +55,7 @@ def write_tensors(
                 file.write(data)
                 written += len(data)
                 advance(len(data))
+                del part, data  # before the next one is made
             if written != _nbytes(spec):
                 raise ValueError(f"{key}: got {written} bytes, expected {_nbytes(spec)}")
 
