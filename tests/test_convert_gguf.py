@@ -471,7 +471,11 @@ REFUSED: dict[str, tuple[LoadedAdapter, str]] = {
         adapter_of({"model.layers.0.self_attn.k_proj": (6, HIDDEN)}),
         "by the heads",
     ),
-    "tied head": (adapter_of({"lm_head": (VOCABULARY, HIDDEN)}), "lm_head: is tied"),
+    "tied head": (adapter_of({"lm_head": (VOCABULARY, HIDDEN)}), "lm_head: .*are tied"),
+    "tied embedding": (
+        adapter_of({"model.embed_tokens": (VOCABULARY, HIDDEN)}),
+        "embed_tokens: .*are tied",
+    ),
     "convolution": (with_tensor(f"{Q}.lora_A.weight", 4, 32, 3, 3), "q_proj: lora_A is"),
     "NaN": (with_tensor(f"{Q}.lora_A.weight", 4, 32), "NaN"),
     "float64": (changed(dtype=torch.float64), "float64"),
@@ -491,7 +495,7 @@ def test_what_it_cannot_hold_is_refused_by_name(tmp_path: Path, name: str) -> No
     adapter, message = REFUSED[name]
     if name == "NaN":
         adapter.tensors[f"{Q}.lora_A.weight"][0, 0] = math.nan
-    fields = GQA | {"tie_word_embeddings": name == "tied head"}
+    fields = GQA | {"tie_word_embeddings": name.startswith("tied")}
     (tmp_path / "a.gguf").write_text("what was there")
     with pytest.raises(AdapterFileError, match=message):
         written(tmp_path, adapter, "llama", **fields)

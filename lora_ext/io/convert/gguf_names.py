@@ -148,10 +148,14 @@ class Base:
             AdapterFileError: llama.cpp has no tensor of its own for it, or the folder's files have
                 it in other sizes.
         """
-        if self.is_tied() and self.modules[module] == OUTPUT:
+        name = self.modules[module]
+        if self.is_tied() and name in (EMBEDDING, OUTPUT):
+            says = "has no tensor of its own for the output layer"
+            if name == EMBEDDING:
+                says = "would take the adapter for one of the output layer too, and end its process"
             raise AdapterFileError(
-                f"{module}: is tied to the input embedding in {self.folder}, so llama.cpp has no "
-                "tensor of its own for it; merge the adapter into the base, and convert that"
+                f"{module}: input embedding and output layer are tied in {self.folder}: llama.cpp "
+                f"{says}; merge the adapter into the base, and convert that"
             )
         expected = {(columns, rows) if embedding else (rows, columns)}
         if self.family.transposed:  # but not its output layer
