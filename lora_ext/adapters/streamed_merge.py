@@ -15,7 +15,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from lora_ext._extension import build_info
