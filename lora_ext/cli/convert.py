@@ -17,14 +17,22 @@ if TYPE_CHECKING:
 
     from lora_ext.io.convert import LoadedAdapter
 
-FORMATS = ("peft",)  # those of lora_ext.io.convert, whose import takes torch
+FORMATS = (
+    "peft",
+    "loralib",
+    "loratorch",
+    "candle",
+    "diffusers",
+    "kohya",
+    "gguf",
+)  # those of lora_ext.io.convert, whose import takes torch
 _DTYPES = ("float32", "bfloat16", "float16")
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 @click.command(short_help="Write an adapter in another dtype or form.")
 @click.argument("adapter", type=click.Path(exists=True, path_type=Path))
-@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
 @click.option("--dtype", type=click.Choice(_DTYPES), help="That of all its tensors.")
 @click.option(
     "--initial",
@@ -39,6 +47,35 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 )
 @click.option("--from", "source", type=click.Choice(FORMATS), help="Default: recognised.")
 @click.option("--to", "target", type=click.Choice(FORMATS), default="peft", show_default=True)
+@click.option(
+    "--alpha",
+    type=float,
+    help="lora_alpha, which files of loralib, loratorch and candle do not hold: that of training, "
+    "or that of the layers a file is written for.",
+)
+@click.option(
+    "--base",
+    type=click.Path(exists=True, path_type=Path),
+    help="The base, for its modules' names (kohya), shapes (convolutions of loralib and loratorch) "
+    "and heads (gguf, of which its folder alone): its folder, its safetensors, or a text file with "
+    "a name in each line.",
+)
+@click.option(
+    "--slices",
+    multiple=True,
+    metavar="NAME=1,0,1",
+    help="Which parts of a fused projection have an adapter (enable_lora), with their rows where "
+    "these differ: qkv=4096:1,1024:0,1024:1. For an attention of loratorch: q, k and v. "
+    "Repeatable.",
+)
+@click.option(
+    "--id",
+    "ids",
+    multiple=True,
+    metavar="PREFIX.ID=FIELD",
+    help="The field that a number in candle's names is of: lora_llama_csa.0=q_proj. Repeatable.",
+)
+@click.option("--component", help="Of a pipeline (diffusers, kohya), such as unet: it alone.")
 @click.option("--overwrite", is_flag=True, help="Replace the adapter that is in OUT.")
 @telling
 def convert(
@@ -49,34 +86,53 @@ def convert(
     no_embeddings: bool,
     source: str | None,
     target: str,
+    alpha: float | None,
+    base: Path | None,
+    slices: tuple[str, ...],
+    ids: tuple[str, ...],
+    component: str | None,
     overwrite: bool,
 ) -> Answer:
-    """Write the adapter in ADAPTER into folder OUT, changed as the options say. Without options it
-    is the same adapter, as lora_ext writes it. Both files of OUT are replaced as one, or none.
+    """Write the adapter in ADAPTER to OUT, changed as the options say. Without options it is the
+    same adapter, as lora_ext writes it. The files of OUT are replaced as one, or none.
 
-    Formats: peft (adapter_config.json and adapter_model.safetensors). Pickles (.bin) are not read:
-    they can run code.
+    Formats: peft (a folder with adapter_config.json and adapter_model.safetensors), diffusers (a
+    folder or a file), and one file each: loralib, loratorch (LoRA-Torch), candle (candle-lora),
+    kohya (sd-scripts), gguf (llama.cpp). Pickles (.bin, .pt) are not read: they can run code.
+    docs/formats.md says what each holds, asks and refuses.
 
     \b
     Examples:
       lora-ext convert ./adapter ./adapter-bf16 --dtype bfloat16
       lora-ext convert ./pissa ./plain --initial ./pissa-before-training
+      lora-ext convert lora.safetensors ./adapter --alpha 16 --slices c_attn=1,0,1
+      lora-ext convert ./adapter kohya.safetensors --to kohya --component unet
+      lora-ext convert ./adapter adapter.gguf --to gguf --base ./llama
 
     JSON: adapter, out, from, to, changes (a list of texts), tensors and bytes (counts).
     """
     from lora_ext.cli.adapters import adapters_in, check_memory
-    from lora_ext.io.convert import FORMATS, LoadedAdapter, Options, recognised
+    from lora_ext.cli.convert_options import options_of
+    from lora_ext.io.convert import FORMATS, LoadedAdapter, recognised
+    from lora_ext.io.convert.tensor_file import contents
 
     name = source or recognised(adapter)
+    if name is None and adapter.is_file():
+        contents(adapter)  # says what is wrong with it
     if name is None:
         known = ", ".join(FORMATS)
         inner = adapters_in(adapter)
         raise WrongUse(f"{adapter}: is no adapter in a known format ({known}){inner}")
-    if recognised(out) is not None and not overwrite:
-        raise WrongUse(f"{out}: has an adapter already; --overwrite replaces it")
+    if out.is_file() and target == "peft":
+        raise WrongUse(f"{out}: is a file, expected a folder for {target}")
+    if (out.is_file() or recognised(out) is not None) and not overwrite:
+        what = "is there" if out.is_file() else "has an adapter"
+        raise WrongUse(f"{out}: {what} already; --overwrite replaces it")
+    # What asks for the base's modules; making their outline takes seconds.
+    by_modules = not {name, target} <= {"peft", "gguf"}
+    options = options_of(alpha, base, slices, ids, component, by_modules)
     # The tensors, those in the new dtype, and the bytes of the file.
     check_memory(3 * FORMATS[name].bytes_of(adapter), f"converting {adapter}")
-    options = Options()
     loaded, changes = FORMATS[name].read(adapter, options), list[str]()
     if no_embeddings:
         loaded = _without_embeddings(loaded, changes)
@@ -85,6 +141,8 @@ def convert(
     if dtype is not None:
         loaded = LoadedAdapter(loaded.config, _cast(loaded.tensors, dtype, changes))
     FORMATS[target].write(out, loaded, options)
+    if target != "gguf" and (needed := _alpha_in(out)) is not None:
+        changes.append(f"for layers made with lora_alpha={needed}")
     count = sum(tensor.nbytes for tensor in loaded.tensors.values())
     data = {
         "adapter": str(adapter), "out": str(out), "from": name, "to": target,
@@ -92,6 +150,17 @@ def convert(
     }  # fmt: skip
     what = "; ".join(changes) or "the same adapter"
     return Answer(data, f"{out}: {what}; {counted(len(loaded.tensors), 'tensor')}, {size(count)}")
+
+
+def _alpha_in(out: Path) -> str | None:
+    """What the reader of a file has to know that does not say it but in its metadata."""
+    from lora_ext.io import open_tensors
+    from lora_ext.io.convert.tensor_file import HEADER
+
+    if not out.is_file():
+        return None
+    with open_tensors(out, max_header_bytes=HEADER) as file:
+        return file.metadata.get("lora_alpha")
 
 
 def _cast(tensors: dict[str, Tensor], dtype: str, changes: list[str]) -> dict[str, Tensor]:

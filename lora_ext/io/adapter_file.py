@@ -101,6 +101,7 @@ class _Entry:
 class _Header:
     entries: dict[str, _Entry]
     data_start: int  # bytes from the start of the file
+    metadata: dict[str, str]
 
 
 def read_header(
@@ -158,11 +159,12 @@ class TensorFile:
     Attributes:
         path: the file's.
         specs: shape and dtype by key, in the order of the data.
+        metadata: the texts that its header holds beside them.
     """
 
     def __init__(self, file: io.FileIO, max_header_bytes: int) -> None:
         self._file, self._header = file, _read_header(file, max_header_bytes)
-        self.path = str(file.name)
+        self.path, self.metadata = str(file.name), self._header.metadata
         entries = sorted(self._header.entries.items(), key=lambda item: item[1].begin)
         self.specs = {k: TensorSpec(one.shape, frozenset({one.dtype})) for k, one in entries}
 
@@ -199,10 +201,16 @@ def open_tensors(
         yield TensorFile(file, max_header_bytes)
 
 
-def adapter_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+def adapter_bytes(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> bytes:
     """The safetensors file of these tensors, byte for byte as PEFT writes it.
 
     Aliases and strided views are copied first, since the format knows neither.
+
+    Args:
+        tensors: by their keys.
+        metadata: further texts for the header.
 
     Raises:
         AdapterFileError: NaN or Inf: it would replace a good file and could not be loaded.
@@ -218,7 +226,7 @@ def adapter_bytes(tensors: Mapping[str, Tensor]) -> bytes:
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         storages.add(storage)
         ready[key] = tensor.contiguous()
-    return safetensors.torch.save(ready, metadata={"format": "pt"})
+    return safetensors.torch.save(ready, metadata={"format": "pt", **(metadata or {})})
 
 
 def check_finite(key: str, tensor: Tensor) -> None:
@@ -266,11 +274,12 @@ def _read_header(file: io.FileIO, limit: int) -> _Header:
         )
     file.seek(8)
     header = parse_json(read_exactly(file, length), f"{path}: its header")
-    _check_metadata(path, header.pop("__metadata__", {}))
+    metadata = header.pop("__metadata__", {})
+    _check_metadata(path, metadata)
     data_size = size - 8 - length
     entries = {key: _entry(path, key, fields, data_size) for key, fields in header.items()}
     _check_layout(path, entries, data_size)
-    return _Header(entries, 8 + length)
+    return _Header(entries, 8 + length, metadata)
 
 
 def _check_metadata(path: str, metadata: Any) -> None:

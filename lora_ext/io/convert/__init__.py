@@ -2,24 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_ext.arguments import as_path, check_known
+from torch import nn
+
+from lora_ext.arguments import as_path, check_known, names_of
 from lora_ext.errors import AdapterFileError
-from lora_ext.io.convert.formats import Format, Layer, LoadedAdapter, Options
+from lora_ext.io.convert.candle import CANDLE
+from lora_ext.io.convert.diffusers import DIFFUSERS
+from lora_ext.io.convert.formats import Format, Layer, LoadedAdapter, Options, layers_of
 from lora_ext.io.convert.gguf import GGUF
+from lora_ext.io.convert.kohya import KOHYA
+from lora_ext.io.convert.loralib import LORALIB
+from lora_ext.io.convert.loratorch import LORATORCH
 from lora_ext.io.convert.peft import PEFT
+from lora_ext.io.convert.tensor_file import contents
 from lora_ext.io.files import StrPath
 
-__all__ = ["FORMATS", "Format", "Layer", "LoadedAdapter", "Options", "convert", "recognised"]
+__all__ = [
+    "FORMATS",
+    "Format",
+    "Layer",
+    "LoadedAdapter",
+    "Options",
+    "convert",
+    "format_of",
+    "layers_of",
+    "recognised",
+]
 
-FORMATS = {"peft": PEFT, "gguf": GGUF}
+FORMATS = {
+    "peft": PEFT,
+    "loralib": LORALIB,
+    "loratorch": LORATORCH,
+    "candle": CANDLE,
+    "diffusers": DIFFUSERS,
+    "kohya": KOHYA,
+    "gguf": GGUF,
+}
 
 
 def recognised(path: Path) -> str | None:
     """The name of the format; None where it is none of these."""
     return next((name for name, one in FORMATS.items() if one.recognises(path)), None)
+
+
+def format_of(path: Path) -> str:
+    """The name of the format.
+
+    Raises:
+        AdapterFileError: it is none of these; says why a file is no safetensors file at all.
+    """
+    name = recognised(path)
+    if name is None and path.is_file():
+        contents(path)
+    if name is None:
+        raise AdapterFileError(
+            f"{path}: is no adapter in a known format ({', '.join(FORMATS)}); say which one it is "
+            "meant to be (source=, --from)"
+        )
+    return name
 
 
 def convert(
@@ -36,7 +80,8 @@ def convert(
         source_path: the folder or file it is in.
         out: the folder, or file, that is written; what is there of an adapter is replaced.
         source, target: names in `FORMATS`; source None: recognised.
-        options: those of `Options`, for both.
+        options: those of `Options`, for both; `modules` may be the base itself, or its modules'
+            names.
 
     Returns:
         The adapter in PEFT's terms.
@@ -46,13 +91,17 @@ def convert(
         ValueError: something that the file does not say has to be given.
     """
     path, out = as_path(source_path, "convert", "source_path"), as_path(out, "convert", "out")
-    name = source if source is not None else recognised(path)
-    if name is None:
-        raise AdapterFileError(
-            f"{path}: is no adapter in a known format ({', '.join(FORMATS)}); name it with source="
-        )
+    name = source if source is not None else format_of(path)
     check_known("convert", "source and target", (name, target), FORMATS)
-    given = Options(**options)
+    given = _options(**options)
     adapter = FORMATS[name].read(path, given)
     FORMATS[target].write(out, adapter, given)
     return adapter
+
+
+def _options(modules: Any = (), **others: Any) -> Options:
+    if isinstance(modules, nn.Module):
+        modules = layers_of(modules)
+    elif not isinstance(modules, Mapping):
+        modules = dict.fromkeys(names_of(modules, "convert", "modules"), Layer())
+    return Options(modules=modules, **others)

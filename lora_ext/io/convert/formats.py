@@ -3,12 +3,15 @@ the file does not say."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from lora_ext.arguments import as_number, check_mapping, refuse
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,34 @@ class Options:
     ids: Mapping[str, str] = field(default_factory=dict)
     component: str | None = None
     base: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.alpha is not None:
+            alpha = as_number(self.alpha, "Options", "alpha")
+            if not math.isfinite(alpha) or alpha <= 0:
+                raise ValueError(f"Options: alpha: got {alpha}, expected a number above 0")
+        check_mapping("Options", "modules", self.modules, Layer, "Layers")
+        check_mapping("Options", "slices", self.slices, list | tuple, "lists of True and False")
+        check_mapping("Options", "ids", self.ids, str, "texts")
+        if self.component is not None and not isinstance(self.component, str):
+            refuse("Options", "component", self.component, "a name")
+
+
+def layers_of(model: nn.Module) -> dict[str, Layer]:
+    """The modules of a base, for `Options.modules`."""
+    found = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
+        if isinstance(module, nn.MultiheadAttention):
+            found[name] = Layer("attention")
+        elif isinstance(module, nn.Embedding):
+            found[name] = Layer("embedding", shape)
+        elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            found[name] = Layer("conv", shape, module.groups)
+        elif shape is not None and len(shape) == 2:
+            found[name] = Layer("linear", shape)
+    return found
 
 
 @dataclass(frozen=True)

@@ -308,6 +308,8 @@ def write_gguf(
         values: texts, floats as float32, tuples of numbers as arrays of uint32.
         tensors: in float32, float16 or bfloat16.
     """
+    if path.is_dir():
+        raise AdapterFileError(f"{path}: is a folder, expected the name of a file")
     gguf = library(f"writing {path}")
     with tempfile.TemporaryDirectory(prefix="lora_ext-") as folder:
         writer = gguf.GGUFWriter(Path(folder, "gguf"), architecture)

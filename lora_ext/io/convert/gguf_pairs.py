@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import regex
 import torch
 from torch import Tensor
 
 from lora_ext.arguments import short
 from lora_ext.errors import AdapterFileError
+from lora_ext.io.convert.alphas import Alphas
 from lora_ext.io.convert.formats import LoadedAdapter
 
 PREFIX = "base_model.model."
-PATTERN_SECONDS = 0.03  # for all expressions of a config together, which may come from anyone
 _PARTS = {
     ".lora_A.weight": ("A", False),
     ".lora_B.weight": ("B", False),
@@ -136,23 +134,15 @@ class Scalings:
     """Those of a config's modules, by their names."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self._alpha = _number("lora_alpha", config.get("lora_alpha", 8))
-        self._rslora = bool(config.get("use_rslora"))
-        patterns, parameters = config.get("alpha_pattern"), config.get("target_parameters")
-        if not isinstance(patterns or {}, dict) or not isinstance(parameters or [], list):
-            raise AdapterFileError("alpha_pattern, target_parameters: expected a dict and a list")
-        self._patterns = [
-            (_expression(pattern), _number("alpha_pattern", alpha))
-            for pattern, alpha in (patterns or {}).items()
-        ]
-        self._parameters = tuple(map(str, parameters or ()))
-        self._left = PATTERN_SECONDS * (1 + len(self._patterns))
+        self._alphas = Alphas(config, "config")
+        parameters = config.get("target_parameters") or []
+        if not isinstance(parameters, list):
+            raise AdapterFileError(f"target_parameters: got {short(parameters)}, expected a list")
+        self._parameters = tuple(map(str, parameters))
 
     def of(self, name: str, r: int) -> float:
         """Of a module or parameter whose adapter has rank r."""
-        alpha = next((one for pattern, one in self._patterns if self._matches(pattern, name)), None)
-        alpha = self._alpha if alpha is None else alpha
-        return alpha / math.sqrt(r) if self._rslora else alpha / r
+        return self._alphas.of(name, r) / r
 
     def name_of(self, module: str) -> str:
         """What patterns call a module: by its weight where target_parameters does."""
@@ -161,30 +151,6 @@ class Scalings:
     def is_targeted(self, parameter: str) -> bool:
         """Whether target_parameters means it."""
         return any(parameter == n or parameter.endswith(f".{n}") for n in self._parameters)
-
-    def _matches(self, pattern: Any, name: str) -> bool:
-        try:
-            return pattern.match(name, timeout=self._left) is not None
-        except TimeoutError:
-            raise AdapterFileError(
-                f"alpha_pattern: {short(pattern.pattern)} takes too long to match, expected names, "
-                "or expressions without repetitions inside repetitions"
-            ) from None
-
-
-def _expression(pattern: Any) -> Any:
-    try:
-        return regex.compile(rf"(.*\.)?({pattern})$")  # as PEFT does
-    except regex.error as error:
-        raise AdapterFileError(
-            f"alpha_pattern: {short(pattern)} is no expression: {error}"
-        ) from None
-
-
-def _number(field: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise AdapterFileError(f"{field}: got {short(value)}, expected a number")
-    return float(value)
 
 
 def with_one_alpha(pairs: Mapping[str, Pair]) -> tuple[float, dict[str, Pair]]:
