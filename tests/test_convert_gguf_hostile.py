@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 import struct
 from pathlib import Path
 
@@ -31,6 +33,8 @@ from quantized_libraries import library
 
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.convert import FORMATS, Options
+from lora_ext.io.convert.gguf_names import Base
+from lora_ext.io.convert.gguf_read import read_adapter
 
 gguf = library("gguf")
 
@@ -263,8 +267,6 @@ def test_a_terabyte_of_nothing_is_not_allocated(tmp_path: Path) -> None:
 
 
 def test_links_and_pipes_are_not_followed(tmp_path: Path) -> None:
-    import os
-
     path, options = place(tmp_path, GOOD)
     inner = tmp_path / "inner"
     inner.mkdir()
@@ -286,3 +288,26 @@ def test_damaged_configs_of_bases_are_refused(tmp_path: Path, content: bytes) ->
     assert options.base is not None
     (options.base / "config.json").write_bytes(content)
     assert "config.json" in refused(lambda: FORMATS["gguf"].read(path, options))
+
+
+def test_changed_bytes_are_read_or_refused(tmp_path: Path) -> None:
+    """Whatever is changed in a file, it is read, or refused as an adapter's file is."""
+    path, options = place(tmp_path, GOOD)
+    assert options.base is not None
+    base = Base.of(options.base)
+    seed, read, head = random.Random(0), 0, len(GOOD) - len(DATA)
+    values = (0, 1, 8, 9, 32, 127, 128, 255)
+    for _ in range(3000):
+        content = bytearray(GOOD)
+        for _ in range(seed.choice((1, 1, 2, 8))):
+            content[seed.randrange(head)] = seed.choice((*values, seed.randrange(256)))
+        if seed.random() < 0.2:
+            at = seed.randrange(head)
+            content[at : at + seed.randrange(9)] = seed.randbytes(seed.randrange(9))
+        path.write_bytes(content)
+        try:
+            read_adapter(path, base)
+            read += 1
+        except AdapterFileError as error:
+            assert str(path) in str(error)
+    assert 10 < read < 2000

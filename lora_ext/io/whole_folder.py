@@ -65,9 +65,12 @@ def resumed_folder(place: StrPath, work: str) -> Iterator[Path]:
     place = _free_place(place, "resumed_folder")
     folder = place.parent / f".{place.name}{SUFFIX}{work}"
     _remove_left_behind(place, but=folder)
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
+        if os.fstat(descriptor).st_uid != os.geteuid():
+            text = "is another user's, whose files are not taken for one's own; delete it"
+            raise PermissionError(errno.EACCES, text, str(folder))
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
