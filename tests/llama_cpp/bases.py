@@ -27,24 +27,24 @@ _OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm
 
 def llama(tied: bool = False) -> nn.Module:
     config = transformers.LlamaConfig(**_TEXT, **_SIZES, tie_word_embeddings=tied)
-    return _drawn(transformers.LlamaForCausalLM(config))
+    return drawn(transformers.LlamaForCausalLM(config))
 
 
 def mixtral() -> nn.Module:
     config = transformers.MixtralConfig(
         **_TEXT, **_SIZES, num_local_experts=EXPERTS, num_experts_per_tok=2, sliding_window=None
     )
-    return _drawn(transformers.MixtralForCausalLM(config))
+    return drawn(transformers.MixtralForCausalLM(config))
 
 
-def _drawn(model: nn.Module) -> nn.Module:
+def drawn(model: nn.Module) -> nn.Module:
     """With weights large enough for attention and routing to depend on the tokens."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
-            drawn = torch.randn(parameter.shape, generator=generator)
+            values = torch.randn(parameter.shape, generator=generator)
             scale = 0.3 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5
-            parameter.copy_(drawn * scale + (parameter.dim() == 1))
+            parameter.copy_(values * scale + (parameter.dim() == 1))
     return model.eval()
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")
 
 import bases
+import fused_bases
 from quantized_libraries import library
 
 from lora_ext import LoraConfig, LoraModel
@@ -189,6 +190,39 @@ def test_a_file_of_llama_cpps_is_read_as_it_computes(
     found = llama_cpp(place / f"{kind}.gguf", tmp_path / "a.gguf", 1)
     assert (found - torch_logits(base(kind))).abs().max() > 0.1
     torch.testing.assert_close(torch_logits(model), found, rtol=0, atol=TOLERANCE)
+
+
+FUSED: dict[str, dict[str, Any]] = {
+    "gpt2": {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True},
+    "gpt_neox": {"target_modules": "all-linear", "use_rslora": True},
+    "falcon": {"target_modules": ["query_key_value", "dense"], "alpha_pattern": {"dense": 3}},
+}
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_fused_queries_keys_and_values(tmp_path: Path, kind: str) -> None:
+    """llama.cpp looks up GELU in a table of halves, so both differ by some thousandths already
+    without an adapter."""
+    made: nn.Module = getattr(fused_bases, kind)()
+    made.save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    fused_bases.write(gguf, made, tmp_path / "base.gguf")
+    plain = torch_logits(made)
+    torch.manual_seed(4)
+    model = LoraModel(made, LoraConfig(r=4, lora_alpha=6, **FUSED[kind]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape) * 0.15)
+    model.eval().save_pretrained(tmp_path / "adapter")
+    convert(tmp_path / "adapter", tmp_path / "a.gguf", target="gguf", base=tmp_path / "base")
+    expected = torch_logits(model)
+    found = llama_cpp(tmp_path / "base.gguf")
+    error = float((found - plain).abs().max())
+    found = llama_cpp(tmp_path / "base.gguf", tmp_path / "a.gguf", 1)
+    effect = float((expected - plain).abs().max())
+    print(kind, error, float((found - expected).abs().max()), effect)
+    assert error < 0.01 and effect > 0.3
+    assert float((found - expected).abs().max()) < 0.01
 
 
 def test_invocation_tokens_are_llama_cpps(place: Path, tmp_path: Path) -> None:
