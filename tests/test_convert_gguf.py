@@ -14,7 +14,9 @@ import pytest
 import torch
 from cli_runs import failed, run
 from gguf_problems import HEADS, HIDDEN, INNER, LAYERS, PREFIX, VOCABULARY, adapter_of, llama_shapes
+from measured import refused
 from quantized_libraries import library
+from test_convert_write import BAD, saved
 from torch import Tensor
 
 from lora_ext.errors import AdapterFileError
@@ -290,7 +292,6 @@ SCALED: dict[str, dict[str, Any]] = {
         "rank_pattern": {"v_proj": 2},
         "use_rslora": True,
     },
-    "alpha 0": {"lora_alpha": 0},
     "bf16": {"alpha_pattern": {"q_proj": 3}, "dtype": torch.bfloat16},
 }
 
@@ -502,6 +503,19 @@ def test_what_it_cannot_hold_is_refused_by_name(tmp_path: Path, name: str) -> No
         written(tmp_path, adapter, "llama", **fields)
     assert (tmp_path / "a.gguf").read_text() == "what was there"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "base"]
+
+
+@pytest.mark.parametrize("case", sorted(BAD.keys() - {"activated"}))
+def test_damaged_adapters_are_refused(tmp_path: Path, case: str) -> None:
+    """Fast and in little memory, as by the other formats; what is left out it can hold."""
+    tensors, fields, _ = BAD[case]
+    name = "model.layers.0.mlp.up_proj"
+    tensors = {key.replace("unet.a", name): tensor for key, tensor in tensors.items()}
+    folder, out = tmp_path / "adapter", tmp_path / "a.gguf"
+    saved(folder, tensors, {"peft_type": "LORA", "r": 4, "lora_alpha": 4} | fields)
+    base = problems.base_folder(tmp_path / "base", "llama")
+    said = refused(lambda: convert(folder, out, target="gguf", base=base))
+    assert str(out) in said and not out.exists()
 
 
 def test_bases_are_refused_by_name(tmp_path: Path) -> None:

@@ -238,6 +238,30 @@ def test_gpt2(tmp_path: Path) -> None:
 # ---- what is asked, and what is refused ----------------------------------------------------------
 
 
+def test_merged_linear_of_lora_ext_is_saved_plain(tmp_path: Path) -> None:
+    """Its own keys are grouped; the message says how to save one that others can read."""
+    torch.manual_seed(0)
+    enabled = [True, False, True]
+    base = Small(lora_ext.nn.MergedLinear(6, 12, enable_lora=enabled))
+    config = lora_ext.LoraConfig(r=R, lora_alpha=ALPHA, target_modules=["layer"])
+    model = lora_ext.get_lora_model(base, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "own")
+    model.save_pretrained(tmp_path / "plain", as_plain_lora=True)
+    out = tmp_path / "out.safetensors"
+    refuses_to_write(
+        lambda: convert(tmp_path / "own", out, target="loralib"), "block.layer", "as_plain_lora"
+    )
+    convert(tmp_path / "plain", out, target="loralib", slices={"layer": enabled})
+    lora = Small(merged(enabled)())
+    state = base.block["layer"].state_dict()
+    weights = {f"block.layer.{k}": t for k, t in state.items() if "lora_" not in k}
+    lora.load_state_dict({**weights, **load_file(out)}, strict=False)
+    close(lora.train()(X), model.double().eval()(X.double()))
+
+
 def test_alpha_is_asked_and_kept(tmp_path: Path) -> None:
     file = {"a.lora_A": values(1, R, 6), "a.lora_B": values(2, 7, R)}
     said = refuses(tmp_path, "loralib", save(file), "alpha=")

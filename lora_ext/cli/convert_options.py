@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,10 +68,11 @@ def _slices(said: str) -> tuple[Any, ...]:
 def _layers_of(base: Path) -> dict[str, Layer]:
     """The base's modules: of a folder of transformers, of safetensors, or names in a text file."""
     from lora_ext.io.convert import layers_of
+    from lora_ext.io.files import parse_json
 
     if base.is_dir():
         config = base / CONFIG
-        if config.is_file() and "model_type" in json.loads(config.read_bytes()):
+        if config.is_file() and "model_type" in parse_json(config.read_bytes(), str(config)):
             return layers_of(outline(base))
         # A model of diffusers, or a pipeline with a folder for each.
         found = _in_files(base, "")

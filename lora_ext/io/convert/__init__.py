@@ -56,8 +56,9 @@ def format_of(path: Path) -> str:
         AdapterFileError: it is none of these; says why a file is no safetensors file at all.
     """
     name = recognised(path)
-    if name is None and path.is_file():
-        contents(path)
+    pickle = path / "pytorch_lora_weights.bin"  # of diffusers, before it wrote safetensors
+    if name is None and (path.is_file() or pickle.is_file()):
+        contents(path if path.is_file() else pickle)
     if name is None:
         raise AdapterFileError(
             f"{path}: is no adapter in a known format ({', '.join(FORMATS)}); say which one it is "

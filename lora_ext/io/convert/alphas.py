@@ -10,6 +10,7 @@ from typing import Any
 import regex
 from torch import Tensor
 
+from lora_ext.arguments import describe
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.convert.formats import Options
 from lora_ext.io.files import short
@@ -45,8 +46,11 @@ class Alphas:
         self._rslora = bool(config.get("use_rslora"))
 
     def _number(self, field: str, value: Any) -> float:
-        if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
-            raise AdapterFileError(f"{self._where}: {field}: got {value!r:.60}, expected a number")
+        # Not larger: integers of JSON may be too large for a float.
+        if type(value) not in (int, float) or not 0 < value < 1e30:
+            raise AdapterFileError(
+                f"{self._where}: {field}: got {describe(value)}, expected a number above 0"
+            )
         return float(value)
 
     def of(self, name: str, rank: int) -> float:

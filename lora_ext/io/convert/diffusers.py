@@ -240,7 +240,7 @@ def _write(path: Path, adapter: LoadedAdapter, options: Options) -> None:
 
 def _is_key(key: str) -> bool:
     return not key.startswith(PREFIX) and (
-        key.endswith((".lora_A.weight", ".lora.down.weight", ".lora_linear_layer.down.weight"))
+        key.endswith(tuple(f".{end}" for end, part in _PARTS.items() if part.endswith("A")))
         or _OLD.fullmatch(key) is not None
     )
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lora_ext.errors import AdapterFileError
 from lora_ext.io.convert.formats import Format, LoadedAdapter, Options
 from lora_ext.io.convert.gguf_file import MAGIC, open_gguf
 from lora_ext.io.convert.gguf_names import Base
@@ -34,7 +35,12 @@ def _read(path: Path, options: Options) -> LoadedAdapter:
 
 
 def _write(path: Path, adapter: LoadedAdapter, options: Options) -> None:
-    write_adapter(path, adapter, _base(options, path))
+    base = _base(options, path)
+    try:
+        write_adapter(path, adapter, base)
+    except AdapterFileError as error:
+        before = "" if str(error).startswith(str(path)) else f"{path}: "
+        raise AdapterFileError(f"{before}{error}") from None
 
 
 def _recognises(path: Path) -> bool:

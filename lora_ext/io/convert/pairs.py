@@ -192,12 +192,32 @@ def as_pairs(adapter: LoadedAdapter, where: str) -> tuple[list[Pair], dict[str, 
     for (name, part), own in found.items():
         kind = "embedding_" if "embedding_A" in own else ""
         A, B = own.get(f"{kind}A"), own.get(f"{kind}B")
-        if A is None or B is None or A.dim() < 2 or B.dim() < 2:
-            raise AdapterFileError(f"{where}: {short(name)}: has no matrices lora_A and lora_B")
+        if A is None or B is None or not _fit(A, B):
+            raise AdapterFileError(
+                f"{where}: {short(name)}: has no lora_A and lora_B of one rank, whose shapes fit; "
+                "of lora_ext.nn.MergedLinear save a plain one, save_pretrained(as_plain_lora=True)"
+            )
         alpha = alphas.of(name.removesuffix(OUT_PROJ), A.shape[0])
         bias, magnitude = own.get("bias"), own.get("magnitude")
+        for one in (bias, magnitude):
+            if one is not None and one.numel() != B.shape[0]:
+                raise AdapterFileError(
+                    f"{where}: {short(name)}: a tensor of {list(one.shape)} beside a lora_B of "
+                    f"{B.shape[0]} rows"
+                )
         pairs.append(Pair(name, A, B, alpha, bool(kind), part, bias, magnitude))
     return pairs, others
+
+
+def _fit(A: Tensor, B: Tensor) -> bool:
+    """Two matrices, or a kernel and one of 1 x 1 with or without groups."""
+    if A.dim() < 2 or A.dim() != B.dim() or 0 in A.shape or 0 in B.shape:
+        return False
+    if not (A.is_floating_point() and B.is_floating_point()):
+        return False
+    groups, left = divmod(A.shape[0], B.shape[1])
+    grouped = groups == 1 or (A.dim() > 2 and B.shape[0] % groups == 0)
+    return not left and groups > 0 and grouped and all(size == 1 for size in B.shape[2:])
 
 
 def refuse_other_fields(config: Mapping[str, Any], where: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -83,12 +84,21 @@ def recogniser(
         file = file_in(path, folder_file)
         if not file.is_file():
             return False
-        try:
-            return any(map(is_key, contents(file).specs))
-        except (AdapterFileError, OSError):
-            return False
+        status = file.stat()
+        state = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+        return any(map(is_key, _keys(file, state)))
 
     return recognises
+
+
+@lru_cache(maxsize=1)
+def _keys(file: Path, state: tuple[int, ...]) -> tuple[str, ...]:
+    """Those of a file in this state, once for all formats that look at it; none where it cannot be
+    read, which its reader says then."""
+    try:
+        return tuple(contents(file).specs)
+    except (AdapterFileError, OSError):
+        return ()
 
 
 def size_of(folder_file: str | None = None) -> Callable[[Path], int]:
