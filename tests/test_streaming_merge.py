@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("transformers")
 
 import tiny_models
+import transformers
 from cli_places import randomise
 
 import lora_ext.adapters.streamed_merge as streamed
@@ -116,8 +117,6 @@ def gpt2() -> tuple[torch.nn.Module, dict[str, Any]]:
 
 def mixtral() -> tuple[torch.nn.Module, dict[str, Any]]:
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    import transformers
-
     config = transformers.MixtralConfig(
         **tiny_models.TEXT,
         **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
@@ -298,6 +297,31 @@ def test_memory_is_that_of_two_tensors(tmp_path: Path) -> None:
     assert peaks[1] - peaks[0] < 2 * tensor + (8 << 20), [peak >> 20 for peak in peaks]
     assert peaks[1] - peaks[0] > tensor  # or what was measured is not this
     assert_same_bits(contents(tmp_path / "big" / "out"), in_memory(tmp_path / "big"))
+
+
+def test_memory_of_a_model_of_transformers(tmp_path: Path) -> None:
+    """The same of a folder with a config.json, whose model is made as an outline: 120 MiB, of which
+    the largest tensor has 16."""
+    peaks = []
+    for name, hidden in (("tiny", 32), ("big", 1024)):
+        config = transformers.LlamaConfig(
+            **tiny_models.TEXT,
+            **{"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": 2},
+            **{"num_attention_heads": 4, "num_key_value_heads": 2},
+        )
+        base = transformers.LlamaForCausalLM(config)
+        base.save_pretrained(tmp_path / name, max_shard_size="40MB")  # type: ignore[operator]
+        adapter = tmp_path / f"{name} adapter"
+        lora = LoraModel(base, LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+        randomise(lora).save_pretrained(adapter)
+        arguments = ("merge", tmp_path / name, adapter, tmp_path / f"{name} out", "--json")
+        run("verify", adapter, "--model", tmp_path / name)  # imports all of it before the fork
+        outcome = attempt(lambda given=arguments: run(*given).json(), patience=60)  # type: ignore[misc]
+        assert outcome.error == ""
+        peaks.append(outcome.extra_bytes)
+        expected = dict(lora.merge_and_unload().state_dict())
+        assert_same_bits(contents(tmp_path / f"{name} out"), expected)
+    assert peaks[1] - peaks[0] < 2 * (16 << 20) + (8 << 20), [peak >> 20 for peak in peaks]
 
 
 def test_50_kills_at_random_moments(tmp_path: Path) -> None:
