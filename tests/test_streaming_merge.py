@@ -165,7 +165,7 @@ MODELS: dict[str, tuple[Callable[[], tuple[torch.nn.Module, dict[str, Any]]], st
     "gpt2": (gpt2, None),
     "bert": (bert, None),
     "tied elsewhere": (tied_elsewhere, None),
-    "mixtral": (mixtral, "no tensor of MixtralForCausalLM"),
+    "mixtral": (mixtral, "which no file has under this name"),
     "tied head": (tied_head, "lm_head|tied"),
     "modules_to_save": (saved, "modules_to_save"),
     "tokens": (tokens, "trainable_token_indices"),
@@ -208,6 +208,21 @@ def test_files_in_another_dtype_than_the_models_are_loaded(tmp_path: Path) -> No
     save_file(tensors, file, {"format": "pt"})
     data = run("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out", "--json").json()
     assert "another dtype" in data["loaded"]
+
+
+def test_what_the_model_does_not_have_is_copied(tmp_path: Path) -> None:
+    """As the buffers that older versions of transformers saved."""
+    base, _ = tiny_models.llama()
+    base.save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    lora = LoraModel(base, LoraConfig(r=2, target_modules=["q_proj"]))
+    randomise(lora).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "base" / "model.safetensors"
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(4)}
+    save_file(load_file(file) | buffer, file, {"format": "pt"})
+    data = run("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "out", "--json").json()
+    assert data["loaded"] is None
+    expected = dict(lora.merge_and_unload().state_dict()) | buffer
+    assert_same_bits(contents(tmp_path / "out"), expected)
 
 
 def test_nan_leaves_nothing(tmp_path: Path) -> None:
@@ -285,7 +300,7 @@ def test_memory_is_that_of_two_tensors(tmp_path: Path) -> None:
     """Of 32 MiB each, beyond what merging a tiny base takes for its code; eight are 256 MiB. Eight
     MiB are for the adapter (1 MiB, in the file and in the model), blocks, and what allocators keep.
     """
-    size = 2896
+    size = 2912  # more than 32 MiB: what glibc gives back to the system at once
     peaks = []
     for name, one in (("tiny", 16), ("big", size)):
         (tmp_path / name).mkdir()
@@ -300,10 +315,10 @@ def test_memory_is_that_of_two_tensors(tmp_path: Path) -> None:
 
 
 def test_memory_of_a_model_of_transformers(tmp_path: Path) -> None:
-    """The same of a folder with a config.json, whose model is made as an outline: 120 MiB, of which
-    the largest tensor has 16."""
+    """The same of a folder with a config.json, whose model is made as an outline: 270 MiB, of which
+    the largest tensor has 36. Smaller ones stay with the allocator."""
     peaks = []
-    for name, hidden in (("tiny", 32), ("big", 1024)):
+    for name, hidden in (("tiny", 32), ("big", 1536)):
         config = transformers.LlamaConfig(
             **tiny_models.TEXT,
             **{"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": 2},
@@ -321,7 +336,7 @@ def test_memory_of_a_model_of_transformers(tmp_path: Path) -> None:
         peaks.append(outcome.extra_bytes)
         expected = dict(lora.merge_and_unload().state_dict())
         assert_same_bits(contents(tmp_path / f"{name} out"), expected)
-    assert peaks[1] - peaks[0] < 2 * (16 << 20) + (8 << 20), [peak >> 20 for peak in peaks]
+    assert peaks[1] - peaks[0] < 2 * (36 << 20) + (24 << 20), [peak >> 20 for peak in peaks]
 
 
 def test_50_kills_at_random_moments(tmp_path: Path) -> None:

@@ -69,8 +69,8 @@ def why_not_streamed(lora: LoraModel, files: Mapping[str, TensorFile]) -> str | 
             if key in in_files:
                 return f"'{key}', which is in two files"
             in_files[key] = name
-            if key not in state:
-                return f"'{key}', which is no tensor of {type(base).__name__}"
+            if key not in state:  # such as buffers that older versions saved
+                continue
             (dtype,) = spec.dtypes
             if dtype != state[key].dtype or spec.shape != tuple(state[key].shape):
                 return f"'{key}', which the model holds in another dtype or shape"
