@@ -61,6 +61,15 @@ def loaded(model: torch.nn.Module, folder: Path) -> LoraModel:
     return LoraModel.from_pretrained(model, folder).eval()
 
 
+def loaded_by_peft(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
+    """The same, by PEFT."""
+    import pytest
+
+    peft = pytest.importorskip("peft")
+    found: torch.nn.Module = peft.PeftModel.from_pretrained(model, folder).eval()
+    return found
+
+
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
     """Within the tolerance of the largest value."""
     expected = expected.detach()

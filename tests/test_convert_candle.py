@@ -15,6 +15,7 @@ from converted import (
     close,
     containers,
     loaded,
+    loaded_by_peft,
     refuses,
     refuses_to_write,
     round_trip,
@@ -255,6 +256,20 @@ def test_models(case: str, rank: int, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = output(exact, double)
         close(output(loaded(model, folder), inputs), expected)
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_peft_loads_them(case: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, inputs, conversions, ids = MODELS[case]()
+    file = candle_file(model, conversions)
+    path = write(tmp_path / "file.safetensors", file)
+    convert(path, tmp_path / "peft", alpha=ALPHA, ids=ids, modules=model)
+    exact = exact_model(model, file, conversions)
+    double = {k: x.double() if x.is_floating_point() else x for k, x in inputs.items()}
+    with torch.no_grad():
+        expected = output(exact, double)
+        close(output(loaded_by_peft(model, tmp_path / "peft"), inputs), expected)
 
 
 def test_shared_embedding_of_t5(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from converted import (
     close,
     containers,
     loaded,
+    loaded_by_peft,
     refuses,
     refuses_to_write,
     round_trip,
@@ -102,6 +103,22 @@ def test_is_what_kohya_computes_and_comes_back(
     folder = round_trip(tmp_path, "kohya", file, back, **options)
     exact = updated(model, updates)(*(x.double() if x.is_floating_point() else x for x in inputs))
     close(loaded(model, folder)(*inputs), exact)
+
+
+@pytest.mark.parametrize("case", ["unet, all", "unet, dora", "text encoder, dora", "unet, fp16"])
+def test_peft_loads_it(case: str, pipeline: Pipeline, tmp_path: Path) -> None:
+    start, names, rank, alpha, dtype, dora = CASES[case]
+    text = start.startswith("lora_te")
+    model: nn.Module = pipeline.text_encoder if text else pipeline.unet
+    inputs = (TOKENS,) if text else (X, values(2, 2, 4, 6))
+    updates = {
+        name: update(model, name, 7 * at, rank, alpha / rank, dora, dtype)
+        for at, name in enumerate(names)
+    }
+    path = write(tmp_path / "file.safetensors", file_of(start, updates, alpha))
+    convert(path, tmp_path / "peft", modules=model, component=COMPONENTS[start])
+    exact = updated(model, updates)(*(x.double() if x.is_floating_point() else x for x in inputs))
+    close(loaded_by_peft(model, tmp_path / "peft")(*inputs), exact)
 
 
 def test_a_whole_pipeline(pipeline: Pipeline, tmp_path: Path) -> None:

@@ -32,6 +32,9 @@ BAD: dict[str, tuple[Tensors, dict[str, Any], str]] = {
     "a wide lora_B": (
         {**GOOD, C: values(1, 4, 3, 3, 3), D: values(2, 6, 4, 3, 3)}, {}, "unet.c",
     ),
+    "a larger rank in lora_B": (
+        {**GOOD, C: values(1, 4, 3, 3, 3), D: values(2, 6, 7, 1, 1)}, {}, "unet.c",
+    ),
     "groups that do not divide": (
         {**GOOD, C: values(1, 4, 4, 3, 3), D: values(2, 5, 2, 1, 1)}, {}, "unet.c",
     ),

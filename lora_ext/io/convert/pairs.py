@@ -216,8 +216,9 @@ def _fit(A: Tensor, B: Tensor) -> bool:
     if not (A.is_floating_point() and B.is_floating_point()):
         return False
     groups, left = divmod(A.shape[0], B.shape[1])
-    grouped = groups == 1 or (A.dim() > 2 and B.shape[0] % groups == 0)
-    return not left and groups > 0 and grouped and all(size == 1 for size in B.shape[2:])
+    if left or any(size != 1 for size in B.shape[2:]):
+        return False
+    return groups == 1 or (A.dim() > 2 and B.shape[0] % groups == 0)
 
 
 def refuse_other_fields(config: Mapping[str, Any], where: str) -> None:
