@@ -8,7 +8,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CXX_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: docs help setup demo demo-plan test bench cuda-env cuda-check gpu gpu-build gpu-test \
+.PHONY: docs help setup demo demo-plan test llama-cpp bench cuda-env cuda-check gpu gpu-build gpu-test \
 	gpu-sanitize gpu-bench gpu-prebuilt gpu-first lint format clean
 
 .DEFAULT_GOAL := setup
@@ -54,6 +54,17 @@ demo-plan:
 # of their names the long ones are not the last. Threads of the one that wait leave the cores to the other.
 test: setup $(VENV)/quantized/.installed ## run all tests
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
+
+# llama.cpp, which loads our adapters and computes with them: compiled from its source distribution, beside the
+# environment. Not part of `make test`, which skips these tests where it is missing.
+LLAMA_CPP := $(CURDIR)/$(VENV)/llama_cpp
+$(LLAMA_CPP)/.installed: | $(VENV)/.installed
+	@$(STEP) "llama-cpp-python from the package index, compiled: five to ten minutes on two cores, once" build/llama-cpp.log \
+		$(BIN)/pip install --no-deps --upgrade --target $(LLAMA_CPP) --no-binary llama-cpp-python llama-cpp-python diskcache
+	@touch $@
+
+llama-cpp: setup $(VENV)/quantized/.installed $(LLAMA_CPP)/.installed ## run the tests with llama.cpp itself; minutes to compile it, once
+	LORA_EXT_LLAMA_CPP="$(LLAMA_CPP)" $(BIN)/python -m pytest tests/llama_cpp -v
 
 # The CUDA extension compiled from the source distribution, linked and imported, without a GPU: in an
 # environment of its own, with gigabytes of torch's CUDA libraries. ptxas tells what registers each kernel spills.

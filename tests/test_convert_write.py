@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from lora_ext.io.convert import FORMATS, convert, recognised
 
-TARGETS = [name for name in FORMATS if name not in ("peft", "diffusers")]  # whose files are pairs'
+# Whose files are pairs'; gguf's modules are those of a base (test_convert_gguf.py).
+TARGETS = [name for name in FORMATS if name not in ("peft", "diffusers", "gguf")]
 A, B = "base_model.model.unet.a.lora_A.weight", "base_model.model.unet.a.lora_B.weight"
 C, D = "base_model.model.unet.c.lora_A.weight", "base_model.model.unet.c.lora_B.weight"
 GOOD: Tensors = {A: values(1, 4, 6), B: values(2, 7, 4)}

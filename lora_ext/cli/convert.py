@@ -24,6 +24,7 @@ FORMATS = (
     "candle",
     "diffusers",
     "kohya",
+    "gguf",
 )  # those of lora_ext.io.convert, whose import takes torch
 _DTYPES = ("float32", "bfloat16", "float16")
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -55,8 +56,9 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.option(
     "--base",
     type=click.Path(exists=True, path_type=Path),
-    help="The base, for its modules' names (kohya) and shapes (convolutions of loralib and "
-    "loratorch): its folder, its safetensors, or a text file with a name in each line.",
+    help="The base, for its modules' names (kohya), shapes (convolutions of loralib and loratorch) "
+    "and heads (gguf, of which its folder alone): its folder, its safetensors, or a text file with "
+    "a name in each line.",
 )
 @click.option(
     "--slices",
@@ -96,8 +98,8 @@ def convert(
 
     Formats: peft (a folder with adapter_config.json and adapter_model.safetensors), diffusers (a
     folder or a file), and one file each: loralib, loratorch (LoRA-Torch), candle (candle-lora),
-    kohya (sd-scripts). Pickles (.bin, .pt) are not read: they can run code. docs/formats.md says
-    what each holds, asks and refuses.
+    kohya (sd-scripts), gguf (llama.cpp). Pickles (.bin, .pt) are not read: they can run code.
+    docs/formats.md says what each holds, asks and refuses.
 
     \b
     Examples:
@@ -105,6 +107,7 @@ def convert(
       lora-ext convert ./pissa ./plain --initial ./pissa-before-training
       lora-ext convert lora.safetensors ./adapter --alpha 16 --slices c_attn=1,0,1
       lora-ext convert ./adapter kohya.safetensors --to kohya --component unet
+      lora-ext convert ./adapter adapter.gguf --to gguf --base ./llama
 
     JSON: adapter, out, from, to, changes (a list of texts), tensors and bytes (counts).
     """
@@ -125,7 +128,9 @@ def convert(
     if (out.is_file() or recognised(out) is not None) and not overwrite:
         what = "is there" if out.is_file() else "has an adapter"
         raise WrongUse(f"{out}: {what} already; --overwrite replaces it")
-    options = options_of(alpha, base, slices, ids, component)
+    # What asks for the base's modules; making their outline takes seconds.
+    by_modules = not {name, target} <= {"peft", "gguf"}
+    options = options_of(alpha, base, slices, ids, component, by_modules)
     # The tensors, those in the new dtype, and the bytes of the file.
     check_memory(3 * FORMATS[name].bytes_of(adapter), f"converting {adapter}")
     loaded, changes = FORMATS[name].read(adapter, options), list[str]()
@@ -136,7 +141,7 @@ def convert(
     if dtype is not None:
         loaded = LoadedAdapter(loaded.config, _cast(loaded.tensors, dtype, changes))
     FORMATS[target].write(out, loaded, options)
-    if (needed := _alpha_in(out)) is not None:
+    if target != "gguf" and (needed := _alpha_in(out)) is not None:
         changes.append(f"for layers made with lora_alpha={needed}")
     count = sum(tensor.nbytes for tensor in loaded.tensors.values())
     data = {

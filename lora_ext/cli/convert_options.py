@@ -21,17 +21,23 @@ def options_of(
     slices: Iterable[str],
     ids: Iterable[str],
     component: str | None,
+    by_modules: bool = True,
 ) -> Options:
-    """The options of a conversion; WrongUse for what is none."""
+    """The options of a conversion; WrongUse for what is none.
+
+    Args:
+        by_modules: whether a format asks for the base's modules.
+    """
     from lora_ext.io.convert import Options
 
     try:
         return Options(
             alpha=alpha,
-            modules={} if base is None else _layers_of(base),
+            modules={} if base is None or not by_modules else _layers_of(base),
             slices={name: _slices(said) for name, said in _named("--slices", slices)},
             ids=dict(_named("--id", ids)),
             component=component,
+            base=base,
         )
     except (TypeError, ValueError) as error:
         raise WrongUse(str(error).replace("Options: alpha", "--alpha")) from error

@@ -86,7 +86,7 @@ def diff(a: Path, b: Path, tolerance: float | None) -> Answer:
 @contextmanager
 def _open(path: Path) -> Iterator[Source]:
     from lora_ext.cli.adapters import HEADER, adapters_in
-    from lora_ext.cli.merge import MODEL_HEADER
+    from lora_ext.cli.base_files import HEADER as MODEL_HEADER
     from lora_ext.io import CONFIG_NAME, WEIGHTS_NAME, open_adapter, open_tensors
     from lora_ext.io.files import open_inside, parse_json, read_all, typed_errors
 

@@ -72,7 +72,7 @@ def load(folder: Path, task: str | None = None) -> tuple[nn.Module, set[str]]:
     if (folder / "adapter_config.json").exists():
         raise WrongUse(f"{folder} is an adapter, expected the folder of a model; swap the two?")
     config = _config(folder)
-    _check_weights(folder)
+    weight_files(folder)
     model, found = _from_files(config, folder, task, dtype="auto")
     wrong = sorted(found["mismatched_keys"], key=str)
     if wrong:
@@ -91,7 +91,7 @@ def names_missing(folder: Path, task: str | None = None) -> set[str] | None:
     Raises:
         ValueError: a file is damaged, or there is none of a name in the index.
     """
-    if not _check_weights(folder) or importlib.util.find_spec("accelerate") is None:
+    if not weight_files(folder) or importlib.util.find_spec("accelerate") is None:
         return None
     try:
         _, found = _from_files(_config(folder), folder, task, device_map="meta")
@@ -150,7 +150,7 @@ def _from_files(
     return model, found
 
 
-def _check_weights(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The folder's files of weights, each of which is whole; transformers would not say which is
     not, and after reading others."""
     from safetensors import SafetensorError, safe_open

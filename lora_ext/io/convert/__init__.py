@@ -13,6 +13,7 @@ from lora_ext.errors import AdapterFileError
 from lora_ext.io.convert.candle import CANDLE
 from lora_ext.io.convert.diffusers import DIFFUSERS
 from lora_ext.io.convert.formats import Format, Layer, LoadedAdapter, Options, layers_of
+from lora_ext.io.convert.gguf import GGUF
 from lora_ext.io.convert.kohya import KOHYA
 from lora_ext.io.convert.loralib import LORALIB
 from lora_ext.io.convert.loratorch import LORATORCH
@@ -39,6 +40,7 @@ FORMATS = {
     "candle": CANDLE,
     "diffusers": DIFFUSERS,
     "kohya": KOHYA,
+    "gguf": GGUF,
 }
 
 

@@ -54,6 +54,8 @@ class Options:
             (rows, True or False) for each.
         ids: the field that a number in a file's names stands for, by that number or by "PREFIX.ID".
         component: of a pipeline, such as "unet": it alone, without this prefix.
+        base: folder of the model that the adapter is for; its config.json is read, and the headers
+            of its safetensors.
     """
 
     alpha: float | None = None
@@ -61,6 +63,7 @@ class Options:
     slices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     ids: Mapping[str, str] = field(default_factory=dict)
     component: str | None = None
+    base: Path | None = None
 
     def __post_init__(self) -> None:
         if self.alpha is not None:
