@@ -5,8 +5,11 @@ from lora_ext import _startup
 # Not `nn`: after `from lora_ext import *` that name would not be torch's any more.
 __all__ = [
     "BdLoraConfig",
+    "CordaConfig",
+    "EvaConfig",
     "LoftQConfig",
     "LoraConfig",
+    "LoraGAConfig",
     "LoraModel",
     "PeftConfig",
     "PeftModel",
@@ -30,6 +33,7 @@ __all__ = [
     "dropout_mask",
     "explain",
     "get_base_model_state_dict",
+    "get_eva_state_dict",
     "get_layer_status",
     "get_lora_model",
     "get_model_status",
@@ -37,6 +41,7 @@ __all__ = [
     "get_peft_model",
     "get_peft_model_state_dict",
     "hotswap_adapter",
+    "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "load_peft_weights",
     "lora_embedding",
@@ -48,6 +53,8 @@ __all__ = [
     "prepare_model_for_compiled_hotswap",
     "prepare_model_for_gradient_checkpointing",
     "prepare_model_for_kbit_training",
+    "preprocess_corda",
+    "preprocess_loraga",
     "print_trainable_parameters",
     "reference",
     "replace_linear",
@@ -68,8 +75,11 @@ else:
     from lora_ext._not_built import answer_for as _answer_for
     from lora_ext.adapters import (
         BdLoraConfig,
+        CordaConfig,
+        EvaConfig,
         LoftQConfig,
         LoraConfig,
+        LoraGAConfig,
         LoraModel,
         PeftConfig,
         PeftModel,
@@ -109,6 +119,12 @@ else:
         set_peft_model_state_dict,
     )
     from lora_ext.batching import batch
+    from lora_ext.calibration import (
+        get_eva_state_dict,
+        initialize_lora_eva_weights,
+        preprocess_corda,
+        preprocess_loraga,
+    )
     from lora_ext.functional import (
         draw_rng_state,
         dropout_mask,

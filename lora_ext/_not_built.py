@@ -22,20 +22,14 @@ INSTEAD = {
     "converting to LoRA": "PEFT does it, and PeftModel.from_pretrained reads the folder",
     "mixing kinds of adapters": "several of LoRA go: add_adapter, set_adapter([...])",
     "moving offloaded weights to the GPU": "weights stay where accelerate's hooks have them",
-    "the initialisation CorDA": "init_lora_weights='pissa' and 'olora' start from the weight, too",
-    "the initialisation EVA": "init_lora_weights='pissa' and 'olora' start from the weight",
-    "the initialisation LoRA-GA": "init_lora_weights='pissa' and 'olora' start from the weight",
 }
 _OTHERWISE = "; or use PEFT's own model with lora_ext.integrations.peft.patch()"
 
 # Fields of a config that ask for one of these by not being empty.
 FIELDS = {
     "arrow_config": "Arrow routing",
-    "corda_config": "the initialisation CorDA",
     "enable_lora": "PEFT 0.2's merged linear layers",
-    "eva_config": "the initialisation EVA",
     "kasa_config": "KaSA",
-    "lora_ga_config": "the initialisation LoRA-GA",
     "megatron_config": "Megatron's parallel layers",
     "monteclora_config": "MonteCLoRA",
     "use_qalora": "QALoRA",
@@ -45,10 +39,7 @@ FIELDS = {
 # Names, as regular expressions, that are for one of these.
 _NAMES = {
     "ArrowConfig|create_arrow_model": "Arrow routing",
-    "CordaConfig|preprocess_corda": "the initialisation CorDA",
-    "EvaConfig|get_eva_state_dict|initialize_lora_eva_weights": "the initialisation EVA",
     "KasaConfig": "KaSA",
-    "LoraGAConfig|preprocess_loraga": "the initialisation LoRA-GA",
     "LoraRuntimeConfig": "moving offloaded weights to the GPU",
     "Monteclora(Config|TrainerMixin)": "MonteCLoRA",
     "PeftMixedModel|MixedModel": "mixing kinds of adapters",

@@ -22,7 +22,7 @@ from lora_ext.nn.adapter import AdapterOptions, AdapterSettings
 ROOT = Path(lora_ext.__file__).parent
 # From below to above: each may import what stands before it.
 PACKAGES = (
-    *("_startup", "_missing", "_extension", "_flops", "_offloaded"),
+    *("_startup", "_missing", "_progress", "_extension", "_flops", "_offloaded"),
     *(
         "_not_built",
         "errors",
@@ -40,6 +40,7 @@ PACKAGES = (
         "nn",
         "io",
         "adapters",
+        "calibration",
         "distributed",
         "integrations",
         "tuning",

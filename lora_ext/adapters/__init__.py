@@ -1,6 +1,7 @@
 """Working on whole models: putting adapters in, training, saving and inspecting them."""
 
 from lora_ext.adapters.bdlora import BdLoraConfig
+from lora_ext.adapters.calibrated_configs import CordaConfig, EvaConfig, LoraGAConfig
 from lora_ext.adapters.checkpoint.base_state_dict import (
     get_base_model_state_dict,
     set_base_model_state_dict,
@@ -52,8 +53,11 @@ from lora_ext.nn.trainable import (
 
 __all__ = [
     "BdLoraConfig",
+    "CordaConfig",
+    "EvaConfig",
     "LoftQConfig",
     "LoraConfig",
+    "LoraGAConfig",
     "LoraModel",
     "PeftConfig",
     "PeftModel",

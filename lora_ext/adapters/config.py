@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Self, TypeVar
 
 from lora_ext.adapters.bdlora import BdLoraConfig
+from lora_ext.adapters.calibrated_configs import CordaConfig, EvaConfig, LoraGAConfig
 from lora_ext.adapters.config_checks import check_fields, plain_value
 from lora_ext.adapters.config_files import PEFT_VERSION, UNSAVED, ConfigFiles, copied
 from lora_ext.adapters.loftq_config import LoftQConfig
@@ -54,8 +55,11 @@ class LoraConfig(ConfigFiles):
         use_rslora: the scale is lora_alpha / sqrt(r) (arXiv:2312.03732).
         modules_to_save: modules that are trained and saved whole; never adapted.
         init_lora_weights: True, False, "gaussian", "orthogonal", "olora", "mica", "pissa",
-            "pissa_niter_N" (N subspace iterations of a fast SVD) or "loftq".
+            "pissa_niter_N" (N subspace iterations of a fast SVD), "loftq", or, from data, "eva",
+            "corda" or "lora_ga".
         loftq_config: of "loftq", which needs it: a LoftQConfig, or a dict of its fields.
+        eva_config, corda_config, lora_ga_config: of the three: an EvaConfig, CordaConfig or
+            LoraGAConfig, or a dict of its fields.
         layers_to_transform: numbers of the layers to adapt, with a list of target_modules.
         layers_pattern: what comes before the number in a name; any name when empty.
         rank_pattern, alpha_pattern: r and lora_alpha of layers that need others, by name, last
@@ -110,9 +114,9 @@ class LoraConfig(ConfigFiles):
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     loftq_config: dict[str, Any] | None = field(default_factory=dict)
-    eva_config: dict[str, Any] | None = None
-    corda_config: dict[str, Any] | None = None
-    lora_ga_config: dict[str, Any] | None = None
+    eva_config: EvaConfig | None = None
+    corda_config: CordaConfig | None = None
+    lora_ga_config: LoraGAConfig | None = None
     use_dora: bool = False
     velora_config: dict[str, Any] | None = None
     alora_invocation_tokens: list[int] | None = None
@@ -171,6 +175,7 @@ class LoraConfig(ConfigFiles):
                 "LoraConfig: loftq_config: `loftq_config` specified but will be ignored when "
                 "`init_lora_weights` is not 'loftq'."
             )
+        self._check_calibrated()
         if not isinstance(self.unknown_fields, Mapping):
             refuse("LoraConfig", "unknown_fields", self.unknown_fields, "a dict")
         own = {one.name: getattr(self, one.name) for one in fields(self)}
@@ -179,6 +184,26 @@ class LoraConfig(ConfigFiles):
             raise ValueError(f"LoraConfig: unknown_fields: got {twice}, which are fields")
         check_fields(self.unknown_fields | own)
         self.peft_type = PeftType(self.peft_type)
+
+    def _check_calibrated(self) -> None:
+        """The configs of initialisations from data, as PEFT completes and warns of them."""
+        self.eva_config = EvaConfig.of(self.eva_config)
+        self.corda_config = CordaConfig.of(self.corda_config)
+        self.lora_ga_config = LoraGAConfig.of(self.lora_ga_config)
+        for kind, make in (("eva", EvaConfig), ("corda", CordaConfig)):
+            name = make.FIELD
+            given, asked = getattr(self, name) is not None, self.init_lora_weights == kind
+            if asked and not given:
+                setattr(self, name, make())
+                warn(
+                    f"LoraConfig: `init_lora_weights` is '{kind}' but `{name}` is not specified: "
+                    "its defaults are used"
+                )
+            elif given and not asked:
+                warn(
+                    f"LoraConfig: {name}: `{name}` specified but will be ignored when "
+                    f"`init_lora_weights` is not '{kind}'."
+                )
 
     # Of PEFT's configs: which other kinds they are.
     is_prompt_learning = is_adaption_prompt = property(lambda self: False)

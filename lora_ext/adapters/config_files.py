@@ -36,7 +36,8 @@ class ConfigFiles:
     def to_dict(self) -> dict[str, Any]:
         """All fields and values that belong into a file, as PEFT's `to_dict`; a deep copy."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in UNSAVED}
-        own["use_bdlora"] = asdict(self.use_bdlora) if self.use_bdlora else None
+        for name in ("use_bdlora", "eva_config", "corda_config", "lora_ga_config"):
+            own[name] = asdict(own[name]) if own[name] else None
         return copied(own | self.unknown_fields)  # type: ignore[no-any-return]
 
     def to_file(self) -> dict[str, Any]:

@@ -44,7 +44,7 @@ from lora_ext.nn.token_wrappers import TrainableTokensWrapper
 from lora_ext.quant.kinds import quantized_kind
 
 # From so many on the ends of names are written instead of names, as in PEFT's files.
-_MANY_NAMES = 400
+MANY_NAMES = 400
 
 
 class PlannedLayer(NamedTuple):
@@ -86,6 +86,7 @@ def adapter_settings(
         blocks_of_lora_A=of_A,
         blocks_of_lora_B=of_B,
         **(config.loftq_config or {}),
+        **(config.lora_ga_config.settings() if config.lora_ga_config else {}),
     )
 
 
@@ -107,7 +108,7 @@ def resolved(model: nn.Module, plan: Plan) -> LoraConfig:
     config = copy.deepcopy(plan.config)
     targets = config.target_modules
     if targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
-        many = len(plan.names) >= _MANY_NAMES
+        many = len(plan.names) >= MANY_NAMES
         config.target_modules = exact_targets(model, plan.names, shortest=many)
         if isinstance(config.target_modules, str):  # which these cannot go with, and includes them
             config.layers_to_transform = config.layers_pattern = None

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
+from lora_ext._progress import progress
 from lora_ext.cli.answers import Answer, telling
 from lora_ext.cli.errors import WrongUse
-from lora_ext.cli.progress import progress
 
 _DTYPES = ("float32", "bfloat16", "float16")
 

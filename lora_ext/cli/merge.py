@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_ext._progress import progress
 from lora_ext.cli.answers import Answer, counted, size, telling
 from lora_ext.cli.errors import WrongUse
 from lora_ext.cli.models import INDEX, WEIGHTS
-from lora_ext.cli.progress import progress
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

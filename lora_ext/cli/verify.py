@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lora_ext._progress import progress
 from lora_ext.cli.answers import Answer, counted, one_line, telling
 from lora_ext.cli.errors import sentence
-from lora_ext.cli.progress import progress
 
 if TYPE_CHECKING:
     from lora_ext.adapters import LoraConfig

@@ -131,9 +131,9 @@ def load_adapter(
 
 
 def _plain_over_codes(plan: Plan) -> Plan:
-    """The plan without LoftQ's initialisation of layers over a quantized base: that is what LoftQ
-    made of it, so that a file's adapter has nothing left to change there."""
-    if not is_loftq(plan.config.init_lora_weights):
+    """The plan without LoftQ's and LoRA-GA's initialisation of layers over a quantized base: that
+    is made of what they left, so that a file's adapter has nothing left to change there."""
+    if not is_loftq(kind := plan.config.init_lora_weights) and kind != "lora_ga":
         return plan
     from lora_ext.nn.quantized import QuantizedBase  # only now: few need it
 
