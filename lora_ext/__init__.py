@@ -1,6 +1,16 @@
 """Fused LoRA layers for PyTorch. Start with `lora_ext.nn.Linear` or `lora_ext.replace_linear`."""
 
+from typing import TYPE_CHECKING
+
 from lora_ext import _startup
+
+if TYPE_CHECKING:
+    from lora_ext.calibration import (
+        get_eva_state_dict,
+        initialize_lora_eva_weights,
+        preprocess_corda,
+        preprocess_loraga,
+    )
 
 # Not `nn`: after `from lora_ext import *` that name would not be torch's any more.
 __all__ = [
@@ -68,6 +78,7 @@ if _startup.is_program():
     _startup.load_when_asked(__name__, {*__all__, "nn"})
 else:
     from lora_ext import _flops as _flops
+    from lora_ext import calibration as _calibration
     from lora_ext import nn as nn
     from lora_ext import reference
     from lora_ext._extension import __version__, build_info
@@ -119,12 +130,6 @@ else:
         set_peft_model_state_dict,
     )
     from lora_ext.batching import batch
-    from lora_ext.calibration import (
-        get_eva_state_dict,
-        initialize_lora_eva_weights,
-        preprocess_corda,
-        preprocess_loraga,
-    )
     from lora_ext.functional import (
         draw_rng_state,
         dropout_mask,
@@ -136,4 +141,4 @@ else:
     from lora_ext.tuning import autotune
 
     _resolve_former_names()
-    _answer_for(__name__)
+    _answer_for(__name__, _calibration)

@@ -126,10 +126,14 @@ class _NotBuilt:
         raise kind(f"lora_ext: {text}", name=name)
 
 
-def answer_for(package: str) -> None:
-    """Has the package's attributes, and imports from it, say what is not built."""
+def answer_for(package: str, *later: ModuleType) -> None:
+    """Has the package's attributes, and imports from it, say what is not built; what one of `later`
+    has is imported when it is asked for."""
 
     def find(name: str) -> Any:
+        for module in later:
+            if name in module.__all__:
+                return vars(sys.modules[package]).setdefault(name, getattr(module, name))
         text = name_text(name)
         raise AttributeError(
             f"module {package!r} has no attribute {name!r}" + (f": {text}" if text else "")

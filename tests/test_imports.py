@@ -53,6 +53,7 @@ GONE = {
     *(f"lora_ext.nn.dora.{name}" for name in ("linear_forward", "conv_forward")),
     *(f"lora_ext.nn.dora.{name}" for name in ("scale_columns", "merge_factors")),
     *(f"lora_ext.io.adapter_folder.{name}" for name in ("MAX_DENSE_BYTES", "BYTES_PER_VALUE")),
+    "lora_ext.nn.init.NOT_BUILT",  # all are
     *("lora_ext.io.peft.FILE_SECONDS", "lora_ext.io.peft.DEFAULT"),  # imported there
 }
 

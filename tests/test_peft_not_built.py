@@ -86,9 +86,7 @@ def test_a_field_says_what_there_is_instead(field: str) -> None:
 
 CONFIGS = {
     "arrow_config": peft.ArrowConfig(),
-    "eva_config": peft.EvaConfig(),
     "kasa_config": peft.KasaConfig(),
-    "lora_ga_config": peft.LoraGAConfig(),
     "monteclora_config": peft.MontecloraConfig(),
     "velora_config": peft.VeloraConfig(),
 }

@@ -11,6 +11,13 @@ from lora_ext.arguments import short, suggests_names
 from lora_ext.nn.calibrated import check_lora_ga
 
 METHODS = ("ipm", "kpm")
+# Fields of a LoraConfig of an adapter that starts plainly, whatever it was.
+PLAIN: dict[str, Any] = {
+    "init_lora_weights": True,
+    "eva_config": None,
+    "corda_config": None,
+    "lora_ga_config": None,
+}
 
 
 class _SubConfig:

@@ -209,9 +209,9 @@ def _components(
     result = {}
     for name, rank in ranks.items():
         one = statistics[same.get(name, name)]
-        values = one.components[:rank].clone()
+        values = one.components[:rank].float()
         if eva.whiten:
-            values /= one.singular_values[:rank].sqrt()[:, None]
+            values = values / one.singular_values[:rank].float().sqrt()[:, None]
         result[name] = values if device is None else values.to(device)
     return result
 

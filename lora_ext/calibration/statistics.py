@@ -56,7 +56,8 @@ class PrincipalComponents:
             weight = seen * m / (seen + m)
             self.scatter += float(weight * apart.square().sum())
             known = self.singular_values[:, None] * self.components
-            rows = torch.cat([known, rows, (weight**0.5 * apart).float()[None]])
+            # In float64, as in PEFT: what was before is rounded again with each batch.
+            rows = torch.cat([known.double(), rows.double(), (weight**0.5 * apart)[None]])
             self.mean = (seen * self.mean + m * mean) / (seen + m)
         else:
             self.mean = mean
