@@ -238,6 +238,12 @@ def test_without_a_gradient_it_starts_plainly_as_in_peft() -> None:
         own = seeded(lora_ext.get_peft_model, copy.deepcopy(base), b)
     check_alike(for_peft, own)
     assert torch.equal(own(x), base(x))
+    net, nameless = Net(), LoraConfig(init_lora_weights="lora_ga", **NET)
+    preprocess_loraga(net, b, training(net, points()))
+    before = state_of(net)
+    with pytest.raises(ValueError, match="lora_ga_config must be provided"):
+        lora_ext.get_peft_model(net, nameless)
+    assert same_state(before, state_of(net))
     conv = lora_ext.nn.Conv2d(4, 4, 1, r=2, init_lora_weights="lora_ga")
     assert conv.lora_B is not None and not conv.lora_B.any()
     with pytest.raises(ValueError, match="it is for linear layers"):

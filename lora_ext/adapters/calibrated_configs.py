@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Self
@@ -57,12 +57,11 @@ class _SubConfig:
             if not isinstance(getattr(self, name), bool):
                 self._refuse(name, "True or False", TypeError)
 
-    def _check_number(self, name: str, low: float, high: float) -> None:
+    def _check_number(self, name: str, low: float, high: float, peft: str) -> None:
         value = getattr(self, name)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not low <= value <= high:
-            above = f" to {high}" if high < math.inf else " on"
-            self._refuse(name, f"a number from {low}{above}: `{name}` must be >= {low}")
+            self._refuse(name, f"a number from {low} to {high:g}: {peft}")
 
 
 @suggests_names
@@ -88,8 +87,8 @@ class EvaConfig(_SubConfig):
     adjust_scaling_factors: bool = True
 
     def __post_init__(self) -> None:
-        self._check_number("rho", 1.0, 1e9)
-        self._check_number("tau", 0.0, 1.0)
+        self._check_number("rho", 1.0, 1e9, "`rho` must be >= 1.0")
+        self._check_number("tau", 0.0, 1.0, "`tau` must be between 0.0 and 1.0.")
         self._check_flags("use_label_mask", "whiten", "adjust_scaling_factors")
         if not isinstance(self.label_mask_value, int):
             self._refuse("label_mask_value", "an integer", TypeError)
@@ -120,8 +119,11 @@ class CordaConfig(_SubConfig):
 
     def __post_init__(self) -> None:
         for name in ("cache_file", "covariance_file"):
-            if not isinstance(getattr(self, name), str | None):
-                self._refuse(name, "None or a path, as a string", TypeError)
+            value = getattr(self, name)
+            if isinstance(value, os.PathLike):
+                setattr(self, name, os.fspath(value))
+            elif not isinstance(value, str | None):
+                self._refuse(name, "None or a path", TypeError)
         if self.corda_method not in METHODS:
             self._refuse("corda_method", f"one of {METHODS}: it should be 'ipm' or 'kpm'")
         self._check_flags("verbose", "use_float16_for_covariance", "prune_temporary_fields")

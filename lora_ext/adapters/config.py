@@ -190,14 +190,14 @@ class LoraConfig(ConfigFiles):
         self.eva_config = EvaConfig.of(self.eva_config)
         self.corda_config = CordaConfig.of(self.corda_config)
         self.lora_ga_config = LoraGAConfig.of(self.lora_ga_config)
-        for kind, make in (("eva", EvaConfig), ("corda", CordaConfig)):
+        for kind, make, said in (("eva", EvaConfig, "EVA"), ("corda", CordaConfig, "CorDA")):
             name = make.FIELD
             given, asked = getattr(self, name) is not None, self.init_lora_weights == kind
             if asked and not given:
                 setattr(self, name, make())
                 warn(
-                    f"LoraConfig: `init_lora_weights` is '{kind}' but `{name}` is not specified: "
-                    "its defaults are used"
+                    f"LoraConfig: `init_lora_weights` is '{kind}' but `{name}` is not specified. "
+                    f"Using default {said} config."
                 )
             elif given and not asked:
                 warn(

@@ -36,6 +36,7 @@ from lora_ext.arguments import short, warn
 from lora_ext.errors import NotBuiltError
 from lora_ext.nn import AdapterSettings, Embedding, LoraLayer
 from lora_ext.nn.adapter import VARIANTS
+from lora_ext.nn.calibrated import left_at
 from lora_ext.nn.init import mutates_weight
 from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.kinds import can_be_adapted, layer_for
@@ -265,8 +266,15 @@ def _check_initialisation(
 ) -> None:
     """ValueError where the initial product would be taken out of a shared weight: once for each
     layer, and for modules that add no such product."""
-    if not mutates_weight(config.init_lora_weights):
+    kind = config.init_lora_weights
+    if not mutates_weight(kind):
         return
+    if kind == "lora_ga" and config.lora_ga_config is None:
+        if any(left_at(layer, kind) is not None for _, layer, _ in layers):
+            raise ValueError(
+                "LoraConfig: lora_ga_config: got None, but layers have gradients for 'lora_ga', "
+                "expected a LoraGAConfig: lora_ga_config must be provided"
+            )
     shared = shared_parameters(model)
     names = [
         name
