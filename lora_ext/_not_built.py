@@ -21,7 +21,6 @@ INSTEAD = {
     "choosing modules by KappaTune": "name them in target_modules",
     "converting to LoRA": "PEFT does it, and PeftModel.from_pretrained reads the folder",
     "mixing kinds of adapters": "several of LoRA go: add_adapter, set_adapter([...])",
-    "moving offloaded weights to the GPU": "weights stay where accelerate's hooks have them",
 }
 _OTHERWISE = "; or use PEFT's own model with lora_ext.integrations.peft.patch()"
 
@@ -40,7 +39,6 @@ FIELDS = {
 _NAMES = {
     "ArrowConfig|create_arrow_model": "Arrow routing",
     "KasaConfig": "KaSA",
-    "LoraRuntimeConfig": "moving offloaded weights to the GPU",
     "Monteclora(Config|TrainerMixin)": "MonteCLoRA",
     "PeftMixedModel|MixedModel": "mixing kinds of adapters",
     "VeloraConfig": "VeLoRA",
@@ -86,7 +84,7 @@ _OTHER_KINDS = re.compile(
     "initialize_kv_prefix_from_[a-z_]+|prompt_embeddings_from_past_key_values"
 )
 # PEFT's modules, of which none is here under its name.
-_MODULES = frozenset("auto helpers mapping mixed_model optimizers peft_model tuners utils".split())
+_MODULES = frozenset("auto helpers mapping mixed_model peft_model tuners utils".split())
 
 
 def field_text(field: str) -> str:

@@ -178,6 +178,19 @@ def test_file_of_an_old_version_gets_no_new_fields() -> None:
     assert json.loads(config.to_json()) == old | {"use_rslora": True}
 
 
+def test_runtime_config_has_no_effect_and_says_so() -> None:
+    for given in (
+        {"ephemeral_gpu_offload": True},
+        peft.LoraRuntimeConfig(ephemeral_gpu_offload=True),
+        lora_ext.LoraRuntimeConfig(ephemeral_gpu_offload=True),
+    ):
+        with pytest.warns(UserWarning, match="ephemeral_gpu_offload: got True, which has no eff"):
+            LoraConfig(runtime_config=given)
+    for wrong in ({"other": True}, {"ephemeral_gpu_offload": 2}, "yes"):
+        with pytest.raises(TypeError, match="runtime_config: got"):
+            LoraConfig(runtime_config=wrong)
+
+
 def test_runtime_config_is_not_saved() -> None:
     config = LoraConfig(runtime_config={"ephemeral_gpu_offload": False})
     assert "runtime_config" not in config.to_dict()
@@ -315,7 +328,6 @@ NOT_BUILT: dict[str, Any] = {
     "megatron_config": {"a": 1},
     "enable_lora": [True, False, True],
     "peft_type": "ADALORA",
-    "runtime_config": {"ephemeral_gpu_offload": True},
 }
 
 

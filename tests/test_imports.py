@@ -41,6 +41,7 @@ PACKAGES = (
         "io",
         "adapters",
         "calibration",
+        "optimizers",
         "distributed",
         "integrations",
         "tuning",

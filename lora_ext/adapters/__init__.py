@@ -28,6 +28,7 @@ from lora_ext.adapters.loftq import replace_lora_weights_loftq
 from lora_ext.adapters.loftq_config import LoftQConfig
 from lora_ext.adapters.lora_model import LoraModel, PeftModel
 from lora_ext.adapters.replace_linear import replace_linear
+from lora_ext.adapters.runtime_config import LoraRuntimeConfig
 from lora_ext.adapters.status import get_layer_status, get_model_status
 from lora_ext.adapters.tasks import (
     PeftModelForCausalLM,
@@ -59,6 +60,7 @@ __all__ = [
     "LoraConfig",
     "LoraGAConfig",
     "LoraModel",
+    "LoraRuntimeConfig",
     "PeftConfig",
     "PeftModel",
     "PeftModelForCausalLM",

@@ -13,6 +13,7 @@ from lora_ext.adapters.config_checks import check_fields, plain_value
 from lora_ext.adapters.config_files import PEFT_VERSION, UNSAVED, ConfigFiles, copied
 from lora_ext.adapters.loftq_config import LoftQConfig
 from lora_ext.adapters.patterns import matching
+from lora_ext.adapters.runtime_config import warn_of_no_effect
 from lora_ext.adapters.types import PeftType
 from lora_ext.arguments import refuse, suggests_names, warn
 from lora_ext.nn.init import is_loftq
@@ -79,6 +80,7 @@ class LoraConfig(ConfigFiles):
         ensure_weight_tying: whether the copies of modules_to_save that are tied to the input
             embedding are tied as well; both are saved whole if one of them is named.
         megatron_core, qalora_group_size: kept, without effect while what they belong to is off.
+        runtime_config: a LoraRuntimeConfig, or a dict of its field; of no file.
         unknown_fields: what a file has beyond these fields; written back.
         combined: whether `add_weighted_adapter` made it.
         absent_fields: which of these fields a file does not have; left out again while they have
@@ -139,6 +141,7 @@ class LoraConfig(ConfigFiles):
         if self.peft_version is None:
             self.peft_version = PEFT_VERSION
         self.validate()
+        warn_of_no_effect(self.runtime_config)
 
     @classmethod
     def of(cls, config: Any, where: str) -> LoraConfig:
