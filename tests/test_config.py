@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 import tracemalloc
 import warnings
@@ -12,6 +13,7 @@ from typing import Any
 
 import peft
 import pytest
+import torch
 from peft.utils.other import get_pattern_key
 
 import lora_ext
@@ -327,20 +329,29 @@ NOT_BUILT: dict[str, Any] = {
     "use_qalora": True,
     "megatron_config": {"a": 1},
     "enable_lora": [True, False, True],
-    "peft_type": "ADALORA",
 }
 
 
 @pytest.mark.parametrize(("field", "value"), NOT_BUILT.items(), ids=NOT_BUILT.keys())
-def test_what_is_not_built_is_refused_by_name(field: str, value: Any) -> None:
+def test_what_is_not_built_is_kept_and_refused_where_it_is_used(
+    field: str, value: Any, tmp_path: Path
+) -> None:
+    config = LoraConfig.from_dict({"peft_type": "LORA", field: value, "target_modules": ["0"]})
+    config.save_pretrained(tmp_path)
+    again = LoraConfig.from_pretrained(tmp_path)
+    assert again.to_dict()[field] == config.to_dict()[field] == value
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4))
     with pytest.raises(NotBuiltError, match=rf"^LoraConfig: {field}.*: got .* built"):
-        LoraConfig.from_dict({field: value})
+        lora_ext.get_lora_model(net, again)
+    assert type(net[0]) is torch.nn.Linear
+    if field != "use_qalora":
+        with pytest.raises(TypeError, match=rf"{field}: got 'x', expected"):
+            LoraConfig.from_dict({field: "x"})
 
 
 @pytest.mark.parametrize("off", [None, False, [], {}], ids=repr)
 def test_what_is_off_passes(off: Any) -> None:
-    fields = NOT_BUILT.keys() - {"peft_type"}
-    LoraConfig.from_dict(dict.fromkeys(fields, off))
+    LoraConfig.from_dict(dict.fromkeys(NOT_BUILT, off))
 
 
 def good(**changes: Any) -> dict[str, Any]:
@@ -413,7 +424,11 @@ HOSTILE: dict[str, tuple[str | bytes, type[Exception], str]] = {
     ),
     "surrogate": ('{"peft_type": "LORA", "bias": "\\ud800"}', ValueError, r"bias: got '\\ud800'"),
     "private field": (json.dumps(good(absent_fields=["r"])), ValueError, "unknown_fields: got"),
-    "asks for more": (json.dumps(good(use_qalora=True)), NotBuiltError, "use_qalora: got True"),
+    "what no file can hold": (
+        json.dumps(good(kasa_config={"beta": math.inf})).replace("Infinity", "1e999"),
+        ValueError,
+        "kasa_config: got .*expected what JSON can hold",
+    ),
 }
 
 

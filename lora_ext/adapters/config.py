@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, NamedTuple, Self, TypeVar
 
+from lora_ext._not_built import FIELDS
 from lora_ext.adapters.bdlora import BdLoraConfig
 from lora_ext.adapters.calibrated_configs import CordaConfig, EvaConfig, LoraGAConfig
 from lora_ext.adapters.config_checks import check_fields, plain_value
@@ -35,8 +36,8 @@ class LoraConfig(ConfigFiles):
     """What to adapt and how, with the names, defaults and meanings of PEFT's LoraConfig.
 
     Everything is checked when the object is made, and again by `validate()` after changes. Numbers,
-    texts and lists of other libraries (numpy, OmegaConf) become Python's. A field
-    that asks for something that is not built is refused with its name; values that mean "off" pass.
+    texts and lists of other libraries (numpy, OmegaConf) become Python's. A field that asks for
+    something that is not built is kept, and refused with its name where a model is to follow it.
 
     Args:
         task_type: a PEFT task ("CAUSAL_LM", ...) or None; decides which heads count as saved.
@@ -88,7 +89,7 @@ class LoraConfig(ConfigFiles):
 
     Raises:
         TypeError, ValueError: a field has the wrong type or value; the message names it.
-        NotBuiltError: a field asks for what is not built.
+        NotBuiltError: another `peft_type`.
     """
 
     task_type: str | None = None
@@ -179,6 +180,10 @@ class LoraConfig(ConfigFiles):
                 "`init_lora_weights` is not 'loftq'."
             )
         self._check_calibrated()
+        for name in FIELDS.keys() & vars(self).keys():
+            value = getattr(self, name)
+            if is_dataclass(value) and not isinstance(value, type):  # of PEFT's
+                setattr(self, name, plain_value(asdict(value)))
         if not isinstance(self.unknown_fields, Mapping):
             refuse("LoraConfig", "unknown_fields", self.unknown_fields, "a dict")
         own = {one.name: getattr(self, one.name) for one in fields(self)}

@@ -217,7 +217,8 @@ def check_fields(values: Mapping[str, Any]) -> None:
 
     Raises:
         TypeError, ValueError: a field has the wrong type or value.
-        NotBuiltError: a field asks for what is not built.
+        NotBuiltError: another `peft_type`. Fields that ask for what is not built are kept; see
+            `check_built`.
     """
     peft_type = values["peft_type"]
     if peft_type != "LORA":
@@ -228,9 +229,10 @@ def check_fields(values: Mapping[str, Any]) -> None:
     except (TypeError, ValueError, NotImplementedError) as error:
         raise type(error)(f"LoraConfig: {error}") from None
     for field in FIELDS:
-        if not is_off(values.get(field)):
-            got = short(values[field])
-            raise NotBuiltError(f"LoraConfig: {field}: got {got}: {field_text(field)}")
+        if not isinstance(values.get(field), Mapping | list | tuple | bool | NoneType):
+            raise TypeError(
+                _message(field, values[field], "None, a config, or a dict of its fields")
+            )
     for field, check in _CHECKS.items():
         value = values[field]
         mistaken = isinstance(value, bool) and bool not in check.types
@@ -242,6 +244,15 @@ def check_fields(values: Mapping[str, Any]) -> None:
         check_runtime(values["runtime_config"])
     _check_patterns(values)
     _check_combinations(values)
+
+
+def check_built(values: Mapping[str, Any]) -> None:
+    """NotBuiltError for a config, as a mapping of its fields, that no model can follow here: a file
+    of it is read, kept and written back."""
+    for field in FIELDS:
+        if not is_off(values.get(field)):
+            got = short(values[field])
+            raise NotBuiltError(f"LoraConfig: {field}: got {got}: {field_text(field)}")
 
 
 def is_off(value: Any) -> bool:

@@ -170,7 +170,8 @@ class ConfigFiles:
         absent = frozenset(known - values.keys())
         make: Any = cls
         config: Self = make(**values, unknown_fields=unknown, absent_fields=absent)
-        for name, value in {**unknown, "auto_mapping": config.auto_mapping}.items():
+        kept = {name: getattr(config, name) for name in FIELDS.keys() & known}
+        for name, value in {**unknown, **kept, "auto_mapping": config.auto_mapping}.items():
             _check_savable(name, value)
         without_effect = sorted(
             str(name) for name in unknown if name not in FIELDS and not is_off(unknown[name])

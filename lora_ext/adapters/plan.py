@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lora_ext.adapters.config import LoraConfig
-from lora_ext.adapters.config_checks import ALL_LINEAR
+from lora_ext.adapters.config_checks import ALL_LINEAR, check_built
 from lora_ext.adapters.experts import warn_of_unreached, with_experts
 from lora_ext.adapters.names import (
     ORIGINAL,
@@ -173,7 +173,7 @@ def make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool
         TypeError: a target module is of a kind that has no adapters, or a module to save has some.
         ValueError: nothing matches target_modules or modules_to_save, a setting is out of range, or
             init_lora_weights would change a weight that several modules share.
-        NotBuiltError: ensure_weight_tying of adapters.
+        NotBuiltError: ensure_weight_tying of adapters, or a field that asks for what is not built.
     """
     names = sum(1 for _ in model.modules())
     return in_time(CODE_SECONDS, names, lambda: _make_plan(model, config, autocast_adapter_dtype))
@@ -181,6 +181,7 @@ def make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool
 
 def _make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool) -> Plan:
     config.validate()
+    check_built(config.unknown_fields | vars(config))
     given = config = with_plain_names(config)
     config = with_experts(model, config)
     names = []
