@@ -3,8 +3,8 @@ the variance that they explain."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,26 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lora_ext._progress import progress
-from lora_ext.adapters.activation import switched_back
-from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.calibrated_configs import EvaConfig
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.inject import adapted
 from lora_ext.adapters.names import plain_name
 from lora_ext.arguments import check_mapping, check_module, warn
 from lora_ext.calibration.eva_inputs import (
-    all_rows,
     gathered,
     prepare_layer_inputs_fn_language_modeling,
     prepare_model_inputs_fn_language_modeling,
 )
+from lora_ext.calibration.eva_layers import (
+    PREFIX,
+    LayerInputs,
+    layers_of,
+    per_layer,
+    rho_of,
+    switched_off,
+)
 from lora_ext.calibration.eva_model import put_components
 from lora_ext.calibration.eva_pass import WHERE, same_inputs, settle
-from lora_ext.calibration.layers import linear_targets
 from lora_ext.calibration.running import (
     EVERY,
     Pass,
@@ -38,14 +42,7 @@ from lora_ext.calibration.running import (
     to_device,
 )
 from lora_ext.calibration.statistics import PrincipalComponents, check_finite
-from lora_ext.nn import Linear
 from lora_ext.nn.adapter import DEFAULT
-from lora_ext.nn.transaction import AtTheEnd, Transaction
-
-PREFIX = "base_model.model."  # of a layer's name in a model with adapters
-_HIGH_RHO = 1000  # from here on rho is at most what the largest dimension has ranks for, as in PEFT
-
-LayerInputs = Callable[[Any, Any, str], Tensor]
 
 
 @torch.no_grad()
@@ -89,11 +86,11 @@ def get_eva_state_dict(
         TypeError: an argument is of another kind.
     """
     check_module(WHERE, "model", model)
-    found, layers, config = _layers(model, peft_config, adapter_name)
-    functions = _per_layer(layers, prepare_layer_inputs_fn)
+    found, layers, config = layers_of(model, peft_config, adapter_name)
+    functions = per_layer(layers, prepare_layer_inputs_fn)
     eva = config.eva_config or EvaConfig()
     ranks = {name: config.settings_for(name.removeprefix(PREFIX)).r for name in layers}
-    rho = _rho(model, config, eva)
+    rho = rho_of(model, config, eva)
     counts = {name: round(rank * rho) for name, rank in ranks.items()}
     device = device_of(model)
 
@@ -115,7 +112,7 @@ def get_eva_state_dict(
             f"{WHERE}: torch.distributed is initialized and gather_distributed_inputs is True: "
             "inputs of all ranks are gathered, expected other data on each"
         )
-    with as_before(model, training=False), _switched_off(found):
+    with as_before(model, training=False), switched_off(found):
         same = same_inputs(layers, dataloader, run_batch, rows)
         for one, other in same.items():
             counts[one] = counts[other] = max(counts[one], counts[other])
@@ -214,68 +211,3 @@ def _components(
             values = values / one.singular_values[:rank].float().sqrt()[:, None]
         result[name] = values if device is None else values.to(device)
     return result
-
-
-def _layers(
-    model: nn.Module, peft_config: LoraConfig | None, adapter_name: str
-) -> tuple[AdaptedModel | None, dict[str, nn.Module], LoraConfig]:
-    if hasattr(model, "peft_config"):
-        found, injected = adapted(model, WHERE)
-        found._check_names([adapter_name])
-        config = found.peft_config[adapter_name]
-        if peft_config is not None:
-            config = LoraConfig.of(peft_config, WHERE)
-        prefix = "" if injected else PREFIX
-        layers = {
-            f"{prefix}{name}": layer
-            for name, layer in found.layers_with(adapter_name)
-            if isinstance(layer, Linear)
-        }
-        if not layers:
-            raise ValueError(f"{WHERE}: model: got no linear layer with '{adapter_name}'")
-        return found, dict(layers), config
-    if peft_config is None:
-        raise ValueError(
-            f"{WHERE}: peft_config: got None, expected one: peft_config is required if model is "
-            "not a PeftModel"
-        )
-    config = LoraConfig.of(peft_config, WHERE)
-    return None, linear_targets(WHERE, model, config), config
-
-
-@contextmanager
-def _switched_off(found: AdaptedModel | None) -> Iterator[None]:
-    """Within this context a model is its base."""
-    if found is None:
-        yield
-        return
-    restore = switched_back(found)
-    with AtTheEnd(restore):
-        transaction = Transaction()
-        for _, layer in found.adapter_layers():
-            transaction.draft(layer).enable_adapters(False)
-        for _, module in found.saved_modules():
-            transaction.set(module, enabled=False)
-        transaction.commit()
-        yield
-
-
-def _per_layer(
-    layers: Iterable[str], given: LayerInputs | Mapping[str, LayerInputs] | None
-) -> dict[str, LayerInputs]:
-    if not isinstance(given, Mapping):
-        return dict.fromkeys(layers, given or all_rows)
-    functions: dict[str, LayerInputs] = {name: given.get(name) or all_rows for name in layers}
-    if unknown := sorted(given.keys() - functions.keys()):
-        raise ValueError(
-            f"{WHERE}: prepare_layer_inputs_fn: got {unknown[:5]}, which were not found in the "
-            f"model, expected some of {list(functions)[:5]}..."
-        )
-    return functions
-
-
-def _rho(model: nn.Module, config: LoraConfig, eva: EvaConfig) -> float:
-    if eva.rho <= _HIGH_RHO:
-        return eva.rho
-    largest = max(max(parameter.shape) for parameter in model.parameters() if parameter.dim())
-    return min(eva.rho, largest // config.r)

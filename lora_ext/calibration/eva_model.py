@@ -17,6 +17,7 @@ from lora_ext.adapters.swap import plain_layer, swap_modules
 from lora_ext.arguments import listed, warn
 from lora_ext.nn import Linear, LoraLayer
 from lora_ext.nn.adapter import AdapterSettings, part_name
+from lora_ext.nn.sharded import is_sharded
 from lora_ext.nn.transaction import Transaction
 
 _WHERE = "initialize_lora_eva_weights"
@@ -82,6 +83,11 @@ def _check(layers: Mapping[str, LoraLayer], components: Mapping[str, Tensor]) ->
     for name, layer in layers.items():
         if layer.merged:
             raise ValueError(f"{_WHERE}: '{name}' is merged; call unmerge_adapter() first")
+        if is_sharded(layer._adapted_weight()):
+            raise ValueError(
+                f"{_WHERE}: the weight of '{name}' is a DTensor, expected one that is whole: "
+                "initialise first, then divide or shard the model"
+            )
         values = components.get(name)
         if values is None:
             continue
