@@ -2,65 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from calibration_models import loss, pefts, points
-from torch import Tensor, nn
+from calibration_models import pefts, points
+from torch import Tensor
 
-import lora_ext
-from lora_ext import CordaConfig, EvaConfig, LoraConfig, LoraGAConfig
 from lora_ext.calibration.statistics import Covariance, MeanGradient, PrincipalComponents
-
-ROOT = Path(lora_ext.__file__).parent.parent
-FIELDS = {"r": 2, "target_modules": ["first", "second"]}
-CONFIGS = {
-    "eva": LoraConfig(init_lora_weights="eva", eva_config=EvaConfig(tau=0.9999), **FIELDS),
-    "corda": LoraConfig(init_lora_weights="corda", corda_config=CordaConfig(), **FIELDS),
-    "lora_ga": LoraConfig(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(), **FIELDS),
-}
-METHODS = list(CONFIGS)
-LEFT = {"corda": "eigens", "lora_ga": "_peft_loraga_grad"}
-each_method = pytest.mark.parametrize("method", METHODS)
-
-
-def calibrate(method: str, model: nn.Module, data: Any, **options: Any) -> dict[str, list[Tensor]]:
-    """What a method makes of data, as tensors."""
-    options = {"show_progress_bar": False, "checkpoint_every": 1} | options
-    config = CONFIGS[method]
-    if method == "eva":
-        functions = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": None}
-        found = lora_ext.get_eva_state_dict(model, data, config, **functions, **options)
-        return {name: [tensor] for name, tensor in found.items()}
-    if method == "corda":
-        lora_ext.preprocess_corda(model, config, dataloader=data, **options)
-    else:
-        lora_ext.preprocess_loraga(model, config, dataloader=data, forward_fn=loss, **options)
-    found = {n: vars(m)[LEFT[method]] for n, m in model.named_modules() if LEFT[method] in vars(m)}
-    if method == "corda":
-        return {name: [one.U_WC, one.S_WC, one.V_WC] for name, one in found.items()}
-    return {name: [one] for name, one in found.items()}
-
-
-class Killed(Exception):
-    pass
-
-
-class Loader:
-    """A loader that ends badly at one of its batches, counted over all passes."""
-
-    def __init__(self, data: list[Tensor], at: int | None = None) -> None:
-        self.data, self.at, self.given = data, at, 0
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for batch in self.data:
-            if self.given == self.at:
-                raise Killed
-            self.given += 1
-            yield batch
 
 
 @pytest.mark.parametrize("count", [1, 3, 6])

@@ -10,57 +10,20 @@ import peft
 import pytest
 import torch
 from calibration_models import (
-    TARGETS,
     Net,
-    pefts,
     points,
     running,
     same_state,
     state_of,
     twice,
 )
-from torch import Tensor, nn
+from test_corda import NET, own_config
+from torch import nn
 
 import lora_ext
 from lora_ext import CordaConfig, LoraConfig, preprocess_corda
 from lora_ext.cli import main
 from lora_ext.errors import AdapterFileError
-
-theirs = pefts("tuners.lora.corda")
-PeftCordaConfig: Any = pefts("tuners.lora.config").CordaConfig
-LLAMA = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS}
-NET = {"r": 3, "lora_alpha": 6, "target_modules": ["first", "second"]}
-
-
-def own_config(fields: dict[str, Any], **corda: Any) -> LoraConfig:
-    return LoraConfig(init_lora_weights="corda", corda_config=CordaConfig(**corda), **fields)
-
-
-def configs(fields: dict[str, Any], **corda: Any) -> tuple[peft.LoraConfig, LoraConfig]:
-    config = PeftCordaConfig(**corda)
-    return (
-        peft.LoraConfig(init_lora_weights="corda", corda_config=config, **fields),
-        own_config(fields, **corda),
-    )
-
-
-def products(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """U of each layer, and U S V^T."""
-    return {
-        name: (e.U_WC, e.U_WC * e.S_WC @ e.V_WC.t())
-        for name, module in model.named_modules()
-        if (e := vars(module).get("eigens")) is not None
-    }
-
-
-def check_alike(one: nn.Module, other: nn.Module) -> None:
-    a, b = products(one), products(other)
-    assert a.keys() == b.keys() and a
-    for name, (U, product) in a.items():
-        alike = torch.linalg.svdvals(U.double().t() @ b[name][0].double())
-        assert float(alike.min()) >= 0.999, name
-        # The inverse of a covariance multiplies float32's rounding by its condition.
-        assert float((product - b[name][1]).norm() / product.norm()) < 1e-3, name
 
 
 @pytest.fixture

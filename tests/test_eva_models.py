@@ -10,56 +10,18 @@ import peft
 import pytest
 import torch
 from calibration_models import (
-    TARGETS,
     Net,
     llama,
-    pefts,
     points,
     same_state,
     state_of,
     texts,
-    twice,
 )
+from test_eva import LLAMA, NET, PLAIN, QUIET, check_alike, configs, forward, models, theirs
 from torch import Tensor, nn
 
 import lora_ext
 from lora_ext import EvaConfig, LoraConfig, get_eva_state_dict, initialize_lora_eva_weights
-
-theirs = pefts("tuners.lora.eva")
-LLAMA = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS}
-NET = {"r": 2, "lora_alpha": 4, "target_modules": ["first", "second"]}
-# Rows of a tensor, not of a dictionary.
-PLAIN: dict[str, Any] = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": None}
-QUIET = {"show_progress_bar": False}
-
-
-def configs(fields: dict[str, Any], **eva: Any) -> tuple[peft.LoraConfig, LoraConfig]:
-    return (
-        peft.LoraConfig(init_lora_weights="eva", eva_config=peft.EvaConfig(**eva), **fields),
-        LoraConfig(init_lora_weights="eva", eva_config=EvaConfig(**eva), **fields),
-    )
-
-
-def models(base: nn.Module, fields: dict[str, Any], **eva: Any) -> tuple[Any, Any]:
-    one, other = twice(base)
-    theirs, ours = configs(fields, **eva)
-    return peft.get_peft_model(one, theirs), lora_ext.get_peft_model(other, ours)
-
-
-def check_alike(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert list(one) == list(other)
-    assert {name: len(t) for name, t in one.items()} == {n: len(t) for n, t in other.items()}
-    one, other = ({n: t.double() for n, t in d.items()} for d in (one, other))
-    for name, components in one.items():
-        if len(components):
-            alike = torch.linalg.svdvals(components @ other[name].t())
-            assert float(alike.min()) >= 0.999, name
-            cosines = torch.cosine_similarity(components, other[name])
-            assert float(cosines.min()) >= 0.999, name
-
-
-def forward(model: nn.Module, batch: Tensor) -> Any:
-    return model(batch)
 
 
 class Flat(nn.Module):

@@ -10,64 +10,19 @@ import peft
 import pytest
 import torch
 from calibration_models import (
-    TARGETS,
     Net,
     loss,
-    pefts,
     points,
     same_state,
     state_of,
     training,
 )
+from test_lora_ga import NET, QUIET, check_alike, configs, own_config, seeded
 from torch import nn
 
 import lora_ext
 from lora_ext import LoraConfig, LoraGAConfig, preprocess_loraga
 from lora_ext.cli import main
-
-theirs = pefts("tuners.lora.loraga")
-LLAMA = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS}
-NET = {"r": 3, "lora_alpha": 6, "target_modules": ["first", "second"]}
-QUIET = {"show_progress_bar": False}
-
-
-def own_config(fields: dict[str, Any], **ga: Any) -> LoraConfig:
-    return LoraConfig(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(**ga), **fields)
-
-
-def configs(fields: dict[str, Any], **ga: Any) -> tuple[peft.LoraConfig, LoraConfig]:
-    config = peft.LoraGAConfig(**ga)
-    return (
-        peft.LoraConfig(init_lora_weights="lora_ga", lora_ga_config=config, **fields),
-        own_config(fields, **ga),
-    )
-
-
-def seeded(make: Any, *arguments: Any) -> Any:
-    torch.manual_seed(5)
-    return make(*arguments)
-
-
-def gradients(model: nn.Module) -> dict[str, Any]:
-    return {
-        name: gradient
-        for name, module in model.named_modules()
-        if (gradient := vars(module).get("_peft_loraga_grad")) is not None
-    }
-
-
-def check_alike(for_peft: Any, own: Any) -> None:
-    """The same numbers, of the same draws; products, whatever the signs."""
-    expected = peft.get_peft_model_state_dict(for_peft)
-    got = lora_ext.get_peft_model_state_dict(own)
-    assert expected.keys() == got.keys()
-    for key, tensor in expected.items():
-        unit = float(tensor.abs().max())
-        assert float((got[key] - tensor).abs().max()) <= 1e-4 * unit, key
-    for name, parameter in for_peft.named_parameters():
-        if name.endswith("base_layer.weight"):
-            weight = own.get_parameter(name.replace(".base_layer", ""))
-            torch.testing.assert_close(weight, parameter, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture
