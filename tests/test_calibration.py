@@ -159,6 +159,20 @@ def test_passes_are_counted_and_nothing_is_empty() -> None:
         Pass("here", {"layer": Covariance()}).finish()
 
 
+@each_method
+def test_layers_that_are_compiled_keep_their_names(method: str) -> None:
+    net = Net()
+    net.first = torch.compile(net.first, backend="eager")  # type: ignore[assignment]
+    found = calibrate(method, net, points())
+    plain = calibrate(method, Net(), points())
+    # The statistics are left at the layer itself, which is a level below.
+    names = {name.removesuffix("._orig_mod"): tensors for name, tensors in found.items()}
+    assert names.keys() == plain.keys()
+    for name, tensors in plain.items():
+        for one, other in zip(tensors, names[name], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_layers_that_are_called_by_keyword_are_seen() -> None:
     class ByName(Net):
         def forward(self, x: Tensor) -> Tensor:

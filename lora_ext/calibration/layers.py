@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.config import LoraConfig
+from lora_ext.adapters.names import named_modules
 from lora_ext.adapters.targets import find_targets
 from lora_ext.arguments import check_module
 from lora_ext.nn import LoraLayer
@@ -35,7 +36,7 @@ def linear_targets(where: str, model: nn.Module, config: LoraConfig) -> dict[str
         model = model.get_base_model()
     kinds = (LoraLayer, ModulesToSave, TrainableTokensWrapper)
     names = find_targets(model, config, can_be_adapted, kinds)
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model, remove_duplicate=False))
     found = {name: modules[name] for name in names if is_linear(modules[name])}
     if not found:
         raise ValueError(

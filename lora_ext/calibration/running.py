@@ -157,7 +157,8 @@ def as_before(model: nn.Module, *, training: bool) -> Iterator[None]:
         for module, mode in modes:
             module.training = mode
         for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+            if parameter.requires_grad is not flag:
+                parameter.requires_grad_(flag)
 
 
 def to_device(batch: Any, device: torch.device | None) -> Any:
