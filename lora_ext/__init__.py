@@ -1,13 +1,27 @@
 """Fused LoRA layers for PyTorch. Start with `lora_ext.nn.Linear` or `lora_ext.replace_linear`."""
 
+from typing import TYPE_CHECKING
+
 from lora_ext import _startup
+
+if TYPE_CHECKING:
+    from lora_ext.calibration import (
+        get_eva_state_dict,
+        initialize_lora_eva_weights,
+        preprocess_corda,
+        preprocess_loraga,
+    )
 
 # Not `nn`: after `from lora_ext import *` that name would not be torch's any more.
 __all__ = [
     "BdLoraConfig",
+    "CordaConfig",
+    "EvaConfig",
     "LoftQConfig",
     "LoraConfig",
+    "LoraGAConfig",
     "LoraModel",
+    "LoraRuntimeConfig",
     "PeftConfig",
     "PeftModel",
     "PeftModelForCausalLM",
@@ -30,6 +44,7 @@ __all__ = [
     "dropout_mask",
     "explain",
     "get_base_model_state_dict",
+    "get_eva_state_dict",
     "get_layer_status",
     "get_lora_model",
     "get_model_status",
@@ -37,6 +52,7 @@ __all__ = [
     "get_peft_model",
     "get_peft_model_state_dict",
     "hotswap_adapter",
+    "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "load_peft_weights",
     "lora_embedding",
@@ -48,6 +64,8 @@ __all__ = [
     "prepare_model_for_compiled_hotswap",
     "prepare_model_for_gradient_checkpointing",
     "prepare_model_for_kbit_training",
+    "preprocess_corda",
+    "preprocess_loraga",
     "print_trainable_parameters",
     "reference",
     "replace_linear",
@@ -61,6 +79,7 @@ if _startup.is_program():
     _startup.load_when_asked(__name__, {*__all__, "nn"})
 else:
     from lora_ext import _flops as _flops
+    from lora_ext import calibration as _calibration
     from lora_ext import nn as nn
     from lora_ext import reference
     from lora_ext._extension import __version__, build_info
@@ -68,9 +87,13 @@ else:
     from lora_ext._not_built import answer_for as _answer_for
     from lora_ext.adapters import (
         BdLoraConfig,
+        CordaConfig,
+        EvaConfig,
         LoftQConfig,
         LoraConfig,
+        LoraGAConfig,
         LoraModel,
+        LoraRuntimeConfig,
         PeftConfig,
         PeftModel,
         PeftModelForCausalLM,
@@ -120,4 +143,4 @@ else:
     from lora_ext.tuning import autotune
 
     _resolve_former_names()
-    _answer_for(__name__)
+    _answer_for(__name__, _calibration)

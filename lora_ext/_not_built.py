@@ -21,21 +21,14 @@ INSTEAD = {
     "choosing modules by KappaTune": "name them in target_modules",
     "converting to LoRA": "PEFT does it, and PeftModel.from_pretrained reads the folder",
     "mixing kinds of adapters": "several of LoRA go: add_adapter, set_adapter([...])",
-    "moving offloaded weights to the GPU": "weights stay where accelerate's hooks have them",
-    "the initialisation CorDA": "init_lora_weights='pissa' and 'olora' start from the weight, too",
-    "the initialisation EVA": "init_lora_weights='pissa' and 'olora' start from the weight",
-    "the initialisation LoRA-GA": "init_lora_weights='pissa' and 'olora' start from the weight",
 }
 _OTHERWISE = "; or use PEFT's own model with lora_ext.integrations.peft.patch()"
 
 # Fields of a config that ask for one of these by not being empty.
 FIELDS = {
     "arrow_config": "Arrow routing",
-    "corda_config": "the initialisation CorDA",
     "enable_lora": "PEFT 0.2's merged linear layers",
-    "eva_config": "the initialisation EVA",
     "kasa_config": "KaSA",
-    "lora_ga_config": "the initialisation LoRA-GA",
     "megatron_config": "Megatron's parallel layers",
     "monteclora_config": "MonteCLoRA",
     "use_qalora": "QALoRA",
@@ -45,11 +38,7 @@ FIELDS = {
 # Names, as regular expressions, that are for one of these.
 _NAMES = {
     "ArrowConfig|create_arrow_model": "Arrow routing",
-    "CordaConfig|preprocess_corda": "the initialisation CorDA",
-    "EvaConfig|get_eva_state_dict|initialize_lora_eva_weights": "the initialisation EVA",
     "KasaConfig": "KaSA",
-    "LoraGAConfig|preprocess_loraga": "the initialisation LoRA-GA",
-    "LoraRuntimeConfig": "moving offloaded weights to the GPU",
     "Monteclora(Config|TrainerMixin)": "MonteCLoRA",
     "PeftMixedModel|MixedModel": "mixing kinds of adapters",
     "VeloraConfig": "VeLoRA",
@@ -95,7 +84,7 @@ _OTHER_KINDS = re.compile(
     "initialize_kv_prefix_from_[a-z_]+|prompt_embeddings_from_past_key_values"
 )
 # PEFT's modules, of which none is here under its name.
-_MODULES = frozenset("auto helpers mapping mixed_model optimizers peft_model tuners utils".split())
+_MODULES = frozenset("auto helpers mapping mixed_model peft_model tuners utils".split())
 
 
 def field_text(field: str) -> str:
@@ -135,10 +124,14 @@ class _NotBuilt:
         raise kind(f"lora_ext: {text}", name=name)
 
 
-def answer_for(package: str) -> None:
-    """Has the package's attributes, and imports from it, say what is not built."""
+def answer_for(package: str, *later: ModuleType) -> None:
+    """Has the package's attributes, and imports from it, say what is not built; what one of `later`
+    has is imported when it is asked for."""
 
     def find(name: str) -> Any:
+        for module in later:
+            if name in module.__all__:
+                return vars(sys.modules[package]).setdefault(name, getattr(module, name))
         text = name_text(name)
         raise AttributeError(
             f"module {package!r} has no attribute {name!r}" + (f": {text}" if text else "")

@@ -208,7 +208,7 @@ WRONG = {
     "the same": ("convert", "plain", "plain", "has an adapter already"),
     "no number": ("diff", "plain", "dora", "--tolerance", "nan", "'--tolerance': nan is no number"),
     "below zero": ("diff", "plain", "dora", "--tolerance", "-1", "-1.0 is not in the range"),
-    "not pissa": ("convert", "plain", "OUT", "--initial", "dora", "expected pissa or olora"),
+    "not pissa": ("convert", "plain", "OUT", "--initial", "dora", "expected pissa, olora, corda"),
 }
 
 

@@ -292,7 +292,7 @@ def test_convert_pissa_to_plain(place: Path, tmp_path: Path) -> None:
     assert torch.allclose(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
     initial = ("--initial", place / "plain", "--overwrite")
     said = failed("convert", place / "plain", out, *initial, code=2)
-    assert "is True, expected pissa or olora (PEFT wants True in the initial adapter only" in said
+    assert "is True, expected pissa, olora, corda or lora_ga (PEFT wants True in the" in said
 
 
 def test_convert_without_embeddings(place: Path, tmp_path: Path) -> None:

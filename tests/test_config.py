@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 import tracemalloc
 import warnings
@@ -12,6 +13,7 @@ from typing import Any
 
 import peft
 import pytest
+import torch
 from peft.utils.other import get_pattern_key
 
 import lora_ext
@@ -178,6 +180,19 @@ def test_file_of_an_old_version_gets_no_new_fields() -> None:
     assert json.loads(config.to_json()) == old | {"use_rslora": True}
 
 
+def test_runtime_config_has_no_effect_and_says_so() -> None:
+    for given in (
+        {"ephemeral_gpu_offload": True},
+        peft.LoraRuntimeConfig(ephemeral_gpu_offload=True),
+        lora_ext.LoraRuntimeConfig(ephemeral_gpu_offload=True),
+    ):
+        with pytest.warns(UserWarning, match="ephemeral_gpu_offload: got True, which has no eff"):
+            LoraConfig(runtime_config=given)
+    for wrong in ({"other": True}, {"ephemeral_gpu_offload": 2}, "yes"):
+        with pytest.raises(TypeError, match="runtime_config: got"):
+            LoraConfig(runtime_config=wrong)
+
+
 def test_runtime_config_is_not_saved() -> None:
     config = LoraConfig(runtime_config={"ephemeral_gpu_offload": False})
     assert "runtime_config" not in config.to_dict()
@@ -313,31 +328,30 @@ NOT_BUILT: dict[str, Any] = {
     "monteclora_config": {"a": 1},
     "use_qalora": True,
     "megatron_config": {"a": 1},
-    "eva_config": {"rho": 2.0},
-    "corda_config": {"corda_method": "ipm"},
-    "lora_ga_config": {"direction": "ArB2r"},
     "enable_lora": [True, False, True],
-    "peft_type": "ADALORA",
-    "runtime_config": {"ephemeral_gpu_offload": True},
 }
 
 
 @pytest.mark.parametrize(("field", "value"), NOT_BUILT.items(), ids=NOT_BUILT.keys())
-def test_what_is_not_built_is_refused_by_name(field: str, value: Any) -> None:
+def test_what_is_not_built_is_kept_and_refused_where_it_is_used(
+    field: str, value: Any, tmp_path: Path
+) -> None:
+    config = LoraConfig.from_dict({"peft_type": "LORA", field: value, "target_modules": ["0"]})
+    config.save_pretrained(tmp_path)
+    again = LoraConfig.from_pretrained(tmp_path)
+    assert again.to_dict()[field] == config.to_dict()[field] == value
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4))
     with pytest.raises(NotBuiltError, match=rf"^LoraConfig: {field}.*: got .* built"):
-        LoraConfig.from_dict({field: value})
-
-
-@pytest.mark.parametrize("init", ["eva", "corda", "lora_ga"])
-def test_inits_that_are_not_built_are_refused_by_name(init: str) -> None:
-    with pytest.raises(NotBuiltError, match=rf"init_lora_weights: got '{init}'.* not built"):
-        LoraConfig(init_lora_weights=init)
+        lora_ext.get_lora_model(net, again)
+    assert type(net[0]) is torch.nn.Linear
+    if field != "use_qalora":
+        with pytest.raises(TypeError, match=rf"{field}: got 'x', expected"):
+            LoraConfig.from_dict({field: "x"})
 
 
 @pytest.mark.parametrize("off", [None, False, [], {}], ids=repr)
 def test_what_is_off_passes(off: Any) -> None:
-    fields = NOT_BUILT.keys() - {"peft_type"}
-    LoraConfig.from_dict(dict.fromkeys(fields, off))
+    LoraConfig.from_dict(dict.fromkeys(NOT_BUILT, off))
 
 
 def good(**changes: Any) -> dict[str, Any]:
@@ -410,7 +424,11 @@ HOSTILE: dict[str, tuple[str | bytes, type[Exception], str]] = {
     ),
     "surrogate": ('{"peft_type": "LORA", "bias": "\\ud800"}', ValueError, r"bias: got '\\ud800'"),
     "private field": (json.dumps(good(absent_fields=["r"])), ValueError, "unknown_fields: got"),
-    "asks for more": (json.dumps(good(use_qalora=True)), NotBuiltError, "use_qalora: got True"),
+    "what no file can hold": (
+        json.dumps(good(kasa_config={"beta": math.inf})).replace("Infinity", "1e999"),
+        ValueError,
+        "kasa_config: got .*expected what JSON can hold",
+    ),
 }
 
 

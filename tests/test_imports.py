@@ -22,7 +22,7 @@ from lora_ext.nn.adapter import AdapterOptions, AdapterSettings
 ROOT = Path(lora_ext.__file__).parent
 # From below to above: each may import what stands before it.
 PACKAGES = (
-    *("_startup", "_missing", "_extension", "_flops", "_offloaded"),
+    *("_startup", "_missing", "_progress", "_extension", "_flops", "_offloaded"),
     *(
         "_not_built",
         "errors",
@@ -40,6 +40,8 @@ PACKAGES = (
         "nn",
         "io",
         "adapters",
+        "calibration",
+        "optimizers",
         "distributed",
         "integrations",
         "tuning",
@@ -52,6 +54,7 @@ GONE = {
     *(f"lora_ext.nn.dora.{name}" for name in ("linear_forward", "conv_forward")),
     *(f"lora_ext.nn.dora.{name}" for name in ("scale_columns", "merge_factors")),
     *(f"lora_ext.io.adapter_folder.{name}" for name in ("MAX_DENSE_BYTES", "BYTES_PER_VALUE")),
+    "lora_ext.nn.init.NOT_BUILT",  # all are
     *("lora_ext.io.peft.FILE_SECONDS", "lora_ext.io.peft.DEFAULT"),  # imported there
 }
 

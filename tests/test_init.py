@@ -238,7 +238,7 @@ UNKNOWN = [
     ("", "expected True, False or one of"),
     (None, "got None"),
     (1, "got 1"),
-    *[(name, f"got '{name}': the initialisation '{name}' is not built") for name in init.NOT_BUILT],
+    ("EVA", "did you mean 'eva'"),
 ]
 
 

@@ -269,8 +269,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception]]] = {
         lambda: lora_ext.inject_adapter_in_model(config_of(lora_ext), Net(), state_dict={}),
         ValueError,
     ),
-    "ephemeral_gpu_offload": (
-        lambda: LoraModel.from_pretrained(Net(), "x", ephemeral_gpu_offload=True),
+    "ignore_mismatched_sizes": (
+        lambda: LoraModel.from_pretrained(Net(), "x", ignore_mismatched_sizes=True),
         NotBuiltError,
     ),
     "multiplier": (

@@ -98,8 +98,11 @@ def differences(theirs: Signature, ours: Signature) -> Iterator[tuple[str, str]]
 
 
 def _plain(parameter: Parameter) -> Any:
-    """A default as it may be written: of an enum the text, of a factory that it is one."""
+    """A default as it may be written: of an enum the text, of a factory that it is one, of a
+    function its name."""
     default = parameter.default
+    if inspect.isfunction(default):
+        return default.__name__
     made = type(default).__name__ == "_HAS_DEFAULT_FACTORY_CLASS"
     return "<factory>" if made else getattr(default, "value", default)
 

@@ -1,6 +1,7 @@
 """Working on whole models: putting adapters in, training, saving and inspecting them."""
 
 from lora_ext.adapters.bdlora import BdLoraConfig
+from lora_ext.adapters.calibrated_configs import CordaConfig, EvaConfig, LoraGAConfig
 from lora_ext.adapters.checkpoint.base_state_dict import (
     get_base_model_state_dict,
     set_base_model_state_dict,
@@ -27,6 +28,7 @@ from lora_ext.adapters.loftq import replace_lora_weights_loftq
 from lora_ext.adapters.loftq_config import LoftQConfig
 from lora_ext.adapters.lora_model import LoraModel, PeftModel
 from lora_ext.adapters.replace_linear import replace_linear
+from lora_ext.adapters.runtime_config import LoraRuntimeConfig
 from lora_ext.adapters.status import get_layer_status, get_model_status
 from lora_ext.adapters.tasks import (
     PeftModelForCausalLM,
@@ -52,9 +54,13 @@ from lora_ext.nn.trainable import (
 
 __all__ = [
     "BdLoraConfig",
+    "CordaConfig",
+    "EvaConfig",
     "LoftQConfig",
     "LoraConfig",
+    "LoraGAConfig",
     "LoraModel",
+    "LoraRuntimeConfig",
     "PeftConfig",
     "PeftModel",
     "PeftModelForCausalLM",

@@ -15,7 +15,9 @@ from lora_ext.adapters.plan import Plan, make_plan, resolved
 from lora_ext.adapters.replication import replicate_layers
 from lora_ext.adapters.swap import swap_modules
 from lora_ext.adapters.tokens import add_tokens
+from lora_ext.arguments import warn
 from lora_ext.nn import LoraLayer
+from lora_ext.nn.calibrated import LEFT_AT
 from lora_ext.nn.init import is_mica
 from lora_ext.nn.modules_to_save import ModulesToSave
 from lora_ext.nn.trainable_tokens import TrainableTokensLayer
@@ -130,6 +132,7 @@ def add_planned(
     wrappers, token_layers = add_tokens(adapter_name, plan.tokens, enabled, transaction)
     replacements |= wrappers
     own |= token_layers
+    _use_up(model.get_base_model(), plan, transaction, is_filled)
     swap_modules(model.get_base_model(), replacements, transaction)
     transaction.set(
         model,
@@ -141,6 +144,29 @@ def add_planned(
         ),
     )
     transaction.commit()
+
+
+def _use_up(model: nn.Module, plan: Plan, transaction: Transaction, is_filled: bool) -> None:
+    """Takes off what a calibration left for this initialisation; warns where there is nothing,
+    and nothing is an initialisation, too."""
+    kind = plan.config.init_lora_weights
+    name = LEFT_AT.get(kind) if isinstance(kind, str) else None
+    if name is None:
+        return
+    modules: list[nn.Module] = [one.layer for one in plan.layers.values()]
+    modules += [module for module in model.modules() if id(module) in plan.layers]
+    bases = [base for module in modules if (base := module._modules.get("base_layer")) is not None]
+    found = {id(one): one for one in (*modules, *bases) if name in vars(one)}
+    for one in found.values():
+        transaction.remove(one, name)
+    if not found and kind == "lora_ga":
+        why = "no layer has a gradient, so that all start as by True; run preprocess_loraga before"
+        if is_filled:
+            why = (
+                "its values belong to weights that LoRA-GA changed, which the base has to have; or "
+                "run preprocess_loraga with the same cache_file before"
+            )
+        warn(f"LoraConfig: init_lora_weights: got 'lora_ga': {why}")
 
 
 def freeze_base(model: AdaptedModel, transaction: Transaction) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, NamedTuple, Self, TypeVar
 
+from lora_ext._not_built import FIELDS
 from lora_ext.adapters.bdlora import BdLoraConfig
+from lora_ext.adapters.calibrated_configs import CordaConfig, EvaConfig, LoraGAConfig
 from lora_ext.adapters.config_checks import check_fields, plain_value
 from lora_ext.adapters.config_files import PEFT_VERSION, UNSAVED, ConfigFiles, copied
 from lora_ext.adapters.loftq_config import LoftQConfig
 from lora_ext.adapters.patterns import matching
+from lora_ext.adapters.runtime_config import warn_of_no_effect
 from lora_ext.adapters.types import PeftType
 from lora_ext.arguments import refuse, suggests_names, warn
 from lora_ext.nn.init import is_loftq
@@ -33,8 +36,8 @@ class LoraConfig(ConfigFiles):
     """What to adapt and how, with the names, defaults and meanings of PEFT's LoraConfig.
 
     Everything is checked when the object is made, and again by `validate()` after changes. Numbers,
-    texts and lists of other libraries (numpy, OmegaConf) become Python's. A field
-    that asks for something that is not built is refused with its name; values that mean "off" pass.
+    texts and lists of other libraries (numpy, OmegaConf) become Python's. A field that asks for
+    something that is not built is kept, and refused with its name where a model is to follow it.
 
     Args:
         task_type: a PEFT task ("CAUSAL_LM", ...) or None; decides which heads count as saved.
@@ -54,8 +57,11 @@ class LoraConfig(ConfigFiles):
         use_rslora: the scale is lora_alpha / sqrt(r) (arXiv:2312.03732).
         modules_to_save: modules that are trained and saved whole; never adapted.
         init_lora_weights: True, False, "gaussian", "orthogonal", "olora", "mica", "pissa",
-            "pissa_niter_N" (N subspace iterations of a fast SVD) or "loftq".
+            "pissa_niter_N" (N subspace iterations of a fast SVD), "loftq", or, from data, "eva",
+            "corda" or "lora_ga".
         loftq_config: of "loftq", which needs it: a LoftQConfig, or a dict of its fields.
+        eva_config, corda_config, lora_ga_config: of the three: an EvaConfig, CordaConfig or
+            LoraGAConfig, or a dict of its fields.
         layers_to_transform: numbers of the layers to adapt, with a list of target_modules.
         layers_pattern: what comes before the number in a name; any name when empty.
         rank_pattern, alpha_pattern: r and lora_alpha of layers that need others, by name, last
@@ -75,6 +81,7 @@ class LoraConfig(ConfigFiles):
         ensure_weight_tying: whether the copies of modules_to_save that are tied to the input
             embedding are tied as well; both are saved whole if one of them is named.
         megatron_core, qalora_group_size: kept, without effect while what they belong to is off.
+        runtime_config: a LoraRuntimeConfig, or a dict of its field; of no file.
         unknown_fields: what a file has beyond these fields; written back.
         combined: whether `add_weighted_adapter` made it.
         absent_fields: which of these fields a file does not have; left out again while they have
@@ -82,7 +89,7 @@ class LoraConfig(ConfigFiles):
 
     Raises:
         TypeError, ValueError: a field has the wrong type or value; the message names it.
-        NotBuiltError: a field asks for what is not built.
+        NotBuiltError: another `peft_type`.
     """
 
     task_type: str | None = None
@@ -110,9 +117,9 @@ class LoraConfig(ConfigFiles):
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     loftq_config: dict[str, Any] | None = field(default_factory=dict)
-    eva_config: dict[str, Any] | None = None
-    corda_config: dict[str, Any] | None = None
-    lora_ga_config: dict[str, Any] | None = None
+    eva_config: EvaConfig | None = None
+    corda_config: CordaConfig | None = None
+    lora_ga_config: LoraGAConfig | None = None
     use_dora: bool = False
     velora_config: dict[str, Any] | None = None
     alora_invocation_tokens: list[int] | None = None
@@ -135,6 +142,7 @@ class LoraConfig(ConfigFiles):
         if self.peft_version is None:
             self.peft_version = PEFT_VERSION
         self.validate()
+        warn_of_no_effect(self.runtime_config)
 
     @classmethod
     def of(cls, config: Any, where: str) -> LoraConfig:
@@ -171,6 +179,11 @@ class LoraConfig(ConfigFiles):
                 "LoraConfig: loftq_config: `loftq_config` specified but will be ignored when "
                 "`init_lora_weights` is not 'loftq'."
             )
+        self._check_calibrated()
+        for name in FIELDS.keys() & vars(self).keys():
+            value = getattr(self, name)
+            if is_dataclass(value) and not isinstance(value, type):  # of PEFT's
+                setattr(self, name, plain_value(asdict(value)))
         if not isinstance(self.unknown_fields, Mapping):
             refuse("LoraConfig", "unknown_fields", self.unknown_fields, "a dict")
         own = {one.name: getattr(self, one.name) for one in fields(self)}
@@ -179,6 +192,26 @@ class LoraConfig(ConfigFiles):
             raise ValueError(f"LoraConfig: unknown_fields: got {twice}, which are fields")
         check_fields(self.unknown_fields | own)
         self.peft_type = PeftType(self.peft_type)
+
+    def _check_calibrated(self) -> None:
+        """The configs of initialisations from data, as PEFT completes and warns of them."""
+        self.eva_config = EvaConfig.of(self.eva_config)
+        self.corda_config = CordaConfig.of(self.corda_config)
+        self.lora_ga_config = LoraGAConfig.of(self.lora_ga_config)
+        for kind, make, said in (("eva", EvaConfig, "EVA"), ("corda", CordaConfig, "CorDA")):
+            name = make.FIELD
+            given, asked = getattr(self, name) is not None, self.init_lora_weights == kind
+            if asked and not given:
+                setattr(self, name, make())
+                warn(
+                    f"LoraConfig: `init_lora_weights` is '{kind}' but `{name}` is not specified. "
+                    f"Using default {said} config."
+                )
+            elif given and not asked:
+                warn(
+                    f"LoraConfig: {name}: `{name}` specified but will be ignored when "
+                    f"`init_lora_weights` is not '{kind}'."
+                )
 
     # Of PEFT's configs: which other kinds they are.
     is_prompt_learning = is_adaption_prompt = property(lambda self: False)

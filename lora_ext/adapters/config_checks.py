@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any
 
-from lora_ext._not_built import FIELDS, INSTEAD, field_text
+from lora_ext._not_built import FIELDS, field_text
 from lora_ext.adapters.patterns import SlowPatternError, compiled, is_plain, size
+from lora_ext.adapters.runtime_config import check_runtime
 from lora_ext.arguments import short
 from lora_ext.errors import NotBuiltError
 from lora_ext.nn.adapter import EXCLUDED, VARIANTS
@@ -216,7 +217,8 @@ def check_fields(values: Mapping[str, Any]) -> None:
 
     Raises:
         TypeError, ValueError: a field has the wrong type or value.
-        NotBuiltError: a field asks for what is not built.
+        NotBuiltError: another `peft_type`. Fields that ask for what is not built are kept; see
+            `check_built`.
     """
     peft_type = values["peft_type"]
     if peft_type != "LORA":
@@ -227,9 +229,10 @@ def check_fields(values: Mapping[str, Any]) -> None:
     except (TypeError, ValueError, NotImplementedError) as error:
         raise type(error)(f"LoraConfig: {error}") from None
     for field in FIELDS:
-        if not is_off(values.get(field)):
-            got = short(values[field])
-            raise NotBuiltError(f"LoraConfig: {field}: got {got}: {field_text(field)}")
+        if not isinstance(values.get(field), Mapping | list | tuple | bool | NoneType):
+            raise TypeError(
+                _message(field, values[field], "None, a config, or a dict of its fields")
+            )
     for field, check in _CHECKS.items():
         value = values[field]
         mistaken = isinstance(value, bool) and bool not in check.types
@@ -237,28 +240,25 @@ def check_fields(values: Mapping[str, Any]) -> None:
             raise TypeError(_message(field, value, check.expected))
         if not check.accepts(value):
             raise ValueError(_message(field, value, check.expected))
-    _check_runtime(values["runtime_config"])
+    if not is_off(values["runtime_config"]):
+        check_runtime(values["runtime_config"])
     _check_patterns(values)
     _check_combinations(values)
+
+
+def check_built(values: Mapping[str, Any]) -> None:
+    """NotBuiltError for a config, as a mapping of its fields, that no model can follow here: a file
+    of it is read, kept and written back."""
+    for field in FIELDS:
+        if not is_off(values.get(field)):
+            got = short(values[field])
+            raise NotBuiltError(f"LoraConfig: {field}: got {got}: {field_text(field)}")
 
 
 def is_off(value: Any) -> bool:
     """Whether a value asks for nothing: None, False or empty."""
     empty = isinstance(value, (Mapping, list, tuple, set, frozenset, str)) and not value
     return value is None or value is False or empty
-
-
-def _check_runtime(value: Any) -> None:
-    name = "ephemeral_gpu_offload"
-    if not (is_off(value) or isinstance(value, Mapping) or hasattr(value, name)):
-        raise TypeError(_message("runtime_config", value, "None or a dict"))
-    asked = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
-    if not is_off(asked):
-        what = "moving offloaded weights to the GPU"
-        raise NotBuiltError(
-            f"LoraConfig: runtime_config.{name}: got {short(asked)}: {what} is not built; leave "
-            f"the field out: {INSTEAD[what]}"
-        )
 
 
 _EXPRESSIONS = ("target_modules", "exclude_modules")  # as strings, also if they are plain names

@@ -36,7 +36,8 @@ class ConfigFiles:
     def to_dict(self) -> dict[str, Any]:
         """All fields and values that belong into a file, as PEFT's `to_dict`; a deep copy."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in UNSAVED}
-        own["use_bdlora"] = asdict(self.use_bdlora) if self.use_bdlora else None
+        for name in ("use_bdlora", "eva_config", "corda_config", "lora_ga_config"):
+            own[name] = asdict(own[name]) if own[name] else None
         return copied(own | self.unknown_fields)  # type: ignore[no-any-return]
 
     def to_file(self) -> dict[str, Any]:
@@ -169,7 +170,8 @@ class ConfigFiles:
         absent = frozenset(known - values.keys())
         make: Any = cls
         config: Self = make(**values, unknown_fields=unknown, absent_fields=absent)
-        for name, value in {**unknown, "auto_mapping": config.auto_mapping}.items():
+        kept = {name: getattr(config, name) for name in FIELDS.keys() & known}
+        for name, value in {**unknown, **kept, "auto_mapping": config.auto_mapping}.items():
             _check_savable(name, value)
         without_effect = sorted(
             str(name) for name in unknown if name not in FIELDS and not is_off(unknown[name])

@@ -9,7 +9,7 @@ from torch import nn
 from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.merging import merge_layers, unmerge_layers, untied_text
 from lora_ext.adapters.requests import changes
-from lora_ext.adapters.swap import swap_modules
+from lora_ext.adapters.swap import plain_layer, swap_modules
 from lora_ext.adapters.ties import untie_embeddings
 from lora_ext.arguments import as_flag, names_of, warn
 from lora_ext.nn.transaction import Transaction
@@ -120,11 +120,7 @@ class MergeableModel(AdaptedModel):
         """Makes layers and config plain; what to warn of, if anything."""
         plain: dict[int, nn.Module] = {}
         for _, layer in self.lora_layers():
-            plain[id(layer)] = base = layer.get_base_layer()
-            if type(base) is nn.Linear and hasattr(base, "source_cls"):
-                from lora_ext.quant.merged import as_it_was  # only now: few need it
-
-                plain[id(layer)] = as_it_was(base)
+            plain[id(layer)] = plain_layer(layer)
         for _, module in self.saved_modules():
             plain[id(module)] = module.active_module
         for _, wrapper in self.token_modules():

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lora_ext.adapters.config import LoraConfig
-from lora_ext.adapters.config_checks import ALL_LINEAR
+from lora_ext.adapters.config_checks import ALL_LINEAR, check_built
 from lora_ext.adapters.experts import warn_of_unreached, with_experts
 from lora_ext.adapters.names import (
     ORIGINAL,
@@ -36,6 +36,7 @@ from lora_ext.arguments import short, warn
 from lora_ext.errors import NotBuiltError
 from lora_ext.nn import AdapterSettings, Embedding, LoraLayer
 from lora_ext.nn.adapter import VARIANTS
+from lora_ext.nn.calibrated import left_at
 from lora_ext.nn.init import mutates_weight
 from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.kinds import can_be_adapted, layer_for
@@ -44,7 +45,7 @@ from lora_ext.nn.token_wrappers import TrainableTokensWrapper
 from lora_ext.quant.kinds import quantized_kind
 
 # From so many on the ends of names are written instead of names, as in PEFT's files.
-_MANY_NAMES = 400
+MANY_NAMES = 400
 
 
 class PlannedLayer(NamedTuple):
@@ -86,6 +87,7 @@ def adapter_settings(
         blocks_of_lora_A=of_A,
         blocks_of_lora_B=of_B,
         **(config.loftq_config or {}),
+        **(config.lora_ga_config.settings() if config.lora_ga_config else {}),
     )
 
 
@@ -107,7 +109,7 @@ def resolved(model: nn.Module, plan: Plan) -> LoraConfig:
     config = copy.deepcopy(plan.config)
     targets = config.target_modules
     if targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
-        many = len(plan.names) >= _MANY_NAMES
+        many = len(plan.names) >= MANY_NAMES
         config.target_modules = exact_targets(model, plan.names, shortest=many)
         if isinstance(config.target_modules, str):  # which these cannot go with, and includes them
             config.layers_to_transform = config.layers_pattern = None
@@ -171,7 +173,7 @@ def make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool
         TypeError: a target module is of a kind that has no adapters, or a module to save has some.
         ValueError: nothing matches target_modules or modules_to_save, a setting is out of range, or
             init_lora_weights would change a weight that several modules share.
-        NotBuiltError: ensure_weight_tying of adapters.
+        NotBuiltError: ensure_weight_tying of adapters, or a field that asks for what is not built.
     """
     names = sum(1 for _ in model.modules())
     return in_time(CODE_SECONDS, names, lambda: _make_plan(model, config, autocast_adapter_dtype))
@@ -179,6 +181,7 @@ def make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool
 
 def _make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool) -> Plan:
     config.validate()
+    check_built(config.unknown_fields | vars(config))
     given = config = with_plain_names(config)
     config = with_experts(model, config)
     names = []
@@ -264,8 +267,15 @@ def _check_initialisation(
 ) -> None:
     """ValueError where the initial product would be taken out of a shared weight: once for each
     layer, and for modules that add no such product."""
-    if not mutates_weight(config.init_lora_weights):
+    kind = config.init_lora_weights
+    if not mutates_weight(kind):
         return
+    if kind == "lora_ga" and config.lora_ga_config is None:
+        if any(left_at(layer, kind) is not None for _, layer, _ in layers):
+            raise ValueError(
+                "LoraConfig: lora_ga_config: got None, but layers have gradients for 'lora_ga', "
+                "expected a LoraGAConfig: lora_ga_config must be provided"
+            )
     shared = shared_parameters(model)
     names = [
         name

@@ -123,7 +123,7 @@ class SavableModel(AdaptedModel):
 
         Args:
             torch_device: kept for PEFT's sake: values go to where the layer is.
-            ephemeral_gpu_offload: False; another is not built.
+            ephemeral_gpu_offload: has no effect, which a warning says.
             low_cpu_mem_usage: changes nothing: nothing is allocated twice.
             key_mapping: as in PEFT, regular expressions for keys of the file, without
                 "base_model.model.", and what they become.

@@ -42,6 +42,16 @@ def swap_modules(
     return [plain_name(name) for name in swapped]
 
 
+def plain_layer(layer: LoraLayer) -> nn.Module:
+    """What stands for a layer when its adapters are taken out."""
+    base = layer.get_base_layer()
+    if type(base) is nn.Linear and hasattr(base, "source_cls"):
+        from lora_ext.quant.merged import as_it_was  # only now: few need it
+
+        return as_it_was(base)
+    return base
+
+
 def _made_anew(wrapper: nn.Module, module: nn.Module) -> nn.Module:
     """A wrapper of torch.compile like this one, of another module."""
     made = object.__new__(type(wrapper))

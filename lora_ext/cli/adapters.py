@@ -69,7 +69,8 @@ def adapters_in(folder: Path) -> str:
 @contextmanager
 def without_initialisation(folder: Path) -> Iterator[Path]:
     """The adapter, or a copy of it that loading does not initialise first from the base's weights
-    (pissa, olora): an outline has none."""
+    (pissa, olora) or from data (corda): an outline has none."""
+    from lora_ext.adapters.calibrated_configs import PLAIN
     from lora_ext.io import CONFIG_NAME, open_adapter, save_files
     from lora_ext.nn.init import mutates_weight
 
@@ -78,7 +79,7 @@ def without_initialisation(folder: Path) -> Iterator[Path]:
         if isinstance(kind, (bool, str)) and mutates_weight(kind):
             copy = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lora_ext-")))
             shutil.copyfile(folder / WEIGHTS, copy / WEIGHTS)
-            config = files.config | {"init_lora_weights": True}
+            config = files.config | PLAIN
             save_files(copy, {CONFIG_NAME: json.dumps(config).encode()})
             folder = copy
         yield folder

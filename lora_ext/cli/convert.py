@@ -37,8 +37,8 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.option(
     "--initial",
     type=_FOLDER,
-    help="For pissa and olora: the adapter as it was right after its initialisation. Writes a "
-    "plain adapter of twice the rank, for the original base.",
+    help="For pissa, olora, corda and lora_ga: the adapter as it was right after its "
+    "initialisation. Writes a plain adapter of twice the rank, for the original base.",
 )
 @click.option(
     "--no-embeddings",
@@ -210,6 +210,7 @@ def _plain(loaded: LoadedAdapter, initial: Path, changes: list[str]) -> LoadedAd
     import torch
 
     from lora_ext.adapters import LoraModel
+    from lora_ext.adapters.calibrated_configs import PLAIN
     from lora_ext.adapters.checkpoint.keys import PREFIX
     from lora_ext.cli.by_name import adapted_modules, model_of
     from lora_ext.io import save_adapter
@@ -224,8 +225,8 @@ def _plain(loaded: LoadedAdapter, initial: Path, changes: list[str]) -> LoadedAd
                 " (PEFT wants True in the initial adapter only: write the kind back into this one)"
             )
         raise WrongUse(
-            f"--initial: the trained adapter's init_lora_weights is {kind!r}, expected pissa or "
-            f"olora{hint}"
+            f"--initial: the trained adapter's init_lora_weights is {kind!r}, expected pissa, "
+            f"olora, corda or lora_ga{hint}"
         )
     shapes = {key: tuple(tensor.shape) for key, tensor in loaded.tensors.items()}
     base: dict[str, Tensor] = {}
@@ -241,7 +242,7 @@ def _plain(loaded: LoadedAdapter, initial: Path, changes: list[str]) -> LoadedAd
             base[f"{name}.weight"] = torch.empty(size)  # never written: it takes no memory
     with tempfile.TemporaryDirectory(prefix="lora_ext-") as place:
         # Not initialised again, which would factorise weights that are not there.
-        fields = {**loaded.config, "init_lora_weights": True}
+        fields = loaded.config | PLAIN
         save_adapter(Path(place, "in"), fields, loaded.tensors)
         model = LoraModel.from_pretrained(
             model_of(base, shapes, "the adapter"), Path(place, "in"), autocast_adapter_dtype=False

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_ext._progress import progress
 from lora_ext.cli.answers import Answer, counted, one_line, table, telling
 from lora_ext.cli.errors import WrongUse
-from lora_ext.cli.progress import progress
 
 if TYPE_CHECKING:
     from lora_ext.io import TensorFile

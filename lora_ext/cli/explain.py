@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
+from lora_ext._progress import progress
 from lora_ext.cli.answers import Answer, telling
 from lora_ext.cli.errors import WrongUse
-from lora_ext.cli.progress import progress
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -62,6 +62,7 @@ def explain(
 
     from lora_ext.adapters import LoraConfig, LoraModel
     from lora_ext.adapters import explain as explain_model
+    from lora_ext.adapters.calibrated_configs import PLAIN
     from lora_ext.cli.adapters import task_of, without_initialisation
     from lora_ext.cli.models import outline
     from lora_ext.cli.quantized import quantized_in
@@ -82,7 +83,7 @@ def explain(
             with without_initialisation(adapter) as plain:
                 lora = LoraModel.from_pretrained(base, plain, is_trainable=train)
         else:
-            wanted.init_lora_weights = True  # there are no weights to initialise from
+            vars(wanted).update(PLAIN)  # there are no weights to initialise from
             lora = LoraModel(base, wanted)
     rows = explain_model(lora.train(train).get_base_model(), tokens)
     held = str(next(base.parameters()).dtype).removeprefix("torch.")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_ext._progress import progress
 from lora_ext.cli.answers import Answer, size, table, telling
-from lora_ext.cli.progress import progress
 
 if TYPE_CHECKING:
     from lora_ext.cli.adapters import TensorFacts

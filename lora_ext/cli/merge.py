@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lora_ext._progress import progress
 from lora_ext.cli.answers import Answer, counted, size, telling
 from lora_ext.cli.base_files import copy_others, open_all, weights_in
 from lora_ext.cli.errors import WrongUse
 from lora_ext.cli.models import INDEX, WEIGHTS
-from lora_ext.cli.progress import progress
 
 if TYPE_CHECKING:
     from lora_ext.adapters import LoraModel

@@ -8,9 +8,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_ext._progress import progress
 from lora_ext.cli.base_files import copy_others, open_all, weights_in
 from lora_ext.cli.models import INDEX, WEIGHTS
-from lora_ext.cli.progress import progress
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

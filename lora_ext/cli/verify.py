@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lora_ext._progress import progress
 from lora_ext.cli.answers import Answer, counted, one_line, telling
 from lora_ext.cli.errors import sentence
-from lora_ext.cli.progress import progress
 
 if TYPE_CHECKING:
     from lora_ext.adapters import LoraConfig
@@ -101,6 +101,7 @@ def _text(folder: Path, fits: str, problems: list[Problem], notes: list[str], co
 
 def _config(values: dict[str, object]) -> tuple[LoraConfig | None, list[Problem]]:
     from lora_ext.adapters import LoraConfig
+    from lora_ext.adapters.config_checks import check_built
 
     if "peft_type" not in values:
         return None, [Problem("config", "peft_type", "is missing, expected 'LORA'")]
@@ -108,7 +109,9 @@ def _config(values: dict[str, object]) -> tuple[LoraConfig | None, list[Problem]
         says = "is a classifier of X-LoRA; verify the adapters that it mixes, FOLDER/adapters/NAME"
         return None, [Problem("config", "peft_type", says)]
     try:
-        return LoraConfig.from_dict(values), []
+        config = LoraConfig.from_dict(values)
+        check_built(values)
+        return config, []
     except (TypeError, ValueError, NotImplementedError) as error:
         return None, [Problem("config", "", sentence(error))]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_ext.arguments import as_path, check_names, refuse
+from lora_ext.arguments import as_path, check_names, refuse, warn
 from lora_ext.errors import AdapterFileError, NotBuiltError
 from lora_ext.io.adapter_folder import CONFIG_NAME, WEIGHTS_NAME
 
@@ -52,9 +52,15 @@ def adapter_folder(
         AdapterFileError: the hub has no such adapter, or it, and its cache, cannot be reached.
     """
     options = options_of(where, options)
-    for name in ("ephemeral_gpu_offload", "ignore_mismatched_sizes"):
-        if options.get(name):
-            raise NotBuiltError(f"{where}: {name}: got True, which is not built; leave it out")
+    if options.get("ignore_mismatched_sizes"):
+        raise NotBuiltError(
+            f"{where}: ignore_mismatched_sizes: got True, which is not built; leave it out"
+        )
+    if options.get("ephemeral_gpu_offload"):
+        warn(
+            f"{where}: ephemeral_gpu_offload: got True, which has no effect: nothing is moved to a "
+            "GPU to be computed"
+        )
     path = as_path(model_id, where, "model_id")
     subfolder = options.get("subfolder")
     if not path.is_dir() and is_hub_id(str(model_id)):

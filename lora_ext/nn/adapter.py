@@ -14,6 +14,7 @@ from torch import Tensor
 from lora_ext import functional
 from lora_ext._scaling import is_for_any
 from lora_ext.arguments import as_flag, as_number, check_names, describe, suggests_names
+from lora_ext.nn.calibrated import check_lora_ga
 from lora_ext.nn.init import check_init, is_mica
 
 DEFAULT = "default"  # the adapter that a constructor makes
@@ -45,9 +46,9 @@ class AdapterSettings:
         use_rslora: `scaling` is `lora_alpha / sqrt(r)` (arXiv:2312.03732).
         lora_bias: whether lora_B has a bias, scaled like the product.
         init_lora_weights: True, False (for tests), "gaussian", "orthogonal", "pissa",
-            "pissa_niter_N", "olora", "mica" or "loftq"; see `lora_ext.nn.init`. PiSSA and OLoRA
-            take the initial product out of the base's weight, LoftQ quantizes that; MiCA trains
-            lora_A alone.
+            "pissa_niter_N", "olora", "mica", "loftq", "eva", "corda" or "lora_ga"; see
+            `lora_ext.nn.init`. PiSSA, OLoRA, CorDA and LoRA-GA take the initial product out of the
+            base's weight, LoftQ quantizes that; MiCA trains lora_A alone.
         alora_invocation_tokens: of an activated LoRA: it runs under a plan alone (`lora_ext.batch`
             with `after`), which a LoraModel makes of these tokens; elsewhere it is the base.
         use_dora: DoRA: a trained magnitude for each output feature (see `lora_ext.nn.dora`).
@@ -59,6 +60,8 @@ class AdapterSettings:
             one of the two; init_lora_weights is then True, False or "gaussian".
         loftq_bits, loftq_iter: of init_lora_weights="loftq": bits of the weight's values (4 or 8),
             and how often weight and adapter are found in turn.
+        lora_ga_direction, lora_ga_scale, lora_ga_stable_gamma: of init_lora_weights="lora_ga": the
+            fields of a `lora_ext.LoraGAConfig`.
         weights: (r, lora_alpha) of single weights of an `AnyLayer` that need others, by name.
 
     Raises:
@@ -80,6 +83,9 @@ class AdapterSettings:
     blocks_of_lora_B: int = 1
     loftq_bits: int = 4
     loftq_iter: int = 1
+    lora_ga_direction: str = "ArB2r"
+    lora_ga_scale: str = "stable"
+    lora_ga_stable_gamma: float = 16
     weights: Mapping[str, tuple[int, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -134,6 +140,12 @@ class AdapterSettings:
                 f"adapter: loftq_bits: got {describe(self.loftq_bits)}, expected one of "
                 f"{LOFTQ_BITS}"
             )
+        check_lora_ga(
+            "adapter: lora_ga_",
+            self.lora_ga_direction,
+            self.lora_ga_scale,
+            self.lora_ga_stable_gamma,
+        )
         for name in self.weights:
             self.of(name)
 
@@ -197,6 +209,9 @@ class AdapterOptions(TypedDict, total=False):
     blocks_of_lora_B: int
     loftq_bits: int
     loftq_iter: int
+    lora_ga_direction: str
+    lora_ga_scale: str
+    lora_ga_stable_gamma: float
 
 
 def variant_of(settings: object) -> str:

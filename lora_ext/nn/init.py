@@ -11,21 +11,22 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_ext.arguments import describe
-from lora_ext.errors import NotBuiltError
+from lora_ext.nn.calibrated import FROM_DATA, corda_factors, lora_ga_factors
 
 KINDS = (
     *("gaussian", "orthogonal", "pissa", "pissa_niter_<iterations>", "olora", "mica", "loftq"),
+    *FROM_DATA,
 )
-NOT_BUILT = ("eva", "corda", "lora_ga")
 
-# Kinds that start from the weight itself and leave `weight - scaling * B A` in its place, or, of
-# "loftq", quantized values; "pissa_niter_<iterations>" is one of them too (see `mutates_weight`).
-MUTATING = frozenset({"pissa", "olora", "loftq"})
+# Kinds that leave `weight - scaling * B A` in the weight's place, or, of "loftq", quantized values;
+# "pissa_niter_<iterations>" is one of them too (see `mutates_weight`).
+MUTATING = frozenset({"pissa", "olora", "loftq", "corda", "lora_ga"})
 
 _PISSA_NITER = re.compile(r"pissa_niter_([0-9]+)")
 # A count beyond this is a mistake, or a trap in a file: 16 is what the paper calls enough.
@@ -39,7 +40,6 @@ def check_init(kind: bool | str) -> bool | str:
     Raises:
         ValueError: it is not one.
         TypeError: it is neither a name nor a bool.
-        NotBuiltError: it is one of PEFT's that is not built.
     """
     if isinstance(kind, bool):
         return kind
@@ -53,12 +53,10 @@ def check_init(kind: bool | str) -> bool | str:
             f"init_lora_weights: got {kind[:30]!r}, expected at most {MAX_PISSA_ITERATIONS} "
             "iterations"
         )
-    if name in ("gaussian", "orthogonal", "mica") or mutates_weight(name):
+    if name in FROM_DATA and kind != name:  # PEFT, which reads the file, has these in lower case
+        raise ValueError(f"init_lora_weights: got {kind!r}, {expected}; did you mean {name!r}?")
+    if name in ("gaussian", "orthogonal", "mica", "eva") or mutates_weight(name):
         return name
-    if name in NOT_BUILT:
-        raise NotBuiltError(
-            f"init_lora_weights: got {kind!r}: the initialisation {name!r} is not built, {expected}"
-        )
     kind = kind[:100]
     near = difflib.get_close_matches(kind.lower(), KINDS)
     hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -98,6 +96,8 @@ def initialise(
     lora_bias: Tensor | None = None,
     loftq_bits: int = 4,
     loftq_iter: int = 1,
+    data: Any = None,
+    **lora_ga: Any,
 ) -> None:
     """Writes the initial values of the adapter of a linear or convolutional layer, in place.
 
@@ -113,10 +113,14 @@ def initialise(
     "loftq" leaves values of `loftq_bits` in the weight, and what quantizing lost of it, as far as
     the rank goes, in the adapter, in `loftq_iter` turns (see `lora_ext.quant.loftq`).
 
-    "pissa" and "olora" leave `weight - scaling * lora_B @ lora_A` in the weight, computed from the
-    stored lora_A and lora_B in float32 (float64 for float64) and rounded once: the layer's output
-    stays what it was, within that rounding. If anything is wrong, nothing is changed. A meta
-    adapter is left alone by the other kinds.
+    "corda" (arXiv:2406.05223) and "lora_ga" (arXiv:2407.05000) start from what a calibration left,
+    `data` (see `lora_ext.nn.calibrated`); "lora_ga" without it is True, as in PEFT, for files do
+    not have it. "eva" is True until `initialize_lora_eva_weights` fills lora_A (arXiv:2410.07170).
+
+    "pissa", "olora", "corda" and "lora_ga" leave `weight - scaling * lora_B @ lora_A` in the
+    weight, computed from the stored lora_A and lora_B in float32 (float64 for float64) and rounded
+    once: the layer's output stays what it was, within that rounding. If anything is wrong, nothing
+    is changed. A meta adapter is left alone by the other kinds.
 
     Args:
         kind: PEFT's init_lora_weights, see `check_init`.
@@ -127,6 +131,8 @@ def initialise(
         scaling: of the adapter.
         lora_bias: [N], set to zero (except by False).
         loftq_bits, loftq_iter: of "loftq".
+        data: of "corda" and "lora_ga".
+        lora_ga: of "lora_ga": direction, scale, stable_gamma and rows, see `lora_ga_factors`.
 
     Raises:
         ValueError: kind is unknown; an odd r for "orthogonal"; where the weight is read: r
@@ -135,6 +141,8 @@ def initialise(
         TypeError: lora_A and lora_B have a dtype that the weight's cannot be merged with.
     """
     kind = check_init(kind)
+    if kind == "lora_ga" and data is None:
+        kind = True
     if mutates_weight(kind):
         _check_mutation(kind, lora_A, lora_B, weight, scaling)
     elif lora_A.is_meta:
@@ -161,7 +169,18 @@ def initialise(
         lora_A.copy_(A)
         lora_B.copy_(B)
     elif isinstance(kind, str) and weight is not None and mutates_weight(kind):
-        _take_from_weight(kind, lora_A, lora_B, weight, scaling)
+        values = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        if kind == "corda":
+            factors = corda_factors(data, values, len(lora_A), scaling)
+        elif kind == "lora_ga":
+            data = data.to(values)
+            factors = lora_ga_factors(data, values, len(lora_A), scaling, **lora_ga)
+        else:
+            factors = _factors(kind, values, len(lora_A), scaling)
+        _take_from_weight(*factors, lora_A, lora_B, weight, scaling)
+    elif kind == "eva":
+        lora_A.copy_(plain_A)
+        lora_B.zero_()
     else:
         if kind == "gaussian":
             lora_A.copy_(_empty_like(lora_A).normal_(std=1 / len(lora_A)))
@@ -191,7 +210,6 @@ def initialise_embedding(
 
     Raises:
         ValueError: kind is unknown; for "mica" as `initialise`.
-        NotBuiltError: kind is not built.
     """
     kind = check_init(kind)
     if kind == "loftq":
@@ -290,10 +308,13 @@ def _minor(lora_A: Tensor, lora_B: Tensor, weight: Tensor) -> None:
 
 
 def _take_from_weight(
-    kind: str, lora_A: Tensor, lora_B: Tensor, weight: Tensor, scaling: float
+    factor_A: Tensor,
+    factor_B: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    weight: Tensor,
+    scaling: float,
 ) -> None:
-    values = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    factor_A, factor_B = _factors(kind, values, lora_A.size(0), scaling)
     # The residual of what the adapter will hold, so that rounding it costs nothing.
     stored_A, stored_B = factor_A.to(lora_A.dtype), factor_B.to(lora_B.dtype)
     torch.ops.lora_ext.merge_(weight, stored_A, stored_B, -scaling)

@@ -23,6 +23,7 @@ from lora_ext.nn.adapter import (
     variant_of,
 )
 from lora_ext.nn.adoption import adapter_device, offload_with
+from lora_ext.nn.calibrated import FROM_DATA, left_at
 from lora_ext.nn.init import check_init, initialise, is_mica, mutates_weight, reads_weight
 from lora_ext.nn.running_layer import RunningLayer
 from lora_ext.nn.sharded import is_sharded, refuse_fsdp, whole
@@ -50,6 +51,8 @@ class LoraLayer(DefaultAdapter, RunningLayer):
     PREFIXES: ClassVar[tuple[str, ...]] = ("",)
     # Whether the initialisation "mica" is for it; `lora_ext.nn.variants` says of which it is.
     TAKES_MICA: ClassVar[bool] = False
+    # Which initialisations from data are for it, if only as plain ones.
+    TAKES_FROM_DATA: ClassVar[frozenset[str]] = frozenset()
     # What `_adopt` and the constructors add to the base's attributes.
     _STATE: ClassVar[frozenset[str]] = frozenset(
         "adapters active_adapters merged_adapters merge_weights "
@@ -160,6 +163,12 @@ class LoraLayer(DefaultAdapter, RunningLayer):
                 f"{type(self).__name__}.add_adapter: init_lora_weights: got 'mica', expected "
                 "another kind: MiCA is for linear layers and embeddings"
             )
+        kind = chosen.init_lora_weights
+        if kind in FROM_DATA and kind not in self.TAKES_FROM_DATA:
+            raise ValueError(
+                f"{type(self).__name__}.add_adapter: init_lora_weights: got {kind!r}, expected "
+                "another kind: it is for linear layers; leave this layer out with exclude_modules"
+            )
         if chosen.ungrouped_lora_A and getattr(self, "groups", 1) == 1:
             raise ValueError(
                 f"{type(self).__name__}.add_adapter: ungrouped_lora_A: got True, expected False: "
@@ -167,9 +176,8 @@ class LoraLayer(DefaultAdapter, RunningLayer):
             )
         base = self._adapted_weight()
         device, dtype = adapter_device(self, base), self.adapter_dtype(chosen)
-        needs_weight = reads_weight(chosen.init_lora_weights) or (
-            variant is not None and variant.READS_WEIGHT
-        )
+        kind = self._kind_here(kind)
+        needs_weight = reads_weight(kind) or (variant is not None and variant.READS_WEIGHT)
         if needs_weight and base.device.type == "meta" and device.type != "meta":
             asked = f"{flag}=True" if variant else f"init_lora_weights={chosen.init_lora_weights!r}"
             raise ValueError(
@@ -184,10 +192,10 @@ class LoraLayer(DefaultAdapter, RunningLayer):
             self.register_parameter(part_name(part, adapter_name), nn.Parameter(tensor))
         self.adapters[adapter_name] = chosen
         self._scaling[adapter_name] = chosen.scaling
-        if mutates_weight(chosen.init_lora_weights):
+        if mutates_weight(kind):
             self._initialise_from_base(adapter_name)
         else:
-            self._initialise(adapter_name, chosen.init_lora_weights)
+            self._initialise(adapter_name, kind)
         if is_sharded(base):
             self._place(adapter_name)
         for name in self.frozen_parameters(adapter_name):
@@ -384,8 +392,24 @@ class LoraLayer(DefaultAdapter, RunningLayer):
                     lora_bias=bias,
                     loftq_bits=settings.loftq_bits,
                     loftq_iter=settings.loftq_iter,
+                    data=self._left_by_calibration(kind),
+                    direction=settings.lora_ga_direction,
+                    scale=settings.lora_ga_scale,
+                    stable_gamma=settings.lora_ga_stable_gamma,
+                    rows=self._adapted_weight().shape[0],
                 )
         self._initialise_variant(name)
+
+    def _kind_here(self, kind: bool | str) -> bool | str:
+        """An initialisation as it is here: "lora_ga" is True where no gradient was left."""
+        return True if kind == "lora_ga" and left_at(self, kind) is None else kind
+
+    def _left_by_calibration(self, kind: bool | str) -> Any:
+        """For an initialisation from data; a matrix is as `_weight_matrix()`, [N, K]."""
+        left = left_at(self, kind)
+        if isinstance(left, Tensor) and getattr(self, "fan_in_fan_out", False):
+            return left.t()
+        return left
 
     # Scales
 

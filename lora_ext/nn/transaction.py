@@ -64,6 +64,10 @@ class Transaction:
         """An entry that a dictionary has."""
         self._steps.append((dict.update, registry, {key: value}))
 
+    def remove(self, target: object, name: str) -> None:
+        """An attribute that target has in its `__dict__`."""
+        self._steps.append((dict.pop, vars(target), name))
+
     def write(self, tensor: Tensor, values: Tensor) -> None:
         """New values of a tensor."""
         self._steps.append((torch.Tensor.copy_, tensor, values))
@@ -215,6 +219,8 @@ def _inverse(step: Step) -> Step:
     function, target, *arguments = step
     if function is dict.update:
         return function, target, {name: target[name] for name in arguments[0]}
+    if function is dict.pop:
+        return dict.update, target, {arguments[0]: target[arguments[0]]}
     if function is setattr:
         return function, target, arguments[0], getattr(target, arguments[0])
     assert function is torch.Tensor.copy_

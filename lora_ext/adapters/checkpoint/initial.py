@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_ext.adapters.adapted_model import AdaptedModel
+from lora_ext.adapters.calibrated_configs import PLAIN
 from lora_ext.adapters.checkpoint.keys import PREFIX, layers_in_file
 from lora_ext.adapters.combine.tensors import Adapter, alpha_factor, subtract_mutated_init
 from lora_ext.adapters.config import LoraConfig
@@ -18,6 +19,7 @@ from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_file import TensorSpec
 from lora_ext.io.adapter_folder import open_adapter
 from lora_ext.io.files import short
+from lora_ext.nn.calibrated import LEFT_AT
 from lora_ext.nn.init import is_loftq, mutates_weight
 
 _EXPECTED = (
@@ -84,7 +86,7 @@ def without_initial(
 def of_twice_the_rank(config: LoraConfig) -> LoraConfig:
     """`config`, changed to that of what `without_initial` returns."""
     factor = alpha_factor(config.use_rslora)
-    config.init_lora_weights = True
+    vars(config).update(PLAIN)
     config.r, config.lora_alpha = 2 * config.r, factor * config.lora_alpha
     config.rank_pattern = {name: 2 * r for name, r in (config.rank_pattern or {}).items()}
     config.alpha_pattern = {
@@ -150,6 +152,10 @@ def _check_start(kind: bool | str, key: str, A: Tensor, B: Tensor, where: str) -
     elif kind == "olora":
         start = _is_olora(A, B)
         what = "a lora_B with orthonormal columns, the Q of a QR decomposition"
+    elif kind in LEFT_AT:
+        products, bounds = _products(B.t(), max(len(B), A.shape[1]))
+        start = bool(((products - products.diag().diag()).abs() <= bounds).all())
+        what = "columns of lora_B that are orthogonal, singular vectors times numbers"
     else:
         start = _is_pissa(A, B)
         what = (

@@ -26,6 +26,7 @@ from lora_ext.adapters.checkpoint.reading import (
     repeated,
 )
 from lora_ext.adapters.config import LoraConfig
+from lora_ext.adapters.config_checks import check_built
 from lora_ext.adapters.patterns import FILE_SECONDS, in_time
 from lora_ext.adapters.plan import Plan, PlannedLayer
 from lora_ext.adapters.targets import matches, saved_modules
@@ -131,9 +132,9 @@ def load_adapter(
 
 
 def _plain_over_codes(plan: Plan) -> Plan:
-    """The plan without LoftQ's initialisation of layers over a quantized base: that is what LoftQ
-    made of it, so that a file's adapter has nothing left to change there."""
-    if not is_loftq(plan.config.init_lora_weights):
+    """The plan without LoftQ's and LoRA-GA's initialisation of layers over a quantized base: that
+    is made of what they left, so that a file's adapter has nothing left to change there."""
+    if not is_loftq(kind := plan.config.init_lora_weights) and kind != "lora_ga":
         return plan
     from lora_ext.nn.quantized import QuantizedBase  # only now: few need it
 
@@ -218,7 +219,9 @@ def typed_content(path: Path) -> Iterator[None]:
 def read_config(files: AdapterFolder) -> LoraConfig:
     """The config of an open adapter; AdapterFileError names the file."""
     try:
-        return LoraConfig.from_dict(files.config)
+        config = LoraConfig.from_dict(files.config)
+        check_built(files.config)
+        return config
     except (TypeError, ValueError, NotImplementedError) as error:
         raise AdapterFileError(f"{files.path / CONFIG_NAME}: {error}") from error
 

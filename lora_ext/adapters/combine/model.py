@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lora_ext._offloaded import check_values
 from lora_ext.adapters.adapted_model import AdaptedModel
+from lora_ext.adapters.calibrated_configs import PLAIN
 from lora_ext.adapters.combine.request import Combination, plan_combination
 from lora_ext.adapters.combine.tensors import Adapter, combine
 from lora_ext.adapters.config import LoraConfig
@@ -194,7 +195,7 @@ def _combined_config(
     config = only_on(model.get_base_model(), configs[0], where)
     config.r, config.lora_alpha, config.use_rslora = rank, rank, False
     config.rank_pattern, config.alpha_pattern = {}, {}
-    config.init_lora_weights = True
+    vars(config).update(PLAIN)
     config.modules_to_save = config.trainable_token_indices = None
     config.ensure_weight_tying = False
     if not all(one.task_type == config.task_type for one in configs) or saved_modules(config):
