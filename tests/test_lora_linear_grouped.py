@@ -90,14 +90,17 @@ def test_other_rows_change_no_bit(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rank_zero_is_the_base(dtype: torch.dtype) -> None:
-    x, weight = torch.randn(20, 40).to(dtype), torch.randn(30, 40).to(dtype)
-    none = LowRank(weight.new_empty(0, 40), weight.new_empty(30, 0), None, 1.0, 0.0)
-    some = LowRank(torch.randn(4, 40).to(dtype), torch.randn(30, 4).to(dtype), None, 1.0, 0.0)
-    plan = lora_ext.batch(["none", "some"], lengths=[12, 8])
+def test_rank_and_strength_zero_are_the_base(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(120, 40).to(dtype), torch.randn(70, 40).to(dtype)
+    none = LowRank(weight.new_empty(0, 40), weight.new_empty(70, 0), None, 1.0, 0.0)
+    some = LowRank(torch.randn(4, 40).to(dtype), torch.randn(70, 4).to(dtype), None, 1.0, 0.0)
+    base = F.linear(x, weight)
+    plan = lora_ext.batch(["none", "some"], lengths=[70, 50])
     y = lora_ext.lora_linear_grouped(x, weight, None, {"none": none, "some": some}, plan)
-    assert equal(y[:12], F.linear(x, weight)[:12])
-    assert not equal(y[12:], F.linear(x, weight)[12:])
+    assert equal(y[:70], base[:70]) and not equal(y[70:], base[70:])
+    plan = lora_ext.batch(["some", "some"], lengths=[119, 1], scale=[1.0, 0.0])
+    y = lora_ext.lora_linear_grouped(x, weight, None, {"some": some}, plan)
+    assert equal(y[119:], base[119:]) and not equal(y[:119], base[:119])
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["plain", "dropout"])

@@ -56,10 +56,17 @@ void fill_base_rows(const GroupedWork& work, const Tensor& out, const Tensor& bi
   });
 }
 
-// The rows that no slot has.
-Tensor rows_of_base(const GroupedWork& work, int64_t entries) {
+// The rows that no adapter does anything to.
+Tensor rows_of_base(const GroupedWork& work) {
   std::vector<bool> found(work.M, false);
-  for (int64_t i = 0; i < entries; ++i) found[work.order[i]] = true;
+  for (const CpuSlot& slot : work.slots) {
+    if ((slot.rank() == 0 && !slot.lora_bias.defined()) || slot.scaling == 0.0) continue;
+    for (int64_t i = slot.begin; i < slot.begin + slot.rows; ++i) {
+      if (const double* factor = work.factor(i); !factor || *factor != 0.0) {
+        found[work.order[i]] = true;
+      }
+    }
+  }
   std::vector<int64_t> rows;
   for (int64_t m = 0; m < work.M; ++m) {
     if (!found[m]) rows.push_back(m);
@@ -68,13 +75,13 @@ Tensor rows_of_base(const GroupedWork& work, int64_t entries) {
 }
 
 // out += a b, as lora_linear makes it. Where that is not what nn.functional.linear makes, the rows
-// of no slot are made as that: of_base(a's rows). A single one beside itself, as one of several.
+// of no adapter are made as that: of_base(a's rows). A single one beside itself, as one of several.
 template <class F>
-void add_base_product(const GroupedWork& work, int64_t entries, const Tensor& out, const Tensor& a,
-                      const Tensor& b, const F& of_base) {
+void add_base_product(const GroupedWork& work, const Tensor& out, const Tensor& a, const Tensor& b,
+                      const F& of_base) {
   add_product_(out, a, b);
   if (!widens_product(out.size(0), out.size(1), a.size(1), a.scalar_type())) return;
-  const Tensor rows = rows_of_base(work, entries);
+  const Tensor rows = rows_of_base(work);
   if (rows.numel() == 0) return;
   const Tensor gathered = a.index_select(0, rows.numel() == 1 ? rows.expand(2) : rows);
   out.index_copy_(0, rows, of_base(gathered).narrow(0, 0, rows.numel()));
@@ -136,7 +143,7 @@ void forward_of_matrix(const LoraLinearGroupedCall& call, const Tensor& y_rows, 
   if (is_single_row(work)) {
     y_rows.add_(at::mm(x, call.weight.t()));
   } else {
-    add_base_product(work, order.numel(), y_rows, x, call.weight.t(),
+    add_base_product(work, y_rows, x, call.weight.t(),
                      [&](const Tensor& rows) { return at::linear(rows, call.weight, call.bias); });
   }
 }
@@ -308,7 +315,7 @@ GroupedResults backward_of_matrix(const LoraLinearGroupedBackwardCall& call,
     if (is_single_row(work)) {
       dx_rows.add_(at::mm(dy, *call.weight));
     } else {
-      add_base_product(work, order.numel(), dx_rows, dy, *call.weight,
+      add_base_product(work, dx_rows, dy, *call.weight,
                        [&](const Tensor& rows) { return at::mm(rows, *call.weight); });
     }
   }
