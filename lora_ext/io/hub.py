@@ -54,7 +54,8 @@ def adapter_folder(
     options = options_of(where, options)
     if options.get("ignore_mismatched_sizes"):
         raise NotBuiltError(
-            f"{where}: ignore_mismatched_sizes: got True, which is not built; leave it out"
+            f"{where}: ignore_mismatched_sizes: got True, which is not built here; leave it out "
+            "(from_pretrained, load_adapter and set_peft_model_state_dict have it)"
         )
     if options.get("ephemeral_gpu_offload"):
         warn(
