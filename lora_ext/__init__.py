@@ -14,6 +14,13 @@ if TYPE_CHECKING:
 
 # Not `nn`: after `from lora_ext import *` that name would not be torch's any more.
 __all__ = [
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "BdLoraConfig",
     "CordaConfig",
     "EvaConfig",
@@ -86,6 +93,13 @@ else:
     from lora_ext._moved import resolve_former_names as _resolve_former_names
     from lora_ext._not_built import answer_for as _answer_for
     from lora_ext.adapters import (
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
         BdLoraConfig,
         CordaConfig,
         EvaConfig,

@@ -47,10 +47,6 @@ _NAMES = {
 }
 # Other names, and what to say of them.
 _OTHER_NAMES = {
-    "AutoPeftModel(For[A-Za-z0-9]+)?": (
-        "is not built; load the base with transformers' class for the task, then "
-        "PeftModel.from_pretrained(base, folder)"
-    ),
     "DoraCaching": "is not built, and nothing asks for it: leave it out",
     "LoraLayer|Linear|Embedding|Conv[123]d|MultiheadAttention": "is in lora_ext.nn",
     "BaseTunerLayer": "is lora_ext.nn.LoraLayer here",

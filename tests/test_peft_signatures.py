@@ -22,7 +22,7 @@ import lora_ext
 from lora_ext import nn as lora
 from lora_ext.nn.trainable_tokens import TrainableTokensLayer
 
-TASKS = [name for name in lora_ext.__all__ if name.startswith("PeftModelFor")]
+TASKS = [name for name in lora_ext.__all__ if name.startswith(("PeftModelFor", "AutoPeft"))]
 # PEFT's classes and what stands for them here.
 CLASSES: dict[str, tuple[type, type]] = {
     "PeftModel": (peft.PeftModel, lora_ext.PeftModel),
