@@ -167,6 +167,22 @@ def test_biases_and_grouped_convolutions(tmp_path: Path) -> None:
     torch.testing.assert_close(layer(image), own["conv"](image))  # lora_B is a new one's
 
 
+def test_a_grouped_convolutions_lora_A_is_its_own_where_the_files_is_left_out(
+    tmp_path: Path,
+) -> None:
+    """Not of PEFT's shape, without groups, in which it could not be merged."""
+    made = LoraConfig(r=2, target_modules=["0"])
+    wide = nn.Sequential(nn.Conv2d(4, 8, 5, groups=2))
+    filled(get_lora_model(wide, made)).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="size mismatch for .*lora_A"):
+        model = LoraModel.from_pretrained(
+            nn.Sequential(nn.Conv2d(4, 8, 3, groups=2)), tmp_path, ignore_mismatched_sizes=True
+        )
+    layer = model.get_base_model()[0]
+    assert layer.lora_A.shape == (2, 2, 3, 3) and not layer.adapters["default"].ungrouped_lora_A
+    model.merge_adapter()
+
+
 UNFIT: dict[str, Callable[[dict[str, Tensor]], object]] = {
     "missing": lambda tensors: tensors.pop(f"{PREFIX}first.lora_A.weight"),
     "unknown": lambda tensors: tensors.update({f"{PREFIX}third.lora_A.weight": torch.ones(2, 2)}),
