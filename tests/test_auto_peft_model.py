@@ -250,6 +250,11 @@ def test_errors_of_the_adapter_come_before_the_base_is_loaded(
         lora_ext.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(NotBuiltError, match="peft_type"):
         lora_ext.AutoPeftModelForCausalLM.from_pretrained(changed(folder, peft_type="LOHA"))
+    load: Any = lora_ext.AutoPeftModel.from_pretrained
+    with pytest.raises(TypeError, match="pretrained_model_name_or_path: got None"):
+        load(None)
+    with pytest.raises(TypeError, match="import_allowlist: got"):
+        load(folder, import_allowlist=[1])
     with pytest.raises(OSError, match=r"call AutoPeftModelForCausalLM\.from_pretrained"):
         lora_ext.AutoPeftModelForCausalLM(folder)
 

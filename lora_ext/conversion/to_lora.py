@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -56,6 +57,8 @@ def convert_to_lora(
     rank = _checked_rank(rank)
     check_module(WHERE, "model", model)
     bar = as_flag(progressbar, WHERE, "progressbar")
+    if compile_kwargs is not None and not isinstance(compile_kwargs, Mapping):
+        refuse(WHERE, "compile_kwargs", compile_kwargs, "a dict of torch.compile's arguments")
     found = found_in(model, adapter_name)
     check_convertible(found, adapter_name)
     svd: Svd = thin_svd if compile_kwargs is None else torch.compile(thin_svd, **compile_kwargs)
@@ -100,9 +103,9 @@ def _checked_rank(rank: Any) -> int | float:
                 "If rank is a float, it is interpreted as a threshold"
             )
         return rank
-    if isinstance(rank, bool) or not hasattr(rank, "__index__"):
+    if isinstance(rank, bool) or not isinstance(rank, Integral):
         refuse(WHERE, "rank", rank, "an integer, or a float above 0 and up to 1")
-    if rank < 1:
+    if int(rank) < 1:
         raise ValueError(
             f"{WHERE}: rank: got {rank}, expected at least 1: a rank of 0 doesn't make sense"
         )
