@@ -2,68 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from converted_layers import ALL, OPTIONS, PREFIX, Doubled, Net, X, adapted, filled
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 import lora_ext
-from lora_ext import BdLoraConfig, LoraConfig, LoraModel, convert_to_lora, get_lora_model
-
-PREFIX = "base_model.model."
-X = torch.randn(5, 12, generator=torch.Generator().manual_seed(3))
-
-
-class Doubled(nn.Linear):
-    """A base with a forward of its own, which is no product with the weight."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).tanh()
-
-
-class Net(nn.Module):
-    def __init__(self, kind: type[nn.Linear] = nn.Linear) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = kind(12, 16), nn.Linear(16, 12)
-        self.turned, self.head = Conv1D(8, 12), nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.turned(self.second(self.first(x).tanh())))
-
-
-ALL = ["first", "second", "turned"]
-OPTIONS: dict[str, dict[str, Any]] = {
-    "LoRA": {},
-    "rsLoRA and patterns": {"use_rslora": True, "rank_pattern": {"first": 2}, "lora_alpha": 3},
-    "DoRA": {"use_dora": True},
-    "BD-LoRA": {
-        "use_bdlora": BdLoraConfig(["first"], nblocks=2, match_strict=False),
-        "target_modules": ["first", "second"],
-    },
-    "16 bits": {},
-}
-
-
-def filled(model: Any, std: float = 0.5) -> Any:
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and "magnitude" not in name:
-            nn.init.normal_(parameter, std=std)
-        elif parameter.requires_grad:
-            parameter.data.mul_(torch.rand_like(parameter) + 0.5)
-    return model.eval()
-
-
-def adapted(kind: str = "LoRA", **more: Any) -> Any:
-    fields: dict[str, Any] = {"r": 4, "target_modules": ALL} | OPTIONS[kind] | more
-    base = Net().bfloat16() if kind == "16 bits" else Net()
-    return filled(get_lora_model(base, LoraConfig(**fields)))
+from lora_ext import LoraConfig, LoraModel, convert_to_lora, get_lora_model
 
 
 def added(model: Any, name: str) -> Tensor:
@@ -208,71 +157,6 @@ def test_one_of_several_adapters_with_what_is_saved_whole(tmp_path: Path) -> Non
     lora_ext.save_as_lora(tmp_path, model, 3, "other")
     again = LoraModel.from_pretrained(Net(), tmp_path)
     torch.testing.assert_close(again(X), expected, rtol=1e-4, atol=1e-4)
-
-
-def shaped(**modules: nn.Module) -> nn.Module:
-    return nn.ModuleDict(modules)
-
-
-def with_nan(model: Any) -> Any:
-    model.get_base_model().first.lora_B.data[0] = float("nan")
-    return model
-
-
-REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "convolution": (
-        lambda: get_lora_model(shaped(a=nn.Conv2d(3, 4, 3)), LoraConfig(target_modules=["a"])),
-        TypeError,
-        r"lora_ext\.nn\.conv\.Conv2d",
-    ),
-    "embedding": (
-        lambda: get_lora_model(shaped(a=nn.Embedding(5, 4)), LoraConfig(target_modules=["a"])),
-        TypeError,
-        "Embedding",
-    ),
-    "aLoRA": (
-        lambda: get_lora_model(
-            Net(),
-            LoraConfig(
-                target_modules=["first"], alora_invocation_tokens=[1], task_type="CAUSAL_LM"
-            ),
-        ),
-        TypeError,
-        r"nn\.linear\.Linear",
-    ),
-    "rows": (
-        lambda: get_lora_model(
-            shaped(a=nn.Linear(4, 4), e=nn.Embedding(5, 4)),
-            LoraConfig(target_modules=["a"], trainable_token_indices={"e": [1]}),
-        ),
-        TypeError,
-        "TrainableTokensLayer",
-    ),
-    "bias": (lambda: adapted(bias="lora_only"), ValueError, "bias: got 'lora_only'"),
-    "lora_bias": (lambda: adapted(lora_bias=True), ValueError, "lora_bias: got True"),
-    "rank": (adapted, ValueError, "rank: got 9, expected at most 8.*'turned'"),
-    "nothing": (Net, TypeError, "Could not detect any layer"),
-    "NaN": (lambda: with_nan(adapted()), ValueError, "has NaN or Inf"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-@pytest.mark.filterwarnings("ignore")
-def test_what_is_no_linear_update_is_refused(case: str, tmp_path: Path) -> None:
-    make, error, text = REFUSED[case]
-    with pytest.raises(error, match=text):
-        lora_ext.save_as_lora(tmp_path / "new", make(), 9 if case == "rank" else 2)
-    assert not (tmp_path / "new").exists()
-
-
-def test_who_can_be_converted_says_so() -> None:
-    model = adapted()
-    assert model.supports_lora_conversion() and model.base_model.supports_lora_conversion("default")
-    assert model.get_base_model().first.supports_lora_conversion()
-    make, _, _ = REFUSED["rows"]
-    assert not make().supports_lora_conversion()
-    with pytest.raises(ValueError, match="adapter_name: got 'other'"):
-        convert_to_lora(model, 2, "other")
 
 
 @pytest.mark.filterwarnings("ignore:convert_to_lora")

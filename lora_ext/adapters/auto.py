@@ -99,8 +99,9 @@ class AutoPeftModel:
                 "PeftModel.from_pretrained(base, folder)"
             )
         base = base_class.from_pretrained(base_name, revision=said.revision, **of_base)
-        if hasattr(base, "get_input_embeddings") and _has_tokenizer(name, hub):
-            _resize(base, name, revision, kwargs)
+        tokenizer = _tokenizer_place(name, hub)
+        if tokenizer is not None and hasattr(base, "get_input_embeddings"):
+            _resize(base, tokenizer, revision, kwargs)
         made: Any = kind or cls.MODEL
         model: Any = made.from_pretrained(
             base,
@@ -190,22 +191,25 @@ class AutoPeftModelForFeatureExtraction(AutoPeftModel):
     TASK, BASE, MODEL = "FEATURE_EXTRACTION", "AutoModel", PeftModelForFeatureExtraction
 
 
-def _has_tokenizer(name: Path, hub: Mapping[str, Any]) -> bool:
-    """Whether the adapter's folder, or repository, holds a tokenizer."""
+def _tokenizer_place(name: Path, hub: Mapping[str, Any]) -> str | None:
+    """The folder, or the id, of the adapter's tokenizer; None if there is none."""
     if name.is_dir() or not is_hub_id(str(name)):
-        return (name / TOKENIZER).is_file()
+        return str(name) if (name / TOKENIZER).is_file() else None
+    options = {key: value for key, value in hub.items() if key != "subfolder"}
     try:
-        downloaded(str(name), (TOKENIZER,), {k: v for k, v in hub.items() if k != "subfolder"})
+        (found,) = downloaded(str(name), (TOKENIZER,), options)
     except AdapterFileError:
-        return False
-    return True
+        return None
+    # Of a cache alone nobody can tell which files the repository has not.
+    return str(found.parent if options.get("local_files_only") else name)
 
 
-def _resize(base: nn.Module, name: Path, revision: str | None, kwargs: Mapping[str, Any]) -> None:
+def _resize(base: nn.Module, place: str, revision: str | None, kwargs: Mapping[str, Any]) -> None:
     """Gives the base an embedding for each token of the adapter's tokenizer."""
     tokenizer = importlib.import_module("transformers").AutoTokenizer.from_pretrained(
-        str(name),
+        place,
         revision=revision,
+        cache_dir=kwargs.get("cache_dir"),
         token=kwargs.get("token", kwargs.get("use_auth_token")),
         trust_remote_code=kwargs.get("trust_remote_code", False),
     )
