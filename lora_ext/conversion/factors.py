@@ -27,10 +27,8 @@ def factors(
 ) -> tuple[Tensor, Tensor]:
     """lora_A [r, K] and lora_B [N, r] of one layer, in the adapter's dtype."""
     if isinstance(layer, LinearBase):
-        dtype, (left, right) = (
-            layer._stack([adapter_name]).lora_A.dtype,
-            _added(layer, adapter_name),
-        )
+        left, right = _added(layer, adapter_name)
+        dtype = layer._stack([adapter_name]).lora_A.dtype
     elif _is_exact(layer):
         return _factors_of_miss(layer, adapter_name)
     else:
