@@ -11,9 +11,17 @@ if TYPE_CHECKING:
         preprocess_corda,
         preprocess_loraga,
     )
+    from lora_ext.conversion import convert_to_lora, save_as_lora
 
 # Not `nn`: after `from lora_ext import *` that name would not be torch's any more.
 __all__ = [
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "BdLoraConfig",
     "CordaConfig",
     "EvaConfig",
@@ -40,6 +48,7 @@ __all__ = [
     "build_info",
     "cast_mixed_precision_params",
     "check_if_peft_model",
+    "convert_to_lora",
     "draw_rng_state",
     "dropout_mask",
     "explain",
@@ -71,6 +80,7 @@ __all__ = [
     "replace_linear",
     "replace_lora_weights_loftq",
     "rescale_adapter_scale",
+    "save_as_lora",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
 ]
@@ -80,12 +90,20 @@ if _startup.is_program():
 else:
     from lora_ext import _flops as _flops
     from lora_ext import calibration as _calibration
+    from lora_ext import conversion as _conversion
     from lora_ext import nn as nn
     from lora_ext import reference
     from lora_ext._extension import __version__, build_info
     from lora_ext._moved import resolve_former_names as _resolve_former_names
     from lora_ext._not_built import answer_for as _answer_for
     from lora_ext.adapters import (
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
         BdLoraConfig,
         CordaConfig,
         EvaConfig,
@@ -143,4 +161,4 @@ else:
     from lora_ext.tuning import autotune
 
     _resolve_former_names()
-    _answer_for(__name__, _calibration)
+    _answer_for(__name__, _calibration, _conversion)

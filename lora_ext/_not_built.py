@@ -19,7 +19,6 @@ INSTEAD = {
     "QALoRA": "plain LoRA is there",
     "VeLoRA": "gradient checkpointing saves the memory of activations, too",
     "choosing modules by KappaTune": "name them in target_modules",
-    "converting to LoRA": "PEFT does it, and PeftModel.from_pretrained reads the folder",
     "mixing kinds of adapters": "several of LoRA go: add_adapter, set_adapter([...])",
 }
 _OTHERWISE = "; or use PEFT's own model with lora_ext.integrations.peft.patch()"
@@ -42,15 +41,10 @@ _NAMES = {
     "Monteclora(Config|TrainerMixin)": "MonteCLoRA",
     "PeftMixedModel|MixedModel": "mixing kinds of adapters",
     "VeloraConfig": "VeLoRA",
-    "convert_to_lora|save_as_lora": "converting to LoRA",
     "find_kappa_target_modules|KappaTuneSelector": "choosing modules by KappaTune",
 }
 # Other names, and what to say of them.
 _OTHER_NAMES = {
-    "AutoPeftModel(For[A-Za-z0-9]+)?": (
-        "is not built; load the base with transformers' class for the task, then "
-        "PeftModel.from_pretrained(base, folder)"
-    ),
     "DoraCaching": "is not built, and nothing asks for it: leave it out",
     "LoraLayer|Linear|Embedding|Conv[123]d|MultiheadAttention": "is in lora_ext.nn",
     "BaseTunerLayer": "is lora_ext.nn.LoraLayer here",

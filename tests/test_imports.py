@@ -41,6 +41,7 @@ PACKAGES = (
         "io",
         "adapters",
         "calibration",
+        "conversion",
         "optimizers",
         "distributed",
         "integrations",

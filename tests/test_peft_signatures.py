@@ -22,7 +22,7 @@ import lora_ext
 from lora_ext import nn as lora
 from lora_ext.nn.trainable_tokens import TrainableTokensLayer
 
-TASKS = [name for name in lora_ext.__all__ if name.startswith("PeftModelFor")]
+TASKS = [name for name in lora_ext.__all__ if name.startswith(("PeftModelFor", "AutoPeft"))]
 # PEFT's classes and what stands for them here.
 CLASSES: dict[str, tuple[type, type]] = {
     "PeftModel": (peft.PeftModel, lora_ext.PeftModel),
@@ -70,7 +70,6 @@ DIFFERENT: dict[tuple[str, str], str] = {
 # What of theirs has no counterpart, as a regular expression, and the same words.
 LACKING: dict[str, str] = {
     r"PeftModel\w*\.(get_prompt|get_prompt_embedding_to_save)": "prompts",
-    r"\w+\.supports_lora_conversion": "converting to LoRA",
     r"base_model\.(inject_adapter|get_model_config)": "`peft.LoraModel`, the tuner by itself",
     r"(LoraConfig|PeftConfig)\.(check_kwargs|push_to_hub)": "`check_kwargs`, `push_to_hub`",
     r"\w+\.(get|set)_base_weight": "layers have the base's `weight`",

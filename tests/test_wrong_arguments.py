@@ -169,6 +169,9 @@ CALLS = {
     "load_peft_weights": function(
         lora_ext.load_peft_weights, model_id="x", key_mapping={"a": "b"}
     ),
+    "convert_to_lora": function(
+        lora_ext.convert_to_lora, model=adapted(), rank=2, **DEFAULT, progressbar=False
+    ),
     "cast_mixed_precision_params": function(
         lora_ext.cast_mixed_precision_params, model=model(), dtype=torch.bfloat16
     ),

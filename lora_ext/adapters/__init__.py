@@ -1,5 +1,14 @@
 """Working on whole models: putting adapters in, training, saving and inspecting them."""
 
+from lora_ext.adapters.auto import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+)
 from lora_ext.adapters.bdlora import BdLoraConfig
 from lora_ext.adapters.calibrated_configs import CordaConfig, EvaConfig, LoraGAConfig
 from lora_ext.adapters.checkpoint.base_state_dict import (
@@ -53,6 +62,13 @@ from lora_ext.nn.trainable import (
 )
 
 __all__ = [
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "BdLoraConfig",
     "CordaConfig",
     "EvaConfig",

@@ -197,6 +197,12 @@ class LoraModel(SwitchableModel, MergeableModel, SavableModel):
             generator=generator,
         )
 
+    def supports_lora_conversion(self, adapter_name: str = DEFAULT) -> bool:
+        """Whether `lora_ext.convert_to_lora` takes an adapter."""
+        self._check_names([adapter_name])
+        mine = [layer for _, layer in self.adapter_layers() if adapter_name in layer.adapters]
+        return bool(mine) and all(layer.supports_lora_conversion(adapter_name) for layer in mine)
+
     # Reports
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:

@@ -49,6 +49,8 @@ class SavableModel(AdaptedModel):
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
+        *,
+        ignore_mismatched_sizes: bool = False,
         **options: Any,
     ) -> Self:
         """`model` with an adapter from a folder, or the hub, that PEFT or `save_pretrained` wrote,
@@ -58,7 +60,8 @@ class SavableModel(AdaptedModel):
             model_id: the folder, or an id on the hub of Hugging Face (from its cache, when
                 offline).
             config: instead of the folder's; it becomes the model's.
-            ephemeral_gpu_offload, low_cpu_mem_usage, key_mapping, options: see `load_adapter`.
+            ephemeral_gpu_offload, low_cpu_mem_usage, key_mapping, ignore_mismatched_sizes, options:
+                see `load_adapter`.
 
         Raises:
             AdapterFileError: a file is missing, damaged, or does not fit the model, which is as it
@@ -78,6 +81,7 @@ class SavableModel(AdaptedModel):
                 is_trainable,
                 config,
                 autocast_adapter_dtype,
+                ignore_mismatched_sizes=ignore_mismatched_sizes,
                 **options,
             )
         folder = adapter_folder("LoraModel.from_pretrained", model_id, options)
@@ -94,6 +98,7 @@ class SavableModel(AdaptedModel):
                 autocast_adapter_dtype=autocast_adapter_dtype,
                 config=config,
                 key_mapping=key_mapping,
+                ignore_mismatched_sizes=ignore_mismatched_sizes,
                 transaction=transaction,
             )
             freeze_base(self, transaction)
@@ -116,6 +121,8 @@ class SavableModel(AdaptedModel):
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
+        *,
+        ignore_mismatched_sizes: bool = False,
         **options: Any,
     ) -> LoadResult:
         """Adds an adapter from a folder, or gives one that is there the values of the folder; see
@@ -127,28 +134,32 @@ class SavableModel(AdaptedModel):
             low_cpu_mem_usage: changes nothing: nothing is allocated twice.
             key_mapping: as in PEFT, regular expressions for keys of the file, without
                 "base_model.model.", and what they become.
+            ignore_mismatched_sizes: as in PEFT, leaves tensors of other shapes than the model's out
+                (a head for other labels, a grown vocabulary, layers of another rank), with a
+                warning that names them, instead of refusing the file.
             options: of the hub: subfolder, revision, cache_dir, token, local_files_only, ...
 
         Returns:
-            `missing_keys` and `unexpected_keys`, both empty: a file that lacks keys, or has others,
-            is refused.
+            `missing_keys`: what was left out of the adapter's layers; `unexpected_keys`, empty. A
+            file that lacks keys, or has others, is refused.
         """
         check_adapter_name(adapter_name, (), "LoraModel.load_adapter")
         options |= {"ephemeral_gpu_offload": ephemeral_gpu_offload}
         as_flag(low_cpu_mem_usage, "LoraModel.load_adapter", "low_cpu_mem_usage")
         folder = adapter_folder("LoraModel.load_adapter", model_id, options)
         with self.editing():
-            load_adapter(
+            left_out = load_adapter(
                 self,
                 folder,
                 adapter_name,
                 is_trainable=is_trainable,
                 autocast_adapter_dtype=autocast_adapter_dtype,
                 key_mapping=key_mapping,
+                ignore_mismatched_sizes=ignore_mismatched_sizes,
             )
         if not is_trainable:
             self.eval()
-        return LoadResult([], [])
+        return LoadResult([key for key in left_out if ".lora_" in key], [])
 
     @former_names(
         "LoraModel.save_pretrained", folder="save_directory", adapter_names="selected_adapters"

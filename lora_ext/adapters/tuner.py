@@ -14,7 +14,8 @@ _OF_THE_OWNER = frozenset(
     "active_adapters add_weighted_adapter delete_adapter disable_adapter_layers "
     "enable_adapter_layers get_layer_status get_model_status merge_adapter merge_and_unload "
     "peft_config peft_type prefix rename_adapter set_adapter set_requires_grad "
-    "targeted_module_names targeted_parameter_names unload unmerge_adapter".split()
+    "supports_lora_conversion targeted_module_names targeted_parameter_names unload "
+    "unmerge_adapter".split()
 )
 
 _OWN = frozenset({"model", "training", "forward"})  # what hooks put around forward is this one's

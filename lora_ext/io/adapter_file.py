@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +128,9 @@ def header_limit(keys: Iterable[str]) -> int:
 
 
 def read_adapter_tensors(
-    source: StrPath | io.FileIO, expected: Mapping[str, TensorSpec]
+    source: StrPath | io.FileIO,
+    expected: Mapping[str, TensorSpec],
+    left_out: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU, in the order of `expected`.
 
@@ -138,6 +140,7 @@ def read_adapter_tensors(
     Args:
         source: a path (a link must not leave its folder), or an open, unbuffered file.
         expected: every key that has to be there.
+        left_out: keys that may be there, too, and are not read.
 
     Raises:
         AdapterFileError: no whole and well-formed safetensors file; an unknown or missing key;
@@ -147,8 +150,9 @@ def read_adapter_tensors(
     where = "read_adapter_tensors"
     check_mapping(where, "expected", expected, TensorSpec, "TensorSpecs")
     with _opened(source, where) as file:
-        header = _read_header(file, header_limit(expected))
-        _compare(file.name, header.entries, expected)
+        header = _read_header(file, header_limit([*expected, *left_out]))
+        read = {key: one for key, one in header.entries.items() if key not in left_out}
+        _compare(file.name, read, expected)
         return {key: _read_tensor(file, header, key, spec) for key, spec in expected.items()}
 
 

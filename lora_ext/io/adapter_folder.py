@@ -6,7 +6,7 @@ The configuration is a dict here; `lora_ext` gives it its meaning elsewhere.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -61,9 +61,11 @@ class AdapterFolder:
         `open_adapter`."""
         return TensorFile(self._weights, max_header_bytes)
 
-    def tensors(self, expected: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
+    def tensors(
+        self, expected: Mapping[str, TensorSpec], left_out: Collection[str] = ()
+    ) -> dict[str, Tensor]:
         """See `read_adapter_tensors`."""
-        return read_adapter_tensors(self._weights, expected)
+        return read_adapter_tensors(self._weights, expected, left_out)
 
 
 @contextmanager

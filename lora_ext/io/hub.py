@@ -30,7 +30,7 @@ _WITHOUT_EFFECT = (
     *("torch_device", "low_cpu_mem_usage", "device_map", "max_memory", "offload_folder"),
     *("offload_dir", "offload_index", "use_safetensors", "torch_dtype", "dtype"),
 )
-_OPTIONS = (
+OPTIONS = (
     *("ephemeral_gpu_offload", "ignore_mismatched_sizes"),
     *OF_THE_HUB,
     *_WITHOUT_EFFECT,
@@ -54,7 +54,8 @@ def adapter_folder(
     options = options_of(where, options)
     if options.get("ignore_mismatched_sizes"):
         raise NotBuiltError(
-            f"{where}: ignore_mismatched_sizes: got True, which is not built; leave it out"
+            f"{where}: ignore_mismatched_sizes: got True, which is not built here; leave it out "
+            "(from_pretrained, load_adapter and set_peft_model_state_dict have it)"
         )
     if options.get("ephemeral_gpu_offload"):
         warn(
@@ -75,7 +76,7 @@ def adapter_folder(
 
 def options_of(where: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options, checked by name: TypeError for one that there is not, or another `subfolder`."""
-    check_names(where, options, _OPTIONS)
+    check_names(where, options, OPTIONS)
     subfolder = options.get("subfolder")
     if subfolder is not None and (
         not isinstance(subfolder, str) or ".." in Path(subfolder).parts or Path(subfolder).anchor

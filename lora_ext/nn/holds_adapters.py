@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from lora_ext.arguments import as_flag, names_of, warn
-from lora_ext.nn.adapter import AdapterSettings
+from lora_ext.nn.adapter import DEFAULT, AdapterSettings
 from lora_ext.nn.sharded import refuse_fsdp
 from lora_ext.nn.transaction import Transaction, all_or_nothing
 
@@ -25,6 +25,10 @@ class HoldsAdapters(nn.Module):
     def adapter_parameters(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """The parameters of one adapter, by attribute name."""
         raise NotImplementedError
+
+    def supports_lora_conversion(self, adapter_name: str = DEFAULT) -> bool:
+        """Whether `lora_ext.convert_to_lora` takes the adapter: linear layers', as in PEFT."""
+        return False
 
     def frozen_parameters(self, adapter_name: str) -> frozenset[str]:
         """Those of them that never train."""

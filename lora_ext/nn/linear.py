@@ -113,6 +113,12 @@ class LinearBase(LoraLayer, nn.Linear):
     def _planned_path(self) -> tuple[str, str]:
         return planned_linear_path(self)
 
+    def supports_lora_conversion(self, adapter_name: str = DEFAULT) -> bool:
+        """Whether `lora_ext.convert_to_lora` takes the adapter, as in PEFT: not one that its tokens
+        activate."""
+        self._check_names([adapter_name])
+        return self.adapters[adapter_name].alora_invocation_tokens is None
+
     def _weight_matrix(self, prefix: str = "") -> Tensor:
         return self.weight.t() if self.fan_in_fan_out else self.weight
 

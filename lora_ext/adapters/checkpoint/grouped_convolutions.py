@@ -52,9 +52,11 @@ def grouped_where_possible(plan: Plan, tensors: dict[str, Tensor]) -> Plan:
     for place, planned, layer in _grouped(plan):
         if not planned.settings.ungrouped_lora_A:
             continue
-        grouped = layer.grouped(tensors[_key(plan, planned)])
+        key = _key(plan, planned)
+        grouped = layer.grouped(tensors[key]) if key in tensors else None
         if grouped is not None:
-            tensors[_key(plan, planned)] = grouped
+            tensors[key] = grouped
+        if grouped is not None or key not in tensors:  # not in the file in the layer's shape
             settings = replace(planned.settings, ungrouped_lora_A=False)
             layers[place] = planned._replace(settings=settings)
     return plan._replace(layers=layers)

@@ -24,6 +24,7 @@ from lora_ext.adapters.checkpoint.reading import (
     check_loadable,
     check_repeated,
     repeated,
+    warn_of_shapes,
 )
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.config_checks import check_built
@@ -56,8 +57,9 @@ def load_adapter(
     autocast_adapter_dtype: bool = True,
     config: LoraConfig | None = None,
     key_mapping: Mapping[str, str] | None = None,
+    ignore_mismatched_sizes: bool = False,
     transaction: Transaction | None = None,
-) -> None:
+) -> list[str]:
     """Adds an adapter from a folder that PEFT or `save_pretrained` wrote; one of that name that is
     there gets the folder's values, and stays otherwise as it is, as in PEFT. Config and header are
     checked against the model before anything of the adapter's size is allocated, and nothing is
@@ -72,7 +74,12 @@ def load_adapter(
         config: instead of the folder's.
         key_mapping: regular expressions for parts of the file's keys, without "base_model.model.",
             and what each is replaced by, as in PEFT.
+        ignore_mismatched_sizes: leaves tensors of other shapes than the model's out, with a warning
+            that names them: what they were to fill is as a new adapter, or the base, has it.
         transaction: of what else is to be done or undone with it.
+
+    Returns:
+        The keys that were left out.
 
     Raises:
         AdapterFileError: a file is missing, damaged, or does not fit the model; names the file and
@@ -83,11 +90,14 @@ def load_adapter(
     check_adapter_name(adapter_name, (), "LoraModel.load_adapter")
     known = adapter_name in model.peft_config
     is_trainable = as_flag(is_trainable, "LoraModel.load_adapter", "is_trainable")
+    any_shape = as_flag(
+        ignore_mismatched_sizes, "LoraModel.load_adapter", "ignore_mismatched_sizes"
+    )
     path = as_path(folder, "load_adapter")
     own = Transaction() if transaction is None else transaction
     names = sum(1 for _ in model.modules())
 
-    def load() -> None:
+    def load() -> list[str]:
         with open_adapter(path) as files:
             if known:
                 model.check_not_offloaded(adapter_name, "LoraModel.load_adapter")
@@ -103,11 +113,16 @@ def load_adapter(
             file = FileTensors(files, possible_keys(model, plan), key_mapping)
             there = plan
             plan = planned_as_in(file, plan if known else _tied_as_in_the_file(plan, file))
-            bases = BaseTensors(model, plan, file)
+            bases = BaseTensors(model, plan, file, any_shape)
             own_keys = dict(expected(plan))
             again = repeated(file, plan, own_keys)
             twice = {key: own_keys[own] for key, own in again.items()}
-            found = file.read(own_keys | twice | bases.expected())
+            wanted = own_keys | twice | bases.expected()
+            others = file.of_other_shapes(wanted) if any_shape else {}
+            warn_of_shapes("LoraModel.load_adapter", others)
+            bases.leave_out(others)
+            again = {key: own for key, own in again.items() if not others.keys() & {key, own}}
+            found = file.read({k: s for k, s in wanted.items() if k not in others}, others)
         tensors = file.with_plain_keys(found)
         check_repeated(file, again, tensors)
         bases.check(tensors)
@@ -115,7 +130,7 @@ def load_adapter(
             grouped_as_there(there, tensors, file.path)
         else:
             plan = grouped_where_possible(plan, tensors)
-            add_planned(model, adapter_name, plan, own, is_filled=True)
+            add_planned(model, adapter_name, plan, own, is_filled=not others)
             if isinstance(config, LoraConfig):  # it is to be the model's, as in PEFT
                 resolved = vars(model.peft_config[adapter_name])
                 own.set(config, **{name: resolved[name] for name in vars(config)})
@@ -126,9 +141,10 @@ def load_adapter(
         # What calls of other threads read changes between them.
         with model.changing() if known or bases.targets else nullcontext():
             own.commit()
+        return list(others)
 
     with own, typed_content(path):
-        in_time(FILE_SECONDS, names, load)
+        return in_time(FILE_SECONDS, names, load)
 
 
 def _plain_over_codes(plan: Plan) -> Plan:
@@ -189,6 +205,8 @@ def _fill(
     """Gives an adapter the values that a file has for it; by a transaction, if it had others."""
     first: dict[tuple[int, torch.Size], str] = {}
     for key, tensor in own_tensors(model, adapter_name):
+        if key not in tensors:  # left out
+            continue
         local = tensor.to_local() if is_sharded(tensor) else tensor
         other = first.setdefault((local.data_ptr(), tensor.shape), key)
         if other != key and not torch.equal(tensors[other], tensors[key]):

@@ -49,7 +49,7 @@ def plain_lora(
     config = copy.deepcopy(config)
     config.rank_pattern, config.alpha_pattern = {}, {}
     for name, (r, scaling) in settings.items():
-        key = _only(name, settings)
+        key = only(name, settings)
         lora_alpha = scaling * (math.sqrt(r) if config.use_rslora else r)
         if r != config.r:
             config.rank_pattern[key] = r
@@ -70,7 +70,7 @@ def _names(name: str, layer: LoraLayer) -> list[str]:
     return [f"{name}.{w}" for w in layer.WEIGHTS] if isinstance(layer, ParamLayer) else [name]
 
 
-def _only(name: str, names: Collection[str]) -> str:
+def only(name: str, names: Collection[str]) -> str:
     """A key of rank_pattern that matches this name and no other."""
     key = f"^{name}"
     if is_plain(key) and sum(bool(compiled("rank_pattern", key).match(n)) for n in names) == 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,14 @@ from lora_ext.adapters.checkpoint.keys import (
 )
 from lora_ext.adapters.names import plain_name, unwrapped
 from lora_ext.adapters.plan import Plan
+from lora_ext.arguments import warn
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_file import MAX_HEADER_BYTES, TensorSpec, header_limit
 from lora_ext.io.adapter_folder import WEIGHTS_NAME, AdapterFolder
 from lora_ext.io.files import short
 from lora_ext.nn.adoption import adapter_device
+
+Shapes = tuple[Sequence[int], Sequence[int]]
 
 
 class FileTensors:
@@ -48,11 +51,22 @@ class FileTensors:
         self.specs = {plain: specs[key] for plain, key in self._keys.items()}
         self.path = files.path / WEIGHTS_NAME
 
-    def read(self, expected: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
+    def read(
+        self, expected: Mapping[str, TensorSpec], left_out: Collection[str] = ()
+    ) -> dict[str, Tensor]:
         """As `AdapterFolder.tensors`: by the file's own keys, see `with_plain_keys`."""
         return self._files.tensors(
-            {self._keys.get(key, key): spec for key, spec in expected.items()}
+            {self._keys.get(key, key): spec for key, spec in expected.items()},
+            {self._keys[key] for key in left_out},
         )
+
+    def of_other_shapes(self, expected: Mapping[str, TensorSpec]) -> dict[str, Shapes]:
+        """The keys that have another shape than expected: (here, expected)."""
+        both = {
+            key: (self.specs[key].shape, expected[key].shape)
+            for key in expected & self.specs.keys()
+        }
+        return {key: shapes for key, shapes in both.items() if shapes[0] != shapes[1]}
 
     def with_plain_keys(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What was read by keys without the levels of torch.compile, as the mapping has them."""
@@ -93,11 +107,16 @@ class BaseTensors:
     """The base's tensors that a file is to hold (biases) or may hold (embeddings, what PEFT adds
     for modules to save).
 
+    Args:
+        any_shape: of which `leave_out` takes those that are not the base's.
+
     Attributes:
         targets: the parameters and buffers that get their values, by key.
     """
 
-    def __init__(self, model: AdaptedModel, plan: Plan, file: FileTensors) -> None:
+    def __init__(
+        self, model: AdaptedModel, plan: Plan, file: FileTensors, any_shape: bool = False
+    ) -> None:
         base = model.get_base_model()
         adapted = {place: planned.layer for place, planned in plan.layers.items()}
         whole = {
@@ -118,7 +137,7 @@ class BaseTensors:
             self._find_of_saved(file, f"{PREFIX}{name_in_file(name, around)}.", module)
         self._path = file.path
         for key, tensor in self.targets.items():
-            _check_target(file, key, tensor)
+            _check_target(file, key, tensor, any_shape)
         if self.targets and any(layer.merged for _, layer in model.adapter_layers()):
             raise ValueError(
                 "LoraModel.load_adapter: the file holds tensors of the base, which has merged "
@@ -157,6 +176,10 @@ class BaseTensors:
         """What the file holds of them."""
         return {key: spec_of(tensor) for key, tensor in self.targets.items()} | self._unused
 
+    def leave_out(self, keys: Collection[str]) -> None:
+        """Has the base's own values stay for these."""
+        self.targets = {key: own for key, own in self.targets.items() if key not in keys}
+
     def check(self, tensors: Mapping[str, Tensor]) -> None:
         """AdapterFileError if the file says two things of one tensor of the base."""
         first: dict[int, str] = {}
@@ -167,6 +190,20 @@ class BaseTensors:
                     f"{self._path}: {short(key)}: differs from {short(other)}, which is the same "
                     "tensor in this model (tied embeddings?); untie them in the base first"
                 )
+
+
+def warn_of_shapes(where: str, shapes: Mapping[str, Shapes]) -> None:
+    """Says which tensors of a file or state dict stay as the model has them."""
+    if shapes:
+        text = "; ".join(of_other_shape(key, *both) for key, both in shapes.items())
+        warn(
+            f"{where}: {text}: left as they are, and are being ignored because you passed "
+            "`ignore_mismatched_sizes=True`"
+        )
+
+
+def of_other_shape(key: str, got: Sequence[int], expected: Sequence[int]) -> str:
+    return f"size mismatch for {short(key)}: got {list(got)}, not {list(expected)}"
 
 
 def check_loadable(model: AdaptedModel, plan: Plan) -> None:
@@ -197,7 +234,7 @@ def _beside_adapter(plan: Plan) -> Iterator[tuple[str, Tensor]]:
         yield f"{name}.weight", tokens.layer.weight
 
 
-def _check_target(file: FileTensors, key: str, tensor: Tensor) -> None:
+def _check_target(file: FileTensors, key: str, tensor: Tensor, any_shape: bool) -> None:
     if key not in file.specs:
         return  # said with the other missing keys
     if tensor.is_meta:
@@ -206,7 +243,7 @@ def _check_target(file: FileTensors, key: str, tensor: Tensor) -> None:
             "load the base's weights first"
         )
     shape, own = file.specs[key].shape, tuple(tensor.shape)
-    if shape != own and shape[1:] == own[1:]:
+    if shape != own and shape[1:] == own[1:] and not any_shape:
         raise AdapterFileError(
             f"{file.path}: {short(key)}: got shape {list(shape)}, the base's is {list(own)}; if "
             f"its vocabulary grew, call resize_token_embeddings({shape[0]}) of the base first"

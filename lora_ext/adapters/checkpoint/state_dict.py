@@ -17,12 +17,12 @@ from lora_ext.adapters.checkpoint.keys import (
     saved_in_file,
     tokens_in_file,
 )
-from lora_ext.adapters.checkpoint.reading import mapped
+from lora_ext.adapters.checkpoint.reading import Shapes, mapped, of_other_shape, warn_of_shapes
 from lora_ext.adapters.checkpoint.save import adapter_state_dict
 from lora_ext.adapters.checkpoint.values import values_of
 from lora_ext.adapters.inject import adapted, off_meta
 from lora_ext.adapters.names import plain_name
-from lora_ext.arguments import as_flag, check_known, check_mapping, short, warn
+from lora_ext.arguments import as_flag, check_known, check_mapping, short
 from lora_ext.io.adapter_file import open_tensors
 from lora_ext.io.adapter_folder import WEIGHTS_NAME
 from lora_ext.io.hub import adapter_folder
@@ -122,7 +122,8 @@ def set_peft_model_state_dict(
             tensors on the devices of its layers.
 
     Returns:
-        `missing_keys`: what the adapter has and the state dict has not; `unexpected_keys`.
+        `missing_keys`: what the adapter has and the state dict has not, or in another shape;
+        `unexpected_keys`.
 
     Raises:
         ValueError: no such adapter, it is on "meta" without low_cpu_mem_usage, or a tensor has
@@ -133,13 +134,14 @@ def set_peft_model_state_dict(
     check_known(where, "adapter_name", [adapter_name], found.peft_config)
     check_mapping(where, "peft_model_state_dict", peft_model_state_dict, Tensor, "tensors")
     as_flag(low_cpu_mem_usage, where, "low_cpu_mem_usage")
+    as_flag(ignore_mismatched_sizes, where, "ignore_mismatched_sizes")
     found.check_not_offloaded(adapter_name, where)
     given = {}
     for key, value in peft_model_state_dict.items():
         key = plain_name(key)
         given[key if key.startswith(PREFIX) else PREFIX + key] = value
     result = LoadResult([], [key for key in given if key not in _targets(found, adapter_name)])
-    mismatched = []
+    mismatched: dict[str, Shapes] = {}
     for key, (target, layer) in _targets(found, adapter_name).items():
         if key not in given:
             result.missing_keys.extend([key] if layer is not None else [])
@@ -151,18 +153,18 @@ def set_peft_model_state_dict(
         else:
             given[key] = as_the_layer_has_it(layer, target, given[key])
             if given[key].shape != target.shape:
-                got, expected = list(given.pop(key).shape), list(target.shape)
-                mismatched.append(f"size mismatch for {short(key)}: got {got}, not {expected}")
+                mismatched[key] = given.pop(key).shape, target.shape
+                result.missing_keys.extend([key] if layer is not None else [])
     if mismatched and not ignore_mismatched_sizes:
-        raise ValueError(f"{where}: {'; '.join(mismatched)}; nothing is changed")
+        text = "; ".join(of_other_shape(key, *shapes) for key, shapes in mismatched.items())
+        raise ValueError(f"{where}: {text}; nothing is changed")
+    warn_of_shapes(where, mismatched)
     off_meta(found, adapter_name)
     transaction = Transaction()
     for key, (target, _) in _targets(found, adapter_name).items():
         if key in given:
             transaction.write(target, like(given[key], target))
     transaction.commit()
-    if mismatched:
-        warn(f"{where}: {'; '.join(mismatched)}: left as they are (ignore_mismatched_sizes)")
     if plain:
         return LoadResult(*([key.removeprefix(PREFIX) for key in keys] for keys in result))
     return result

@@ -90,6 +90,8 @@ class XLoraModel(ScaledModel):
         folders: Mapping[str, Path],
         autocast_adapter_dtype: bool,
         transaction: Transaction,
+        *,
+        ignore_mismatched_sizes: bool = False,
     ) -> None:
         """Everything but the classifier's values."""
         check_adapter_name(adapter_name, (), "XLoraModel")
@@ -109,6 +111,7 @@ class XLoraModel(ScaledModel):
                 name,
                 is_trainable=config.use_trainable_adapters,
                 autocast_adapter_dtype=autocast_adapter_dtype,
+                ignore_mismatched_sizes=ignore_mismatched_sizes,
                 transaction=transaction,
             )
         freeze_base(self, transaction)
@@ -172,6 +175,7 @@ class XLoraModel(ScaledModel):
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
         adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+        ignore_mismatched_sizes: bool = False,
         **options: Any,
     ) -> Self:
         """`model` with a classifier and its adapters from a folder, or the hub, that
@@ -183,6 +187,7 @@ class XLoraModel(ScaledModel):
             adapters: names and folders of the adapters; None: those in the folder, else where its
                 config says they are on this machine.
             key_mapping: not used: a classifier has keys of its own.
+            ignore_mismatched_sizes: of the adapters' files, see `LoraModel.load_adapter`.
 
         Raises:
             AdapterFileError: a file is missing, damaged, or does not fit the model, which is as it
@@ -204,7 +209,13 @@ class XLoraModel(ScaledModel):
             self = cls.__new__(cls)
             with self._gone_after_errors(model), Transaction() as transaction:
                 self._put_in(
-                    model, chosen, adapter_name, places, autocast_adapter_dtype, transaction
+                    model,
+                    chosen,
+                    adapter_name,
+                    places,
+                    autocast_adapter_dtype,
+                    transaction,
+                    ignore_mismatched_sizes=ignore_mismatched_sizes,
                 )
                 files.fill(self.internal_xlora_classifier)
         made: Self = also_pefts(self)
