@@ -336,10 +336,12 @@ class LoraLayer(DefaultAdapter, RunningLayer):
         return {key: shapes[part] for part, key in self.PEFT_NAMES.items() if part in shapes}
 
     def peft_tensors(self, adapter_name: str) -> dict[str, Tensor]:
-        """What a checkpoint holds of one adapter: `peft_parameters`, in PEFT's shapes. DTensors are
-        gathered, for which all their processes call this."""
+        """What a checkpoint holds of one adapter: `peft_parameters`, in PEFT's shapes. What is
+        divided between processes is gathered, for which all of them call this."""
         self._check_not_computed(f"{type(self).__name__}.peft_tensors", adapter_name)
-        return {key: whole(p.detach()) for key, p in self.peft_parameters(adapter_name).items()}
+        with torch.no_grad():
+            tensors = self.peft_parameters(adapter_name).items()
+            return {key: whole(parameter).detach() for key, parameter in tensors}
 
     def plain_parts(self, adapter_name: str) -> dict[str, Tensor] | None:
         """The parts of a plain adapter that does the same and that PEFT knows, of another rank;

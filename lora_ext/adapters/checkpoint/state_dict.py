@@ -28,7 +28,7 @@ from lora_ext.io.adapter_folder import WEIGHTS_NAME
 from lora_ext.io.hub import adapter_folder
 from lora_ext.nn import Conv1d, Conv2d, Conv3d
 from lora_ext.nn.adapter import DEFAULT
-from lora_ext.nn.sharded import like
+from lora_ext.nn.sharded import like, whole_shape
 from lora_ext.nn.transaction import Transaction
 
 
@@ -150,8 +150,8 @@ def set_peft_model_state_dict(
             )
         else:
             given[key] = as_the_layer_has_it(layer, target, given[key])
-            if given[key].shape != target.shape:
-                got, expected = list(given.pop(key).shape), list(target.shape)
+            if tuple(given[key].shape) != whole_shape(target):
+                got, expected = list(given.pop(key).shape), list(whole_shape(target))
                 mismatched.append(f"size mismatch for {short(key)}: got {got}, not {expected}")
     if mismatched and not ignore_mismatched_sizes:
         raise ValueError(f"{where}: {'; '.join(mismatched)}; nothing is changed")
