@@ -118,6 +118,11 @@ def add_planned(
             layer.enable_adapters(enabled)
         if place != id(planned.layer):
             replacements[place] = planned.layer
+    planned_layers = {planned.name: planned.layer for planned in plan.layers.values()}
+    for head_name, source_name in plan.tied_layers.items():
+        embedding = planned_layers[source_name]
+        head = transaction.draft(planned_layers[head_name])
+        head._tie(adapter_name, transaction.draft(embedding), embedding)
     copies: dict[int, nn.Module] = {}
     for module in {id(module): module for module in plan.saved.values()}.values():
         wrapper = module if isinstance(module, ModulesToSave) else ModulesToSave(module)

@@ -79,7 +79,8 @@ class LoraConfig(ConfigFiles):
         trainable_token_indices: numbers of rows that are trained with the adapter: of the model's
             input embedding, or a dict of such by names of layers.
         ensure_weight_tying: whether the copies of modules_to_save that are tied to the input
-            embedding are tied as well; both are saved whole if one of them is named.
+            embedding are tied as well, and all that share its weight have one adapter; naming one
+            of them is naming all.
         megatron_config, megatron_core: kept, and what of them JSON can hold is saved; Megatron's
             layers, which have a config of their own, get adapters also without them.
         qalora_group_size: kept, without effect while what it belongs to is off.

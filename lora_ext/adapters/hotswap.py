@@ -349,6 +349,8 @@ def _make_room(
             f"{what}: the layer is a {type(draft).__name__}, expected a linear layer or a "
             "convolution: others compile again for each scaling; leave it out with exclude_modules"
         )
+    if adapter_name in draft._tied:
+        raise ValueError(f"{what}: is the adapter of an embedding (ensure_weight_tying)")
     if settings.has_blocks:
         raise ValueError(f"{what}: its matrices are block-diagonal, which cannot be filled up")
     if rank is not None and settings.r > rank:

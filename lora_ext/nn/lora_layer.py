@@ -56,13 +56,14 @@ class LoraLayer(DefaultAdapter, RunningLayer):
     # What `_adopt` and the constructors add to the base's attributes.
     _STATE: ClassVar[frozenset[str]] = frozenset(
         "adapters active_adapters merged_adapters merge_weights "
-        "_base_class _scaling _scaling_tensors _enabled _running _lora_alone _lora_variant "
+        "_base_class _scaling _scaling_tensors _tied _enabled _running _lora_alone _lora_variant "
         "_aside".split()
     )
     # What changes with adapters: that of a draft becomes the layer's (see `transaction`).
     DRAFTED: ClassVar[tuple[str, ...]] = (
         *("_parameters", "adapters", "active_adapters", "merged_adapters", "_aside"),
-        *("_scaling", "_scaling_tensors", "_enabled", "_running", "_lora_alone", "_lora_variant"),
+        *("_scaling", "_scaling_tensors", "_tied", "_enabled", "_running"),
+        *("_lora_alone", "_lora_variant"),
     )
 
     _hf_hook = hook_of_accelerate
@@ -110,7 +111,7 @@ class LoraLayer(DefaultAdapter, RunningLayer):
         self._aside = {}
         self.merge_weights = as_flag(merge_weights, type(self).__name__, "merge_weights")
         self._base_class = base_class
-        self._scaling, self._scaling_tensors = {}, {}
+        self._scaling, self._scaling_tensors, self._tied = {}, {}, {}
         self._enabled = True
         self._running = ()
         self._lora_alone = self._lora_variant = None
@@ -244,6 +245,7 @@ class LoraLayer(DefaultAdapter, RunningLayer):
                 self._parameters[part] = None
         del self.adapters[adapter_name], self._scaling[adapter_name]
         self._scaling_tensors.pop(adapter_name, None)
+        self._tied.pop(adapter_name, None)
 
     @all_or_nothing
     def rename_adapter(self, old: str, new: str) -> None:
@@ -261,7 +263,7 @@ class LoraLayer(DefaultAdapter, RunningLayer):
                 del self._parameters[part_name(part, old)]
             if old == DEFAULT:
                 self._parameters[part] = None
-        for registry in (self.adapters, self._scaling, self._scaling_tensors):
+        for registry in (self.adapters, self._scaling, self._scaling_tensors, self._tied):
             renamed = {new if name == old else name: value for name, value in registry.items()}
             registry.clear()
             registry.update(renamed)  # type: ignore[arg-type]
@@ -327,8 +329,12 @@ class LoraLayer(DefaultAdapter, RunningLayer):
         return [bias] if isinstance(bias, nn.Parameter) else []
 
     def peft_parameters(self, adapter_name: str) -> dict[str, nn.Parameter]:
-        """The parameters of one adapter, by their names in PEFT's checkpoints."""
-        return {self.PEFT_NAMES[part]: value for part, value in self.parts(adapter_name).items()}
+        """The parameters of one adapter, by their names in PEFT's checkpoints; views of them, in
+        the shapes of those, where they are an embedding's."""
+        parts: dict[str, Any] = dict(self.parts(adapter_name))
+        if adapter_name in self._tied:
+            parts = {part: parameter.detach().t() for part, parameter in parts.items()}
+        return {self.PEFT_NAMES[part]: value for part, value in parts.items()}
 
     def peft_shapes(self, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
         """Their shapes for an adapter that is not there yet."""
@@ -341,7 +347,13 @@ class LoraLayer(DefaultAdapter, RunningLayer):
         self._check_not_computed(f"{type(self).__name__}.peft_tensors", adapter_name)
         with torch.no_grad():
             tensors = self.peft_parameters(adapter_name).items()
-            return {key: whole(parameter).detach() for key, parameter in tensors}
+            found = {key: whole(parameter).detach() for key, parameter in tensors}
+        if adapter_name in self._tied:  # a file has no two tensors of one memory
+            return {
+                key: tensor.clone(memory_format=torch.contiguous_format)
+                for key, tensor in found.items()
+            }
+        return found
 
     def plain_parts(self, adapter_name: str) -> dict[str, Tensor] | None:
         """The parts of a plain adapter that does the same and that PEFT knows, of another rank;
@@ -371,7 +383,21 @@ class LoraLayer(DefaultAdapter, RunningLayer):
         self._check_not_computed(f"{type(self).__name__}.reset_lora_parameters", adapter_name)
         self._initialise(adapter_name, kind)
 
+    def _tie(self, adapter_name: str, source: LoraLayer, embedding: LoraLayer) -> None:
+        """Makes a draft's adapter that of an embedding, `source` being the draft of that."""
+        self._tied[adapter_name] = (embedding,)
+        for part, other in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
+            shared = source._parameters[part_name(other, adapter_name)]
+            self._parameters[part_name(part, adapter_name)] = shared
+        self._choose_running()
+
     def _initialise(self, name: str, kind: bool | str) -> None:
+        if name in self._tied:
+            raise ValueError(
+                f"{type(self).__name__}: '{name}' is the adapter of an embedding "
+                "(ensure_weight_tying), expected one of the layer's own; initialise that of the "
+                "embedding"
+            )
         if reads_weight(kind) and self.merged:
             raise ValueError(
                 f"{type(self).__name__}: init_lora_weights: {kind!r} reads the base weight, which "
