@@ -27,6 +27,7 @@ from lora_ext.nn.calibrated import FROM_DATA, left_at
 from lora_ext.nn.init import check_init, initialise, is_mica, mutates_weight, reads_weight
 from lora_ext.nn.running_layer import RunningLayer
 from lora_ext.nn.sharded import is_sharded, refuse_fsdp, whole
+from lora_ext.nn.tied import check_own, for_file, in_file_shape
 from lora_ext.nn.transaction import all_or_nothing
 
 
@@ -329,11 +330,8 @@ class LoraLayer(DefaultAdapter, RunningLayer):
         return [bias] if isinstance(bias, nn.Parameter) else []
 
     def peft_parameters(self, adapter_name: str) -> dict[str, nn.Parameter]:
-        """The parameters of one adapter, by their names in PEFT's checkpoints; views of them, in
-        the shapes of those, where they are an embedding's."""
-        parts: dict[str, Any] = dict(self.parts(adapter_name))
-        if adapter_name in self._tied:
-            parts = {part: parameter.detach().t() for part, parameter in parts.items()}
+        """The parameters of one adapter, by their names in PEFT's checkpoints (views, if tied)."""
+        parts = in_file_shape(self, adapter_name, self.parts(adapter_name))
         return {self.PEFT_NAMES[part]: value for part, value in parts.items()}
 
     def peft_shapes(self, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
@@ -348,12 +346,7 @@ class LoraLayer(DefaultAdapter, RunningLayer):
         with torch.no_grad():
             tensors = self.peft_parameters(adapter_name).items()
             found = {key: whole(parameter).detach() for key, parameter in tensors}
-        if adapter_name in self._tied:  # a file has no two tensors of one memory
-            return {
-                key: tensor.clone(memory_format=torch.contiguous_format)
-                for key, tensor in found.items()
-            }
-        return found
+            return for_file(self, adapter_name, found)
 
     def plain_parts(self, adapter_name: str) -> dict[str, Tensor] | None:
         """The parts of a plain adapter that does the same and that PEFT knows, of another rank;
@@ -383,21 +376,8 @@ class LoraLayer(DefaultAdapter, RunningLayer):
         self._check_not_computed(f"{type(self).__name__}.reset_lora_parameters", adapter_name)
         self._initialise(adapter_name, kind)
 
-    def _tie(self, adapter_name: str, source: LoraLayer, embedding: LoraLayer) -> None:
-        """Makes a draft's adapter that of an embedding, `source` being the draft of that."""
-        self._tied[adapter_name] = (embedding,)
-        for part, other in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
-            shared = source._parameters[part_name(other, adapter_name)]
-            self._parameters[part_name(part, adapter_name)] = shared
-        self._choose_running()
-
     def _initialise(self, name: str, kind: bool | str) -> None:
-        if name in self._tied:
-            raise ValueError(
-                f"{type(self).__name__}: '{name}' is the adapter of an embedding "
-                "(ensure_weight_tying), expected one of the layer's own; initialise that of the "
-                "embedding"
-            )
+        check_own(self, name)
         if reads_weight(kind) and self.merged:
             raise ValueError(
                 f"{type(self).__name__}: init_lora_weights: {kind!r} reads the base weight, which "
