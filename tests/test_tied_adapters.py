@@ -240,3 +240,20 @@ def test_combining_is_refused() -> None:
     model.add_adapter("more", config_of("embed_tokens"))
     with pytest.raises(NotBuiltError, match="that of the embedding"):
         model.add_weighted_adapter(["default", "more"], [0.5, 0.5], "mixed")
+
+
+def test_loaded_over_the_adapter_and_swapped(tmp_path: Path) -> None:
+    source = adapted()
+    source.save_pretrained(tmp_path)
+    for load in (
+        lambda model: model.load_adapter(tmp_path, "default"),
+        lambda model: lora_ext.hotswap_adapter(model, tmp_path, "default"),
+    ):
+        model = get_lora_model(llama(), config_of(HEAD)).eval()
+        assert not torch.equal(logits(model), logits(source))
+        load(model)
+        embedding, head = layers(model)
+        assert head.lora_A is embedding.lora_B
+        assert torch.equal(logits(model), logits(source))
+    with pytest.raises(ValueError, match="is the adapter of an embedding"):
+        head.reset_lora_parameters()

@@ -24,6 +24,7 @@ from lora_ext.adapters.checkpoint.reading import (
     check_loadable,
     check_repeated,
     repeated,
+    without_rows,
 )
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.config_checks import check_built
@@ -107,7 +108,7 @@ def load_adapter(
             own_keys = dict(expected(plan))
             again = repeated(file, plan, own_keys)
             twice = {key: own_keys[own] for key, own in again.items()}
-            found = file.read(own_keys | twice | bases.expected())
+            found = file.read(own_keys | twice | bases.expected() | without_rows(file, own_keys))
         tensors = file.with_plain_keys(found)
         check_repeated(file, again, tensors)
         bases.check(tensors)
