@@ -20,6 +20,7 @@ import lora_ext
 from lora_ext import LoraConfig, LoraModel, get_lora_model
 from lora_ext.errors import AdapterFileError, NotBuiltError
 from lora_ext.io import WEIGHTS_NAME
+from lora_ext.nn.kept_base import KeptBase
 
 TOKENS = torch.tensor([[1, 5, 3, 2, 5]])
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -257,3 +258,23 @@ def test_loaded_over_the_adapter_and_swapped(tmp_path: Path) -> None:
         assert torch.equal(logits(model), logits(source))
     with pytest.raises(ValueError, match="is the adapter of an embedding"):
         head.reset_lora_parameters()
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+def test_a_head_that_is_called_has_it_beside_its_weight() -> None:
+    base = llama()
+    base.get_submodule(HEAD).__class__ = Doubled
+    model = get_lora_model(base, config_of(HEAD)).eval()
+    disturb(model)
+    want = logits(model)
+    assert isinstance(layers(model)[1], KeptBase)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.merge_adapter()
+    torch.testing.assert_close(logits(model), want, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), want)

@@ -103,9 +103,10 @@ def _share_merged(layer: AdapterLayer, transaction: Transaction) -> LoraLayer | 
     embedding = transaction.draft(source)
     if embedding.merged_adapters != draft.merged_adapters:
         return None
-    (own,), (other,) = draft.base_parameters, embedding.base_parameters
-    put_parameter(draft, own, attrgetter(other)(embedding))
-    return cast(LoraLayer, source)
+    for own, other in zip(draft.base_parameters, embedding.base_parameters, strict=False):
+        put_parameter(draft, own, attrgetter(other)(embedding))  # none where a base is no product
+        return cast(LoraLayer, source)
+    return None
 
 
 Error = TypeVar("Error", bound=Exception)
