@@ -226,7 +226,7 @@ def may_take(name: str, argument: str, value: str) -> bool:
         return bool({argument, f"{name}.{argument}"} & set(TAKEN.get(value, "").split()))
     if value == "None":
         return argument not in NEEDED.split()
-    if value in ("list", "dict") and argument in NOT_BUILT:  # kept, and refused by a model
+    if value in ("list", "dict", "array") and argument in NOT_BUILT:  # kept, and refused by a model
         return True
     return argument in FIELDS_TAKEN.get(value, "").split()
 
