@@ -126,11 +126,11 @@ class Plain(nn.Module):
         return self.down(torch.tanh(self.up(x)))
 
 
-def adapted(module: nn.Module, **options: Any) -> LoraModel:
+def adapted(module: nn.Module, *, float32: bool = False, **options: Any) -> LoraModel:
     """With adapters that are not zero, of which no process has another's part."""
     names = ["up", "down"] if isinstance(module, Net) else ["0"]
     config = LoraConfig(r=R, lora_alpha=ALPHA, target_modules=names, **options)
-    model = lora_ext.get_lora_model(module, config, autocast_adapter_dtype=False)
+    model = lora_ext.get_lora_model(module, config, autocast_adapter_dtype=float32)
     torch.manual_seed(100 * next(_SEEDS) + torch.distributed.get_rank())
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -267,6 +267,12 @@ def check_rslora() -> None:
 def check_float32() -> None:
     check_step("column", dtype=torch.float32)
     check_step("row", dtype=torch.float32)
+
+
+def check_float32_on_bfloat16() -> None:
+    for kind in ("column", "row"):
+        check_step(kind, dtype=torch.bfloat16, float32=True)
+        assert one_layer(kind, torch.bfloat16, float32=True).lora_A.dtype == torch.float32
 
 
 def check_dropout() -> None:
