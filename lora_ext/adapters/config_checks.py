@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import enum
+import json
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from types import NoneType
 from typing import Any
 
@@ -212,6 +213,24 @@ def plain_value(value: Any) -> Any:
     return value
 
 
+def in_json(value: Any) -> Any:
+    """Of a dataclass, or a dict, what JSON can hold; anything else itself. For Megatron's configs:
+    they have functions and dtypes, too."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {one.name: getattr(value, one.name, None) for one in fields(value)}
+    if not isinstance(value, Mapping):
+        return value
+    return {name: one for name, one in value.items() if _is_json(one)}
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
 def check_fields(values: Mapping[str, Any]) -> None:
     """Checks every field of a config, then what they may not be together.
 
@@ -240,6 +259,9 @@ def check_fields(values: Mapping[str, Any]) -> None:
             raise TypeError(_message(field, value, check.expected))
         if not check.accepts(value):
             raise ValueError(_message(field, value, check.expected))
+    if not isinstance(values["megatron_config"], dict | NoneType):
+        expected = "None, a TransformerConfig, or a dict of its fields"
+        raise TypeError(_message("megatron_config", values["megatron_config"], expected))
     if not is_off(values["runtime_config"]):
         check_runtime(values["runtime_config"])
     _check_patterns(values)
@@ -253,6 +275,9 @@ def check_built(values: Mapping[str, Any]) -> None:
         if not is_off(values.get(field)):
             got = short(values[field])
             raise NotBuiltError(f"LoraConfig: {field}: got {got}: {field_text(field)}")
+    core = values.get("megatron_core")
+    if not is_off(values.get("megatron_config")) and not str(core).startswith("megatron."):
+        raise ValueError(_message("megatron_core", core, "a module of Megatron's, 'megatron....'"))
 
 
 def is_off(value: Any) -> bool:
@@ -330,6 +355,8 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
                 expected = "False" if values[field] is True else "None"
                 raise ValueError(_message(field, values[field], f"{expected} with {flag}=True"))
     for flag in VARIANTS:
+        if values[flag] and not is_off(values["megatron_config"]):
+            raise ValueError(_message(flag, True, "False with megatron_config"))
         if values[flag] and values["use_bdlora"]:
             raise ValueError(
                 _message(

@@ -30,7 +30,8 @@ from lora_ext.nn import LoraLayer, MergedLinear
 from lora_ext.nn.adapter import part_name, variant_of
 from lora_ext.nn.conv import LoraConv
 from lora_ext.nn.linear import LinearBase
-from lora_ext.nn.sharded import like
+from lora_ext.nn.parallel_linear import ParallelLinear
+from lora_ext.nn.sharded import like, whole_shape
 from lora_ext.nn.transaction import Transaction
 
 
@@ -103,7 +104,7 @@ def _swap(model: AdaptedModel, adapter_name: str, config: LoraConfig, file: File
         _check_layer(file, name, layer, adapter_name, config)
     expected = {}
     for key, spec in file.specs.items():
-        shape = tuple(targets[key].shape)
+        shape = whole_shape(targets[key])
         swapped = layers.get(_weight_of(key).removeprefix(PREFIX))
         prepared = swapped is not None and adapter_name in swapped._scaling_tensors
         if isinstance(swapped, LoraConv) and key.endswith(".lora_A.weight"):
@@ -233,7 +234,7 @@ def _fits(key: str, shape: Sequence[int], room: Sequence[int]) -> bool:
 
 def _widened(value: Tensor, target: Tensor, groups: int = 1) -> Tensor:
     """value where target has its first ranks, of each group of a convolution, zeros elsewhere."""
-    if value.shape == target.shape:
+    if tuple(value.shape) == whole_shape(target):
         return value
     value = value.reshape(groups, -1, *value.shape[1:])
     wide = value.new_zeros(groups, target.shape[0] // groups, *target.shape[1:])
@@ -341,11 +342,15 @@ def _make_room(
         raise ValueError(f"{what} is merged; call unmerge_adapter() first")
     if flag := variant_of(settings):
         raise ValueError(f"{what}: got {flag}=True, expected an adapter without a variant")
-    if not isinstance(draft, LinearBase | LoraConv) or isinstance(draft, MergedLinear):
+    if not isinstance(draft, LinearBase | LoraConv) or isinstance(
+        draft, MergedLinear | ParallelLinear
+    ):
         raise ValueError(
             f"{what}: the layer is a {type(draft).__name__}, expected a linear layer or a "
             "convolution: others compile again for each scaling; leave it out with exclude_modules"
         )
+    if adapter_name in draft._tied:
+        raise ValueError(f"{what}: is the adapter of an embedding (ensure_weight_tying)")
     if settings.has_blocks:
         raise ValueError(f"{what}: its matrices are block-diagonal, which cannot be filled up")
     if rank is not None and settings.r > rank:

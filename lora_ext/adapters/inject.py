@@ -154,12 +154,17 @@ def off_meta(model: AdaptedModel, adapter_name: str) -> None:
 
 
 def _to(model: AdaptedModel, adapter_name: str, device: torch.device | None) -> None:
+    made: dict[int, nn.Parameter] = {}  # layers may share them: ensure_weight_tying
+    kept: list[nn.Parameter] = []  # so that no other gets the id of one
     for _, layer in model.layers_with(adapter_name):
         place = device or adapter_device(layer, layer._adapted_weight())
         for name, parameter in layer.adapter_parameters(adapter_name).items():
             if device is not None or parameter.is_meta:
-                empty = torch.empty_like(parameter, device=place)
-                layer._parameters[name] = nn.Parameter(empty, parameter.requires_grad)
+                if id(parameter) not in made:
+                    empty = torch.empty_like(parameter, device=place)
+                    made[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+                    kept.append(parameter)
+                layer._parameters[name] = made[id(parameter)]
         layer._choose_running()
     for _, tokens in model.token_layers():
         if adapter_name in tokens.adapters:

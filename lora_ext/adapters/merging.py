@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from operator import attrgetter
+from typing import TypeVar, cast
 
 from torch import nn
 
@@ -11,7 +12,7 @@ from lora_ext.adapters.ties import shared_parameters
 from lora_ext.arguments import warn
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.trainable_tokens import TrainableTokensLayer
-from lora_ext.nn.transaction import Transaction
+from lora_ext.nn.transaction import Transaction, put_parameter
 
 Item = TypeVar("Item")
 AdapterLayer = LoraLayer | TrainableTokensLayer
@@ -64,6 +65,7 @@ def merge_layers(
         unmerge_layers(layers, transaction)
     shared = shared_parameters(model)
     separated: list[str] = []
+    apart: dict[int, str] = {}
     for name, layer, names in _tracked(chosen) if progressbar else chosen:
         try:
             draft: AdapterLayer = transaction.draft(layer)
@@ -80,7 +82,31 @@ def merge_layers(
             raise of_layer(error, name) from None
         if any(id(parameter) in shared for parameter in draft.base_parameters.values()):
             separated.append(name)
+            apart[id(layer)] = name
+    for name, layer, _ in chosen:
+        if (source := _share_merged(layer, transaction)) is not None:
+            together = {name, apart.get(id(source))}
+            separated = [one for one in separated if one not in together]
     return separated
+
+
+def _share_merged(layer: AdapterLayer, transaction: Transaction) -> LoraLayer | None:
+    """Gives a layer the merged weight of the embedding whose adapters it has, if these are all that
+    is merged in both, which is returned then: it is the same weight."""
+    draft: AdapterLayer = transaction.draft(layer)
+    if not isinstance(draft, LoraLayer) or not draft.merged_adapters:
+        return None
+    sources = {id(one): one for name in draft.merged_adapters for one in draft._tied.get(name, ())}
+    if len(sources) != 1 or not all(name in draft._tied for name in draft.merged_adapters):
+        return None
+    (source,) = sources.values()
+    embedding = transaction.draft(source)
+    if embedding.merged_adapters != draft.merged_adapters:
+        return None
+    for own, other in zip(draft.base_parameters, embedding.base_parameters, strict=False):
+        put_parameter(draft, own, attrgetter(other)(embedding))  # none where a base is no product
+        return cast(LoraLayer, source)
+    return None
 
 
 Error = TypeVar("Error", bound=Exception)

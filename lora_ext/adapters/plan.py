@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -33,9 +34,8 @@ from lora_ext.adapters.targets import (
 from lora_ext.adapters.ties import shared_parameters, tied_to_embedding
 from lora_ext.adapters.tokens import PlannedTokens, check_apart, plan_tokens
 from lora_ext.arguments import short, warn
-from lora_ext.errors import NotBuiltError
-from lora_ext.nn import AdapterSettings, Embedding, LoraLayer
-from lora_ext.nn.adapter import VARIANTS
+from lora_ext.nn import AdapterSettings, Embedding, Linear, LoraLayer
+from lora_ext.nn.adapter import VARIANTS, variant_of
 from lora_ext.nn.calibrated import left_at
 from lora_ext.nn.init import mutates_weight
 from lora_ext.nn.kept_base import KeptBase
@@ -66,6 +66,7 @@ class Plan(NamedTuple):
     saved: dict[str, nn.Module]  # modules to save
     tied: dict[str, str]  # those whose copies get the weight of another's copy: that one's name
     tokens: dict[str, PlannedTokens]  # modules of whose weight rows are trained
+    tied_layers: Mapping[str, str] = {}  # layers with the adapter of an embedding: that one's name
 
 
 def adapter_settings(
@@ -117,6 +118,8 @@ def resolved(model: nn.Module, plan: Plan) -> LoraConfig:
         config = only_on(model, config, plan.names)
     if _means_what_others_save(model, config, config.target_parameters):
         config.target_parameters = list(plan.parameters)
+    if plan.tied_layers:
+        _name_the_source(config, plan.tied_layers)
     saved = saved_modules(config)
     if _saves_what_others_save(model, saved, plan.saved):
         saved = list(plan.saved)
@@ -126,6 +129,17 @@ def resolved(model: nn.Module, plan: Plan) -> LoraConfig:
         saved += [source] if source not in saved else []
     config.modules_to_save = saved or None
     return config
+
+
+def _name_the_source(config: LoraConfig, tied: Mapping[str, str]) -> None:
+    """Makes target_modules name the embedding, which stands for what is tied to it, as in PEFT."""
+    source, targets = next(iter(tied.values())), config.target_modules
+    if isinstance(targets, str):
+        if not matches(source, targets):
+            config.target_modules = f"(?:{targets}|^{re.escape(source)}$)"
+        return
+    named = [one for one in targets or () if not any(matches(head, [one]) for head in tied)]
+    config.target_modules = named if matches(source, named) else [*named, source]
 
 
 def only_on(model: nn.Module, config: LoraConfig, names: Sequence[str]) -> LoraConfig:
@@ -173,7 +187,7 @@ def make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: bool
         TypeError: a target module is of a kind that has no adapters, or a module to save has some.
         ValueError: nothing matches target_modules or modules_to_save, a setting is out of range, or
             init_lora_weights would change a weight that several modules share.
-        NotBuiltError: ensure_weight_tying of adapters, or a field that asks for what is not built.
+        NotBuiltError: a field that asks for what is not built.
     """
     names = sum(1 for _ in model.modules())
     return in_time(CODE_SECONDS, names, lambda: _make_plan(model, config, autocast_adapter_dtype))
@@ -189,9 +203,11 @@ def _make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: boo
         kinds = (LoraLayer, ModulesToSave, TrainableTokensWrapper)
         required = not config.target_parameters
         names = find_targets(model, config, can_be_adapted, kinds, required)
+    tied_layers = _tied_layers(model, config, names)
+    names += [name for name in (*tied_layers.values(), *tied_layers) if name not in names]
     modules = dict(named_modules(model, remove_duplicate=False))
     layers: dict[int, PlannedLayer] = {}
-    for name in names:
+    for name in dict.fromkeys(names):
         module = modules[name]
         if id(module) not in layers:  # else it is registered under another name as well
             settings = adapter_settings(config, name, autocast_adapter_dtype)
@@ -201,6 +217,7 @@ def _make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: boo
         settings = _settings_of_parameters(config, one, autocast_adapter_dtype)
         layers[id(one.module)] = PlannedLayer(one.name, one.layer, settings)
     _check_initialisation(model, config, list(layers.values()))
+    _check_tied_layers(config, tied_layers, layers)
     saved = _find_saved(modules, config)
     _check_nested(list(layers.values()), [*names, *saved])
     if config.modules_to_save and not saved:
@@ -230,7 +247,7 @@ def _make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: boo
         warn_of_unused_names("LoraConfig", config.target_modules, modules)
     warn_of_unused_patterns(config, [*names, *parameters])
     warn_of_unreached(model, given, names, parameters)
-    return Plan(config, names, parameters, layers, saved, tied, tokens)
+    return Plan(config, names, parameters, layers, saved, tied, tokens, tied_layers)
 
 
 def _find_saved(modules: Mapping[str, nn.Module], config: LoraConfig) -> dict[str, nn.Module]:
@@ -307,6 +324,44 @@ def _settings_of_parameters(
     return replace(first, weights=others)
 
 
+def _tied_layers(model: nn.Module, config: LoraConfig, names: Sequence[str]) -> dict[str, str]:
+    """`Plan.tied_layers`: all that share the embedding's weight, if one of them is a target."""
+    if not config.ensure_weight_tying:
+        return {}
+    tied = tied_to_embedding(model)
+    return tied if {*tied, *tied.values()} & set(names) else {}
+
+
+def _check_tied_layers(
+    config: LoraConfig, tied: Mapping[str, str], layers: Mapping[int, PlannedLayer]
+) -> None:
+    """ValueError where adapters of modules with one weight cannot be one adapter."""
+    planned = {one.name: one for one in layers.values()}
+    where = "LoraConfig: ensure_weight_tying: got True"
+    for name, source in tied.items():
+        head, embedding = planned[name], planned[source]
+        plain = isinstance(embedding.layer, Embedding) and isinstance(head.layer, Linear)
+        if not plain or head.layer.fan_in_fan_out:
+            raise ValueError(
+                f"{where} with target_modules that mean '{source}' and '{name}', which share one "
+                "weight, expected an embedding and a linear layer"
+            )
+        if head.settings.scaling != embedding.settings.scaling or (
+            head.settings.r != embedding.settings.r
+        ):
+            raise ValueError(
+                f"{where}, but rank_pattern or alpha_pattern give '{source}' and '{name}', which "
+                "share one weight and one adapter, other ranks or scalings; expected the same"
+            )
+    kind = config.init_lora_weights
+    if tied and (variant_of(config) or not (isinstance(kind, bool) or kind == "gaussian")):
+        got = f"use_dora={config.use_dora}, init_lora_weights={kind!r}"
+        raise ValueError(
+            f"{where} with {got}, expected plain LoRA that starts as by True, False or 'gaussian': "
+            f"'{next(iter(tied))}' has the adapter of the embedding, transposed"
+        )
+
+
 def _tied(
     model: nn.Module, config: LoraConfig, names: list[str], saved: dict[str, nn.Module]
 ) -> dict[str, str]:
@@ -322,12 +377,14 @@ def _tied(
                 "each: `ensure_weight_tying` is not set to True"
             )
         return {}
-    if adapted:
-        raise NotBuiltError(
-            f"LoraConfig: ensure_weight_tying: got True with target_modules that mean {adapted}: "
-            "tying adapters is not built; name these in modules_to_save, or give each an adapter "
-            "of its own with ensure_weight_tying=False"
+    if adapted and together & saved.keys():
+        raise ValueError(
+            f"LoraConfig: ensure_weight_tying: got True with target_modules that mean {adapted} "
+            f"and modules_to_save that mean {sorted(together & saved.keys())}, which share one "
+            "weight, expected them in one of the two"
         )
+    if adapted:
+        return {}
     if together & saved.keys():
         return tied
     if not config.trainable_token_indices:  # which warn themselves

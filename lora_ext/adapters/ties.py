@@ -79,12 +79,19 @@ def tied_to_embedding(model: nn.Module) -> dict[str, str]:
     if weight is None:
         return {}
     holders = [
-        (name.removesuffix(".original_module").removesuffix(".token_adapter.base_layer"), module)
+        (_plain(name), module)
         for name, module in named_modules(model)
         if module._parameters.get("weight") is weight
     ]
     source = next(name for name, module in holders if module is embedding)
     return {name: source for name, module in holders if module is not embedding}
+
+
+def _plain(name: str) -> str:
+    """A module's name without what adapters put around it."""
+    for level in (".original_module", ".token_adapter.base_layer", ".base_layer"):
+        name = name.removesuffix(level)
+    return name
 
 
 def untie_embeddings(model: nn.Module, transaction: Transaction) -> bool:

@@ -294,7 +294,7 @@ class Linear(LinearBase):
         try:
             for name in planned_names(self):
                 settings = self.adapters[name]
-                if not settings.is_plain:
+                if not settings.is_plain or name in self._tied:
                     return dict(stacks(self))
                 suffix = part_name("", name)
                 bias = "lora_bias" + suffix

@@ -27,6 +27,7 @@ from lora_ext.nn.calibrated import FROM_DATA, left_at
 from lora_ext.nn.init import check_init, initialise, is_mica, mutates_weight, reads_weight
 from lora_ext.nn.running_layer import RunningLayer
 from lora_ext.nn.sharded import is_sharded, refuse_fsdp, whole
+from lora_ext.nn.tied import check_own, for_file, in_file_shape
 from lora_ext.nn.transaction import all_or_nothing
 
 
@@ -56,13 +57,14 @@ class LoraLayer(DefaultAdapter, RunningLayer):
     # What `_adopt` and the constructors add to the base's attributes.
     _STATE: ClassVar[frozenset[str]] = frozenset(
         "adapters active_adapters merged_adapters merge_weights "
-        "_base_class _scaling _scaling_tensors _enabled _running _lora_alone _lora_variant "
+        "_base_class _scaling _scaling_tensors _tied _enabled _running _lora_alone _lora_variant "
         "_aside".split()
     )
     # What changes with adapters: that of a draft becomes the layer's (see `transaction`).
     DRAFTED: ClassVar[tuple[str, ...]] = (
         *("_parameters", "adapters", "active_adapters", "merged_adapters", "_aside"),
-        *("_scaling", "_scaling_tensors", "_enabled", "_running", "_lora_alone", "_lora_variant"),
+        *("_scaling", "_scaling_tensors", "_tied", "_enabled", "_running"),
+        *("_lora_alone", "_lora_variant"),
     )
 
     _hf_hook = hook_of_accelerate
@@ -110,7 +112,7 @@ class LoraLayer(DefaultAdapter, RunningLayer):
         self._aside = {}
         self.merge_weights = as_flag(merge_weights, type(self).__name__, "merge_weights")
         self._base_class = base_class
-        self._scaling, self._scaling_tensors = {}, {}
+        self._scaling, self._scaling_tensors, self._tied = {}, {}, {}
         self._enabled = True
         self._running = ()
         self._lora_alone = self._lora_variant = None
@@ -244,6 +246,7 @@ class LoraLayer(DefaultAdapter, RunningLayer):
                 self._parameters[part] = None
         del self.adapters[adapter_name], self._scaling[adapter_name]
         self._scaling_tensors.pop(adapter_name, None)
+        self._tied.pop(adapter_name, None)
 
     @all_or_nothing
     def rename_adapter(self, old: str, new: str) -> None:
@@ -261,7 +264,7 @@ class LoraLayer(DefaultAdapter, RunningLayer):
                 del self._parameters[part_name(part, old)]
             if old == DEFAULT:
                 self._parameters[part] = None
-        for registry in (self.adapters, self._scaling, self._scaling_tensors):
+        for registry in (self.adapters, self._scaling, self._scaling_tensors, self._tied):
             renamed = {new if name == old else name: value for name, value in registry.items()}
             registry.clear()
             registry.update(renamed)  # type: ignore[arg-type]
@@ -327,8 +330,9 @@ class LoraLayer(DefaultAdapter, RunningLayer):
         return [bias] if isinstance(bias, nn.Parameter) else []
 
     def peft_parameters(self, adapter_name: str) -> dict[str, nn.Parameter]:
-        """The parameters of one adapter, by their names in PEFT's checkpoints."""
-        return {self.PEFT_NAMES[part]: value for part, value in self.parts(adapter_name).items()}
+        """The parameters of one adapter, by their names in PEFT's checkpoints (views, if tied)."""
+        parts = in_file_shape(self, adapter_name, self.parts(adapter_name))
+        return {self.PEFT_NAMES[part]: value for part, value in parts.items()}
 
     def peft_shapes(self, settings: AdapterSettings) -> dict[str, tuple[int, ...]]:
         """Their shapes for an adapter that is not there yet."""
@@ -336,10 +340,13 @@ class LoraLayer(DefaultAdapter, RunningLayer):
         return {key: shapes[part] for part, key in self.PEFT_NAMES.items() if part in shapes}
 
     def peft_tensors(self, adapter_name: str) -> dict[str, Tensor]:
-        """What a checkpoint holds of one adapter: `peft_parameters`, in PEFT's shapes. DTensors are
-        gathered, for which all their processes call this."""
+        """What a checkpoint holds of one adapter: `peft_parameters`, in PEFT's shapes. What is
+        divided between processes is gathered, for which all of them call this."""
         self._check_not_computed(f"{type(self).__name__}.peft_tensors", adapter_name)
-        return {key: whole(p.detach()) for key, p in self.peft_parameters(adapter_name).items()}
+        with torch.no_grad():
+            tensors = self.peft_parameters(adapter_name).items()
+            found = {key: whole(parameter).detach() for key, parameter in tensors}
+            return for_file(self, adapter_name, found)
 
     def plain_parts(self, adapter_name: str) -> dict[str, Tensor] | None:
         """The parts of a plain adapter that does the same and that PEFT knows, of another rank;
@@ -370,6 +377,7 @@ class LoraLayer(DefaultAdapter, RunningLayer):
         self._initialise(adapter_name, kind)
 
     def _initialise(self, name: str, kind: bool | str) -> None:
+        check_own(self, name)
         if reads_weight(kind) and self.merged:
             raise ValueError(
                 f"{type(self).__name__}: init_lora_weights: {kind!r} reads the base weight, which "

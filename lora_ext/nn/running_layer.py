@@ -31,6 +31,9 @@ class RunningLayer(AdoptingLayer):
     # Of adapters that are swapped under compiled code or CUDA graphs: the same numbers, in float64,
     # where these read them. Instances have their own.
     _scaling_tensors: dict[str, Tensor] = {}  # noqa: RUF012
+    # Adapters that are an embedding's, whose weight is the layer's too, by that embedding: their
+    # lora_A is its lora_B and their lora_B its lora_A, which are used transposed.
+    _tied: dict[str, tuple[Any]]
     _running: tuple[str, ...]
     # The names of lora_A, lora_B and lora_bias of the one adapter that runs, and whether it has the
     # last; None where another number does.
@@ -49,8 +52,8 @@ class RunningLayer(AdoptingLayer):
         self._lora_variant = self._first_variant(self._running)
         self._lora_alone = None
         alone = len(self._running) == 1 and self._running[0] not in self._scaling_tensors
-        if alone and not self.adapters[self._running[0]].has_blocks:
-            name = self._running[0]
+        name = self._running[0] if alone else ""
+        if alone and not self.adapters[name].has_blocks and name not in self._tied:
             A, B, bias = (part_name(part, name) for part in ("lora_A", "lora_B", "lora_bias"))
             self._lora_alone = A, B, bias, self.adapters[name].lora_bias
 
@@ -58,6 +61,7 @@ class RunningLayer(AdoptingLayer):
         """A pickle of 0.1.0 says `_runs_dora` of what runs, and no more."""
         super().__setstate__(state)
         self.__dict__.setdefault("_scaling_tensors", {})
+        self.__dict__.setdefault("_tied", {})
         if self.__dict__.pop("_runs_dora", None) is not None:
             self._choose_running()
 
@@ -108,6 +112,8 @@ class RunningLayer(AdoptingLayer):
 
     def _matrix(self, part: str, name: str, blocks: int) -> Any:
         found = self._part(part, name)
+        if name in self._tied:
+            return found.t()
         return block_diagonal(found, blocks) if blocks > 1 else found
 
     def low_rank(self, prefix: str = "") -> list[LowRank]:

@@ -1,16 +1,41 @@
 """Tensors of which each process holds a part: DTensors, as FSDP2 (`fully_shard`) and tensor
-parallelism make of parameters. What is said here is true of both; torch moves all bytes."""
+parallelism make of parameters; and plain ones, of layers over Megatron's. What is said here is true
+of all; torch moves all bytes."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeGuard
+from collections.abc import Callable, MutableMapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
+import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+
+    from lora_ext.nn.megatron import Processes
+
+
+class Part(NamedTuple):
+    """What a plain tensor is a part of: one that these processes have divided along a dimension."""
+
+    processes: Processes
+    dim: int
+
+
+# No attributes of theirs: a group of processes is nothing that a pickle can have.
+_PARTS: MutableMapping[Tensor, Part] = WeakTensorKeyDictionary()
+
+
+def set_part(tensor: Tensor, part: Part) -> None:
+    """Says that a plain tensor is this process's part of a whole one."""
+    _PARTS[tensor] = part
+
+
+def _part_of(tensor: Tensor) -> Part | None:
+    return _PARTS.get(tensor) if _PARTS else None
 
 
 def is_sharded(tensor: object) -> TypeGuard[DTensor]:
@@ -22,18 +47,33 @@ def is_sharded(tensor: object) -> TypeGuard[DTensor]:
 
 def has_shards(module: nn.Module) -> bool:
     """Whether any parameter of a model is a DTensor, or one while it is not computed with."""
-    return any(is_sharded(p) for p in module.parameters()) or any(map(is_fsdp, module.modules()))
+    divided = any(is_sharded(p) or _part_of(p) is not None for p in module.parameters())
+    return divided or any(map(is_fsdp, module.modules()))
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A DTensor gathered from all processes of its mesh, which all have to call this; any other
+    """A DTensor, or a part, gathered from all its processes, which all have to call this; any other
     tensor itself."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+    if is_sharded(tensor):
+        return tensor.full_tensor()
+    part = _part_of(tensor)
+    return tensor if part is None else torch.cat(part.processes.of_all(tensor), part.dim)
+
+
+def whole_shape(tensor: Tensor) -> tuple[int, ...]:
+    """That of `whole(tensor)`."""
+    shape, part = list(tensor.shape), _part_of(tensor)
+    if part is not None:
+        shape[part.dim] *= part.processes.count
+    return tuple(shape)
 
 
 def like(values: Tensor, target: Tensor) -> Tensor:
     """Values that every process has whole, in the form of `target`: this process's part of them if
-    that is a DTensor. Moves nothing."""
+    that is a DTensor or a part. Moves nothing."""
+    part = _part_of(target)
+    if part is not None:
+        return values.chunk(part.processes.count, part.dim)[part.processes.rank]
     if not is_sharded(target):
         return values
     from torch.distributed.tensor import DTensor, Replicate

@@ -142,6 +142,8 @@ def create_lorafa_optimizer(
         if not isinstance(layer, LoraLayer):
             continue
         for name in layer.adapters:
+            if name in layer._tied:  # the embedding's
+                continue
             parts = layer.parts(name)
             scale = layer.get_scale(name)
             for part, parameter in parts.items():

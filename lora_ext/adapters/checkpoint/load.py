@@ -25,6 +25,7 @@ from lora_ext.adapters.checkpoint.reading import (
     check_repeated,
     repeated,
     warn_of_shapes,
+    without_rows,
 )
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.config_checks import check_built
@@ -117,7 +118,7 @@ def load_adapter(
             own_keys = dict(expected(plan))
             again = repeated(file, plan, own_keys)
             twice = {key: own_keys[own] for key, own in again.items()}
-            wanted = own_keys | twice | bases.expected()
+            wanted = own_keys | twice | bases.expected() | without_rows(file, own_keys)
             others = file.of_other_shapes(wanted) if any_shape else {}
             warn_of_shapes("LoraModel.load_adapter", others)
             bases.leave_out(others)
@@ -203,13 +204,15 @@ def _fill(
     transaction: Transaction | None,
 ) -> None:
     """Gives an adapter the values that a file has for it; by a transaction, if it had others."""
-    first: dict[tuple[int, torch.Size], str] = {}
+    first: dict[tuple[int, int], tuple[str, tuple[int, ...]]] = {}
     for key, tensor in own_tensors(model, adapter_name):
         if key not in tensors:  # left out
             continue
         local = tensor.to_local() if is_sharded(tensor) else tensor
-        other = first.setdefault((local.data_ptr(), tensor.shape), key)
-        if other != key and not torch.equal(tensors[other], tensors[key]):
+        place = local.data_ptr(), tensor.numel()
+        other, stride = first.setdefault(place, (key, tensor.stride()))
+        same = tensors[key] if stride == tensor.stride() else tensors[key].t()  # an embedding's
+        if other != key and not torch.equal(tensors[other], same):
             raise AdapterFileError(
                 f"{path}: {short(key)}: differs from {short(other)}, which is the same "
                 "module in this model; give it modules of their own"
@@ -247,6 +250,16 @@ def read_config(files: AdapterFolder) -> LoraConfig:
 def _tied_as_in_the_file(plan: Plan, file: FileTensors) -> Plan:
     """The plan without tied copies that the file does not have: PEFT ties those of a head or an
     embedding only where it knows the name that modules_to_save gives it."""
+    if heads := {
+        name
+        for name in plan.tied_layers
+        if not any(key.startswith(f"{PREFIX}{name}.lora_") for key in file.specs)
+    }:
+        plan = plan._replace(
+            names=[name for name in plan.names if name not in heads],
+            layers={place: one for place, one in plan.layers.items() if one.name not in heads},
+            tied_layers={},
+        )
     if not plan.tied:
         return plan
     named = saved_modules(plan.config)

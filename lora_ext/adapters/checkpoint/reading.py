@@ -12,6 +12,7 @@ from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.checkpoint.base_tensors import BasePart, biases, embeddings, places
 from lora_ext.adapters.checkpoint.keys import (
     PREFIX,
+    TOKENS,
     around_planned,
     followers_in_file,
     name_in_file,
@@ -90,6 +91,15 @@ def repeated(file: FileTensors, plan: Plan, expected: Mapping[str, TensorSpec]) 
     keys = {f"{key}.weight": key for key in expected if key.endswith(".lora_magnitude_vector")}
     keys |= followers_in_file(plan)
     return {again: key for again, key in keys.items() if again in file.specs}
+
+
+def without_rows(file: FileTensors, expected: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """Tables of no rows, which PEFT writes where trainable_token_indices is an empty list."""
+    return {
+        key: TensorSpec(tuple(spec.shape))
+        for key, spec in file.specs.items()
+        if key not in expected and key.endswith(f".{TOKENS}") and spec.shape[:1] == (0,)
+    }
 
 
 def check_repeated(

@@ -28,7 +28,7 @@ from lora_ext.io.adapter_folder import WEIGHTS_NAME
 from lora_ext.io.hub import adapter_folder
 from lora_ext.nn import Conv1d, Conv2d, Conv3d
 from lora_ext.nn.adapter import DEFAULT
-from lora_ext.nn.sharded import like
+from lora_ext.nn.sharded import like, whole_shape
 from lora_ext.nn.transaction import Transaction
 
 
@@ -152,8 +152,9 @@ def set_peft_model_state_dict(
             )
         else:
             given[key] = as_the_layer_has_it(layer, target, given[key])
-            if given[key].shape != target.shape:
-                mismatched[key] = given.pop(key).shape, target.shape
+            shape = whole_shape(target)
+            if tuple(given[key].shape) != shape:
+                mismatched[key] = given.pop(key).shape, shape
                 result.missing_keys.extend([key] if layer is not None else [])
     if mismatched and not ignore_mismatched_sizes:
         text = "; ".join(of_other_shape(key, *shapes) for key, shapes in mismatched.items())

@@ -18,6 +18,7 @@ from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.plan import only_on
 from lora_ext.adapters.targets import saved_modules
 from lora_ext.arguments import names_of, refuse, warn
+from lora_ext.errors import NotBuiltError
 from lora_ext.nn import Embedding, LoraLayer
 from lora_ext.nn.adapter import VARIANTS, check_adapter_name, variant_of
 from lora_ext.nn.init import mutates_weight
@@ -105,6 +106,11 @@ def _combine_layer(
     mine = _members(layer, combination)
     result: dict[str, Tensor] = {}
     for name in mine:
+        if name in layer._tied:
+            raise NotBuiltError(
+                f"add_weighted_adapter: adapters: '{name}' of '{where}' is that of the embedding "
+                "(ensure_weight_tying), expected adapters of the layers' own"
+            )
         check_values(layer, layer.adapter_parameters(name), where)
     for prefix in layer.PREFIXES:
         adapters = {}
