@@ -136,7 +136,7 @@ def test_50_kills_at_random_moments(tmp_path: Path) -> None:
     shutil.rmtree(out)
     kills = complete = went_on = 0
     finished: dict[Path, int] = {}
-    while kills < 50:
+    while kills < 50 or (went_on < 3 and kills < 500):  # on a busy machine some come too early
         child = begin()
         time.sleep(seed.uniform(0, whole))
         os.kill(child, signal.SIGKILL)
