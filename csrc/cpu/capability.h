@@ -14,9 +14,9 @@ const char* cpu_capability_name(CpuCapability capability);
 // Whether this CPU has instructions for products of the dtype, which ATen's BLAS then uses.
 bool cpu_multiplies(at::ScalarType dtype);
 
-// Whether those do more products in the same time than float32's do. AMX and AMD's AVX512_BF16 do;
-// Intel's AVX512_BF16 multiplies no more pairs in a cycle than its two units for float32, and
-// oneDNN has to interleave rows for it.
+// Whether those are expected to make more products in the same time than float32's: AMX, and AMD's
+// AVX512_BF16, by which PyTorch's took half of float32's time; with Intel's AVX512_BF16 they took
+// 1.4 times as long (docs/measured.md). AMX was not measured.
 bool cpu_multiplies_faster(at::ScalarType dtype);
 
 }  // namespace lora_ext

@@ -30,7 +30,6 @@ from lora_ext.nn import LoraLayer, MergedLinear
 from lora_ext.nn.adapter import part_name, variant_of
 from lora_ext.nn.conv import LoraConv
 from lora_ext.nn.linear import LinearBase
-from lora_ext.nn.parallel_linear import ParallelLinear
 from lora_ext.nn.sharded import like, whole_shape
 from lora_ext.nn.transaction import Transaction
 
@@ -342,9 +341,7 @@ def _make_room(
         raise ValueError(f"{what} is merged; call unmerge_adapter() first")
     if flag := variant_of(settings):
         raise ValueError(f"{what}: got {flag}=True, expected an adapter without a variant")
-    if not isinstance(draft, LinearBase | LoraConv) or isinstance(
-        draft, MergedLinear | ParallelLinear
-    ):
+    if not draft.HAS_CAPACITY:
         raise ValueError(
             f"{what}: the layer is a {type(draft).__name__}, expected a linear layer or a "
             "convolution: others compile again for each scaling; leave it out with exclude_modules"

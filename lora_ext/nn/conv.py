@@ -49,6 +49,7 @@ class LoraConv(LoraLayer, _ConvNd):
         ValueError: r is no multiple of groups, or a setting is out of range, by name.
     """
 
+    HAS_CAPACITY: ClassVar[bool] = True
     weight: nn.Parameter
     bias: nn.Parameter | None
     PATH: ClassVar[tuple[str, str]] = (

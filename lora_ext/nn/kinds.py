@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 from torch import nn
@@ -11,8 +12,6 @@ from lora_ext.nn.conv import Conv1d, Conv2d, Conv3d
 from lora_ext.nn.embedding import Embedding, is_scaled_word_embedding
 from lora_ext.nn.linear import Linear, transformers_conv1d
 from lora_ext.nn.lora_layer import LoraLayer
-from lora_ext.nn.megatron import parallel_kind
-from lora_ext.nn.parallel_linear import ParallelLinear
 from lora_ext.quant.kinds import quantized_kind
 
 # A layer takes the place of a module of this class, and of a subclass that keeps its forward (of
@@ -35,8 +34,12 @@ def _factory(module: nn.Module) -> Callable[..., LoraLayer] | None:
         return Linear.from_linear
     if is_scaled_word_embedding(module):
         return Embedding.from_embedding
-    if parallel_kind(module) is not None:
-        return ParallelLinear.from_parallel
+    if "megatron" in sys.modules:  # imported by whoever has such a layer
+        from lora_ext.nn.megatron import parallel_kind
+        from lora_ext.nn.parallel_linear import ParallelLinear
+
+        if parallel_kind(module) is not None:
+            return ParallelLinear.from_parallel
     for kind, factory in _FACTORIES.items():
         if isinstance(module, kind) and (  # first: a scripted module's class has no forward
             kind is nn.Linear or type(module).forward is kind.forward

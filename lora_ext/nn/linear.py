@@ -40,6 +40,7 @@ class LinearBase(LoraLayer, nn.Linear):
     weight: nn.Parameter
     fan_in_fan_out: bool
     _STATE: ClassVar[frozenset[str]] = LoraLayer._STATE | {"fan_in_fan_out"}
+    HAS_CAPACITY: ClassVar[bool] = True
     _KEPT: ClassVar[Any]  # this class over a base that is called
     _QUANTIZED: ClassVar[Any]  # this class over a base whose weight is quantized
 

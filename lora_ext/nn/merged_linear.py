@@ -49,6 +49,7 @@ class MergedLinear(LinearBase):
             r > 0), sizes that do not add up to out_features, or a setting out of range.
     """
 
+    HAS_CAPACITY: ClassVar[bool] = False
     PATH: ClassVar[tuple[str, str]] = (
         "lora_linear",
         "one call with a block-diagonal lora_B, or one for each slice where that has many zeros",

@@ -47,6 +47,7 @@ class ParallelLinear(KeptBase, Linear):
     """
 
     HAS_ALORA: ClassVar[bool] = False
+    HAS_CAPACITY: ClassVar[bool] = False
     HAS_BLOCKS: ClassVar[bool] = False
     TAKES_FROM_DATA: ClassVar[frozenset[str]] = frozenset()
     _CHECKED: ClassVar[WeakSet[nn.Module]] = WeakSet()

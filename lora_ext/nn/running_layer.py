@@ -23,6 +23,8 @@ class RunningLayer(AdoptingLayer):
     VARIANTS: ClassVar[tuple[AnyVariant, ...]] = ()
     # Whether its adapters may be activated by tokens, as PEFT's aLoRA.
     HAS_ALORA: ClassVar[bool] = False
+    # Whether compiled code goes on when other adapters, of any rank up to one, take their place.
+    HAS_CAPACITY: ClassVar[bool] = False
     # Whether their matrices may be block-diagonal, as PEFT's BD-LoRA.
     HAS_BLOCKS: ClassVar[bool] = False
     # (path, reason) for `explain`, of the kinds that have only one.
