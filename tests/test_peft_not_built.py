@@ -82,7 +82,7 @@ def test_other_names_fail_as_in_any_module() -> None:
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_a_field_says_what_there_is_instead(field: str) -> None:
-    value: Any = True if field == "use_qalora" else {"a": 1}
+    value: Any = {"use_qalora": True, "enable_lora": [True]}.get(field, {"a": 1})
     with pytest.raises(NotBuiltError) as error:
         lora_ext.get_lora_model(
             net(), LoraConfig.from_dict({field: value, "target_modules": ["0"]})

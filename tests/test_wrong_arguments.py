@@ -18,7 +18,6 @@ from torch import nn
 import lora_ext
 from lora_ext import LoraConfig, LoraModel, functional, get_lora_model
 from lora_ext import nn as lora
-from lora_ext._not_built import FIELDS as NOT_BUILT
 
 T = torch.zeros
 STATE = T(2, dtype=torch.int64)
@@ -205,7 +204,9 @@ FIELDS_TAKEN = {
     "float": "lora_alpha",
     "negative": "lora_alpha",
     "list": "layers_to_transform trainable_token_indices alora_invocation_tokens",
-    "dict": "auto_mapping alpha_pattern runtime_config unknown_fields megatron_config",
+    # The last four are kept, and refused by a model.
+    "dict": "auto_mapping alpha_pattern runtime_config unknown_fields megatron_config arrow_config "
+    "kasa_config monteclora_config velora_config",
 }
 # Fields of a LoraConfig for which None is no value.
 NEEDED = "peft_type inference_mode r lora_alpha lora_dropout fan_in_fan_out bias use_rslora "
@@ -229,8 +230,6 @@ def may_take(name: str, argument: str, value: str) -> bool:
         return bool({argument, f"{name}.{argument}"} & set(TAKEN.get(value, "").split()))
     if value == "None":
         return argument not in NEEDED.split()
-    if value in ("list", "dict", "array") and argument in NOT_BUILT:  # kept, and refused by a model
-        return True
     return argument in FIELDS_TAKEN.get(value, "").split()
 
 

@@ -247,11 +247,11 @@ def check_fields(values: Mapping[str, Any]) -> None:
         check_init(values["init_lora_weights"])
     except (TypeError, ValueError, NotImplementedError) as error:
         raise type(error)(f"LoraConfig: {error}") from None
-    for field in FIELDS:
-        if not isinstance(values.get(field), Mapping | list | tuple | bool | NoneType):
-            raise TypeError(
-                _message(field, values[field], "None, a config, or a dict of its fields")
-            )
+    for field in FIELDS:  # of what is not built; kept
+        value, kind = values.get(field), {"use_qalora": bool, "enable_lora": list}.get(field, dict)
+        if not is_off(value) and not isinstance(value, kind):
+            expected = "None, a config, or a dict of its fields" if kind is dict else kind.__name__
+            raise TypeError(_message(field, value, expected))
     for field, check in _CHECKS.items():
         value = values[field]
         mistaken = isinstance(value, bool) and bool not in check.types
