@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -466,3 +467,35 @@ def test_plans_are_left_in_the_reverse_order() -> None:
         with pytest.raises(RuntimeError, match="not the innermost"):
             outer.__exit__(None, None, None)
         inner.__exit__(None, None, None)
+
+
+def test_a_plan_that_is_used_again_sees_what_changed_in_its_layers() -> None:
+    layer, x, half = linear(lora_dropout=0.1).eval(), torch.randn(5, 16), {"lora_dropout": 0.5}
+    changes: dict[str, Callable[[], Any]] = {
+        "nothing": lambda: None,
+        "dropout": lambda: layer.train(),
+        "another dropout": lambda: layer.adapters.update(a=replace(layer.adapters["a"], **half)),
+        "a scale": lambda: layer.set_scale("a", 3.0),
+        "a parameter's values": lambda: layer.lora_A_a.data.mul_(2),
+        "another parameter": lambda: setattr(layer, "lora_B_b", nn.Parameter(torch.randn(12, 8))),
+        "an adapter without rows": lambda: layer.add_adapter("c", r=2),
+        "another adapter of a name": lambda: (
+            layer.delete_adapter("a"),
+            layer.add_adapter("a", r=3, use_dora=True, init_lora_weights=False),
+        ),
+        "and another": lambda: (
+            layer.delete_adapter("a"),
+            layer.add_adapter("a", r=2, init_lora_weights=False),
+        ),
+        "no adapter of a name": lambda: layer.delete_adapter("b"),
+    }
+    kept = lora_ext.batch(NAMES)
+    for what, change in changes.items():
+        change()
+        found = []
+        for plan in (kept, lora_ext.batch(NAMES)):
+            torch.manual_seed(3)
+            plan.note(["b"])  # once it is deleted
+            with plan:
+                found.append(layer(x))
+        assert torch.equal(*found), what

@@ -15,7 +15,7 @@ from lora_ext import batching
 from lora_ext.arguments import as_flag, check_place, check_sizes, named_x, suggests_names
 from lora_ext.functional import lora_linear, lora_linear_multi, lora_update, weight_norm
 from lora_ext.nn import tensor_parallel
-from lora_ext.nn.adapter import DEFAULT, AdapterOptions, AdapterSettings, LowRank, part_name
+from lora_ext.nn.adapter import DEFAULT, AdapterOptions, AdapterSettings, LowRank
 from lora_ext.nn.adoption import belongs_to_its_class
 from lora_ext.nn.block_diagonal import check_blocks
 from lora_ext.nn.installed_forward import install_like, installed_style, without_forward
@@ -25,9 +25,7 @@ from lora_ext.nn.planned import (
     follows_plan,
     planned_linear,
     planned_linear_path,
-    planned_names,
     refuse_plan,
-    stacks,
 )
 from lora_ext.nn.sharded import is_sharded
 from lora_ext.paths import lora_linear_path
@@ -285,30 +283,7 @@ class Linear(LinearBase):
         weight = self._parameters.get("weight")
         if type(weight) is not Parameter and is_sharded(self._adapted_weight()):
             refuse_plan(self, "its weight is divided between processes")
-        adapters = self._planned_low_rank() if self._cuts_short else dict(stacks(self))
-        return planned_linear(self, x, self._weight_matrix(), self._bias_vector(), adapters)
-
-    def _planned_low_rank(self) -> dict[str, LowRank]:
-        """What `stacks` gives, by the short way: of sixteen adapters at one row each it shows."""
-        parameters: dict[str, Any] = self._parameters
-        found = {}
-        try:
-            for name in planned_names(self):
-                settings = self.adapters[name]
-                if not settings.is_plain or name in self._tied:
-                    return dict(stacks(self))
-                suffix = part_name("", name)
-                bias = "lora_bias" + suffix
-                found[name] = LowRank(
-                    parameters["lora_A" + suffix],
-                    parameters["lora_B" + suffix],
-                    parameters[bias] if settings.lora_bias else parameters.get(bias),
-                    self._scaling[name],
-                    settings.lora_dropout if self.training else 0.0,
-                )
-        except KeyError:  # one of them is computed, or this is a replica
-            return dict(stacks(self))
-        return found
+        return planned_linear(self, x, self._weight_matrix(), self._bias_vector())
 
     def _update_of(self, x: Tensor, name: str) -> Tensor:
         dropout_p = self.adapters[name].lora_dropout if self.training else 0.0
