@@ -68,6 +68,8 @@ __all__ = [
     "lora_linear",
     "lora_linear_grouped",
     "lora_linear_multi",
+    "lora_mlp",
+    "lora_qkv",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "prepare_model_for_compiled_hotswap",
@@ -89,6 +91,7 @@ if _startup.is_program():
     _startup.load_when_asked(__name__, {*__all__, "nn"})
 else:
     from lora_ext import _flops as _flops
+    from lora_ext import blocks as _blocks
     from lora_ext import calibration as _calibration
     from lora_ext import conversion as _conversion
     from lora_ext import nn as nn
@@ -161,4 +164,4 @@ else:
     from lora_ext.tuning import autotune
 
     _resolve_former_names()
-    _answer_for(__name__, _calibration, _conversion)
+    _answer_for(__name__, _blocks, _calibration, _conversion)

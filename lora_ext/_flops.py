@@ -114,6 +114,48 @@ def _lora_linear_multi_bwd(
     return total
 
 
+def _lora_mlp(
+    x: Shape,
+    weight: Sequence[Shape],
+    bias: object,
+    lora_A: Sequence[Shape],
+    lora_B: Sequence[Shape],
+    *_: object,
+    **options: object,
+) -> int:
+    entries = _lora_linear_multi(x, weight[:-1], bias, lora_A[:-1], lora_B[:-1])
+    return entries + _lora_linear_multi(
+        (*x[:-1], weight[-1][1]), weight[-1:], bias, *_last(lora_A, lora_B)
+    )
+
+
+def _lora_mlp_bwd(
+    dy: Shape, x: Shape | None, made: Sequence[Shape], h: object, weight: Sequence[Shape],
+    bias: object, lora_A: Sequence[Shape], lora_B: Sequence[Shape], *others: Any, **options: object,
+) -> int:  # fmt: skip
+    wants_x, wanted = others[-2:]
+    entries, rows = len(weight) - 1, dy[:-1]
+    again = (
+        0
+        if made or x is None
+        else _lora_linear_multi(x, weight[:-1], bias, lora_A[:-1], lora_B[:-1])
+    )
+    below = bool(wants_x or any(wanted[:entries]))
+    total = again + _lora_linear_multi_bwd(
+        [dy], (*rows, weight[-1][1]), h, weight[-1:], *_last(lora_A, lora_B), below, wanted[-1:]
+    )
+    if below:
+        d_made = [(*rows, one[0]) for one in weight[:-1]]
+        total += _lora_linear_multi_bwd(
+            d_made, x, h, weight[:-1], lora_A[:-1], lora_B[:-1], wants_x, wanted[:-1]
+        )
+    return total
+
+
+def _last(*lists: Sequence[Shape]) -> list[Sequence[Shape]]:
+    return [one[-1:] for one in lists]
+
+
 def _dora_linear(
     x: Shape,
     weight: Shape,
@@ -161,6 +203,8 @@ _FORMULAS: dict[Callable[..., int], tuple[str, ...]] = {
     _lora_linear_grouped_bwd: ("lora_linear_grouped_bwd",),
     _lora_linear_multi: ("lora_linear_multi", "lora_linear_multi_fwd"),
     _lora_linear_multi_bwd: ("lora_linear_multi_bwd",),
+    _lora_mlp: ("lora_mlp", "lora_mlp_fwd"),
+    _lora_mlp_bwd: ("lora_mlp_bwd",),
     _dora_linear: ("dora_linear", "dora_linear_fwd"),
     _dora_linear_bwd: ("dora_linear_bwd",),
     _lora_embedding: ("lora_embedding", "lora_embedding_fwd"),

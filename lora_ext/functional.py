@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_ext._dropout import draw_rng_state, dropout, dropout_mask
 from lora_ext._extension import _C
-from lora_ext._linear_multi import for_each, multi_in_graph, refuse_multi
+from lora_ext._layer_lists import call_of_layers, for_each, refuse_layers
 from lora_ext._scaling import for_any, is_for_any
 from lora_ext.arguments import check_kinds, refuse
 from lora_ext.batching import BatchPlan
@@ -28,40 +29,6 @@ __all__ = [
     "lora_update",
     "weight_norm",
 ]
-
-
-def draw_rng_state(x: Tensor) -> Tensor:
-    """The state of one dropout mask: int64 [2] (seed, offset), on the device of `x`.
-
-    Drawn from that device's torch generator, so `torch.manual_seed` and activation checkpointing
-    govern it.
-    """
-    if torch.compiler.is_compiling():
-        # Draws of the same tensor would be taken for the same subexpression, and the layers that
-        # read it would drop the same elements; tensors that are empty never are.
-        x = torch.empty(0, device=x.device)
-    try:
-        return torch.ops.lora_ext.draw_rng_state(x)  # type: ignore[no-any-return]
-    except (TypeError, RuntimeError):
-        check_kinds("draw_rng_state", x=x)
-        raise
-
-
-def dropout_mask(rng_state: Tensor, rows: int, columns: int, dropout_p: float) -> Tensor:
-    """The mask that `rng_state` stands for: bool [rows, columns], True where dropout keeps.
-
-    The fused operators never build it; it is for tests and inspection. Kept with probability
-    `1 - dropout_p`, rounded to a multiple of 2^-16.
-    """
-    try:
-        return torch.ops.lora_ext.dropout_mask(  # type: ignore[no-any-return]
-            rng_state, rows, columns, dropout_p
-        )
-    except (TypeError, RuntimeError):
-        check_kinds(
-            "dropout_mask", rng_state=rng_state, rows=rows, columns=columns, dropout_p=dropout_p
-        )
-        raise
 
 
 def lora_linear(
@@ -172,20 +139,14 @@ def lora_linear_multi(
                 x, weights, biases, lora_As, lora_Bs, lora_biases, numbers, p, rng_states
             )
         except (TypeError, ValueError, RuntimeError):
-            optional = {"biases": biases, "lora_biases": lora_biases, "rng_states": rng_states}
-            given = {name: entries for name, entries in optional.items() if entries is not None}
-            given = {"lora_As": lora_As, "lora_Bs": lora_Bs, **given}
-            refuse_multi(x, weights, given, scalings, dropout_p)
+            given = {"lora_As": lora_As, "lora_Bs": lora_Bs, "biases": biases}
+            given |= {"lora_biases": lora_biases, "rng_states": rng_states}
+            refuse_layers("lora_linear_multi", x, weights, given, scalings, dropout_p)
             raise
-    none: list[Tensor | None] = [None] * len(weights)
-    states = [
-        draw_rng_state(x) if state is None and q > 0.0 and A is not None else state
-        for state, q, A in zip(
-            rng_states or none, for_each(dropout_p, weights), lora_As, strict=True
+    return torch.ops.lora_ext.lora_linear_multi(  # type: ignore[no-any-return]
+        *call_of_layers(
+            x, weights, biases, lora_As, lora_Bs, lora_biases, scalings, dropout_p, rng_states
         )
-    ]
-    return multi_in_graph(
-        x, weights, biases, lora_As, lora_Bs, lora_biases, scalings, dropout_p, states
     )
 
 
@@ -456,16 +417,6 @@ def dora_linear(
         check_kinds("dora_linear", x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, scale=scale)
         check_kinds("dora_linear", scaling=scaling, dropout_p=dropout_p, rng_state=rng_state)
         check_kinds("dora_linear", **({} if bias is None else {"bias": bias}))
-        raise
-
-
-def dropout(x: Tensor, rng_state: Tensor, dropout_p: float) -> Tensor:
-    """x [..., K] as `lora_linear` drops it out for this `rng_state` (see `draw_rng_state`): divided
-    by `1 - dropout_p` where kept, else 0. Differentiable; keeps `rng_state` alone."""
-    try:
-        return torch.ops.lora_ext.dropout(x, rng_state, dropout_p)  # type: ignore[no-any-return]
-    except (TypeError, RuntimeError):
-        check_kinds("dropout", x=x, rng_state=rng_state, dropout_p=dropout_p)
         raise
 
 

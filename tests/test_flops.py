@@ -43,6 +43,20 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tenso
         ),
         (X, W, BIAS, A, B),
     ),
+    "lora_mlp": (
+        lambda x, W, bias, A, B: lora_ext.lora_mlp(
+            x, [W, W, W.mT], [bias, None, None], [A, None, A @ W.mT], [B, None, W.mT @ B]
+        ),
+        lambda x, W, bias, A, B: reference.lora_linear(
+            nn.functional.silu(reference.lora_linear(x, W, bias, A, B))
+            * nn.functional.linear(x, W),
+            W.mT,
+            torch.zeros(len(W.mT)),
+            A @ W.mT,
+            W.mT @ B,
+        ),
+        (X, W, BIAS, A, B),
+    ),
     "lora_linear_grouped, a stack": (
         lambda x, W, bias, A, B: torch.ops.lora_ext.lora_linear_grouped(
             *(x, torch.stack([W, W, W]), torch.stack([bias, bias, bias]), [A], [B], []),

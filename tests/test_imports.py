@@ -32,9 +32,10 @@ PACKAGES = (
         "batching",
         "reference",
     ),
-    *("_scaling", "_linear_multi", "quant"),
+    *("_scaling", "_dropout", "_layer_lists", "quant"),
     *(
         "functional",
+        "blocks",
         "paths",
         "loralib",
         "nn",

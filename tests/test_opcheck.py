@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from mlp_problems import PARTS, trained
 from problems import make_problem
 from quant_matrices import ANY_SIZE
 from torch import Tensor
@@ -277,6 +278,36 @@ def lora_linear_multi_bwd_samples() -> Iterator[Sample]:
         yield (dy, x, h if i % 2 else [], weight, A, B, *others, i % 4 != 3, wanted), {}
 
 
+def mlp_operands() -> Iterator[tuple[Any, ...]]:
+    for i, dtype in enumerate((torch.float32, torch.bfloat16)):
+        problem = trained(dtype, 0.3 * i, (6, 4, 5, 3))
+        none = torch.empty(0, dtype=dtype)
+        lists = [[getattr(one, name) for one in problem.layers] for name in PARTS]
+        lists = [[none if one is None else one for one in entries] for entries in lists]
+        states = [torch.tensor([7, 0])] * 3 if i else []
+        yield (problem.x, *lists, [1.0, 0.5, 2.0], [], [0.3 * i] * 3, states, "silu")
+
+
+def lora_mlp_samples() -> Iterator[Sample]:
+    for i, operands in enumerate(mlp_operands()):
+        yield (*operands, bool(i)), {}
+    yield (*detached_all(operands), False), {}
+
+
+def lora_mlp_fwd_samples() -> Iterator[Sample]:
+    for operands in mlp_operands():
+        yield (*detached_all(operands), [0, 1, 1]), {}
+
+
+def lora_mlp_bwd_samples() -> Iterator[Sample]:
+    for i, operands in enumerate(mlp_operands()):
+        x, *others = detached_all(operands)
+        _, made, h = torch.ops.lora_ext.lora_mlp_fwd(x, *others, [1, 1, 1])
+        dy = torch.randn(6, 3).to(x.dtype)
+        wanted = [24, 16, 30]
+        yield (dy, x, [] if i else made, [] if i else h, *others, True, wanted), {}
+
+
 def quantized_problems() -> Iterator[tuple[Any, Any]]:
     """A problem each, and the operands of a matrix that is as large as its weight."""
     matrices = itertools.cycle(ANY_SIZE.values())
@@ -331,6 +362,9 @@ SAMPLES = {
     "lora_linear_multi": lora_linear_multi_samples,
     "lora_linear_multi_fwd": lora_linear_multi_fwd_samples,
     "lora_linear_multi_bwd": lora_linear_multi_bwd_samples,
+    "lora_mlp": lora_mlp_samples,
+    "lora_mlp_fwd": lora_mlp_fwd_samples,
+    "lora_mlp_bwd": lora_mlp_bwd_samples,
     "lora_linear_quantized": lora_linear_quantized_samples,
     "lora_linear_quantized_fwd": lora_linear_quantized_fwd_samples,
     "lora_linear_quantized_bwd": lora_linear_quantized_bwd_samples,

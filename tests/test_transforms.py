@@ -86,6 +86,17 @@ OPERATORS = {
         ),
         (X, W, BIAS, A, B, random(3, K)),
     ),
+    "lora_mlp": Operator(
+        lambda x, W, A, B, V: lora_ext.lora_mlp(
+            x, [W, W, V], None, [A, None, None], [B, None, None], scalings=0.5,
+            dropout_p=[P, 0.0, 0.0], rng_states=[STATE, None, None], activation="gelu_tanh",
+        ),
+        lambda x, W, A, B, V: (
+            torch.nn.functional.gelu(plain_linear(P)(x, W, None, A, B, None), approximate="tanh")
+            * (x @ W.T)
+        ) @ V.T,
+        (X, W, A, B, random(3, len(W))),
+    ),
     "dora_linear": Operator(
         lambda x, W, bias, A, B, g: dora_linear(
             x, W, bias, A, B, g, scaling=0.5, dropout_p=P, rng_state=STATE

@@ -83,6 +83,12 @@ CALLS = {
         lora_As=[T(2, 4)], lora_Bs=[T(3, 2)], lora_biases=[T(3)], scalings=1.0, dropout_p=0.5,
         rng_states=[STATE],
     ),
+    "lora_mlp": function(
+        lora_ext.lora_mlp, x=T(5, 4), weights=[T(6, 4), T(2, 3)], biases=[T(6), T(2)],
+        lora_As=[T(2, 4), T(2, 3)], lora_Bs=[T(6, 2), T(2, 2)], lora_biases=[T(6), T(2)],
+        activation="silu", scalings=1.0, dropout_p=0.5, rng_states=[STATE, STATE],
+        recompute=False,
+    ),
     "lora_embedding": function(
         functional.lora_embedding, indices=T(5).long(), weight=T(4, 3), **AB,
         scaling=1.0, padding_idx=1, scale_grad_by_freq=False,

@@ -6,6 +6,7 @@
 #include "column_scale_kernels.h"
 #include "dora_linear_kernels.h"
 #include "dropout_kernels.h"
+#include "gated_kernels.h"
 #include "lora_embedding_kernels.h"
 #include "lora_linear_kernels.h"
 #include "merge_kernels.h"
@@ -25,6 +26,7 @@ struct CpuKernels {
   DoraLinearKernels dora_linear;
   ColumnScaleKernels column_scale;
   DropoutKernels dropout;
+  GatedKernels gated;
   MergeKernels merge;
   QuantizedKernels quantized;
   WeightNormKernels weight_norm;

@@ -4,6 +4,7 @@
 #include "simd/dora_linear_rows.h"
 #include "simd/dropout_rows.h"
 #include "simd/float_math.h"
+#include "simd/gated_rows.h"
 #include "simd/lora_embedding_rows.h"
 #include "simd/lora_linear_multi_rows.h"
 #include "simd/lora_linear_rows.h"
@@ -46,6 +47,7 @@ constexpr CpuKernels kernels_for() {
       .column_scale = {.forward_rows = column_scale_rows<T>,
                        .backward_rows = column_scale_backward_rows<T>},
       .dropout = {.rows = dropout_rows<T>, .mask_rows = dropout_mask_rows},
+      .gated = gated_kernels<T>(),
       .merge = {.scratch_bytes = merge_bytes<S>, .rows = merge_rows<T, TA>},
       .quantized = {.dequantize = dequantize<T, T>,
                     .dequantize_wide = dequantize<T, S>,

@@ -26,12 +26,6 @@ bool any_of_them(std::initializer_list<at::TensorList> lists, bool (*is)(const T
 bool needs_grad(const Tensor& tensor) { return tensor.requires_grad(); }
 bool carries_tangent(const Tensor& tensor) { return has_tangent(tensor); }
 
-// By torch.autograd.grad(is_grads_batched=True), whose fallback takes no lists of tensors.
-bool is_batched(const Tensor& tensor) {
-  return tensor.key_set().has_any(
-      c10::DispatchKeySet({c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched}));
-}
-
 // As calls of their own: where each is transformed, or is the more exact way.
 TensorVector lora_linear_multi_separate(const LoraLinearMultiCall& call) {
   TensorVector y;

@@ -36,4 +36,10 @@ inline bool needs_differentiable_backward(const at::Tensor& dy) {
   return at::GradMode::is_enabled() || has_tangent(dy) || is_transformed();
 }
 
+// By torch.autograd.grad(is_grads_batched=True), whose fallback takes no lists of tensors.
+inline bool is_batched(const at::Tensor& tensor) {
+  return tensor.key_set().has_any(
+      c10::DispatchKeySet({c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched}));
+}
+
 }  // namespace lora_ext

@@ -11,6 +11,9 @@
 //     through(a, T{})                 a rounded to T and widened again, for float
 //     through_number(a, T{})          the same, of no NaN but what operations make
 //     store_exact(T*, a)              of values that are T's
+//     div, clamp(a, low, high)        NaN stays, for float
+//     round(a)                        to the nearest integer, for float
+//     times_power(a, n)               a 2^n, n an integer from -250 to 250, for float
 //   Table16  sixteen floats, kRegisters of Vec<float>
 //     lookup(const uint8_t* codes)    those of kWidth codes below 16
 //     lookup_both(bytes, low, high)   those of the nibbles of kWidth bytes

@@ -20,6 +20,18 @@ struct Vec<float> {
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
   static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
   static Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
+  static Reg div(Reg a, Reg b) { return _mm256_div_ps(a, b); }
+  static Reg clamp(Reg a, float low, float high) {
+    return _mm256_min_ps(set1(high), _mm256_max_ps(set1(low), a));
+  }
+  static Reg round(Reg a) {
+    return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  // In two steps, each of which a float can be.
+  static Reg times_power(Reg a, Reg n) {
+    const __m256i all = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(all, 1);
+    return mul(mul(a, power(half)), power(_mm256_sub_epi32(all, half)));
+  }
   static float sum(Reg a) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -85,6 +97,9 @@ struct Vec<float> {
   }
 
  private:
+  static Reg power(__m256i n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+  }
   // In the high halves, to nearest even; NaN becomes the quiet NaN.
   static __m256i round_bf16(Reg a) {
     const __m256i bits = _mm256_castps_si256(a);

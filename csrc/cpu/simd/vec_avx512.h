@@ -20,6 +20,14 @@ struct Vec<float> {
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
   static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
   static Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
+  static Reg div(Reg a, Reg b) { return _mm512_div_ps(a, b); }
+  static Reg clamp(Reg a, float low, float high) {
+    return _mm512_min_ps(set1(high), _mm512_max_ps(set1(low), a));
+  }
+  static Reg round(Reg a) {
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  static Reg times_power(Reg a, Reg n) { return _mm512_scalef_ps(a, n); }
   static float sum(Reg a) { return _mm512_reduce_add_ps(a); }
   static Reg keep(Reg a, uint32_t bits) {
     return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), a);

@@ -79,6 +79,16 @@ struct Vec {
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
   static Reg add(Reg a, Reg b) { return a + b; }
   static Reg mul(Reg a, Reg b) { return a * b; }
+  static Reg div(Reg a, Reg b) { return a / b; }
+  static Reg clamp(Reg a, S low, S high) {
+    for (int i = 0; i < kWidth; ++i) a[i] = a[i] < low ? low : a[i] > high ? high : a[i];
+    return a;
+  }
+  static Reg round(Reg a) { return a + S{0x1.8p23f} - S{0x1.8p23f}; }  // of a float below 2^22
+  static Reg times_power(Reg a, Reg n) {
+    for (int i = 0; i < kWidth; ++i) a[i] = __builtin_ldexpf(a[i], static_cast<int>(n[i]));
+    return a;
+  }
   static S sum(Reg a) {
     S total = 0;
     for (int i = 0; i < kWidth; ++i) total += a[i];

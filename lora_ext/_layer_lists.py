@@ -1,5 +1,5 @@
-"""What `functional.lora_linear_multi` does beside the ordinary call: in graphs, and where a call
-failed."""
+"""Operators with an entry for each layer in lists: their arguments, and what is refused after a
+call failed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_ext._dropout import draw_rng_state
 from lora_ext._scaling import is_for_any
 from lora_ext.arguments import check_kinds, refuse
 
@@ -18,7 +19,7 @@ def for_each(value: Any, layers: Sequence[object]) -> Sequence[Any]:
     return value if isinstance(value, list | tuple) else [value] * len(layers)
 
 
-def multi_in_graph(
+def call_of_layers(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None] | None,
@@ -27,10 +28,14 @@ def multi_in_graph(
     lora_biases: Sequence[Tensor | None] | None,
     scalings: float | Tensor | Sequence[float | Tensor],
     dropout_p: float | Sequence[float],
-    rng_states: Sequence[Tensor | None],
-) -> list[Tensor]:
-    """`lora_linear_multi` as what a graph holds; states are there where elements are dropped."""
+    rng_states: Sequence[Tensor | None] | None,
+) -> tuple[Any, ...]:
+    """The arguments of an operator of torch.ops; states that are missing are drawn."""
     numbers, p = for_each(scalings, weights), for_each(dropout_p, weights)
+    states = [
+        draw_rng_state(x) if state is None and q > 0.0 and A is not None else state
+        for state, q, A in zip(rng_states or [None] * len(weights), p, lora_As, strict=True)
+    ]
     empty = x.new_empty(0)
 
     def listed(tensors: Sequence[Tensor | None] | None) -> list[Tensor]:
@@ -45,7 +50,7 @@ def multi_in_graph(
         else None
         for one in numbers
     ]
-    return torch.ops.lora_ext.lora_linear_multi(  # type: ignore[no-any-return]
+    return (
         x,
         weights,
         listed(biases),
@@ -55,17 +60,28 @@ def multi_in_graph(
         [1.0 if tensor is not None else one for one, tensor in zip(numbers, tensors, strict=True)],
         listed(tensors),
         p,
-        listed(rng_states),
+        listed(states),
     )
 
 
-def refuse_multi(
-    x: object, weights: object, optional: Mapping[str, object], numbers: object, p: object
+def refuse_layers(
+    where: str,
+    x: object,
+    weights: object,
+    optional: Mapping[str, object],
+    numbers: object,
+    p: object,
 ) -> None:
-    """After a call failed: an error for the first argument of another kind or length."""
-    where, layers = "lora_linear_multi", 0
+    """After a call failed: an error for the first argument of another kind or length. Of `optional`
+    None is none for all, but for the adapters'."""
+    layers = 0
     check_kinds(where, x=x)
-    for name, entries in {"weights": weights, **optional}.items():
+    lists = {
+        name: entries
+        for name, entries in optional.items()
+        if entries is not None or name in ("lora_As", "lora_Bs")
+    }
+    for name, entries in {"weights": weights, **lists}.items():
         if not isinstance(entries, Sequence | torch.nn.ParameterList) or isinstance(entries, str):
             refuse(where, name, entries, "a list with an entry for each layer")
         layers = layers or len(entries)
