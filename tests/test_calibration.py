@@ -182,3 +182,10 @@ def test_layers_that_are_called_by_keyword_are_seen() -> None:
     found = calibrate("corda", ByName(), points())
     for name, tensors in calibrate("corda", Net(), points()).items():
         assert all(map(torch.equal, tensors, found[name]))
+
+
+@pytest.mark.parametrize("method", ["corda", "lora_ga"])
+def test_batches_in_the_place_of_the_function(method: str) -> None:
+    run = {"corda": lora_ext.preprocess_corda, "lora_ga": lora_ext.preprocess_loraga}[method]
+    with pytest.raises(TypeError, match=r"got a list.*batches are dataloader="):
+        run(Net(), CONFIGS[method], points(0, 4))

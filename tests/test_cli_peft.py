@@ -201,7 +201,7 @@ def test_the_folder_of_several_adapters_names_them(place: Path, tmp_path: Path) 
 WRONG = {
     "an empty folder, diff": ("diff", "EMPTY", "plain", "has no safetensors files"),
     "an empty folder, convert": ("convert", "EMPTY", "OUT", "is no adapter in a known format"),
-    "a file, convert": ("convert", f"plain/{WEIGHTS}", "OUT", "is no adapter in a known format"),
+    "a file, convert": ("convert", f"plain/{WEIGHTS}", "OUT", "give its folder"),
     "a file, verify": ("verify", f"plain/{WEIGHTS}", "is a file"),
     "no model": ("verify", "plain", "--model", "plain", "has no config.json"),
     "a model, convert": ("convert", "llama", "OUT", "is no adapter in a known format"),

@@ -18,6 +18,7 @@ from lora_ext.calibration.running import (
     EVERY,
     Pass,
     as_before,
+    check_function,
     check_reached,
     device_of,
     forward_fn_dict,
@@ -112,6 +113,7 @@ def _estimated(
             f"{_WHERE}: train_step, dataloader: got {'none' if dataloader is None else 'both'} of "
             "them, expected one"
         )
+    check_function(_WHERE, "train_step", train_step)
     statistics = {name: MeanGradient() for name in layers}
     device = device_of(model)
     with as_before(model, training=True), _gradients(model, layers, statistics):

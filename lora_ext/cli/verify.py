@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lora_ext._progress import progress
+from lora_ext.cli.adapters import ADAPTER
 from lora_ext.cli.answers import Answer, counted, one_line, telling
 from lora_ext.cli.errors import sentence
 
@@ -35,7 +36,7 @@ class Problem:
 
 
 @click.command(short_help="Check an adapter: whole, sound, finite; and that it fits a model.")
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", type=ADAPTER)
 @click.option(
     "--model",
     type=click.Path(exists=True, file_okay=False, path_type=Path),

@@ -17,7 +17,7 @@ from lora_ext.io.convert.gguf import GGUF
 from lora_ext.io.convert.kohya import KOHYA
 from lora_ext.io.convert.loralib import LORALIB
 from lora_ext.io.convert.loratorch import LORATORCH
-from lora_ext.io.convert.peft import PEFT
+from lora_ext.io.convert.peft import PEFT, is_of_folder
 from lora_ext.io.convert.tensor_file import contents
 from lora_ext.io.files import StrPath
 
@@ -59,6 +59,8 @@ def format_of(path: Path) -> str:
     pickle = path / "pytorch_lora_weights.bin"  # of diffusers, before it wrote safetensors
     if name is None and (path.is_file() or pickle.is_file()):
         contents(path if path.is_file() else pickle)
+    if name is None and is_of_folder(path):
+        raise AdapterFileError(f"{path}: is one file of an adapter of PEFT's; give its folder")
     if name is None:
         raise AdapterFileError(
             f"{path}: is no adapter in a known format ({', '.join(FORMATS)}); say which one it is "
@@ -95,14 +97,44 @@ def convert(
     name = source if source is not None else format_of(path)
     check_known("convert", "source and target", (name, target), FORMATS)
     given = _options(**options)
-    adapter = FORMATS[name].read(path, given)
+    check_asked(given, name, target)
+    adapter = read(path, name, given)
     FORMATS[target].write(out, adapter, given)
     return adapter
 
 
+def check_asked(options: Options, source: str, target: str) -> None:
+    """ValueError for an option that neither format takes: it would go unused without a word."""
+    for option in ("alpha", "slices", "ids", "component"):
+        takers = [name for name, one in FORMATS.items() if option in one.asks]
+        if getattr(options, option) not in (None, {}) and not {source, target} & set(takers):
+            raise ValueError(
+                f"convert: {option}: is for {', '.join(takers)}, and this is {source} to {target}; "
+                "leave it out, or say the format (source=, target=; --from, --to)"
+            )
+
+
+def read(path: Path, source: str, options: Options) -> LoadedAdapter:
+    """What is at a path, in the format that a caller says it is in, or that it was recognised as.
+
+    Raises:
+        AdapterFileError: it cannot be read; says so where it looks like another format's.
+    """
+    try:
+        return FORMATS[source].read(path, options)
+    except AdapterFileError as error:
+        other = recognised(path)
+        if other in (None, source):
+            raise
+        raise AdapterFileError(
+            f"{error}; it looks like {other}, not {source}: leave source= (--from) out"
+        ) from error
+
+
 def _options(modules: Any = (), **others: Any) -> Options:
+    whole = not isinstance(modules, Mapping)
     if isinstance(modules, nn.Module):
         modules = layers_of(modules)
-    elif not isinstance(modules, Mapping):
+    elif whole:
         modules = dict.fromkeys(names_of(modules, "convert", "modules"), Layer())
-    return Options(modules=modules, **others)
+    return Options(modules=modules, whole=whole and bool(modules), **others)

@@ -69,6 +69,21 @@ def is_embedding(name: str, options: Options) -> bool:
     return name.rpartition(".")[2] in EMBEDDINGS
 
 
+def check_names(names: Iterable[str], options: Options, where: str) -> None:
+    """AdapterFileError for a module that the base, where all of it is known, has not."""
+    known = options.modules
+    for name in names if options.whole else ():
+        # An attention has no weight of its own in a file of the base, its projections have.
+        if name in known or any(one.startswith(f"{name}.") for one in known):
+            continue
+        ends = (one for one in known if f".{one}".endswith(f".{name}") or name.endswith(f".{one}"))
+        other = next((f", but {short(one)}" for one in ends), "")
+        raise AdapterFileError(
+            f"{where}: {short(name)}: the base has no module of this name{other}; give the base "
+            "that it was trained on, and check ids"
+        )
+
+
 def by_suffix(mapping: Mapping[str, Any], name: str) -> Any:
     """What a mapping says of a module's name or its last parts; the longest counts."""
     parts = name.split(".")
