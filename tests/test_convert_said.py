@@ -71,6 +71,27 @@ def test_some_of_the_modules_are_no_whole_base(tmp_path: Path) -> None:
     convert(path, tmp_path / "out", alpha=1, modules={"other": Layer("conv", (4, 2, 1))})
 
 
+def test_what_is_not_there_and_what_is_misspelt(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nothing: is not there"):
+        convert(tmp_path / "nothing", tmp_path / "out")
+    path = write(tmp_path / "file.safetensors", LORALIB)
+    with pytest.raises(TypeError, match="convert: taget: unknown, did you mean target"):
+        convert(path, tmp_path / "out", taget="peft")
+    with pytest.raises(AdapterFileError, match="slices: 'cf' is neither"):
+        convert(path, tmp_path / "out", alpha=1, slices={"cf": [True]})
+    assert not (tmp_path / "out").exists()
+
+
+def test_kohya_of_a_conv1d_comes_back(tmp_path: Path) -> None:
+    """Whose weight is [in, out], as in GPT-2."""
+    path, base = write(tmp_path / "file.safetensors", KOHYA), {"h.0.fc": Layer("linear", (6, 4))}
+    found = convert(path, tmp_path / "out", modules=base, component="text_encoder")
+    assert found.tensors["base_model.model.h.0.fc.lora_B.weight"].shape == (4, R)
+    base = {"h.0.fc": Layer("linear", (6, 5))}
+    with pytest.raises(AdapterFileError, match=r"no update of \[6, 5\]"):
+        convert(path, tmp_path / "other", modules=base, component="text_encoder")
+
+
 UNUSED: dict[str, tuple[Tensors, dict[str, Any], str]] = {
     "alpha": (KOHYA, {"alpha": 2, "modules": ["text_encoder.h.0.fc"]}, "alpha: is for loralib"),
     "slices": (CANDLE, {"alpha": 2, "slices": {"fc": [True]}}, "slices: is for loralib, loratorch"),

@@ -130,7 +130,8 @@ def _name(found: Contents, module: _Module, known: dict[str, list[str]], options
         )
     layer = options.modules.get(names[0]) or options.modules.get(f"{component}.{names[0]}")
     down, up = (found.specs[module.parts[part]].shape for part in "AB")
-    if layer is not None and layer.shape not in (None, (up[0], *down[1:])):
+    fitting = [(up[0], *down[1:]), (down[1], up[0])]  # Conv1D of transformers is [in, out]
+    if layer is not None and layer.shape is not None and layer.shape not in fitting:
         found.refuse(key, f"{list(up)} and {list(down)} are no update of {list(layer.shape or ())}")
     return names[0]
 
