@@ -143,6 +143,13 @@ def test_a_command_that_cannot_be_used(case: str, adapter: Path) -> None:
     assert not Path("OUT").exists()
 
 
+def test_one_component_is_said(tmp_path: Path) -> None:
+    path, names = write(tmp_path / "file.safetensors", KOHYA), tmp_path / "names.txt"
+    names.write_text("h.0.fc\n")
+    options = ("--base", names, "--component", "text_encoder")
+    assert "its text_encoder; 2 tensors" in run("convert", path, tmp_path / "out", *options).out
+
+
 def test_gguf_without_its_package(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 

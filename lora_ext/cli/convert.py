@@ -143,6 +143,8 @@ def convert(
     # The tensors, those in the new dtype, and the bytes of the file.
     check_memory(3 * FORMATS[name].bytes_of(adapter), f"converting {adapter}")
     loaded, changes = read(adapter, name, options), list[str]()
+    if component is not None and "component" in FORMATS[name].asks:
+        changes.append(f"its {component}")
     if no_embeddings:
         loaded = _without_embeddings(loaded, changes)
     if initial is not None:
