@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -114,6 +115,20 @@ def adapter(tmp_path: Path) -> Path:
     path = write(tmp_path / "file.safetensors", LORALIB)
     convert(path, tmp_path / "adapter", alpha=4)
     return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("kind", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
+@pytest.mark.parametrize("target", ["loralib", "loratorch", "candle", "kohya"])
+def test_a_base_that_was_changed(target: str, kind: str, adapter: Path) -> None:
+    """What the file would do on the original base is something else, and it does not say so."""
+    config = adapter / "adapter_config.json"
+    fields = json.loads(config.read_text()) | {"init_lora_weights": kind}
+    config.write_text(json.dumps(fields))
+    out = adapter.with_name("new.safetensors")
+    chosen = {"component": "unet"} if target == "kohya" else {}
+    with pytest.raises(AdapterFileError, match=f"init_lora_weights: got '{kind}'.*--initial"):
+        convert(adapter, out, target=target, **chosen)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("name", ["new.safetensors", "new.gguf"])
