@@ -206,8 +206,8 @@ def check_names(where: str, names: Iterable[str], known: Collection[str]) -> Non
     for name in names:
         if name not in known:
             said = [one for one in known if one not in _INTERNAL]
-            hint = did_you_mean(name, said)
-            raise TypeError(f"{where}: {name}: unknown, {hint}expected some of {said}")
+            hint = did_you_mean(name, said).rstrip() or f"expected some of {said}"
+            raise TypeError(f"{where}: {name}: unknown, {hint}")
 
 
 Kind = TypeVar("Kind", bound=type)

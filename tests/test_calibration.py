@@ -182,3 +182,21 @@ def test_layers_that_are_called_by_keyword_are_seen() -> None:
     found = calibrate("corda", ByName(), points())
     for name, tensors in calibrate("corda", Net(), points()).items():
         assert all(map(torch.equal, tensors, found[name]))
+
+
+@pytest.mark.parametrize("method", ["corda", "lora_ga"])
+def test_batches_in_the_place_of_the_function(method: str) -> None:
+    run = {"corda": lora_ext.preprocess_corda, "lora_ga": lora_ext.preprocess_loraga}[method]
+    with pytest.raises(TypeError, match=r"got a list.*batches are dataloader="):
+        run(Net(), CONFIGS[method], points(0, 4))
+
+
+def test_a_function_whose_output_has_the_loss() -> None:
+    config, found = CONFIGS["lora_ga"], []
+    for forward in (loss, lambda model, x: {"loss": loss(model, x)}):
+        model = Net()
+        lora_ext.preprocess_loraga(model, config, dataloader=points(0, 2), forward_fn=forward)
+        found.append(getattr(model.first, LEFT["lora_ga"]))
+    with pytest.raises(TypeError, match="expected a loss, one number"):
+        lora_ext.preprocess_loraga(Net(), config, dataloader=points(0, 2), forward_fn=lambda *_: 3)
+    assert torch.equal(found[0], found[1])

@@ -191,3 +191,13 @@ def test_damaged_files_are_named(
     assert found.code == verified
     if verified or change is forget_a_weight:
         assert named in found.out
+
+
+def test_a_folder_of_diffusers_is_not_transformers(place: Path, tmp_path: Path) -> None:
+    base = tmp_path / "unet"
+    base.mkdir()
+    (base / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    save_file({"x.weight": torch.ones(2, 2)}, base / "diffusion_pytorch_model.safetensors")
+    said = failed("merge", base, place / "with", tmp_path / "out", code=2)
+    assert "no model_type" in said and "diffusion_pytorch_model.safetensors" in said
+    assert not (tmp_path / "out").exists()

@@ -18,6 +18,8 @@ transformers = pytest.importorskip("transformers")
 
 from cli_places import EPS_BF16, contents, randomise  # noqa: E402 - they need transformers, too
 
+from lora_ext import LoraConfig, LoraModel  # noqa: E402
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -201,7 +203,7 @@ def test_the_folder_of_several_adapters_names_them(place: Path, tmp_path: Path) 
 WRONG = {
     "an empty folder, diff": ("diff", "EMPTY", "plain", "has no safetensors files"),
     "an empty folder, convert": ("convert", "EMPTY", "OUT", "is no adapter in a known format"),
-    "a file, convert": ("convert", f"plain/{WEIGHTS}", "OUT", "is no adapter in a known format"),
+    "a file, convert": ("convert", f"plain/{WEIGHTS}", "OUT", "give its folder"),
     "a file, verify": ("verify", f"plain/{WEIGHTS}", "is a file"),
     "no model": ("verify", "plain", "--model", "plain", "has no config.json"),
     "a model, convert": ("convert", "llama", "OUT", "is no adapter in a known format"),
@@ -233,3 +235,20 @@ def test_json_is_one_object_whatever_happens(place: Path, tmp_path: Path) -> Non
         ("convert", place / "plain", tmp_path / "out"),
     ):
         assert isinstance(json.loads(run(*arguments, "--json").out), dict)
+
+
+def test_verify_takes_what_is_tied_to_a_target(tmp_path: Path) -> None:
+    """With ensure_weight_tying the head's adapter is in the file, and not in target_modules."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "vocab_size": 30, "tie_word_embeddings": True}
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
+    base.save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    folder = tmp_path / "adapter"
+    LoraModel(base, config).save_pretrained(folder)
+    assert run("verify", folder, "--model", tmp_path / "base").code == 0
+    file = folder / "adapter_config.json"
+    file.write_text(
+        file.read_text().replace('"ensure_weight_tying": true', '"ensure_weight_tying": false')
+    )
+    assert "lm_head: is in the file, and not in" in run("verify", folder).out

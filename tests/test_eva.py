@@ -22,6 +22,7 @@ from calibration_models import (
 from torch import Tensor, nn
 
 import lora_ext
+import lora_ext.calibration.eva_inputs as eva_inputs
 from lora_ext import EvaConfig, LoraConfig, get_eva_state_dict, initialize_lora_eva_weights
 
 theirs = pefts("tuners.lora.eva")
@@ -137,3 +138,20 @@ def test_layers_of_one_input_are_whitened_once() -> None:
     for name, components in get_eva_state_dict(plain, texts(), **QUIET).items():
         lengths = white[name].norm(dim=1)
         torch.testing.assert_close(components * lengths[:, None], white[name])
+
+
+def test_labels_and_layers_of_other_lengths_are_said() -> None:
+    """Labels of sequences, and a decoder that has fewer places than the tokens."""
+    tokens = torch.zeros(4, 6, dtype=torch.long)
+    batch = {"input_ids": tokens, "labels": torch.zeros(4)}
+    find = eva_inputs.prepare_model_inputs_fn_language_modeling
+    config = LoraConfig(init_lora_weights="eva", eva_config=EvaConfig(), **NET)
+    with pytest.raises(ValueError, match=r"labels of shape \[4\].*use_label_mask=False"):
+        find(batch, config)
+    config = LoraConfig(init_lora_weights="eva", eva_config=EvaConfig(use_label_mask=False), **NET)
+    places = find(batch, config)
+    assert len(places) == tokens.numel()
+    rows = eva_inputs.prepare_layer_inputs_fn_language_modeling
+    assert rows(torch.zeros(4, 6, 3), places, "first").shape == (24, 3)
+    with pytest.raises(ValueError, match=r"'decoder.0'.*\[4, 5, 3\].*which take all rows"):
+        rows(torch.zeros(4, 5, 3), places, "decoder.0")

@@ -129,6 +129,13 @@ def test_refused(case: str, good: Path, tmp_path: Path) -> None:
     assert list(model.peft_config) == ["default"]
 
 
+def test_one_file_of_the_folder(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name may look like an id of the hub, which is not asked."""
+    monkeypatch.chdir(good.parent)
+    path = f"{good.name}/adapter_model.safetensors"
+    assert "is a file" in refused(lambda: LoraModel.from_pretrained(net(), path))
+
+
 def test_many_names_of_nothing_in_a_deep_model(good: Path, tmp_path: Path) -> None:
     shutil.copytree(good, tmp_path / "adapter")
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(200)))

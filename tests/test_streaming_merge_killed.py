@@ -211,6 +211,15 @@ def test_a_killed_merge_goes_on_after_its_last_shard(
     assert {oct(p.stat().st_mode & 0o777) for p in (tmp_path / "out").iterdir()} == {"0o644"}
 
 
+def test_the_command_says_that_it_went_on(tmp_path: Path) -> None:
+    base, adapter, out = big_base(tmp_path, 64), tmp_path / "adapter", tmp_path / "out"
+    killed_after(tmp_path, 3)
+    done = run("merge", base, adapter, out)
+    assert done.code == 0 and "3 files of a merge that was killed" in done.out
+    shutil.rmtree(out)
+    assert run("merge", base, adapter, out, "--json").json()["kept"] == 0
+
+
 @pytest.mark.parametrize("what", ["base", "adapter", "config"])
 def test_another_base_or_adapter_begins_again(tmp_path: Path, what: str) -> None:
     big_base(tmp_path, 64)

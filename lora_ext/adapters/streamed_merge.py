@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -93,6 +94,18 @@ def changed_keys(lora: LoraModel) -> dict[str, tuple[str, LoraLayer, str]]:
     }
 
 
+class Merged(NamedTuple):
+    """What was merged.
+
+    Attributes:
+        layers: their names.
+        kept: how many files a merge that was killed had finished.
+    """
+
+    layers: list[str]
+    kept: int = 0
+
+
 def merge_files(
     lora: LoraModel,
     files: Mapping[str, TensorFile],
@@ -101,7 +114,7 @@ def merge_files(
     *,
     complete: Callable[[Path], object] = lambda _: None,
     advance: Callable[[int], object] = lambda _: None,
-) -> list[str]:
+) -> Merged:
     """Writes the merged base into the new folder `out`, which appears when all of it is there.
 
     Args:
@@ -111,23 +124,21 @@ def merge_files(
         complete: puts other files into the folder, after the tensors.
         advance: is told how many bytes were written, or found written, since the last call.
 
-    Returns:
-        The names of the layers that were merged.
-
     Raises:
         ValueError: a merged value would be NaN or infinite. Nothing is left then.
         FileExistsError, OSError: see `lora_ext.io.new_folder`.
     """
-    merge = _Merge(lora, files)
+    merge, kept = _Merge(lora, files), 0
     with resumed_folder(out, _digest(files, Path(adapter))) as folder:
         for name, file in files.items():
             if (folder / name).exists():
                 advance(sum(map(file.bytes_of, file.specs)))
+                kept += 1
                 continue
             with finished_file(folder / name) as hidden:
                 write_tensors(hidden, file.specs, merge.parts, advance)
         complete(folder)
-    return [name for name, _ in lora.lora_layers()]
+    return Merged([name for name, _ in lora.lora_layers()], kept)
 
 
 class _Merge:

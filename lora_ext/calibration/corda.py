@@ -19,6 +19,7 @@ from lora_ext.calibration.running import (
     EVERY,
     Pass,
     as_before,
+    check_function,
     check_reached,
     device_of,
     forward_fn_dict,
@@ -98,6 +99,7 @@ def preprocess_corda(
                     f"{_WHERE}: run_model, dataloader: expected one of them: run_model must be "
                     "specified when covariance file and cache file aren't built"
                 )
+            check_function(_WHERE, "run_model", run_model)
             dtype = torch.float16 if corda.use_float16_for_covariance else torch.float32
             statistics = {name: Covariance(dtype) for name in layers}
             watched = layers if hooked is model else linear_targets(_WHERE, hooked, config)

@@ -12,6 +12,11 @@ from torch import Tensor
 
 from lora_ext.arguments import refuse
 
+_ALL_ROWS = (
+    "or prepare_model_inputs_fn=None with prepare_layer_inputs_fn=None, which take all rows of a "
+    "layer's input"
+)
+
 
 def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any) -> Tensor:
     """The places [n, 2] of the tokens of a batch that count: those that attention_mask keeps and,
@@ -27,8 +32,15 @@ def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any
     mask = model_input.get("attention_mask")
     mask = torch.ones_like(model_input["input_ids"]) if mask is None else mask
     mask, eva = mask.bool(), peft_config.eva_config
-    if eva.use_label_mask and model_input.get("labels") is not None:
-        mask = mask & (model_input["labels"] != eva.label_mask_value)
+    labels = model_input.get("labels") if eva.use_label_mask else None
+    if labels is not None and labels.shape != mask.shape:
+        raise ValueError(
+            f"get_eva_state_dict: dataloader: got labels of shape {list(labels.shape)} beside "
+            f"tokens {list(mask.shape)}, expected one for each token; give "
+            f"EvaConfig(use_label_mask=False), {_ALL_ROWS}"
+        )
+    if labels is not None:
+        mask = mask & (labels != eva.label_mask_value)
     return mask.nonzero()
 
 
@@ -36,7 +48,15 @@ def prepare_layer_inputs_fn_language_modeling(
     layer_input: Any, model_input: Any, layer_name: str
 ) -> Tensor:
     """The rows of a layer's input at these places."""
-    return _first(layer_input, layer_name)[model_input.T.unbind()]
+    x = _first(layer_input, layer_name)
+    try:
+        return x[model_input.T.unbind()]
+    except IndexError as error:
+        raise ValueError(
+            f"get_eva_state_dict: '{layer_name}' has an input of shape {list(x.shape)}, which has "
+            "not the places of the batch's tokens, as in a decoder with a length of its own; give "
+            f"a prepare_layer_inputs_fn for it, {_ALL_ROWS}"
+        ) from error
 
 
 def all_rows(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:

@@ -18,6 +18,7 @@ from lora_ext.calibration.running import (
     EVERY,
     Pass,
     as_before,
+    check_function,
     check_reached,
     device_of,
     forward_fn_dict,
@@ -33,7 +34,10 @@ _KEY = LEFT_AT["lora_ga"]
 def loss_of(model: nn.Module, inputs: Any) -> Tensor:
     """How a batch becomes a loss unless you say otherwise: the model's output, or what it calls
     `loss`, as models of transformers do."""
-    output = forward_fn_dict(model, inputs)
+    return _loss(forward_fn_dict(model, inputs))
+
+
+def _loss(output: Any) -> Tensor:
     loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", output)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         refuse(_WHERE, "forward_fn", output, "a loss, one number; give labels with the inputs")
@@ -47,7 +51,7 @@ def preprocess_loraga(
     cache_file: str | Path | None = None,
     *,
     dataloader: Iterable[Any] | None = None,
-    forward_fn: Callable[[nn.Module, Any], Tensor] = loss_of,
+    forward_fn: Callable[[nn.Module, Any], Any] = loss_of,
     checkpoint_file: str | Path | None = None,
     checkpoint_every: int = EVERY,
     show_progress_bar: bool = True,
@@ -61,7 +65,8 @@ def preprocess_loraga(
         lora_config: with a lora_ga_config.
         train_step: runs forward and backward, as often as it likes, without an optimizer's step.
         cache_file: used if it is there, written otherwise.
-        dataloader: batches, instead of train_step: `forward_fn(model, batch)` is the loss of one.
+        dataloader: batches, instead of train_step: `forward_fn(model, batch)` is the loss of one,
+            or an output that has it as `loss`.
         checkpoint_file, checkpoint_every, show_progress_bar: as of `preprocess_corda`.
 
     Raises:
@@ -103,7 +108,7 @@ def _estimated(
     layers: dict[str, nn.Module],
     train_step: Callable[[], Any] | None,
     dataloader: Iterable[Any] | None,
-    forward_fn: Callable[[nn.Module, Any], Tensor],
+    forward_fn: Callable[[nn.Module, Any], Any],
     checkpoint: tuple[Any, dict[str, Any], int],
     show: bool,
 ) -> dict[str, Tensor]:
@@ -112,6 +117,7 @@ def _estimated(
             f"{_WHERE}: train_step, dataloader: got {'none' if dataloader is None else 'both'} of "
             "them, expected one"
         )
+    check_function(_WHERE, "train_step", train_step)
     statistics = {name: MeanGradient() for name in layers}
     device = device_of(model)
     with as_before(model, training=True), _gradients(model, layers, statistics):
@@ -121,7 +127,7 @@ def _estimated(
         else:
             run = Pass(_WHERE, statistics, *checkpoint)
             for batch in run.shown_over(dataloader, show):
-                forward_fn(model, to_device(batch, device)).backward()  # type: ignore[no-untyped-call]
+                _loss(forward_fn(model, to_device(batch, device))).backward()  # type: ignore[no-untyped-call]
     check_reached(_WHERE, statistics)
     means = {name: one.mean() for name, one in statistics.items()}
     for name, mean in means.items():

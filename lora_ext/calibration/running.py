@@ -176,6 +176,15 @@ def to_device(batch: Any, device: torch.device | None) -> Any:
     return batch
 
 
+def check_function(where: str, argument: str, given: object) -> None:
+    """TypeError for what cannot be called: a loader of batches has an argument of its own."""
+    if given is not None and not callable(given):
+        raise TypeError(
+            f"{where}: {argument}: got a {type(given).__name__}, expected a function without "
+            "arguments; batches are dataloader="
+        )
+
+
 def device_of(model: nn.Module) -> torch.device | None:
     """The one device of a model's parameters; None where there are several."""
     devices = {parameter.device for parameter in model.parameters() if not parameter.is_meta}

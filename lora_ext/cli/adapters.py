@@ -13,6 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from lora_ext.cli.errors import WrongUse
 
 if TYPE_CHECKING:
@@ -22,6 +24,21 @@ if TYPE_CHECKING:
 
 HEADER = 8 << 20  # bytes, tens of thousands of tensors; without a model to compare with
 WEIGHTS = "adapter_model.safetensors"
+
+
+class _Folder(click.Path):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if Path(value).is_file():
+            self.fail(
+                f"{str(value)!r} is a file, expected the folder of an adapter; `lora-ext convert` "
+                "makes one of other formats",
+                param,
+                ctx,
+            )
+        return super().convert(value, param, ctx)
+
+
+ADAPTER = _Folder(exists=True, file_okay=False, path_type=Path)
 
 
 @dataclass(frozen=True)

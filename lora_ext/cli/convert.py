@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lora_ext.cli.answers import Answer, counted, size, telling
-from lora_ext.cli.errors import WrongUse
+from lora_ext.cli.errors import WrongUse, need
 from lora_ext.cli.verify import PAIRS
 
 if TYPE_CHECKING:
@@ -113,16 +113,21 @@ def convert(
     """
     from lora_ext.cli.adapters import adapters_in, check_memory
     from lora_ext.cli.convert_options import options_of
-    from lora_ext.io.convert import FORMATS, LoadedAdapter, recognised
+    from lora_ext.io.convert import FORMATS, LoadedAdapter, check_asked, read, recognised
+    from lora_ext.io.convert.peft import is_of_folder
     from lora_ext.io.convert.tensor_file import contents
 
     name = source or recognised(adapter)
     if name is None and adapter.is_file():
         contents(adapter)  # says what is wrong with it
+    if name is None and is_of_folder(adapter):
+        raise WrongUse(f"{adapter}: is one file of an adapter of PEFT's; give its folder")
     if name is None:
         known = ", ".join(FORMATS)
         inner = adapters_in(adapter)
         raise WrongUse(f"{adapter}: is no adapter in a known format ({known}){inner}")
+    if "gguf" in (name, target):
+        need("gguf", "converting to or from GGUF")
     if out.is_file() and target == "peft":
         raise WrongUse(f"{out}: is a file, expected a folder for {target}")
     if (out.is_file() or recognised(out) is not None) and not overwrite:
@@ -131,9 +136,15 @@ def convert(
     # What asks for the base's modules; making their outline takes seconds.
     by_modules = not {name, target} <= {"peft", "gguf"}
     options = options_of(alpha, base, slices, ids, component, by_modules)
+    try:
+        check_asked(options, name, target)
+    except ValueError as error:
+        raise WrongUse(str(error)) from None
     # The tensors, those in the new dtype, and the bytes of the file.
     check_memory(3 * FORMATS[name].bytes_of(adapter), f"converting {adapter}")
-    loaded, changes = FORMATS[name].read(adapter, options), list[str]()
+    loaded, changes = read(adapter, name, options), list[str]()
+    if component is not None and "component" in FORMATS[name].asks:
+        changes.append(f"its {component}")
     if no_embeddings:
         loaded = _without_embeddings(loaded, changes)
     if initial is not None:

@@ -38,6 +38,7 @@ def options_of(
             ids=dict(_named("--id", ids)),
             component=component,
             base=base,
+            whole=base is not None and by_modules,
         )
     except (TypeError, ValueError) as error:
         raise WrongUse(str(error).replace("Options: alpha", "--alpha")) from error

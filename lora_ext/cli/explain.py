@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from lora_ext._progress import progress
+from lora_ext.cli.adapters import ADAPTER
 from lora_ext.cli.answers import Answer, telling
 from lora_ext.cli.errors import WrongUse
 
@@ -18,7 +19,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 @click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option(
     "--adapter",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=ADAPTER,
     help="An adapter folder, which is loaded.",
 )
 @click.option(

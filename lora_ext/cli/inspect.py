@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_ext._progress import progress
+from lora_ext.cli.adapters import ADAPTER
 from lora_ext.cli.answers import Answer, size, table, telling
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ _IF_SET = (
 
 
 @click.command(short_help="Tell what an adapter folder holds: config, ranks, norms, NaN, sizes.")
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", type=ADAPTER)
 @telling
 def inspect(folder: Path) -> Answer:
     """Tell what the adapter in FOLDER holds: its config, and shape, dtype, norm, largest value, NaN

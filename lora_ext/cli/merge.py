@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lora_ext._progress import progress
+from lora_ext.cli.adapters import ADAPTER
 from lora_ext.cli.answers import Answer, counted, size, telling
 from lora_ext.cli.base_files import copy_others, open_all, weights_in
 from lora_ext.cli.errors import WrongUse
@@ -18,12 +19,13 @@ from lora_ext.cli.models import INDEX, WEIGHTS
 
 if TYPE_CHECKING:
     from lora_ext.adapters import LoraModel
+    from lora_ext.adapters.streamed_merge import Merged
     from lora_ext.io import TensorFile
 
 
 @click.command(short_help="Merge an adapter into a base model: a plain model in a new folder.")
 @click.argument("base", type=click.Path(exists=True, path_type=Path))
-@click.argument("adapter", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("adapter", type=ADAPTER)
 @click.argument("out", type=click.Path(path_type=Path))
 @telling
 def merge(base: Path, adapter: Path, out: Path) -> Answer:
@@ -47,7 +49,7 @@ def merge(base: Path, adapter: Path, out: Path) -> Answer:
       lora-ext merge base.safetensors ./adapter ./merged
 
     JSON: base, adapter, out, layers (names of what was merged), files, bytes, loaded (why the whole
-    model was; null where it was not).
+    model was; null where it was not), kept (how many files a killed merge had finished).
     """
     from lora_ext.cli.models import is_model
     from lora_ext.cli.quantized import CURE, quantized_in
@@ -60,22 +62,24 @@ def merge(base: Path, adapter: Path, out: Path) -> Answer:
     if quantized := quantized_in(base):
         raise WrongUse(f"{base}: is quantized, which merging does not read: {quantized}; {CURE}")
     own = base.is_dir() and is_model(base)
-    layers, why = (_of_model if own else _of_tensors)(base, adapter, out)
+    (layers, kept), why = (_of_model if own else _of_tensors)(base, adapter, out)
     files = sorted(path.name for path in out.iterdir())
     total = sum(path.stat().st_size for path in out.iterdir())
     data = {
         "base": str(base), "adapter": str(adapter), "out": str(out),
         "layers": layers, "files": files, "bytes": total, "loaded": why,
+        "kept": kept,
     }  # fmt: skip
     parts = [f"{counted(len(layers), 'layer')} merged", counted(len(files), "file"), size(total)]
     parts += [f"the whole model was loaded for {why}"] if why else []
+    parts += [f"{counted(kept, 'file')} of a merge that was killed"] if kept else []
     return Answer(data, f"{out}: {', '.join(parts)}")
 
 
-def _of_model(base: Path, adapter: Path, out: Path) -> tuple[list[str], str | None]:
-    """The layers that were merged, and why the whole model was loaded for it."""
+def _of_model(base: Path, adapter: Path, out: Path) -> tuple[Merged, str | None]:
+    """What was merged, and why the whole model was loaded for it."""
     from lora_ext.adapters import LoraModel
-    from lora_ext.adapters.streamed_merge import why_not_outlined, why_not_streamed
+    from lora_ext.adapters.streamed_merge import Merged, why_not_outlined, why_not_streamed
     from lora_ext.cli import models
     from lora_ext.cli.adapters import task_of
     from lora_ext.cli.merge_loaded import merge_model
@@ -91,15 +95,15 @@ def _of_model(base: Path, adapter: Path, out: Path) -> tuple[list[str], str | No
             if why is None:
                 return _stream(lora, files, base, adapter, out), None
             del lora
-    return merge_model(base, adapter, out), why
+    return Merged(merge_model(base, adapter, out)), why
 
 
-def _of_tensors(base: Path, adapter: Path, out: Path) -> tuple[list[str], str | None]:
+def _of_tensors(base: Path, adapter: Path, out: Path) -> tuple[Merged, str | None]:
     """The same by names alone; the files keep their names and what is in which."""
     import torch
 
     from lora_ext.adapters import LoraModel
-    from lora_ext.adapters.streamed_merge import why_not_outlined, why_not_streamed
+    from lora_ext.adapters.streamed_merge import Merged, why_not_outlined, why_not_streamed
     from lora_ext.cli.adapters import shapes_of
     from lora_ext.cli.by_name import model_of
     from lora_ext.cli.merge_loaded import merge_tensors
@@ -136,12 +140,12 @@ def _of_tensors(base: Path, adapter: Path, out: Path) -> tuple[list[str], str | 
                 named = {WEIGHTS: next(iter(files.values()))} if len(files) == 1 else files
                 return _stream(lora, named, base, adapter, out), None
             del lora, tensors
-    return merge_tensors(base, adapter, out), why
+    return Merged(merge_tensors(base, adapter, out)), why
 
 
 def _stream(
     lora: LoraModel, files: dict[str, TensorFile], base: Path, adapter: Path, out: Path
-) -> list[str]:
+) -> Merged:
     from lora_ext.adapters.streamed_merge import merge_files
 
     total = sum(file.bytes_of(key) for file in files.values() for key in file.specs)

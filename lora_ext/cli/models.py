@@ -185,10 +185,19 @@ def _config(folder: Path) -> Any:
     need("transformers", f"the model in {folder}")
     import transformers
 
-    with _quiet():
-        return transformers.AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+    try:
+        with _quiet():
+            return transformers.AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+    except ValueError as error:
+        if "model_type" in (folder / CONFIG).read_text(errors="replace"):
+            raise
+        files = sorted(path.name for path in folder.glob("*.safetensors"))
+        raise WrongUse(
+            f"{folder / CONFIG}: says no model_type, expected the folder of a model of transformers"
+            + (f"; `merge` takes {files[0]} by itself, by the names in it" if files else "")
+        ) from error
 
 
 def _kind(config: Any, folder: Path, task: str | None) -> Any:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lora_ext._progress import progress
+from lora_ext.cli.adapters import ADAPTER
 from lora_ext.cli.answers import Answer, counted, one_line, telling
 from lora_ext.cli.errors import sentence
 
@@ -35,7 +36,7 @@ class Problem:
 
 
 @click.command(short_help="Check an adapter: whole, sound, finite; and that it fits a model.")
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", type=ADAPTER)
 @click.option(
     "--model",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -160,6 +161,7 @@ def _ranks(
     from lora_ext.adapters.checkpoint.keys import PREFIX
     from lora_ext.adapters.targets import matches
 
+    meant, others = set[tuple[Any, Any]](), dict[str, tuple[Any, Any]]()
     for name, parts in modules.items():
         ends = next((pair for pair in PAIRS if parts >= {*pair}), None)
         if ends is None:
@@ -176,8 +178,13 @@ def _ranks(
         if B[1] != wanted:
             yield Problem("rank", name, f"is {B[1]} in the file, {wanted} in the config")
         targets = config.target_modules
-        meant = targets is None or targets == "all-linear" or matches(plain, targets)
-        if not meant:
+        if targets is None or targets == "all-linear" or matches(plain, targets):
+            meant |= {(A, B), (B[::-1], A[::-1])}
+        else:
+            others[name] = A, B
+    for name, sizes in others.items():
+        # What is tied to a target has its adapter, a head an embedding's transposed.
+        if config is None or not config.ensure_weight_tying or sizes not in meant:
             yield Problem("keys", name, "is in the file, and not in the config's target_modules")
 
 

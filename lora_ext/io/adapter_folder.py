@@ -159,7 +159,10 @@ def read_config_file(path: StrPath) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file, expected a {CONFIG_NAME}")
+        raise FileNotFoundError(
+            f"{path}: no such file, expected the {CONFIG_NAME} of an adapter; give the folder that "
+            "one was saved to"
+        )
     with typed_errors(path), io.FileIO(path) as file:
         return _parse_config(file)
 

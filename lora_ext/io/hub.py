@@ -63,6 +63,11 @@ def adapter_folder(
             "GPU to be computed"
         )
     path = as_path(model_id, where, "model_id")
+    if path.is_file():  # its name can be an id, too: the hub would be asked for it
+        raise AdapterFileError(
+            f"{where}: model_id: {path} is a file, expected the folder of an adapter: give the one "
+            "it is in, or make one of another format's file (lora_ext.io.convert.convert)"
+        )
     subfolder = options.get("subfolder")
     if not path.is_dir() and is_hub_id(str(model_id)):
         found = downloaded(str(model_id), (CONFIG_NAME, WEIGHTS_NAME), options)

@@ -23,6 +23,7 @@ from lora_ext.io.convert.pairs import (
     Pair,
     as_adapter,
     as_pairs,
+    check_names,
     is_embedding,
     refuse_dora_and_bias,
     refuse_whole,
@@ -82,6 +83,7 @@ def _read(path: Path, options: Options) -> LoadedAdapter:
         places[_Place(match["prefix"] or "", match["id"])] = None
     shapes = {place: _shapes(found, place) for place in places}
     names = _names(found, shapes, options)
+    check_names(names.values(), options, str(path))
     for place, name in names.items():
         _check(found, place, name, shapes[place], options)
     alpha = alpha_of(options, found.metadata, str(path))
@@ -251,6 +253,7 @@ def _said(name: str, kind: str, options: Options) -> Iterator[_Place]:
 
 CANDLE = Format(
     about="a file of candle-lora's get_tensors()",
+    asks=frozenset({"alpha", "ids"}),
     recognises=recogniser(lambda key: KEY.fullmatch(key) is not None),
     bytes_of=size_of(),
     read=_read,

@@ -107,10 +107,12 @@ def _read(path: Path, options: Options) -> LoadedAdapter:
         if module.parts.setdefault(place[1], key) != key:
             found.refuse(key, f"is there in two spellings, also as {short(module.parts[place[1]])}")
     if not modules:
-        has = sorted({_component_of(key, options)[0] or "no component" for key in found.specs})
+        has = sorted({_component_of(key, options)[0] for key in found.specs})
+        but = f"but of {', '.join(filter(None, has))[:200]}"
+        if has == [""]:
+            but = "as its names have no component: leave component= (--component) out"
         raise AdapterFileError(
-            f"{path}: holds nothing of the component {options.component!r:.60}, but of "
-            f"{', '.join(has)[:200]}"
+            f"{path}: holds nothing of the component {options.component!r:.60}, {but}"
         )
     for module in modules.values():
         _check(found, module)
@@ -247,6 +249,7 @@ def _is_key(key: str) -> bool:
 
 DIFFUSERS = Format(
     about=f"a folder with {FILE}, or such a file",
+    asks=frozenset({"component"}),
     recognises=recogniser(_is_key, FILE),
     bytes_of=size_of(FILE),
     read=_read,

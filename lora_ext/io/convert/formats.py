@@ -48,7 +48,8 @@ class Options:
 
     Attributes:
         alpha: lora_alpha of all modules, where a file holds none.
-        modules: those of the base, by name.
+        modules: those of the base, by name; some of them, unless `whole`.
+        whole: whether `modules` are all of the base's, so that another name is a mistake.
         slices: which parts of a fused projection's rows have an adapter (loralib's `enable_lora`),
             by a module's name or its last parts: True or False for parts of one size, or
             (rows, True or False) for each.
@@ -64,6 +65,7 @@ class Options:
     ids: Mapping[str, str] = field(default_factory=dict)
     component: str | None = None
     base: Path | None = None
+    whole: bool = False
 
     def __post_init__(self) -> None:
         if self.alpha is not None:
@@ -100,6 +102,7 @@ class Format:
 
     Attributes:
         about: for --help.
+        asks: which of the options a file of it may need; others that are given would go unused.
         recognises: whether what is at a path is of this format; reads no tensor.
         bytes_of: how large the tensors at a path are; reads none of them.
         read: what is at a path.
@@ -107,6 +110,7 @@ class Format:
     """
 
     about: str
+    asks: frozenset[str]
     recognises: Callable[[Path], bool]
     bytes_of: Callable[[Path], int]
     read: Callable[[Path, Options], LoadedAdapter]

@@ -57,6 +57,7 @@ def _bytes_of(path: Path) -> int:
 
 GGUF = Format(
     about="one file, llama.cpp's",
+    asks=frozenset(),
     recognises=_recognises,
     bytes_of=_bytes_of,
     read=_read,

@@ -13,6 +13,7 @@ from lora_ext.arguments import short
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.convert.alphas import Alphas
 from lora_ext.io.convert.formats import LoadedAdapter
+from lora_ext.io.convert.pairs import check_original_base
 
 PREFIX = "base_model.model."
 _PARTS = {
@@ -34,8 +35,6 @@ _REFUSED = (
     *("use_bdlora", "use_qalora", "velora_config", "kasa_config", "monteclora_config"),
     *("arrow_config",),
 )
-# These change the weights of the base, on which the tensors then build.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -75,12 +74,7 @@ def check_can_be_pairs(config: Mapping[str, Any]) -> None:
         raise AdapterFileError(
             f"bias: got {short(config['bias'])}, expected 'none': GGUF adapters hold no biases"
         )
-    kind = config.get("init_lora_weights")
-    if isinstance(kind, str) and kind.startswith(_CHANGES_BASE):
-        raise AdapterFileError(
-            f"init_lora_weights: got {kind!r}, which changes the base's weights, expected an "
-            "adapter for the original ones; lora-ext convert --initial makes one of pissa and olora"
-        )
+    check_original_base(config)
 
 
 def pairs_of(adapter: LoadedAdapter) -> dict[str, Pair]:

@@ -67,7 +67,12 @@ def _read(path: Path, options: Options) -> LoadedAdapter:
         one = (match["start"], match["flat"])
         modules.setdefault(one, _Module(*one)).parts[_PARTS[match["part"]]] = key
     if not modules:
-        raise AdapterFileError(f"{path}: holds nothing of the component {options.component!r:.60}")
+        matches = filter(None, map(_KEY.fullmatch, found.specs))
+        has = sorted({_STARTS[match["start"]] for match in matches})
+        raise AdapterFileError(
+            f"{path}: holds nothing of the component {options.component!r:.60}, but of "
+            f"{', '.join(has)}"
+        )
     known = _flat_names(options)
     for module in modules.values():
         _check(found, module)
@@ -105,17 +110,28 @@ def _name(found: Contents, module: _Module, known: dict[str, list[str]], options
     names = known.get(wanted, [])
     if not options.component:
         names = [name for name in names if name.startswith(f"{component}.")]
-    if len(names) != 1:
+    if len(names) > 1:
         found.refuse(
             key,
-            f"could be {short(names[0])} or {short(names[1])}; convert it by a base without one"
-            if names
-            else f"the base has no module of this name (wanted {short(wanted)}, '_' for each '.'); "
+            f"could be {short(names[0])} or {short(names[1])}; convert it by a base without one",
+        )
+    if not names and not options.component and module.flat in known:
+        found.refuse(
+            key,
+            f"is of a pipeline's {component}, and the base is one model, which has a module of "
+            f"this name: say that it is that component, component={component!r} "
+            f"(--component {component})",
+        )
+    if not names:
+        found.refuse(
+            key,
+            f"the base has no module of this name (wanted {short(wanted)}, '_' for each '.'); "
             "names of another base, or of the original UNet of Stable Diffusion (input_blocks)",
         )
     layer = options.modules.get(names[0]) or options.modules.get(f"{component}.{names[0]}")
     down, up = (found.specs[module.parts[part]].shape for part in "AB")
-    if layer is not None and layer.shape not in (None, (up[0], *down[1:])):
+    fitting = [(up[0], *down[1:]), (down[1], up[0])]  # Conv1D of transformers is [in, out]
+    if layer is not None and layer.shape is not None and layer.shape not in fitting:
         found.refuse(key, f"{list(up)} and {list(down)} are no update of {list(layer.shape or ())}")
     return names[0]
 
@@ -201,6 +217,7 @@ def _alpha(pair: Pair) -> Tensor:
 
 KOHYA = Format(
     about="a file of sd-scripts (lora_unet_..., lora_te_...)",
+    asks=frozenset({"component"}),
     recognises=recogniser(lambda key: _KEY.fullmatch(key) is not None),
     bytes_of=size_of(),
     read=_read,

@@ -18,6 +18,7 @@ from lora_ext.io.convert.pairs import (
     as_adapter,
     as_pairs,
     by_suffix,
+    check_names,
     is_embedding,
     refuse_dora_and_bias,
     refuse_whole,
@@ -130,6 +131,7 @@ def _read(path: Path, options: Options) -> LoadedAdapter:
             )
     if not names:
         raise AdapterFileError(f"{path}: has no lora_A; save loralib's lora_state_dict(model)")
+    check_names(names, options, str(path))
     matrices = [
         described(found, name, f"{name}.lora_A", f"{name}.lora_B", options) for name in names
     ]
@@ -206,6 +208,7 @@ def _write(path: Path, adapter: LoadedAdapter, options: Options) -> None:
 
 LORALIB = Format(
     about="a file of lora_state_dict()",
+    asks=frozenset({"alpha", "slices"}),
     recognises=recogniser(lambda key: KEY.fullmatch(key) is not None),
     bytes_of=size_of(),
     read=_read,

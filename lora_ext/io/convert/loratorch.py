@@ -23,6 +23,7 @@ from lora_ext.io.convert.pairs import (
     as_adapter,
     as_pairs,
     by_suffix,
+    check_names,
     is_embedding,
     refuse_dora_and_bias,
     refuse_whole,
@@ -54,6 +55,7 @@ def _read(path: Path, options: Options) -> LoadedAdapter:
             )
     if not modules:
         raise AdapterFileError(f"{path}: has no w_lora_A; save lora_state_dict(model)")
+    check_names(modules, options, str(path))
     plain, attentions = list[Matrices](), dict[str, dict[str, str]]()
     for name, parts in modules.items():
         if parts.keys() == {"w"}:
@@ -178,6 +180,7 @@ def _enabled(name: str, options: Options, path: Path) -> str:
 
 LORATORCH = Format(
     about="a file of LoRA-Torch's lora_state_dict()",
+    asks=frozenset({"alpha", "slices"}),
     recognises=recogniser(lambda key: KEY.fullmatch(key) is not None),
     bytes_of=size_of(),
     read=_read,

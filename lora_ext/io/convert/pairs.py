@@ -31,6 +31,8 @@ _OTHERS = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config"),
     *("monteclora_config", "use_qalora"),
 )
+# Initialisations that change the weights of the base, on which the tensors then build.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,21 @@ def is_embedding(name: str, options: Options) -> bool:
     if layer is not None and layer.kind is not None:
         return layer.kind == "embedding"
     return name.rpartition(".")[2] in EMBEDDINGS
+
+
+def check_names(names: Iterable[str], options: Options, where: str) -> None:
+    """AdapterFileError for a module that the base, where all of it is known, has not."""
+    known = options.modules
+    for name in names if options.whole else ():
+        # An attention has no weight of its own in a file of the base, its projections have.
+        if name in known or any(one.startswith(f"{name}.") for one in known):
+            continue
+        ends = (one for one in known if f".{one}".endswith(f".{name}") or name.endswith(f".{one}"))
+        other = next((f", but {short(one)}" for one in ends), "")
+        raise AdapterFileError(
+            f"{where}: {short(name)}: the base has no module of this name{other}; give the base "
+            "that it was trained on, and check ids"
+        )
 
 
 def by_suffix(mapping: Mapping[str, Any], name: str) -> Any:
@@ -178,6 +195,7 @@ def as_pairs(adapter: LoadedAdapter, where: str) -> tuple[list[Pair], dict[str, 
     if config.get("peft_type", "LORA") != "LORA":
         raise AdapterFileError(f"{where}: peft_type {config['peft_type']!r:.60} is no LoRA")
     refuse_other_fields(config, where)
+    check_original_base(config, f"{where}: ")
     alphas = Alphas(config, where)
     found, others = dict[tuple[str, str], dict[str, Tensor]](), dict[str, Tensor]()
     for key, tensor in adapter.tensors.items():
@@ -226,6 +244,18 @@ def refuse_other_fields(config: Mapping[str, Any], where: str) -> None:
     for name in _OTHERS:
         if config.get(name):
             raise AdapterFileError(f"{where}: this format cannot hold {name} of the config")
+
+
+def check_original_base(config: Mapping[str, Any], before: str = "") -> None:
+    """AdapterFileError for tensors that build on a base that the initialisation changed: a file
+    that does not hold the config does not say so."""
+    kind = config.get("init_lora_weights")
+    if isinstance(kind, str) and kind.lower().startswith(_CHANGES_BASE):
+        raise AdapterFileError(
+            f"{before}init_lora_weights: got {short(kind)}, which changes the base's weights, "
+            "expected an adapter for the original ones; lora-ext convert --initial makes one of "
+            "pissa, olora, corda and lora_ga"
+        )
 
 
 _PARTS = ("q_", "k_", "v_")

@@ -17,6 +17,11 @@ def _read(folder: Path, options: Options) -> LoadedAdapter:
         return LoadedAdapter(files.config, files.tensors(files.header(max_header_bytes=HEADER)))
 
 
+def is_of_folder(path: Path) -> bool:
+    """Whether it is one of the files of such a folder."""
+    return path.is_file() and path.name in _FILES
+
+
 def _bytes_of(folder: Path) -> int:
     with open_adapter(folder) as files:
         file = files.open_tensors(max_header_bytes=HEADER)
@@ -24,11 +29,17 @@ def _bytes_of(folder: Path) -> int:
 
 
 def _write(folder: Path, adapter: LoadedAdapter, options: Options) -> None:
+    if folder.suffix in (".safetensors", ".gguf") and not folder.is_dir():
+        raise ValueError(
+            f"{folder}: is the name of a file, and peft is a folder; say which format the file is "
+            "to have (target=, --to)"
+        )
     save_adapter(folder, adapter.config, adapter.tensors)
 
 
 PEFT = Format(
     about="adapter_config.json and adapter_model.safetensors",
+    asks=frozenset(),
     # Also one of the two, or with pickled weights: reading says what is wrong then, and nothing of
     # it is replaced unasked.
     recognises=lambda path: any((path / name).exists() for name in _FILES),
