@@ -52,6 +52,8 @@ __all__ = [
     "draw_rng_state",
     "dropout_mask",
     "explain",
+    "fuse_blocks",
+    "fused_blocks",
     "get_base_model_state_dict",
     "get_eva_state_dict",
     "get_layer_status",
@@ -85,6 +87,7 @@ __all__ = [
     "save_as_lora",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
+    "unfuse_blocks",
 ]
 
 if _startup.is_program():

@@ -35,11 +35,11 @@ PACKAGES = (
     *("_scaling", "_dropout", "_layer_lists", "quant"),
     *(
         "functional",
-        "blocks",
         "paths",
         "loralib",
         "nn",
         "io",
+        "blocks",
         "adapters",
         "calibration",
         "conversion",

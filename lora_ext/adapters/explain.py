@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lora_ext import blocks
 from lora_ext.adapters.names import named_modules
 from lora_ext.arguments import check_module, check_sizes
 from lora_ext.loralib.merging import MergingLayer
@@ -53,9 +54,16 @@ def explain(model: nn.Module, tokens: int = 2048) -> Explanation:
 
 
 def _explain(model: nn.Module, tokens: int, rows: Explanation) -> None:
+    together = dict[str, str]()
+    for block in blocks.fused_blocks(model) if blocks.are_fused() else ():
+        text = f"; in one operator: {', '.join(block.layers)} of {block.name or 'the model'}"
+        if not block.fused:
+            text = f"; not {text[2:]}, since {block.reason}"
+        together |= {f"{block.name}.{layer}".lstrip("."): text for layer in block.layers}
     for name, module in named_modules(model):
         if isinstance(module, LoraLayer):
-            rows.append(LayerPath(name, *module._lora_explain(tokens)))
+            path, reason = module._lora_explain(tokens)
+            rows.append(LayerPath(name, path, reason + together.get(name, "")))
         elif isinstance(module, MergingLayer):
             rows.append(LayerPath(name, *module._lora_explain(tokens)))
         elif isinstance(module, TrainableTokensWrapper):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from lora_ext import blocks
 from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.merging import merge_layers, unmerge_layers, untied_text
 from lora_ext.adapters.requests import changes
@@ -127,6 +128,8 @@ class MergeableModel(AdaptedModel):
             plain[id(wrapper)] = wrapper.original_module
         swap_modules(self.get_base_model(), plain, transaction)
         transaction.commit()
+        if blocks.are_fused():
+            blocks.unfuse_blocks(self.get_base_model())
         if hasattr(getattr(self.get_base_model(), "config", None), "quantization_config"):
             from lora_ext.quant.in_transformers import tell_dense  # only now: few need it
 

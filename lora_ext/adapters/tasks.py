@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from lora_ext import blocks
 from lora_ext.adapters.classes import also_pefts, class_for, for_task
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.lora_model import LoraModel
@@ -173,17 +174,21 @@ def get_lora_model(
     autocast_adapter_dtype: bool = True,
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
+    *,
+    fuse_blocks: bool = False,
 ) -> LoraModel:
     """Puts adapters into `model`, in place; see `LoraModel`, and `XLoraModel` for an XLoraConfig.
     Also named `get_peft_model`.
 
     Args:
         revision: of the base model, for the config.
+        fuse_blocks: run its blocks as one operator each; see `lora_ext.fuse_blocks`.
 
     Raises:
         NotBuiltError: `mixed`.
     """
     where = "get_lora_model"
+    fuse = as_flag(fuse_blocks, where, "fuse_blocks")
     if as_flag(mixed, where, "mixed"):
         raise NotBuiltError(f"{where}: mixed: got True, which is not built: there is LoRA alone")
     if is_xlora(peft_config):
@@ -195,6 +200,8 @@ def get_lora_model(
             low_cpu_mem_usage=low_cpu_mem_usage,
         )
         _note_base(mixed_model.xlora_config, model, revision)
+        if fuse:
+            blocks.fuse_blocks(mixed_model)
         return also_pefts(mixed_model)  # type: ignore[no-any-return]
     config = LoraConfig.of(peft_config, where)
     kind = class_for(model, config.task_type) if isinstance(model, nn.Module) else LoraModel
@@ -206,6 +213,8 @@ def get_lora_model(
         low_cpu_mem_usage=low_cpu_mem_usage,
     )
     _note_base(made.peft_config[adapter_name], model, revision)
+    if fuse:
+        blocks.fuse_blocks(made)
     return made
 
 

@@ -2,15 +2,23 @@
 
 What is here is imported when it is asked for."""
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lora_ext.blocks.fusing import Block, fuse_blocks, fused_blocks, unfuse_blocks
     from lora_ext.blocks.operators import lora_mlp, lora_qkv
 
-__all__ = ["lora_mlp", "lora_qkv"]
+__all__ = ["Block", "fuse_blocks", "fused_blocks", "lora_mlp", "lora_qkv", "unfuse_blocks"]
 
-_MODULES = {"lora_mlp": "operators", "lora_qkv": "operators"}
+_MODULES = dict.fromkeys(("lora_mlp", "lora_qkv"), "operators")
+_MODULES |= dict.fromkeys(("Block", "fuse_blocks", "fused_blocks", "unfuse_blocks"), "fusing")
+
+
+def are_fused() -> bool:
+    """Whether any model in this process may have blocks that `fuse_blocks` made."""
+    return f"{__name__}.fusing" in sys.modules
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ except ImportError as error:
         "lora_ext.integrations.peft needs peft, which is not installed: pip install peft"
     ) from error
 
+from lora_ext.integrations.peft import blocks as _blocks  # noqa: F401
 from lora_ext.integrations.peft.config import peft_config
 from lora_ext.integrations.peft.layers import BASE_ALONE, FUSED, Embedding, Linear, calls
 from lora_ext.integrations.peft.patching import accelerate, is_patched, patch, unpatch

@@ -10,7 +10,8 @@ from peft.tuners.lora import layer as peft_layer
 from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 
-from lora_ext.arguments import check_module
+from lora_ext import blocks
+from lora_ext.arguments import as_flag, check_module
 from lora_ext.integrations.peft import config, layers
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -70,11 +71,16 @@ def _replace(operation: str, patched: bool) -> None:
         setattr(kind, name, ours if patched else own)
 
 
-def accelerate(model: Model) -> Model:
+def accelerate(model: Model, *, fuse_blocks: bool = False) -> Model:
     """Lets the LoRA layers of one PEFT model run the fused operators, in place: their class becomes
     `lora_ext.integrations.peft.Linear` or `Embedding`, which extend PEFT's. Adapters may be added,
     loaded and deleted as before; layers that these add to the model need another call. A copy or a
     pickle of the model stays accelerated.
+
+    Args:
+        model: one with LoRA layers of PEFT.
+        fuse_blocks: run its blocks as one operator each, too; see `lora_ext.fuse_blocks`, which
+            takes PEFT's models also after `patch()`.
 
     Returns: model.
 
@@ -82,6 +88,7 @@ def accelerate(model: Model) -> Model:
         ValueError: the model has no such layer.
     """
     check_module("accelerate", "model", model)
+    fuse = as_flag(fuse_blocks, "accelerate", "fuse_blocks")
     found = [m for m in model.modules() if type(m) in _ACCELERATED]
     if not found and not any(isinstance(m, tuple(_ACCELERATED.values())) for m in model.modules()):
         raise ValueError(
@@ -91,4 +98,6 @@ def accelerate(model: Model) -> Model:
         )
     for module in found:
         module.__class__ = _ACCELERATED[type(module)]
+    if fuse:
+        blocks.fuse_blocks(model)
     return model

@@ -1,0 +1,353 @@
+"""Blocks of a model as one operator each, in the place of their layers' calls: `fuse_blocks`.
+
+A block keeps its module, its children and their names: what changes is the forward of the module
+(an MLP), or of the children that read one x (q, k and v of an attention). Each call looks at the
+layers as they are: where one has to run by itself (hooks, a plan, DoRA) all do, as before.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from lora_ext.blocks.operators import lora_mlp
+from lora_ext.blocks.recognise import Mlp, NotRecognised, groups_of_one_x, mlp_of
+from lora_ext.blocks.terms import (
+    KINDS,
+    NotFused,
+    Terms,
+    check_called_plainly,
+    check_no_hooks_of_all,
+    is_one_operator,
+    same_dtype,
+    terms_of,
+)
+from lora_ext.nn.linear import adapted_linears
+from lora_ext.nn.lora_layer import LoraLayer
+
+
+@dataclass(frozen=True)
+class Block:
+    """A module of a model, and what became of its layers.
+
+    Attributes:
+        name: the module's.
+        kind: "mlp" or "one x"; None where it was not recognised.
+        layers: the children's names, in the order of the calls.
+        reason: why its layers run one by one now; None where they run as one operator.
+    """
+
+    name: str
+    kind: str | None
+    layers: tuple[str, ...]
+    reason: str | None
+
+    @property
+    def fused(self) -> bool:
+        """Whether its layers run as one operator now."""
+        return self.reason is None
+
+    def __str__(self) -> str:
+        what = "one operator" if self.fused else f"layer by layer: {self.reason}"
+        return f"{self.name} ({', '.join(self.layers)}): {what}"
+
+
+class _FusedMlp:
+    """The forward of an MLP with a gate."""
+
+    def __init__(self, module: nn.Module, roles: Mlp, recompute: bool) -> None:
+        self.module, self.roles, self.recompute = module, roles, recompute
+        self.layers = (*roles.entries, roles.down)
+
+    def terms(self) -> list[Terms]:
+        """Those of its layers; NotFused where they have to run one by one."""
+        check_no_hooks_of_all()
+        children = self.module._modules
+        found = []
+        for name in (*self.layers, *self.roles.others):
+            child = children[name]
+            assert child is not None
+            try:
+                check_called_plainly(child)
+                if name in self.layers:
+                    found.append(terms_of(child))
+            except NotFused as error:
+                raise NotFused(f"{name} {error}") from None
+        if not is_one_operator(found):
+            raise NotFused("several adapters of other dropout probabilities run")
+        return found
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.module
+        if len(args) + len(kwargs) == 1:
+            x = args[0] if args else kwargs.get(self.roles.argument)
+            try:
+                terms = self.terms()
+                if isinstance(x, Tensor) and same_dtype(x, terms):
+                    return self._run(x, terms)
+            except NotFused:
+                pass
+        return type(module).forward(module, *args, **kwargs)
+
+    def _run(self, x: Tensor, terms: list[Terms]) -> Tensor:
+        adapters = [one.adapters[0] if one.adapters else None for one in terms]
+        return lora_mlp(
+            x,
+            [one.weight for one in terms],
+            [one.bias for one in terms],
+            [one and one.lora_A for one in adapters],
+            [one and one.lora_B for one in adapters],
+            [one and one.lora_bias for one in adapters],
+            activation=self.roles.activation,  # type: ignore[arg-type]
+            scalings=[1.0 if one is None else one.scaling for one in adapters],
+            dropout_p=[0.0 if one is None else one.dropout_p for one in adapters],
+            recompute=self.recompute,
+        )
+
+
+class _OneX:
+    """The forwards of layers that are called one after another with one x: the first makes what
+    all do, and the others, called with the same tensor, have it made."""
+
+    def __init__(self, module: nn.Module, layers: tuple[str, ...]) -> None:
+        self.module, self.layers = module, layers
+
+    def terms(self) -> list[Terms]:
+        """Those of its layers; NotFused where they have to run one by one."""
+        found = []
+        for name in self.layers:
+            child = self.module._modules[name]
+            assert child is not None
+            try:
+                if not is_forward_of(child, self):
+                    raise NotFused("has a forward set on it")
+                found.append(terms_of(child))
+            except NotFused as error:
+                raise NotFused(f"{name} {error}") from None
+        if not is_one_operator(found):
+            raise NotFused("several adapters of other dropout probabilities run")
+        return found
+
+    def run(self, layer: nn.Module, place: int, x: Tensor) -> Tensor:
+        """What the layer in this place makes of x."""
+        # A graph has the layers' operators side by side. Of an x of inference mode nobody knows
+        # whether it is changed between the calls. A single row is no pass to share.
+        alone = x.numel() == x.shape[-1] if x.dim() > 0 else True
+        if not torch.compiler.is_compiling() and not x.is_inference() and not alone:
+            made = _made_by_thread()
+            found = self._made(x, made) if place == 0 else self._taken(layer, place, x, made)
+            if found is not None:
+                return found
+        return type(layer).forward(layer, x)  # type: ignore[no-any-return]
+
+    def _made(self, x: Tensor, made: WeakKeyDictionary[_OneX, list[_Made]]) -> Tensor | None:
+        """What the first layer makes of x, after all have; None where they run one by one."""
+        made.pop(self, None)
+        try:
+            terms = self.terms()
+        except NotFused:
+            return None
+        if not same_dtype(x, terms):
+            return None
+        weights, biases, adapters = zip(*terms, strict=True)
+        y, *others = adapted_linears(x, weights, biases, adapters)
+        layers = [self.module._modules[name] for name in self.layers[1:]]
+        made[self] = [
+            _Made(_State.now(x, layer, own), result)
+            for layer, own, result in zip(layers, terms[1:], others, strict=True)
+        ]
+        return y
+
+    def _taken(
+        self, layer: nn.Module, place: int, x: Tensor, made: WeakKeyDictionary[_OneX, list[_Made]]
+    ) -> Tensor | None:
+        """What the first layer had made for this one, if nothing changed since."""
+        results = made.get(self)
+        if results is None:
+            return None
+        own = results[place - 1]
+        try:
+            same = own.state == _State.now(x, layer, terms_of(layer))
+        except NotFused:
+            same = False
+        if not same or place == len(self.layers) - 1:
+            del made[self]
+        return own.result if same else None
+
+
+@dataclass
+class _State:
+    """All that a layer's result is made of, kept so that no id is another tensor's later."""
+
+    tensors: list[Tensor]
+    versions: list[int]
+    others: tuple[object, ...]
+
+    @classmethod
+    def now(cls, x: Tensor, layer: Any, terms: Terms) -> _State:
+        tensors = [x, *layer.parameters()]
+        numbers = [(one.scaling, one.dropout_p) for one in terms.adapters]
+        kind = x.device.type
+        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        others = (numbers, torch.is_grad_enabled(), autocast)
+        return cls(tensors, [one._version for one in tensors], others)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _State)
+            and len(self.tensors) == len(other.tensors)
+            and all(map(operator.is_, self.tensors, other.tensors))
+            and self.versions == other.versions
+            and self.others == other.others
+        )
+
+
+@dataclass
+class _Made:
+    """What a layer after the first is to return, as long as all is as it was."""
+
+    state: _State
+    result: Tensor
+
+
+_LOCAL = threading.local()
+
+
+def _made_by_thread() -> WeakKeyDictionary[_OneX, list[_Made]]:
+    found: WeakKeyDictionary[_OneX, list[_Made]] | None = getattr(_LOCAL, "made", None)
+    if found is None:
+        found = _LOCAL.made = WeakKeyDictionary()
+    return found
+
+
+def _mlp_forward(block: _FusedMlp, *args: Any, **kwargs: Any) -> Any:
+    return block(*args, **kwargs)
+
+
+def _layer_forward(group: _OneX, layer: nn.Module, place: int, *args: Any, **kwargs: Any) -> Any:
+    if len(args) == 1 and not kwargs:
+        return group.run(layer, place, args[0])
+    return type(layer).forward(layer, *args, **kwargs)
+
+
+def block_of(module: nn.Module) -> _FusedMlp | _OneX | None:
+    """The block that a module's forward is of."""
+    forward = module.__dict__.get("forward")
+    if isinstance(forward, functools.partial) and forward.func in (_mlp_forward, _layer_forward):
+        found: _FusedMlp | _OneX = forward.args[0]
+        return found
+    return None
+
+
+def is_forward_of(module: nn.Module, block: _OneX) -> bool:
+    """Whether the module's forward is this block's."""
+    return block_of(module) is block
+
+
+def fuse_blocks(model: nn.Module, *, recompute: bool = False) -> list[Block]:
+    """Runs the blocks of a model as one operator each, where their layers have no reason to run by
+    themselves: MLPs with a gate by `lora_mlp`, layers that read one x (q, k and v of an attention)
+    by `lora_linear_multi`. Values and gradients are those of the layers, within rounding.
+
+    Blocks are known by what their forward does (transformers' Llama, Mistral, Qwen, Gemma, Phi-3,
+    StableLM, OLMo, Granite and others like them). Modules, names, parameters and files stay as they
+    are; hooks, merging, switching adapters, checkpointing and compiling work as before: each call
+    looks at the layers, and runs them one by one where hooks, a plan of `lora_ext.batch`, DoRA or
+    several dropout probabilities want it. Compiled code runs layers of one x one by one.
+
+    Args:
+        model: any module, with adapters or without.
+        recompute: MLPs keep their input alone for backward, and make the products of gate and up
+            once more there.
+
+    Returns:
+        A `Block` for each module with several linear layers: what runs as one operator, and why
+        others do not.
+    """
+    unfuse_blocks(model)
+    found: list[Block] = []
+    for name, module in model.named_modules():
+        layers = tuple(n for n, child in module.named_children() if _is_linear(child))
+        if len(layers) < 2:
+            continue
+        found += _fuse(name, module, layers, recompute)
+    return found
+
+
+def unfuse_blocks(model: nn.Module) -> None:
+    """Undoes `fuse_blocks`: every module has its class's forward again."""
+    for module in model.modules():
+        if block_of(module) is not None:
+            del module.__dict__["forward"]
+
+
+def fused_blocks(model: nn.Module) -> list[Block]:
+    """What the blocks that `fuse_blocks` made do now: their layers may have changed since."""
+    return [_now(name, block) for name, block in _blocks_in(model)]
+
+
+def _blocks_in(model: nn.Module) -> Iterator[tuple[str, _FusedMlp | _OneX]]:
+    for name, module in model.named_modules():
+        own = block_of(module)
+        if isinstance(own, _FusedMlp):
+            yield name, own
+        groups = (block_of(child) for child in module.children())
+        yield from ((name, one) for one in dict.fromkeys(groups) if isinstance(one, _OneX))
+
+
+def _fuse(
+    name: str, module: nn.Module, layers: tuple[str, ...], recompute: bool
+) -> Iterator[Block]:
+    try:
+        check_called_plainly(module)
+    except NotFused as error:
+        yield Block(name, None, layers, str(error))
+        return
+    try:
+        roles = mlp_of(module)
+    except NotRecognised as no_mlp:
+        reason = f"it is no MLP with a gate ({no_mlp})"
+    else:
+        block = _FusedMlp(module, roles, recompute)
+        module.forward = functools.partial(_mlp_forward, block)
+        yield _now(name, block)
+        return
+    try:
+        groups = groups_of_one_x(module, frozenset(layers))
+        reason += ", and its forward calls no two layers of one variable, one after the other"
+    except NotRecognised as error:
+        groups = []
+        reason += f", and {error}"
+    rest = list(layers)
+    for names in groups:
+        group = _OneX(module, names)
+        for place, one in enumerate(names):
+            child = module._modules[one]
+            assert child is not None
+            if "forward" not in child.__dict__:
+                child.forward = functools.partial(_layer_forward, group, child, place)
+            rest.remove(one)
+        yield _now(name, group)
+    if len(rest) > 1:
+        yield Block(name, None, tuple(rest), reason)
+
+
+def _now(name: str, block: _FusedMlp | _OneX) -> Block:
+    kind = "mlp" if isinstance(block, _FusedMlp) else "one x"
+    try:
+        block.terms()
+    except NotFused as error:
+        return Block(name, kind, block.layers, str(error))
+    return Block(name, kind, block.layers, None)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | LoraLayer) or type(module) in KINDS
