@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_ext._patterns import FILE_SECONDS, in_time
 from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.checkpoint.grouped_convolutions import grouped_as_there
 from lora_ext.adapters.checkpoint.keys import PREFIX, layers_in_file, own_tensors, possible_keys
@@ -19,7 +20,6 @@ from lora_ext.adapters.checkpoint.load import plan_of, read_config, typed_conten
 from lora_ext.adapters.checkpoint.reading import FileTensors
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.inject import adapted
-from lora_ext.adapters.patterns import FILE_SECONDS, in_time
 from lora_ext.adapters.plan import adapter_settings
 from lora_ext.arguments import check_known, refuse, warn
 from lora_ext.errors import NotBuiltError

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from lora_ext._patterns import CODE_SECONDS, compiled, in_time
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.config_checks import ALL_LINEAR, check_built
 from lora_ext.adapters.experts import warn_of_unreached, with_experts
@@ -21,7 +22,6 @@ from lora_ext.adapters.names import (
     named_modules,
     plain_name,
 )
-from lora_ext.adapters.patterns import CODE_SECONDS, compiled, in_time
 from lora_ext.adapters.target_parameters import TargetedModule, find_parameters
 from lora_ext.adapters.targets import (
     find_targets,

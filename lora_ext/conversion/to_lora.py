@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_ext._patterns import compiled
 from lora_ext._progress import progress
 from lora_ext.adapters.checkpoint.keys import PREFIX
 from lora_ext.adapters.checkpoint.plain_lora import only
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.names import exact_targets
-from lora_ext.adapters.patterns import compiled
 from lora_ext.arguments import as_flag, check_module, refuse
 from lora_ext.conversion.factors import Svd, factors, thin_svd
 from lora_ext.conversion.found import WHERE, Found, check_convertible, found_in

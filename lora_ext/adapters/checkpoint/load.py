@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lora_ext._patterns import FILE_SECONDS, in_time
 from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.adding import add_planned, plan_for, replicate
 from lora_ext.adapters.checkpoint.grouped_convolutions import (
@@ -29,7 +30,6 @@ from lora_ext.adapters.checkpoint.reading import (
 )
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.config_checks import check_built
-from lora_ext.adapters.patterns import FILE_SECONDS, in_time
 from lora_ext.adapters.plan import Plan, PlannedLayer
 from lora_ext.adapters.targets import matches, saved_modules
 from lora_ext.adapters.tokens import tokens_of

@@ -4,7 +4,8 @@ common; from PEFT's terms and into them."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import regex
 from torch import Tensor
 
+from lora_ext._patterns import FILE_SECONDS, NameTable, SlowPatternError, in_time, is_plain
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.convert.alphas import Alphas, scaled
 from lora_ext.io.convert.formats import LoadedAdapter, Options
@@ -101,7 +103,7 @@ def as_adapter(
         inner = ".base_layer" if module in ranks else ""
         tensors[f"{PREFIX}{module}{inner}.bias"] = tensor
         kind = "all" if kind == "all" or not inner else "lora_only"
-    ends = _ends(ranks)
+    keys = _keys(ranks)
     r, lora_alpha = _usual(ranks.values()), _usual(alphas.values())
     config = {
         "peft_type": "LORA",
@@ -109,11 +111,8 @@ def as_adapter(
         "base_model_name_or_path": None,
         "r": r,
         "lora_alpha": _plain(lora_alpha),
-        # PEFT takes keys as the ends of names; ^ means the whole name.
-        "rank_pattern": {"^" * (n in ends) + n: one for n, one in ranks.items() if one != r},
-        "alpha_pattern": {
-            "^" * (n in ends) + n: _plain(one) for n, one in alphas.items() if one != lora_alpha
-        },
+        "rank_pattern": {keys[n]: one for n, one in ranks.items() if one != r},
+        "alpha_pattern": {keys[n]: _plain(one) for n, one in alphas.items() if one != lora_alpha},
         "target_modules": _targets(ranks, options),
         "bias": kind,
         "lora_bias": any(pair.bias is not None for pair in pairs),
@@ -159,6 +158,27 @@ def _ends(names: Iterable[str]) -> set[str]:
             name = name.partition(".")[2]
             found.add(name)
     return found
+
+
+def _keys(names: Collection[str]) -> dict[str, str]:
+    """For each of these modules a key of rank_pattern that means it and no other of them. PEFT
+    takes keys as expressions for the ends of names: a name where that is one, else with ^ for the
+    whole of it, else escaped."""
+    keys = {name: f"^{regex.escape(name)}" for name in names}
+    plain = [name for name in names if is_plain(name)]
+
+    def plainer() -> None:
+        for start in ("^", ""):
+            table = NameTable("rank_pattern", [start + name for name in plain])
+            meant: dict[str, list[str]] = {}
+            for name in names:
+                for key in table.matching(name):
+                    meant.setdefault(key, []).append(name)
+            keys.update({n: start + n for n in plain if meant.get(start + n) == [n]})
+
+    with suppress(SlowPatternError):  # as they are, they mean the same
+        in_time(FILE_SECONDS, 2 * len(keys), plainer)
+    return keys
 
 
 def _targets(names: Iterable[str], options: Options) -> list[str] | str:
@@ -275,7 +295,7 @@ def refuse_dora_and_bias(pairs: Iterable[Pair], where: Path) -> None:
             )
 
 
-def refuse_whole(others: Mapping[str, Tensor], where: Path, biases: bool = False) -> None:
+def refuse_whole(others: Iterable[str], where: Path, biases: bool = False) -> None:
     """For tensors of the base, which formats of pairs alone cannot hold."""
     for name in others:
         if not (biases and name.endswith(".bias")):
