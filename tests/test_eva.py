@@ -137,3 +137,14 @@ def test_layers_of_one_input_are_whitened_once() -> None:
     for name, components in get_eva_state_dict(plain, texts(), **QUIET).items():
         lengths = white[name].norm(dim=1)
         torch.testing.assert_close(components * lengths[:, None], white[name])
+
+
+def test_a_first_batch_without_rows_tells_no_layers_apart() -> None:
+    """Inputs without rows are all alike, which says nothing of the layers."""
+    data = texts(2)
+    masked = {**data[0], "attention_mask": torch.zeros_like(data[0]["attention_mask"])}
+    own = lora_ext.get_peft_model(llama(), configs(LLAMA, tau=0.8)[1])
+    expected = get_eva_state_dict(own, data, **QUIET)
+    got = get_eva_state_dict(own, [masked, *data], **QUIET)
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
