@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import ContextVar, copy_context
 from functools import cached_property, lru_cache
 from typing import Any, NoReturn, TypeVar
@@ -324,3 +324,24 @@ def _masked(part: str, shapes: Iterable[tuple[int, ...]]) -> Iterator[str]:
         for at in dots:
             characters[at] = _ANY
         yield "".join(characters)
+
+
+def keys_for(names: Collection[str]) -> dict[str, str]:
+    """For each of these modules a key of rank_pattern that means it and no other of them. Keys are
+    expressions for the ends of names: a name where that is one, else with ^ for the whole of it,
+    else escaped."""
+    keys = {name: f"^{re.escape(name)}" for name in names}
+    plain = [name for name in names if is_plain(name)]
+
+    def plainer() -> None:
+        for start in ("^", ""):
+            table = NameTable("rank_pattern", [start + name for name in plain])
+            meant: dict[str, list[str]] = {}
+            for name in names:
+                for key in table.matching(name):
+                    meant.setdefault(key, []).append(name)
+            keys.update({n: start + n for n in plain if meant.get(start + n) == [n]})
+
+    with suppress(SlowPatternError):  # as they are, they mean the same
+        in_time(FILE_SECONDS, 2 * len(keys), plainer)
+    return keys

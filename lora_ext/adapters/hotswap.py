@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ext._patterns import FILE_SECONDS, in_time
+from lora_ext._patterns import FILE_SECONDS, in_time, keys_for
 from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.checkpoint.grouped_convolutions import grouped_as_there
 from lora_ext.adapters.checkpoint.keys import PREFIX, layers_in_file, own_tensors, possible_keys
@@ -252,15 +252,15 @@ def _as_padded(
     settings = {name: layer.adapters[adapter_name] for name, layer in layers.items()}
     if not settings:
         return config
-    first = next(iter(settings.values()))
+    first, keys = next(iter(settings.values())), keys_for(settings)
     return replace(
         config,
         r=first.r,
         lora_alpha=first.scaling * first.r,
         use_rslora=False,
-        rank_pattern={name: one.r for name, one in settings.items() if one.r != first.r},
+        rank_pattern={keys[n]: one.r for n, one in settings.items() if one.r != first.r},
         alpha_pattern={
-            name: one.scaling * one.r
+            keys[name]: one.scaling * one.r
             for name, one in settings.items()
             if one.scaling * one.r != first.scaling * first.r
         },

@@ -4,8 +4,7 @@ common; from PEFT's terms and into them."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import regex
 from torch import Tensor
 
-from lora_ext._patterns import FILE_SECONDS, NameTable, SlowPatternError, in_time, is_plain
+from lora_ext._patterns import keys_for
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.convert.alphas import Alphas, scaled
 from lora_ext.io.convert.formats import LoadedAdapter, Options
@@ -103,7 +102,7 @@ def as_adapter(
         inner = ".base_layer" if module in ranks else ""
         tensors[f"{PREFIX}{module}{inner}.bias"] = tensor
         kind = "all" if kind == "all" or not inner else "lora_only"
-    keys = _keys(ranks)
+    keys = keys_for(ranks)
     r, lora_alpha = _usual(ranks.values()), _usual(alphas.values())
     config = {
         "peft_type": "LORA",
@@ -158,27 +157,6 @@ def _ends(names: Iterable[str]) -> set[str]:
             name = name.partition(".")[2]
             found.add(name)
     return found
-
-
-def _keys(names: Collection[str]) -> dict[str, str]:
-    """For each of these modules a key of rank_pattern that means it and no other of them. PEFT
-    takes keys as expressions for the ends of names: a name where that is one, else with ^ for the
-    whole of it, else escaped."""
-    keys = {name: f"^{regex.escape(name)}" for name in names}
-    plain = [name for name in names if is_plain(name)]
-
-    def plainer() -> None:
-        for start in ("^", ""):
-            table = NameTable("rank_pattern", [start + name for name in plain])
-            meant: dict[str, list[str]] = {}
-            for name in names:
-                for key in table.matching(name):
-                    meant.setdefault(key, []).append(name)
-            keys.update({n: start + n for n in plain if meant.get(start + n) == [n]})
-
-    with suppress(SlowPatternError):  # as they are, they mean the same
-        in_time(FILE_SECONDS, 2 * len(keys), plainer)
-    return keys
 
 
 def _targets(names: Iterable[str], options: Options) -> list[str] | str:
