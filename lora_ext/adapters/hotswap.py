@@ -17,7 +17,7 @@ from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.checkpoint.grouped_convolutions import grouped_as_there
 from lora_ext.adapters.checkpoint.keys import PREFIX, layers_in_file, own_tensors, possible_keys
 from lora_ext.adapters.checkpoint.load import plan_of, read_config, typed_content
-from lora_ext.adapters.checkpoint.reading import FileTensors
+from lora_ext.adapters.checkpoint.reading import FileTensors, check_key_mapping
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.inject import adapted
 from lora_ext.adapters.plan import adapter_settings
@@ -62,6 +62,7 @@ def hotswap_adapter(
     found, _ = adapted(model, where)
     check_known(where, "adapter_name", [adapter_name], found.peft_config)
     key_mapping = options.pop("key_mapping", None)
+    check_key_mapping(where, key_mapping)
     folder = adapter_folder(where, model_name_or_path, options)
     names = sum(1 for _ in found.modules())
 

@@ -22,6 +22,7 @@ from lora_ext.adapters.checkpoint.keys import PREFIX, expected, own_tensors, pos
 from lora_ext.adapters.checkpoint.reading import (
     BaseTensors,
     FileTensors,
+    check_key_mapping,
     check_loadable,
     check_repeated,
     repeated,
@@ -93,6 +94,7 @@ def load_adapter(
     any_shape = as_flag(
         ignore_mismatched_sizes, "LoraModel.load_adapter", "ignore_mismatched_sizes"
     )
+    check_key_mapping("LoraModel.load_adapter", key_mapping)
     path = as_path(folder, "load_adapter")
     own = Transaction() if transaction is None else transaction
     names = sum(1 for _ in model.modules())
