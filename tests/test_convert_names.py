@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,23 @@ def test_each_module_keeps_its_rank_and_alpha(names: list[str], tmp_path: Path) 
         }
         (tmp_path / "kohya").mkdir()
         round_trip(tmp_path / "kohya", "kohya", kohya, **options)
+
+
+def test_many_modules_with_alphas_of_their_own(tmp_path: Path) -> None:
+    """In time that grows as they do: minutes, where each was compared with each."""
+    file = Tensors()
+    for i in range(800):
+        name = f"unet.blocks.{i // 40}.attentions.{i % 40}.to_q"
+        file[f"{name}.lora_A.weight"] = values(i, 1, 2)
+        file[f"{name}.lora_B.weight"] = values(i, 2, 1)
+        file[f"{name}.alpha"] = torch.tensor(float(i + 1))
+    path = write(tmp_path / "in.safetensors", file)
+    start = time.process_time()
+    first = convert(path, tmp_path / "peft", component="unet")
+    convert(tmp_path / "peft", tmp_path / "o.safetensors", target="diffusers", component="unet")
+    again = convert(tmp_path / "o.safetensors", tmp_path / "again", component="unet")
+    assert time.process_time() - start < 10
+    assert len(first.config["alpha_pattern"]) == 799 and again.config == first.config
 
 
 def test_a_module_inside_of_a_processor_keeps_its_name(tmp_path: Path) -> None:

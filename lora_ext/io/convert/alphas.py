@@ -24,6 +24,7 @@ from lora_ext.io.convert.formats import Options
 from lora_ext.io.files import short
 
 _FIELD = "alpha_pattern"
+_MOST_NAMES = 1 << 13  # for which a file gets more time
 Result = TypeVar("Result")
 
 
@@ -42,7 +43,7 @@ class Alphas:
         }
         self._budget = Budget(FILE_SECONDS)  # for expressions, of all modules together
         self._table = NameTable(_FIELD, self._patterns)
-        self._timed(self._check_expressions)
+        self._timed(self._check_expressions, min(len(self._patterns), _MOST_NAMES))
         self._rslora = bool(config.get("use_rslora"))
 
     def _number(self, field: str, value: Any) -> float:
@@ -74,9 +75,9 @@ class Alphas:
                     f"{self._where}: {_FIELD}: {short(pattern)}: {error}"
                 ) from error
 
-    def _timed(self, call: Callable[[], Result]) -> Result:
+    def _timed(self, call: Callable[[], Result], names: int = 1) -> Result:
         try:
-            return self._budget.run(1, call)
+            return self._budget.run(names, call)
         except SlowPatternError:
             raise AdapterFileError(
                 f"{self._where}: {_FIELD}: takes longer to match than there is time for; name "

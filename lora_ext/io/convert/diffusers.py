@@ -119,9 +119,10 @@ def _read(path: Path, options: Options) -> LoadedAdapter:
             )
     components = {module.component for module in modules.values()}
     configs = {one: _config_of(said, one, path) for one in components}
+    alphas = {one: Alphas(config, str(path)) for one, config in configs.items() if config}
     tensors = found.tensors()
     pairs = [
-        _pair(found, one, tensors, configs[one.component], options) for one in modules.values()
+        _pair(found, one, tensors, alphas.get(one.component), options) for one in modules.values()
     ]
     adapter = as_adapter(pairs, options, where=str(path))
     (only,) = components if len(components) == 1 else (None,)
@@ -191,14 +192,14 @@ def _pair(
     found: Contents,
     module: _Module,
     tensors: Mapping[str, Tensor],
-    config: Mapping[str, Any],
+    alphas: Alphas | None,
     options: Options,
 ) -> Pair:
     own = {part: tensors[key] for part, key in module.parts.items()}
     embedding = "embedding_A" in own
     A, B = (own["embedding_A"], own["embedding_B"]) if embedding else (own["A"], own["B"])
-    if config:
-        alpha = Alphas(config, str(found.path)).of(module.name, A.shape[0])
+    if alphas is not None:
+        alpha = alphas.of(module.name, A.shape[0])
     elif "alpha" in module.parts:
         alpha = number(found, module.parts["alpha"], tensors)
     else:  # diffusers: W + B A
