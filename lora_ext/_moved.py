@@ -16,6 +16,7 @@ MOVED = {
     "lora_ext.nn.settings": "lora_ext.nn.adapter",
     "lora_ext.nn.default_adapter": "lora_ext.nn.adapter",
     "lora_ext.adapters.layers": "lora_ext.nn.kinds",
+    "lora_ext.adapters.patterns": "lora_ext._patterns",
     "lora_ext.adapters.modules_to_save": "lora_ext.nn.modules_to_save",
     "lora_ext.adapters.combination": "lora_ext.adapters.combine.request",
     "lora_ext.adapters.combining": "lora_ext.adapters.combine.tensors",
@@ -34,7 +35,7 @@ MOVED = {
 RENAMED = {
     "lora_ext.adapters.config.ATOMS": "lora_ext.adapters.config_checks.ATOMS",
     "lora_ext.adapters.config.CONFIG_NAME": "lora_ext.io.CONFIG_NAME",
-    "lora_ext.adapters.config.FILE_SECONDS": "lora_ext.adapters.patterns.FILE_SECONDS",
+    "lora_ext.adapters.config.FILE_SECONDS": "lora_ext._patterns.FILE_SECONDS",
     "lora_ext.adapters.config.NOT_BUILT": "lora_ext._not_built.FIELDS",
     "lora_ext.adapters.config_checks.NOT_BUILT": "lora_ext._not_built.FIELDS",
     "lora_ext.adapters.layers.adaptable": "lora_ext.nn.kinds.layer_for",

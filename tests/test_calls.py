@@ -27,7 +27,7 @@ def called(run: Callable[[], object]) -> list[tuple[str, str]]:
         if event == "call":
             found.append((frame.f_code.co_filename, frame.f_code.co_name))
 
-    gc.disable()  # a collection, whenever it comes, calls what `lora_ext.adapters.patterns` notes
+    gc.disable()  # a collection, whenever it comes, calls what `lora_ext._patterns` notes
     sys.setprofile(note)
     try:
         run()

@@ -84,6 +84,16 @@ def garble(folder: Path) -> Path:
     return folder / INDEX
 
 
+def point_outside(folder: Path) -> str:
+    """At a file that is there, and whole."""
+    index = json.loads((folder / INDEX).read_text())
+    name = next(iter(index["weight_map"]))
+    shutil.copy(folder / index["weight_map"][name], folder.with_name("x.safetensors"))
+    index["weight_map"][name] = "../x.safetensors"
+    (folder / INDEX).write_text(json.dumps(index))
+    return "got the name '../x.safetensors', expected one inside this folder"
+
+
 def forget_a_weight(folder: Path) -> str:
     index = json.loads((folder / INDEX).read_text())
     lost = next(name for name in index["weight_map"] if "attention.self.key.weight" in name)
@@ -170,10 +180,11 @@ def test_a_quantized_base_is_not_read_as_numbers(
         ("shards", cut(f"{SECOND}*"), 1),
         ("shards", lose, 1),
         ("shards", garble, 1),
+        ("shards", point_outside, 1),
         ("shards", forget_a_weight, 0),
         ("body", of_another_size, 0),
     ],
-    ids=["cut", "cut shard", "lost shard", "index", "lost weight", "another size"],
+    ids=["cut", "cut shard", "lost shard", "index", "outside", "lost weight", "another size"],
 )
 def test_damaged_files_are_named(
     source: str,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +87,34 @@ def test_nothing_is_written(case: str, target: str, tmp_path: Path) -> None:
     said = refused(lambda: convert(folder, out, target=target))
     assert str(out) in said and names in said, said
     assert not out.exists()
+
+
+@pytest.mark.parametrize("target", [*TARGETS, "peft", "gguf"])
+def test_a_file_that_does_not_fit_is_named(target: str, tmp_path: Path) -> None:
+    """As on a full disk: what the system says has no name of a file."""
+    tensors = {
+        f"base_model.model.model.layers.0.self_attn.q_proj.lora_{part}.weight": values(1, *shape)
+        for part, shape in (("A", (4, 512)), ("B", (512, 4)))
+    }
+    folder = saved(tmp_path / "adapter", tensors, {"peft_type": "LORA", "r": 4, "lora_alpha": 4})
+    fields = {"model_type": "qwen2", "num_hidden_layers": 1}
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(fields))
+    options: dict[str, Any] = {"base": tmp_path / "base"} if target == "gguf" else {}
+    if target == "kohya":
+        options["component"] = "unet"
+    if target == "gguf":
+        pytest.importorskip("gguf")
+    before = sorted(tmp_path.iterdir())
+    out = tmp_path / "out" if target == "peft" else tmp_path / "out.safetensors"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError) as raised:
+            convert(folder, out, target=target, **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert raised.value.errno is not None and raised.value.strerror
+    place = tempfile.gettempdir() if target == "gguf" else str(tmp_path)
+    assert str(raised.value.filename).startswith(place)
+    assert [path for path in sorted(tmp_path.iterdir()) if path != out] == before

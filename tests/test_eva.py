@@ -155,3 +155,14 @@ def test_labels_and_layers_of_other_lengths_are_said() -> None:
     assert rows(torch.zeros(4, 6, 3), places, "first").shape == (24, 3)
     with pytest.raises(ValueError, match=r"'decoder.0'.*\[4, 5, 3\].*which take all rows"):
         rows(torch.zeros(4, 5, 3), places, "decoder.0")
+
+
+def test_a_first_batch_without_rows_tells_no_layers_apart() -> None:
+    """Inputs without rows are all alike, which says nothing of the layers."""
+    data = texts(2)
+    masked = {**data[0], "attention_mask": torch.zeros_like(data[0]["attention_mask"])}
+    own = lora_ext.get_peft_model(llama(), configs(LLAMA, tau=0.8)[1])
+    expected = get_eva_state_dict(own, data, **QUIET)
+    got = get_eva_state_dict(own, [masked, *data], **QUIET)
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())

@@ -201,3 +201,22 @@ def test_convolutions_are_refused_and_configs_checked() -> None:
         assert LoraConfig(init_lora_weights="eva").eva_config == EvaConfig()
     with pytest.warns(UserWarning, match="will be ignored"):
         LoraConfig(eva_config=EvaConfig())
+
+
+def test_names_that_match_each_other_keep_their_ranks(tmp_path: Path) -> None:
+    """A key of rank_pattern is an expression for the end of a name, and '.' any character."""
+    base = nn.Sequential()
+    ranks = {"x.a_b": 5, "a.b": 2, "a_b": 3}
+    for name in ranks:
+        above, _, last = name.rpartition(".")
+        if above:
+            base.add_module(above, nn.Sequential())
+        base.get_submodule(above).add_module(last, nn.Linear(12, 12))
+    config = LoraConfig(r=1, target_modules=list(ranks), init_lora_weights="eva")
+    model = lora_ext.get_lora_model(copy.deepcopy(base), config)
+    initialize_lora_eva_weights(
+        model, eva_state_dict={name: torch.randn(r, 12) for name, r in ranks.items()}
+    )
+    model.save_pretrained(tmp_path)
+    read = lora_ext.LoraModel.from_pretrained(base, tmp_path)
+    assert {n: one.adapters["default"].r for n, one in read.lora_layers()} == ranks

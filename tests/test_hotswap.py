@@ -294,3 +294,22 @@ def test_what_was_swapped_is_saved_and_loaded(folders: list[Path], tmp_path: Pat
     x = torch.randn(5, 12)
     assert torch.equal(loaded(tmp_path / "again")(x), loaded(other)(x))
     assert {layer.adapters["default"].lora_dropout for _, layer in model.lora_layers()} == {0.5}
+
+
+def test_a_name_that_is_the_end_of_anothers_keeps_its_scaling(tmp_path: Path) -> None:
+    """In the config of what is filled up, whose keys mean ends of names."""
+    base = nn.Sequential()
+    base.add_module("m", nn.Sequential())
+    base.m.add_module("fc", nn.Linear(6, 6))
+    base.add_module("fc", nn.Linear(6, 6))
+    alphas = {"m.fc": 5, "^fc": 2}
+    model = LoraModel(
+        copy.deepcopy(base), LoraConfig(r=2, target_modules=["fc"], alpha_pattern=alphas)
+    )
+    with torch.no_grad():
+        for _, layer in model.lora_layers():
+            layer.lora_B.normal_()
+    lora_ext.prepare_model_for_compiled_hotswap(model, target_rank=4)
+    model.save_pretrained(tmp_path)
+    x = torch.randn(3, 6)
+    assert torch.equal(LoraModel.from_pretrained(base, tmp_path)(x), model.eval()(x))

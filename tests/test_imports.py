@@ -22,7 +22,7 @@ from lora_ext.nn.adapter import AdapterOptions, AdapterSettings
 ROOT = Path(lora_ext.__file__).parent
 # From below to above: each may import what stands before it.
 PACKAGES = (
-    *("_startup", "_missing", "_progress", "_extension", "_flops", "_offloaded"),
+    *("_startup", "_missing", "_progress", "_patterns", "_extension", "_flops", "_offloaded"),
     *(
         "_not_built",
         "errors",
@@ -50,7 +50,7 @@ PACKAGES = (
     ),
     *("_moved", "", "bench", "cli", "__main__"),
 )
-FOR_IO = {"io", "errors", "arguments"}  # it is about files, not about modules
+FOR_IO = {"io", "errors", "arguments", "_patterns"}  # it is about files, not about modules
 # What 0.1.0 had without promising it: functions of DoRA on private methods, limits that are others.
 GONE = {
     *(f"lora_ext.nn.dora.{name}" for name in ("linear_forward", "conv_forward")),

@@ -15,8 +15,8 @@ import regex
 from torch import nn
 
 from lora_ext import LoraConfig, get_lora_model
-from lora_ext.adapters import patterns
-from lora_ext.adapters.patterns import (
+from lora_ext import _patterns as patterns
+from lora_ext._patterns import (
     FILE_SECONDS,
     SlowPatternError,
     compiled,

@@ -28,7 +28,7 @@ from test_streaming_merge import SHARDS, assert_same_bits, big_base, contents
 import lora_ext.adapters.streamed_merge as streamed
 from lora_ext import LoraConfig, LoraModel
 from lora_ext.cli.by_name import model_of
-from lora_ext.io import CONFIG_NAME, TensorSpec, open_tensors
+from lora_ext.io import CONFIG_NAME, TensorSpec, open_tensors, whole_folder
 from lora_ext.io.adapter_file import read_header
 from lora_ext.io.tensor_writer import write_tensors
 from lora_ext.io.whole_folder import SUFFIX, resumed_folder
@@ -236,6 +236,32 @@ def test_another_base_or_adapter_begins_again(tmp_path: Path, what: str) -> None
     merge(tmp_path)
     assert_same_bits(contents(tmp_path / "out"), in_memory(tmp_path))
     assert sorted(os.listdir(tmp_path)) == ["adapter", "base", "out"]
+
+
+def test_files_beside_the_weights_are_those_of_the_last_call(tmp_path: Path) -> None:
+    """Changed, added or deleted after a merge was killed that had copied them already."""
+    big_base(tmp_path, 64)
+    base, out = tmp_path / "base", tmp_path / "out"
+    for name in ("tokenizer.json", "chat.txt"):
+        (base / name).write_text("former")
+    arguments = ("merge", base, tmp_path / "adapter", out)
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.set_num_threads(1)
+            whole_folder._appear = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            run(*arguments)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    (folder,) = tmp_path.glob(f".out{SUFFIX}*")
+    assert {"tokenizer.json", "chat.txt"} <= set(os.listdir(folder))
+    (base / "tokenizer.json").write_text("now")
+    (base / "chat.txt").unlink()
+    assert run(*arguments).code == 0
+    assert (out / "tokenizer.json").read_text() == "now" and not (out / "chat.txt").exists()
+    assert_same_bits(contents(out), in_memory(tmp_path))
 
 
 def test_a_merge_in_memory_removes_what_a_killed_one_left(tmp_path: Path) -> None:

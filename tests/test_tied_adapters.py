@@ -163,9 +163,12 @@ def test_a_file_without_the_heads_tensors_is_of_the_embedding_alone(tmp_path: Pa
         theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**fields)).eval()
         disturb(theirs)
         theirs.save_pretrained(tmp_path)
-        read = LoraModel.from_pretrained(base, tmp_path)
+        read = LoraModel.from_pretrained(copy.deepcopy(base), tmp_path)
+        read.save_pretrained(tmp_path / "again")
+        again = LoraModel.from_pretrained(base, tmp_path / "again")
     assert type(read.get_base_model().lm_head) is nn.Linear
     torch.testing.assert_close(read(**inputs).loss, theirs(**inputs).loss)
+    assert torch.equal(again(**inputs).loss, read(**inputs).loss)
 
 
 def test_a_file_that_says_two_things_is_refused(tmp_path: Path) -> None:

@@ -83,7 +83,10 @@ def test_files_go_both_ways(
             losses.append(model.eval()(**inputs).loss)
         read = LoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "theirs")
         back = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours"))
+        read.save_pretrained(tmp_path / "again")
+        again = LoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "again")
     assert near(read(**inputs).loss, losses[0]) and near(back(**inputs).loss, losses[1])
+    assert torch.equal(again(**inputs).loss, read(**inputs).loss)
     known = "lm_head" in named  # of the two, PEFT knows this name, and ties only then
     for model in [read, ours] if known else [ours]:
         one, other = copies(model, embedding)

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, NamedTuple, Self, TypeVar
 
 from lora_ext._not_built import FIELDS
+from lora_ext._patterns import matching
 from lora_ext.adapters.bdlora import BdLoraConfig
 from lora_ext.adapters.calibrated_configs import CordaConfig, EvaConfig, LoraGAConfig
 from lora_ext.adapters.config_checks import check_fields, in_json, plain_value
 from lora_ext.adapters.config_files import PEFT_VERSION, UNSAVED, ConfigFiles, copied
 from lora_ext.adapters.loftq_config import LoftQConfig
-from lora_ext.adapters.patterns import matching
 from lora_ext.adapters.runtime_config import warn_of_no_effect
 from lora_ext.adapters.types import PeftType
 from lora_ext.arguments import refuse, suggests_names, warn

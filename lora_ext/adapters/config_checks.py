@@ -11,7 +11,7 @@ from types import NoneType
 from typing import Any
 
 from lora_ext._not_built import FIELDS, field_text
-from lora_ext.adapters.patterns import SlowPatternError, compiled, is_plain, size
+from lora_ext._patterns import MAX_PATTERN_CHARACTERS, SlowPatternError, compiled, is_plain, size
 from lora_ext.adapters.runtime_config import check_runtime
 from lora_ext.arguments import short
 from lora_ext.errors import NotBuiltError
@@ -28,8 +28,6 @@ MAX_RANK = 1 << 16
 MAX_ALPHA = 3.4028234663852886e38
 # Of layer_replication together: each is a copy, though of no weights, before a file's are compared.
 MAX_LAYERS = 1024
-# As often as they are repeated: what compiling takes is bounded by it.
-MAX_PATTERN_CHARACTERS = 8192
 
 TASK_TYPES = (
     "SEQ_CLS",

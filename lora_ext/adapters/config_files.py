@@ -10,9 +10,9 @@ from dataclasses import asdict, fields
 from typing import Any, ClassVar, Self
 
 from lora_ext._not_built import FIELDS
+from lora_ext._patterns import FILE_SECONDS, in_time
 from lora_ext.adapters.bdlora import BdLoraConfig
 from lora_ext.adapters.config_checks import ATOMS, is_off
-from lora_ext.adapters.patterns import FILE_SECONDS, in_time
 from lora_ext.arguments import as_path, did_you_mean, former_names, listed, short, warn
 from lora_ext.io.adapter_folder import CONFIG_NAME, read_config_file
 from lora_ext.io.atomic import save_files

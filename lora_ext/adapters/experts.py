@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 from torch import nn
 
+from lora_ext._patterns import compiled
 from lora_ext.adapters.architectures import FUSED, READ_NOT_CALLED, STACKED_EXPERTS
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.config_checks import ALL_LINEAR
-from lora_ext.adapters.patterns import compiled
 from lora_ext.adapters.targets import (
     all_linear,
     matches,

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_ext._patterns import FILE_SECONDS, in_time, keys_for
 from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.checkpoint.grouped_convolutions import grouped_as_there
 from lora_ext.adapters.checkpoint.keys import PREFIX, layers_in_file, own_tensors, possible_keys
 from lora_ext.adapters.checkpoint.load import plan_of, read_config, typed_content
-from lora_ext.adapters.checkpoint.reading import FileTensors
+from lora_ext.adapters.checkpoint.reading import FileTensors, check_key_mapping
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.inject import adapted
-from lora_ext.adapters.patterns import FILE_SECONDS, in_time
 from lora_ext.adapters.plan import adapter_settings
 from lora_ext.arguments import check_known, refuse, warn
 from lora_ext.errors import NotBuiltError
@@ -62,6 +62,7 @@ def hotswap_adapter(
     found, _ = adapted(model, where)
     check_known(where, "adapter_name", [adapter_name], found.peft_config)
     key_mapping = options.pop("key_mapping", None)
+    check_key_mapping(where, key_mapping)
     folder = adapter_folder(where, model_name_or_path, options)
     names = sum(1 for _ in found.modules())
 
@@ -252,15 +253,15 @@ def _as_padded(
     settings = {name: layer.adapters[adapter_name] for name, layer in layers.items()}
     if not settings:
         return config
-    first = next(iter(settings.values()))
+    first, keys = next(iter(settings.values())), keys_for(settings)
     return replace(
         config,
         r=first.r,
         lora_alpha=first.scaling * first.r,
         use_rslora=False,
-        rank_pattern={name: one.r for name, one in settings.items() if one.r != first.r},
+        rank_pattern={keys[n]: one.r for n, one in settings.items() if one.r != first.r},
         alpha_pattern={
-            name: one.scaling * one.r
+            keys[name]: one.scaling * one.r
             for name, one in settings.items()
             if one.scaling * one.r != first.scaling * first.r
         },

@@ -7,8 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 from torch import nn
 
-from lora_ext.adapters.config_checks import MAX_PATTERN_CHARACTERS
-from lora_ext.adapters.patterns import size
+from lora_ext._patterns import MAX_PATTERN_CHARACTERS, size
 
 # Where torch.compile(module) keeps the module.
 COMPILED = "_orig_mod"

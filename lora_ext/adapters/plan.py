@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from lora_ext._patterns import CODE_SECONDS, compiled, in_time
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.config_checks import ALL_LINEAR, check_built
 from lora_ext.adapters.experts import warn_of_unreached, with_experts
@@ -21,7 +22,6 @@ from lora_ext.adapters.names import (
     named_modules,
     plain_name,
 )
-from lora_ext.adapters.patterns import CODE_SECONDS, compiled, in_time
 from lora_ext.adapters.target_parameters import TargetedModule, find_parameters
 from lora_ext.adapters.targets import (
     find_targets,
@@ -395,3 +395,23 @@ def _tied(
         )
         warn(f"LoraConfig: You have requested `ensure_weight_tying`, but {what}")
     return {}
+
+
+def tied_as_held(
+    plan: Plan, has_adapter: Callable[[str], bool], has_copy: Callable[[str], bool]
+) -> Plan:
+    """The plan without the adapters and copies of tied modules that there are none of, if it is the
+    tie alone that means them."""
+    heads = {name for name in plan.tied_layers if not has_adapter(name)}
+    if heads:
+        plan = plan._replace(
+            names=[name for name in plan.names if name not in heads],
+            layers={place: one for place, one in plan.layers.items() if one.name not in heads},
+            tied_layers={},
+        )
+    named = saved_modules(plan.config)
+    absent = {name for name in plan.tied if not has_copy(name) and not matches(name, named)}
+    return plan._replace(
+        saved={name: module for name, module in plan.saved.items() if name not in absent},
+        tied={name: source for name, source in plan.tied.items() if name not in absent},
+    )

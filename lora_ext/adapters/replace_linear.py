@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from lora_ext._patterns import compiled
 from lora_ext.adapters.config_checks import ALL_LINEAR
 from lora_ext.adapters.names import named_modules, unwrapped
-from lora_ext.adapters.patterns import compiled
 from lora_ext.adapters.swap import swap_modules
 from lora_ext.adapters.targets import matches, near_misses, warn_of_unused_names
 from lora_ext.arguments import check_module, names_of, refuse

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,6 +112,7 @@ def merge_files(
     adapter: StrPath,
     out: StrPath,
     *,
+    beside: Iterable[Path] = (),
     complete: Callable[[Path], object] = lambda _: None,
     advance: Callable[[int], object] = lambda _: None,
 ) -> Merged:
@@ -121,6 +122,7 @@ def merge_files(
         lora: the adapter in the base's outline, of which `why_not_streamed` says nothing.
         files: those of the base, open, by the names that the merged ones get.
         adapter: its folder. If it and the base's files are the same, a killed call is continued.
+        beside: other files of the base that the result is made of, such as its config.
         complete: puts other files into the folder, after the tensors.
         advance: is told how many bytes were written, or found written, since the last call.
 
@@ -129,7 +131,7 @@ def merge_files(
         FileExistsError, OSError: see `lora_ext.io.new_folder`.
     """
     merge, kept = _Merge(lora, files), 0
-    with resumed_folder(out, _digest(files, Path(adapter))) as folder:
+    with resumed_folder(out, _digest(files, Path(adapter), beside)) as folder:
         for name, file in files.items():
             if (folder / name).exists():
                 advance(sum(map(file.bytes_of, file.specs)))
@@ -192,7 +194,7 @@ def _plain_state(lora: LoraModel) -> dict[str, Tensor]:
     return found
 
 
-def _digest(files: Mapping[str, TensorFile], adapter: Path) -> str:
+def _digest(files: Mapping[str, TensorFile], adapter: Path, beside: Iterable[Path]) -> str:
     """Of what is merged, and by which code: the adapter's bytes, and of the base's files, which are
     large, what tells that they have not been written since."""
     digest = hashlib.sha256(json.dumps(build_info(), sort_keys=True, default=str).encode())
@@ -200,8 +202,13 @@ def _digest(files: Mapping[str, TensorFile], adapter: Path) -> str:
         with (adapter / name).open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
     for name, file in files.items():
-        state = os.stat(file.path)
         header = [[k, list(s.shape), *map(str, s.dtypes)] for k, s in file.specs.items()]
-        told = [name, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, header]
-        digest.update(json.dumps(told).encode())
+        digest.update(json.dumps([name, *_state(file.path), header]).encode())
+    for path in sorted(beside):
+        digest.update(json.dumps([path.name, *_state(path)]).encode())
     return digest.hexdigest()[:32]
+
+
+def _state(path: StrPath) -> list[int]:
+    state = os.stat(path)
+    return [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]

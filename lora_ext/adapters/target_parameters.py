@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from torch import nn
 
+from lora_ext._patterns import compiled
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.names import named_modules, plain_name
-from lora_ext.adapters.patterns import compiled
 from lora_ext.adapters.targets import matches, near_misses, saved_modules
 from lora_ext.arguments import short, warn
 from lora_ext.nn import AnyLayer, LoraLayer, ParamLayer

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from torch import nn
 
+from lora_ext._patterns import compiled, matching
 from lora_ext.adapters.architectures import (
     DEFAULT_TARGETS,
     MAMBA,
@@ -18,7 +19,6 @@ from lora_ext.adapters.architectures import (
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.config_checks import ALL_LINEAR
 from lora_ext.adapters.names import ORIGINAL, ends, named_modules, unwrapped
-from lora_ext.adapters.patterns import compiled, matching
 from lora_ext.arguments import listed, short, warn
 from lora_ext.nn.any_layer import AnyLayer
 from lora_ext.nn.kinds import can_be_adapted

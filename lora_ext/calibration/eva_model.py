@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from lora_ext._patterns import keys_for
 from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.calibrated_configs import EvaConfig
 from lora_ext.adapters.config import LayerSettings, LoraConfig
@@ -143,8 +144,9 @@ def _config_of(
     names = list(settings)
     wanted = {name: LayerSettings(one.r, one.lora_alpha) for name, one in settings.items()}
     wanted |= {name: config.settings_for(name) for name in parameters}
-    ranks = {name: r for name, (r, _) in wanted.items() if r != config.r}
-    alphas = {name: a for name, (_, a) in wanted.items() if a != config.lora_alpha}
+    keys = keys_for(wanted)
+    ranks = {keys[name]: r for name, (r, _) in wanted.items() if r != config.r}
+    alphas = {keys[name]: a for name, (_, a) in wanted.items() if a != config.lora_alpha}
     changed = replace(
         config,
         target_modules=exact_targets(base, names, shortest=len(names) >= MANY_NAMES),
@@ -154,12 +156,5 @@ def _config_of(
         rank_pattern=ranks,
         alpha_pattern=alphas,
     )
-    # A name that is the end of another's means that, too: the other says first what it has.
-    for name, (r, alpha) in wanted.items():
-        got = changed.settings_for(name)
-        if got.r != r:
-            changed.rank_pattern = {name: r, **(changed.rank_pattern or {})}
-        if got.lora_alpha != alpha:
-            changed.alpha_pattern = {name: alpha, **(changed.alpha_pattern or {})}
     changed.absent_fields, changed.combined = config.absent_fields, config.combined
     return changed

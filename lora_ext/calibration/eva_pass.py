@@ -29,18 +29,26 @@ def same_inputs(
     rows: Rows,
 ) -> dict[str, str]:
     """Layers whose input is another's, and which: of those the components are the same. From the
-    first batch."""
+    first batch that has rows: without any, inputs of all layers are alike."""
     digests: dict[str, bytes] = {}
+    empty: set[str] = set()
 
     def observe(name: str, arguments: Any) -> None:
-        digests.setdefault(name, digest(rows(name, arguments)))
+        x = rows(name, arguments)
+        if len(x):
+            digests.setdefault(name, digest(x))
+        else:
+            empty.add(name)
 
+    batch = None
     for batch in dataloader:
         with watching(layers, observe):
             run_batch(batch)
-        break
-    else:
+        if digests:
+            break
+    if batch is None:
         raise ValueError(f"{WHERE}: dataloader: got one without batches: dataloader is empty")
+    digests |= {name: name.encode() for name in empty - digests.keys()}  # which are no one else's
     if missed := [name for name in layers if name not in digests]:
         raise ValueError(
             f"{WHERE}: the first batch never reached {listed(missed)}, expected calls of every "

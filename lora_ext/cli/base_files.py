@@ -36,13 +36,25 @@ def open_all(stack: ExitStack, paths: Sequence[Path]) -> dict[str, TensorFile]:
     return {path.name: file for path, file in zip(paths, opened, strict=True)}
 
 
+def others_in(base: Path) -> list[Path]:
+    """Tokenizer and the like: what is beside the weights and is not written anew."""
+    if not base.is_dir():
+        return []
+    return [
+        path
+        for path in sorted(base.iterdir())
+        if path.is_file()
+        and path.suffix not in _WEIGHT_SUFFIXES
+        and not path.name.endswith(".index.json")
+        and not path.name.startswith(".")
+    ]
+
+
 def copy_others(base: Path, folder: Path) -> None:
-    """Tokenizer and the like: what is beside the weights and was not written anew."""
+    """Those that are not in the folder yet."""
     from lora_ext.io.whole_folder import finished_file
 
-    for path in base.iterdir():
-        is_weights = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json")
-        if path.is_file() and not is_weights and not path.name.startswith("."):
-            if not (folder / path.name).exists():
-                with finished_file(folder / path.name) as hidden:
-                    shutil.copyfile(path, hidden)
+    for path in others_in(base):
+        if not (folder / path.name).exists():
+            with finished_file(folder / path.name) as hidden:
+                shutil.copyfile(path, hidden)

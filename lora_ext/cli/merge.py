@@ -13,7 +13,7 @@ import click
 from lora_ext._progress import progress
 from lora_ext.cli.adapters import ADAPTER
 from lora_ext.cli.answers import Answer, counted, size, telling
-from lora_ext.cli.base_files import copy_others, open_all, weights_in
+from lora_ext.cli.base_files import copy_others, open_all, others_in, weights_in
 from lora_ext.cli.errors import WrongUse
 from lora_ext.cli.models import INDEX, WEIGHTS
 
@@ -149,15 +149,19 @@ def _stream(
     from lora_ext.adapters.streamed_merge import merge_files
 
     total = sum(file.bytes_of(key) for file in files.values() for key in file.specs)
+    index = base / INDEX  # whose metadata is taken over
+    beside = others_in(base) + ([index] if index.is_file() else [])
 
     def complete(folder: Path) -> None:
         if base.is_dir():
             copy_others(base, folder)
-            if len(files) > 1 and (base / INDEX).is_file():
-                _write_index(folder / INDEX, base / INDEX, files, total)
+            if len(files) > 1 and index.is_file():
+                _write_index(folder / INDEX, index, files, total)
 
     with progress(f"Writing {out}", total) as advance:
-        return merge_files(lora, files, adapter, out, complete=complete, advance=advance)
+        return merge_files(
+            lora, files, adapter, out, beside=beside, complete=complete, advance=advance
+        )
 
 
 def _write_index(path: Path, former: Path, files: dict[str, TensorFile], total: int) -> None:

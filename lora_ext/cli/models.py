@@ -155,13 +155,17 @@ def weight_files(folder: Path) -> list[Path]:
     not, and after reading others."""
     from safetensors import SafetensorError, safe_open
 
+    from lora_ext.io import inside
+
     index, paths = folder / INDEX, [folder / WEIGHTS]
     if not paths[0].is_file():
         paths = []
         if index.is_file():
             try:
                 names = set(json.loads(index.read_bytes())["weight_map"].values())
-                paths = [folder / str(name) for name in sorted(names)]
+                for name in names:
+                    inside(folder, name)
+                paths = [folder / name for name in sorted(names)]
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 raise ValueError(
                     f"{index}: is no index of weights ({error}); the file is damaged"

@@ -125,8 +125,8 @@ def _values(facts: list[TensorFacts]) -> Iterator[Problem]:
 
 def _contents(facts: list[TensorFacts], config: LoraConfig | None) -> Iterator[Problem]:
     """What keys and shapes have to be, by themselves and by the config."""
+    from lora_ext._patterns import FILE_SECONDS, in_time
     from lora_ext.adapters.checkpoint.keys import PREFIX
-    from lora_ext.adapters.patterns import FILE_SECONDS, in_time
     from lora_ext.cli.by_name import adapted_modules, split_key
 
     shapes = {one.key: one.shape for one in facts}

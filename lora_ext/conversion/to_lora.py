@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from numbers import Integral
 from typing import Any
@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_ext._patterns import keys_for
 from lora_ext._progress import progress
 from lora_ext.adapters.checkpoint.keys import PREFIX
-from lora_ext.adapters.checkpoint.plain_lora import only
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.names import exact_targets
-from lora_ext.adapters.patterns import compiled
 from lora_ext.arguments import as_flag, check_module, refuse
 from lora_ext.conversion.factors import Svd, factors, thin_svd
 from lora_ext.conversion.found import WHERE, Found, check_convertible, found_in
@@ -124,7 +123,8 @@ def _config(found: Found, rank: int | float, ranks: Mapping[str, int]) -> LoraCo
     }
     r = rank if isinstance(rank, int) else 1
     others = [name for name, own in ranks.items() if own != rank]  # all, where it is a share
-    pattern = {_only(name, ranks): ranks[name] for name in others}
+    keys = keys_for(ranks)
+    pattern = {keys[name]: ranks[name] for name in others}
     saved = getattr(found.config, "modules_to_save", None)
     return LoraConfig(
         r=r,
@@ -135,10 +135,3 @@ def _config(found: Found, rank: int | float, ranks: Mapping[str, int]) -> LoraCo
         modules_to_save=list(saved) if saved and found.saved else None,
         **of_base,
     )
-
-
-def _only(name: str, names: Collection[str]) -> str:
-    """A key of rank_pattern for this layer alone: its name, as in PEFT, where that is one."""
-    expression = compiled("rank_pattern", name)
-    alone = sum(expression.match(other) is not None for other in names) == 1
-    return name if alone else only(name, names)

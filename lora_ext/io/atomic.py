@@ -48,7 +48,7 @@ from typing import Any
 
 from lora_ext.arguments import as_number, as_path, check_mapping, names_of
 from lora_ext.errors import AdapterFileError
-from lora_ext.io.files import StrPath, open_inside, parse_json, read_all
+from lora_ext.io.files import StrPath, naming, open_inside, parse_json, read_all
 
 JOURNAL = ".lora_ext-save.json"
 LOCK = ".lora_ext-save.lock"
@@ -397,10 +397,11 @@ def _write_new(path: Path, content: bytes) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     descriptor = os.open(path, flags, 0o666)
     try:
-        rest = memoryview(content)
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
-        _sync(descriptor)
+        with naming(path):
+            rest = memoryview(content)
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+            _sync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import json
@@ -83,6 +84,18 @@ def typed_errors(path: StrPath) -> Iterator[None]:
         raise AdapterFileError(
             f"{path}: cannot be read: {error.strerror or error}; check the path and its permissions"
         ) from error
+
+
+@contextmanager
+def naming(path: StrPath) -> Iterator[None]:
+    """Gives the operating system's errors on writing, such as on a full disk, the file's name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        code = errno.EIO if error.errno is None else error.errno  # numpy has none
+        raise OSError(code, error.strerror or str(error), os.fspath(path)) from error
 
 
 def read_all(file: io.FileIO, limit: int) -> bytes:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_ext.io.adapter_file import DTYPES, TensorSpec
+from lora_ext.io.files import naming
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _METADATA = {"format": "pt"}  # as transformers wants it
@@ -44,7 +45,7 @@ def write_tensors(
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data that begins at a multiple of 8 can be mapped
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for key, spec in specs.items():
             written = 0

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from lora_ext._patterns import compiled
 from lora_ext.adapters.checkpoint.keys import depth, joined
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.names import named_modules, unwrapped
-from lora_ext.adapters.patterns import compiled
 from lora_ext.nn import LoraLayer, MultiheadAttention
 from lora_ext.nn.mergeable import base_of
 from lora_ext.nn.modules_to_save import ModulesToSave

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lora_ext._patterns import FILE_SECONDS, in_time
 from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.adding import add_planned, plan_for, replicate
 from lora_ext.adapters.checkpoint.grouped_convolutions import (
@@ -21,6 +22,7 @@ from lora_ext.adapters.checkpoint.keys import PREFIX, expected, own_tensors, pos
 from lora_ext.adapters.checkpoint.reading import (
     BaseTensors,
     FileTensors,
+    check_key_mapping,
     check_loadable,
     check_repeated,
     repeated,
@@ -29,9 +31,7 @@ from lora_ext.adapters.checkpoint.reading import (
 )
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.config_checks import check_built
-from lora_ext.adapters.patterns import FILE_SECONDS, in_time
-from lora_ext.adapters.plan import Plan, PlannedLayer
-from lora_ext.adapters.targets import matches, saved_modules
+from lora_ext.adapters.plan import Plan, PlannedLayer, tied_as_held
 from lora_ext.adapters.tokens import tokens_of
 from lora_ext.arguments import as_flag, as_path, warn
 from lora_ext.errors import AdapterFileError
@@ -94,6 +94,7 @@ def load_adapter(
     any_shape = as_flag(
         ignore_mismatched_sizes, "LoraModel.load_adapter", "ignore_mismatched_sizes"
     )
+    check_key_mapping("LoraModel.load_adapter", key_mapping)
     path = as_path(folder, "load_adapter")
     own = Transaction() if transaction is None else transaction
     names = sum(1 for _ in model.modules())
@@ -113,7 +114,7 @@ def load_adapter(
             check_loadable(model, plan)
             file = FileTensors(files, possible_keys(model, plan), key_mapping)
             there = plan
-            plan = planned_as_in(file, plan if known else _tied_as_in_the_file(plan, file))
+            plan = planned_as_in(file, plan if known else _tied_as_in(file, plan))
             bases = BaseTensors(model, plan, file, any_shape)
             own_keys = dict(expected(plan))
             again = repeated(file, plan, own_keys)
@@ -247,28 +248,12 @@ def read_config(files: AdapterFolder) -> LoraConfig:
         raise AdapterFileError(f"{files.path / CONFIG_NAME}: {error}") from error
 
 
-def _tied_as_in_the_file(plan: Plan, file: FileTensors) -> Plan:
-    """The plan without tied copies that the file does not have: PEFT ties those of a head or an
-    embedding only where it knows the name that modules_to_save gives it."""
-    if heads := {
-        name
-        for name in plan.tied_layers
-        if not any(key.startswith(f"{PREFIX}{name}.lora_") for key in file.specs)
-    }:
-        plan = plan._replace(
-            names=[name for name in plan.names if name not in heads],
-            layers={place: one for place, one in plan.layers.items() if one.name not in heads},
-            tied_layers={},
-        )
-    if not plan.tied:
-        return plan
-    named = saved_modules(plan.config)
-    absent = {
-        name
-        for name in plan.tied
-        if f"{PREFIX}{name}.weight" not in file.specs and not matches(name, named)
-    }
-    return plan._replace(
-        saved={name: module for name, module in plan.saved.items() if name not in absent},
-        tied={name: source for name, source in plan.tied.items() if name not in absent},
+def _tied_as_in(file: FileTensors, plan: Plan) -> Plan:
+    """The plan without the tied adapters and copies that the file does not have: PEFT ties those of
+    a head or an embedding only where it knows the name that the config gives it."""
+    heads = {key.rpartition(".lora_")[0] for key in file.specs if ".lora_" in key}
+    return tied_as_held(
+        plan,
+        lambda name: f"{PREFIX}{name}" in heads,
+        lambda name: f"{PREFIX}{name}.weight" in file.specs,
     )

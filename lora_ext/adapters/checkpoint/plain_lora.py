@@ -9,10 +9,10 @@ from collections.abc import Collection, Iterator
 
 from torch import Tensor
 
+from lora_ext._patterns import compiled, is_plain
 from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.checkpoint.keys import PREFIX
 from lora_ext.adapters.config import LoraConfig
-from lora_ext.adapters.patterns import compiled, is_plain
 from lora_ext.nn import LoraLayer, ParamLayer
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from lora_ext.adapters.checkpoint.keys import (
 )
 from lora_ext.adapters.names import plain_name, unwrapped
 from lora_ext.adapters.plan import Plan
-from lora_ext.arguments import warn
+from lora_ext.arguments import check_mapping, warn
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.adapter_file import MAX_HEADER_BYTES, TensorSpec, header_limit
 from lora_ext.io.adapter_folder import WEIGHTS_NAME, AdapterFolder
@@ -46,11 +48,12 @@ class FileTensors:
     ) -> None:
         specs = files.header(max_header_bytes=max(MAX_HEADER_BYTES, header_limit(list(keys))))
         self._files = files
+        self.path = files.path / WEIGHTS_NAME
         self._keys = {plain_name(key): key for key in specs}
         if key_mapping:
-            self._keys = {mapped(plain, key_mapping): key for plain, key in self._keys.items()}
+            now = mapped(self._keys, key_mapping, self.path)
+            self._keys = {key: self._keys[plain] for key, plain in now.items()}
         self.specs = {plain: specs[key] for plain, key in self._keys.items()}
-        self.path = files.path / WEIGHTS_NAME
 
     def read(
         self, expected: Mapping[str, TensorSpec], left_out: Collection[str] = ()
@@ -75,14 +78,41 @@ class FileTensors:
         return {plain[key]: tensor for key, tensor in tensors.items()}
 
 
-def mapped(key: str, key_mapping: Mapping[str, str]) -> str:
-    """A key as `key_mapping` has it: the first expression that is found in it counts."""
-    rest = key.removeprefix(PREFIX)
+def check_key_mapping(where: str, key_mapping: Any) -> None:
+    """TypeError, ValueError for what is no mapping of regular expressions to replacements."""
+    if key_mapping is None:
+        return
+    check_mapping(where, "key_mapping", key_mapping, str, "texts")
     for pattern, replacement in key_mapping.items():
-        now, count = re.subn(pattern, replacement, rest)
-        if count:
-            return PREFIX + now
-    return key
+        try:
+            re.compile(pattern).sub(replacement, "")
+        except re.error as error:
+            raise ValueError(
+                f"{where}: key_mapping: got {short(pattern)}: {short(replacement)}, expected a "
+                f"regular expression and what takes its place ({error})"
+            ) from None
+
+
+def mapped(keys: Iterable[str], key_mapping: Mapping[str, str], path: Path) -> dict[str, str]:
+    """Keys by what `key_mapping` makes of them: the first expression that is found in one counts.
+
+    Raises:
+        AdapterFileError: two become the same.
+    """
+    found: dict[str, str] = {}
+    for key in keys:
+        now, rest = key, key.removeprefix(PREFIX)
+        for pattern, replacement in key_mapping.items():
+            changed, count = re.subn(pattern, replacement, rest)
+            if count:
+                now = PREFIX + changed
+                break
+        if found.setdefault(now, key) != key:
+            raise AdapterFileError(
+                f"{path}: key_mapping makes {short(now)} of {short(found[now])} and {short(key)}, "
+                "expected another key of each"
+            )
+    return found
 
 
 def repeated(file: FileTensors, plan: Plan, expected: Mapping[str, TensorSpec]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.checkpoint.keys import TOKENS
 from lora_ext.adapters.config import LoraConfig
-from lora_ext.adapters.plan import make_plan
+from lora_ext.adapters.plan import make_plan, tied_as_held
 from lora_ext.adapters.tokens import tokens_of
 from lora_ext.arguments import warn
 from lora_ext.io.files import short
@@ -78,6 +78,8 @@ def check_adapter(model: AdaptedModel, adapter_name: str, config: LoraConfig) ->
         raise ValueError(
             f"{where}: its config could not be loaded into this model again: {error}; {NOTHING}"
         ) from error
+    # Of a file without them: what is written has none either, and loads so.
+    plan = tied_as_held(plan, set(layers.values()).__contains__, copies.__contains__)
     planned = {id(one.layer): one.name for one in plan.layers.values()}
     for lost in (planned.keys() - layers.keys(), layers.keys() - planned.keys()):
         names = sorted((planned | layers)[place] for place in lost)

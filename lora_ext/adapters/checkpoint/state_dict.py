@@ -17,7 +17,13 @@ from lora_ext.adapters.checkpoint.keys import (
     saved_in_file,
     tokens_in_file,
 )
-from lora_ext.adapters.checkpoint.reading import Shapes, mapped, of_other_shape, warn_of_shapes
+from lora_ext.adapters.checkpoint.reading import (
+    Shapes,
+    check_key_mapping,
+    mapped,
+    of_other_shape,
+    warn_of_shapes,
+)
 from lora_ext.adapters.checkpoint.save import adapter_state_dict
 from lora_ext.adapters.checkpoint.values import values_of
 from lora_ext.adapters.inject import adapted, off_meta
@@ -57,15 +63,12 @@ def load_peft_weights(
         AdapterFileError: the file is missing or damaged.
     """
     where = "load_peft_weights"
-    if key_mapping is not None:
-        check_mapping(where, "key_mapping", key_mapping, str, "texts")
+    check_key_mapping(where, key_mapping)
     folder = adapter_folder(where, model_id, options)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with open_tensors(folder / WEIGHTS_NAME) as file:
-        return {
-            mapped(key, key_mapping) if key_mapping else key: file.tensor(key).to(place)
-            for key in file.specs
-        }
+        keys = mapped(file.specs, key_mapping or {}, folder / WEIGHTS_NAME)
+        return {now: file.tensor(key).to(place) for now, key in keys.items()}
 
 
 def get_peft_model_state_dict(

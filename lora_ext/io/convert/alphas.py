@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
-import regex
 from torch import Tensor
 
+from lora_ext._patterns import (
+    FILE_SECONDS,
+    MAX_PATTERN_CHARACTERS,
+    Budget,
+    NameTable,
+    SlowPatternError,
+    compiled,
+    is_plain,
+    size,
+)
 from lora_ext.arguments import describe
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.convert.formats import Options
 from lora_ext.io.files import short
 
-_PATTERN_SECONDS = 2.0
+_FIELD = "alpha_pattern"
+_MOST_NAMES = 1 << 13  # for which a file gets more time
+Result = TypeVar("Result")
 
 
 class Alphas:
@@ -25,24 +35,15 @@ class Alphas:
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
         self._where = where
         self._alpha = self._number("lora_alpha", config.get("lora_alpha", 8))
-        patterns = config.get("alpha_pattern") or {}
+        patterns = config.get(_FIELD) or {}
         if not isinstance(patterns, dict):
-            raise AdapterFileError(f"{where}: alpha_pattern: expected an object of numbers")
-        self._patterns = []
-        self._deadline = time.monotonic() + _PATTERN_SECONDS
-        for pattern, value in patterns.items():
-            if "{" in pattern or len(pattern) > 1000:  # what costs time when it is compiled
-                raise AdapterFileError(
-                    f"{where}: alpha_pattern: {short(pattern)}: expected the name of a module, or "
-                    "a short expression without counts"
-                )
-            try:
-                compiled = regex.compile(rf"(.*\.)?({pattern})$")
-            except regex.error as error:
-                raise AdapterFileError(
-                    f"{where}: alpha_pattern: {short(pattern)}: {error}"
-                ) from error
-            self._patterns.append((compiled, self._number("alpha_pattern", value)))
+            raise AdapterFileError(f"{where}: {_FIELD}: expected an object of numbers")
+        self._patterns = {
+            pattern: self._number(_FIELD, value) for pattern, value in patterns.items()
+        }
+        self._budget = Budget(FILE_SECONDS)  # for expressions, of all modules together
+        self._table = NameTable(_FIELD, self._patterns)
+        self._timed(self._check_expressions, min(len(self._patterns), _MOST_NAMES))
         self._rslora = bool(config.get("use_rslora"))
 
     def _number(self, field: str, value: Any) -> float:
@@ -53,22 +54,41 @@ class Alphas:
             )
         return float(value)
 
+    def _check_expressions(self) -> None:
+        characters = 0
+        for pattern in self._patterns:
+            if is_plain(pattern):
+                continue
+            characters += size(pattern)
+            if characters > MAX_PATTERN_CHARACTERS:
+                raise AdapterFileError(
+                    f"{self._where}: {_FIELD}: {short(pattern)}: expected names of modules, or "
+                    f"expressions of together at most {MAX_PATTERN_CHARACTERS} characters, each "
+                    "counted as often as its counts repeat it"
+                )
+            try:
+                compiled(_FIELD, pattern)
+            except SlowPatternError:
+                raise
+            except Exception as error:  # regex.error, and others for what is too deep
+                raise AdapterFileError(
+                    f"{self._where}: {_FIELD}: {short(pattern)}: {error}"
+                ) from error
+
+    def _timed(self, call: Callable[[], Result], names: int = 1) -> Result:
+        try:
+            return self._budget.run(names, call)
+        except SlowPatternError:
+            raise AdapterFileError(
+                f"{self._where}: {_FIELD}: takes longer to match than there is time for; name "
+                "modules instead of expressions"
+            ) from None
+
     def of(self, name: str, rank: int) -> float:
         """That of one module."""
-        alpha = self._alpha
-        for pattern, value in self._patterns:
-            left = self._deadline - time.monotonic()
-            try:
-                if left <= 0 or pattern.match(name, timeout=left):
-                    alpha = value
-                    break
-            except TimeoutError:
-                left = 0
-            if left <= 0:
-                raise AdapterFileError(
-                    f"{self._where}: alpha_pattern: takes longer than {_PATTERN_SECONDS} s to "
-                    "match; name modules instead of expressions"
-                )
+        # A name that is no expression for itself counts as well, as in PEFT.
+        key = self._timed(lambda: next(self._table.matching(name), name))
+        alpha = self._patterns.get(key, self._alpha)
         return alpha * math.sqrt(rank) if self._rslora else alpha
 
 

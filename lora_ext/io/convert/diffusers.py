@@ -53,26 +53,23 @@ _PARTS = {
     "lora_magnitude_vector.weight": "magnitude",
     "alpha": "alpha",
 }
+_OF_PEFT = ("lora_A", "lora_B", "lora_embedding_", "lora_magnitude_vector")
 _OLD = re.compile(r"(?P<name>.+)\.to_(?P<which>q|k|v|out)_lora\.(?P<part>down|up)\.weight")
 _OLD_ALPHA = re.compile(r"(?P<name>.+)\.to_(?P<which>q|k|v|out)_lora\.alpha")
 
 
 def split(key: str, component: str) -> tuple[str, str] | None:
     """(module, part) of a key without its component; None where it is no such key."""
-    key = key.replace(".processor.", ".")
-    if match := _OLD.fullmatch(key) or _OLD_ALPHA.fullmatch(key):
+    old = key.replace(".processor.", ".")  # which was no module of the model; in PEFT's names it is
+    if match := _OLD.fullmatch(old) or _OLD_ALPHA.fullmatch(old):
         part = match.groupdict().get("part")
         which, text = match["which"], component.startswith("text_encoder")
         last = f"{which}_proj" if text else "to_out.0" if which == "out" else f"to_{which}"
         return f"{match['name']}.{last}", {"down": "A", "up": "B", None: "alpha"}[part]
-    return next(
-        (
-            (key[: -len(end) - 1], part)
-            for end, part in _PARTS.items()
-            if key.endswith(f".{end}") and len(key) > len(end) + 1
-        ),
-        None,
-    )
+    for end, part in _PARTS.items():
+        if key.endswith(f".{end}") and len(key) > len(end) + 1:
+            return (key if end.startswith(_OF_PEFT) else old)[: -len(end) - 1], part
+    return None
 
 
 def _component_of(key: str, options: Options) -> tuple[str, str]:
@@ -124,9 +121,10 @@ def _read(path: Path, options: Options) -> LoadedAdapter:
             )
     components = {module.component for module in modules.values()}
     configs = {one: _config_of(said, one, path) for one in components}
+    alphas = {one: Alphas(config, str(path)) for one, config in configs.items() if config}
     tensors = found.tensors()
     pairs = [
-        _pair(found, one, tensors, configs[one.component], options) for one in modules.values()
+        _pair(found, one, tensors, alphas.get(one.component), options) for one in modules.values()
     ]
     adapter = as_adapter(pairs, options, where=str(path))
     (only,) = components if len(components) == 1 else (None,)
@@ -196,14 +194,14 @@ def _pair(
     found: Contents,
     module: _Module,
     tensors: Mapping[str, Tensor],
-    config: Mapping[str, Any],
+    alphas: Alphas | None,
     options: Options,
 ) -> Pair:
     own = {part: tensors[key] for part, key in module.parts.items()}
     embedding = "embedding_A" in own
     A, B = (own["embedding_A"], own["embedding_B"]) if embedding else (own["A"], own["B"])
-    if config:
-        alpha = Alphas(config, str(found.path)).of(module.name, A.shape[0])
+    if alphas is not None:
+        alpha = alphas.of(module.name, A.shape[0])
     elif "alpha" in module.parts:
         alpha = number(found, module.parts["alpha"], tensors)
     else:  # diffusers: W + B A
@@ -216,6 +214,7 @@ def _pair(
 def _write(path: Path, adapter: LoadedAdapter, options: Options) -> None:
     keys = {key: key.removeprefix(PREFIX) for key in adapter.tensors}
     components = {_component_of(name, Options())[0] for name in keys.values()}
+    refuse_whole((name for name in keys.values() if split(name, "") is None), path)
     if options.component is not None:
         start = f"{options.component}."
         tensors = {start + name: adapter.tensors[key] for key, name in keys.items()}

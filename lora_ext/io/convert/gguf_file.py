@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.atomic import save_files
-from lora_ext.io.files import open_inside, read_exactly, read_into, short, typed_errors
+from lora_ext.io.files import naming, open_inside, read_exactly, read_into, short, typed_errors
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # 1 had 32-bit lengths
@@ -311,7 +311,7 @@ def write_gguf(
     if path.is_dir():
         raise AdapterFileError(f"{path}: is a folder, expected the name of a file")
     gguf = library(f"writing {path}")
-    with tempfile.TemporaryDirectory(prefix="lora_ext-") as folder:
+    with tempfile.TemporaryDirectory(prefix="lora_ext-") as folder, naming(folder):
         writer = gguf.GGUFWriter(Path(folder, "gguf"), architecture)
         for key, value in values.items():
             if isinstance(value, tuple):
@@ -332,4 +332,5 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        save_files(path.parent, {path.name: Path(folder, "gguf").read_bytes()})
+        content = Path(folder, "gguf").read_bytes()
+    save_files(path.parent, {path.name: content})

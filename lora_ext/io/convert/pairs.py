@@ -12,6 +12,7 @@ from typing import Any
 import regex
 from torch import Tensor
 
+from lora_ext._patterns import keys_for
 from lora_ext.errors import AdapterFileError
 from lora_ext.io.convert.alphas import Alphas, scaled
 from lora_ext.io.convert.formats import LoadedAdapter, Options
@@ -118,7 +119,7 @@ def as_adapter(
         inner = ".base_layer" if module in ranks else ""
         tensors[f"{PREFIX}{module}{inner}.bias"] = tensor
         kind = "all" if kind == "all" or not inner else "lora_only"
-    ends = _ends(ranks)
+    keys = keys_for(ranks)
     r, lora_alpha = _usual(ranks.values()), _usual(alphas.values())
     config = {
         "peft_type": "LORA",
@@ -126,11 +127,8 @@ def as_adapter(
         "base_model_name_or_path": None,
         "r": r,
         "lora_alpha": _plain(lora_alpha),
-        # PEFT takes keys as the ends of names; ^ means the whole name.
-        "rank_pattern": {"^" * (n in ends) + n: one for n, one in ranks.items() if one != r},
-        "alpha_pattern": {
-            "^" * (n in ends) + n: _plain(one) for n, one in alphas.items() if one != lora_alpha
-        },
+        "rank_pattern": {keys[n]: one for n, one in ranks.items() if one != r},
+        "alpha_pattern": {keys[n]: _plain(one) for n, one in alphas.items() if one != lora_alpha},
         "target_modules": _targets(ranks, options),
         "bias": kind,
         "lora_bias": any(pair.bias is not None for pair in pairs),
@@ -305,7 +303,7 @@ def refuse_dora_and_bias(pairs: Iterable[Pair], where: Path) -> None:
             )
 
 
-def refuse_whole(others: Mapping[str, Tensor], where: Path, biases: bool = False) -> None:
+def refuse_whole(others: Iterable[str], where: Path, biases: bool = False) -> None:
     """For tensors of the base, which formats of pairs alone cannot hold."""
     for name in others:
         if not (biases and name.endswith(".bias")):

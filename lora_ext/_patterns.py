@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import ContextVar, copy_context
 from functools import cached_property, lru_cache
 from typing import Any, NoReturn, TypeVar
@@ -38,6 +38,9 @@ _DOT = "\1"  # meanwhile, what stands for a dot itself
 # Of the processor's time for all expressions of one config together: far more than those that
 # people write take, and an end for the others. What a file says is to be refused within 0.1 s.
 FILE_SECONDS, CODE_SECONDS = 0.03, 1.0
+# Of all expressions of a config together, each counted as often as its counts repeat it: far more
+# than those that people write; compiling them takes time and memory.
+MAX_PATTERN_CHARACTERS = 8192
 # Added for each module of the model; adapting one takes longer.
 _SECONDS_PER_NAME = 50e-6
 # So many times as long where a debugger, a profiler or a measurement of coverage looks on.
@@ -90,6 +93,31 @@ class _Limit:
 _limit: ContextVar[_Limit | None] = ContextVar("lora_ext_pattern_limit", default=None)
 
 
+class Budget:
+    """So much time for all expressions of several calls together, and a little more for each name
+    they are told to match."""
+
+    def __init__(self, seconds: float) -> None:
+        self._limit = _Limit(seconds * _slowed())
+
+    def run(self, names: int, call: Callable[[], Result]) -> Result:
+        """What the call returns; in a call within another, what that one may take is what counts.
+
+        Raises:
+            SlowPatternError: no time is left; names the field.
+        """
+        if _limit.get() is not None:
+            return call()
+        self._limit.left += names * _SECONDS_PER_NAME * _slowed()
+
+        def limited() -> Result:
+            _limit.set(self._limit)
+            with self._limit:
+                return call()
+
+        return copy_context().run(limited)  # whatever exception comes, the limit ends with it
+
+
 def in_time(seconds: float, names: int, call: Callable[[], Result]) -> Result:
     """What the call returns. In it all expressions together may take so long, and a little for each
     of so many names; in a call within another, what that one may.
@@ -97,16 +125,7 @@ def in_time(seconds: float, names: int, call: Callable[[], Result]) -> Result:
     Raises:
         SlowPatternError: they took longer; names the field.
     """
-    if _limit.get() is not None:
-        return call()
-
-    def limited() -> Result:
-        limit = _Limit((seconds + names * _SECONDS_PER_NAME) * _slowed())
-        _limit.set(limit)
-        with limit:
-            return call()
-
-    return copy_context().run(limited)  # whatever exception comes, the limit ends with it
+    return Budget(seconds).run(names, call)
 
 
 def _refuse(field: str, what: str) -> NoReturn:
@@ -305,3 +324,24 @@ def _masked(part: str, shapes: Iterable[tuple[int, ...]]) -> Iterator[str]:
         for at in dots:
             characters[at] = _ANY
         yield "".join(characters)
+
+
+def keys_for(names: Collection[str]) -> dict[str, str]:
+    """For each of these modules a key of rank_pattern that means it and no other of them. Keys are
+    expressions for the ends of names: a name where that is one, else with ^ for the whole of it,
+    else escaped."""
+    keys = {name: f"^{re.escape(name)}" for name in names}
+    plain = [name for name in names if is_plain(name)]
+
+    def plainer() -> None:
+        for start in ("^", ""):
+            table = NameTable("rank_pattern", [start + name for name in plain])
+            meant: dict[str, list[str]] = {}
+            for name in names:
+                for key in table.matching(name):
+                    meant.setdefault(key, []).append(name)
+            keys.update({n: start + n for n in plain if meant.get(start + n) == [n]})
+
+    with suppress(SlowPatternError):  # as they are, they mean the same
+        in_time(FILE_SECONDS, 2 * len(keys), plainer)
+    return keys
