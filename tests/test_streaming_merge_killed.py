@@ -7,7 +7,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -167,7 +167,7 @@ class Killed(Exception):
     pass
 
 
-def killed_after(tmp_path: Path, shards: int) -> Path:
+def killed_after(tmp_path: Path, shards: int, merge: Callable[[Path], object] = merge) -> Path:
     """The partial folder of a merge that was killed after so many shards."""
     child = os.fork()
     if child == 0:
@@ -213,7 +213,7 @@ def test_a_killed_merge_goes_on_after_its_last_shard(
 
 def test_the_command_says_that_it_went_on(tmp_path: Path) -> None:
     base, adapter, out = big_base(tmp_path, 64), tmp_path / "adapter", tmp_path / "out"
-    killed_after(tmp_path, 3)
+    killed_after(tmp_path, 3, lambda _: run("merge", base, adapter, out))
     done = run("merge", base, adapter, out)
     assert done.code == 0 and "3 files of a merge that was killed" in done.out
     shutil.rmtree(out)
