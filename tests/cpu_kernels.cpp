@@ -315,7 +315,7 @@ void run_elementwise(const Pair& pair, const CpuKernels& kernels, const Size& si
                                       end);
     kernels.column_scale.backward_rows({N, dy.data(), N, z.data(), N, scale.data(), dz.data()},
                                        begin, end, dscale.data(), dbias.data(), scratch.data());
-    kernels.dropout.rows(z.data(), N, N, dropout_of(true), begin, end, dropped.data());
+    kernels.dropout.rows(z.data(), N, N, dropout_of(true), 0, begin, end, dropped.data());
   });
   expect_finite("column_scale", pair.base, y);
   expect_finite("dz", pair.base, dz);

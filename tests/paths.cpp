@@ -11,15 +11,22 @@ struct ChosenPath {
   int kernels;
   const char* name;  // of a CUDA path
   const char* reason;
-  int64_t fwd_parts, bwd_parts;  // of a CPU path
+  int64_t fwd_parts, bwd_parts;  // of a CPU path, as the next
+  bool widens;
 };
 
 extern "C" ChosenPath cpu_path(int64_t M, int64_t N, int64_t K, int64_t r, bool dropout, bool bf16,
-                               bool bf16_dot, bool mixed, bool fast_blas, int64_t compute_bytes,
+                               bool bf16_dot, bool mixed, bool fast_blas, bool half,
+                               bool faster_bf16, bool grouped, int64_t compute_bytes,
                                int64_t threads) {
-  const CpuPath path = choose_cpu_path(
-      {M, N, K, r, dropout, bf16, bf16_dot, mixed, fast_blas, compute_bytes, threads});
-  return {static_cast<int>(path.kernels), nullptr, path.reason, path.fwd_parts, path.bwd_parts};
+  const CpuPath path = choose_cpu_path({M, N, K, r, dropout, bf16, bf16_dot, mixed, fast_blas, half,
+                                        faster_bf16, grouped, compute_bytes, threads});
+  return {static_cast<int>(path.kernels),
+          nullptr,
+          path.reason,
+          path.fwd_parts,
+          path.bwd_parts,
+          path.widens};
 }
 
 extern "C" bool together(int64_t ranks, int64_t adapter_elements) {
@@ -29,7 +36,7 @@ extern "C" bool together(int64_t ranks, int64_t adapter_elements) {
 extern "C" ChosenPath dropped_path(int64_t M, int64_t K, double dropout_p, bool bf16,
                                    bool fast_blas) {
   const DoraLinearPath path = choose_dora_linear_path(M, K, dropout_p, bf16, fast_blas);
-  return {path.skips, nullptr, path.reason, 0, 0};
+  return {path.skips, nullptr, path.reason, 0, 0, false};
 }
 
 extern "C" int64_t chunk_of_rows(int64_t M, int64_t K, int64_t parts, int64_t threads) {
@@ -64,7 +71,7 @@ extern "C" ChosenPath cuda_path(int64_t M, int64_t N, int64_t K, int64_t r, bool
   const CudaPath path =
       choose_cuda_path(cuda_problem(M, N, K, r, half, rows, compute_capability, built, sm90, wish,
                                     fastest, dropout, mixed, transposed));
-  return {static_cast<int>(path.kernels), cuda_path_name(path), path.reason, 0, 0};
+  return {static_cast<int>(path.kernels), cuda_path_name(path), path.reason, 0, 0, false};
 }
 
 extern "C" bool is_built_for(const char* targets, int compute_capability) {

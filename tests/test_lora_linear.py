@@ -31,6 +31,8 @@ SIZES = [
     ((97, 130, 257, 5), "lora_bias"),
     ((2, 2049, 1025, 40), "no bias"),
     ((16, 2100, 2060, 64), "bias"),  # few rows, large adapter: BLAS also under dropout
+    ((66, 130, 257, 129), "both biases"),  # large rank: BLAS, of 16 bits from 256 on
+    ((70, 65, 72, 1024), "bias"),
 ]
 DTYPES = [
     (torch.float64, torch.float64),
@@ -116,6 +118,21 @@ def test_values_and_gradients(
             device=device,
         )
     )
+
+
+@pytest.mark.parametrize("dtypes", DTYPES[1:4], ids=dtype_id)
+def test_large_ranks_in_blocks_of_rows(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """Copies of x, dy, y and dx are of 2^20 elements at most for each thread: the last block of
+    each is of less rows than the others. h is made again in backward, of dropout's blocks."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        problem = make_problem(
+            (1100,), 1000, 1010, 256, dtype=dtypes[0], adapter_dtype=dtypes[1], dropout_p=0.3
+        )
+        assert_as_exact(problem)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

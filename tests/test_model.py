@@ -202,6 +202,8 @@ PATHS = {
         FUSED,
         "one pass over x" if multiplies_fp16() else "BLAS is slow",
     ),
+    "large rank": (torch.float32, True, 0.1, 512, 32, 128, "cpu blas", "a large rank: low-rank"),
+    "large rank, mixed": (torch.bfloat16, True, 0.0, 512, 32, 256, "cpu blas", "are float32's"),
     "few rows": (torch.float32, True, 0.0, 16, 1024, 64, "cpu blas", "few rows and a large"),
     "few rows, dropout": (torch.float32, True, 0.1, 16, 2100, 64, "cpu blas", "few rows"),
     "few rows, small adapter": (torch.float32, True, 0.0, 16, 1024, 8, FUSED, "one pass"),

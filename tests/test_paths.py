@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from emulated import WISHES, compile_source
 
-CPU_FACTS = {
-    name: ctypes.c_bool if name in ("dropout", "bf16", "bf16_dot", "mixed", "fast_blas") else None
-    for name in "M N K r dropout bf16 bf16_dot mixed fast_blas compute_bytes threads".split()
-}
+CPU_FACTS = dict.fromkeys("MNKr")
+CPU_FACTS |= dict.fromkeys(
+    "dropout bf16 bf16_dot mixed fast_blas half faster_bf16 grouped".split(), ctypes.c_bool
+)
+CPU_FACTS |= dict.fromkeys(("compute_bytes", "threads"))
 CUDA_FACTS = {"M": None, "N": None, "K": None, "r": None, "half": ctypes.c_bool}
 CUDA_FACTS |= {"rows": ctypes.c_int, "compute_capability": ctypes.c_int, "built": ctypes.c_bool}
 CUDA_FACTS |= {"sm90": ctypes.c_bool, "wish": ctypes.c_int, "fastest": ctypes.c_int}
@@ -28,6 +29,7 @@ class ChosenPath(ctypes.Structure):
         ("reason", ctypes.c_char_p),
         ("fwd_parts", ctypes.c_int64),
         ("bwd_parts", ctypes.c_int64),
+        ("widens", ctypes.c_bool),
     )
 
 
@@ -53,17 +55,21 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 # fp32, many rows; what a case does not name is as here.
 CPU = dict(M=2048, N=1024, K=1024, r=16, dropout=False, bf16=False, bf16_dot=False)
-CPU |= dict(mixed=False, fast_blas=True, compute_bytes=4, threads=8)
-BF16, DOT = {"bf16": True}, {"bf16": True, "bf16_dot": True}
+CPU |= dict(mixed=False, fast_blas=True, half=False, faster_bf16=False, grouped=False)
+CPU |= dict(compute_bytes=4, threads=8)
+HALF = {"half": True}
+BF16, DOT = HALF | {"bf16": True}, HALF | {"bf16": True, "bf16_dot": True}
+MIXED, SLOW = HALF | {"mixed": True}, HALF | {"fast_blas": False}
 VECTOR, DROPOUT = "vector", {"dropout": True}
+WIDE, FLOATS = "blas of float32", "a large rank: low-rank products are float32's"
 FEW, ONE_PASS, IN_CACHE = "few rows and a large adapter", "one pass over x", "dropout is made in"
 
 # id: (facts, kernels, part of the reason). An adapter is large from (N + K) * r = 2^16 + 1 on,
 # with dropout or beside dot products from 2^18 + 1 on.
 CPU_CASES = {
-    "mixed": (BF16 | {"mixed": True}, VECTOR, "float32 adapters are read beside"),
-    "slow blas": ({"fast_blas": False}, VECTOR, "BLAS is slow in this dtype"),
-    "slow blas, few rows": ({"fast_blas": False, "M": 8, "r": 64}, VECTOR, "BLAS is slow"),
+    "mixed": (MIXED, VECTOR, "float32 adapters are read beside"),
+    "slow blas": (SLOW, VECTOR, "BLAS is slow in this dtype"),
+    "slow blas, few rows": (SLOW | {"M": 8, "r": 64}, VECTOR, "BLAS is slow"),
     "fp32": ({}, VECTOR, ONE_PASS),
     "fp32, few rows": ({"M": 64, "r": 33}, "blas", FEW),
     "fp32, more rows": ({"M": 65, "r": 33}, VECTOR, ONE_PASS),
@@ -84,6 +90,25 @@ CPU_CASES = {
     "bf16 dot, 15 rows, small": (DOT | {"M": 15, "r": 32}, "blas", "too few rows"),
     "bf16 dot, 15 rows, dropout": (DOT | DROPOUT | {"M": 15}, VECTOR, IN_CACHE),
     "dot products without bf16": ({"bf16_dot": True}, VECTOR, ONE_PASS),
+    "large rank": ({"r": 128}, "blas", "a large rank: low-rank products are BLAS's"),
+    "large rank, dropout": (DROPOUT | {"r": 128}, "blas", "a large rank"),
+    "rank 127": ({"r": 127}, VECTOR, ONE_PASS),
+    "large rank, 65 rows": ({"r": 128, "M": 65}, "blas", "a large rank"),
+    "large rank, few rows": ({"r": 128, "M": 64}, "blas", FEW),
+    "large rank, few rows, dropout": (DROPOUT | {"r": 128, "M": 64}, VECTOR, IN_CACHE),
+    "large rank of several": ({"r": 1024, "grouped": True}, VECTOR, ONE_PASS),
+    "rank 64 of bf16": (DOT | {"r": 64}, "bf16 dot", "bf16 is multiplied as it is"),
+    "large rank of bf16": (DOT | {"r": 65}, WIDE, FLOATS),
+    "large rank of bf16, fast": (DOT | {"r": 65, "faster_bf16": True}, "blas", "are BLAS's"),
+    "large rank of bf16, few rows": (DOT | {"r": 65, "M": 64}, "bf16 dot", "bf16 is multiplied"),
+    "large rank of bf16 of several": (DOT | {"r": 65, "grouped": True}, "bf16 dot", "bf16 is"),
+    "rank 255 of fp16": (HALF | {"r": 255}, VECTOR, ONE_PASS),
+    "large rank of fp16": (HALF | {"r": 256, "faster_bf16": True}, WIDE, FLOATS),
+    "rank 255, slow blas": (SLOW | {"r": 255}, VECTOR, "BLAS is slow in this dtype"),
+    "large rank, slow blas": (SLOW | {"r": 256}, WIDE, FLOATS),
+    "rank 255, mixed": (MIXED | {"r": 255}, VECTOR, "float32 adapters are read beside"),
+    "large rank, mixed": (MIXED | {"r": 256, "M": 16, "faster_bf16": True}, WIDE, FLOATS),
+    "large rank, mixed, few rows": (MIXED | {"r": 256, "M": 15}, VECTOR, "float32 adapters are"),
 }  # fmt: skip
 
 
@@ -92,7 +117,7 @@ CPU_CASES = {
 )  # fmt: skip
 def test_cpu_path(library: ctypes.CDLL, facts: dict[str, int], kernels: str, reason: str) -> None:
     path = library.cpu_path(*(CPU | facts).values())
-    assert CPU_KERNELS[path.kernels] == kernels
+    assert CPU_KERNELS[path.kernels] + path.widens * " of float32" == kernels
     assert reason in path.reason.decode()
 
 

@@ -9,6 +9,7 @@
 #include <mutex>
 
 #include "cpu/backend.h"
+#include "cpu/dropout.h"
 
 namespace lora_ext {
 namespace {
@@ -47,13 +48,24 @@ Tensor dropout_cpu(const Tensor& x, const Tensor& rng_state, double dropout_p) {
   const auto& kernels = cpu_kernels(x.scalar_type()).dropout;
   const DropoutArgs args = dropout_args(dropout_p, rng_state);
   at::parallel_for(0, rows.size(0), 16, [&](int64_t begin, int64_t end) {
-    kernels.rows(rows.const_data_ptr(), rows.stride(0), rows.size(1), args, begin, end,
-                 out.data_ptr());
+    kernels.rows(rows.const_data_ptr(), rows.stride(0), rows.size(1), args, /*first_row=*/0, begin,
+                 end, out.data_ptr());
   });
   return out;
 }
 
 }  // namespace
+
+void keep_rows_cpu(const Tensor& out, const Tensor& x, const Tensor& rng_state, double dropout_p,
+                   int64_t first_row) {
+  const auto& kernels = cpu_kernels(x.scalar_type()).dropout;
+  DropoutArgs args = dropout_args(dropout_p, rng_state);
+  args.survivor = 1.0;
+  at::parallel_for(0, x.size(0), 16, [&](int64_t begin, int64_t end) {
+    kernels.rows(x.const_data_ptr(), x.stride(0), x.size(1), args, first_row, begin, end,
+                 out.data_ptr());
+  });
+}
 
 TORCH_LIBRARY_IMPL(lora_ext, CPU, m) {
   m.impl("draw_rng_state", &draw_rng_state_cpu);

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "cpu/backend.h"
+#include "cpu/dropout.h"
 #include "cpu/lora_linear.h"
 #include "ops/base_product.h"
 #include "ops/lora_linear_blas.h"
@@ -57,6 +58,15 @@ std::tuple<Tensor, Tensor> lora_linear_fwd_cpu(const LoraLinearCall& call, bool 
 Gradients lora_linear_bwd_cpu(const LoraLinearBackwardCall& call, GradientMask mask) {
   check_lora_linear_bwd(call, mask);
   return lora_linear_bwd_checked(call, mask);
+}
+
+// Copies are little more than the caches have of a block, which all threads share.
+LowRankProducts products_of(const CpuPath& path, at::ScalarType base) {
+  LowRankProducts products;
+  if (path.widens) products.dtype = at::toOpMathType(base);
+  products.block_elements = at::get_num_threads() * (int64_t{1} << 20);
+  products.keep_rows = &keep_rows_cpu;
+  return products;
 }
 
 }  // namespace
@@ -122,12 +132,14 @@ Gradients lora_linear_bwd_into(const LoraLinearBackwardCall& call, const Gradien
   return lora_linear_bwd_prepared(prepared, &base);
 }
 
-CpuPath path_for(int64_t M, int64_t N, const Tensor& lora_A, at::ScalarType base, bool dropout) {
-  return path_for(M, N, lora_A.size(1), lora_A.size(0), lora_A.scalar_type(), base, dropout);
+CpuPath path_for(int64_t M, int64_t N, const Tensor& lora_A, at::ScalarType base, bool dropout,
+                 bool grouped) {
+  return path_for(M, N, lora_A.size(1), lora_A.size(0), lora_A.scalar_type(), base, dropout,
+                  grouped);
 }
 
 CpuPath path_for(int64_t M, int64_t N, int64_t K, int64_t r, at::ScalarType adapter,
-                 at::ScalarType base, bool dropout) {
+                 at::ScalarType base, bool dropout, bool grouped) {
   CpuProblem problem{};
   problem.M = M, problem.N = N, problem.K = K, problem.r = r;
   problem.dropout = dropout;
@@ -135,6 +147,9 @@ CpuPath path_for(int64_t M, int64_t N, int64_t K, int64_t r, at::ScalarType adap
   problem.bf16 = base == at::kBFloat16 && !problem.mixed;
   problem.bf16_dot = bf16_dot_kernels() != nullptr;
   problem.fast_blas = has_fast_blas(base, M);
+  problem.half = at::isReducedFloatingType(base);
+  problem.faster_bf16 = cpu_multiplies_faster(at::kBFloat16);
+  problem.grouped = grouped;
   problem.compute_bytes = c10::elementSize(at::toOpMathType(base));
   problem.threads = at::get_num_threads();
   return choose_cpu_path(problem);
@@ -144,7 +159,7 @@ void low_rank_forward(const LowRankForward& problem) {
   const CpuPath path = path_for(problem.y.size(0), problem.y.size(1), problem.lora_A,
                                 problem.x.scalar_type(), problem.dropout.enabled());
   if (path.kernels == CpuPath::Kernels::Blas) {
-    low_rank_forward_blas(problem);
+    low_rank_forward_blas(problem, products_of(path, problem.x.scalar_type()));
   } else {
     low_rank_forward_fused(problem, path);
   }
@@ -154,7 +169,7 @@ void low_rank_backward(const LowRankBackward& problem) {
   const CpuPath path = path_for(problem.dy.size(0), problem.dy.size(1), problem.lora_A,
                                 problem.dy.scalar_type(), problem.dropout.enabled());
   if (path.kernels == CpuPath::Kernels::Blas) {
-    low_rank_backward_blas(problem);
+    low_rank_backward_blas(problem, products_of(path, problem.dy.scalar_type()));
   } else {
     low_rank_backward_fused(problem, path);
   }

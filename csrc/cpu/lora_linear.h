@@ -17,10 +17,12 @@ namespace lora_ext {
 void low_rank_forward_fused(const LowRankForward& problem, const CpuPath& path);
 void low_rank_backward_fused(const LowRankBackward& problem, const CpuPath& path);
 
-// The way of a call with so many rows, and the vector kernels of one that has them.
-CpuPath path_for(int64_t M, int64_t N, const Tensor& lora_A, at::ScalarType base, bool dropout);
+// The way of a call with so many rows, and the vector kernels of one that has them; grouped: of one
+// adapter of several.
+CpuPath path_for(int64_t M, int64_t N, const Tensor& lora_A, at::ScalarType base, bool dropout,
+                 bool grouped = false);
 CpuPath path_for(int64_t M, int64_t N, int64_t K, int64_t r, at::ScalarType adapter,
-                 at::ScalarType base, bool dropout);
+                 at::ScalarType base, bool dropout, bool grouped = false);
 const LoraLinearKernels& kernels_of(const CpuPath& path, const Tensor& base, const Tensor& adapter);
 
 // On the way that lora_linear_path.h chooses.

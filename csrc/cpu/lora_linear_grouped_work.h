@@ -139,7 +139,7 @@ struct GroupedWork {
       slot.path = before->path, slot.kernels = before->kernels;
       return;
     }
-    CpuPath path = path_for(M, N, slot.lora_A, base, slot.dropout.enabled());
+    CpuPath path = path_for(M, N, slot.lora_A, base, slot.dropout.enabled(), /*grouped=*/true);
     if (slot.rows <= kUnpackedRows && path.kernels == CpuPath::Kernels::Blas) {
       path.kernels = CpuPath::Kernels::Vector;  // calls of BLAS cost more than such rows
     }

@@ -16,6 +16,9 @@ struct CpuProblem {
   bool bf16_dot;          // this CPU has kernels on bf16 dot products
   bool mixed;             // fp32 adapters on a 16-bit base
   bool fast_blas;         // ATen's BLAS multiplies such rows of the base's dtype at full speed
+  bool half;              // the base has 16 bits
+  bool faster_bf16;       // BLAS makes more products of bf16 than of float32 in the same time
+  bool grouped;           // rows of one adapter of several: BLAS needs copies of them
   int64_t compute_bytes;  // size of the type that sums are kept in
   int64_t threads;
 };
@@ -24,10 +27,20 @@ struct CpuPath {
   // BLAS calls for the low-rank products, vector kernels, or those on bf16 dot products.
   enum class Kernels { Blas, Vector, Bf16Dot };
   Kernels kernels;
+  bool widens;         // BLAS multiplies in the compute type, x, dy and the adapter are widened
   const char* reason;  // for the choice of `kernels`
   int64_t fwd_parts;   // ranges of rows, one thread each
   int64_t bwd_parts;
 };
+
+// From which rank on BLAS takes no longer than the vector kernels, which read lora_A and lora_B
+// again for every panel of rows: measured in sizes from 256 to 4096, of 72 rows or more. In 16 bits
+// it has x, dy and the adapter widened before. Up to 64 a batch of many adapters, which keeps the
+// kernels, has the bits of a call for each.
+inline int64_t large_rank(const CpuProblem& problem) {
+  if (problem.bf16 && problem.bf16_dot) return 65;
+  return problem.half ? 256 : 128;
+}
 
 inline CpuPath choose_cpu_path(const CpuProblem& problem) {
   // Dot products need lora_A and lora_B in pairs, which fewer rows do not pay for.
@@ -48,8 +61,17 @@ inline CpuPath choose_cpu_path(const CpuProblem& problem) {
   const bool blas_pays = problem.M <= kFewRows && !(dot && problem.dropout) &&
                          (problem.N + problem.K) * problem.r > large_adapter;
 
+  // Beside a 16-bit base float32 adapters need no widening, which fewer rows do not pay for.
+  const int64_t many_rows = problem.mixed ? 16 : kFewRows + 1;
+  const bool large = !problem.grouped && problem.M >= many_rows && problem.r >= large_rank(problem);
+
   CpuPath path{};
-  if (problem.mixed) {
+  if (large) {
+    path.kernels = CpuPath::Kernels::Blas;
+    path.widens = problem.half && !(problem.bf16 && problem.faster_bf16);
+    path.reason = path.widens ? "a large rank: low-rank products are float32's, by BLAS"
+                              : "a large rank: low-rank products are BLAS's";
+  } else if (problem.mixed) {
     path.kernels = CpuPath::Kernels::Vector;
     path.reason = "float32 adapters are read beside a 16-bit base without a copy of x";
   } else if (!problem.fast_blas) {

@@ -5,10 +5,10 @@
 
 namespace lora_ext::LORA_EXT_ISA {
 
-// Rows [begin, end) of out [M, K] = dropout(x)
+// Rows [begin, end) of out [M, K] = dropout(x), by the mask's rows from first_row on
 template <class T>
-void dropout_rows(const void* x, int64_t ldx, int64_t K, const DropoutArgs& dropout, int64_t begin,
-                  int64_t end, void* out) {
+void dropout_rows(const void* x, int64_t ldx, int64_t K, const DropoutArgs& dropout,
+                  int64_t first_row, int64_t begin, int64_t end, void* out) {
   using S = compute_t<T>;
   using V = Vec<S>;
   const auto survivor = V::set1(static_cast<S>(dropout.survivor));
@@ -17,7 +17,7 @@ void dropout_rows(const void* x, int64_t ldx, int64_t K, const DropoutArgs& drop
     T* row = static_cast<T*>(out) + m * K;
     for (int64_t block = 0; block < K; block += kDropoutBlock) {
       uint16_t words[kDropoutSlots];
-      fill_keep_block(dropout.rng, m, block / kDropoutBlock, dropout.threshold, words);
+      fill_keep_block(dropout.rng, first_row + m, block / kDropoutBlock, dropout.threshold, words);
       const int64_t end_column = block + at_most(K - block, kDropoutBlock);
       for (int64_t j = block; j < end_column; j += V::kWidth) {
         const int lanes = static_cast<int>(at_most(end_column - j, V::kWidth));
