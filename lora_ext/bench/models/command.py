@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -56,11 +58,12 @@ def run_models(options: argparse.Namespace, arguments: Sequence[str], console: C
 
     environment = describe(device, arguments)
     environment["versions"]["transformers"] = version("transformers")
+    environment["malloc"] = {n: v for n, v in os.environ.items() if n.startswith("MALLOC_")}
     report = ModelReport(environment, [])
     others, deadline = OtherLoad(), time.monotonic() + (options.deadline or float("inf"))
     progress = Console(stderr=True)
     with progress.status("") as status:
-        tell = status.update if progress.is_terminal else progress.print
+        tell = status.update if progress.is_terminal else partial(progress.print, soft_wrap=True)
         for case in _cases(options):
             if time.monotonic() > deadline:
                 environment.setdefault("left_out", []).append(str(case))

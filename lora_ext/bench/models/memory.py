@@ -40,7 +40,8 @@ def _last_line(text: str) -> str:
     return (text.strip().splitlines() or ["nothing"])[-1]
 
 
-def _peak(call: Callable[[], object], device: torch.device) -> int | None:
+def peak_of(call: Callable[[], object], device: torch.device) -> int | None:
+    """What a call has at its peak over what was there before; None where nothing tells."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats(device)
@@ -81,7 +82,7 @@ def _main(asked: dict[str, Any]) -> int | None:
     trained = WAYS[asked["way"]].build(base)
     first, second, *_ = base.inputs()
     trained.step(first)  # what a first step makes for all that follow stays out
-    return _peak(lambda: trained.step(second), device)
+    return peak_of(lambda: trained.step(second), device)
 
 
 if __name__ == "__main__":

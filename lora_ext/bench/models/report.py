@@ -44,7 +44,7 @@ def print_models(report: ModelReport, console: Console) -> None:
         table.add_section()
     console.print(table)
     for line in comparisons(report):
-        console.print(line, markup=False)
+        console.print(line, markup=False, soft_wrap=True)
     if warning := busy_warning(report.environment):
         console.print(warning, style="yellow", markup=False)
     if left_out := report.environment.get("left_out"):

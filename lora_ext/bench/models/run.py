@@ -18,10 +18,10 @@ from lora_ext.bench.models.cases import ModelCase
 from lora_ext.bench.models.check import ModelChecker
 from lora_ext.bench.models.memory import peak_of_step
 from lora_ext.bench.models.ways import WAYS, Trained, Way
-from lora_ext.bench.results import FAILED, OK, SKIPPED, WRONG, Timing
+from lora_ext.bench.results import FAILED, OK, SKIPPED, WRONG, Timing, as_
 from lora_ext.bench.rivals import FROZEN, Unavailable
 
-SCHEMA = 1
+_KIND, SCHEMA = "models", 1
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,20 @@ class ModelReport:
     rows: list[ModelRow]
 
     def save(self, path: Path) -> None:
-        data = {"schema": SCHEMA, "kind": "models", "environment": self.environment}
+        data = {"schema": SCHEMA, "kind": _KIND, "environment": self.environment}
         data["rows"] = [asdict(row) for row in self.rows]
         path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> ModelReport:
+        """Raise OSError or ValueError, naming the file, where it is not such a report."""
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if (data["kind"], data["schema"]) != (_KIND, SCHEMA):
+                raise ValueError(f"schema {data['schema']} of {data['kind']}, expected {SCHEMA}")
+            return cls(data["environment"], as_(list[ModelRow], data["rows"], "rows"))
+        except (KeyError, RecursionError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a report of whole models: {error}") from error
 
     def cases(self) -> list[tuple[ModelCase, dict[str, ModelRow]]]:
         """The rows of each case, by contender."""
