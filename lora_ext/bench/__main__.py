@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-OPTIONAL = ("rich", "matplotlib")
+OPTIONAL = ("rich", "matplotlib", "transformers")
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,115 +18,19 @@ from lora_ext.bench.compare import check_kinds, match, print_changes
 from lora_ext.bench.environment import describe, gpu_state
 from lora_ext.bench.load import OtherLoad, is_busy
 from lora_ext.bench.measure import Budget
-from lora_ext.bench.quantized import QUANT_TYPES, QUANTIZED_RIVALS
+from lora_ext.bench.options import check_meaning, make_parser
+from lora_ext.bench.quantized import QUANTIZED_RIVALS
 from lora_ext.bench.report import MarkdownFile, print_report
 from lora_ext.bench.results import BAD, Report, Row
 from lora_ext.bench.rivals import RIVALS
 from lora_ext.bench.runner import run_case
 
-_DESCRIPTION = "Measure LoRA linear layers against the frozen nn.Linear under them."
-_EPILOG = (
-    "Exit status: 0 all is well; 1 a contender is wrong or fails, or lora_ext became slower than "
-    "in OLD; 2 the command line or a file cannot be used."
-)
 _BUDGET = Budget(seconds=2.0)
 _ADAPTERS_SHAPES = ((768, 768), (2048, 2048), (1024, 4096))
 _QUICK_BUDGET = Budget(seconds=0.1, min_rounds=3, max_rounds=20)
 _LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
 # torch.compile takes longer than all of a quick run.
 _QUICK_RIVALS = tuple(name for name in RIVALS if name != "compile")
-
-
-def _comma_separated(convert: Callable[[str], Any], form: str) -> Callable[[str], tuple[Any, ...]]:
-    """Makes an argparse type for a list; form says what a valid item is."""
-
-    def parse(text: str) -> tuple[Any, ...]:
-        try:
-            return tuple(convert(item) for item in text.split(","))
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r}: each must be {form}") from None
-
-    return parse
-
-
-def _one_of(*values: str) -> Callable[[str], tuple[Any, ...]]:
-    return _comma_separated(lambda item: values[values.index(item)], f"one of {', '.join(values)}")
-
-
-def _size(item: str) -> int:
-    size = int(item)
-    if not 1 <= size < 2**31:
-        raise ValueError
-    return size
-
-
-def _shape(item: str) -> tuple[int, int]:
-    in_features, out_features = item.split("x")
-    return _size(in_features), _size(out_features)
-
-
-def _probability(item: str) -> float:
-    p = float(item)
-    if not 0 <= p < 1:
-        raise ValueError
-    return p
-
-
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 < seconds < float("inf"):
-        raise ValueError
-    return seconds
-
-
-# What argparse calls them.
-_size.__name__, _seconds.__name__ = "positive integer", "positive number of seconds"
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m lora_ext.bench", None, _DESCRIPTION, _EPILOG)
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="a few tiny cases, in seconds")
-    size.add_argument("--full", action="store_true", help="every size and rank; takes long")
-
-    sizes = _comma_separated(_size, "a positive integer")
-    shapes = _comma_separated(_shape, "KxN, like 1024x4096")
-    dropouts = _comma_separated(_probability, "at least 0 and less than 1")
-    axes = parser.add_argument_group("what to measure (comma-separated lists)")
-    axes.add_argument("--shapes", type=shapes, metavar="KxN", help="in_features x out_features")
-    axes.add_argument("--tokens", type=sizes, metavar="M")
-    axes.add_argument("--ranks", type=sizes, metavar="R")
-    axes.add_argument("--dtypes", type=_one_of(*grid.DTYPES), help=", ".join(grid.DTYPES))
-    axes.add_argument("--dropouts", type=dropouts, metavar="P")
-    axes.add_argument("--modes", type=_one_of(*grid.MODES), help=", ".join(grid.MODES))
-    axes.add_argument("--rivals", type=_one_of(*RIVALS), help=", ".join(RIVALS))
-    axes.add_argument(
-        "--adapters", type=sizes, metavar="N", help="instead: so many adapters in one batch"
-    )
-    axes.add_argument("--quantized", choices=QUANT_TYPES, help="instead: over a quantized base")
-
-    how = parser.add_argument_group("how to measure")
-    how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    how.add_argument("--threads", type=_size, help="CPU threads; default: torch's choice")
-    how.add_argument("--budget", type=_seconds, metavar="SECONDS", help="per row; default: 2")
-    how.add_argument(
-        "--deadline", type=_seconds, metavar="SECONDS", help="begin no case after this time"
-    )
-
-    output = parser.add_argument_group("output")
-    output.add_argument("--json", type=Path, metavar="FILE", help="write all results")
-    output.add_argument("--plots", type=Path, metavar="DIR", help="write PNG plots")
-    output.add_argument(
-        "--markdown", type=Path, metavar="FILE", help="write a table between markers in the file"
-    )
-    output.add_argument(
-        "--compare",
-        type=Path,
-        nargs="+",
-        metavar=("OLD", "NEW"),
-        help="compare this run with OLD; with NEW, nothing is run and NEW's results are used",
-    )
-    return parser
 
 
 def _grid(options: argparse.Namespace, device: torch.device) -> grid.Grid:
@@ -220,19 +123,12 @@ def _writers(options: argparse.Namespace) -> list[Callable[[Report], object]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark and returns the exit status."""
     arguments = sys.argv[1:] if argv is None else argv
-    parser = _parser()
+    parser = make_parser()
     options = parser.parse_args(arguments)
     files: list[Path] = options.compare or []
     if len(files) > 2:
         parser.error("--compare takes one or two files")
-    without = {
-        "adapters": ("full", "ranks", "dropouts", "rivals", "compare", "plots", "markdown"),
-        "quantized": ("adapters", "rivals", "plots", "markdown"),
-    }
-    for mode, axes in without.items():
-        for axis in axes if getattr(options, mode) else ():
-            if getattr(options, axis):
-                parser.error(f"--{axis} has no meaning with --{mode}: see --help")
+    check_meaning(parser, options)
     needs_cuda = options.device == "cuda" and len(files) < 2
     if needs_cuda and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch {torch.__version__} finds no CUDA device here; use cpu")
@@ -246,6 +142,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
 
     console = Console()
+    if options.model:
+        try:
+            from lora_ext.bench.models.command import run_models
+
+            return 0 if run_models(options, arguments, console) else 1
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
     if options.adapters:
         try:
             _run_adapters(options, console)

@@ -52,7 +52,7 @@ def describe(
         "load_average": round(os.getloadavg()[0], 2),
         "versions": {
             "python": platform.python_version(),
-            **{package: _version(package) for package in _PACKAGES},
+            **{package: version(package) for package in _PACKAGES},
             "torch": torch.__version__,  # with what it was built for
         },
         "lora_ext_build": {name: str(value) for name, value in lora_ext.build_info().items()},
@@ -112,7 +112,7 @@ def _device_name(device: torch.device) -> str:
     return next(models, platform.processor() or platform.machine())
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

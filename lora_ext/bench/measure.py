@@ -8,10 +8,10 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,16 @@ from lora_ext.bench.problem import Batch
 from lora_ext.bench.results import Quartiles, Timing
 from lora_ext.bench.rivals import FROZEN, Contender
 
-Call = Callable[[Batch], object]
+
+class Inputs(Protocol):
+    """What calls are given in turn."""
+
+    @property
+    def x(self) -> Tensor: ...
+
+
+B = TypeVar("B", bound=Inputs)
+Call = Callable[[B], object]
 
 _WARM_UP_CALLS = 3
 _LONG_CALL_S = 0.2
@@ -39,14 +48,14 @@ class Budget:
     max_rounds: int = 100
 
 
-def _cpu_seconds(call: Call, batches: Sequence[Batch]) -> float:
+def _cpu_seconds(call: Call[B], batches: Sequence[B]) -> float:
     start = time.perf_counter_ns()
     for batch in batches:
         call(batch)
     return (time.perf_counter_ns() - start) * 1e-9
 
 
-def _cuda_seconds(call: Call, batches: Sequence[Batch]) -> float:
+def _cuda_seconds(call: Call[B], batches: Sequence[B]) -> float:
     new_event: Callable[..., Any] = torch.cuda.Event
     start, end = (new_event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
@@ -69,7 +78,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def time_row(
-    calls: Mapping[str, Call], batches: Sequence[Batch], budget: Budget
+    calls: Mapping[str, Call[B]], batches: Sequence[B], budget: Budget
 ) -> dict[str, Timing]:
     """Times the contenders in rounds of one sample each, so that drift hits all of them alike.
 
@@ -95,7 +104,7 @@ def time_row(
     return {name: _timing(taken, samples[FROZEN], count) for name, taken in samples.items()}
 
 
-def _warm_up(call: Call, batches: Sequence[Batch], seconds: Callable[..., float]) -> float:
+def _warm_up(call: Call[B], batches: Sequence[B], seconds: Callable[..., float]) -> float:
     """Returns the usual time of a few calls, or of one long call: checks have warmed up too."""
     taken: list[float] = []
     while len(taken) < _WARM_UP_CALLS and sum(taken) < _LONG_CALL_S:
@@ -114,7 +123,12 @@ def saved_bytes(contender: Contender, batch: Batch) -> int:
 
     x counts where it is kept, although whoever produced it may share it.
     """
-    parameters = set(map(_storage, contender.layer.parameters()))
+    return kept_bytes(lambda: contender.layer(batch.x), contender.layer.parameters())
+
+
+def kept_bytes(forward: Callable[[], object], parameters: Iterable[Tensor]) -> int:
+    """The same of any forward."""
+    own = set(map(_storage, parameters))
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -122,16 +136,16 @@ def saved_bytes(contender: Contender, batch: Batch) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = contender.layer(batch.x)  # held, so that no storage is freed and its address reused
+        y = forward()  # held, so that no storage is freed and its address reused
     del y
-    return sum(size for storage, size in kept.items() if storage not in parameters)
+    return sum(size for storage, size in kept.items() if storage not in own)
 
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def peak_bytes(call: Call, batch: Batch) -> int | None:
+def peak_bytes(call: Call[B], batch: B) -> int | None:
     """Measures what a call allocates at its peak, over what was there before; CUDA only."""
     device = batch.x.device
     if device.type != "cuda":

@@ -98,30 +98,30 @@ class Report:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data["schema"] != SCHEMA:
                 raise ValueError(f"schema {data['schema']}, expected {SCHEMA}")
-            environment = _as(dict[str, Any], data["environment"], "environment")
+            environment = as_(dict[str, Any], data["environment"], "environment")
             missing = [name for name in REQUIRED if name not in environment]
             if missing:
                 raise ValueError(f"its environment has no {missing[0]}")
             for name, kind in (REQUIRED | OPTIONAL).items():
-                _as(kind, environment.get(name), f"environment.{name}")
-            return cls(environment, _as(list[Row], data["rows"], "rows"))
+                as_(kind, environment.get(name), f"environment.{name}")
+            return cls(environment, as_(list[Row], data["rows"], "rows"))
         except (KeyError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a benchmark report: {error}") from error
 
 
-def _as(kind: Any, value: Any, where: str) -> Any:
+def as_(kind: Any, value: Any, where: str) -> Any:
     """What JSON holds as what an annotation says; TypeError or ValueError where it is not that."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin is UnionType:  # ... | None
-        return None if value is None else _as(parts[0], value, where)
+        return None if value is None else as_(parts[0], value, where)
     if is_dataclass(kind) and isinstance(value, dict):
         kinds = get_type_hints(kind)
-        values = {k: _as(kinds.get(k, Any), v, f"{where}.{k}") for k, v in value.items()}
+        values = {k: as_(kinds.get(k, Any), v, f"{where}.{k}") for k, v in value.items()}
         return cast(Any, kind)(**values)
     if origin is list and isinstance(value, list):
-        return [_as(parts[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return [as_(parts[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):
-        return {k: _as(parts[1], item, f"{where}.{k}") for k, item in value.items()}
+        return {k: as_(parts[1], item, f"{where}.{k}") for k, item in value.items()}
     if kind is Any or type(value) is kind or (kind is float and type(value) is int):
         return value
     raise TypeError(f"{where}: got {value!r:.40}, expected {getattr(kind, '__name__', kind)}")
