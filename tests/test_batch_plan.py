@@ -470,23 +470,23 @@ def test_plans_are_left_in_the_reverse_order() -> None:
 
 
 def test_a_plan_that_is_used_again_sees_what_changed_in_its_layers() -> None:
-    layer, x, half = linear(lora_dropout=0.1).eval(), torch.randn(5, 16), {"lora_dropout": 0.5}
+    layer, x = linear(lora_dropout=0.1).eval(), torch.randn(5, 16)
+    dropping = replace(layer.adapters["a"], lora_dropout=0.5)
+
+    def again(**settings: Any) -> None:
+        layer.delete_adapter("a")
+        layer.add_adapter("a", **settings, init_lora_weights=False)
+
     changes: dict[str, Callable[[], Any]] = {
         "nothing": lambda: None,
         "dropout": lambda: layer.train(),
-        "another dropout": lambda: layer.adapters.update(a=replace(layer.adapters["a"], **half)),
+        "another dropout": lambda: layer.adapters.update(a=dropping),
         "a scale": lambda: layer.set_scale("a", 3.0),
         "a parameter's values": lambda: layer.lora_A_a.data.mul_(2),
         "another parameter": lambda: setattr(layer, "lora_B_b", nn.Parameter(torch.randn(12, 8))),
         "an adapter without rows": lambda: layer.add_adapter("c", r=2),
-        "another adapter of a name": lambda: (
-            layer.delete_adapter("a"),
-            layer.add_adapter("a", r=3, use_dora=True, init_lora_weights=False),
-        ),
-        "and another": lambda: (
-            layer.delete_adapter("a"),
-            layer.add_adapter("a", r=2, init_lora_weights=False),
-        ),
+        "another adapter of a name": lambda: again(r=3, use_dora=True),
+        "and another": lambda: again(r=2),
         "no adapter of a name": lambda: layer.delete_adapter("b"),
     }
     kept = lora_ext.batch(NAMES)
