@@ -82,7 +82,7 @@ def test_merging_without_an_active_adapter_says_so() -> None:
 def test_a_file_given_for_its_folder_is_told(tmp_path: Path) -> None:
     adapted().save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
-    with pytest.raises(AdapterFileError, match=r"is not a folder; give the local folder"):
+    with pytest.raises(AdapterFileError, match=r"is a file, expected the folder of an adapter"):
         LoraModel.from_pretrained(two_layers(), file)
 
 

@@ -279,8 +279,9 @@ def lora_linear_multi_bwd_samples() -> Iterator[Sample]:
 
 
 def mlp_operands() -> Iterator[tuple[Any, ...]]:
-    for i, dtype in enumerate((torch.float32, torch.bfloat16)):
-        problem = trained(dtype, 0.3 * i, (6, 4, 5, 3))
+    for number in range(12):
+        i, dtype = number % 2, (torch.float32, torch.bfloat16, torch.float64)[number % 3]
+        problem = trained(dtype, 0.3 * i, (number % 4 * 3, 4, 5, 3))
         none = torch.empty(0, dtype=dtype)
         lists = [[getattr(one, name) for one in problem.layers] for name in PARTS]
         lists = [[none if one is None else one for one in entries] for entries in lists]
@@ -290,7 +291,7 @@ def mlp_operands() -> Iterator[tuple[Any, ...]]:
 
 def lora_mlp_samples() -> Iterator[Sample]:
     for i, operands in enumerate(mlp_operands()):
-        yield (*operands, bool(i)), {}
+        yield (*operands, i % 4 > 1), {}
     yield (*detached_all(operands), False), {}
 
 
@@ -303,9 +304,9 @@ def lora_mlp_bwd_samples() -> Iterator[Sample]:
     for i, operands in enumerate(mlp_operands()):
         x, *others = detached_all(operands)
         _, made, h = torch.ops.lora_ext.lora_mlp_fwd(x, *others, [1, 1, 1])
-        dy = torch.randn(6, 3).to(x.dtype)
-        wanted = [24, 16, 30]
-        yield (dy, x, [] if i else made, [] if i else h, *others, True, wanted), {}
+        dy = torch.randn(*x.shape[:-1], 3).to(x.dtype)
+        made, h = ([], []) if i % 4 > 1 else (made, h)
+        yield (dy, x, made, h, *others, i % 3 > 0, [[24, 16, 30], [0, 0, 24]][i % 2]), {}
 
 
 def quantized_problems() -> Iterator[tuple[Any, Any]]:

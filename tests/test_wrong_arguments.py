@@ -363,7 +363,7 @@ def test_star_import_leaves_torchs_nn() -> None:
     ("name", "meant"), [("rank", "r"), ("alpha", "lora_alpha"), ("dora", "use_dora")]
 )
 def test_settings_by_another_name(name: str, meant: str) -> None:
-    with pytest.raises(TypeError, match=rf"^Linear: {name}: unknown, did you mean {meant}\? expec"):
+    with pytest.raises(TypeError, match=rf"^Linear: {name}: unknown, did you mean {meant}\?$"):
         lora_ext.nn.Linear.from_linear(nn.Linear(4, 4), **{name: 2})
 
 

@@ -88,6 +88,19 @@ void append(MultiGradients& all, const MultiGradients& own) {
   add(std::get<kGradLoraBias>(all), std::get<kGradLoraBias>(own));
 }
 
+// Of layers of which nothing is wanted, as lora_linear_multi_bwd returns them.
+MultiGradients empty_gradients(const LoraMlpBackwardCall& call, size_t layers) {
+  MultiGradients all = no_gradients(layers);
+  std::get<kGradX>(all) = gradient_or_empty(false, call.dy);
+  for (size_t i = 0; i < layers; ++i) {
+    const Tensor base = gradient_or_empty(false, call.dy),
+                 adapter = gradient_or_empty(false, call.lora_A[i]);
+    put_gradients(all, i,
+                  {Tensor(), base, base.clone(), adapter, adapter.clone(), adapter.clone()});
+  }
+  return all;
+}
+
 bool any(at::IntArrayRef wanted) {
   return std::any_of(wanted.begin(), wanted.end(), [](int64_t mask) { return mask != 0; });
 }
@@ -150,7 +163,7 @@ MultiGradients lora_mlp_bwd_meta(const LoraMlpBackwardCall& call, bool wants_x,
   for (size_t i = 0; i < entries; ++i) {
     d_made.push_back(call.dy.new_empty_symint(with_width(call.dy, call.weight[i].sym_size(0))));
   }
-  MultiGradients all = no_gradients(entries);
+  MultiGradients all = empty_gradients(call, entries);
   if (wants_below) {
     all = lora_linear_multi_bwd(part(call, d_made, call.x, 0, entries), wants_x,
                                 wanted.slice(0, entries));
@@ -194,7 +207,7 @@ MultiGradients lora_mlp_bwd_by(const LoraMlpBackwardCall& call, bool wants_x,
     made = std::get<0>(lora_linear_multi_fwd(entries_of(forward_of(call, *call.x)), no_h));
   }
   const bool wants_below = wants_x || any(wanted.slice(0, entries));
-  MultiGradients all = no_gradients(entries), down;
+  MultiGradients all = empty_gradients(call, entries), down;
   TensorVector d_made;
   {
     const Tensor a = gated(made, f, ops);
