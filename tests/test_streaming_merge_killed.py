@@ -136,11 +136,12 @@ def test_50_kills_at_random_moments(tmp_path: Path) -> None:
     shutil.rmtree(out)
     kills = complete = went_on = 0
     finished: dict[Path, int] = {}
-    while kills < 50 or (went_on < 3 and kills < 500):  # on a busy machine some come too early
+    while kills < 50 or (went_on < 3 and kills < 500):
         child = begin()
         time.sleep(seed.uniform(0, whole))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
+        whole *= 0.9 if out.exists() else 1.1  # other processes come and go
         if out.exists():  # all of it
             assert_same_bits(contents(out), expected)
             assert len(list(out.iterdir())) == SHARDS
