@@ -28,9 +28,11 @@ $(VENV)/.installed: pyproject.toml
 		$(BIN)/pip install $(TORCH) setuptools cmake ninja pybind11
 	@touch $@
 
+# The kept build folder makes the second build incremental; it needs the same ninja, so no isolation.
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
-	@$(STEP) "3/3 compiling the C++ extension, and packages for tests: two to ten minutes the first time" \
-		build/setup.log env PATH="$(BIN):$$PATH" BIN="$(BIN)" LORA_EXT_BUILD_DIR="$(CURDIR)/build/cmake" tools/setup.sh
+	@$(STEP) "3/3 compiling the C++ extension, and packages for tests: three to ten minutes the first time" \
+		build/setup.log env PATH="$(BIN):$$PATH" LORA_EXT_BUILD_DIR="$(CURDIR)/build/cmake" \
+		$(BIN)/pip install -v --no-build-isolation --editable '.[test,lint]'
 	@touch $@
 
 # The libraries of the extra "quantized", for tests alone, without what they need: the extra "test" brings that.

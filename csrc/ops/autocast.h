@@ -32,6 +32,16 @@ struct AutocastScope {
   OptionalTensor adapter(const OptionalTensor& tensor) const {
     return tensor.has_value() ? OptionalTensor(adapter(*tensor)) : tensor;
   }
+  TensorVector bases(at::TensorList list) const {
+    TensorVector result;
+    for (const Tensor& one : list) result.push_back(base(one));
+    return result;
+  }
+  TensorVector adapters(at::TensorList list) const {
+    TensorVector result;
+    for (const Tensor& one : list) result.push_back(adapter(one));
+    return result;
+  }
 };
 
 }  // namespace lora_ext

@@ -182,16 +182,9 @@ Tensor lora_mlp_autocast(const LoraMlpCall& call, bool recompute) {
     return lora_mlp_decomposed(call);
   }
   const AutocastScope<kDevice> cast;
-  const auto each = [](at::TensorList list, const auto& f) {
-    TensorVector result;
-    for (const Tensor& one : list) result.push_back(f(one));
-    return result;
-  };
-  const auto base = [&](const Tensor& one) { return cast.base(one); };
-  const auto adapter = [&](const Tensor& one) { return cast.adapter(one); };
-  const TensorVector weight = each(call.weight, base), bias = each(call.bias, base),
-                     lora_A = each(call.lora_A, adapter), lora_B = each(call.lora_B, adapter),
-                     lora_bias = each(call.lora_bias, adapter);
+  const TensorVector weight = cast.bases(call.weight), bias = cast.bases(call.bias),
+                     lora_A = cast.adapters(call.lora_A), lora_B = cast.adapters(call.lora_B),
+                     lora_bias = cast.adapters(call.lora_bias);
   return lora_mlp({cast.base(call.x), weight, bias, lora_A, lora_B, lora_bias, call.scaling,
                    call.scaling_tensor, call.dropout_p, call.rng_state, call.activation},
                   recompute);

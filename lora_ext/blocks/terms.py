@@ -47,30 +47,46 @@ def terms_of(layer: nn.Module) -> Terms:
     return find(layer)
 
 
-def check_called_plainly(module: nn.Module) -> None:
-    """NotFused where more than its forward would run with its call."""
+def why_not_plain(module: nn.Module) -> str | None:
+    """What else than its forward would run with a call of the module, if anything."""
     if (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
     ):
-        raise NotFused("has hooks")
+        return "has hooks"
     if "forward" in module.__dict__:
-        raise NotFused("has a forward set on it")
+        return "has a forward set on it"
     if module._compiled_call_impl is not None:
-        raise NotFused("is compiled by itself")
+        return "is compiled by itself"
+    return None
 
 
-def check_no_hooks_of_all() -> None:
-    """NotFused where hooks of all modules would miss those that are not called."""
-    if (
+def has_hooks_of_all() -> bool:
+    """Whether hooks of all modules would miss those that a fused call does not call."""
+    return bool(
         modules._global_forward_hooks
         or modules._global_forward_pre_hooks
         or modules._global_backward_hooks
         or modules._global_backward_pre_hooks
-    ):
-        raise NotFused("hooks are registered for all modules")
+    )
+
+
+HOOKS_OF_ALL = "hooks are registered for all modules"
+
+
+def check_called_plainly(module: nn.Module) -> None:
+    """NotFused where more than its forward would run with its call."""
+    reason = why_not_plain(module)
+    if reason is not None:
+        raise NotFused(reason)
+
+
+def check_no_hooks_of_all() -> None:
+    """NotFused where there are such."""
+    if has_hooks_of_all():
+        raise NotFused(HOOKS_OF_ALL)
 
 
 def check_tensor(tensor: Tensor | None) -> None:

@@ -14,9 +14,9 @@ import torch
 from peft.tuners.lora import dora
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.modules import module as modules
 
 from lora_ext._extension import build_info
+from lora_ext.blocks.terms import HOOKS_OF_ALL, has_hooks_of_all, why_not_plain
 
 TENSORS = frozenset((Tensor, nn.Parameter, FakeTensor))
 # What a call of PEFT's layers goes through besides forward, and a fused call does not.
@@ -40,17 +40,9 @@ def check_called_plainly(module: nn.Module, what: str, forward: Any) -> None:
     kind = type(module)
     if kind.forward is not forward or kind.__call__ is not nn.Module.__call__:
         raise LeftToPeft(f"{what} is a {kind.__module__}.{kind.__qualname__}, of its own forward")
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    ):
-        raise LeftToPeft(f"{what} has hooks")
-    if "forward" in module.__dict__:
-        raise LeftToPeft(f"{what} has a forward set on it")
-    if module._compiled_call_impl is not None:
-        raise LeftToPeft(f"{what} is compiled by itself")
+    reason = why_not_plain(module)
+    if reason is not None:
+        raise LeftToPeft(f"{what} {reason}")
 
 
 def check_exportable() -> None:
@@ -69,13 +61,8 @@ def check_own_methods(layer: Any, kind: Any) -> None:
 
 def check_no_global_hooks() -> None:
     """LeftToPeft where hooks of all modules would miss those that a fused call does not call."""
-    if (
-        modules._global_forward_hooks
-        or modules._global_forward_pre_hooks
-        or modules._global_backward_hooks
-        or modules._global_backward_pre_hooks
-    ):
-        raise LeftToPeft("hooks are registered for all modules")
+    if has_hooks_of_all():
+        raise LeftToPeft(HOOKS_OF_ALL)
 
 
 def own_tensor(module: nn.Module, name: str) -> Any:
