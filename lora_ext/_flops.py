@@ -105,7 +105,7 @@ def _lora_linear_multi_bwd(
     dy: Sequence[Shape], x: Shape | None, h: object, weight: Sequence[Shape],
     lora_A: Sequence[Shape], lora_B: Sequence[Shape], *others: Any, **options: object,
 ) -> int:  # fmt: skip
-    dx, wanted = others[-2:]
+    dx, wanted = _wanted(others)
     K = next((one[-1] for one in [*weight, *lora_A] if len(one) == 2), 0)
     total = 0
     for own, (A, _), gradients in zip(dy, _pairs(lora_A, lora_B, K), wanted, strict=True):
@@ -133,7 +133,7 @@ def _lora_mlp_bwd(
     dy: Shape, x: Shape | None, made: Sequence[Shape], h: object, weight: Sequence[Shape],
     bias: object, lora_A: Sequence[Shape], lora_B: Sequence[Shape], *others: Any, **options: object,
 ) -> int:  # fmt: skip
-    wants_x, wanted = others[-2:]
+    wants_x, wanted = _wanted(others)
     entries, rows = len(weight) - 1, dy[:-1]
     again = (
         0
@@ -150,6 +150,13 @@ def _lora_mlp_bwd(
             d_made, x, h, weight[:-1], lora_A[:-1], lora_B[:-1], wants_x, wanted[:-1]
         )
     return total
+
+
+def _wanted(others: Sequence[Any]) -> tuple[bool, Sequence[int]]:
+    """wants_x and wanted, which are the last arguments, or stand before dx_type."""
+    end = len(others) if isinstance(others[-1], Sequence) else -1
+    wants_x, wanted = others[:end][-2:]
+    return wants_x, wanted
 
 
 def _last(*lists: Sequence[Shape]) -> list[Sequence[Shape]]:

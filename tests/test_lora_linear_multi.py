@@ -244,6 +244,10 @@ def test_autocast(adapter: torch.dtype, x_dtype: torch.dtype) -> None:
     for one in layers:
         one.weight.requires_grad_(False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        # Once, not once for each layer
+        rows = replace(problem, x=x * 1)
+        kept = [one for one in kept_for_backward(rows.fused) if one.shape == x.shape]
+        assert [one.dtype for one in kept] == [torch.bfloat16]
         fused, separate = problem.fused(), problem.separate()
     exact = problem.in_double()
     want = exact.results(exact.plain())

@@ -192,19 +192,52 @@ def test_x_that_was_not_kept_is_told_where_it_is_differentiated_twice() -> None:
 
 
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
-def test_autocast(x_dtype: torch.dtype) -> None:
-    problem = trained(torch.float32, 0.1, (40, 32, 48, 24))
-    problem = replace(problem, x=problem.x.detach().to(x_dtype).requires_grad_())
-    found, wanted = [], []
-    for way, results in (("fused", found), ("separate", wanted)):
+@pytest.mark.parametrize("way", ["fused", "recomputed"])
+def test_autocast(x_dtype: torch.dtype, way: str) -> None:
+    """dtypes as of layers one by one, and the gradient of x as exact; less is kept."""
+    leaf = trained(torch.float32, 0.1, (400, 32, 48, 24))
+    leaf = replace(leaf, x=leaf.x.detach().to(x_dtype).requires_grad_())
+    wanted = leaf.in_double().results("plain")
+    results: dict[str, dict[str, Tensor]] = {}
+    for each in (way, "separate"):
+        problem = replace(leaf, x=leaf.x * 1)  # no leaf: autocast keeps no cast of it
         with torch.autocast("cpu", torch.bfloat16):
-            y = getattr(problem, way)()
+            y = getattr(problem, each)()
         assert y.dtype == torch.bfloat16
-        results += [y, *torch.autograd.grad(y.float().sum(), list(problem.leaves().values()))]
-    for one, other in zip(found, wanted, strict=True):
-        assert one.dtype == other.dtype
-        # Both round e, g and their product: each a unit, of the largest of sums.
-        assert rms(one.double() - other.double()) <= 4 * UNIT[torch.bfloat16] * rms(other)
+        leaves = leaf.leaves()
+        gradients = torch.autograd.grad(y, list(leaves.values()), leaf.dy.bfloat16())
+        results[each] = {"y": y, **dict(zip(leaves, gradients, strict=True))}
+    for name, other in results["separate"].items():
+        found = results[way][name]
+        assert found.dtype == other.dtype
+        errors = [rms(one.double() - wanted[name]) for one in (found, other)]
+        # Both round e, g and their product, in other places, and dy once.
+        assert errors[0] <= errors[1] * (1 + 4 / found.numel() ** 0.5), name
+    with torch.autocast("cpu", torch.bfloat16):
+        problem = replace(leaf, x=leaf.x * 1)
+        kept = {each: kept_bytes(problem, each) for each in (way, "separate")}
+    x, inner = 400 * 32 * 2, 400 * 48 * 2
+    entries = 2 if x_dtype == torch.float32 else 1  # each of which casts x
+    weights = 2 * sum(one.weight.numel() for one in leaf.layers)  # cast, too
+    assert kept["separate"] == weights + entries * x + 4 * inner
+    assert kept[way] == weights + (x + 2 * inner if way == "fused" else x)
+
+
+@pytest.mark.parametrize("way", ["fused", "recomputed"])
+def test_twice_differentiable_under_autocast(way: str) -> None:
+    """Through the x that is cast inside."""
+    found: list[list[Tensor]] = []
+    for each in (way, "separate"):
+        torch.manual_seed(0)
+        problem = trained(torch.float32, 0.1, (40, 32, 48, 24))
+        leaves = list(problem.leaves().values())
+        with torch.autocast("cpu", torch.bfloat16):
+            y = getattr(problem, each)()
+        first = torch.autograd.grad(y.float().square().sum(), leaves, create_graph=True)
+        found.append([*torch.autograd.grad(sum(one.square().sum() for one in first), leaves)])
+    for one, other in zip(*found, strict=True):
+        # Some twenty roundings follow one another
+        assert rms(one - other) <= 20 * UNIT[torch.bfloat16] * rms(other)
 
 
 @pytest.mark.parametrize("sizes", [(0, 8, 6, 4), (5, 8, 6, 0), (5, 8, 0, 4), (5, 0, 6, 4)], ids=str)

@@ -261,6 +261,10 @@ def lora_linear_multi_samples() -> Iterator[Sample]:
     for operands in multi_operands():
         yield operands, {}
     yield tuple(detached_all(operands)), {}
+    x, *lists = next(
+        operands for operands in multi_operands() if operands[0].dtype == torch.bfloat16
+    )
+    yield (x.detach().float().requires_grad_(), *lists, True), {}  # cast_x
 
 
 def lora_linear_multi_fwd_samples() -> Iterator[Sample]:
@@ -275,7 +279,9 @@ def lora_linear_multi_bwd_samples() -> Iterator[Sample]:
         _, h = torch.ops.lora_ext.lora_linear_multi_fwd(*arguments, [1, 0, 1])
         dy = [torch.randn(2, 3, len(one)).to(x.dtype) for one in weight]
         wanted = [[62, 6, 30], [24, 0, 8], [16, 2, 16]][i % 3]
-        yield (dy, x, h if i % 2 else [], weight, A, B, *others, i % 4 != 3, wanted), {}
+        dx_type = torch.float32 if x.dtype == torch.bfloat16 and i % 4 != 3 else None
+        arguments = dy, x, h if i % 2 else [], weight, A, B, *others, i % 4 != 3, wanted
+        yield (arguments, {"dx_type": dx_type} if dx_type else {})
 
 
 def mlp_operands() -> Iterator[tuple[Any, ...]]:
@@ -293,6 +299,8 @@ def lora_mlp_samples() -> Iterator[Sample]:
     for i, operands in enumerate(mlp_operands()):
         yield (*operands, i % 4 > 1), {}
     yield (*detached_all(operands), False), {}
+    x, *lists = next(operands for operands in mlp_operands() if operands[0].dtype == torch.bfloat16)
+    yield (x.detach().float().requires_grad_(), *lists, False, True), {}  # cast_x
 
 
 def lora_mlp_fwd_samples() -> Iterator[Sample]:
@@ -306,7 +314,8 @@ def lora_mlp_bwd_samples() -> Iterator[Sample]:
         _, made, h = torch.ops.lora_ext.lora_mlp_fwd(x, *others, [1, 1, 1])
         dy = torch.randn(*x.shape[:-1], 3).to(x.dtype)
         made, h = ([], []) if i % 4 > 1 else (made, h)
-        yield (dy, x, made, h, *others, i % 3 > 0, [[24, 16, 30], [0, 0, 24]][i % 2]), {}
+        options = {"dx_type": torch.float32} if x.dtype == torch.bfloat16 else {}
+        yield (dy, x, made, h, *others, i % 3 > 0, [[24, 16, 30], [0, 0, 24]][i % 2]), options
 
 
 def quantized_problems() -> Iterator[tuple[Any, Any]]:

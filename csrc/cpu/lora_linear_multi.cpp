@@ -201,12 +201,13 @@ std::tuple<TensorVector, TensorVector> lora_linear_multi_fwd_cpu(const LoraLinea
 }
 
 MultiGradients lora_linear_multi_bwd_cpu(const LoraLinearMultiBackwardCall& call, bool wants_x,
-                                         at::IntArrayRef wanted) {
+                                         at::IntArrayRef wanted, OptionalType dx_type) {
   const std::vector<BackwardLayerOfMulti> layers = checked_layers_of(call, wants_x, wanted);
   const Tensor& dy = call.dy[0];
   const Together together = choose_together(layers, dy, count_rows(dy).expect_int());
-  if (together.layers.empty() || layers.size() < 2) {
-    return separate_gradients(layers, &lora_linear_bwd_checked);
+  const bool wide_sum = wants_x && dx_type.value_or(dy.scalar_type()) != dy.scalar_type();
+  if (together.layers.empty() || layers.size() < 2 || wide_sum) {
+    return separate_gradients(layers, &lora_linear_bwd_checked, dx_type);
   }
   const OptionalTensor x = call.x.has_value() ? OptionalTensor(with_rows(*call.x)) : std::nullopt;
   MultiGradients all = no_gradients(layers.size());

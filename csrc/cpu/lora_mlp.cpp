@@ -77,8 +77,8 @@ std::tuple<Tensor, TensorVector, TensorVector> lora_mlp_fwd_cpu(const LoraMlpCal
 }
 
 MultiGradients lora_mlp_bwd_cpu(const LoraMlpBackwardCall& call, bool wants_x,
-                                at::IntArrayRef wanted) {
-  return lora_mlp_bwd_by(call, wants_x, wanted, kGatedCpu);
+                                at::IntArrayRef wanted, OptionalType dx_type) {
+  return lora_mlp_bwd_by(call, wants_x, wanted, dx_type, kGatedCpu);
 }
 
 }  // namespace

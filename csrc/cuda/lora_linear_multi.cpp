@@ -104,12 +104,15 @@ std::tuple<TensorVector, TensorVector> lora_linear_multi_fwd_cuda(const LoraLine
 }
 
 MultiGradients lora_linear_multi_bwd_cuda(const LoraLinearMultiBackwardCall& call, bool wants_x,
-                                          at::IntArrayRef wanted) {
+                                          at::IntArrayRef wanted, OptionalType dx_type) {
   const std::vector<BackwardLayerOfMulti> layers = checked_layers_of(call, wants_x, wanted);
   const Tensor& dy = call.dy[0];
   const c10::cuda::CUDAGuard guard(dy.device());
   const int64_t M = count_rows(dy).expect_int(), K = layers[0].lora_A.size(1);
-  if (M == 0 || K == 0) return separate_gradients(layers, &lora_linear_bwd);
+  const bool wide_sum = wants_x && dx_type.value_or(dy.scalar_type()) != dy.scalar_type();
+  if (M == 0 || K == 0 || wide_sum) {
+    return separate_gradients(layers, &lora_linear_bwd, dx_type);
+  }
   const OptionalTensor x = call.x.has_value() ? OptionalTensor(as_rows(*call.x)) : std::nullopt;
   std::vector<Tensor> rows;
   std::vector<CudaMultiLayer> facts;
@@ -122,7 +125,7 @@ MultiGradients lora_linear_multi_bwd_cuda(const LoraLinearMultiBackwardCall& cal
   }
   const CudaMultiChoice choice = choose_cuda_multi(facts);
   for (size_t i = 0; i < layers.size(); ++i) print_choice("backward", i, facts, choice);
-  if (choice.together == 0) return separate_gradients(layers, &lora_linear_bwd);
+  if (choice.together == 0) return separate_gradients(layers, &lora_linear_bwd, dx_type);
 
   MultiGradients all = no_gradients(layers.size());
   Tensor& dx = std::get<kGradX>(all);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/autocast_mode.h>
+#include <ATen/core/grad_mode.h>
 
 #include "ops/tensors.h"
 
@@ -31,6 +32,12 @@ struct AutocastScope {
   }
   OptionalTensor adapter(const OptionalTensor& tensor) const {
     return tensor.has_value() ? OptionalTensor(adapter(*tensor)) : tensor;
+  }
+  // Of an x that several layers read the parts of the gradient are added up in its own type, as
+  // autograd adds up those of a cast for each: cast_x of lora_linear_multi. weight is cast.
+  bool adds_up_gradient(const Tensor& x, at::TensorList weight) const {
+    return at::GradMode::is_enabled() && x.requires_grad() && x.scalar_type() == at::kFloat &&
+           dtype != at::kFloat && !weight.empty() && weight[0].scalar_type() == dtype;
   }
   TensorVector bases(at::TensorList list) const {
     TensorVector result;

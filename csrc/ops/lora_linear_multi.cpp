@@ -100,11 +100,12 @@ std::tuple<TensorVector, TensorVector> lora_linear_multi_fwd_meta(const LoraLine
 }
 
 MultiGradients lora_linear_multi_bwd_meta(const LoraLinearMultiBackwardCall& call, bool wants_x,
-                                          at::IntArrayRef wanted) {
+                                          at::IntArrayRef wanted, OptionalType dx_type) {
   const auto layers = checked_layers_of(call, wants_x, wanted);
   MultiGradients all = no_gradients(layers.size());
   const c10::SymInt K = columns_of(call);
-  std::get<kGradX>(all) = gradient_or_empty(wants_x, call.dy[0], with_width(call.dy[0], K));
+  const Tensor dx = gradient_or_empty(wants_x, call.dy[0], with_width(call.dy[0], K));
+  std::get<kGradX>(all) = wants_x && dx_type.has_value() ? at::empty_like(dx, *dx_type) : dx;
   size_t i = 0;
   for (const BackwardLayerOfMulti& layer : layers) {
     const Tensor& dy = layer.dy;
@@ -267,26 +268,30 @@ std::tuple<TensorVector, TensorVector> lora_linear_multi_fwd_composed(
 }
 
 MultiGradients separate_gradients(const std::vector<BackwardLayerOfMulti>& layers,
-                                  LayerBackward bwd) {
+                                  LayerBackward bwd, OptionalType dx_type) {
   MultiGradients all = no_gradients(layers.size());
   Tensor& dx = std::get<kGradX>(all);
   for (size_t i = 0; i < layers.size(); ++i) {
     const Gradients own = layer_bwd(layers[i], bwd);
     put_gradients(all, i, own);
     const Tensor& term = std::get<kGradX>(own);
-    dx = i > 0 && layers[i].mask[kGradX] ? dx.add_(term) : term;
+    if (i > 0 && layers[i].mask[kGradX]) {
+      dx.add_(term);
+    } else {
+      dx = layers[i].mask[kGradX] && dx_type.has_value() ? term.to(*dx_type) : term;
+    }
   }
   return all;
 }
 
 MultiGradients lora_linear_multi_bwd_composed(const LoraLinearMultiBackwardCall& call, bool wants_x,
-                                              at::IntArrayRef wanted) {
-  return separate_gradients(checked_layers_of(call, wants_x, wanted), &lora_linear_bwd);
+                                              at::IntArrayRef wanted, OptionalType dx_type) {
+  return separate_gradients(checked_layers_of(call, wants_x, wanted), &lora_linear_bwd, dx_type);
 }
 
-TensorVector lora_linear_multi(const LoraLinearMultiCall& call) {
+TensorVector lora_linear_multi(const LoraLinearMultiCall& call, bool cast_x) {
   static const Operator<&lora_linear_multi> op("lora_ext::lora_linear_multi");
-  return op(call);
+  return op(call, cast_x);
 }
 
 std::tuple<TensorVector, TensorVector> lora_linear_multi_fwd(const LoraLinearMultiCall& call,
@@ -296,16 +301,16 @@ std::tuple<TensorVector, TensorVector> lora_linear_multi_fwd(const LoraLinearMul
 }
 
 MultiGradients lora_linear_multi_bwd(const LoraLinearMultiBackwardCall& call, bool wants_x,
-                                     at::IntArrayRef wanted) {
+                                     at::IntArrayRef wanted, OptionalType dx_type) {
   static const Operator<&lora_linear_multi_bwd> op("lora_ext::lora_linear_multi_bwd");
-  return op(call, wants_x, wanted);
+  return op(call, wants_x, wanted, dx_type);
 }
 
 TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
   m.def(
       "lora_linear_multi(Tensor x, Tensor[] weight, Tensor[] bias, Tensor[] lora_A, "
       "Tensor[] lora_B, Tensor[] lora_bias, float[] scaling, Tensor[] scaling_tensor, "
-      "float[] dropout_p, Tensor[] rng_state) -> Tensor[]",
+      "float[] dropout_p, Tensor[] rng_state, bool cast_x=False) -> Tensor[]",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "lora_linear_multi_fwd(Tensor x, Tensor[] weight, Tensor[] bias, Tensor[] lora_A, "
@@ -315,9 +320,9 @@ TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
   m.def(
       "lora_linear_multi_bwd(Tensor[] dy, Tensor? x, Tensor[] h, Tensor[] weight, "
       "Tensor[] lora_A, Tensor[] lora_B, float[] scaling, Tensor[] scaling_tensor, "
-      "float[] dropout_p, Tensor[] rng_state, bool wants_x, int[] wanted) -> (Tensor dx, "
-      "Tensor[] dweight, Tensor[] dbias, Tensor[] dlora_A, Tensor[] dlora_B, "
-      "Tensor[] dlora_bias)",
+      "float[] dropout_p, Tensor[] rng_state, bool wants_x, int[] wanted, "
+      "ScalarType? dx_type=None) -> (Tensor dx, Tensor[] dweight, Tensor[] dbias, "
+      "Tensor[] dlora_A, Tensor[] dlora_B, Tensor[] dlora_bias)",
       {at::Tag::pt2_compliant_tag});
 }
 

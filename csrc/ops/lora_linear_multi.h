@@ -25,6 +25,11 @@ struct LoraLinearMultiCall {
   at::ArrayRef<double> dropout_p;
   at::TensorList rng_state;  // int64 [2], or none: the layer drops no elements
 
+  // The call of another x.
+  LoraLinearMultiCall with(const Tensor& other) const {
+    return {other,     weight,  bias,           lora_A,    lora_B,
+            lora_bias, scaling, scaling_tensor, dropout_p, rng_state};
+  }
   auto fields() const {
     return std::tie(x, weight, bias, lora_A, lora_B, lora_bias, scaling, scaling_tensor, dropout_p,
                     rng_state);
@@ -48,19 +53,31 @@ struct LoraLinearMultiBackwardCall {
   }
 };
 
+using OptionalType = std::optional<at::ScalarType>;
+
 // dx, and of each layer those of weight, bias, lora_A, lora_B and lora_bias.
 using MultiGradients =
     std::tuple<Tensor, TensorVector, TensorVector, TensorVector, TensorVector, TensorVector>;
 
-// The operators, through the dispatcher.
-TensorVector lora_linear_multi(const LoraLinearMultiCall& call);
+// The operators, through the dispatcher. cast_x: x is cast to the weights' type, and its gradient
+// is added up in its own.
+TensorVector lora_linear_multi(const LoraLinearMultiCall& call, bool cast_x = false);
 // y of each layer, and h of those whose return_h is not 0; the others' comes back empty.
 std::tuple<TensorVector, TensorVector> lora_linear_multi_fwd(const LoraLinearMultiCall& call,
                                                              at::IntArrayRef return_h);
 // wanted[i]: a sum of 1 << kGradWeight, ... of layer i; wants_x is for all. What is not wanted
-// comes back empty. Needed is what lora_linear_bwd needs.
+// comes back empty. Needed is what lora_linear_bwd needs. dx_type: of dx, none: dy's.
 MultiGradients lora_linear_multi_bwd(const LoraLinearMultiBackwardCall& call, bool wants_x,
-                                     at::IntArrayRef wanted);
+                                     at::IntArrayRef wanted, OptionalType dx_type);
+
+// x of layers of these weights, under cast_x.
+inline Tensor cast_to_weight(const Tensor& x, at::TensorList weight, bool cast_x) {
+  return cast_x && !weight.empty() ? x.to(weight[0].scalar_type()) : x;
+}
+
+// As calls of their own, where each is transformed. Each casts x, so that autograd adds up the
+// parts of its gradient in x's type.
+TensorVector lora_linear_multi_separate(const LoraLinearMultiCall& call, bool cast_x);
 
 // One of the layers, as a call of lora_linear. Without adapter its rank is 0.
 struct LayerOfMulti {
@@ -107,7 +124,7 @@ std::vector<BackwardLayerOfMulti> checked_layers_of(const LoraLinearMultiBackwar
 std::tuple<TensorVector, TensorVector> lora_linear_multi_fwd_composed(
     const LoraLinearMultiCall& call, at::IntArrayRef return_h);
 MultiGradients lora_linear_multi_bwd_composed(const LoraLinearMultiBackwardCall& call, bool wants_x,
-                                              at::IntArrayRef wanted);
+                                              at::IntArrayRef wanted, OptionalType dx_type);
 // The same of checked layers, by lora_linear_fwd and lora_linear_bwd or what a backend has for
 // them.
 using LayerForward = std::tuple<Tensor, Tensor> (*)(const LoraLinearCall&, bool return_h);
@@ -115,7 +132,7 @@ using LayerBackward = Gradients (*)(const LoraLinearBackwardCall&, GradientMask 
 std::tuple<Tensor, Tensor> layer_fwd(const LayerOfMulti& layer, bool return_h, LayerForward fwd);
 Gradients layer_bwd(const BackwardLayerOfMulti& layer, LayerBackward bwd);
 MultiGradients separate_gradients(const std::vector<BackwardLayerOfMulti>& layers,
-                                  LayerBackward bwd);
+                                  LayerBackward bwd, OptionalType dx_type);
 
 // Of so many layers, to be filled in; and a layer's put into its place: all but dx.
 MultiGradients no_gradients(size_t layers);

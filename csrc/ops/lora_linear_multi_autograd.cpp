@@ -26,19 +26,10 @@ bool any_of_them(std::initializer_list<at::TensorList> lists, bool (*is)(const T
 bool needs_grad(const Tensor& tensor) { return tensor.requires_grad(); }
 bool carries_tangent(const Tensor& tensor) { return has_tangent(tensor); }
 
-// As calls of their own: where each is transformed, or is the more exact way.
-TensorVector lora_linear_multi_separate(const LoraLinearMultiCall& call) {
-  TensorVector y;
-  for (const LayerOfMulti& layer : layers_of(call)) {
-    y.push_back(layer.adapted ? lora_linear(layer.call())
-                              : at::linear(layer.x, layer.weight, layer.bias));
-  }
-  return y;
-}
-
 // The gradients out of differentiable operators.
 MultiGradients lora_linear_multi_bwd_decomposed(const LoraLinearMultiBackwardCall& call,
-                                                bool wants_x, at::IntArrayRef wanted) {
+                                                bool wants_x, at::IntArrayRef wanted,
+                                                OptionalType dx_type) {
   const auto layers = layers_of(call, wants_x, wanted);
   MultiGradients all = no_gradients(layers.size());
   Tensor& dx = std::get<kGradX>(all);
@@ -50,7 +41,9 @@ MultiGradients lora_linear_multi_bwd_decomposed(const LoraLinearMultiBackwardCal
                 "frozen; let lora_A require grad to differentiate twice");
     const TensorVector own = lora_linear_bwd_decomposed(layer.call(), layer.mask);
     put_gradients(all, i++, {Tensor(), own[1], own[2], own[3], own[4], own[5]});
-    if (wants_x) dx = dx.defined() ? dx + own[kGradX] : own[kGradX];
+    if (!wants_x) continue;
+    const Tensor term = own[kGradX].to(dx_type.value_or(own[kGradX].scalar_type()));
+    dx = dx.defined() ? dx + term : term;
   }
   return all;
 }
@@ -65,10 +58,13 @@ struct SavedLists {
 struct LoraLinearMulti : torch::autograd::Function<LoraLinearMulti> {
   static constexpr bool is_traceable = true;
 
-  template <class... Fields>
-  static variable_list forward(AutogradContext* ctx, const Fields&... fields) {
+  // y of each layer; and behind them, under cast_x, the cast x where it is kept, so that a second
+  // backward finds x through it.
+  static variable_list forward(AutogradContext* ctx, bool cast_x, const Tensor& given,
+                               const auto&... lists) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const LoraLinearMultiCall call{fields...};
+    const Tensor x = cast_to_weight(given, std::get<0>(std::tie(lists...)), cast_x);
+    const LoraLinearMultiCall call{x, lists...};
     const size_t layers = call.weight.size();
     // As in lora_linear: under dropout a CPU makes h again from x, unless x is not kept.
     const bool save_x = any_of_them({call.weight, call.lora_A}, needs_grad);
@@ -81,8 +77,8 @@ struct LoraLinearMulti : torch::autograd::Function<LoraLinearMulti> {
     for (size_t i = 0; i < layers; ++i) {
       if (!save_h[i]) h[i] = Tensor();
     }
-    variable_list saved = {save_x ? call.x : Tensor()};
-    const at::TensorList weight = call.x.requires_grad() ? call.weight : at::TensorList();
+    variable_list saved = {save_x ? x : Tensor()};
+    const at::TensorList weight = given.requires_grad() ? call.weight : at::TensorList();
     for (const at::TensorList& list : {at::TensorList(h), call.lora_A, call.lora_B, weight,
                                        call.scaling_tensor, call.rng_state}) {
       saved.insert(saved.end(), list.begin(), list.end());
@@ -96,6 +92,8 @@ struct LoraLinearMulti : torch::autograd::Function<LoraLinearMulti> {
                              count(call.bias), count(call.lora_bias)};
     ctx->saved_data["scaling"] = call.scaling.vec();
     ctx->saved_data["dropout_p"] = call.dropout_p.vec();
+    if (cast_x) ctx->saved_data["dx_type"] = given.scalar_type();
+    if (cast_x && save_x) y.push_back(x);
     return y;
   }
 
@@ -144,10 +142,18 @@ struct LoraLinearMulti : torch::autograd::Function<LoraLinearMulti> {
       own.wanted.push_back(wanted[i]);
     }
 
-    // x, the five lists, scaling, scaling_tensor, dropout_p, rng_state
+    // cast_x, x, the five lists, scaling, scaling_tensor, dropout_p, rng_state
     const size_t starts[] = {
-        0, 1, 1 + layers, 1 + layers + biases, 1 + 2 * layers + biases, 1 + 3 * layers + biases};
+        1, 2, 2 + layers, 2 + layers + biases, 2 + 2 * layers + biases, 2 + 3 * layers + biases};
     variable_list grads(starts[kGradLoraBias] + lora_biases + 2 + counts[1] + counts[2]);
+    OptionalType dx_type;
+    if (const auto found = ctx->saved_data.find("dx_type"); found != ctx->saved_data.end()) {
+      dx_type = found->second.toScalarType();
+    }
+    Tensor& dx = grads[starts[kGradX]];
+    if (wants_x && grad_outputs.size() > layers && grad_outputs[layers].defined()) {
+      dx = grad_outputs[layers].to(*dx_type);  // of the cast x, from a second backward
+    }
     if (places.empty()) return grads;
     const OptionalTensor x = if_defined(saved[0]);
     const LoraLinearMultiBackwardCall call{own.dy,        x,
@@ -158,10 +164,10 @@ struct LoraLinearMulti : torch::autograd::Function<LoraLinearMulti> {
     const bool differentiable = std::any_of(own.dy.begin(), own.dy.end(), [](const Tensor& dy) {
       return needs_differentiable_backward(dy) || is_batched(dy);
     });
-    const MultiGradients all = differentiable
-                                   ? lora_linear_multi_bwd_decomposed(call, wants_x, own.wanted)
-                                   : lora_linear_multi_bwd(call, wants_x, own.wanted);
-    if (wants_x) grads[0] = std::get<kGradX>(all);
+    const MultiGradients all =
+        differentiable ? lora_linear_multi_bwd_decomposed(call, wants_x, own.wanted, dx_type)
+                       : lora_linear_multi_bwd(call, wants_x, own.wanted, dx_type);
+    if (wants_x) dx = dx.defined() ? dx + std::get<kGradX>(all) : std::get<kGradX>(all);
     const auto put = [&](Gradient gradient, const TensorVector& found) {
       for (size_t i = 0; i < places.size(); ++i) {
         if ((own.wanted[i] >> gradient) & 1) grads[starts[gradient] + places[i]] = found[i];
@@ -174,43 +180,56 @@ struct LoraLinearMulti : torch::autograd::Function<LoraLinearMulti> {
   }
 };
 
-TensorVector lora_linear_multi_inference(const LoraLinearMultiCall& call) {
+TensorVector lora_linear_multi_inference(const LoraLinearMultiCall& call, bool cast_x) {
   const std::vector<int64_t> no_h(call.weight.size(), 0);
-  return std::get<0>(lora_linear_multi_fwd(call, no_h));
+  const Tensor x = cast_to_weight(call.x, call.weight, cast_x);
+  return std::get<0>(lora_linear_multi_fwd(call.with(x), no_h));
 }
 
-TensorVector lora_linear_multi_autograd(const LoraLinearMultiCall& call) {
+TensorVector lora_linear_multi_autograd(const LoraLinearMultiCall& call, bool cast_x) {
   const auto operands = {call.weight, call.bias, call.lora_A, call.lora_B, call.lora_bias};
   if (has_tangent(call.x) || any_of_them(operands, carries_tangent) ||
       any_of_them({call.scaling_tensor}, carries_tangent)) {
-    return lora_linear_multi_separate(call);
+    return lora_linear_multi_separate(call, cast_x);
   }
   if (at::GradMode::is_enabled() && (call.x.requires_grad() || any_of_them(operands, needs_grad))) {
     check_lora_linear_multi_lists(call);
-    return std::apply([](const auto&... fields) { return LoraLinearMulti::apply(fields...); },
-                      call.fields());
+    variable_list y =
+        std::apply([&](const auto&... fields) { return LoraLinearMulti::apply(cast_x, fields...); },
+                   call.fields());
+    y.resize(call.weight.size());
+    return y;
   }
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return lora_linear_multi_inference(call);
+  return lora_linear_multi_inference(call, cast_x);
 }
 
 template <c10::DeviceType kDevice>
-TensorVector lora_linear_multi_autocast(const LoraLinearMultiCall& call) {
-  // Calls of their own cast x for each, so that autograd adds up the parts of its gradient in
-  // float; here they would be added up in 16 bits.
-  const auto dtype = at::autocast::get_autocast_dtype(kDevice);
-  if (at::GradMode::is_enabled() && call.x.requires_grad() && call.x.scalar_type() != dtype) {
-    return lora_linear_multi_separate(call);
-  }
+TensorVector lora_linear_multi_autocast(const LoraLinearMultiCall& call, bool) {
   const AutocastScope<kDevice> cast;
   const TensorVector weight = cast.bases(call.weight), bias = cast.bases(call.bias),
                      lora_A = cast.adapters(call.lora_A), lora_B = cast.adapters(call.lora_B),
                      lora_bias = cast.adapters(call.lora_bias);
-  return lora_linear_multi({cast.base(call.x), weight, bias, lora_A, lora_B, lora_bias,
-                            call.scaling, call.scaling_tensor, call.dropout_p, call.rng_state});
+  const bool cast_x = cast.adds_up_gradient(call.x, weight);
+  return lora_linear_multi(
+      {cast_x ? call.x : cast.base(call.x), weight, bias, lora_A, lora_B, lora_bias, call.scaling,
+       call.scaling_tensor, call.dropout_p, call.rng_state},
+      cast_x);
 }
 
 }  // namespace
+
+TensorVector lora_linear_multi_separate(const LoraLinearMultiCall& call, bool cast_x) {
+  TensorVector y;
+  for (const LayerOfMulti& layer : layers_of(call)) {
+    const Tensor x = cast_to_weight(layer.x, layer.weight, cast_x);
+    y.push_back(layer.adapted
+                    ? lora_linear({x, layer.weight, layer.bias, layer.lora_A, layer.lora_B,
+                                   layer.lora_bias, layer.scaling, layer.dropout})
+                    : at::linear(x, layer.weight, layer.bias));
+  }
+  return y;
+}
 
 TORCH_LIBRARY_IMPL(lora_ext, Autograd, m) {
   m.impl("lora_linear_multi", flat<&lora_linear_multi_autograd>);

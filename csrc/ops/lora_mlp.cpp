@@ -135,8 +135,8 @@ std::tuple<Tensor, TensorVector, TensorVector> lora_mlp_fwd_composed(const LoraM
 }
 
 MultiGradients lora_mlp_bwd_composed(const LoraMlpBackwardCall& call, bool wants_x,
-                                     at::IntArrayRef wanted) {
-  return lora_mlp_bwd_by(call, wants_x, wanted, kGatedComposed);
+                                     at::IntArrayRef wanted, OptionalType dx_type) {
+  return lora_mlp_bwd_by(call, wants_x, wanted, dx_type, kGatedComposed);
 }
 
 std::tuple<Tensor, TensorVector, TensorVector> lora_mlp_fwd_meta(const LoraMlpCall& call,
@@ -152,13 +152,13 @@ std::tuple<Tensor, TensorVector, TensorVector> lora_mlp_fwd_meta(const LoraMlpCa
 }
 
 MultiGradients lora_mlp_bwd_meta(const LoraMlpBackwardCall& call, bool wants_x,
-                                 at::IntArrayRef wanted) {
+                                 at::IntArrayRef wanted, OptionalType dx_type) {
   activation_of(kMlpBwd, call.activation);
   const size_t entries = call.weight.size() - 1;
   const bool wants_below = wants_x || any(wanted.slice(0, entries));
   const Tensor a = call.dy.new_empty_symint(with_width(call.dy, call.weight[entries].sym_size(1)));
-  const MultiGradients down =
-      lora_linear_multi_bwd(part(call, call.dy, a, entries, 1), wants_below, wanted.slice(entries));
+  const MultiGradients down = lora_linear_multi_bwd(part(call, call.dy, a, entries, 1), wants_below,
+                                                    wanted.slice(entries), std::nullopt);
   TensorVector d_made;
   for (size_t i = 0; i < entries; ++i) {
     d_made.push_back(call.dy.new_empty_symint(with_width(call.dy, call.weight[i].sym_size(0))));
@@ -166,7 +166,7 @@ MultiGradients lora_mlp_bwd_meta(const LoraMlpBackwardCall& call, bool wants_x,
   MultiGradients all = empty_gradients(call, entries);
   if (wants_below) {
     all = lora_linear_multi_bwd(part(call, d_made, call.x, 0, entries), wants_x,
-                                wanted.slice(0, entries));
+                                wanted.slice(0, entries), dx_type);
   }
   append(all, down);
   return all;
@@ -196,7 +196,7 @@ std::tuple<Tensor, TensorVector, TensorVector> lora_mlp_fwd_by(const LoraMlpCall
 }
 
 MultiGradients lora_mlp_bwd_by(const LoraMlpBackwardCall& call, bool wants_x,
-                               at::IntArrayRef wanted, const GatedOps& ops) {
+                               at::IntArrayRef wanted, OptionalType dx_type, const GatedOps& ops) {
   const Activation f = activation_of(kMlpBwd, call.activation);
   const size_t entries = call.weight.size() - 1;
   TensorVector made = call.made.vec();
@@ -212,19 +212,19 @@ MultiGradients lora_mlp_bwd_by(const LoraMlpBackwardCall& call, bool wants_x,
   {
     const Tensor a = gated(made, f, ops);
     down = lora_linear_multi_bwd(part(call, call.dy, a, entries, 1), wants_below,
-                                 wanted.slice(entries));
+                                 wanted.slice(entries), std::nullopt);
     if (wants_below) d_made = gated_backward(std::get<kGradX>(down), a, made, f, ops);
   }
   made.clear();
   if (wants_below) {
     all = lora_linear_multi_bwd(part(call, d_made, call.x, 0, entries), wants_x,
-                                wanted.slice(0, entries));
+                                wanted.slice(0, entries), dx_type);
   }
   append(all, down);
   return all;
 }
 
-void check_lora_mlp(const LoraMlpCall& call) {
+void check_lora_mlp(const LoraMlpCall& call, bool cast_x) {
   const size_t layers = call.weight.size();
   TORCH_CHECK_VALUE(layers == 2 || layers == 3, kMlp, ": weight: got ", layers,
                     " entries, expected 3, of gate, up and down, or 2, of one layer that is both, "
@@ -264,16 +264,18 @@ void check_lora_mlp(const LoraMlpCall& call) {
                       ": lora_bias: got one without lora_A and lora_B, expected none");
     check_lora_linear(layer.call(), name);
   };
-  const std::vector<LayerOfMulti> entries = layers_of(entries_of(call));
+  const Tensor x =
+      cast_x ? call.x.new_empty_symint({0, call.x.sym_size(-1)}, down.options()) : call.x;
+  const std::vector<LayerOfMulti> entries = layers_of(entries_of(call.with(x)));
   check_layer(entries[0], layers == 2 ? "lora_mlp: gate_up" : "lora_mlp: gate");
   if (layers == 3) check_layer(entries[1], "lora_mlp: up");
-  const Tensor no_rows = call.x.new_empty_symint({0, width});
+  const Tensor no_rows = x.new_empty_symint({0, width});
   check_layer(layers_of(down_of(call, no_rows))[0], "lora_mlp: down");
 }
 
-Tensor lora_mlp(const LoraMlpCall& call, bool recompute) {
+Tensor lora_mlp(const LoraMlpCall& call, bool recompute, bool cast_x) {
   static const Operator<&lora_mlp> op("lora_ext::lora_mlp");
-  return op(call, recompute);
+  return op(call, recompute, cast_x);
 }
 
 std::tuple<Tensor, TensorVector, TensorVector> lora_mlp_fwd(const LoraMlpCall& call,
@@ -282,16 +284,17 @@ std::tuple<Tensor, TensorVector, TensorVector> lora_mlp_fwd(const LoraMlpCall& c
   return op(call, return_h);
 }
 
-MultiGradients lora_mlp_bwd(const LoraMlpBackwardCall& call, bool wants_x, at::IntArrayRef wanted) {
+MultiGradients lora_mlp_bwd(const LoraMlpBackwardCall& call, bool wants_x, at::IntArrayRef wanted,
+                            OptionalType dx_type) {
   static const Operator<&lora_mlp_bwd> op("lora_ext::lora_mlp_bwd");
-  return op(call, wants_x, wanted);
+  return op(call, wants_x, wanted, dx_type);
 }
 
 TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
   m.def(
       "lora_mlp(Tensor x, Tensor[] weight, Tensor[] bias, Tensor[] lora_A, Tensor[] lora_B, "
       "Tensor[] lora_bias, float[] scaling, Tensor[] scaling_tensor, float[] dropout_p, "
-      "Tensor[] rng_state, str activation, bool recompute=False) -> Tensor",
+      "Tensor[] rng_state, str activation, bool recompute=False, bool cast_x=False) -> Tensor",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "lora_mlp_fwd(Tensor x, Tensor[] weight, Tensor[] bias, Tensor[] lora_A, Tensor[] lora_B, "
@@ -303,8 +306,8 @@ TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
       "lora_mlp_bwd(Tensor dy, Tensor? x, Tensor[] made, Tensor[] h, Tensor[] weight, "
       "Tensor[] bias, Tensor[] lora_A, Tensor[] lora_B, Tensor[] lora_bias, float[] scaling, "
       "Tensor[] scaling_tensor, float[] dropout_p, Tensor[] rng_state, str activation, "
-      "bool wants_x, int[] wanted) -> (Tensor dx, Tensor[] dweight, Tensor[] dbias, "
-      "Tensor[] dlora_A, Tensor[] dlora_B, Tensor[] dlora_bias)",
+      "bool wants_x, int[] wanted, ScalarType? dx_type=None) -> (Tensor dx, Tensor[] dweight, "
+      "Tensor[] dbias, Tensor[] dlora_A, Tensor[] dlora_B, Tensor[] dlora_bias)",
       {at::Tag::pt2_compliant_tag});
 }
 

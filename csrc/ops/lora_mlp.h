@@ -24,6 +24,11 @@ struct LoraMlpCall {
   at::TensorList rng_state;
   c10::string_view activation;  // f: see activation_of
 
+  // The call of another x.
+  LoraMlpCall with(const Tensor& other) const {
+    return {other,   weight,         bias,      lora_A,    lora_B,    lora_bias,
+            scaling, scaling_tensor, dropout_p, rng_state, activation};
+  }
   auto fields() const {
     return std::tie(x, weight, bias, lora_A, lora_B, lora_bias, scaling, scaling_tensor, dropout_p,
                     rng_state, activation);
@@ -49,26 +54,28 @@ struct LoraMlpBackwardCall {
 };
 
 // The operators, through the dispatcher. recompute: of what is made nothing is kept for backward.
-Tensor lora_mlp(const LoraMlpCall& call, bool recompute);
+// cast_x and dx_type: as of lora_linear_multi.
+Tensor lora_mlp(const LoraMlpCall& call, bool recompute, bool cast_x = false);
 // y; what the layers of x made; h of each layer whose return_h is not 0, the others' are empty.
 std::tuple<Tensor, TensorVector, TensorVector> lora_mlp_fwd(const LoraMlpCall& call,
                                                             at::IntArrayRef return_h);
 // wanted and the gradients: as those of lora_linear_multi_bwd.
-MultiGradients lora_mlp_bwd(const LoraMlpBackwardCall& call, bool wants_x, at::IntArrayRef wanted);
+MultiGradients lora_mlp_bwd(const LoraMlpBackwardCall& call, bool wants_x, at::IntArrayRef wanted,
+                            OptionalType dx_type);
 
 // What both are out of differentiable operators.
-Tensor lora_mlp_decomposed(const LoraMlpCall& call);
+Tensor lora_mlp_decomposed(const LoraMlpCall& call, bool cast_x);
 MultiGradients lora_mlp_bwd_decomposed(const LoraMlpBackwardCall& call, bool wants_x,
-                                       at::IntArrayRef wanted);
+                                       at::IntArrayRef wanted, OptionalType dx_type);
 
 // The same by what a backend has for f(e) * g.
 std::tuple<Tensor, TensorVector, TensorVector> lora_mlp_fwd_by(const LoraMlpCall& call,
                                                                at::IntArrayRef return_h,
                                                                const GatedOps& gated);
 MultiGradients lora_mlp_bwd_by(const LoraMlpBackwardCall& call, bool wants_x,
-                               at::IntArrayRef wanted, const GatedOps& gated);
+                               at::IntArrayRef wanted, OptionalType dx_type, const GatedOps& gated);
 
-void check_lora_mlp(const LoraMlpCall& call);
+void check_lora_mlp(const LoraMlpCall& call, bool cast_x = false);
 
 // The layers of x, and the one of `a`, as calls of their own.
 LoraLinearMultiCall entries_of(const LoraMlpCall& call);

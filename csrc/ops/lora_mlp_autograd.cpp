@@ -46,10 +46,12 @@ DifferentiablePair differentiable_pair(const TensorVector& made) {
 struct LoraMlp : torch::autograd::Function<LoraMlp> {
   static constexpr bool is_traceable = true;
 
-  template <class... Arguments>
-  static variable_list forward(AutogradContext* ctx, bool recompute, const Arguments&... fields) {
+  // y; and behind it, under cast_x, the cast x where it is kept, as in lora_linear_multi.
+  static variable_list forward(AutogradContext* ctx, bool recompute, bool cast_x,
+                               const Tensor& given, const auto&... lists) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const LoraMlpCall call{fields...};
+    const Tensor x = cast_to_weight(given, std::get<0>(std::tie(lists...)), cast_x);
+    const LoraMlpCall call{x, lists...};
     const size_t layers = call.weight.size(), entries = layers - 1;
     // As in lora_linear_multi: under dropout a CPU makes h again of what its layer reads. Of the
     // last layer that is there in backward.
@@ -65,7 +67,7 @@ struct LoraMlp : torch::autograd::Function<LoraMlp> {
       if (!save_h[i]) h[i] = Tensor();
     }
     if (recompute) made.clear();
-    variable_list saved = {save_x ? call.x : Tensor()};
+    variable_list saved = {save_x ? x : Tensor()};
     std::vector<int64_t> counts;
     for (const at::TensorList& list :
          {at::TensorList(made), at::TensorList(h), call.weight, call.bias, call.lora_A, call.lora_B,
@@ -78,7 +80,9 @@ struct LoraMlp : torch::autograd::Function<LoraMlp> {
     ctx->saved_data["scaling"] = call.scaling.vec();
     ctx->saved_data["dropout_p"] = call.dropout_p.vec();
     ctx->saved_data["activation"] = std::string(call.activation);
-    return {y};
+    ctx->set_materialize_grads(false);
+    if (cast_x) ctx->saved_data["dx_type"] = given.scalar_type();
+    return cast_x && save_x ? variable_list{y, x} : variable_list{y};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
@@ -97,19 +101,16 @@ struct LoraMlp : torch::autograd::Function<LoraMlp> {
     const at::TensorList made = take(), kept_h = take(), weight = take(), bias = take(),
                          lora_A = take(), lora_B = take(), lora_bias = take(),
                          scaling_tensor = take(), rng_state = take();
-    TensorVector h;
-    for (const Tensor& one : kept_h) {
-      h.push_back(one.defined() ? one : at::empty({0}, grad_outputs[0].options()));
-    }
 
     // needs_input_grad counts the tensors that were passed; the gradients' places count all
-    // arguments: recompute, x, the five lists, and so many of scaling_tensor and rng_state with
-    // scaling, dropout_p and activation.
+    // arguments: recompute, cast_x, x, the five lists, and so many of scaling_tensor and rng_state
+    // with scaling, dropout_p and activation.
     const size_t layers = weight.size();
     size_t input = 0;
     const bool wants_x = ctx->needs_input_grad(input++);
     std::vector<int64_t> wanted(layers, 0);
-    variable_list grads(2);
+    variable_list grads(3);
+    constexpr size_t kPlaceOfX = 2;
     std::vector<std::pair<Gradient, size_t>> lists;  // and where each begins in grads
     for (const auto& [gradient, size] : {std::pair{kGradWeight, weight.size()},
                                          {kGradBias, bias.size()},
@@ -124,15 +125,31 @@ struct LoraMlp : torch::autograd::Function<LoraMlp> {
     }
     grads.resize(grads.size() + scaling_tensor.size() + rng_state.size() + 3);
 
+    OptionalType dx_type;
+    if (const auto found = ctx->saved_data.find("dx_type"); found != ctx->saved_data.end()) {
+      dx_type = found->second.toScalarType();
+    }
+    if (wants_x && grad_outputs.size() > 1 && grad_outputs[1].defined()) {
+      grads[kPlaceOfX] = grad_outputs[1].to(*dx_type);  // of the cast x, from a second backward
+    }
+    const Tensor& dy = grad_outputs[0];
+    if (!dy.defined()) return grads;
+    TensorVector h;
+    for (const Tensor& one : kept_h) {
+      h.push_back(one.defined() ? one : at::empty({0}, dy.options()));
+    }
     const OptionalTensor x = if_defined(saved[0]);
     const LoraMlpBackwardCall call{
-        grad_outputs[0], x,       made,           h,         weight,    bias,      lora_A, lora_B,
-        lora_bias,       scaling, scaling_tensor, dropout_p, rng_state, activation};
-    const bool differentiable =
-        needs_differentiable_backward(grad_outputs[0]) || is_batched(grad_outputs[0]);
-    const MultiGradients all = differentiable ? lora_mlp_bwd_decomposed(call, wants_x, wanted)
-                                              : lora_mlp_bwd(call, wants_x, wanted);
-    if (wants_x) grads[1] = std::get<kGradX>(all);
+        dy,        x,       made,           h,         weight,    bias,      lora_A, lora_B,
+        lora_bias, scaling, scaling_tensor, dropout_p, rng_state, activation};
+    const bool differentiable = needs_differentiable_backward(dy) || is_batched(dy);
+    const MultiGradients all = differentiable
+                                   ? lora_mlp_bwd_decomposed(call, wants_x, wanted, dx_type)
+                                   : lora_mlp_bwd(call, wants_x, wanted, dx_type);
+    if (wants_x) {
+      Tensor& dx = grads[kPlaceOfX];
+      dx = dx.defined() ? dx + std::get<kGradX>(all) : std::get<kGradX>(all);
+    }
     const auto put = [&](Gradient gradient, const TensorVector& found) {
       for (const auto& [own, begin] : lists) {
         if (own != gradient) continue;
@@ -148,65 +165,62 @@ struct LoraMlp : torch::autograd::Function<LoraMlp> {
   }
 };
 
-Tensor lora_mlp_inference(const LoraMlpCall& call, bool) {
+Tensor lora_mlp_inference(const LoraMlpCall& call, bool, bool cast_x) {
   const std::vector<int64_t> no_h(call.weight.size(), 0);
-  return std::get<0>(lora_mlp_fwd(call, no_h));
+  const Tensor x = cast_to_weight(call.x, call.weight, cast_x);
+  return std::get<0>(lora_mlp_fwd(call.with(x), no_h));
 }
 
-Tensor lora_mlp_autograd(const LoraMlpCall& call, bool recompute) {
-  check_lora_mlp(call);
+Tensor lora_mlp_autograd(const LoraMlpCall& call, bool recompute, bool cast_x) {
+  check_lora_mlp(call, cast_x);
   bool has_tangents = has_tangent(call.x) || any_of_them(call.scaling_tensor, carries_tangent);
   for (const at::TensorList& list :
        {call.weight, call.bias, call.lora_A, call.lora_B, call.lora_bias}) {
     has_tangents = has_tangents || any_of_them(list, carries_tangent);
   }
-  if (has_tangents) return lora_mlp_decomposed(call);
+  if (has_tangents) return lora_mlp_decomposed(call, cast_x);
   const LoraLinearMultiCall entries = entries_of(call), down = down_of(call, call.x);
   const bool grad = at::GradMode::is_enabled();
   if (grad && (call.x.requires_grad() || any_needs_grad(entries, /*of_x=*/false))) {
     return std::apply(
-        [&](const auto&... fields) { return LoraMlp::apply(recompute, fields...)[0]; },
+        [&](const auto&... fields) { return LoraMlp::apply(recompute, cast_x, fields...)[0]; },
         call.fields());
   }
   // Its layer keeps what it reads, and nothing else is kept.
-  if (grad && any_needs_grad(down, /*of_x=*/false)) return lora_mlp_decomposed(call);
+  if (grad && any_needs_grad(down, /*of_x=*/false)) return lora_mlp_decomposed(call, cast_x);
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return lora_mlp_inference(call, recompute);
+  return lora_mlp_inference(call, recompute, cast_x);
 }
 
 template <c10::DeviceType kDevice>
-Tensor lora_mlp_autocast(const LoraMlpCall& call, bool recompute) {
-  // As lora_linear_multi: by calls of their own autograd adds up x's gradients in float.
-  const auto dtype = at::autocast::get_autocast_dtype(kDevice);
-  if (at::GradMode::is_enabled() && call.x.requires_grad() && call.x.scalar_type() != dtype) {
-    return lora_mlp_decomposed(call);
-  }
+Tensor lora_mlp_autocast(const LoraMlpCall& call, bool recompute, bool) {
   const AutocastScope<kDevice> cast;
   const TensorVector weight = cast.bases(call.weight), bias = cast.bases(call.bias),
                      lora_A = cast.adapters(call.lora_A), lora_B = cast.adapters(call.lora_B),
                      lora_bias = cast.adapters(call.lora_bias);
-  return lora_mlp({cast.base(call.x), weight, bias, lora_A, lora_B, lora_bias, call.scaling,
-                   call.scaling_tensor, call.dropout_p, call.rng_state, call.activation},
-                  recompute);
+  const bool cast_x = cast.adds_up_gradient(call.x, weight);
+  return lora_mlp(
+      {cast_x ? call.x : cast.base(call.x), weight, bias, lora_A, lora_B, lora_bias, call.scaling,
+       call.scaling_tensor, call.dropout_p, call.rng_state, call.activation},
+      recompute, cast_x);
 }
 
-Tensor lora_mlp_functorch(const LoraMlpCall& call, bool) { return lora_mlp_decomposed(call); }
+Tensor lora_mlp_functorch(const LoraMlpCall& call, bool, bool cast_x) {
+  return lora_mlp_decomposed(call, cast_x);
+}
 
 }  // namespace
 
-Tensor lora_mlp_decomposed(const LoraMlpCall& call) {
+Tensor lora_mlp_decomposed(const LoraMlpCall& call, bool cast_x) {
   const Activation f = activation_of("lora_mlp", call.activation);
-  TensorVector made;
-  for (const LayerOfMulti& layer : layers_of(entries_of(call))) {
-    made.push_back(made_by(layer));
-  }
+  const TensorVector made = lora_linear_multi_separate(entries_of(call), cast_x);
   const auto [e, g] = differentiable_pair(made);
   const Tensor a = activation(e, f) * g;
   return made_by(layers_of(down_of(call, a))[0]);
 }
 
 MultiGradients lora_mlp_bwd_decomposed(const LoraMlpBackwardCall& call, bool wants_x,
-                                       at::IntArrayRef wanted) {
+                                       at::IntArrayRef wanted, OptionalType dx_type) {
   TORCH_CHECK(call.x.has_value(),
               "lora_mlp: double backward: x was not kept, since lora_A and weight of the layers "
               "that read it are frozen; let lora_A require grad to differentiate twice");
@@ -245,7 +259,9 @@ MultiGradients lora_mlp_bwd_decomposed(const LoraMlpBackwardCall& call, bool wan
   Tensor& dx = std::get<kGradX>(all);
   for (size_t i = 0; i < entries.size(); ++i) {
     const Tensor own = backward_of(entries[i], d_made[i], i, wants_x);
-    if (wants_x) dx = dx.defined() ? dx + own : own;
+    if (!wants_x) continue;
+    const Tensor term = own.to(dx_type.value_or(own.scalar_type()));
+    dx = dx.defined() ? dx + term : term;
   }
   return all;
 }
