@@ -95,7 +95,7 @@ def build(driver: str, folder: Path) -> Path:
     if driver == "rows":
         return RowKernels.compile(folder, "-O1", csrc=csrc)
     source, target = ROOT / "tests" / "simt" / f"{driver}.cpp", folder / driver
-    compile_source(source, target, "-O2", "-Wno-psabi", "-DBF16_ONLY", csrc=csrc)
+    compile_source(source, target, "-O1", "-Wno-psabi", "-DBF16_ONLY", csrc=csrc)
     return target
 
 

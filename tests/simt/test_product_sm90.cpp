@@ -13,7 +13,7 @@ using namespace simt_test;
 using Small = sm90::ProductShape<128, 2>;
 
 template <class T, class Shape, BLayout kLayout>
-void check_product(Sizes size, double unit) {
+void check_product(Sizes size, double unit, uint64_t seeds = 4) {
   constexpr bool kColumns = kLayout == BLayout::kColumns;
   ProductCheck<T, kLayout> problem(size);
   constexpr auto kMajor = kColumns ? sm90::Major::kK : sm90::Major::kMN;
@@ -21,7 +21,7 @@ void check_product(Sizes size, double unit) {
   for (const int cluster : {1, 2}) {
     const int64_t tiles = steps(steps(size.M, 128), cluster) * cluster * steps(size.N, Shape::kN);
     const int64_t stages = tiles * (steps(size.K, 64) + steps(size.r, 64));
-    for_each_schedule([&] {
+    for_each_schedule(seeds, [&] {
       // Two clusters, or two blocks
       for (const bool reads_bits : {false, true}) {
         if (kColumns && reads_bits) continue;  // forward drops nothing
@@ -151,12 +151,13 @@ CASE(bf16_weight_as_in_backward) {
 }
 
 #if !defined(BF16_ONLY)
+// What waits for what is as above: one seed is enough.
 CASE(fp16_and_other_tiles) {
   using Wide = sm90::ProductShape<256, 4>;
   using Narrow = sm90::ProductShape<64, 8>;
-  check_product<Fp16, Wide, BLayout::kColumns>({129, 328, 200, 24}, kFp16Unit);
-  check_product<Fp16, Wide, BLayout::kRows>({65, 264, 72, 8}, kFp16Unit);
-  check_product<Fp16, Narrow, BLayout::kRows>({129, 200, 72, 8}, kFp16Unit);
+  check_product<Fp16, Wide, BLayout::kColumns>({129, 328, 200, 24}, kFp16Unit, 1);
+  check_product<Fp16, Wide, BLayout::kRows>({65, 264, 72, 8}, kFp16Unit, 1);
+  check_product<Fp16, Narrow, BLayout::kRows>({129, 200, 72, 8}, kFp16Unit, 1);
 }
 
 CASE(tensor_map_that_the_driver_refuses) {
