@@ -11,6 +11,7 @@ from torch import nn
 from lora_ext.adapters.names import COMPILED, plain_name
 from lora_ext.loralib.merging import MergingLayer
 from lora_ext.nn import LoraLayer
+from lora_ext.nn.installed_forward import in_block_of, is_in_block
 from lora_ext.nn.transaction import Transaction
 
 
@@ -33,6 +34,8 @@ def swap_modules(
             own.set(parent_module, **vars(_made_anew(parent_module, new)))
         else:
             own.put(parent_module._modules, child, new)
+            if is_in_block(modules[name]) and isinstance(new, nn.Linear | LoraLayer):
+                vars(new)["forward"] = in_block_of(modules[name], new)  # nobody has the new one yet
         other = replacements.get(id(parent_module))  # which may have the child, too
         if other is not None and other._modules.get(child) is modules[name]:
             own.put(other._modules, child, new)

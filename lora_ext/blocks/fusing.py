@@ -12,24 +12,29 @@ import operator
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
+from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from lora_ext.arguments import as_flag, check_module
 from lora_ext.blocks.operators import lora_mlp
-from lora_ext.blocks.recognise import Mlp, NotRecognised, groups_of_one_x, mlp_of
+from lora_ext.blocks.recognise import Mlp, groups_of_one_x, mlp_of, settings_of
 from lora_ext.blocks.terms import (
     KINDS,
     NotFused,
     Terms,
     check_called_plainly,
     check_no_hooks_of_all,
+    is_autocast_on,
     is_one_operator,
     same_dtype,
     terms_of,
 )
+from lora_ext.blocks.text import NotRecognised
 from lora_ext.nn.linear import adapted_linears
 from lora_ext.nn.lora_layer import LoraLayer
 
@@ -43,12 +48,14 @@ class Block:
         kind: "mlp" or "one x"; None where it was not recognised.
         layers: the children's names, in the order of the calls.
         reason: why its layers run one by one now; None where they run as one operator.
+        recompute: whether an MLP keeps its input alone for backward.
     """
 
     name: str
     kind: str | None
     layers: tuple[str, ...]
     reason: str | None
+    recompute: bool = False
 
     @property
     def fused(self) -> bool:
@@ -56,33 +63,60 @@ class Block:
         return self.reason is None
 
     def __str__(self) -> str:
-        what = "one operator" if self.fused else f"layer by layer: {self.reason}"
+        one = "one operator, which keeps its input alone" if self.recompute else "one operator"
+        what = one if self.fused else f"layer by layer: {self.reason}"
         return f"{self.name} ({', '.join(self.layers)}): {what}"
 
 
-class _FusedMlp:
+class _OfModule:
+    """What was found in a module's forward."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self._forward = module, type(module).forward
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_forward"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forward = type(self.module).forward
+
+    def check_forward(self) -> None:
+        """NotFused where the class has another one since."""
+        if type(self.module).forward is not self._forward:
+            raise NotFused("its class has another forward since")
+
+
+class _FusedMlp(_OfModule):
     """The forward of an MLP with a gate."""
 
     def __init__(self, module: nn.Module, roles: Mlp, recompute: bool) -> None:
-        self.module, self.roles, self.recompute = module, roles, recompute
+        super().__init__(module)
+        self.roles, self.recompute = roles, recompute
         self.layers = (*roles.entries, roles.down)
+        f = roles.f and module._modules[roles.f]
+        self._settings = settings_of(f) if isinstance(f, nn.Module) else ()
 
     def terms(self) -> list[Terms]:
         """Those of its layers; NotFused where they have to run one by one."""
+        self.check_forward()
         check_no_hooks_of_all()
         children = self.module._modules
         found = []
-        for name in (*self.layers, *self.roles.others):
-            child = children[name]
-            assert child is not None
+        for name in (*self.layers, *((self.roles.f,) if self.roles.f else ())):
+            child = children.get(name)
+            if child is None:
+                raise NotFused(f"{name} is gone")
             try:
                 check_called_plainly(child)
                 if name in self.layers:
                     found.append(terms_of(child))
+                elif settings_of(child) != self._settings:
+                    raise NotFused("is another function than when it was fused")
             except NotFused as error:
                 raise NotFused(f"{name} {error}") from None
         if not is_one_operator(found):
-            raise NotFused("several adapters of other dropout probabilities run")
+            raise NotFused("several adapters run, whose dropout probabilities differ")
         return found
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -113,27 +147,32 @@ class _FusedMlp:
         )
 
 
-class _OneX:
+class _OneX(_OfModule):
     """The forwards of layers that are called one after another with one x: the first makes what
     all do, and the others, called with the same tensor, have it made."""
 
     def __init__(self, module: nn.Module, layers: tuple[str, ...]) -> None:
-        self.module, self.layers = module, layers
+        super().__init__(module)
+        self.layers = layers
 
     def terms(self) -> list[Terms]:
         """Those of its layers; NotFused where they have to run one by one."""
+        self.check_forward()
         found = []
         for name in self.layers:
             child = self.module._modules[name]
             assert child is not None
             try:
                 if not is_forward_of(child, self):
-                    raise NotFused("has a forward set on it")
+                    other = "has a forward set on it"
+                    raise NotFused(
+                        other if "forward" in child.__dict__ else "is not the one that was fused"
+                    )
                 found.append(terms_of(child))
             except NotFused as error:
                 raise NotFused(f"{name} {error}") from None
         if not is_one_operator(found):
-            raise NotFused("several adapters of other dropout probabilities run")
+            raise NotFused("several adapters run, whose dropout probabilities differ")
         return found
 
     def run(self, layer: nn.Module, place: int, x: Tensor) -> Tensor:
@@ -141,6 +180,7 @@ class _OneX:
         # A graph has the layers' operators side by side. Of an x of inference mode nobody knows
         # whether it is changed between the calls. A single row is no pass to share.
         alone = x.numel() == x.shape[-1] if x.dim() > 0 else True
+        alone = alone or self.module._modules[self.layers[place]] is not layer  # inside of another
         if not torch.compiler.is_compiling() and not x.is_inference() and not alone:
             made = _made_by_thread()
             found = self._made(x, made) if place == 0 else self._taken(layer, place, x, made)
@@ -148,7 +188,7 @@ class _OneX:
                 return found
         return type(layer).forward(layer, x)  # type: ignore[no-any-return]
 
-    def _made(self, x: Tensor, made: WeakKeyDictionary[_OneX, list[_Made]]) -> Tensor | None:
+    def _made(self, x: Tensor, made: WeakKeyDictionary[_OneX, list[_Made | None]]) -> Tensor | None:
         """What the first layer makes of x, after all have; None where they run one by one."""
         made.pop(self, None)
         try:
@@ -167,20 +207,24 @@ class _OneX:
         return y
 
     def _taken(
-        self, layer: nn.Module, place: int, x: Tensor, made: WeakKeyDictionary[_OneX, list[_Made]]
+        self,
+        layer: nn.Module,
+        place: int,
+        x: Tensor,
+        made: WeakKeyDictionary[_OneX, list[_Made | None]],
     ) -> Tensor | None:
         """What the first layer had made for this one, if nothing changed since."""
         results = made.get(self)
         if results is None:
             return None
-        own = results[place - 1]
+        own, results[place - 1] = results[place - 1], None  # for one call
         try:
-            same = own.state == _State.now(x, layer, terms_of(layer))
+            same = own is not None and own.state == _State.now(x, layer, terms_of(layer))
         except NotFused:
             same = False
-        if not same or place == len(self.layers) - 1:
+        if not same or not any(results):
             del made[self]
-        return own.result if same else None
+        return own.result if own is not None and same else None
 
 
 @dataclass
@@ -194,10 +238,10 @@ class _State:
     @classmethod
     def now(cls, x: Tensor, layer: Any, terms: Terms) -> _State:
         tensors = [x, *layer.parameters()]
+        wanted = [one.requires_grad for one in tensors]
         numbers = [(one.scaling, one.dropout_p) for one in terms.adapters]
-        kind = x.device.type
-        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-        others = (numbers, torch.is_grad_enabled(), autocast)
+        autocast = is_autocast_on(x) and torch.get_autocast_dtype(x.device.type)
+        others = (numbers, wanted, torch.is_grad_enabled(), autocast)
         return cls(tensors, [one._version for one in tensors], others)
 
     def __eq__(self, other: object) -> bool:
@@ -219,10 +263,11 @@ class _Made:
 
 
 _LOCAL = threading.local()
+_HOOKED = "_old_forward"  # where accelerate's hooks put a forward that was set on a module
 
 
-def _made_by_thread() -> WeakKeyDictionary[_OneX, list[_Made]]:
-    found: WeakKeyDictionary[_OneX, list[_Made]] | None = getattr(_LOCAL, "made", None)
+def _made_by_thread() -> WeakKeyDictionary[_OneX, list[_Made | None]]:
+    found: WeakKeyDictionary[_OneX, list[_Made | None]] | None = getattr(_LOCAL, "made", None)
     if found is None:
         found = _LOCAL.made = WeakKeyDictionary()
     return found
@@ -240,7 +285,10 @@ def _layer_forward(group: _OneX, layer: nn.Module, place: int, *args: Any, **kwa
 
 def block_of(module: nn.Module) -> _FusedMlp | _OneX | None:
     """The block that a module's forward is of."""
-    forward = module.__dict__.get("forward")
+    return _asked_by(module.__dict__.get("forward"))
+
+
+def _asked_by(forward: Any) -> _FusedMlp | _OneX | None:
     if isinstance(forward, functools.partial) and forward.func in (_mlp_forward, _layer_forward):
         found: _FusedMlp | _OneX = forward.args[0]
         return found
@@ -271,7 +319,14 @@ def fuse_blocks(model: nn.Module, *, recompute: bool = False) -> list[Block]:
     Returns:
         A `Block` for each module with several linear layers: what runs as one operator, and why
         others do not.
+
+    Raises:
+        TypeError: model is not a module; recompute is not True or False.
     """
+    check_module("fuse_blocks", "model", model)
+    recompute = as_flag(recompute, "fuse_blocks", "recompute")
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        import_module("lora_ext.integrations.peft.blocks")  # which knows PEFT's layers
     unfuse_blocks(model)
     found: list[Block] = []
     for name, module in model.named_modules():
@@ -283,24 +338,38 @@ def fuse_blocks(model: nn.Module, *, recompute: bool = False) -> list[Block]:
 
 
 def unfuse_blocks(model: nn.Module) -> None:
-    """Undoes `fuse_blocks`: every module has its class's forward again."""
+    """Undoes `fuse_blocks`: every module has its class's forward again, also inside of a hook of
+    accelerate.
+
+    Raises:
+        TypeError: model is not a module.
+    """
+    check_module("unfuse_blocks", "model", model)
     for module in model.modules():
         if block_of(module) is not None:
             del module.__dict__["forward"]
+        if _asked_by(module.__dict__.get(_HOOKED)) is not None:
+            module.__dict__[_HOOKED] = MethodType(type(module).forward, module)
 
 
 def fused_blocks(model: nn.Module) -> list[Block]:
-    """What the blocks that `fuse_blocks` made do now: their layers may have changed since."""
+    """What the blocks that `fuse_blocks` made do now: their layers may have changed since.
+
+    Raises:
+        TypeError: model is not a module.
+    """
+    check_module("fused_blocks", "model", model)
     return [_now(name, block) for name, block in _blocks_in(model)]
 
 
 def _blocks_in(model: nn.Module) -> Iterator[tuple[str, _FusedMlp | _OneX]]:
     for name, module in model.named_modules():
-        own = block_of(module)
+        own = block_of(module) or _asked_by(module.__dict__.get(_HOOKED))
         if isinstance(own, _FusedMlp):
             yield name, own
-        groups = (block_of(child) for child in module.children())
-        yield from ((name, one) for one in dict.fromkeys(groups) if isinstance(one, _OneX))
+        groups = dict.fromkeys(block_of(child) for child in module.modules())
+        mine = (one for one in groups if isinstance(one, _OneX) and one.module is module)
+        yield from ((name, one) for one in mine)
 
 
 def _fuse(
@@ -342,11 +411,14 @@ def _fuse(
 
 def _now(name: str, block: _FusedMlp | _OneX) -> Block:
     kind = "mlp" if isinstance(block, _FusedMlp) else "one x"
+    recompute = isinstance(block, _FusedMlp) and block.recompute
     try:
         block.terms()
+        if kind == "one x" and torch.is_inference_mode_enabled():
+            raise NotFused("so they do in inference mode")
     except NotFused as error:
-        return Block(name, kind, block.layers, str(error))
-    return Block(name, kind, block.layers, None)
+        return Block(name, kind, block.layers, str(error), recompute)
+    return Block(name, kind, block.layers, None, recompute)
 
 
 def _is_linear(module: nn.Module) -> bool:

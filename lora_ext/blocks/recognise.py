@@ -1,22 +1,29 @@
 """Which modules are an MLP with a gate, and which layers of a module read one x: by what their
 forward does, whatever they are called.
 
-An MLP is traced (torch.fx), with its children as leaves, and is one if that is `down(f(gate(x)) *
-up(x))`. An attention's forward has branches that cannot be traced: its text says which layers are
-called one after another, in one sequence of statements, with the same variable.
+An MLP's forward is a sequence of assignments, without branches, and a trace of it (torch.fx), with
+its children as leaves, is `down(f(gate(x)) * up(x))`. An attention's forward has branches: its text
+says which layers are called one after another, in one sequence of statements, with one variable.
 """
 
 from __future__ import annotations
 
 import ast
-import inspect
+import functools
 import operator
-import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+
+from lora_ext.blocks.text import (
+    NotRecognised,
+    called_child,
+    check_straight,
+    forward_of,
+    is_torchs,
+)
 
 F = nn.functional
 
@@ -36,12 +43,8 @@ class Mlp(NamedTuple):
     entries: tuple[str, ...]  # gate and up, or one that is both
     down: str
     activation: str
-    others: tuple[str, ...]  # children that a fused call does not call either
+    f: str | None  # the child that f is, which a fused call does not call either
     argument: str  # the forward's, which x is
-
-
-class NotRecognised(Exception):
-    """Why a module is not what was looked for; not an error."""
 
 
 class _Tracer(fx.Tracer):
@@ -55,14 +58,17 @@ def mlp_of(module: nn.Module) -> Mlp:
     Raises:
         NotRecognised: it is none.
     """
+    check_straight(module)  # which a trace does not tell
     try:
         graph = _Tracer().trace(module)
     except Exception as error:  # whatever its forward does with a proxy
         raise NotRecognised("its forward cannot be traced") from error
-    nodes = [node for node in graph.nodes if node.users or node.op == "output"]
-    inputs = [node for node in nodes if node.op == "placeholder"]
+    nodes = list(graph.nodes)
+    inputs = [node for node in nodes if node.op == "placeholder" and node.users]
     if len(inputs) != 1:
         raise NotRecognised(f"its forward reads {len(inputs)} arguments")
+    if any(not node.users for node in nodes if node.op not in ("placeholder", "output")):
+        raise NotRecognised("its forward makes what it does not use")
     down = _argument_of(nodes[-1], "output")
     product = _argument_of(down, "call_module")
     if not _is_call(product, operator.mul, torch.mul, "mul") or len(product.args) != 2:
@@ -70,14 +76,18 @@ def mlp_of(module: nn.Module) -> Mlp:
     for f, up in (product.args, product.args[::-1]):
         found = _roles(module, inputs[0], f, up)
         if found is not None:
-            entries, activation, others = found
-            return Mlp(entries, str(down.target), activation, others, str(inputs[0].target))
+            entries, activation, child = found
+            roles = Mlp(entries, str(down.target), activation, child, str(inputs[0].target))
+            if all(
+                name in module._modules for name in (*entries, roles.down, child or down.target)
+            ):
+                return roles
     raise NotRecognised("that product is not f(gate(x)) * up(x)")
 
 
 def _roles(
     module: nn.Module, x: fx.Node, f: Any, up: Any
-) -> tuple[tuple[str, ...], str, tuple[str, ...]] | None:
+) -> tuple[tuple[str, ...], str, str | None] | None:
     if not isinstance(f, fx.Node) or not isinstance(up, fx.Node) or not f.args:
         return None
     gate = f.args[0]
@@ -85,7 +95,7 @@ def _roles(
     activation = None if entries is None else _activation(module, f)
     if entries is None or activation is None:
         return None
-    return entries, activation, (str(f.target),) if f.op == "call_module" else ()
+    return entries, activation, str(f.target) if f.op == "call_module" else None
 
 
 def _layers(x: fx.Node, gate: Any, up: Any) -> tuple[str, ...] | None:
@@ -121,27 +131,75 @@ def _is_call(node: Any, *targets: object) -> bool:
 
 
 def _activation(module: nn.Module, node: fx.Node) -> str | None:
-    """Which function a node is, by its values."""
-    if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
+    """Which function a node is, by its values and derivatives."""
+    if len(node.args) != 1 or any(isinstance(value, fx.Node) for value in node.kwargs.values()):
+        return None
+    if node.op == "call_module" and not node.kwargs:
         child = module.get_submodule(str(node.target))
-        if any(True for _ in child.parameters()) or any(True for _ in child.buffers()):
-            return None
-        return activation_name(child)
-    if node.op == "call_function" and len(node.args) == 1 and callable(node.target):
-        target, options = node.target, node.kwargs
-        return activation_name(lambda e: target(e, **options))
+        # Of these nothing else happens in a call, and nothing changes with its mode.
+        known = type(child).__module__.startswith(("torch.nn.", "transformers.activations"))
+        return activation_name(child) if known and not any(_tensors_of(child)) else None
+    if node.op == "call_function" and is_torchs(node.target):
+        target: Any = node.target
+        return activation_name(lambda e: target(e, **node.kwargs))
     return None
+
+
+def _tensors_of(child: nn.Module) -> Iterator[object]:
+    """And children: whatever an activation has none of."""
+    yield from child.children()
+    yield from child.parameters()
+    yield from child.buffers()
+
+
+_MODES = ("training", "call_super_init", "dump_patches")
+
+
+def settings_of(child: nn.Module) -> tuple[object, ...]:
+    """What a module without tensors computes by; equal in a copy of it."""
+    own = [
+        (key, _named(value))
+        for key, value in vars(child).items()
+        if key not in _MODES and key[0] != "_"
+    ]
+    return type(child), *sorted(own, key=lambda pair: pair[0])
+
+
+def _named(value: object) -> object:
+    if isinstance(value, functools.partial):
+        return _named(value.func), value.args, value.keywords
+    name = getattr(value, "__qualname__", None)
+    return value if name is None else (getattr(value, "__module__", None), name)
+
+
+_FAR = [10.5, 20.0, 1e2, 1e3, 1e4]
 
 
 def activation_name(function: Callable[[Tensor], Any]) -> str | None:
     """Which of FUNCTIONS a function is, within float32's rounding of a tanh near -1."""
-    e = torch.linspace(-8, 8, 129, device="cpu")
-    with torch.no_grad():
-        values = function(e)
-        for name, other in FUNCTIONS.items():
-            if isinstance(values, Tensor) and torch.allclose(values, other(e), rtol=0, atol=2e-6):
-                return name
+    e = torch.cat([torch.linspace(-8, 8, 129), *(torch.tensor([-far, far]) for far in _FAR)])
+    found = _values(function, e)
+    for name, other in FUNCTIONS.items():
+        wanted = _values(other, e)
+        assert wanted is not None
+        if found is not None and all(
+            torch.allclose(one, same, rtol=1e-6, atol=4e-6)
+            for one, same in zip(found, wanted, strict=True)
+        ):
+            return name
     return None
+
+
+def _values(function: Callable[[Tensor], Any], at: Tensor) -> tuple[Tensor, Tensor] | None:
+    """What it makes, and its derivative; None where it has none."""
+    try:
+        with torch.enable_grad():
+            e = at.clone().requires_grad_()
+            values = function(e * 1)  # which it may change
+            (derivative,) = torch.autograd.grad(values.sum(), e)
+    except Exception:  # whatever it does with a vector
+        return None
+    return (values.detach(), derivative) if values.shape == at.shape else None
 
 
 def groups_of_one_x(module: nn.Module, layers: frozenset[str]) -> list[tuple[str, ...]]:
@@ -151,25 +209,14 @@ def groups_of_one_x(module: nn.Module, layers: frozenset[str]) -> list[tuple[str
     Raises:
         NotRecognised: the text of its forward is not known.
     """
-    try:
-        text = textwrap.dedent(inspect.getsource(inspect.unwrap(type(module).forward)))
-        function = ast.parse(text).body[0]
-    except (OSError, TypeError, SyntaxError) as error:
-        raise NotRecognised("the text of its forward is not known") from error
+    function = forward_of(module)
     counts: dict[str, int] = {}
     for node in ast.walk(function):
-        name = _called(node)
+        name = called_child(node)
         if name is not None:
             counts[name] = counts.get(name, 0) + 1
     once = frozenset(name for name in layers if counts.get(name) == 1)
     return [group for body in _bodies(function) for group in _groups(body, once)]
-
-
-def _called(node: ast.AST) -> str | None:
-    """The child that an expression reads, `self.child`."""
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-        return node.attr if node.value.id == "self" else None
-    return None
 
 
 def _bodies(node: ast.AST) -> Iterator[list[ast.stmt]]:
@@ -187,6 +234,9 @@ def _groups(body: list[ast.stmt], layers: frozenset[str]) -> Iterator[tuple[str,
         if isinstance(statement, ast.Assign | ast.AnnAssign | ast.Return | ast.Expr):
             for name, variable in _calls(statement, layers):
                 open_groups.setdefault(variable, []).append(name)
+        elif any(isinstance(node, _LEAVES) for node in ast.walk(statement)):
+            yield from (tuple(group) for group in open_groups.values() if len(group) > 1)
+            open_groups.clear()  # the next call may not come
         for node in ast.walk(statement):
             if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
                 group = open_groups.pop(node.id, [])
@@ -195,15 +245,23 @@ def _groups(body: list[ast.stmt], layers: frozenset[str]) -> Iterator[tuple[str,
     yield from (tuple(group) for group in open_groups.values() if len(group) > 1)
 
 
+# What is in these runs any number of times.
+_NOT_ONCE = (
+    *(ast.IfExp, ast.BoolOp, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp),
+    ast.GeneratorExp,
+)
+_LEAVES = (ast.Return, ast.Raise, ast.Break, ast.Continue)
+
+
 def _calls(statement: ast.stmt, layers: frozenset[str]) -> list[tuple[str, str]]:
     """(child, variable) of the calls in a statement that always run, in order."""
     found: list[tuple[int, int, str, str]] = []
 
     def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.IfExp | ast.BoolOp | ast.Lambda | ast.comprehension):
+        if isinstance(node, _NOT_ONCE):
             return
         if isinstance(node, ast.Call):
-            name = _called(node.func)
+            name = called_child(node.func)
             if name in layers and len(node.args) == 1 and not node.keywords:
                 x = node.args[0]
                 if isinstance(x, ast.Name):

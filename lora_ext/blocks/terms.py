@@ -120,6 +120,14 @@ def is_one_operator(terms: list[Terms]) -> bool:
     return all(len(one.adapters) <= 1 for one in terms)
 
 
+def is_autocast_on(x: Tensor) -> bool:
+    """Whether autocast casts what layers read on x's device; some devices know none."""
+    try:
+        return torch.is_autocast_enabled(x.device.type)
+    except RuntimeError:
+        return False
+
+
 def same_dtype(x: Tensor, terms: list[Terms]) -> bool:
     """Whether an operator takes them: else each layer says what is wrong, or casts."""
-    return torch.is_autocast_enabled(x.device.type) or all(t.weight.dtype == x.dtype for t in terms)
+    return is_autocast_on(x) or all(t.weight.dtype == x.dtype for t in terms)

@@ -18,7 +18,12 @@ from lora_ext.nn import tensor_parallel
 from lora_ext.nn.adapter import DEFAULT, AdapterOptions, AdapterSettings, LowRank
 from lora_ext.nn.adoption import belongs_to_its_class
 from lora_ext.nn.block_diagonal import check_blocks
-from lora_ext.nn.installed_forward import install_like, installed_style, without_forward
+from lora_ext.nn.installed_forward import (
+    install_like,
+    installed_style,
+    is_in_block,
+    without_forward,
+)
 from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.lora_layer import LoraLayer
 from lora_ext.nn.planned import (
@@ -64,6 +69,8 @@ class LinearBase(LoraLayer, nn.Linear):
     @classmethod
     def _from_linear(cls, linear: nn.Linear) -> Self:
         """A layer, without adapters, in the place of a linear one or over it."""
+        if is_in_block(linear):
+            linear = without_forward(linear)
         if quantized_kind(linear) is not None:
             import_module("lora_ext.nn.quantized")  # which sets _QUANTIZED; most models have none
             return cls._QUANTIZED._over_quantized(linear)  # type: ignore[no-any-return]

@@ -31,6 +31,8 @@ def _terms(layer: Any) -> Terms:
     check_exportable()
     check_own_methods(layer, peft_layer.Linear)
     weight, bias = base_tensors(layer)
+    if layer.disable_adapters and layer.merged:
+        raise LeftToPeft("a call takes out what is merged while adapters are disabled")
     if runs_base_alone(layer):
         return Terms(weight, bias, [])
     adapters = adapters_of(layer, layer.active_adapters)
