@@ -135,6 +135,12 @@ def test_what_is_said() -> None:
         lora_ext.fuse_blocks(model, recompute="yes")  # type: ignore[arg-type]
 
 
+def test_a_model_of_which_nothing_is_fused_is_told() -> None:
+    config = LoraConfig(r=2, target_modules=["0"])
+    with pytest.warns(UserWarning, match="get_lora_model: fuse_blocks: no block of this model"):
+        lora_ext.get_lora_model(nn.Sequential(nn.Linear(2, 2)), config, fuse_blocks=True)
+
+
 class OtherName(nn.Module):
     def __init__(self) -> None:
         super().__init__()

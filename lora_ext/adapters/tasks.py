@@ -201,7 +201,7 @@ def get_lora_model(
         )
         _note_base(mixed_model.xlora_config, model, revision)
         if fuse:
-            blocks.fuse_blocks(mixed_model)
+            blocks.fuse_or_warn(mixed_model, where)
         return also_pefts(mixed_model)  # type: ignore[no-any-return]
     config = LoraConfig.of(peft_config, where)
     kind = class_for(model, config.task_type) if isinstance(model, nn.Module) else LoraModel
@@ -214,7 +214,7 @@ def get_lora_model(
     )
     _note_base(made.peft_config[adapter_name], model, revision)
     if fuse:
-        blocks.fuse_blocks(made)
+        blocks.fuse_or_warn(made, where)
     return made
 
 

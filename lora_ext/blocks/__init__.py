@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_ext.blocks.fusing import Block, fuse_blocks, fused_blocks, unfuse_blocks
+    from lora_ext.blocks.fusing import fuse_or_warn as fuse_or_warn
     from lora_ext.blocks.operators import lora_mlp, lora_qkv
 
 __all__ = ["Block", "fuse_blocks", "fused_blocks", "lora_mlp", "lora_qkv", "unfuse_blocks"]
 
 _MODULES = dict.fromkeys(("lora_mlp", "lora_qkv"), "operators")
 _MODULES |= dict.fromkeys(("Block", "fuse_blocks", "fused_blocks", "unfuse_blocks"), "fusing")
+_MODULES["fuse_or_warn"] = "fusing"  # for functions of this package
 
 
 def are_fused() -> bool:

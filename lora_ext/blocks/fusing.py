@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lora_ext.arguments import as_flag, check_module
+from lora_ext.arguments import as_flag, check_module, warn
 from lora_ext.blocks.operators import lora_mlp
 from lora_ext.blocks.recognise import Mlp, groups_of_one_x, mlp_of, settings_of
 from lora_ext.blocks.terms import (
@@ -335,6 +335,15 @@ def fuse_blocks(model: nn.Module, *, recompute: bool = False) -> list[Block]:
             continue
         found += _fuse(name, module, layers, recompute)
     return found
+
+
+def fuse_or_warn(model: nn.Module, where: str) -> None:
+    """`fuse_blocks` for a function that has no place to say what came of it."""
+    if not any(block.fused for block in fuse_blocks(model)):
+        warn(
+            f"{where}: fuse_blocks: no block of this model runs as one operator; "
+            "lora_ext.fuse_blocks(model) says why"
+        )
 
 
 def unfuse_blocks(model: nn.Module) -> None:

@@ -99,5 +99,5 @@ def accelerate(model: Model, *, fuse_blocks: bool = False) -> Model:
     for module in found:
         module.__class__ = _ACCELERATED[type(module)]
     if fuse:
-        blocks.fuse_blocks(model)
+        blocks.fuse_or_warn(model, "accelerate")
     return model
