@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import lora_ext
 
@@ -16,6 +18,38 @@ _CPU = frozenset(_FACTS.read_text().split() if _FACTS.exists() else ())
 def multiplies_fp16() -> bool:
     """Whether this CPU has instructions for it, which ATen's BLAS then uses."""
     return "avx512_fp16" in _CPU and _may_use_all()
+
+
+@functools.cache
+def blas_has_one_order() -> bool:
+    """Whether BLAS gives the same bits for the same matrices wherever they lie in memory. MKL's on
+    an AMD EPYC with AVX2 does not, and then no two ways to call it have the same bits."""
+
+    def placed(t: Tensor, at: int) -> Tensor:
+        return torch.empty(t.numel() + 8, dtype=t.dtype)[at:][: t.numel()].view(t.shape).copy_(t)
+
+    a, b = torch.randn(37, 33), torch.randn(65, 33)
+    return all(
+        torch.equal(placed(one, i) @ placed(other, j).t(), one @ other.t())
+        for dtype in (torch.float32, torch.float64)
+        for one, other in [(a.to(dtype), b.to(dtype)), (a[:7].to(dtype), b[:17].to(dtype))]
+        for i in range(8)
+        for j in range(8)
+    )
+
+
+def same_bits(found: Tensor, wanted: Tensor) -> bool:
+    """Whether they are equal; where BLAS itself has no one order, within its rounding."""
+    if blas_has_one_order() or not found.is_floating_point():
+        return torch.equal(found, wanted)
+    tolerance = 64 * torch.finfo(found.dtype).eps
+    scale = wanted.abs().max().item() if wanted.numel() else 0.0
+    return torch.allclose(found, wanted, rtol=tolerance, atol=tolerance * scale)
+
+
+def sums_as_intels() -> bool:
+    """Whether BLAS's sums are those beside which errors are measured (test_precision.py)."""
+    return "GenuineIntel" in _CPU or not _CPU
 
 
 def dots_slowly() -> bool:
