@@ -7,6 +7,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,7 +86,7 @@ assert all(block.fused for block in lora_ext.fuse_blocks(model))
 def test_pefts_layers_are_known_without_the_integration() -> None:
     pytest.importorskip("peft")
     command = [sys.executable, "-c", PEFT]
-    done = subprocess.run(command, cwd="tests", capture_output=True, text=True)
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

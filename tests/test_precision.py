@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from devices import each_device, sums_as_intels
+from devices import blas_has_one_order, each_device
 from problems import Problem, exact_results, make_problem, plain_results, results
 from torch import Tensor
 
@@ -58,6 +58,28 @@ def three_results(p: Problem) -> tuple[Results, Results, Results]:
     return results(p.fused(), list(p.operands), p.dy), plain_results(p), exact_results(p)
 
 
+def in_runs(a: Tensor, b: Tensor) -> Tensor:
+    """a b in float32, by fused multiply and add, of at most kSumTerms = 128 terms in a row."""
+    total = torch.zeros(len(a), b.shape[1], dtype=torch.float64)
+    for start in range(0, a.shape[1], 128):
+        run = torch.zeros(len(a), b.shape[1])
+        for k in range(start, min(start + 128, a.shape[1])):
+            run = (run.double() + a[:, k : k + 1].double() * b[k].double()).float()
+        total = (total + run.double()).float().double()
+    return total.float()
+
+
+def three_results_in_order(p: Problem) -> tuple[Results, Results, Results]:
+    """Ours, plain PyTorch's in the order of the kernels, and exact ones: of y and dx."""
+    x, weight, bias, A, B, lora_bias = (t.detach() for t in p.operands if t is not None)
+    keep = 1.0 if p.mask is None else p.mask / (1 - p.dropout_p)
+    update = in_runs(x * keep, A.t()) @ B.t() + lora_bias
+    y = torch.addmm(update * p.scaling + bias, x, weight.t())
+    dx = torch.addmm(in_runs(p.dy, B) @ A * p.scaling * keep, p.dy, weight)
+    ours, _, exact = three_results(p)
+    return ours, {"y": y, "x": dx}, {name: exact[name] for name in ("y", "x")}
+
+
 # BLAS sums otherwise for a single row or rank, for fewer than 16 rows, and for more; and so do we.
 # A panel is 48 rows, a chunk 1024 columns; 9000 rows are several ranges. Long in K or in N, as the
 # sums of h or those of dh are: both at once cost most and show no more.
@@ -77,10 +99,20 @@ def test_fp32(size: tuple[int, int, int, int], dropout_p: float, lora_share: flo
             problem_of(size, lora_share, seed, dropout_p=dropout_p, lora_bias=True)
         ),
     )
-    right = all(ratio <= luck(size[0] * size[3] * seeds) for ratio in got.values())
-    if not right and not sums_as_intels() and max(got.values()) < 1.5:
-        pytest.xfail(f"open: beside MKL's sums on this maker's CPU up to 1.44 is measured: {got}")
-    assert right, got
+    bound = luck(size[0] * size[3] * seeds)
+    if blas_has_one_order():
+        assert all(ratio <= bound for ratio in got.values()), got
+        return
+    # Such a BLAS sums in short runs that differ with place and size: y and dx err as much as plain
+    # PyTorch does in the kernels' order, with their longest sums.
+    in_order = ratios(
+        seeds,
+        lambda seed: three_results_in_order(
+            problem_of(size, lora_share, seed, dropout_p=dropout_p, lora_bias=True)
+        ),
+    )
+    for name, ratio in got.items():
+        assert ratio <= bound or in_order.get(name, math.inf) <= bound, (name, got, in_order)
 
 
 @pytest.mark.parametrize(("dropout_p", "lora_share"), [(0.0, 8.0), (0.1, 1.0)], ids=str)

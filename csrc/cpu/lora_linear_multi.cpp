@@ -205,8 +205,7 @@ MultiGradients lora_linear_multi_bwd_cpu(const LoraLinearMultiBackwardCall& call
   const std::vector<BackwardLayerOfMulti> layers = checked_layers_of(call, wants_x, wanted);
   const Tensor& dy = call.dy[0];
   const Together together = choose_together(layers, dy, count_rows(dy).expect_int());
-  const bool wide_sum = wants_x && dx_type.value_or(dy.scalar_type()) != dy.scalar_type();
-  if (together.layers.empty() || layers.size() < 2 || wide_sum) {
+  if (together.layers.empty() || layers.size() < 2 || sums_in_other_type(dy, wants_x, dx_type)) {
     return separate_gradients(layers, &lora_linear_bwd_checked, dx_type);
   }
   const OptionalTensor x = call.x.has_value() ? OptionalTensor(with_rows(*call.x)) : std::nullopt;

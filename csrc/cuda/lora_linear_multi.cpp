@@ -109,8 +109,7 @@ MultiGradients lora_linear_multi_bwd_cuda(const LoraLinearMultiBackwardCall& cal
   const Tensor& dy = call.dy[0];
   const c10::cuda::CUDAGuard guard(dy.device());
   const int64_t M = count_rows(dy).expect_int(), K = layers[0].lora_A.size(1);
-  const bool wide_sum = wants_x && dx_type.value_or(dy.scalar_type()) != dy.scalar_type();
-  if (M == 0 || K == 0 || wide_sum) {
+  if (M == 0 || K == 0 || sums_in_other_type(dy, wants_x, dx_type)) {
     return separate_gradients(layers, &lora_linear_bwd, dx_type);
   }
   const OptionalTensor x = call.x.has_value() ? OptionalTensor(as_rows(*call.x)) : std::nullopt;

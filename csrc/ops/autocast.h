@@ -15,6 +15,12 @@ inline bool is_autocast_on(const Tensor& tensor) {
 }
 
 // Autocast is off while it lives.
+// What several layers are, each list with an entry for each.
+struct CastLists {
+  TensorVector weight, bias, lora_A, lora_B, lora_bias;
+  bool cast_x;  // of lora_linear_multi
+};
+
 template <c10::DeviceType kDevice>
 struct AutocastScope {
   at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
@@ -33,21 +39,23 @@ struct AutocastScope {
   OptionalTensor adapter(const OptionalTensor& tensor) const {
     return tensor.has_value() ? OptionalTensor(adapter(*tensor)) : tensor;
   }
-  // Of an x that several layers read the parts of the gradient are added up in its own type, as
-  // autograd adds up those of a cast for each: cast_x of lora_linear_multi. weight is cast.
-  bool adds_up_gradient(const Tensor& x, at::TensorList weight) const {
-    return at::GradMode::is_enabled() && x.requires_grad() && x.scalar_type() == at::kFloat &&
-           dtype != at::kFloat && !weight.empty() && weight[0].scalar_type() == dtype;
-  }
-  TensorVector bases(at::TensorList list) const {
-    TensorVector result;
-    for (const Tensor& one : list) result.push_back(base(one));
-    return result;
-  }
-  TensorVector adapters(at::TensorList list) const {
-    TensorVector result;
-    for (const Tensor& one : list) result.push_back(adapter(one));
-    return result;
+  // Those of a call of layers that read one x. Where x's gradient is wanted in float32 the operator
+  // casts x and adds up the parts of that, as autograd does those of a cast for each layer.
+  CastLists lists(const auto& call) const {
+    const auto each = [](at::TensorList list, const auto& cast) {
+      TensorVector result;
+      for (const Tensor& one : list) result.push_back(cast(one));
+      return result;
+    };
+    const auto of_base = [&](const Tensor& one) { return base(one); };
+    const auto of_adapter = [&](const Tensor& one) { return adapter(one); };
+    CastLists own{each(call.weight, of_base),       each(call.bias, of_base),
+                  each(call.lora_A, of_adapter),    each(call.lora_B, of_adapter),
+                  each(call.lora_bias, of_adapter), false};
+    own.cast_x = at::GradMode::is_enabled() && call.x.requires_grad() &&
+                 call.x.scalar_type() == at::kFloat && dtype != at::kFloat && !own.weight.empty() &&
+                 own.weight[0].scalar_type() == dtype;
+    return own;
   }
 };
 

@@ -70,6 +70,11 @@ std::tuple<TensorVector, TensorVector> lora_linear_multi_fwd(const LoraLinearMul
 MultiGradients lora_linear_multi_bwd(const LoraLinearMultiBackwardCall& call, bool wants_x,
                                      at::IntArrayRef wanted, OptionalType dx_type);
 
+// Whether dx is a sum in another type than dy's, which backends leave to separate_gradients.
+inline bool sums_in_other_type(const Tensor& dy, bool wants_x, OptionalType dx_type) {
+  return wants_x && dx_type.value_or(dy.scalar_type()) != dy.scalar_type();
+}
+
 // x of layers of these weights, under cast_x.
 inline Tensor cast_to_weight(const Tensor& x, at::TensorList weight, bool cast_x) {
   return cast_x && !weight.empty() ? x.to(weight[0].scalar_type()) : x;

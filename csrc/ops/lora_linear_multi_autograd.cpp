@@ -207,10 +207,7 @@ TensorVector lora_linear_multi_autograd(const LoraLinearMultiCall& call, bool ca
 template <c10::DeviceType kDevice>
 TensorVector lora_linear_multi_autocast(const LoraLinearMultiCall& call, bool) {
   const AutocastScope<kDevice> cast;
-  const TensorVector weight = cast.bases(call.weight), bias = cast.bases(call.bias),
-                     lora_A = cast.adapters(call.lora_A), lora_B = cast.adapters(call.lora_B),
-                     lora_bias = cast.adapters(call.lora_bias);
-  const bool cast_x = cast.adds_up_gradient(call.x, weight);
+  const auto [weight, bias, lora_A, lora_B, lora_bias, cast_x] = cast.lists(call);
   return lora_linear_multi(
       {cast_x ? call.x : cast.base(call.x), weight, bias, lora_A, lora_B, lora_bias, call.scaling,
        call.scaling_tensor, call.dropout_p, call.rng_state},

@@ -195,10 +195,7 @@ Tensor lora_mlp_autograd(const LoraMlpCall& call, bool recompute, bool cast_x) {
 template <c10::DeviceType kDevice>
 Tensor lora_mlp_autocast(const LoraMlpCall& call, bool recompute, bool) {
   const AutocastScope<kDevice> cast;
-  const TensorVector weight = cast.bases(call.weight), bias = cast.bases(call.bias),
-                     lora_A = cast.adapters(call.lora_A), lora_B = cast.adapters(call.lora_B),
-                     lora_bias = cast.adapters(call.lora_bias);
-  const bool cast_x = cast.adds_up_gradient(call.x, weight);
+  const auto [weight, bias, lora_A, lora_B, lora_bias, cast_x] = cast.lists(call);
   return lora_mlp(
       {cast_x ? call.x : cast.base(call.x), weight, bias, lora_A, lora_B, lora_bias, call.scaling,
        call.scaling_tensor, call.dropout_p, call.rng_state, call.activation},

@@ -103,7 +103,7 @@ class _FusedMlp(_OfModule):
         check_no_hooks_of_all()
         children = self.module._modules
         found = []
-        for name in (*self.layers, *((self.roles.f,) if self.roles.f else ())):
+        for name in self.roles.children:
             child = children.get(name)
             if child is None:
                 raise NotFused(f"{name} is gone")

@@ -46,6 +46,11 @@ class Mlp(NamedTuple):
     f: str | None  # the child that f is, which a fused call does not call either
     argument: str  # the forward's, which x is
 
+    @property
+    def children(self) -> tuple[str, ...]:
+        """All that a fused call does not call."""
+        return (*self.entries, self.down, *([] if self.f is None else [self.f]))
+
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -78,9 +83,7 @@ def mlp_of(module: nn.Module) -> Mlp:
         if found is not None:
             entries, activation, child = found
             roles = Mlp(entries, str(down.target), activation, child, str(inputs[0].target))
-            if all(
-                name in module._modules for name in (*entries, roles.down, child or down.target)
-            ):
+            if all(name in module._modules for name in roles.children):
                 return roles
     raise NotRecognised("that product is not f(gate(x)) * up(x)")
 

@@ -59,11 +59,13 @@ def check_straight(module: nn.Module) -> None:
     has_docstring = ast.get_docstring(function, clean=False) is not None
     space = inspect.unwrap(type(module).forward).__globals__
     for statement in function.body[has_docstring:]:
-        if not isinstance(statement, ast.Assign | ast.AnnAssign | ast.Return):
-            raise NotRecognised(
-                f"its forward has a statement of another kind in line {statement.lineno}"
-            )
-        targets = getattr(statement, "targets", [getattr(statement, "target", ast.Tuple([]))])
+        targets: list[ast.expr] = []
+        if isinstance(statement, ast.Assign):
+            targets = statement.targets
+        elif isinstance(statement, ast.AnnAssign):
+            targets = [statement.target]
+        elif not isinstance(statement, ast.Return):
+            raise NotRecognised(f"its forward has a statement of kind {type(statement).__name__}")
         parts = [node for target in targets for node in ast.walk(target)]
         if not all(isinstance(node, ast.Name | ast.Tuple | ast.expr_context) for node in parts):
             raise NotRecognised("its forward sets other things than variables")
