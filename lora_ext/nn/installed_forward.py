@@ -31,9 +31,9 @@ def installed_style(module: nn.Module) -> tuple[Any, Any] | None:
     return (style, mesh) if hasattr(style, "install_forward") else None
 
 
-def is_in_block(module: nn.Module) -> bool:
-    """Whether a layer's forward asks its block."""
-    forward = module.__dict__.get("forward")
+def is_in_block(module: object) -> bool:
+    """Whether this is a layer whose forward asks its block."""
+    forward = module.__dict__.get("forward") if isinstance(module, nn.Module) else None
     return isinstance(forward, functools.partial) and forward.func.__module__ == _BLOCKS
 
 
