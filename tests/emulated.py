@@ -137,7 +137,7 @@ class EmulatedKernels:
     @staticmethod
     def compile(folder: Path, *options: str, csrc: Path = ROOT / "csrc") -> Path:
         target = folder / "liblora_linear.so"
-        compile_source(SOURCE, target, "-O2", "-fPIC", "-shared", *options, csrc=csrc)
+        compile_source(SOURCE, target, "-O1", "-fPIC", "-shared", *options, csrc=csrc)
         return target
 
     @classmethod

@@ -117,7 +117,7 @@ class GroupedKernels(EmulatedKernels):
     @staticmethod
     def compile(folder: Path, *options: str, csrc: Path = ROOT / "csrc") -> Path:
         target = folder / "liblora_linear_grouped.so"
-        compile_source(SOURCE, target, "-O2", "-fPIC", "-shared", *options, csrc=csrc)
+        compile_source(SOURCE, target, "-O1", "-fPIC", "-shared", *options, csrc=csrc)
         return target
 
     @classmethod

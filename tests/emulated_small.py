@@ -20,7 +20,7 @@ class SmallKernels:
     @classmethod
     def build(cls, folder: Path) -> SmallKernels:
         target = folder / "libsmall_kernels.so"
-        compile_source(SOURCE.with_name("small_kernels.cpp"), target, "-O2", "-fPIC", "-shared")
+        compile_source(SOURCE.with_name("small_kernels.cpp"), target, "-O1", "-fPIC", "-shared")
         return cls(ctypes.CDLL(str(target)))
 
     def fill_rng_state(self, seed: int, offset: int, in_graph: int | None = None) -> Tensor:

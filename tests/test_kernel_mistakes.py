@@ -89,11 +89,11 @@ def plant(driver: str, folder: Path) -> Path:
 def build(driver: str, folder: Path) -> Path:
     csrc = plant(driver, folder)
     if driver == "launches":
-        return EmulatedKernels.compile(folder, "-O1", "-DSM80_BF16_ONLY", csrc=csrc)
+        return EmulatedKernels.compile(folder, "-DSM80_BF16_ONLY", csrc=csrc)
     if driver == "grouped":
-        return GroupedKernels.compile(folder, "-O1", "-DBF16_ONLY", csrc=csrc)
+        return GroupedKernels.compile(folder, "-DBF16_ONLY", csrc=csrc)
     if driver == "rows":
-        return RowKernels.compile(folder, "-O1", csrc=csrc)
+        return RowKernels.compile(folder, csrc=csrc)
     source, target = ROOT / "tests" / "simt" / f"{driver}.cpp", folder / driver
     compile_source(source, target, "-O1", "-Wno-psabi", "-DBF16_ONLY", csrc=csrc)
     return target

@@ -303,3 +303,25 @@ def test_qkv_are_three_layers_of_one_x() -> None:
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
     with pytest.raises(ValueError, match="lora_qkv: weights: got 2 entries, expected 3"):
         lora_ext.lora_qkv(x, weights[:2], None, A[:2], B[:2])
+
+
+@pytest.mark.parametrize(
+    ("A", "B", "weight", "message"),
+    [
+        (torch.ones(2, 12), None, torch.ones(8, 12), "v: lora_B: got none"),
+        (torch.ones(2, 11), torch.ones(8, 2), torch.ones(8, 12), "v: lora_A: got shape"),
+        (None, None, torch.ones(8), "v: weight: got shape"),
+    ],
+)
+def test_wrong_layers_have_the_names_of_the_operator(
+    A: Tensor | None, B: Tensor | None, weight: Tensor, message: str
+) -> None:
+    x, others = torch.ones(7, 12), [torch.ones(16, 12), torch.ones(8, 12)]
+    with pytest.raises(ValueError, match=f"^lora_qkv: {message}"):
+        lora_ext.lora_qkv(x, [*others, weight], None, [None, None, A], [None, None, B])
+    if A is not None:
+        square = [torch.ones(12, 12), torch.ones(12, 12), torch.ones(8, 12)]
+        with pytest.raises(ValueError, match=f"^lora_mlp: {message.replace('v:', 'down:')}"):
+            lora_ext.lora_mlp(x, square, None, [None, None, A], [None, None, B])
+    with pytest.raises(ValueError, match=r"^lora_qkv: x: got a 0-d tensor"):
+        lora_ext.lora_qkv(torch.ones(()), [*others, others[1]], None, [None] * 3, [None] * 3)

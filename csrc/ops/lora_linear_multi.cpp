@@ -49,14 +49,6 @@ void check_entries(const char* op, const char* name, size_t got, size_t layers,
                     may_be_empty ? ", or none" : "");
 }
 
-void check_adapter_is_whole(const char* op, size_t layer, const Tensor& lora_A,
-                            const Tensor& lora_B) {
-  TORCH_CHECK_VALUE(is_none(lora_A) == is_none(lora_B), name_of(op, layer), ": ",
-                    is_none(lora_A) ? "lora_A" : "lora_B",
-                    ": got none, expected both lora_A and "
-                    "lora_B, or neither for a layer without adapter");
-}
-
 // For the layers that drop elements; those without adapter do not.
 LoraDropout dropout_of(bool adapted, at::ArrayRef<double> dropout_p, at::TensorList rng_state,
                        size_t layer) {
@@ -77,7 +69,7 @@ void check_backward_lists(const LoraLinearMultiBackwardCall& call, at::IntArrayR
   check_entries(kMultiBwd, "rng_state", call.rng_state.size(), layers, true);
   check_entries(kMultiBwd, "wanted", wanted.size(), layers);
   for (size_t i = 0; i < layers; ++i) {
-    check_adapter_is_whole(kMultiBwd, i, call.lora_A[i], call.lora_B[i]);
+    check_adapter_is_whole(name_of(kMultiBwd, i), call.lora_A[i], call.lora_B[i]);
     check_dense(name_of(kMultiBwd, i).c_str(), "dy", call.dy[i]);
     TORCH_CHECK_VALUE(call.dy[i].dim() >= 1, name_of(kMultiBwd, i),
                       ": dy: got a 0-d tensor, expected [..., out_features]");
@@ -122,6 +114,13 @@ MultiGradients lora_linear_multi_bwd_meta(const LoraLinearMultiBackwardCall& cal
 
 }  // namespace
 
+void check_adapter_is_whole(const std::string& name, const Tensor& lora_A, const Tensor& lora_B) {
+  TORCH_CHECK_VALUE(is_none(lora_A) == is_none(lora_B), name, ": ",
+                    is_none(lora_A) ? "lora_A" : "lora_B",
+                    ": got none, expected both lora_A and "
+                    "lora_B, or neither for a layer without adapter");
+}
+
 void check_lora_linear_multi_lists(const LoraLinearMultiCall& call) {
   const size_t layers = call.weight.size();
   TORCH_CHECK_VALUE(layers > 0, kMulti, ": weight: got no layers, expected at least one");
@@ -137,7 +136,7 @@ void check_lora_linear_multi_lists(const LoraLinearMultiCall& call) {
   TORCH_CHECK_VALUE(call.x.dim() >= 1, kMulti,
                     ": x: got a 0-d tensor, expected [..., in_features]");
   for (size_t i = 0; i < layers; ++i) {
-    check_adapter_is_whole(kMulti, i, call.lora_A[i], call.lora_B[i]);
+    check_adapter_is_whole(name_of(kMulti, i), call.lora_A[i], call.lora_B[i]);
   }
 }
 

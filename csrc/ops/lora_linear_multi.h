@@ -6,6 +6,7 @@
 // what backends implement.
 #pragma once
 
+#include <string>
 #include <vector>
 
 #include "ops/lora_linear.h"
@@ -98,6 +99,8 @@ struct LayerOfMulti {
     return {x, weight, bias, lora_A, lora_B, lora_bias, scaling, dropout};
   }
 };
+// Both of an adapter, or neither.
+void check_adapter_is_whole(const std::string& name, const Tensor& lora_A, const Tensor& lora_B);
 // How many entries there are, before any is read; layers_of checks it, too, and checked_layers_of
 // every entry.
 void check_lora_linear_multi_lists(const LoraLinearMultiCall& call);

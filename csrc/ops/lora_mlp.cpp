@@ -241,6 +241,12 @@ void check_lora_mlp(const LoraMlpCall& call, bool cast_x) {
   check_entries("scaling_tensor", call.scaling_tensor.size(), true);
   check_entries("dropout_p", call.dropout_p.size(), false);
   check_entries("rng_state", call.rng_state.size(), true);
+  static constexpr const char* kNames[][3] = {{"lora_mlp: gate_up", "lora_mlp: down"},
+                                              {"lora_mlp: gate", "lora_mlp: up", "lora_mlp: down"}};
+  const auto& names = kNames[layers - 2];
+  for (size_t i = 0; i < layers; ++i) {
+    check_adapter_is_whole(names[i], call.lora_A[i], call.lora_B[i]);
+  }
   const auto rows_of = [](const Tensor& weight) {
     return weight.dim() == 2 ? weight.sym_size(0) : c10::SymInt(-1);
   };
@@ -250,11 +256,8 @@ void check_lora_mlp(const LoraMlpCall& call, bool cast_x) {
                     ", expected [out_features, in_features]");
   const c10::SymInt expected = layers == 3 ? width : width * 2;
   for (size_t i = 0; i + 1 < layers; ++i) {
-    TORCH_CHECK_VALUE(rows_of(call.weight[i]) == expected, kMlp,
-                      layers == 2 ? ": gate_up"
-                      : i == 0    ? ": gate"
-                                  : ": up",
-                      ": weight: got shape ", call.weight[i].sym_sizes(), ", expected [", expected,
+    TORCH_CHECK_VALUE(rows_of(call.weight[i]) == expected, names[i], ": weight: got shape ",
+                      call.weight[i].sym_sizes(), ", expected [", expected,
                       ", in_features]: down has ", width, " in_features");
   }
   check_dense(kMlp, "x", call.x);
@@ -267,10 +270,9 @@ void check_lora_mlp(const LoraMlpCall& call, bool cast_x) {
   const Tensor x =
       cast_x ? call.x.new_empty_symint({0, call.x.sym_size(-1)}, down.options()) : call.x;
   const std::vector<LayerOfMulti> entries = layers_of(entries_of(call.with(x)));
-  check_layer(entries[0], layers == 2 ? "lora_mlp: gate_up" : "lora_mlp: gate");
-  if (layers == 3) check_layer(entries[1], "lora_mlp: up");
+  for (size_t i = 0; i < entries.size(); ++i) check_layer(entries[i], names[i]);
   const Tensor no_rows = x.new_empty_symint({0, width});
-  check_layer(layers_of(down_of(call, no_rows))[0], "lora_mlp: down");
+  check_layer(layers_of(down_of(call, no_rows))[0], names[layers - 1]);
 }
 
 Tensor lora_mlp(const LoraMlpCall& call, bool recompute, bool cast_x) {

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_ext._layer_lists import call_of_layers, refuse_layers
+from lora_ext._layer_lists import call_of_layers, refuse_layers, refused
 from lora_ext.arguments import refuse
 from lora_ext.functional import lora_linear_multi
 
@@ -98,15 +98,18 @@ def lora_qkv(
     """
     if len(weights) != 3:
         raise ValueError(f"lora_qkv: weights: got {len(weights)} entries, expected 3: q, k and v")
-    q, k, v = lora_linear_multi(
-        x,
-        weights,
-        biases,
-        lora_As,
-        lora_Bs,
-        lora_biases,
-        scalings=scalings,
-        dropout_p=dropout_p,
-        rng_states=rng_states,
-    )
+    try:
+        q, k, v = lora_linear_multi(
+            x,
+            weights,
+            biases,
+            lora_As,
+            lora_Bs,
+            lora_biases,
+            scalings=scalings,
+            dropout_p=dropout_p,
+            rng_states=rng_states,
+        )
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise refused(error, "lora_qkv", ("q", "k", "v")) from None
     return q, k, v
