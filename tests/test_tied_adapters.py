@@ -171,6 +171,19 @@ def test_a_file_without_the_heads_tensors_is_of_the_embedding_alone(tmp_path: Pa
     assert torch.equal(again(**inputs).loss, read(**inputs).loss)
 
 
+def test_peft_reads_a_file_whose_embedding_has_a_name_that_it_does_not_know(tmp_path: Path) -> None:
+    base, inputs = BUILDERS["gpt2"]()
+    ours = get_lora_model(copy.deepcopy(base), config_of("wte")).eval()
+    disturb(ours)
+    ours.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()
+    again = LoraModel.from_pretrained(base, tmp_path)
+    torch.testing.assert_close(theirs(**inputs).loss, ours(**inputs).loss)
+    assert torch.equal(again(**inputs).loss, ours(**inputs).loss)
+
+
 def test_a_file_that_says_two_things_is_refused(tmp_path: Path) -> None:
     adapted().save_pretrained(tmp_path)
     tensors = safetensors.torch.load_file(tmp_path / WEIGHTS_NAME)

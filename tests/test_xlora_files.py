@@ -354,3 +354,10 @@ def test_configs_are_pefts(tmp_path: Path) -> None:
     own.save_pretrained(tmp_path)
     assert peft.PeftConfig.from_pretrained(tmp_path).to_dict() == theirs.to_dict()
     assert lora_ext.XLoraConfig.from_pretrained(tmp_path) == own
+
+
+def test_a_config_of_no_kind_is_none_of_x_lora(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"foo": "bar"}')
+    with pytest.raises(ValueError, match="peft_type: is missing, expected 'XLORA'"):
+        lora_ext.XLoraConfig.from_pretrained(tmp_path)
+    assert not lora_ext.check_if_peft_model(tmp_path)

@@ -96,8 +96,11 @@ def _share_merged(layer: AdapterLayer, transaction: Transaction) -> LoraLayer | 
     draft: AdapterLayer = transaction.draft(layer)
     if not isinstance(draft, LoraLayer) or not draft.merged_adapters:
         return None
-    sources = {id(one): one for name in draft.merged_adapters for one in draft._tied.get(name, ())}
-    if len(sources) != 1 or not all(name in draft._tied for name in draft.merged_adapters):
+    if not all(name in draft._tied for name in draft.merged_adapters):
+        return None
+    ties = [draft._tied[name].embedding for name in draft.merged_adapters]
+    sources = {id(one): one for one in ties}
+    if len(sources) != 1:
         return None
     (source,) = sources.values()
     embedding = transaction.draft(source)

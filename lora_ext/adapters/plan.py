@@ -46,6 +46,8 @@ from lora_ext.quant.kinds import quantized_kind
 
 # From so many on the ends of names are written instead of names, as in PEFT's files.
 MANY_NAMES = 400
+# The names of modules with an embedding's weight by which PEFT sees that they are to be tied.
+_EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
 class PlannedLayer(NamedTuple):
@@ -132,14 +134,21 @@ def resolved(model: nn.Module, plan: Plan) -> LoraConfig:
 
 
 def _name_the_source(config: LoraConfig, tied: Mapping[str, str]) -> None:
-    """Makes target_modules name the embedding, which stands for what is tied to it, as in PEFT."""
+    """Makes target_modules name the embedding, which stands for what is tied to it, as in PEFT; and
+    where PEFT would not know its name for that of one, a layer that is tied to it."""
     source, targets = next(iter(tied.values())), config.target_modules
+    needed = [source]
+    if source.rpartition(".")[2] not in _EMBEDDINGS:
+        known = [name for name in tied if name.rpartition(".")[2] in _EMBEDDINGS]
+        needed += sorted(known, key=lambda name: name.count("."))[:1]
     if isinstance(targets, str):
-        if not matches(source, targets):
-            config.target_modules = f"(?:{targets}|^{re.escape(source)}$)"
+        for name in needed:
+            if not matches(name, targets):
+                targets = f"(?:{targets}|^{re.escape(name)}$)"
+        config.target_modules = targets
         return
     named = [one for one in targets or () if not any(matches(head, [one]) for head in tied)]
-    config.target_modules = named if matches(source, named) else [*named, source]
+    config.target_modules = named + [name for name in needed if not matches(name, named)]
 
 
 def only_on(model: nn.Module, config: LoraConfig, names: Sequence[str]) -> LoraConfig:
@@ -339,15 +348,17 @@ def _check_tied_layers(
     planned = {one.name: one for one in layers.values()}
     where = "LoraConfig: ensure_weight_tying: got True"
     for name, source in tied.items():
-        head, embedding = planned[name], planned[source]
-        plain = isinstance(embedding.layer, Embedding) and isinstance(head.layer, Linear)
-        if not plain or head.layer.fan_in_fan_out:
+        other, embedding = planned[name], planned[source]
+        plain = isinstance(other.layer, Embedding) or (
+            isinstance(other.layer, Linear) and not other.layer.fan_in_fan_out
+        )
+        if not plain or not isinstance(embedding.layer, Embedding):
             raise ValueError(
                 f"{where} with target_modules that mean '{source}' and '{name}', which share one "
-                "weight, expected an embedding and a linear layer"
+                "weight, expected an embedding and linear layers or other embeddings"
             )
-        if head.settings.scaling != embedding.settings.scaling or (
-            head.settings.r != embedding.settings.r
+        if other.settings.scaling != embedding.settings.scaling or (
+            other.settings.r != embedding.settings.r
         ):
             raise ValueError(
                 f"{where}, but rank_pattern or alpha_pattern give '{source}' and '{name}', which "
@@ -358,7 +369,7 @@ def _check_tied_layers(
         got = f"use_dora={config.use_dora}, init_lora_weights={kind!r}"
         raise ValueError(
             f"{where} with {got}, expected plain LoRA that starts as by True, False or 'gaussian': "
-            f"'{next(iter(tied))}' has the adapter of the embedding, transposed"
+            f"'{next(iter(tied))}' has the adapter of the embedding"
         )
 
 
@@ -407,7 +418,7 @@ def tied_as_held(
         plan = plan._replace(
             names=[name for name in plan.names if name not in heads],
             layers={place: one for place, one in plan.layers.items() if one.name not in heads},
-            tied_layers={},
+            tied_layers={n: own for n, own in plan.tied_layers.items() if n not in heads},
         )
     named = saved_modules(plan.config)
     absent = {name for name in plan.tied if not has_copy(name) and not matches(name, named)}

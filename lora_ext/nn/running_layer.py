@@ -12,6 +12,7 @@ from lora_ext.nn.adapter import AdapterSettings, LowRank, part_name, stacked, va
 from lora_ext.nn.adoption import AdoptingLayer
 from lora_ext.nn.block_diagonal import block_diagonal
 from lora_ext.nn.planned import follows_plan
+from lora_ext.nn.tied import Tie, is_transposed
 from lora_ext.nn.variant import AnyVariant
 
 
@@ -33,9 +34,8 @@ class RunningLayer(AdoptingLayer):
     # Of adapters that are swapped under compiled code or CUDA graphs: the same numbers, in float64,
     # where these read them. Instances have their own.
     _scaling_tensors: dict[str, Tensor] = {}  # noqa: RUF012
-    # Adapters that are an embedding's, whose weight is the layer's too, by that embedding: their
-    # lora_A is its lora_B and their lora_B its lora_A, which are used transposed.
-    _tied: dict[str, tuple[Any]]
+    # Adapters that are an embedding's, whose weight is the layer's too.
+    _tied: dict[str, Tie]
     _running: tuple[str, ...]
     # The names of lora_A, lora_B and lora_bias of the one adapter that runs, and whether it has the
     # last; None where another number does.
@@ -55,7 +55,7 @@ class RunningLayer(AdoptingLayer):
         self._lora_alone = None
         alone = len(self._running) == 1 and self._running[0] not in self._scaling_tensors
         name = self._running[0] if alone else ""
-        if alone and not self.adapters[name].has_blocks and name not in self._tied:
+        if alone and not self.adapters[name].has_blocks and not is_transposed(self, name):
             A, B, bias = (part_name(part, name) for part in ("lora_A", "lora_B", "lora_bias"))
             self._lora_alone = A, B, bias, self.adapters[name].lora_bias
 
@@ -114,7 +114,7 @@ class RunningLayer(AdoptingLayer):
 
     def _matrix(self, part: str, name: str, blocks: int) -> Any:
         found = self._part(part, name)
-        if name in self._tied:
+        if is_transposed(self, name):
             return found.t()
         return block_diagonal(found, blocks) if blocks > 1 else found
 

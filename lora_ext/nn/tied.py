@@ -1,10 +1,10 @@
-"""Layers whose adapters are those of an embedding with the same weight (ensure_weight_tying): their
-lora_A is its lora_B and their lora_B its lora_A, the parameters themselves, which are used
-transposed."""
+"""Layers whose adapters are those of an embedding with the same weight (ensure_weight_tying), the
+parameters themselves. Of a linear layer lora_A is its lora_B and lora_B its lora_A, which are used
+transposed; of another embedding they are the same."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,13 +14,26 @@ from lora_ext.nn.adapter import part_name
 Layer = Any  # a LoraLayer, which imports this
 
 
+class Tie(NamedTuple):
+    """What a layer has in place of an adapter of its own."""
+
+    embedding: Layer
+    transposed: bool
+
+
 def tie(draft: Layer, adapter_name: str, source: Layer, embedding: Layer) -> None:
     """Makes a draft's adapter that of an embedding, `source` being the draft of that."""
-    draft._tied[adapter_name] = (embedding,)
+    transposed = draft.PEFT_NAMES != embedding.PEFT_NAMES
+    draft._tied[adapter_name] = Tie(embedding, transposed)
     for part, other in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
-        shared = source._parameters[part_name(other, adapter_name)]
+        shared = source._parameters[part_name(other if transposed else part, adapter_name)]
         draft._parameters[part_name(part, adapter_name)] = shared
     draft._choose_running()
+
+
+def is_transposed(layer: Layer, adapter_name: str) -> bool:
+    """Whether the parameters of an adapter are used transposed."""
+    return adapter_name in layer._tied and layer._tied[adapter_name].transposed
 
 
 def check_own(layer: Layer, adapter_name: str) -> None:
@@ -35,7 +48,7 @@ def check_own(layer: Layer, adapter_name: str) -> None:
 
 def in_file_shape(layer: Layer, adapter_name: str, parts: dict[str, Any]) -> dict[str, Any]:
     """Parameters in the shapes of the layer's own: of an embedding's, views."""
-    if adapter_name not in layer._tied:
+    if not is_transposed(layer, adapter_name):
         return parts
     return {part: parameter.detach().t() for part, parameter in parts.items()}
 

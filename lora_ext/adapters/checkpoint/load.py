@@ -131,7 +131,7 @@ def load_adapter(
         if known:
             grouped_as_there(there, tensors, file.path)
         else:
-            plan = grouped_where_possible(plan, tensors)
+            plan = _apart_where_told(grouped_where_possible(plan, tensors), tensors, file.path)
             add_planned(model, adapter_name, plan, own, is_filled=not others)
             if isinstance(config, LoraConfig):  # it is to be the model's, as in PEFT
                 resolved = vars(model.peft_config[adapter_name])
@@ -246,6 +246,33 @@ def read_config(files: AdapterFolder) -> LoraConfig:
         return config
     except (TypeError, ValueError, NotImplementedError) as error:
         raise AdapterFileError(f"{files.path / CONFIG_NAME}: {error}") from error
+
+
+def _apart_where_told(plan: Plan, tensors: Mapping[str, Tensor], path: Path) -> Plan:
+    """The plan without ties of embeddings to which the file gives different adapters: PEFT ties
+    linear layers alone."""
+    planned = {one.name: one.layer for one in plan.layers.values()}
+
+    def has_its_own(name: str, source: str) -> bool:
+        names = planned[name].PEFT_NAMES
+        if names != planned[source].PEFT_NAMES:
+            return False  # refused when it is filled
+        keys = [[f"{PREFIX}{one}.{part}" for part in names.values()] for one in (name, source)]
+        return any(
+            not torch.equal(tensors[own], tensors[other])
+            for own, other in zip(*keys, strict=True)
+            if own in tensors and other in tensors
+        )
+
+    apart = [name for name, source in plan.tied_layers.items() if has_its_own(name, source)]
+    if apart:
+        warn(
+            f"LoraModel.load_adapter: {path} has ensure_weight_tying, but adapters of {apart} that "
+            f"are not that of '{plan.tied_layers[apart[0]]}', whose weight they share, as PEFT "
+            "trains them: they stay adapters of their own"
+        )
+    tied = {name: source for name, source in plan.tied_layers.items() if name not in apart}
+    return plan._replace(tied_layers=tied)
 
 
 def _tied_as_in(file: FileTensors, plan: Plan) -> Plan:

@@ -16,6 +16,7 @@ from lora_ext.arguments import warn
 from lora_ext.io.files import short
 from lora_ext.nn.init import mutates_weight
 from lora_ext.nn.sharded import whole_shape
+from lora_ext.nn.tied import is_transposed
 
 NOTHING = "nothing is written"
 
@@ -50,9 +51,9 @@ def check_adapter(model: AdaptedModel, adapter_name: str, config: LoraConfig) ->
         parameters = layer.parts(adapter_name)
         check_tensors({f"{name}.{part}": tensor for part, tensor in parameters.items()}, where)
         shapes = layer.part_shapes(layer.adapters[adapter_name])
-        tied = adapter_name in layer._tied
+        transposed = is_transposed(layer, adapter_name)
         for part, tensor in parameters.items():
-            if whole_shape(tensor)[:: -1 if tied else 1] != shapes[part]:
+            if whole_shape(tensor)[:: -1 if transposed else 1] != shapes[part]:
                 raise ValueError(
                     f"{where}: {name}.{part} has shape {list(tensor.shape)}, expected "
                     f"{list(shapes[part])}: the layer was resized, or its parameters are split "

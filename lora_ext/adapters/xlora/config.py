@@ -222,7 +222,10 @@ class XLoraConfig:
         `LoraConfig.from_pretrained` does."""
         path = as_path(pretrained_model_name_or_path, "XLoraConfig.from_pretrained")
         path = path / CONFIG_NAME if path.is_dir() else path
-        return cls.from_values(read_config_file(path), path)
+        values = read_config_file(path)
+        if "peft_type" not in values:
+            raise ValueError(f"{path}: XLoraConfig: peft_type: is missing, expected 'XLORA'")
+        return cls.from_values(values, path)
 
     @classmethod
     def from_values(cls, values: dict[str, Any], path: Path) -> Self:
