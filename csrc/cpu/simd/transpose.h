@@ -54,6 +54,40 @@ inline void transpose_block<float>(__m512* a) {
     a[12 + l] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xDD);
   }
 }
+#elif defined(__AVX2__)
+template <>
+inline void transpose_block<float>(__m256* a) {
+  __m256 b[8], c[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+  }
+  // c[4g + l]: lane l of each half, of rows 4g .. 4g + 3
+#pragma GCC unroll 2
+  for (int g = 0; g < 8; g += 4) {
+    c[g] = _mm256_shuffle_ps(b[g], b[g + 2], 0x44);
+    c[g + 1] = _mm256_shuffle_ps(b[g], b[g + 2], 0xEE);
+    c[g + 2] = _mm256_shuffle_ps(b[g + 1], b[g + 3], 0x44);
+    c[g + 3] = _mm256_shuffle_ps(b[g + 1], b[g + 3], 0xEE);
+  }
+#pragma GCC unroll 4
+  for (int l = 0; l < 4; ++l) {
+    a[l] = _mm256_permute2f128_ps(c[l], c[4 + l], 0x20);
+    a[4 + l] = _mm256_permute2f128_ps(c[l], c[4 + l], 0x31);
+  }
+}
+
+template <>
+inline void transpose_block<double>(__m256d* a) {
+  const __m256d even_low = _mm256_unpacklo_pd(a[0], a[1]), odd_low = _mm256_unpackhi_pd(a[0], a[1]);
+  const __m256d even_high = _mm256_unpacklo_pd(a[2], a[3]);
+  const __m256d odd_high = _mm256_unpackhi_pd(a[2], a[3]);
+  a[0] = _mm256_permute2f128_pd(even_low, even_high, 0x20);
+  a[1] = _mm256_permute2f128_pd(odd_low, odd_high, 0x20);
+  a[2] = _mm256_permute2f128_pd(even_low, even_high, 0x31);
+  a[3] = _mm256_permute2f128_pd(odd_low, odd_high, 0x31);
+}
 #endif
 
 // In lane i the sum of block[i]'s lanes, which are added up in pairs. The block is overwritten.

@@ -85,12 +85,14 @@ struct Vec<float> {
   }
   template <class T>
   static Reg load_partial(const T* p, int n) {
+    if (n == kWidth) return load(p);  // nearly always, and no call of memcpy
     T buffer[kWidth] = {};
     memcpy(buffer, p, n * sizeof(T));
     return load(buffer);
   }
   template <class T>
   static void store_partial(T* p, Reg a, int n) {
+    if (n == kWidth) return store(p, a);
     T buffer[kWidth];
     store(buffer, a);
     memcpy(p, buffer, n * sizeof(T));
@@ -160,11 +162,13 @@ struct Vec<double> {
   static void store(double* p, Reg a) { _mm256_storeu_pd(p, a); }
   template <class T>
   static Reg load_partial(const T* p, int n) {
+    if (n == kWidth) return load(p);  // nearly always, and no call of memcpy
     T buffer[kWidth] = {};
     memcpy(buffer, p, n * sizeof(T));
     return load(buffer);
   }
   static void store_partial(double* p, Reg a, int n) {
+    if (n == kWidth) return store(p, a);
     double buffer[kWidth];
     store(buffer, a);
     memcpy(p, buffer, n * sizeof(double));
