@@ -127,6 +127,22 @@ inline __m512 sums_of_block<float>(__m512* a) {
   return _mm512_add_ps(_mm512_mask_blend_ps(0xAAAA, a[0], a[1]),
                        _mm512_permutex2var_ps(a[0], lanes, a[1]));
 }
+#elif defined(__AVX2__)
+template <>
+inline __m256 sums_of_block<float>(__m256* a) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m256 x = a[i], y = a[i + 4];
+    a[i] = _mm256_add_ps(_mm256_blend_ps(x, y, 0xF0), _mm256_permute2f128_ps(x, y, 0x21));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m256 x = a[i], y = a[i + 2];
+    a[i] = _mm256_add_ps(_mm256_blend_ps(x, y, 0xCC), _mm256_shuffle_ps(x, y, 0x4E));
+  }
+  const __m256 others = _mm256_permute_ps(_mm256_shuffle_ps(a[0], a[1], 0x8D), 0xD8);
+  return _mm256_add_ps(_mm256_blend_ps(a[0], a[1], 0xAA), others);
+}
 #endif
 
 // Rows [begin, end) of a matrix of `columns` columns become columns [begin, end): blocks of
