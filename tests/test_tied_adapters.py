@@ -180,7 +180,7 @@ def test_peft_reads_a_file_whose_embedding_has_a_name_that_it_does_not_know(tmp_
         warnings.simplefilter("ignore")
         theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()
     again = LoraModel.from_pretrained(base, tmp_path)
-    torch.testing.assert_close(theirs(**inputs).loss, ours(**inputs).loss)
+    torch.testing.assert_close(theirs(**inputs).loss, ours(**inputs).loss, rtol=1e-5, atol=0)
     assert torch.equal(again(**inputs).loss, ours(**inputs).loss)
 
 
