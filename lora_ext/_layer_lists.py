@@ -3,7 +3,6 @@ call failed."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,14 +62,6 @@ def call_of_layers(
         p,
         listed(states),
     )
-
-
-def refused(error: Exception, where: str, layers: Sequence[str]) -> Exception:
-    """An error of lora_linear_multi in the words of what called it for these layers."""
-    text = str(error)
-    for i, name in enumerate(layers):
-        text = re.sub(rf"^lora_linear_multi: layer {i}\b", f"{where}: {name}", text)
-    return type(error)(re.sub(r"^lora_linear_multi\b", where, text))
 
 
 def refuse_layers(

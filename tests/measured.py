@@ -16,6 +16,10 @@ import torch
 
 MAX_SECONDS, MAX_BYTES = 0.1, 64 << 20
 
+# glibc's. It raises both to what the process freed before, up to 32 and 64 MiB, and then keeps as
+# much: what a load adds would depend on the tests before it.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -35,6 +39,8 @@ def attempt(load: Callable[[], object], patience: int = 10) -> Outcome:
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)  # a fork is without the threads of its parent's pools
+        for parameter in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            ctypes.CDLL(None).mallopt(parameter, 128 << 10)
         gc.freeze()  # else a collection walks all of torch, and a fork copies each page it walks
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest-timeout has its own
         signal.alarm(patience)

@@ -26,9 +26,13 @@ def t5() -> tuple[Any, dict[str, Tensor]]:
     return BUILDERS["t5"]()
 
 
+def error_of(got: Tensor, exact: Tensor) -> float:
+    return (got - exact).abs().max().item()
+
+
 def assert_same(got: Tensor, want: Tensor) -> None:
-    """Within the rounding of float32, whose scale is that of the largest."""
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * want.abs().max().item())
+    """Within sixteen roundings of the largest: some sums of 32 after one another."""
+    assert error_of(got, want) <= 16 * torch.finfo(torch.float32).eps * want.abs().max().item()
 
 
 def adapted(*targets: str, **options: Any) -> LoraModel:
@@ -105,7 +109,10 @@ def test_files_are_read_by_us_and_by_peft(targets: list[str] | str, tmp_path: Pa
         again = LoraModel.from_pretrained(t5()[0], tmp_path)
     assert layers(again)[1].lora_A is layers(again)[0].lora_A
     assert torch.equal(logits(again), logits(ours))
-    assert_same(logits(back), logits(ours))
+    with torch.no_grad():
+        exact = copy.deepcopy(ours).double()(**t5()[1]).logits
+        plain = error_of(logits(copy.deepcopy(ours).merge_and_unload()), exact)
+        assert max(error_of(logits(ours), exact), error_of(logits(back), exact)) <= 4 * plain
 
 
 def test_of_pefts_files_the_embeddings_stay_apart(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_ext._layer_lists import call_of_layers, refuse_layers, refused
+from lora_ext._layer_lists import call_of_layers, refuse_layers
 from lora_ext.arguments import refuse
 from lora_ext.functional import lora_linear_multi
 
@@ -110,6 +110,9 @@ def lora_qkv(
             dropout_p=dropout_p,
             rng_states=rng_states,
         )
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise refused(error, "lora_qkv", ("q", "k", "v")) from None
+    except (TypeError, ValueError) as error:
+        text = str(error)
+        for i, layer in enumerate(("q", "k", "v")):
+            text = text.replace(f"lora_linear_multi: layer {i}:", f"lora_qkv: {layer}:")
+        raise type(error)(text.replace("lora_linear_multi:", "lora_qkv:")) from None
     return q, k, v
