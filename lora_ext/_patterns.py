@@ -30,7 +30,7 @@ _AROUND = {
 }
 
 # Names and their parts, perhaps anchored or escaped: nothing in them can fail to compile.
-_PLAIN = re.compile(r"(\^?)((?:[\w.-]|\\[.-])*)(\$?)")
+_PLAIN = re.compile(r"(\^?)([\w.-]*(?:\\[.-][\w.-]*)*)(\$?)")
 _FLAGS = re.compile(r"\(\?[aiLmsux]+\)")
 _ANY = "\0"  # in a plain name, what stands for any character
 _DOT = "\1"  # meanwhile, what stands for a dot itself
@@ -230,8 +230,7 @@ class NameTable:
     def __init__(self, field: str, patterns: Iterable[str]) -> None:
         self._field, self._patterns = field, tuple(dict.fromkeys(patterns))
         self._what = f"{len(self._patterns)} names"
-        # Most are no more than this, and there may be many.
-        self._alnum = {text: at for at, text in enumerate(self._patterns) if text.isalnum()}
+        self._places = dict(zip(self._patterns, range(len(self._patterns)), strict=True))
         self._known_shapes: dict[int, Collection[tuple[int, ...]]] = {}
 
     @cached_property
@@ -243,14 +242,14 @@ class NameTable:
         expressions = []
         with _present_limit() as limit:
             start, characters = time.thread_time(), 0
-            for place, pattern in enumerate(self._patterns):
+            # Most are words, and there may be many: those are looked up in _places.
+            for pattern in [text for text in self._patterns if not text.isalnum()]:
+                place = self._places[pattern]
                 characters += len(pattern)
                 if characters >= 1 << 14:
                     now = time.thread_time()
                     limit.spend(start, self._field, self._what)
                     start, characters = now, 0
-                if pattern in self._alnum:
-                    continue
                 found = _PLAIN.fullmatch(pattern)
                 if found is None:
                     expressions.append(place)
@@ -301,8 +300,8 @@ class NameTable:
                 if start > end:
                     continue
                 part = name[start:end]
-                if part in self._alnum:
-                    yield self._alnum[part]
+                if part in self._places and part.isalnum():
+                    yield self._places[part]
                 for count, text in enumerate(_masked(part, self._shapes(len(part)))):
                     for place in plain.get(text, ()):
                         pattern = self._patterns[place]

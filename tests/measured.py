@@ -16,6 +16,10 @@ import torch
 
 MAX_SECONDS, MAX_BYTES = 0.1, 64 << 20
 
+# What `_yardstick` takes on the slowest processor that MAX_SECONDS was held on, an EPYC of 2021
+# with nothing beside it. One that is slower, or busy, may take longer in proportion.
+YARDSTICK_SECONDS = 0.01
+
 # glibc's. It raises both to what the process freed before, up to 32 and 64 MiB, and then keeps as
 # much: what a load adds would depend on the tests before it.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -44,6 +48,7 @@ def attempt(load: Callable[[], object], patience: int = 10) -> Outcome:
         gc.freeze()  # else a collection walks all of torch, and a fork copies each page it walks
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest-timeout has its own
         signal.alarm(patience)
+        yardstick = _yardstick()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         start = time.process_time()
         error, message = "", ""
@@ -52,6 +57,7 @@ def attempt(load: Callable[[], object], patience: int = 10) -> Outcome:
         except BaseException as raised:
             error, message = type(raised).__name__, str(raised)
         seconds = time.process_time() - start
+        seconds *= min(1.0, 2 * YARDSTICK_SECONDS / (yardstick + _yardstick()))
         extra = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
         with os.fdopen(write_end, "w") as pipe:
             json.dump([error, message, seconds, extra], pipe)
@@ -62,6 +68,13 @@ def attempt(load: Callable[[], object], patience: int = 10) -> Outcome:
     _, status = os.waitpid(child, 0)
     assert status == 0, f"the load ended with status {status}: 14 is a hang, 11 a crash"
     return Outcome(*json.loads(text))
+
+
+def _yardstick() -> float:
+    """Seconds that Python takes for as much of anything."""
+    start = time.process_time()
+    sum(i * i for i in range(100_000))
+    return time.process_time() - start
 
 
 def refused(load: Callable[[], object]) -> str:

@@ -1,8 +1,9 @@
-"""FSDP2 and DDP: models of two processes learn what one does; adapters are saved, loaded, merged
-and checkpointed from parts."""
+"""FSDP2 and DDP: two processes learn what one does; adapters are saved and loaded from parts."""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,8 @@ def my_tokens() -> Tensor:
     return TOKENS[2 * dist.get_rank() : 2 * dist.get_rank() + 2]
 
 
-def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    loss: Tensor = model(input_ids=tokens, labels=tokens).loss
-    return loss
+def loss_of(model: nn.Module, tokens: Tensor) -> Any:
+    return model(input_ids=tokens, labels=tokens).loss
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -255,6 +255,20 @@ def check_saving_gathers_bit_for_bit() -> None:
         model.save_pretrained(folder)  # is there when it returns, in every process
         assert files_of(folder) == want, moment
     assert all(isinstance(p, DTensor) for p in model.parameters())
+
+
+def check_one_process_writes() -> None:
+    """The model card too: where all write one file, others read half of it."""
+    model = divided(model_of())
+    folder, made = str(shared_folder("of one")), []
+
+    def see(event: str, told: tuple[Any, ...]) -> None:
+        if event == "open" and str(told[0]).startswith(folder) and told[2] & os.O_CREAT:
+            made.append(told[0])
+
+    sys.addaudithook(see)
+    model.save_pretrained(folder)
+    assert bool(made) is (dist.get_rank() == 0), made
 
 
 def check_saving_fails_in_all_processes() -> None:
@@ -470,10 +484,9 @@ def check_names_of_fsdp1() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8)))
     lora_ext.replace_linear(model, ["0", "1.0"], r=2)
     lora_ext.mark_only_lora_as_trainable(model)
-    model[1] = FullyShardedDataParallel(
-        model[1], use_orig_params=True, device_id=torch.device("cpu")
-    )
-    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    options: dict[str, Any] = {"use_orig_params": True, "device_id": torch.device("cpu")}
+    model[1] = FullyShardedDataParallel(model[1], **options)
+    wrapped = FullyShardedDataParallel(model, **options)
     found = lora_ext.lora_state_dict(wrapped)
     assert set(found) == {"0.lora_A", "0.lora_B", "1.0.lora_A", "1.0.lora_B"}
 

@@ -293,9 +293,9 @@ def _patterns(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield field, values[field]
     for field in ("layers_pattern", "modules_to_save", "rank_pattern", "alpha_pattern"):
         patterns = values[field] or ()
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            if not pattern.isalnum():  # most are, and there may be many
-                yield field, pattern
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        # Most are words, and there may be many.
+        yield from [(field, pattern) for pattern in patterns if not pattern.isalnum()]
 
 
 def _check_patterns(values: Mapping[str, Any]) -> None:

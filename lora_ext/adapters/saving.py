@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -23,6 +24,7 @@ from lora_ext.arguments import as_flag, former_names, names_of, warn
 from lora_ext.io.adapter_folder import CONFIG_NAME, read_config_file
 from lora_ext.io.hub import adapter_folder, push_folder
 from lora_ext.nn.adapter import DEFAULT, check_adapter_name
+from lora_ext.nn.sharded import by_first_process
 from lora_ext.nn.transaction import Transaction
 
 
@@ -209,7 +211,8 @@ class SavableModel(AdaptedModel):
             as_plain_lora=as_plain_lora,
             state_dict=state_dict,
         )
-        write_model_card(self, Path(save_directory))
+        card = partial(write_model_card, self, Path(save_directory))
+        by_first_process(self, card, "save_pretrained")
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Writes README.md, with what the hub reads of it; the text of one that is there stays."""

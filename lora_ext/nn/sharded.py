@@ -84,12 +84,16 @@ def like(values: Tensor, target: Tensor) -> Tensor:
     return everywhere.redistribute(placements=target.placements)
 
 
-def by_first_process(action: Callable[[], object], what: str) -> None:
-    """Has process 0 do it, for all, which all have to call this and return when it is done.
+def by_first_process(model: nn.Module, action: Callable[[], object], what: str) -> None:
+    """Does it. Where parts of the model are in several processes, which all have to call this,
+    process 0 does it for all, and all return when it is done.
 
     Raises:
         RuntimeError: it failed there; process 0 raises its own error.
     """
+    if not has_shards(model):
+        action()
+        return
     import torch.distributed as dist
 
     error: Exception | None = None

@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_ext._extension import __version__
 from lora_ext.adapters.adapted_model import AdaptedModel
+from lora_ext.io.atomic import save_files
 
 CARD_NAME = "README.md"
 _TEXT = f"\n# LoRA adapter\n\nMade with lora_ext {__version__}, in PEFT's format.\n"
@@ -23,12 +24,10 @@ def write_model_card(model: AdaptedModel, folder: Path, tags: Iterable[str] = ()
     if path.is_file():
         blocks, text = _split(path.read_text(encoding="utf-8"))
     else:
-        blocks, text = (
-            {},
-            f"\n# LoRA adapter\n\nMade with lora_ext {__version__}, in PEFT's format.\n",
-        )
+        blocks, text = {}, _TEXT
     blocks |= {key: f"{key}: {json.dumps(value)}\n" for key, value in data.items()}
-    path.write_text(f"---\n{''.join(blocks.values())}---\n{text}", encoding="utf-8")
+    card = f"---\n{''.join(blocks.values())}---\n{text}"
+    save_files(folder, {CARD_NAME: card.encode()})
 
 
 def _data(model: AdaptedModel) -> Iterator[tuple[str, Any]]:

@@ -36,7 +36,7 @@ from lora_ext.adapters.names import unwrapped
 from lora_ext.arguments import as_flag, as_path, former_names, names_of, warn
 from lora_ext.io.adapter_folder import check_adapter_files, save_adapters
 from lora_ext.nn.adapter import DEFAULT
-from lora_ext.nn.sharded import by_first_process, has_shards, whole
+from lora_ext.nn.sharded import by_first_process, whole
 
 
 def adapter_state_dict(
@@ -181,10 +181,7 @@ def save_pretrained(
         )
     for place, fields, tensors in ready[1:]:  # before a folder is made
         check_adapter_files(place, fields, tensors)
-    if has_shards(model):
-        by_first_process(lambda: save_adapters(ready), "save_pretrained")
-    else:
-        save_adapters(ready)
+    by_first_process(model, lambda: save_adapters(ready), "save_pretrained")
 
 
 def files_of(

@@ -39,7 +39,7 @@ from lora_ext.io.adapter_folder import (
 from lora_ext.io.atomic import open_files, save_folders
 from lora_ext.io.files import inside, json_text, parse_json, read_all, typed_errors
 from lora_ext.io.hub import adapter_folder, downloaded, is_hub_id, options_of
-from lora_ext.nn.sharded import by_first_process, has_shards, whole
+from lora_ext.nn.sharded import by_first_process, whole
 
 XLORA_CONFIG, XLORA_WEIGHTS = "xlora_config.json", "xlora_classifier.safetensors"
 LAYOUTS = {"peft": (CONFIG_NAME, WEIGHTS_NAME), "xlora": (XLORA_CONFIG, XLORA_WEIGHTS)}
@@ -352,10 +352,7 @@ def save_xlora(
         save_folders(files)
         write_model_card(model, folder)
 
-    if has_shards(model):
-        by_first_process(save, "save_pretrained")
-    else:
-        save()
+    by_first_process(model, save, "save_pretrained")
 
 
 def _peft_fields(model: Any, places: Mapping[str, Path]) -> dict[str, Any]:
