@@ -55,9 +55,9 @@ def entered_io(run: Callable[[], object]) -> int:
 
 
 def test_files_are_entered_by_one_door(tmp_path: Path) -> None:
-    """A save hands over everything at once; a load asks where the folder is (it may be on
-    the hub), of what kind its config is, for the config, the header and tensors."""
+    """A save hands over everything at once, then the model card; a load asks where the folder is
+    (it may be on the hub), of what kind its config is, for the config, the header and tensors."""
     net = lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))  # noqa: E731
     model = get_lora_model(net(), LoraConfig(r=2, target_modules=["0"]))
-    assert entered_io(lambda: model.save_pretrained(tmp_path)) == 1
+    assert entered_io(lambda: model.save_pretrained(tmp_path)) == 2
     assert entered_io(lambda: LoraModel.from_pretrained(net(), tmp_path)) == 5
