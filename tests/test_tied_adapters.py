@@ -184,6 +184,70 @@ def test_peft_reads_a_file_whose_embedding_has_a_name_that_it_does_not_know(tmp_
     assert torch.equal(again(**inputs).loss, ours(**inputs).loss)
 
 
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("llama", r".*\.(q_proj|embed_tokens)"),
+        ("llama", r"model\.embed_tokens"),
+        ("bert", ["word_embeddings"]),
+        ("bert", ["query", "decoder"]),
+        ("bert", r".*\.(query|word_embeddings)"),
+    ],
+    ids=str,
+)
+def test_peft_reads_files_in_which_it_would_see_no_tie(
+    name: str, targets: list[str] | str, tmp_path: Path
+) -> None:
+    """It asks a regular expression about bare names, and knows none of BERT's."""
+    base, inputs = BUILDERS[name](**({"tie_word_embeddings": True} if name == "llama" else {}))
+    config = config_of("q")
+    config.target_modules = targets
+    ours = get_lora_model(copy.deepcopy(base), config).eval()
+    disturb(ours)
+    ours.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()
+    again = LoraModel.from_pretrained(base, tmp_path)
+    torch.testing.assert_close(theirs(**inputs).logits, ours(**inputs).logits, rtol=1e-4, atol=1e-4)
+    assert torch.equal(again(**inputs).logits, ours(**inputs).logits)
+    assert len(list(again.parameters())) == len(list(ours.parameters()))
+
+
+@pytest.mark.parametrize("excluded", ["embed_tokens", HEAD])
+def test_what_is_tied_in_spite_of_exclude_modules_is_saved(excluded: str, tmp_path: Path) -> None:
+    (other,) = {"embed_tokens", HEAD} - {excluded}
+    ours = adapted("q_proj", other, exclude_modules=[excluded])
+    ours.save_pretrained(tmp_path)
+    back = peft.PeftModel.from_pretrained(llama(), str(tmp_path))
+    again = LoraModel.from_pretrained(llama(), tmp_path)
+    torch.testing.assert_close(logits(back), logits(ours), rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits(again), logits(ours))
+
+
+def test_what_was_assigned_apart_is_merged_apart() -> None:
+    model = adapted()
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)  # each key a parameter, as of all modules
+    embedding, head = layers(model)
+    assert head.lora_A is not embedding.lora_B
+    disturb(model)
+    want = logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), want, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), want)
+
+
+def test_a_weight_of_its_own_is_merged_apart() -> None:
+    model = adapted()
+    _, head = layers(model)
+    head.weight = nn.Parameter(torch.randn_like(head.weight), False)
+    want = logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), want, rtol=1e-4, atol=1e-4)
+
+
 def test_a_file_that_says_two_things_is_refused(tmp_path: Path) -> None:
     adapted().save_pretrained(tmp_path)
     tensors = safetensors.torch.load_file(tmp_path / WEIGHTS_NAME)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from operator import attrgetter
 from typing import TypeVar, cast
 
@@ -92,7 +93,8 @@ def merge_layers(
 
 def _share_merged(layer: AdapterLayer, transaction: Transaction) -> LoraLayer | None:
     """Gives a layer the merged weight of the embedding whose adapters it has, if these are all that
-    is merged in both, which is returned then: it is the same weight."""
+    is merged in both, which is returned then: it is the same weight, unless a base or adapters of
+    their own were assigned to one since (`load_state_dict(assign=True)`)."""
     draft: AdapterLayer = transaction.draft(layer)
     if not isinstance(draft, LoraLayer) or not draft.merged_adapters:
         return None
@@ -104,12 +106,18 @@ def _share_merged(layer: AdapterLayer, transaction: Transaction) -> LoraLayer | 
         return None
     (source,) = sources.values()
     embedding = transaction.draft(source)
-    if embedding.merged_adapters != draft.merged_adapters:
+    if embedding.merged_adapters != draft.merged_adapters or _held(draft) != _held(embedding):
         return None
     for own, other in zip(draft.base_parameters, embedding.base_parameters, strict=False):
         put_parameter(draft, own, attrgetter(other)(embedding))  # none where a base is no product
         return cast(LoraLayer, source)
     return None
+
+
+def _held(layer: LoraLayer) -> set[int]:
+    """The ids of the base's parameters and those of the adapters that are merged into them."""
+    adapters = (layer.parts(name).values() for name in layer.merged_adapters)
+    return {id(one) for one in (*layer.base_parameters.values(), *chain(*adapters))}
 
 
 Error = TypeVar("Error", bound=Exception)

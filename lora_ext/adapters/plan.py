@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -121,6 +121,9 @@ def resolved(model: nn.Module, plan: Plan) -> LoraConfig:
     if _means_what_others_save(model, config, config.target_parameters):
         config.target_parameters = list(plan.parameters)
     if plan.tied_layers:
+        together = {*plan.tied_layers, *plan.tied_layers.values()}
+        if any(matches(name, config.exclude_modules, "exclude_modules") for name in together):
+            config = only_on(model, config, plan.names)  # the tie means them all the same
         _name_the_source(config, plan.tied_layers)
     saved = saved_modules(config)
     if _saves_what_others_save(model, saved, plan.saved):
@@ -135,20 +138,33 @@ def resolved(model: nn.Module, plan: Plan) -> LoraConfig:
 
 def _name_the_source(config: LoraConfig, tied: Mapping[str, str]) -> None:
     """Makes target_modules name the embedding, which stands for what is tied to it, as in PEFT; and
-    where PEFT would not know its name for that of one, a layer that is tied to it."""
-    source, targets = next(iter(tied.values())), config.target_modules
-    needed = [source]
-    if source.rpartition(".")[2] not in _EMBEDDINGS:
-        known = [name for name in tied if name.rpartition(".")[2] in _EMBEDDINGS]
-        needed += sorted(known, key=lambda name: name.count("."))[:1]
+    where PEFT would not know its name for that of one, a layer that is tied to it: all of them
+    where it knows none, which have adapters of their own there."""
+    targets = config.target_modules
+    if not isinstance(targets, str):
+        targets = [one for one in targets or () if not any(matches(head, [one]) for head in tied)]
+    targets = _naming(targets, [next(iter(tied.values()))])
+    if not _means_embedding(targets):
+        known = [name for name in tied if _means_embedding(_naming(targets, [name]))]
+        targets = _naming(targets, sorted(known, key=lambda name: name.count("."))[:1] or tied)
+    config.target_modules = targets
+
+
+def _naming(targets: str | list[str], names: Iterable[str]) -> str | list[str]:
+    """Target_modules that also mean these."""
+    for name in names:
+        if not matches(name, targets):
+            exactly = f"^{re.escape(name)}$"
+            targets = f"(?:{targets}|{exactly})" if isinstance(targets, str) else [*targets, name]
+    return targets
+
+
+def _means_embedding(targets: str | list[str]) -> bool:
+    """Whether PEFT sees in target_modules that layers are to be tied: it asks a regular expression
+    about bare names."""
     if isinstance(targets, str):
-        for name in needed:
-            if not matches(name, targets):
-                targets = f"(?:{targets}|^{re.escape(name)}$)"
-        config.target_modules = targets
-        return
-    named = [one for one in targets or () if not any(matches(head, [one]) for head in tied)]
-    config.target_modules = named + [name for name in needed if not matches(name, named)]
+        return any(matches(name, targets) for name in _EMBEDDINGS)
+    return any(name.rpartition(".")[2] in _EMBEDDINGS for name in targets)
 
 
 def only_on(model: nn.Module, config: LoraConfig, names: Sequence[str]) -> LoraConfig:
