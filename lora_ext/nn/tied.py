@@ -31,6 +31,11 @@ def tie(draft: Layer, adapter_name: str, source: Layer, embedding: Layer) -> Non
     draft._choose_running()
 
 
+def is_tied(layer: Layer, adapter_name: str) -> bool:
+    """Whether the adapter is an embedding's."""
+    return adapter_name in layer._tied
+
+
 def is_transposed(layer: Layer, adapter_name: str) -> bool:
     """Whether the parameters of an adapter are used transposed."""
     return adapter_name in layer._tied and layer._tied[adapter_name].transposed

@@ -132,15 +132,16 @@ def embeddings(model: nn.Module, found: Iterator[Place]) -> Iterator[BasePart]:
                     yield place, part
 
 
-def targets_embeddings(model: nn.Module, config: LoraConfig) -> bool:
-    """Whether target_modules names an embedding as PEFT asks for it, to save it."""
+def targets_embeddings(model: nn.Module, config: LoraConfig, tied: Collection[str]) -> bool:
+    """Whether target_modules names an embedding as PEFT asks for it, to save it; not for the sake
+    of layers that have an embedding's adapter, which are named to tell PEFT that."""
     targets = config.target_modules
     if isinstance(targets, str):
-        names = (name for name, _ in named_modules(model))
+        names = (name for name, _ in named_modules(model) if name not in tied)
         ends = (name for name in names if name.rpartition(".")[2] in EMBEDDINGS)
         expression = compiled("target_modules", targets)
         return any(expression.fullmatch(name) is not None for name in ends)
-    return any(name in EMBEDDINGS for name in targets or ())
+    return any(name in EMBEDDINGS and name not in tied for name in targets or ())
 
 
 def was_resized(model: nn.Module, config: LoraConfig) -> bool:

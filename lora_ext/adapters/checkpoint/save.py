@@ -37,6 +37,7 @@ from lora_ext.arguments import as_flag, as_path, former_names, names_of, warn
 from lora_ext.io.adapter_folder import check_adapter_files, save_adapters
 from lora_ext.nn.adapter import DEFAULT
 from lora_ext.nn.sharded import by_first_process, whole
+from lora_ext.nn.tied import is_tied
 
 
 def adapter_state_dict(
@@ -74,6 +75,7 @@ def base_tensors(
     """Those of the base that are saved with an adapter, by their keys."""
     base = model.get_base_model()
     adapted = {id(layer): layer for _, layer in model.layers_with(adapter_name)}
+    tied = [n for n, layer in model.layers_with(adapter_name) if is_tied(layer, adapter_name)]
     whole = {id(m) for _, m in model.saved_modules() if adapter_name in m.modules_to_save}
     found = list(places(base, adapted, whole))
     parts = list(biases(iter(found), config.bias))
@@ -86,7 +88,7 @@ def base_tensors(
         )
         parts += embeddings(base, iter(found))
     elif save_embedding_layers == "auto" and (
-        targets_embeddings(base, config) and not config.trainable_token_indices
+        targets_embeddings(base, config, tied) and not config.trainable_token_indices
     ):
         parts += [one for one in embeddings(base, iter(found)) if one[0].layer is not None]
     for place, part in parts:
