@@ -1,4 +1,4 @@
-"""FSDP2 and DDP: two processes learn what one does; adapters are saved and loaded from parts."""
+"""FSDP2 and DDP: two processes learn what one does; adapters in parts are saved, loaded, merged."""
 
 from __future__ import annotations
 

@@ -285,7 +285,7 @@ class _Header:
         return self._decoded(self._bytes(length, what), what)
 
     def _texts(self, count: int, what: str) -> tuple[str, ...]:
-        """A tokenizer's are many, and `_text` of each would take four times as long."""
+        """A tokenizer's are many, and `_text` of each would take three times as long."""
         content, at, texts = self._content, self._at, []
         length_at, size = struct.Struct("<Q").unpack_from, len(content)
         for _ in range(count):
