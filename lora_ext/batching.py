@@ -374,13 +374,13 @@ class BatchPlan:
         elif sequences != count and not (self._repeats and count and sequences % count == 0):
             raise not_as_many(where, leading, count, self.mixes)
         each = total // sequences if sequences else 0
-        in_one = flat and each == 1 and sequences != count
-        if in_one and self._after is not None and self._rows is not None and not whole:
+        in_one = flat and each == 1 and (sequences != count or self._rows is None)
+        if in_one and self._after is not None and not whole:
+            rows = f"{count} or {math.prod(self._rows)}" if self._rows else "[requests, rows, ...]"
             raise ValueError(
                 f"{where}: batch: after: got {sequences} rows in one dimension, of which the places"
-                f" in their requests cannot be told, expected {count} or {math.prod(self._rows)}; "
-                "generate with a cache and without beams, or leave this layer out with "
-                "exclude_modules"
+                f" in their requests cannot be told, expected {rows}; generate with a cache and "
+                "without beams, or leave this layer out with exclude_modules"
             )
         owners = torch.arange(count, device="cpu").repeat_interleave(
             sequences // count if count else 0

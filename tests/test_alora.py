@@ -3,6 +3,7 @@ results, tokens and gradients are PEFT's."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import peft
 import pytest
 import tiny_models
 import torch
+from torch import Tensor, nn
 
 import lora_ext
 from lora_ext.errors import NotBuiltError
+from lora_ext.nn.conv import KeptConv1d
 
 INVOCATION = [5, 6]
 TOKENS = torch.tensor(
@@ -249,3 +252,59 @@ def test_places_that_cannot_be_told_are_refused() -> None:
     model = activated()
     with pytest.raises(NotBuiltError, match="prompt_lookup_num_tokens"):
         model.generate(input_ids=TOKENS, prompt_lookup_num_tokens=2, max_new_tokens=2)
+
+
+def test_where_no_place_can_be_told_after_is_refused() -> None:
+    """A convolution's row is a whole request, and so is a pooler's: not all of it, nor nothing."""
+    conv = lora_ext.nn.Conv1d(4, 6, 3, r=2)
+    kept: Any = KeptConv1d._over(nn.Conv1d(4, 6, 1), nn.Conv1d)
+    kept.add_adapter("default", r=2)
+    pooler = lora_ext.nn.Linear(4, 6, r=2)
+    dora = lora_ext.nn.Conv1d.from_conv(nn.Conv1d(4, 6, 1), r=2, use_dora=True)
+    for layer, x in (
+        (conv, torch.randn(2, 4, 9)),
+        (kept, torch.randn(2, 4, 9)),
+        (dora, torch.randn(2, 4, 9)),
+        (pooler, torch.randn(2, 4)),
+    ):
+        for after in ([3, None], [-2, 0]):
+            with (
+                pytest.raises(ValueError, match=f"{type(layer).__name__}: batch: .*after"),
+                lora_ext.batch(["default"] * 2, after=after),
+            ):
+                layer(x)
+        with suppress(ValueError), lora_ext.batch(["other"] * 2, after=[3, None]):
+            y = layer(x)
+        layer.set_adapter([])
+        assert torch.equal(y, layer(x))
+
+
+def test_a_layer_with_none_of_the_adapters_may_have_other_rows() -> None:
+    """As a pooler, which sees the first token of each request alone."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.pooler, self.conv = nn.Linear(4, 4), nn.Linear(4, 3), nn.Conv1d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.body(x)
+            return torch.cat([self.pooler(x[:, 0]), self.conv(x.mT).flatten(1)], 1)
+
+    def config(*targets: str) -> lora_ext.LoraConfig:
+        return lora_ext.LoraConfig(r=2, target_modules=list(targets), init_lora_weights=False)
+
+    model = lora_ext.get_lora_model(Pooled(), config("body", "pooler", "conv"), "all").eval()
+    model.add_adapter("body", config("body"))
+    x = torch.randn(2, 5, 4)
+    ids = torch.zeros(2, 5, dtype=torch.int64)
+    plans: list[dict[str, Any]] = [
+        {"ids": ids}, {"lengths": [10]}, {"ids": ids.unsqueeze(2), "gates": torch.ones(2, 5, 1)}
+    ]  # fmt: skip
+    for plan in plans:
+        with lora_ext.batch(["body"], **plan):
+            y = model(x)
+        model.set_adapter("body")
+        torch.testing.assert_close(y, model(x))
+        with pytest.raises(ValueError, match="batch"), lora_ext.batch(["all"], **plan):
+            model(x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -305,6 +305,44 @@ def test_other_tokens_adapters_change_no_bit(family: str, dtype: torch.dtype) ->
         y = layer(x, chosen, weights)
     frozen = experts.experts_forward(layer, x, chosen, weights)
     assert torch.equal(y[ids == -1], frozen[ids == -1])
+
+
+NOTHING: dict[str, dict[str, Any]] = {
+    "no names": {"adapters": [None, None]},
+    "a name that the layer lacks": {"adapters": ["other", "other"]},
+    "ids of none": {"adapters": ["a", "b"], "ids": torch.full((2, 4), -1)},
+    "after the last": {"adapters": ["a", "b"], "rows": (2, 4), "after": [4, None]},
+    "an empty segment": {"adapters": ["a", None], "lengths": [0, 8]},
+}
+
+
+@pytest.mark.parametrize("family", MODULES)
+@pytest.mark.parametrize("plan", NOTHING.values(), ids=NOTHING.keys())
+def test_tokens_of_no_adapter_alone_are_the_bases(plan: dict[str, Any], family: str) -> None:
+    """Whatever is active; there is nothing then that has a gradient."""
+    layer = adapted(family, {"a": 2, "b": 3})
+    x, (chosen, weights) = torch.randn(8, HIDDEN), routing(8, 2, seed=2)
+    with lora_ext.batch(["a", None], rows=(2, 4)):
+        among_others = layer(x, chosen, weights)[4:]
+    with suppress(ValueError), lora_ext.batch(**plan):  # no layer has "other", it says at the end
+        alone = layer(x, chosen, weights)
+    layer.set_adapter([])
+    expected = layer(x, chosen, weights)
+    torch.testing.assert_close(alone, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(alone[4:], among_others)
+    assert not alone.requires_grad
+
+
+def test_zero_gradients_reach_experts() -> None:
+    layer = adapted("mixtral", {"a": 2, "b": 3})
+    x, (chosen, weights) = torch.randn(8, HIDDEN), routing(8, 2, seed=2)
+    with lora_ext.batch(["a", "b"], rows=(2, 4), after=[0, 4], zero_grads=True):
+        y = layer(x, chosen, weights)
+    y.sum().backward()
+    grads = [p.grad for p in layer.adapter_parameters("b").values()]
+    assert all(grad is not None and not grad.any() for grad in grads)
+    with lora_ext.batch(["a", "b"], rows=(2, 4), after=[0, 4]):
+        assert torch.equal(layer(x, chosen, weights), y)
 
 
 def test_several_adapters_of_a_token_are_refused() -> None:

@@ -18,7 +18,7 @@ from lora_ext.nn.adapter import DEFAULT, AdapterOptions, AdapterSettings, LowRan
 from lora_ext.nn.adoption import belongs_to_its_class
 from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.lora_layer import LoraLayer
-from lora_ext.nn.planned import follows_plan, planned_updates, refuse_plan
+from lora_ext.nn.planned import follows_plan, planned_updates, refuse_places, refuse_plan
 
 
 @suggests_names
@@ -177,6 +177,7 @@ class LoraConv(LoraLayer, _ConvNd):
     def _planned_forward(self, x: Tensor) -> Tensor:
         if x.dim() != len(self.kernel_size) + 2:
             refuse_plan(self, f"an input of shape {list(x.shape)} has no batch of requests")
+        refuse_places(self)
         return planned_updates(
             self, self._convolve(x, self.weight, self.bias), x, 1, self._update_of
         )
@@ -388,6 +389,7 @@ class KeptConv(KeptBase, LoraConv):
     def _dimensions_of_rows(self, x: Tensor) -> int:
         if x.dim() != len(self.kernel_size) + 2:
             refuse_plan(self, f"an input of shape {list(x.shape)} has no batch of requests")
+        refuse_places(self)
         return 1
 
     def _updates(self, x: Tensor) -> Iterator[Tensor]:

@@ -135,7 +135,7 @@ def slots_of(routed: Routed, tokens: int, rows: Assignment) -> Slots:
     device, n = routed.tokens.device, len(rows.counts)
     entries = rows.order.long()
     places = torch.arange(n, device=device).repeat_interleave(
-        torch.tensor(rows.counts, device=device)
+        torch.tensor(rows.counts, dtype=torch.int64, device=device)
     )
     place = torch.full((tokens,), -1, device=device).index_copy(0, entries, places)
     place = place.index_select(0, routed.tokens)
@@ -147,11 +147,13 @@ def slots_of(routed: Routed, tokens: int, rows: Assignment) -> Slots:
     if rows.factor is not None:
         factor = rows.factor.new_zeros(tokens).index_copy(0, entries, rows.factor)
         factor = factor.index_select(0, routed.tokens).index_select(0, order)
-    numbers = slots.tolist()
+    # What has no row and is named all the same (zero_grads) has an empty slot of the first expert.
+    empty = [place for place, count in enumerate(rows.counts) if not count]
+    numbers = [*empty, *slots.tolist()]
     return Slots(
         [number // n for number in numbers],
         [number % n for number in numbers],
-        counts.tolist(),
+        [0] * len(empty) + counts.tolist(),
         rows_of(routed).index_select(0, order).int(),
         factor,
     )

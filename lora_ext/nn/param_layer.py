@@ -79,7 +79,7 @@ class ParamLayer(AnyLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base's."""
-        planned = batching.in_use and follows_plan(self) and bool(planned_names(self))
+        planned = batching.in_use and follows_plan(self)
         if not (planned or self._running) or self._why_formed() is not None:
             return super().forward(*args, **kwargs)
         if self.merged_adapters:
@@ -105,7 +105,10 @@ class ParamLayer(AnyLayer):
         assert plan is not None
         where = type(self).__name__
         tokens = len(hidden_states)
-        rows = plan.assign((tokens,), hidden_states.device, planned_names(self), where)
+        names = planned_names(self)
+        if not names:  # all tokens are the base's, whatever is active
+            return self._experts({}, hidden_states, top_k_index, top_k_weights)
+        rows = plan.assign((tokens,), hidden_states.device, names, where)
         if rows.rounds:
             refuse_plan(self, "a token has one adapter in each expert, not several with gates")
         routed = route(top_k_index, cast(int, self.num_experts))

@@ -66,6 +66,12 @@ def planned_names(layer: Layer) -> list[str]:
     return [name for name in plan.names if layer._scaling.get(name, 0.0) != 0.0]
 
 
+def _concerns(plan: BatchPlan, names: Collection[str]) -> bool:
+    """Whether the rows of a plan have to be those of a layer that has these of its adapters: where
+    it has none of them its rows, which may be others, as those of a pooler, are the base's."""
+    return bool(names) or not plan.names
+
+
 def _plan(layer: Layer) -> BatchPlan:
     plan = current_plan()
     assert plan is not None
@@ -84,6 +90,12 @@ def refuse_plan(layer: Layer, why: str) -> NoReturn:
         f"{why}; run batches of one adapter, or train others without this layer (exclude_modules, "
         "or target_parameters that do not name it)"
     )
+
+
+def refuse_places(layer: Layer) -> None:
+    """A ValueError of a layer whose row is a whole request, where adapters begin inside of it."""
+    if _plan(layer).has_after and planned_names(layer):
+        refuse_plan(layer, "a row is a whole request, in which no place can be told (after)")
 
 
 def planned_linear_path(layer: Layer) -> tuple[str, str]:
@@ -116,10 +128,15 @@ def planned_linear(
         plain = _plain_low_rank(layer, plan) if layer._cuts_short else None
         if plain is not None:
             plan.note(layer.adapters)
+            if not _concerns(plan, plain):
+                return torch.nn.functional.linear(x, weight, bias)
             return lora_linear_grouped(x, weight, bias, plain, plan, where=where)
         adapters = dict(stacks(layer))
+    names = planned_names(layer)
+    if not _concerns(plan, names):
+        return torch.nn.functional.linear(x, weight, bias)
     y = lora_linear_grouped(x, weight, bias, adapters, plan, where=where)
-    variants = [n for n in planned_names(layer) if variant_of(layer.adapters[n])]
+    variants = [n for n in names if variant_of(layer.adapters[n])]
     if not variants:
         return y
     rows = plan.assign(x.shape[:-1], x.device, variants, where)
@@ -204,6 +221,8 @@ def planned_updates(
     plan = _plan(layer)
     where, leading = type(layer).__name__, x.shape[:dimensions]
     names = planned_names(layer)
+    if not _concerns(plan, names):
+        return y
     plain = [name for name in names if not variant_of(layer.adapters[name])]
     rows = plan.assign(leading, x.device, plain, where)
     count = math.prod(leading)
