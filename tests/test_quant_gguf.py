@@ -58,7 +58,7 @@ def test_values(quant_type: str) -> None:
 def test_what_gguf_quantized(quant_type: str) -> None:
     weight = random_weight(random.Random(1), 9, 96, torch.float32)
     data = quants.quantize(weight.numpy(), Type[quant_type])
-    found = read_gguf(data, (9, 96), quant_type)
+    found = read_gguf(data, tuple(np.array([9, 96], np.uint64)), quant_type)
     assert same_bits(
         found.dequantize(), torch.from_numpy(quants.dequantize(data, Type[quant_type]))
     )

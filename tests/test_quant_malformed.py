@@ -95,6 +95,8 @@ JSON = {
     "nested dtype": ({"nested_dtype": "bfloat16"}, "nested_dtype"),
     "no offset": ({"nested_offset": None}, "nested_offset"),
     "an offset that is NaN": ({"nested_offset": math.nan}, "nested_offset"),
+    "an offset that fp32 does not hold": ({"nested_offset": 1e300}, "nested_offset"),
+    "an offset that no float holds": ({"nested_offset": 10**400}, "nested_offset"),
     "an offset of text": ({"nested_offset": "0.1"}, "nested_offset"),
 }
 
@@ -121,6 +123,15 @@ TENSORS: dict[str, tuple[str, Any, str]] = {
     "no table": (".quant_map", None, "quant_map"),
     "nested absmax": (".nested_absmax", torch.zeros(2), "nested_absmax"),
     "nested absmax in fp16": (".nested_absmax", torch.zeros(1).half(), "nested_absmax"),
+    "nested absmax of NaN": (".nested_absmax", torch.full((1,), math.nan), "nested_absmax"),
+    "a nested table of Inf": (
+        ".nested_quant_map",
+        torch.full((256,), math.inf),
+        "nested_quant_map",
+    ),
+    "codes on meta": ("", torch.empty(150, 1, dtype=torch.uint8, device="meta"), "weight"),
+    "a table on meta": (".quant_map", torch.empty(16, device="meta"), "quant_map"),
+    "JSON on meta": (f".{STATE}", torch.empty(9, dtype=torch.uint8, device="meta"), STATE),
     "nested table": (".nested_quant_map", torch.zeros(16), "nested_quant_map"),
     "no nested table": (".nested_quant_map", None, "nested_quant_map"),
     "no JSON": (f".{STATE}", torch.tensor([123], dtype=torch.uint8), "quant_state"),
@@ -142,8 +153,19 @@ def test_tensors(name: str) -> None:
         read_state_dict(state, KEY)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_absmax_that_is_not_finite(value: float) -> None:
+    state = saved(nested=False)
+    state[f"{KEY}.absmax"] = state[f"{KEY}.absmax"].clone()
+    state[f"{KEY}.absmax"][-1] = value
+    with pytest.raises(ValueError, match=rf"^{KEY}: absmax: got NaN or Inf, expected finite"):
+        read_state_dict(state, KEY)
+
+
 INT8: dict[str, tuple[str, Any, str]] = {
     "SCB cut": ("SCB", torch.ones(N - 1), "SCB"),
+    "SCB of NaN": ("SCB", torch.full((N,), math.nan), "SCB"),
+    "a layout on meta": ("weight_format", torch.empty((), device="meta"), "weight_format"),
     "SCB of integers": ("SCB", torch.ones(N, dtype=torch.int32), "SCB"),
     "codes of one dimension": ("weight", torch.zeros(N * K, dtype=torch.int8), "shape"),
     "codes not signed": ("weight", torch.zeros(N, K, dtype=torch.uint8), "weight"),

@@ -364,3 +364,19 @@ def test_narrower_adapters_of_slices_and_plans() -> None:
                 found.append([layer(x), *torch.autograd.grad(layer(x).sum(), x)])
             found[-1] += results(layer, x)[:2]
         assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_several_adapters_of_an_x_in_float64() -> None:
+    """Scalings that float32 does not hold."""
+    layer: Any = lora_ext.nn.Linear.from_linear(quant.Linear.from_linear(nn.Linear(K, N), "nf4"), 0)
+    for name, r in ("a", 3), ("b", 6):
+        layer.add_adapter(name, r=r, lora_alpha=8, init_lora_weights=False)
+    layer.set_adapter(["a", "b"])
+    x = torch.randn(5, K, dtype=torch.float64)
+    base = layer.base_layer
+    expected = nn.functional.linear(x, base.quantized_weight.dequantize(torch.float32).double())
+    expected = expected + base.bias.double()
+    for name, r in ("a", 3), ("b", 6):
+        A, B = (part.detach().double() for part in layer.parts(name).values())
+        expected = expected + 8 / r * nn.functional.linear(nn.functional.linear(x, A), B)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-13, atol=1e-13)

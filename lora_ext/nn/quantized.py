@@ -1,10 +1,10 @@
 """Linear layers over a base whose weight is quantized.
 
 The base stays as it is, as the child `base_layer`: its tensors, their names below it and their
-bytes. It is not called. One adapter of a `Linear` runs by the operator on codes; else a call
-dequantises the weight, computes with it what the layer over a plain base computes, and keeps the
-codes for backward. A bitsandbytes layer on a CPU therefore
-never repacks its weight.
+bytes. It is not called. One adapter of a `Linear`, or several with one dropout probability, which
+are stacked, run by the operator on codes; else a call dequantises the weight, computes with it what
+the layer over a plain base computes, and keeps the codes for backward. A bitsandbytes layer on a
+CPU therefore never repacks its weight.
 """
 
 from __future__ import annotations
@@ -414,7 +414,9 @@ class QuantizedLinear(QuantizedBase, KeptLinear):
         return in_dtype_of(x, traced(x.to(dtype), base.traced_operands(), bias, *adapter))
 
     def _product(self, x: Tensor) -> Tensor:
-        adapter = self._only_adapter()
+        # Several are stacked in float32, which is not enough for an x in float64.
+        several = len(self._running) > 1 and x.dtype is torch.float64
+        adapter = None if several else self._only_adapter()
         if adapter is None:
             return super()._product(x)
         bias = self.base_layer._parameters.get("bias")

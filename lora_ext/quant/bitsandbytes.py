@@ -4,7 +4,6 @@ imported: a Params4bit is what has a quant_state, an Int8Params what has CB and 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from lora_ext.quant.checks import (
     check_count,
     check_shape,
     fail,
+    need_finite,
     need_numel,
     need_tensor,
     plain,
@@ -27,6 +27,7 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 # fp32(1 / 127), by which bitsandbytes multiplies after the row's absolute maximum.
 INT8_FACTOR = 7.874015718698502e-3
+LARGEST = torch.finfo(torch.float32).max
 _BYTES = (torch.uint8,)
 MAX_JSON_BYTES = 1 << 16
 STATE = "quant_state.bitsandbytes__"
@@ -38,7 +39,9 @@ REPACKED = (
 
 def read_4bit(weight: Any, quant_state: Any, name: str) -> QuantizedWeight:
     """A Params4bit, with its quant_state or that of its module."""
-    state = weight.quant_state if weight.quant_state is not None else quant_state
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        state = quant_state
     if state is None:
         fail(name, "quant_state", None, "one: move the layer to its device, which quantizes it")
     if getattr(state, "packing_format_for_cpu", False):
@@ -134,7 +137,7 @@ def _four_bit(
     scales: Tensor | NestedScales
     if nested is None:
         scales = need_tensor(name, "absmax", absmax, FLOATS)
-        scales = need_numel(name, "absmax", scales, blocks, why)
+        scales = need_finite(name, "absmax", need_numel(name, "absmax", scales, blocks, why))
     else:
         codes = need_tensor(name, "absmax", absmax, _BYTES)
         codes = need_numel(name, "absmax", codes, blocks, why)
@@ -159,15 +162,18 @@ def _nested(codes: Tensor, nested: Mapping[str, Any], name: str) -> NestedScales
     count = -(-codes.numel() // size)
     absmax = need_tensor(name, "nested_absmax", nested["absmax"], (torch.float32,))
     why = f"{codes.numel()} scales in blocks of {size}"
-    absmax = need_numel(name, "nested_absmax", absmax, count, why)
+    absmax = need_finite(
+        name, "nested_absmax", need_numel(name, "nested_absmax", absmax, count, why)
+    )
     table = need_tensor(name, "nested_quant_map", nested["code"], (torch.float32,))
     table = need_numel(name, "nested_quant_map", table, 256, "8 bits")
+    table = need_finite(name, "nested_quant_map", table)
     offset = nested["offset"]
     if isinstance(offset, Tensor) and offset.numel() == 1:
         offset = offset.item()
     number = isinstance(offset, int | float) and not isinstance(offset, bool)
-    if not number or not math.isfinite(offset):
-        fail(name, "nested_offset", offset, "a finite number")
+    if not number or not abs(offset) <= LARGEST:  # which no integer overflows
+        fail(name, "nested_offset", offset, "a finite number in float32")
     return NestedScales(codes, table, absmax, size, float(offset))
 
 
@@ -181,6 +187,7 @@ def read_int8(weight: Any, scb: Any, name: str) -> QuantizedWeight:
     if not weight.is_contiguous():
         fail(name, "weight", f"strides {list(weight.stride())}", "contiguous rows")
     scb = need_numel(name, "SCB", need_tensor(name, "SCB", scb, FLOATS), N, "one for each row")
+    scb = need_finite(name, "SCB", scb)
     return QuantizedWeight(
         shape=(N, K),
         codes=weight.view(-1),
@@ -198,6 +205,7 @@ def read_int8_state(state: Mapping[str, Any], key: str) -> QuantizedWeight:
     prefix = key.removesuffix("weight")
     layout = state.get(f"{prefix}weight_format", 0)
     if isinstance(layout, Tensor):
+        layout = plain(key, "weight_format", layout)
         layout = layout.item() if layout.numel() == 1 else layout
     if isinstance(layout, Tensor) or layout not in (0, "row"):
         cure = "'row' (0); load it with the bitsandbytes that wrote it, and save it from a CPU"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +29,7 @@ def check_shape(name: str, shape: Any) -> tuple[int, int]:
     """(N, K), both at least 1."""
     if not isinstance(shape, tuple | list) or len(shape) != 2:
         fail(name, "shape", shape, "two sizes, (N, K)")
+    shape = [int(size) if isinstance(size, np.integer) else size for size in shape]  # of gguf
     if not all(is_integer(size) and size >= 1 for size in shape):
         fail(name, "shape", shape, "two sizes (N, K) of at least 1")
     if shape[0] * shape[1] > MAX_VALUES:
@@ -77,6 +79,10 @@ def plain(name: str, field: str, value: Any) -> Tensor:
     """A dense tensor without its history and its class."""
     if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_nested:
         fail(name, field, value, "a dense tensor")
+    if value.is_meta:
+        fail(
+            name, field, "a tensor without data", "one not on the meta device; load the model first"
+        )
     if hasattr(value, "full_tensor"):
         fail(name, field, "one process's part of a DTensor", "the whole: value.full_tensor()")
     return value.detach().as_subclass(Tensor)
@@ -89,6 +95,13 @@ def need_tensor(name: str, field: str, value: Any, dtypes: tuple[torch.dtype, ..
         named = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         fail(name, field, value, f"a {named} tensor")
     return found
+
+
+def need_finite(name: str, field: str, value: Tensor) -> Tensor:
+    """Numbers that values are multiplied by."""
+    if not torch.isfinite(value).all():
+        fail(name, field, "NaN or Inf", "finite numbers; the weight, or its file, is damaged")
+    return value
 
 
 def need_numel(name: str, field: str, value: Tensor, numel: int, why: str) -> Tensor:

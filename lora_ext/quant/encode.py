@@ -38,10 +38,6 @@ def quantize(
     if quant_type not in ("nf4", "fp4", "int8"):
         fail(name, "quant_type", quant_type, "'nf4', 'fp4' or 'int8'")
     plain = need_tensor(name, "weight", weight, FLOATS)
-    if plain.is_meta:
-        fail(
-            name, "weight", weight, "one with values, not on the meta device; load the model first"
-        )
     shape = check_shape(name, tuple(plain.shape))
     if quant_type == "int8":
         if block_size is not None or nested:

@@ -88,7 +88,9 @@ def _state(module: nn.Module) -> object:
     inner = getattr(weight, "__tensor_flatten__", None)
     tensors = [weight] if inner is None else [getattr(weight, name) for name in inner()[0]]
     state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
-    scales = [getattr(state, "absmax", None), getattr(weight, "SCB", None)]
+    scales: list[Any] = [getattr(state, name, None) for name in ("absmax", "offset")]
+    scales += [getattr(getattr(state, "state2", None), "absmax", None)]
+    scales += [getattr(owner, "SCB", None) for owner in (weight, getattr(module, "state", None))]
     tensors += [tensor for tensor in scales if isinstance(tensor, Tensor)]
     marks = [(t.data_ptr(), version(t), t.device, t.shape) for t in tensors]
     # A subclass's copy_ runs below autograd, which counts it for the whole, not for what is inside.

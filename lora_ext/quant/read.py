@@ -38,8 +38,10 @@ def read_weight(source: Any, name: str = "weight") -> QuantizedWeight:
     own = getattr(module, "quantized_weight", None)  # of a lora_ext.quant.Linear
     if isinstance(own, QuantizedWeight):
         return own
-    if has_quant_state(weight):
-        return bitsandbytes.read_4bit(weight, getattr(module, "quant_state", None), name)
+    # A Linear4bit that was pickled and copied has its state, but a weight without it.
+    state = getattr(module, "quant_state", None)
+    if has_quant_state(weight) or hasattr(state, "quant_type"):
+        return bitsandbytes.read_4bit(weight, state, name)
     if has_scb(weight):
         scb = weight.SCB  # which the module's first forward moves into its state
         if scb is None:

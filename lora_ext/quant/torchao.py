@@ -14,6 +14,7 @@ from lora_ext.quant.checks import (
     check_shape,
     fail,
     is_integer,
+    need_finite,
     need_numel,
     need_tensor,
 )
@@ -60,7 +61,7 @@ def read_nf4(weight: Any, name: str) -> QuantizedWeight:
         shape=(N, K),
         codes=codes,
         packing="high_first",
-        scales=quotients.flatten().to(dtype) + mean,
+        scales=need_finite(name, "quantization_factor", quotients.flatten().to(dtype) + mean),
         block_size=size,
         dtype=weight.dtype if weight.dtype in FLOATS else dtype,
         codebook=table.float(),
@@ -107,7 +108,7 @@ def _int8(weight: Any, N: int, K: int, name: str) -> QuantizedWeight:
     size = _group(weight, N, K, name)
     blocks, why = N * K // size, f"{N} * {K} values in blocks of {size}"
     codes = need_tensor(name, "qdata", weight.qdata, (torch.int8,))
-    scale = need_tensor(name, "scale", weight.scale, FLOATS)
+    scale = need_finite(name, "scale", need_tensor(name, "scale", weight.scale, FLOATS))
     zero_point = weight.zero_point
     if zero_point is not None:
         zero_point = need_tensor(name, "zero_point", zero_point, (torch.int8,))
@@ -134,7 +135,7 @@ def _int4(weight: Any, N: int, K: int, name: str) -> QuantizedWeight:
         fail(name, "block_size", weight.block_size, f"[1, a divisor of {K}]")
     per_block = {}
     for field in ("scale", "zero_point"):
-        value = need_tensor(name, field, getattr(weight, field), FLOATS)
+        value = need_finite(name, field, need_tensor(name, field, getattr(weight, field), FLOATS))
         if tuple(value.shape) != (K // size, N):
             fail(name, field, value, f"shape {[K // size, N]} (groups of {size})")
         per_block[field] = value.t().reshape(-1)

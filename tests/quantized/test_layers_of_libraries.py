@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 from collections.abc import Callable
@@ -345,3 +346,43 @@ def test_what_is_copied_into_a_weight_is_noticed_in_backward(base: str, dora: bo
         y = layer(X)
         y.sum().backward(retain_graph=True)
         y.sum().backward()
+
+
+SCALES: dict[str, Callable[[Any], None]] = {
+    "offset in place": lambda state: state.offset.mul_(2),
+    "offset": lambda state: setattr(state, "offset", state.offset * 2),
+    "absmax of absmax": lambda state: setattr(state.state2, "absmax", state.state2.absmax * 2),
+}
+
+
+@pytest.mark.parametrize("change", SCALES.values(), ids=SCALES.keys())
+def test_scales_that_another_hand_changed_are_read_anew(change: Callable[[Any], None]) -> None:
+    base = bnb.nn.Linear4bit(128, 64, compute_dtype=torch.float32, compress_statistics=True)
+    layer: Any = lora_ext.nn.Linear.from_linear(base.to("cpu"), r=2)
+    x = torch.randn(3, 128)
+    layer(x)
+    change(base.weight.quant_state)
+    expected = nn.functional.linear(x, quant.read_weight(base).dequantize(torch.float32), base.bias)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_maxima_that_are_in_the_state() -> None:
+    base = bnb.nn.Linear8bitLt(128, 64, has_fp16_weights=False).to("cpu")
+    layer: Any = lora_ext.nn.Linear.from_linear(base, r=2)
+    base.state.SCB, base.weight.SCB = base.weight.SCB, None
+    x = torch.randn(3, 128)
+    layer(x)
+    base.state.SCB = base.state.SCB * 2
+    expected = nn.functional.linear(
+        x, quant.read_weight(base).dequantize(torch.float32), base.bias.float()
+    )
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_pickle_that_is_copied_runs() -> None:
+    """bitsandbytes' weight is a Parameter without its state then; its layer has the state."""
+    net = nn.Sequential(bnb.nn.Linear4bit(128, 64, compute_dtype=torch.float32)).to("cpu")
+    model: Any = lora_ext.get_lora_model(net, lora_ext.LoraConfig(target_modules=["0"]))
+    x = torch.randn(3, 128)
+    again = copy.deepcopy(pickle.loads(pickle.dumps(model)))
+    assert torch.equal(again(x), model(x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,27 @@ def weights(count: int) -> list[Tensor]:
             weight[torch.rand(N, K, generator=generator) < 0.01] *= 10
         found.append(weight)
     return found
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_nor_in_16_bits(dtype: torch.dtype, bits: int) -> None:
+    for iterations, weight in itertools.product((1, 2, 5), weights(10)):
+        narrow = weight.to(dtype)
+        linear = nn.Linear(K, N, bias=False, dtype=dtype)
+        linear.weight.data.copy_(narrow)
+        layer: Any = lora_ext.nn.Linear.from_linear(
+            linear, R, R, init_lora_weights="loftq", loftq_bits=bits, loftq_iter=iterations
+        )
+
+        mine, theirs = (
+            (Q.double() + B.double() @ A.double() - narrow.double()).norm().item()
+            for Q, A, B in (
+                (layer.weight, layer.lora_A, layer.lora_B),
+                loftq_utils.loftq_init(narrow, bits, R, iterations),
+            )
+        )
+        assert mine <= theirs * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("iterations", [1, 5])
