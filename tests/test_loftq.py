@@ -221,6 +221,8 @@ def test_replacing_is_refused(tmp_path: Path) -> None:
         replace(model, tmp_path)
     with pytest.raises(ValueError, match="you must pass the model_path"):
         replace(model)
+    with pytest.raises(TypeError, match="replace_lora_weights_loftq: callback: got 3"):
+        replace(model, tmp_path, callback=3)  # type: ignore[arg-type]
     save_file({"first.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
     state = {name: t.clone() for name, t in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"'first': got \[2, 2\] in the file, expected \[48, 80\]"):

@@ -271,11 +271,19 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         quant.register_dequantizer(3, Foreign.dequantize)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="register_dequantizer: function: got 3"):
         quant.register_dequantizer(Foreign, 3)  # type: ignore[arg-type]
+    for kind in (nn.Linear, quant.Linear):
+        with pytest.raises(TypeError, match="got Linear, which all such layers of this process"):
+            quant.register_dequantizer(kind, lambda layer: layer.weight)
     monkeypatch.setitem(DEQUANTIZERS, Foreign, lambda layer: layer.codes)
     with pytest.raises(ValueError, match=r"'0': .*registered for Foreign.*floating point"):
         lora_ext.get_lora_model(
             nn.Sequential(BASES["foreign"]()), lora_ext.LoraConfig(target_modules=["0"])
         )
+    monkeypatch.setitem(DEQUANTIZERS, Foreign, lambda layer: layer.dequantize().t())
+    foreign: Any = BASES["foreign"]()
+    foreign.in_features, foreign.out_features = K, N
+    with pytest.raises(ValueError, match=rf"'0': .*registered for Foreign.*shape \[{N}, {K}\]"):
+        lora_ext.get_lora_model(nn.Sequential(foreign), lora_ext.LoraConfig(target_modules=["0"]))
 
 
 def test_mica_and_dora_read_the_dequantised_weight() -> None:

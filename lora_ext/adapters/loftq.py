@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lora_ext.adapters.inject import adapted
+from lora_ext.arguments import refuse
 from lora_ext.nn.adapter import DEFAULT
 from lora_ext.nn.dora import MAGNITUDE
 from lora_ext.nn.transaction import Transaction
@@ -51,6 +52,8 @@ def replace_lora_weights_loftq(
     from lora_ext.nn.quantized import QuantizedBase  # only now: few need it
 
     where = "replace_lora_weights_loftq"
+    if callback is not None and not callable(callback):
+        refuse(where, "callback", callback, "a function of the model and a layer's name, or None")
     found, _ = adapted(peft_model, where)
     found._check_names([adapter_name])
     chosen = [(n, m) for n, m in found.layers_with(adapter_name) if isinstance(m, QuantizedBase)]

@@ -260,7 +260,8 @@ def _make_plan(model: nn.Module, config: LoraConfig, autocast_adapter_dtype: boo
             raise TypeError(
                 f"LoraConfig: modules_to_save: '{name}' has a quantized weight, which cannot be "
                 "trained, expected a module without: name it in target_modules, or leave it out "
-                "when the model is quantized"
+                "when the model is quantized (exclude_modules of quantize_, llm_int8_skip_modules "
+                "of a quantization_config)"
             )
     tied = _tied(model, config, names, saved)
     for name in (*tied.values(), *tied):

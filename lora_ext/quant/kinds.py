@@ -27,10 +27,16 @@ def register_dequantizer(kind: type[nn.Module], function: Dequantize) -> None:
             is called in every forward, and in backward again: nothing of it is kept.
 
     Raises:
-        TypeError: kind is no class of modules, or function cannot be called.
+        TypeError: kind is no class of modules, or one of torch's or this package's, all of whose
+            layers it would be, or function cannot be called.
     """
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise TypeError(f"register_dequantizer: kind: got {kind!r}, expected a class of modules")
+    if kind.__module__.split(".")[0] in ("torch", "lora_ext"):
+        raise TypeError(
+            f"register_dequantizer: kind: got {kind.__qualname__}, which all such layers of this "
+            "process are, expected the class of a library's, or your, quantized layers"
+        )
     if not callable(function):
         raise TypeError(f"register_dequantizer: function: got {function!r}, expected a function")
     DEQUANTIZERS[kind] = function

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext.quant.call import Dequantizable
-from lora_ext.quant.checks import fail, version
+from lora_ext.quant.checks import fail, is_integer, version
 from lora_ext.quant.kinds import DEQUANTIZERS, Dequantize
 from lora_ext.quant.linear import Linear
 from lora_ext.quant.read import read_weight
@@ -73,6 +73,11 @@ def quantized_weight(module: nn.Module, name: str = "weight") -> Dequantizable:
             kind = type(module).__qualname__
             fail(name, f"result of the function registered for {kind}", values, expected)
         shape = (values.shape[0], values.shape[1])
+        sizes = tuple(getattr(module, name, None) for name in ("out_features", "in_features"))
+        if all(map(is_integer, sizes)) and sizes != shape:
+            kind = type(module).__qualname__
+            expected = f"shape {list(sizes)}, [out_features, in_features] of the layer"
+            fail(name, f"result of the function registered for {kind}", values, expected)
         found = CalledWeight(ref(module), function, shape, values.dtype, values.device)
     _READ[module] = state, found
     return found
