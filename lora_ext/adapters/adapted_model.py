@@ -13,7 +13,7 @@ from torch import nn
 from lora_ext._offloaded import check_values
 from lora_ext.adapters.config import LoraConfig
 from lora_ext.adapters.names import named_modules
-from lora_ext.adapters.planning import plan_of_call
+from lora_ext.adapters.planning import called_outside, makes_plan, plan_of_call
 from lora_ext.adapters.requests import Requests
 from lora_ext.adapters.tuner import Tuner
 from lora_ext.arguments import check_known, check_module
@@ -77,8 +77,11 @@ class AdaptedModel(nn.Module):
             adapter_scales: beside them, by how much the update of each is multiplied: a list of
                 numbers, or a floating tensor, which may require grad.
         """
-        if torch.compiler.is_compiling():  # a lock is no part of a graph
-            return self._planned(args, kwargs)
+        if torch.compiler.is_compiling():
+            if makes_plan(self, kwargs):  # a graph would be of these names, numbers and tokens
+                outside: Any = torch.compiler.disable(called_outside, recursive=False)  # type: ignore[no-untyped-call]
+                return outside(self, args, kwargs)
+            return self._planned(args, kwargs)  # a lock is no part of a graph
         me = self._requests.enter()
         try:
             return self._planned(args, kwargs)

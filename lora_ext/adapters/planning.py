@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_ext._batch_arguments import BASE
@@ -16,6 +17,34 @@ from lora_ext.arguments import check_known, refuse
 from lora_ext.batching import BatchPlan, Checkpointing, batch, current_plan
 
 Context = AbstractContextManager[Any]
+
+
+OF_PLANS = ("adapter_names", "adapter_scales", "alora_offsets")
+
+
+def makes_plan(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call of the model makes a plan: what compiled code asks first."""
+    return any(kwargs.get(n) is not None for n in OF_PLANS) or _activates(model, None, None)
+
+
+def called_outside(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call that makes its plan outside of graphs, as `with lora_ext.batch(...)` around a compiled
+    model does: what is compiled is the base, which asks for the plan as it runs."""
+    enter: Any = torch.compiler.disable(_entered)  # type: ignore[no-untyped-call]
+    with enter(model, args, kwargs):
+        return model.base_model.model(*args, **kwargs)
+
+
+def _entered(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExitStack:
+    """What a call runs in. Its end is no part of a graph either."""
+    with ExitStack() as stack:
+        leave: Any = torch.compiler.disable(model._requests.leave)  # type: ignore[no-untyped-call]
+        stack.callback(leave, model._requests.enter())
+        plan = plan_of_call(model, args, kwargs)
+        if plan is not None:
+            plan.__enter__()
+            stack.push(torch.compiler.disable(plan.__exit__))  # type: ignore[no-untyped-call]
+        return stack.pop_all()
 
 
 def plan_of_call(
