@@ -177,6 +177,70 @@ def test_refused(folders: list[Path]) -> None:
         prepare(embedding, target_rank=8)
 
 
+def test_strengths_belong_to_the_set(folders: list[Path]) -> None:
+    """What leaves it has its own scaling again, in requests and files too; `set_scale` stays."""
+    model = loaded(folders[0])
+    for i in (1, 2):
+        model.load_adapter(str(folders[i]), f"a{i}")
+
+    def strengths() -> dict[str, float]:
+        layers = [layer for _, layer in model.lora_layers()]
+        return {
+            name: layer.get_scale(name) / layer.adapters[name].scaling
+            for name in model.peft_config
+            for layer in layers
+            if name in layer.adapters
+        }
+
+    def leaves() -> None:
+        model.rename_adapter("a1", "new")
+        model.set_adapter("new")
+        model.rename_adapter("new", "a1")
+
+    with torch.no_grad():
+        wanted = model(X, adapter_names=["a1"] * len(X))
+        for change in (
+            lambda: model.set_adapters(["default"], [1.0]),
+            lambda: model.set_adapters([]),
+            lambda: model.set_adapter("default"),
+            lambda: model.set_adapter("a1"),
+            lambda: model.set_adapters(["default", "a1"]),
+            leaves,
+        ):
+            model.set_adapters(["default", "a1"], [0.5, 2.0])
+            assert strengths() == {"default": 0.5, "a1": 2.0, "a2": 1.0}
+            change()
+            assert set(strengths().values()) == {1.0}
+            assert torch.equal(model(X, adapter_names=["a1"] * len(X)), wanted)
+    model.set_adapters(["a1"], [2.0])
+    with pytest.raises(ValueError, match="no"):
+        model.set_adapters(["default", "no"], [1.0, 1.0])
+    assert strengths()["a1"] == 2.0
+    model.set_scale("a1", 2.0)  # a word of its own, of the same number
+    model.set_scale("a2", 3.0)
+    model.set_adapters(["default"])
+    model.set_adapter("default")
+    assert strengths() == {"default": 1.0, "a1": 2.0, "a2": 3.0}
+    model.set_adapters(["a1", "a2"], [2.0, 0.0])
+    lora_ext.hotswap_adapter(model, folders[1], "a1")  # brings its own
+    model.set_adapters([])
+    assert set(strengths().values()) == {1.0}
+
+
+def test_a_set_without_strengths_compiles_nothing(folders: list[Path]) -> None:
+    model = prepared(folders[0])
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        wanted = compiled(X)
+        model.set_adapters("default", 2.0)
+        torch.testing.assert_close(compiled(X), model(X))
+        model.set_adapter("default", inference_mode=True)
+        torch.testing.assert_close(compiled(X), wanted)
+    assert counter.frame_count <= 2
+
+
 def test_the_whole_set_with_strengths(folders: list[Path]) -> None:
     """As llama.cpp sets it, and diffusers."""
     model = loaded(folders[0])

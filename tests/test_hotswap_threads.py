@@ -3,6 +3,7 @@ layers, and no change undoes another."""
 
 from __future__ import annotations
 
+import contextvars
 import threading
 import time
 from pathlib import Path
@@ -112,6 +113,51 @@ def test_a_request_of_several_calls(folders: list[Path]) -> None:
     order.append("change")
     thread.join()
     assert order == ["request", "change"]
+
+
+def test_threads_in_a_copy_of_its_context_belong_to_a_request(folders: list[Path]) -> None:
+    """Also when a change waits for its end; a copy that is left over does not."""
+    model = prepared(folders[0])
+    other = prepared(folders[1])
+    results: list[Tensor] = []
+
+    def in_thread(context: contextvars.Context) -> threading.Thread:
+        thread = threading.Thread(target=lambda: results.append(context.run(model, X)))
+        thread.start()
+        return thread
+
+    change = threading.Thread(target=lambda: model.set_scale("default", 2.0))
+    with torch.no_grad():
+        before = model(X)
+    with model.request(), other.request():
+        change.start()
+        while model._requests._changer is None:
+            time.sleep(0.001)
+        threads = [in_thread(contextvars.copy_context()) for _ in range(3)]
+        kept = contextvars.copy_context()
+        for thread in threads:
+            thread.join(20)
+            assert not thread.is_alive()
+        assert change.is_alive() and all(torch.equal(y.detach(), before) for y in results)
+    change.join(20)
+    assert not change.is_alive()
+    done = threading.Event()
+
+    def slow_change() -> None:
+        with model.changing():
+            done.wait(20)
+
+    change = threading.Thread(target=slow_change)
+    change.start()
+    while model._requests._changer is None:
+        time.sleep(0.001)
+    late = in_thread(kept)
+    late.join(0.2)
+    assert late.is_alive()
+    done.set()
+    late.join(20)
+    change.join(20)
+    assert not late.is_alive()
 
 
 def test_changes_inside_of_a_call_wait_for_nobody(folders: list[Path]) -> None:

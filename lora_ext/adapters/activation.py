@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
@@ -43,6 +44,17 @@ def activate(
     for bias in [bias for name in model.peft_config for bias in base_biases(model, name)]:
         transaction.require_grad(bias, id(bias) in wanted)
     transaction.set(model, active_adapters=list(dict.fromkeys(names)))
+
+
+def end_strengths(model: AdaptedModel, transaction: Transaction) -> None:
+    """Gives the adapters of the last `set_adapters` their own scaling again, when `transaction` is
+    committed: strengths belong to that set. Scalings that something else has changed since stay."""
+    for adapter_name, strength in model._strengths.items():
+        for _, layer in model.layers_with(adapter_name):
+            own = layer.adapters[adapter_name].scaling
+            if math.isclose(layer.get_scale(adapter_name), strength * own):
+                transaction.draft(layer).set_scale(adapter_name, 1.0)
+    transaction.set(model, _strengths={})
 
 
 def is_enabled(model: AdaptedModel) -> bool:

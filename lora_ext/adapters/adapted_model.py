@@ -4,7 +4,7 @@ other modules here, and methods of `LoraModel`."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -59,13 +59,15 @@ class AdaptedModel(nn.Module):
         # stay as they are: of a LoraModel inside it, or put there by hand.
         self._own: frozenset[nn.Module] = frozenset()
         self._requests = Requests()
+        self._strengths: dict[str, float] = {}  # what `set_adapters` gave its adapters
         self.training = model.training
         self.register_load_state_dict_pre_hook(_with_present_keys)  # type: ignore[no-untyped-call]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A pickle of before has no requests."""
+        """A pickle of before has no requests and no strengths."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.__dict__.setdefault("_requests", Requests())
+        self.__dict__.setdefault("_strengths", {})
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As of the model in it.
@@ -95,16 +97,16 @@ class AdaptedModel(nn.Module):
         with plan:
             return self.base_model.model(*args, **kwargs)
 
-    @contextmanager
-    def request(self) -> Iterator[None]:
+    def request(self) -> AbstractContextManager[None]:
         """Within this context no other thread changes which adapters run, or swaps them: for
         several calls that belong together, and for compiled models, whose calls do not see to it
-        themselves. A change waits for the end of all requests."""
-        me = self._requests.enter()
-        try:
-            yield
-        finally:
-            self._requests.leave(me)
+        themselves. A change waits for the end of all requests.
+
+        Calls of other threads are not of the request: they wait for a change that waits for it, so
+        that a request that waits for them never ends. They belong to it in a copy of its context:
+        `pool.submit(contextvars.copy_context().run, model, x)`, or `asyncio.to_thread(model, x)`.
+        """
+        return self._requests.request()
 
     def changing(self) -> AbstractContextManager[None]:
         """Within this context no other thread calls the model: what is changed in it is changed at

@@ -51,7 +51,8 @@ def delete_adapter(model: AdaptedModel, adapter_name: str) -> None:
                 copied = module.modules_to_save[adapter_name].parameters()
                 trained = trained or any(p.requires_grad for p in copied)
                 module.delete_adapter(adapter_name, transaction)
-        transaction.set(model, peft_config=others, active_adapters=active)
+        strengths = {n: s for n, s in model._strengths.items() if n != adapter_name}
+        transaction.set(model, peft_config=others, active_adapters=active, _strengths=strengths)
         transaction.commit()
         if following is not None:
             activate(model, [following], not trained, transaction, keep_merged=True)

@@ -158,6 +158,7 @@ class LoraModel(SwitchableModel, MergeableModel, SavableModel):
             self,
             peft_config={new if n == old else n: c for n, c in self.peft_config.items()},
             active_adapters=[new if n == old else n for n in self.active_adapters],
+            _strengths={new if n == old else n: s for n, s in self._strengths.items()},
         )
         transaction.commit()
 

@@ -7,10 +7,22 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from threading import get_ident
 from typing import Any, TypeVar, cast
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+class Request:
+    """Several calls of one model that belong together, and the ones around them, of others."""
+
+    def __init__(self, requests: Requests, outer: Request | None) -> None:
+        self.requests, self.outer, self.runs = requests, outer, True
+
+
+# Of the thread, and of what runs in a copy of its context: `copy_context().run`, asyncio.to_thread.
+_REQUEST: ContextVar[Request | None] = ContextVar("lora_ext.request", default=None)
 
 
 class Requests:
@@ -45,10 +57,32 @@ class Requests:
             with self._condition:
                 self._condition.notify_all()
 
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Within this context calls belong together, those of its copies in other threads too."""
+        outer = _REQUEST.get()
+        mine = Request(self, outer)
+        me = self.enter()
+        try:
+            _REQUEST.set(mine)
+            yield
+        finally:
+            _REQUEST.set(outer)
+            mine.runs = False  # first: a call that saw it run has counted itself before
+            self.leave(me)
+
+    def _in_request(self) -> bool:
+        """Whether the caller's context is of a request that runs, in whatever thread: a change
+        waits for that, and so must not be waited for."""
+        one = _REQUEST.get()
+        while one is not None and not (one.requests is self and one.runs):
+            one = one.outer
+        return one is not None
+
     def _wait(self, me: int) -> None:
         """For the end of another thread's change, unless this call is in one that runs."""
         with self._condition:
-            if self._changer == me or self._running.count(me) > 1:
+            if self._changer == me or self._running.count(me) > 1 or self._in_request():
                 return
             self._running.remove(me)
             self._waiting += 1

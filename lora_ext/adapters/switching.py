@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-from lora_ext.adapters.activation import activate, check_held, switched_back
+from lora_ext.adapters.activation import activate, check_held, end_strengths, switched_back
 from lora_ext.adapters.adapted_model import AdaptedModel
 from lora_ext.adapters.merging import of_layer
 from lora_ext.adapters.requests import changes
@@ -19,9 +19,10 @@ class SwitchableModel(AdaptedModel):
     @changes
     @former_names("LoraModel.set_adapter", adapter_names="adapter_name")
     def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
-        """Makes exactly these adapters run, and train unless `inference_mode`; several add up.
-        Layers that are merged are unmerged, with a warning. Biases of the base that configs name
-        (`bias`) train with their adapters.
+        """Makes exactly these adapters run, and train unless `inference_mode`; several add up. The
+        strengths of the last `set_adapters` end with it; those of `set_scale` stay. Layers that
+        are merged are unmerged, with a warning. Biases of the base that configs name (`bias`) train
+        with their adapters.
 
         Raises:
             ValueError: an unknown name, one that no layer has any more (after `unload()`), or
@@ -33,6 +34,7 @@ class SwitchableModel(AdaptedModel):
         merged = any(layer.merged for _, layer in self.adapter_layers())
         transaction = Transaction()
         activate(self, names, inference_mode, transaction)
+        end_strengths(self, transaction)
         transaction.commit()
         if merged:
             warn(
@@ -69,8 +71,9 @@ class SwitchableModel(AdaptedModel):
 
     @changes
     def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Makes an adapter's scaling `scale` times that of its config, in every layer: 0 is the
-        same as without it."""
+        """Makes an adapter's scaling `scale` times that of its config, in every layer, whether it
+        runs or not, until this or `set_adapters` with its name is called again: 0 is the same as
+        without it."""
         self._check_names([adapter_name])
         check_held(self, "LoraModel.set_scale", [adapter_name])
         scale = as_number(scale, "LoraModel.set_scale", "scale", "a finite number")
@@ -81,6 +84,8 @@ class SwitchableModel(AdaptedModel):
                     transaction.draft(layer).set_scale(adapter_name, scale)
                 except ValueError as error:
                     raise of_layer(error, name) from None
+        strengths = {n: s for n, s in self._strengths.items() if n != adapter_name}
+        transaction.set(self, _strengths=strengths)
         transaction.commit()
 
     @changes
@@ -91,7 +96,8 @@ class SwitchableModel(AdaptedModel):
     ) -> None:
         """Makes exactly these adapters run, at these strengths, in one step: as diffusers' method
         of this name, and llama.cpp's of the whole set. An empty list is the base. They train where
-        any adapter did.
+        any adapter did. Strengths belong to the set: what leaves it, here or by `set_adapter`, has
+        the scaling of its config again, also where `adapter_names` of a call name it.
 
         Args:
             adapter_weights: times the scaling of each one's config; one number for all; None is 1.
@@ -124,12 +130,14 @@ class SwitchableModel(AdaptedModel):
             for parameter in layer.adapter_parameters(name).values()
         )
         activate(self, names, not trains, transaction)
+        end_strengths(self, transaction)
         for adapter_name, scale in zip(names, scales, strict=True):
             for name, layer in self.layers_with(adapter_name):
                 try:
                     transaction.draft(layer).set_scale(adapter_name, scale)
                 except ValueError as error:
                     raise of_layer(error, name) from None
+        transaction.set(self, _strengths=dict(zip(names, scales, strict=True)))
         transaction.commit()
 
     @changes
