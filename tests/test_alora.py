@@ -181,12 +181,47 @@ def test_a_plan_of_ones_own_says_where_they_begin() -> None:
         model(input_ids=TOKENS)
 
 
+def test_decoded_by_hand_the_place_is_a_plans() -> None:
+    """A later call has no tokens of its own, and is the base, as in PEFT; a plan remembers them."""
+    model = activated()
+    first_ones, begins = 5, [1, None, 0, 3]
+    with torch.no_grad():
+        with lora_ext.batch(["default"] * 4, after=begins):
+            whole = model(input_ids=TOKENS).logits
+        with lora_ext.batch(["default"] * 4, rows=(4, first_ones), after=begins):
+            first = model(input_ids=TOKENS[:, :first_ones], use_cache=True)
+            cache = first.past_key_values
+            rest = model(input_ids=TOKENS[:, first_ones:], past_key_values=cache).logits
+    torch.testing.assert_close(first.logits, whole[:, :first_ones], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rest, whole[:, first_ones:], rtol=1e-4, atol=1e-4)
+    base = base_of(model, input_ids=TOKENS)
+    assert not torch.isclose(rest[[0, 2, 3]], base[[0, 2, 3], first_ones:], atol=1e-3).all(-1).any()
+
+
+def test_no_invocation_tokens_are_a_plain_adapter() -> None:
+    """As in PEFT."""
+    config: dict[str, Any] = dict(target_modules=["q_proj"], init_lora_weights=False)
+    torch.manual_seed(3)
+    plain = lora_ext.get_peft_model(tiny_models.llama()[0], lora_ext.LoraConfig(**config))
+    torch.manual_seed(3)
+    empty = lora_ext.get_peft_model(
+        tiny_models.llama()[0], lora_ext.LoraConfig(alora_invocation_tokens=[], **config)
+    )
+    with torch.no_grad():
+        assert torch.equal(empty(input_ids=TOKENS).logits, plain(input_ids=TOKENS).logits)
+    empty.merge_adapter()
+
+
 def test_what_cannot_be_is_refused() -> None:
     model = activated()
     with pytest.raises(ValueError, match="aLoRA does not support merging"):
         model.merge_adapter()
     with pytest.raises(TypeError, match="alora_offsets: got 'x'"):
         model(input_ids=TOKENS, alora_offsets="x")
+    with pytest.raises(ValueError, match=r"alora_offsets: got 1 number for 4 inputs, expected one"):
+        model(input_ids=TOKENS, alora_offsets=[3])
+    with pytest.raises(ValueError, match=r"alora_offsets: got 2 numbers for 4 names"):
+        model(input_ids=TOKENS, adapter_names=["default"] * 4, alora_offsets=[3, None])
     with pytest.raises(NotBuiltError, match="prefill_chunk_size"):
         model.generate(input_ids=TOKENS, prefill_chunk_size=2)
     tokens: dict[str, Any] = {"alora_invocation_tokens": [1]}

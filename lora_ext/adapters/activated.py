@@ -67,6 +67,8 @@ def plan_of_activated(
             + f". Disabling aLoRA{when}."
         )
     given = list(names) if names is not None else None
+    if offsets is not None:
+        _check_offsets(offsets, given, tokens)
     if given is None:
         count = len(offsets) if offsets is not None else None if tokens is None else len(tokens)
         if count is None:
@@ -97,16 +99,29 @@ def plan_of_activated(
     return plan
 
 
-def _from_the_end(offsets: Any, invocations: Sequence[Sequence[int]]) -> list[int | None]:
-    expected = f"{len(invocations)} numbers of tokens, or None, one for each input"
-    if not isinstance(offsets, list | tuple) or len(offsets) != len(invocations):
+def _check_offsets(offsets: Any, names: Sequence[str | None] | None, tokens: Tensor | None) -> None:
+    """They are numbers, one for each name, or else input."""
+    expected = "a list of numbers of tokens, or None, one for each input"
+    if not isinstance(offsets, list | tuple):
         refuse("LoraModel", "alora_offsets", offsets, expected)
-    after: list[int | None] = []
-    for offset, invocation in zip(offsets, invocations, strict=True):
+    for offset in offsets:
         if offset is not None and (not isinstance(offset, int) or offset < 0):
             refuse("LoraModel", "alora_offsets", offset, expected)
-        after.append(0 if not invocation else -offset if offset else None)
-    return after
+    count = len(names) if names is not None else None if tokens is None else len(tokens)
+    if count is not None and len(offsets) != count:
+        numbers = "number" if len(offsets) == 1 else "numbers"
+        raise ValueError(
+            f"LoraModel: alora_offsets: got {len(offsets)} {numbers} for {count} "
+            f"{'inputs' if names is None else 'names'}, expected one for each: how many of its "
+            "last tokens have the adapter, None for none"
+        )
+
+
+def _from_the_end(
+    offsets: Sequence[int | None], invocations: Sequence[Sequence[int]]
+) -> list[int | None]:
+    pairs = zip(offsets, invocations, strict=True)
+    return [0 if not tokens else -offset if offset else None for offset, tokens in pairs]
 
 
 def _tokens(args: Sequence[Any], kwargs: dict[str, Any], generates: bool) -> Tensor | None:

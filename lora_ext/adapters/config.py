@@ -69,6 +69,7 @@ class LoraConfig(ConfigFiles):
         use_dora: weight-decomposed LoRA (arXiv:2402.09353).
         alora_invocation_tokens: of activated LoRA (arXiv:2504.12397): the adapter takes effect from
             the last occurrence of these tokens in an input on; inputs without them are the base's.
+            An empty list is None, as in PEFT.
         layer_replication: [start, end) ranges of layers to stack into a deeper model.
         lora_bias: whether lora_B has a bias, scaled like the product.
         target_parameters: names, or last parts of names, of parameters that get adapters although
