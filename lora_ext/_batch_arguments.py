@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_ext.arguments import describe, refuse
+from lora_ext.arguments import as_number, describe, refuse
 
 BASE = "__base__"  # PEFT's name of the model without adapters
 
@@ -111,6 +112,15 @@ def integers(values: Any, argument: str, count: int, none: int | None = None) ->
     if not _holds_integers(found) or list(found.shape) != [count]:
         raise ValueError(f"batch: {argument}: got {describe(values)}, expected {expected}")
     return found.to(torch.int64, copy=True)  # the caller's may change
+
+
+def strengths_of(given: Sequence[Any], where: str = "batch", argument: str = "scale") -> Tensor:
+    """float32 [..], of finite numbers."""
+    found = [as_number(one, where, argument, "finite numbers") for one in given]
+    bad = [number for number in found if not math.isfinite(number)]
+    if bad:
+        raise ValueError(f"{where}: {argument}: got {bad[0]}, expected finite numbers")
+    return torch.tensor(found, dtype=torch.float32, device="cpu")
 
 
 def _is_integer(value: Any) -> bool:

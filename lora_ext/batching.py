@@ -31,8 +31,9 @@ from lora_ext._batch_arguments import (
     rows_of,
     slots_of_gates,
     slots_of_rows,
+    strengths_of,
 )
-from lora_ext.arguments import as_number, listed, refuse
+from lora_ext.arguments import listed, refuse
 
 __all__ = ["BatchPlan", "Checkpointing", "batch"]
 
@@ -411,18 +412,19 @@ def batch(
         adapters: a name for each request; None, or PEFT's "__base__", is the base. With `ids`, the
             names that the numbers stand for. An input's first dimension is that of the requests.
         rows: (requests, rows of each), for inputs that have them in one dimension, and for `after`
-            where later inputs are the tokens that follow (a KV cache).
+            where later inputs, of fewer rows, are the tokens that follow (a KV cache).
         lengths: of segments that are packed one behind the other; `adapters` has one name for each.
         ids: int [rows] or [requests, rows]: of each row the place of its adapter in `adapters`;
             -1 is the base. With gates one dimension more, of the adapters that a row has. In the
             order of the input's rows; that of MultiheadAttention is requests first.
         gates: floating, several adapters for each row, whose updates they multiply: in the shape of
             ids; or without ids [requests, adapters] or [requests, rows, adapters], of all
-            `adapters` then. They may require grad (X-LoRA, mixtures of adapters).
-        scale: a list or a floating tensor, [requests], or [segments], or with ids [rows]:
-            multiplies the update of each one's rows. A tensor may require grad. It and gates are
-            best where the model is: others are copied there, once, or once for each layer if they
-            require grad.
+            `adapters` then. They may require grad (X-LoRA, mixtures of adapters). Those of None,
+            the base, which has no update, are not followed.
+        scale: a list of finite numbers, or a floating tensor, [requests], or [segments], or with
+            ids [rows]: multiplies the update of each one's rows. A tensor may require grad, and is
+            not looked into, which would wait for a GPU. It and gates are best where the model is:
+            others are copied there, once, or once for each layer if they require grad.
         after: the position in its request, or segment, from which on each one's adapter takes
             effect; negative ones count from its end, None is never.
         repeats: of inputs that have each request several times in a row, as beam search does.
@@ -472,8 +474,7 @@ def batch(
         after = integers(after, "after", requests, none=_NEVER)
     if scale is not None:
         if isinstance(scale, list | tuple):
-            numbers = [as_number(one, "batch", "scale", "numbers") for one in scale]
-            scale = torch.tensor(numbers, dtype=torch.float32, device="cpu")
+            scale = strengths_of(scale)
         if not isinstance(scale, Tensor) or not scale.is_floating_point():
             refuse("batch", "scale", scale, "a list of numbers or a floating-point tensor")
         if list(scale.shape) != [len(slots)]:

@@ -223,6 +223,9 @@ def test_scales_have_gradients_and_need_names() -> None:
         model(input_ids=TOKENS, adapter_scales=[1.0] * 4)
     with pytest.raises(TypeError, match=r"adapter_scales: got 0\.5, expected a list"):
         model(input_ids=TOKENS, adapter_names=NAMES, adapter_scales=0.5)
+    for bad in (float("nan"), float("-inf")):
+        with pytest.raises(ValueError, match=f"LoraModel: adapter_scales: got {bad}, expected fin"):
+            model(input_ids=TOKENS, adapter_names=NAMES, adapter_scales=[1.0, bad, 1.0, 1.0])
     with pytest.raises(ValueError, match="adapter_scales: got 3 numbers for 4 names"):
         model(input_ids=TOKENS, adapter_names=NAMES, adapter_scales=[1.0] * 3)
 

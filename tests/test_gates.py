@@ -311,3 +311,24 @@ def test_a_plan_tells_the_rounds(kind: str) -> None:
     if kind == "sparse":
         assert found.order.tolist() == [0, 4, 2, 3, 4, 1, 0, 2]
         assert found.names == ("a", "b", "c") and found.counts == (2, 3, 3)
+
+
+def test_gates_of_the_base_are_not_followed() -> None:
+    """It has no update that they could multiply."""
+    layer = lora_ext.nn.Linear(16, 8, r=4, init_lora_weights=False)
+    x = torch.randn(2, 3, 16)
+    gates = torch.tensor([[0.5, 3.0], [2.0, -1.0]], requires_grad=True)
+    with lora_ext.batch(["default", None], gates=gates):
+        y = layer(x)
+    y.square().sum().backward()
+    with lora_ext.batch(["default"], gates=gates[:, :1]):
+        torch.testing.assert_close(y, layer(x))
+    assert gates.grad is not None and (gates.grad != 0).tolist() == [[True, False]] * 2
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_strengths_that_are_not_finite_are_refused(number: float) -> None:
+    """As numbers; a tensor is not looked into."""
+    with pytest.raises(ValueError, match=f"batch: scale: got {number}, expected finite numbers"):
+        lora_ext.batch(["a", "b"], scale=[0.5, number])
+    lora_ext.batch(["a", "b"], scale=torch.tensor([0.5, number]))

@@ -81,6 +81,20 @@ def test_a_failure_puts_the_layers_back() -> None:
         model.add_adapter("more", LoraConfig(**config_of(layer_replication=LAYERS)))
 
 
+def test_a_second_adapter_of_repeated_layers_says_none(tmp_path: Path) -> None:
+    """As the error about it says, of files too."""
+    fields = config_of(layer_replication=LAYERS)
+    saved = get_lora_model(BUILDERS["llama"]()[0], LoraConfig(**fields))
+    saved.save_pretrained(tmp_path)
+    model = LoraModel.from_pretrained(BUILDERS["llama"]()[0], tmp_path)
+    with pytest.raises(AdapterFileError, match=r"set its layer_replication to None .* null in"):
+        model.load_adapter(tmp_path, "more")
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "layer_replication": None}))
+    loaded = model.load_adapter(tmp_path, "more")
+    assert not loaded.missing_keys and not loaded.unexpected_keys
+
+
 MUTATING = ["pissa", "pissa_niter_2", "olora"]
 
 

@@ -15,7 +15,7 @@ from lora_ext.adapters.plan import Plan, make_plan, resolved
 from lora_ext.adapters.replication import replicate_layers
 from lora_ext.adapters.swap import swap_modules
 from lora_ext.adapters.tokens import add_tokens
-from lora_ext.arguments import warn
+from lora_ext.arguments import short, warn
 from lora_ext.nn import LoraLayer
 from lora_ext.nn.calibrated import LEFT_AT
 from lora_ext.nn.init import is_mica
@@ -35,7 +35,10 @@ def replicate(model: AdaptedModel, config: LoraConfig, transaction: Transaction)
         if model.peft_config:
             raise ValueError(
                 "LoraConfig: layer_replication: expected only in the config of a model's first "
-                "adapter"
+                f"adapter, got {short(config.layer_replication)} with {list(model.peft_config)} "
+                "there: layers are repeated once, for all adapters; if this one is of layers as "
+                "they are now, set its layer_replication to None (in a file: null in "
+                "adapter_config.json), else give it a model of its own"
             )
         replicate_layers(model.get_base_model(), config.layer_replication, transaction)
 

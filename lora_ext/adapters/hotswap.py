@@ -88,9 +88,13 @@ def _swap(model: AdaptedModel, adapter_name: str, config: LoraConfig, file: File
     targets = dict(own_tensors(model, adapter_name))
     unexpected = sorted(file.specs.keys() - targets.keys())
     if unexpected:
+        more = ""
+        if config.use_dora and not model.peft_config[adapter_name].use_dora:
+            more = f": the files' adapter is DoRA's, '{adapter_name}' is not"
         raise ValueError(
-            "Hot swapping the adapter did not succeed, unexpected keys found: "
-            f"{', '.join(unexpected[:20])}; nothing is changed"
+            f"Hot swapping the adapter did not succeed{more}, unexpected keys found: "
+            f"{', '.join(unexpected[:20])}; nothing is changed; use load_adapter() and "
+            "set_adapter()"
         )
     own = model.peft_config[adapter_name].trainable_token_indices
     if (config.trainable_token_indices or None) != (own or None):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ext._batch_arguments import BASE
+from lora_ext._batch_arguments import BASE, strengths_of
 from lora_ext.adapters.activated import plan_of_activated
 from lora_ext.adapters.training import is_checkpointing
 from lora_ext.arguments import check_known, refuse
@@ -133,6 +133,8 @@ def _scales(scales: Any, names: Sequence[Any] | None) -> Any:
             f"LoraModel: adapter_scales: got {len(scales)} numbers for {len(names)} names, "
             "expected one for each of adapter_names"
         )
+    if not isinstance(scales, Tensor):
+        return strengths_of(scales, "LoraModel", "adapter_scales")
     return scales
 
 

@@ -20,7 +20,7 @@ _REFUSED = {
     "alora_invocation_tokens": "its place in a request is not the classifier's choice",
     "modules_to_save": "each adapter has a copy of a module, and copies are not mixed",
     "trainable_token_indices": "each adapter has rows of its own, and rows are not mixed",
-    "target_parameters": "these layers run with one weight for all tokens",
+    "target_parameters": "experts, and other parameters, do not mix several adapters of a token",
     "layer_replication": "there is one base for all adapters",
 }
 
@@ -59,13 +59,13 @@ def check_config(name: str, config: LoraConfig) -> None:
 
 
 def check_layers(layers: Mapping[str, LoraLayer]) -> None:
-    """ValueError for a layer that has one weight for all rows, by name."""
+    """ValueError for a layer that does not mix adapters row by row, by name."""
     for name, layer in layers.items():
         if isinstance(layer, AnyLayer | ParamLayer):
             raise ValueError(
-                f"XLoraModel: '{name}': got a layer ({type(layer).__name__}) that runs with one "
-                "weight for all tokens, expected linear layers, embeddings and convolutions; leave "
-                "it out of the adapters"
+                f"XLoraModel: '{name}': got a layer ({type(layer).__name__}) that does not "
+                "mix several adapters of a token, expected linear layers, embeddings and "
+                "convolutions; leave it out of the adapters"
             )
 
 
