@@ -40,6 +40,7 @@ from lora_ext.nn.calibrated import left_at
 from lora_ext.nn.init import mutates_weight
 from lora_ext.nn.kept_base import KeptBase
 from lora_ext.nn.kinds import can_be_adapted, layer_for
+from lora_ext.nn.linear import LinearBase
 from lora_ext.nn.modules_to_save import ModulesToSave
 from lora_ext.nn.token_wrappers import TrainableTokensWrapper
 from lora_ext.quant.kinds import quantized_kind
@@ -133,7 +134,22 @@ def resolved(model: nn.Module, plan: Plan) -> LoraConfig:
         saved = [name for name in saved if not any(matches(tied, [name]) for tied in plan.tied)]
         saved += [source] if source not in saved else []
     config.modules_to_save = saved or None
+    config.fan_in_fan_out = _is_transposed(config, [one.layer for one in plan.layers.values()])
     return config
+
+
+def _is_transposed(config: LoraConfig, layers: Iterable[LoraLayer]) -> bool:
+    """fan_in_fan_out by what the layers are, as PEFT writes it: who has the base's tensors alone
+    cannot tell a square Conv1D from a linear layer. Of both kinds together it is True, where PEFT's
+    is that of the last one."""
+    linear = [one for one in layers if isinstance(one, LinearBase)]
+    # A quantized layer computes y = W x, also where it took a Conv1D's place.
+    kinds = [getattr(one._modules.get("base_layer"), "source_cls", None) for one in linear]
+    stored = [one.fan_in_fan_out for one in linear]
+    stored += [kind.__name__ == "Conv1D" for kind in kinds if isinstance(kind, type)]
+    if not stored or config.target_parameters:  # which do not go with it
+        return config.fan_in_fan_out
+    return any(stored)
 
 
 def _name_the_source(config: LoraConfig, tied: Mapping[str, str]) -> None:

@@ -20,6 +20,8 @@ _CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = 
 _EMBEDDING_PARTS = ("lora_embedding_A", "lora_embedding_B")
 _LINEAR_PARTS = ("lora_A.weight", "lora_B.weight", "lora_B.bias")
 _MAGNITUDES = ("lora_magnitude_vector.weight", "lora_magnitude_vector")
+# Names that transformers gives a Conv1D; some models have linear layers of these names.
+_OF_CONV1D = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 PARTS = (*_LINEAR_PARTS, *_EMBEDDING_PARTS, *_MAGNITUDES)
 
 
@@ -85,6 +87,52 @@ def model_of(
             raise AdapterFileError(f"{where}: '{name}' is a tensor and a module; cannot be merged")
         owner.register_parameter(part, nn.Parameter(tensor, requires_grad=False))
     return root.eval()
+
+
+def check_layouts(
+    base: Mapping[str, tuple[int, ...]], adapter: Mapping[str, tuple[int, ...]], where: str
+) -> None:
+    """Refuses to guess whether weights are [out, in], as nn.Linear's, or [in, out], as those of
+    transformers' Conv1D (GPT-2): a square one can be either, and adapters that earlier versions
+    wrote do not say it.
+
+    A Conv1D always has a bias. Biases of weights that are not square tell what layers the base has:
+    where one is a Conv1D, any square weight with a bias may be; where they are all linear, none is;
+    where there are none, GPT-2's names are not trusted.
+
+    Args:
+        base, adapter: shapes by the names of tensors.
+        where: the base, for messages.
+
+    Raises:
+        AdapterFileError: a weight is a Conv1D's, or may be.
+    """
+    cure = "give the folder of the model, with its config.json"
+    stored: tuple[list[str], list[str]] = [], []  # as [out, in]; as [in, out]
+    for key, shape in base.items():
+        bias = base.get(f"{key.removesuffix('weight')}bias", ()) if key.endswith(".weight") else ()
+        if len(shape) == 2 and len(bias) == 1 and shape[0] != shape[1] and bias[0] in shape:
+            stored[shape.index(bias[0])].append(key)
+    for name in adapted_modules(adapter):
+        A, B = (adapter.get(f"{PREFIX}{name}.{part}", ()) for part in _LINEAR_PARTS[:2])
+        shape = base.get(f"{name}.weight", ())
+        if not len(A) == len(B) == len(shape) == 2:
+            continue
+        wanted = B[0], A[1]
+        if shape != wanted and shape == wanted[::-1]:
+            raise AdapterFileError(
+                f"{where}: '{name}.weight' has shape {list(shape)}, expected {list(wanted)} as "
+                "lora_B and lora_A have: it is stored transposed, as [in, out] (GPT-2's Conv1D), "
+                f"which merging by names does not do; {cure}"
+            )
+        if shape[0] != shape[1] or f"{name}.bias" not in base:
+            continue
+        if stored[1] or (not stored[0] and name.rpartition(".")[2] in _OF_CONV1D):
+            why = f"as '{stored[1][0]}' is" if stored[1] else "as GPT-2's of this name are"
+            raise AdapterFileError(
+                f"{where}: '{name}.weight' is square, so that its shape does not tell whether it "
+                f"is [out, in] or stored transposed, [in, out] (a Conv1D), {why}; {cure}"
+            )
 
 
 def _layer(

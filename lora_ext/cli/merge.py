@@ -105,7 +105,7 @@ def _of_tensors(base: Path, adapter: Path, out: Path) -> tuple[Merged, str | Non
     from lora_ext.adapters import LoraModel
     from lora_ext.adapters.streamed_merge import Merged, why_not_outlined, why_not_streamed
     from lora_ext.cli.adapters import shapes_of
-    from lora_ext.cli.by_name import model_of
+    from lora_ext.cli.by_name import check_layouts, model_of
     from lora_ext.cli.merge_loaded import merge_tensors
 
     shapes, config = shapes_of(adapter)
@@ -118,6 +118,10 @@ def _of_tensors(base: Path, adapter: Path, out: Path) -> tuple[Merged, str | Non
                 f"{adapter}: its {field} needs the model itself, not only its tensors; give the "
                 "folder of the model, with its config.json"
             )
+    with ExitStack() as stack:
+        every = open_all(stack, weights_in(base)).values()
+        specs = {key: spec.shape for file in every for key, spec in file.specs.items()}
+    check_layouts(specs, shapes, str(base))
     if any("lora_embedding_" in key for key in shapes):
         warnings.warn(
             f"{base}: an embedding is merged by its name: where the model ties another weight to "

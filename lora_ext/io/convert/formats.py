@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_ext.arguments import as_number, check_mapping, refuse
+from lora_ext.nn.linear import transformers_conv1d
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,13 @@ class Layer:
         kind: "linear", "embedding", "conv" or "attention"; None is not known.
         shape: of its weight, as the module stores it.
         groups: of a convolution.
+        transposed: whether its weight is [in, out], as that of transformers' Conv1D.
     """
 
     kind: str | None = None
     shape: tuple[int, ...] | None = None
     groups: int = 1
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ def layers_of(model: nn.Module) -> dict[str, Layer]:
         elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             found[name] = Layer("conv", shape, module.groups)
         elif shape is not None and len(shape) == 2:
-            found[name] = Layer("linear", shape)
+            transposed = transformers_conv1d(module) is not None
+            found[name] = Layer("linear", shape, transposed=transposed)
     return found
 
 

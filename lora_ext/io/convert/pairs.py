@@ -135,12 +135,21 @@ def as_adapter(
         "lora_dropout": 0.0,
         "use_dora": any(pair.magnitude is not None for pair in pairs),
         "use_rslora": False,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(_is_transposed(pair, options) for pair in pairs),
         "init_lora_weights": True,
         "inference_mode": True,
         "modules_to_save": None,
     }
     return LoadedAdapter(config, tensors)
+
+
+def _is_transposed(pair: Pair, options: Options) -> bool:
+    """Whether the base is known to store the weight as [in, out]."""
+    layer = options.modules.get(pair.name)
+    if layer is None or pair.embedding or pair.A.dim() != 2:
+        return False
+    sizes = pair.A.shape[1], pair.B.shape[0]
+    return layer.transposed or (layer.shape == sizes and sizes[0] != sizes[1])
 
 
 def _put(tensors: dict[str, Tensor], pair: Pair) -> None:
