@@ -137,6 +137,21 @@ def test_a_whole_pipeline(pipeline: Pipeline, tmp_path: Path) -> None:
     same(load_file(tmp_path / "again.safetensors"), file)
 
 
+@pytest.mark.parametrize("component", [None, "text_encoder"])
+def test_base_whose_names_lack_text_model(
+    component: str | None, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    """As the CLIPTextModel of transformers 5: the base's names are read, sd-scripts' written."""
+    updates = {n: update(pipeline.text_encoder, n, i, 2) for i, n in enumerate(CLIP)}
+    file = file_of("lora_te", updates, 2.0)
+    start = "" if component else "text_encoder."
+    names = [start + name.removeprefix("text_model.") for name in CLIP]
+    options = {"modules": names, "component": component}
+    folder = round_trip(tmp_path, "kohya", file, **options)
+    found = load_file(folder / "adapter_model.safetensors")
+    assert {key.split(".lora_")[0].removeprefix("base_model.model.") for key in found} == {*names}
+
+
 def test_names_alone_are_enough(pipeline: Pipeline, tmp_path: Path) -> None:
     """A list of names, as those of an adapter's config or of a model that is not here."""
     updates = {n: update(pipeline.unet, n, i, 2) for i, n in enumerate(LINEARS)}

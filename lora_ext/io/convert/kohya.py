@@ -27,6 +27,7 @@ _STARTS = {
     "lora_transformer": "transformer",
 }
 _KEY = re.compile(rf"(?P<start>{'|'.join(_STARTS)})_(?P<flat>[^.]+)\.(?P<part>.+)")
+_CLIP = re.compile(r"encoder\.layers\.\d+\.(?:self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12])")
 _PARTS = {"lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha", "dora_scale": "scale"}
 _OTHERS = {
     "lora_mid": "LoCon in Tucker form (lora_mid)",
@@ -107,7 +108,7 @@ def _name(found: Contents, module: _Module, known: dict[str, list[str]], options
         )
     component = _STARTS[module.start]
     wanted = module.flat if options.component else f"{component}_{module.flat}"
-    names = known.get(wanted, [])
+    names = known.get(wanted) or known.get(_other_flat(wanted, component), [])
     if not options.component:
         names = [name for name in names if name.startswith(f"{component}.")]
     if len(names) > 1:
@@ -134,6 +135,17 @@ def _name(found: Contents, module: _Module, known: dict[str, list[str]], options
     if layer is not None and layer.shape is not None and layer.shape not in fitting:
         found.refuse(key, f"{list(up)} and {list(down)} are no update of {list(layer.shape or ())}")
     return names[0]
+
+
+def _other_flat(flat: str, component: str) -> str:
+    """A text encoder's module in a base whose names lack `text_model`, as those of CLIPTextModel
+    in transformers 5, where the file has it, or the reverse."""
+    start = f"{component}_" if flat.startswith(f"{component}_") else ""
+    name = flat.removeprefix(start)
+    if not component.startswith("text_encoder"):
+        return flat
+    bare = name.removeprefix("text_model_")
+    return start + (bare if bare != name else f"text_model_{name}")
 
 
 def _check(found: Contents, module: _Module) -> None:
@@ -195,6 +207,8 @@ def _write(path: Path, adapter: LoadedAdapter, options: Options) -> None:
                 f"{path}: {short(pair.name)}: kohya's names say the component of a pipeline: give "
                 f"component= (--component), one of {', '.join(sorted(starts))}"
             )
+        if component.startswith("text_encoder") and _CLIP.fullmatch(name):
+            name = f"text_model.{name}"  # which sd-scripts' names have, whatever the base's are
         stem = f"{starts[component]}_{name.replace('.', '_')}"
         if f"{stem}.alpha" in tensors:
             raise AdapterFileError(
