@@ -157,6 +157,10 @@ def without_a_half(tensors: dict[str, torch.Tensor]) -> None:
     del tensors[f"base_model.model.{Q}.{A}"]
 
 
+def with_a_magnitude(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[f"base_model.model.{Q}.lora_magnitude_vector"] = torch.ones(32)
+
+
 def without_a_common_rank(tensors: dict[str, torch.Tensor]) -> None:
     tensors[f"base_model.model.{Q}.{A}"] = torch.ones(3, 32)
 
@@ -174,12 +178,15 @@ PROBLEMS = {
     "NaN": (with_value(float("nan")), "values", "1 NaN and 0 Inf"),
     "Inf": (with_value(-float("inf")), "values", "0 NaN and 1 Inf"),
     "a half": (without_a_half, "keys", "has lora_B.weight and no lora_A.weight"),
+    "DoRA that the config does not say": (
+        with_a_magnitude, "keys", "has lora_magnitude_vector, and the config does not say"
+    ),
     "rank": (of_another_rank, "rank", "is 3 in the file, 4 in the config"),
     "shape": (without_a_common_rank, "shape", "have no rank in common"),
     "module": (of_another_module, "keys", "not in the config's target_modules"),
     "prefix": (without_the_prefix, "keys", "does not begin with 'base_model.model.'"),
     "nothing": (dict.clear, "keys", "no tensor is an adapter's"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", PROBLEMS)

@@ -85,7 +85,7 @@ def test_nothing_is_written(case: str, target: str, tmp_path: Path) -> None:
     folder, out = tmp_path / "adapter", tmp_path / "out.safetensors"
     saved(folder, tensors, {**CONFIG, **fields})
     said = refused(lambda: convert(folder, out, target=target))
-    assert str(out) in said and names in said, said
+    assert (str(out) in said or str(folder) in said) and names in said, said
     assert not out.exists()
 
 

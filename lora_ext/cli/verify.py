@@ -128,6 +128,7 @@ def _contents(facts: list[TensorFacts], config: LoraConfig | None) -> Iterator[P
     from lora_ext._patterns import FILE_SECONDS, in_time
     from lora_ext.adapters.checkpoint.keys import PREFIX
     from lora_ext.cli.by_name import adapted_modules, split_key
+    from lora_ext.io.convert.parts import unlike_config
 
     shapes = {one.key: one.shape for one in facts}
     modules = adapted_modules(shapes)
@@ -144,6 +145,9 @@ def _contents(facts: list[TensorFacts], config: LoraConfig | None) -> Iterator[P
             for have, lack in (pair, pair[::-1]):
                 if have in parts and lack not in parts:
                     yield Problem("keys", name, f"has {have} and no {lack}")
+    if config is not None:
+        for name, says in unlike_config(vars(config), shapes):
+            yield Problem("keys", name, says)
     found: list[Problem] = []
     # Patterns of a hostile config are matched in bounded time.
     try:

@@ -22,6 +22,7 @@ from lora_ext.io.convert.pairs import (
     refuse_other_fields,
     refuse_whole,
 )
+from lora_ext.io.convert.parts import check_parts
 from lora_ext.io.convert.tensor_file import (
     Contents,
     contents,
@@ -127,6 +128,9 @@ def _read(path: Path, options: Options) -> LoadedAdapter:
         _pair(found, one, tensors, alphas.get(one.component), options) for one in modules.values()
     ]
     adapter = as_adapter(pairs, options, where=str(path))
+    for one, config in configs.items() if said else ():
+        start = PREFIX if len(components) == 1 else f"{PREFIX}{one}."
+        check_parts(config, [key for key in adapter.tensors if key.startswith(start)], str(path))
     (only,) = components if len(components) == 1 else (None,)
     if said and only is not None and only in (options.component, ""):
         return LoadedAdapter(configs[only], adapter.tensors)
@@ -234,6 +238,7 @@ def _write(path: Path, adapter: LoadedAdapter, options: Options) -> None:
                 if pair.name.startswith(start)
             ]
             one = as_adapter(own, options, where=str(path))
+            check_parts(one.config, one.tensors, str(path))
             tensors |= {start + key.removeprefix(PREFIX): t for key, t in one.tensors.items()}
             config |= {start + name: value for name, value in one.config.items()}
     write_file(path, tensors, {METADATA: json_text(config)}, FILE)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lora_ext.io.adapter_folder import open_adapter, save_adapter
 from lora_ext.io.convert.formats import Format, LoadedAdapter, Options
+from lora_ext.io.convert.parts import check_parts
 
 HEADER = 8 << 20  # bytes, tens of thousands of tensors; there is no model to compare with
 # Of an adapter of PEFT's, also those that are not read.
@@ -14,7 +15,9 @@ _FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin
 
 def _read(folder: Path, options: Options) -> LoadedAdapter:
     with open_adapter(folder) as files:
-        return LoadedAdapter(files.config, files.tensors(files.header(max_header_bytes=HEADER)))
+        header = files.header(max_header_bytes=HEADER)
+        check_parts(files.config, header, str(folder))
+        return LoadedAdapter(files.config, files.tensors(header))
 
 
 def is_of_folder(path: Path) -> bool:
@@ -34,6 +37,7 @@ def _write(folder: Path, adapter: LoadedAdapter, options: Options) -> None:
             f"{folder}: is the name of a file, and peft is a folder; say which format the file is "
             "to have (target=, --to)"
         )
+    check_parts(adapter.config, adapter.tensors, str(folder))
     save_adapter(folder, adapter.config, adapter.tensors)
 
 
