@@ -7,6 +7,7 @@ import functools
 import importlib
 import inspect
 import itertools
+import math
 import numbers
 import os
 import reprlib
@@ -117,6 +118,15 @@ def as_number(value: Any, where: str, argument: str, expected: str = "a number")
     if abs(int(value)) > _MAX_FLOAT:
         raise ValueError(f"{where}: {argument}: got {describe(value)}, expected {expected}")
     return int(value)
+
+
+def as_rate(value: Any, where: str, argument: str, above_0: bool = False) -> float:
+    """A finite number of at least 0, or above 0."""
+    number = as_number(value, where, argument)
+    if not 0 <= number < math.inf or (above_0 and number == 0):
+        expected = f"a finite number {'above' if above_0 else 'of at least'} 0"
+        raise ValueError(f"{where}: {argument}: got {number}, expected {expected}")
+    return number
 
 
 def as_flag(value: Any, where: str, argument: str) -> bool:

@@ -91,6 +91,14 @@ def test_loraplus_groups_are_pefts(case: str) -> None:
 def test_loraplus_without_adapters_and_mistakes() -> None:
     found = create_loraplus_optimizer(Net(), torch.optim.SGD, lr=1.0, loraplus_lr_ratio=2)
     assert [len(group["params"]) for group in found.param_groups] == [4, 0, 0, 5]
+    rates: dict[str, Any] = {"lr": 1.0, "loraplus_lr_ratio": 2.0}
+    for name, value in (
+        ("lr", -1), ("lr", math.nan), ("loraplus_lr_ratio", 0), ("loraplus_lr_ratio", -3),
+        ("loraplus_lr_ratio", math.nan), ("loraplus_weight_decay", -1.0),
+        ("loraplus_lr_embedding", math.inf),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"create_loraplus_optimizer: {name}: got"):
+            create_loraplus_optimizer(Net(), torch.optim.SGD, **{**rates, name: value})
     with pytest.raises(TypeError, match="loraplus_lr_ratio: got 'x'"):
         create_loraplus_optimizer(Net(), torch.optim.SGD, lr=1.0, loraplus_lr_ratio="x")  # type: ignore
 
@@ -212,6 +220,12 @@ def test_what_cannot_be_is_refused() -> None:
         create_lorafa_optimizer(ours, 4, 8, 1e-3, use_rslora=True)
     with pytest.warns(FutureWarning, match="deprecated"):
         create_lorafa_optimizer(copy.deepcopy(ours), 4, 8, 1e-3, use_rslora=False)
+    given: dict[str, Any] = {"r": 4, "lora_alpha": 8, "lr": 1e-3}
+    for name, value in ("lr", -1), ("lr", math.nan), ("weight_decay", -1), ("r", 0):
+        with pytest.raises(ValueError, match=f"create_lorafa_optimizer: {name}: got"):
+            create_lorafa_optimizer(ours, **{**given, name: value})
+    with pytest.raises(TypeError, match="create_lorafa_optimizer: r: got 'a'"):
+        create_lorafa_optimizer(ours, **{**given, "r": "a"})
     ours.set_scale("default", 0.0)
     with pytest.raises(ValueError, match="has the scaling 0"):
         create_lorafa_optimizer(ours, 4, 8, 1e-3)
@@ -224,7 +238,9 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="no step for stacks, blocks, slices and groups"):
         create_lorafa_optimizer(grouped, 2, 8, 1e-3)
     one = [{"params": [nn.Parameter(torch.ones(1))], "names": ["a"], "scaling_factors": [None]}]
-    for wrong in ({"lr": -1.0}, {"betas": (1.0, 0.9)}, {"eps": -1.0}):
+    for wrong in (
+        {"lr": -1.0}, {"lr": math.nan}, {"weight_decay": -1.0}, {"betas": (1.0, 0.9)}, {"eps": -1.0}
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=rf"LoraFAOptimizer: {next(iter(wrong))}: got"):
             LoraFAOptimizer(one, **wrong)  # type: ignore[arg-type]
 

@@ -86,7 +86,8 @@ class Pass:
                 self._keep()
         if self.batches == 0:
             raise ValueError(
-                f"{self.where}: dataloader: got one without batches: dataloader is empty"
+                f"{self.where}: dataloader: got one without batches: dataloader is empty; where it "
+                "is gone through several times a generator is empty after the first: use a list"
             )
         self.passes, self.batches = self.passes + 1, 0
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lora_ext.adapters.inject import adapted
-from lora_ext.arguments import as_number, warn
+from lora_ext.arguments import as_number, as_rate, warn
 from lora_ext.nn import LoraLayer, ParamLayer
 
 _DAMP = 1e-8  # on the diagonal of A Aᵀ, as in PEFT
@@ -39,12 +39,11 @@ class LoraFAOptimizer(Optimizer):
         weight_decay: float = 0.0,
         correct_bias: bool = True,
     ) -> None:
-        if lr < 0.0:
-            raise ValueError(f"LoraFAOptimizer: lr: got {lr}, expected at least 0")
+        where = "LoraFAOptimizer"
+        lr, weight_decay = as_rate(lr, where, "lr"), as_rate(weight_decay, where, "weight_decay")
+        eps = as_rate(eps, where, "eps")
         if not all(0.0 <= beta < 1.0 for beta in betas):
             raise ValueError(f"LoraFAOptimizer: betas: got {betas}, expected from 0 to below 1")
-        if not eps >= 0.0:
-            raise ValueError(f"LoraFAOptimizer: eps: got {eps}, expected at least 0")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"correct_bias": correct_bias})
         self._warned = False
@@ -120,13 +119,16 @@ def create_lorafa_optimizer(
         use_rslora: deprecated; has to be what the configs of the active adapters say.
 
     Raises:
-        TypeError: the model has no adapters.
-        ValueError: use_rslora is another than theirs; or a layer has a scaling of 0, or an adapter
-            in groups, for which there is no such step. Nothing is frozen then.
+        TypeError: the model has no adapters, or a number is none.
+        ValueError: a rate or decay is below 0, NaN or infinite, or r not above 0; use_rslora is
+            another than theirs; or a layer has a scaling of 0, or an adapter in groups, for which
+            there is no such step. Nothing is frozen then.
     """
     where = "create_lorafa_optimizer"
     found, _ = adapted(model, where)
-    lr, weight_decay = as_number(lr, where, "lr"), as_number(weight_decay, where, "weight_decay")
+    lr, weight_decay = as_rate(lr, where, "lr"), as_rate(weight_decay, where, "weight_decay")
+    r = as_rate(r, where, "r", above_0=True)  # type: ignore[assignment]
+    lora_alpha = as_number(lora_alpha, where, "lora_alpha")
     active = [name for name in found.active_adapters if name in found.peft_config]
     rs = {name: found.peft_config[name].use_rslora for name in active}
     if use_rslora is not None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lora_ext.arguments import as_number, check_module
+from lora_ext.arguments import as_rate, check_module
 from lora_ext.nn import Embedding, LoraLayer
 
 # Of bitsandbytes: their states of embeddings are to be in 32 bits.
@@ -34,13 +34,16 @@ def create_loraplus_optimizer(
 
     Raises:
         TypeError: model is no module, or a rate is no number.
+        ValueError: a rate, a decay or the ratio is below 0, NaN or infinite, or the ratio 0.
     """
     where = "create_loraplus_optimizer"
     check_module(where, "model", model)
-    lr = as_number(lr, where, "lr")
-    lr_of_B = lr * as_number(loraplus_lr_ratio, where, "loraplus_lr_ratio")
-    decay = kwargs.pop("loraplus_weight_decay", 0.0)
-    lr_of_embeddings = kwargs.pop("loraplus_lr_embedding", 1e-6)
+    lr = as_rate(lr, where, "lr")
+    lr_of_B = lr * as_rate(loraplus_lr_ratio, where, "loraplus_lr_ratio", above_0=True)
+    decay, lr_of_embeddings = (
+        as_rate(kwargs.pop(name, default), where, name)
+        for name, default in (("loraplus_weight_decay", 0.0), ("loraplus_lr_embedding", 1e-6))
+    )
     groups: dict[str, list[nn.Parameter]] = {"A": [], "embedding": [], "B": [], "B, no decay": []}
     for owner, name, parameter in _trained(model):
         if isinstance(owner, Embedding):

@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_ext.arguments import as_number, check_mapping, refuse
-from lora_ext.nn.linear import transformers_conv1d
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,8 @@ def layers_of(model: nn.Module) -> dict[str, Layer]:
         elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             found[name] = Layer("conv", shape, module.groups)
         elif shape is not None and len(shape) == 2:
-            transposed = transformers_conv1d(module) is not None
+            # transformers' Conv1D, the transposed linear layer of GPT-2; it may not be imported
+            transposed = any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
             found[name] = Layer("linear", shape, transposed=transposed)
     return found
 
