@@ -27,9 +27,9 @@ except ImportError as error:
 
 def build_info() -> dict[str, Any]:
     """What the extension was built for: version, torch, cuda (None on a CPU build), compiler; the
-    `cpu_capability` whose kernels it runs (default, avx2, avx512 or avx512_bf16); `cuda_paths`,
-    what LORA_EXT_CUDA_PATH can ask for, the default first; and `cuda_path`, what it asks for (None
-    on a CPU build)."""
+    `cpu_capability` whose kernels it runs (default, avx2, avx512, avx512_bf16 or
+    amx_bf16); `cuda_paths`, what LORA_EXT_CUDA_PATH can ask for, the default first; and
+    `cuda_path`, what it asks for (None on a CPU build)."""
     return _C.build_info()
 
 

@@ -15,28 +15,7 @@
 #include "cpu_values.h"
 
 #ifdef __AVX512F__
-// Most CPUs with AVX-512 have no bf16 dot product: here it is put together of other instructions,
-// right for the numbers below (without infinities, NaN and denormals).
-#include <immintrin.h>
-
-static __m256bh round_to_bf16(__m512 a) {
-  const __m512i bits = _mm512_castps_si512(a);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
-  return (__m256bh)_mm512_cvtepi32_epi16(_mm512_srli_epi32(sum, 16));
-}
-static __m512 dot_of_bf16(__m512 sum, __m512bh a, __m512bh b) {
-  const auto even = [](__m512bh v) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32((__m512i)v, 16));
-  };
-  const auto odd = [](__m512bh v) {
-    return _mm512_castsi512_ps(_mm512_and_si512((__m512i)v, _mm512_set1_epi32(0xFFFF0000)));
-  };
-  return _mm512_fmadd_ps(even(a), even(b), _mm512_fmadd_ps(odd(a), odd(b), sum));
-}
-#define _mm512_cvtneps_pbh round_to_bf16
-#define _mm512_dpbf16_ps dot_of_bf16
-#include "cpu/kernels_bf16_dot.cpp"
+#include "cpu_bf16_kernels.h"
 #endif
 
 #include "cpu_grouped_rows.h"
@@ -400,9 +379,11 @@ void run_embedding(const Pair& pair, int index, const Size& size) {
 void run_all(const Size& size) {
 #ifdef __AVX512F__
   for (const bool dropout : {false, true}) {
-    run_lora_linear(kPairs[2], isa_sanitized::kBf16Kernels, size, dropout);
-    run_grouped_rows(kPairs[2], isa_sanitized::kBf16Kernels, kKernels[0].dropout, size, dropout);
-    run_lora_linear_multi(kPairs[2], isa_sanitized::kBf16Kernels, size, dropout);
+    for (const auto* kernels : {&isa_sanitized::kBf16Kernels, &isa_sanitized::kAmxKernels}) {
+      run_lora_linear(kPairs[2], *kernels, size, dropout);
+      run_grouped_rows(kPairs[2], *kernels, kKernels[0].dropout, size, dropout);
+      run_lora_linear_multi(kPairs[2], *kernels, size, dropout);
+    }
   }
 #endif
   for (int i = 0; i < kDtypePairs; ++i) {

@@ -55,7 +55,7 @@ def dots_slowly() -> bool:
 
 
 def _may_use_all() -> bool:
-    return lora_ext.build_info()["cpu_capability"] == "avx512_bf16"
+    return lora_ext.build_info()["cpu_capability"] in ("avx512_bf16", "amx_bf16")
 
 
 def _why_no_cuda() -> str | None:

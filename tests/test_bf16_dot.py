@@ -10,7 +10,8 @@ import lora_ext
 
 CAPABILITY = lora_ext.build_info()["cpu_capability"]
 pytestmark = pytest.mark.skipif(
-    CAPABILITY != "avx512_bf16", reason=f"this CPU has no bf16 dot products, only {CAPABILITY}"
+    CAPABILITY not in ("avx512_bf16", "amx_bf16"),
+    reason=f"this CPU has no bf16 dot products, only {CAPABILITY}",
 )
 
 

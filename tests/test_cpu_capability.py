@@ -12,7 +12,7 @@ import pytest
 
 import lora_ext
 
-CAPABILITIES = ["default", "avx2", "avx512", "avx512_bf16"]
+CAPABILITIES = ["default", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
 BEST = lora_ext.build_info()["cpu_capability"]
 
 SCRIPT = """

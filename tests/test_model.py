@@ -183,7 +183,8 @@ def explained(layer: Linear, tokens: int = 2048) -> tuple[str, str]:
 
 
 CAPABILITY = lora_ext.build_info()["cpu_capability"]
-FUSED = f"cpu fused {'avx512' if CAPABILITY == 'avx512_bf16' else CAPABILITY}"
+DOT = CAPABILITY in ("avx512_bf16", "amx_bf16")
+FUSED = f"cpu fused {'avx512' if DOT else CAPABILITY}"
 LINEAR = "torch.nn.functional.linear"
 
 
@@ -235,18 +236,17 @@ def test_explain_tells_the_path_and_why(
 
 def test_explain_bf16_depends_on_the_cpu() -> None:
     layer = Linear(32, 16, 4, dtype=torch.bfloat16, autocast_adapter_dtype=False)
-    dot = CAPABILITY == "avx512_bf16"
     path, reason = explained(layer, tokens=16)
-    assert path == ("cpu fused avx512_bf16" if dot else FUSED)
-    widens = machine() in ("x86_64", "AMD64") and not dot
+    assert path == (f"cpu fused {CAPABILITY}" if DOT else FUSED)
+    widens = machine() in ("x86_64", "AMD64") and not DOT
     assert ("base product is float32's" in reason) == widens
-    assert explained(layer, tokens=4)[0] == ("cpu blas" if dot else FUSED)
+    assert explained(layer, tokens=4)[0] == ("cpu blas" if DOT else FUSED)
     one_row = explained(layer, tokens=1)
-    assert one_row[0] == ("cpu blas" if CAPABILITY.startswith("avx512") else FUSED)
+    assert one_row[0] == ("cpu blas" if DOT or CAPABILITY == "avx512" else FUSED)
     assert "base product is float32's" not in one_row[1]
     wide = Linear(128, 96, 4, dtype=torch.bfloat16, autocast_adapter_dtype=False)
     for tokens, enough in ((63, False), (64, True)):
-        widens = machine() in ("x86_64", "AMD64") and (not dot or (enough and dots_slowly()))
+        widens = machine() in ("x86_64", "AMD64") and (not DOT or (enough and dots_slowly()))
         assert ("base product is float32's" in explained(wide, tokens)[1]) == widens
 
 

@@ -262,7 +262,7 @@ def test_build_info() -> None:
     assert info["version"] == lora_ext.__version__
     assert info["cuda"] in (None, torch.version.cuda)
     assert (info["cuda"] is None) == (info["cuda_path"] is None)
-    assert info["cpu_capability"] in ("default", "avx2", "avx512", "avx512_bf16")
+    assert info["cpu_capability"] in ("default", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def check_bits_of_widened_products() -> None:
             assert torch.equal(found, dense[result]), (name, result)
 
 
-CAPABILITIES = ["default", "avx2", "avx512", "avx512_bf16"]
+CAPABILITIES = ["default", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

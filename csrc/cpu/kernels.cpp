@@ -15,8 +15,11 @@ const CpuKernels& cpu_kernels(DtypePair pair) {
 }
 
 const LoraLinearKernels* bf16_dot_kernels() {
+#if defined(LORA_EXT_AMX)
+  if (cpu_capability() == CpuCapability::AmxBf16) return &isa_amx_bf16::kBf16Kernels;
+#endif
 #if defined(__x86_64__)
-  if (cpu_capability() == CpuCapability::Avx512Bf16) return &isa_avx512_bf16::kBf16Kernels;
+  if (cpu_capability() >= CpuCapability::Avx512Bf16) return &isa_avx512_bf16::kBf16Kernels;
 #endif
   return nullptr;
 }

@@ -44,11 +44,15 @@ extern const CpuKernels kKernels[kDtypePairs];
 namespace isa_avx512_bf16 {
 extern const LoraLinearKernels kBf16Kernels;
 }
+namespace isa_amx_bf16 {  // where the compiler knows AMX
+extern const LoraLinearKernels kBf16Kernels;
+}
 
 // Those for cpu_capability().
 const CpuKernels& cpu_kernels(DtypePair pair);
 
-// Kernels for bf16 base and adapters on bf16 dot products; null without the capability.
+// Kernels for bf16 base and adapters on bf16 dot products, of vectors or of AMX's tiles; null
+// without the capability.
 const LoraLinearKernels* bf16_dot_kernels();
 
 }  // namespace lora_ext

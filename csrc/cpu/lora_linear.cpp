@@ -188,7 +188,7 @@ std::pair<std::string, std::string> explain_lora_linear_cpu(
   const std::string reason = path.reason + added.reason;
   if (path.kernels == CpuPath::Kernels::Blas) return {"cpu blas" + added.path, reason};
   const CpuCapability capability = path.kernels == CpuPath::Kernels::Bf16Dot
-                                       ? CpuCapability::Avx512Bf16
+                                       ? cpu_capability()
                                        : std::min(cpu_capability(), CpuCapability::Avx512);
   return {std::string("cpu fused ") + cpu_capability_name(capability) + added.path, reason};
 }

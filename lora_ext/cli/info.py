@@ -17,6 +17,7 @@ _CPU = {
     "avx2": "AVX2 kernels",
     "avx512": "AVX-512 kernels",
     "avx512_bf16": "AVX-512 kernels with bf16 dot products",
+    "amx_bf16": "AVX-512 kernels, with AMX's products of bf16",
 }
 
 
