@@ -359,6 +359,12 @@ MALFORMED: dict[str, tuple[Tensors, str, dict[str, Any]]] = {
     "a slice unknown": ({**GOOD, B: values(2, 7, 2)}, B, {}),
     "base of other columns": (GOOD, B, {"modules": {"a": Layer("linear", (7, 5))}}),
     "base of other rows": (GOOD, B, {"modules": {"a": Layer("linear", (14, 6))}}),
+    "base of fewer rows": (GOOD, B, {"modules": {"a": Layer("linear", (4, 6))}}),
+    "slices of another base": (
+        GOOD,
+        "b.lora_B",
+        {"slices": {"b": [True, False]}, "modules": {"b": Layer("linear", (8, 6))}},
+    ),
     "slices of odd rows": (GOOD, "a", {"slices": {"a": [True, True]}}),
     "slices without one": (GOOD, "a", {"slices": {"a": [False, False]}}),
     "slices of another rank": (GOOD, "b.lora_A", {"slices": {"b": [True, True]}}),

@@ -64,7 +64,7 @@ DORA_BWD |= {"scale": T(3), "scaling": 1.0, "dropout_p": 0.5, "rng_state": STATE
 DORA_BWD["mask"] = [True] * 5
 MASK: Arguments = {"rng_state": STATE, "rows": 2, "columns": 3, "dropout_p": 0.5}
 
-META = "got device meta, expected cpu"
+META = "got device meta, expected cpu, where the input is; it has no values yet"
 INT: Arguments = {"x": T(5, 4).int(), "dy": T(5, 3).int(), "weight": T(3, 4).int()}
 BASES = "got dtype int32, expected float64, float32, bfloat16 or float16"
 INT64 = "expected an int64 tensor [2] from draw_rng_state(x)"

@@ -106,6 +106,7 @@ CONTENTS: dict[str, tuple[bytes, str | None, str]] = {
     "one byte too many": (pack(ENTRIES) + b"x", None, "1 bytes after the last tensor"),
     "text": (b"hello world, this is a text file", None, NOT_WHOLE),
     "web page": (b"<!DOCTYPE html><html><body>404</body></html>", None, "is a web page"),
+    "index of shards": (b'{\n  "metadata": {}, "weight_map": {}}', None, "give the folder"),
     "git lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid ", None, "git lfs pull"),
     "gguf": (b"GGUF\3\0\0\0" + bytes(100), None, "is a GGUF file"),
     "zip": (b"PK\3\4" + bytes(100), None, "is a pickle"),

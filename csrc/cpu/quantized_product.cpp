@@ -30,7 +30,7 @@ TileCut cut_for(int64_t M, int64_t columns, int64_t depth, at::ScalarType dtype)
     // Sums are rounded where they are added to: all terms at once, in 8 MiB for all threads or what
     // that is too little for.
     const int64_t elements = std::min(int64_t{1} << 20, (int64_t{1} << 22) / threads);
-    most = std::clamp<int64_t>(elements / depth / kUnit * kUnit, kUnit, kMinColumns);
+    most = std::clamp<int64_t>(elements / depth / kUnit * kUnit, kUnit, most);
   } else {
     // As many terms as MKL's own blocks have.
     depth = std::min<int64_t>(depth, 384);

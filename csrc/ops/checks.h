@@ -32,7 +32,9 @@ inline void check_dense(const char* op, const char* name, const Tensor& tensor) 
 inline void check_device(const char* op, const char* name, const Tensor& tensor, const Tensor& x) {
   check_dense(op, name, tensor);
   TORCH_CHECK(tensor.device() == x.device(), op, ": ", name, ": got device ", tensor.device(),
-              ", expected ", x.device(), ", where the input is; move one of them with .to()");
+              ", expected ", x.device(), ", where the input is; ",
+              tensor.is_meta() ? "it has no values yet: load them, or give it some with .to_empty()"
+                               : "move one of them with .to()");
 }
 
 inline void check_vector(const char* op, const char* name, const OptionalTensor& vector,

@@ -70,6 +70,7 @@ SIGNATURES = {
     b"\x80\x05": PICKLE,
     b"version ": "is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`",
     b"GGUF": "is a GGUF file; give the safetensors file it was made from",
+    b"{": "is JSON, as an index of shards or a config; give the folder that it is in",
     b"<": "is a web page, not the file itself; download it again",
 }
 

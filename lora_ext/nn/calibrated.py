@@ -62,7 +62,8 @@ def corda_factors(eigens: Any, weight: Tensor, r: int, scaling: float) -> tuple[
             "corda: the layer has no `eigens`, expected what lora_ext.preprocess_corda(model, "
             "config, ...) leaves there: please run `preprocess_corda` first, with this model and "
             "config; a saved adapter needs it too (cache_file), unless it was converted to plain "
-            "LoRA (path_initial_model_for_weight_conversion)"
+            "LoRA (path_initial_model_for_weight_conversion), or is loaded onto the base as this "
+            "changed it, with init_lora_weights true in its adapter_config.json"
         )
     N, K = weight.shape
     U, S, V = (getattr(eigens, name).to(weight) for name in ("U_WC", "S_WC", "V_WC"))

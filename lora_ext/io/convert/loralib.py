@@ -86,9 +86,14 @@ def described(found: Contents, name: str, A: str, B: str, options: Options) -> M
         slices = slices_of(given, where, rows=size_B[0])
         if slices.count * r != size_A[0]:
             found.refuse(A, f"got {size_A[0]} rows, expected {slices.count} x {r}, by the slices")
+        total = sum(slices.sizes)
+        if shape is not None and _rows(found, B, shape, size_A[1], total) != total:
+            found.refuse(B, f"its slices have {total} rows, the base's weight is {list(shape)}")
         return replace(one, slices=slices)
     n = size_A[0] // r
     rows = None if shape is None else _rows(found, B, shape, size_A[1], size_B[0])
+    if rows is not None and rows < size_B[0]:
+        found.refuse(B, f"got {size_B[0]} rows, the base's weight is {list(shape or ())}")
     if n == 1 and rows in (None, size_B[0]):
         embedding = is_embedding(name, options)
         return replace(one, embedding=embedding)
